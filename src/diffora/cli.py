@@ -1,0 +1,112 @@
+"""Around `train.py`: one clear message for what the user can mend, a traceback only with ``debug=…``."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from omegaconf import DictConfig
+
+from diffora.errors import UserError
+
+
+def command(main: Callable[[], object]) -> None:
+    """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
+    if any(argument.startswith("debug=") for argument in sys.argv):
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with resume=true and the same hydra.run.dir continues", status=130)
+    except UserError as error:
+        fail(*error.problems)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
+            fail(*(composition_problems(overrides()) or [_short(error)]))
+        fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One run: returns the task's main metric, for sweeps to optimise."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from diffora.experiment import train
+
+    try:
+        return train(cfg)
+    except UserError as error:
+        if cfg.get("debug") or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the sweep's other jobs go on
+        fail(*error.problems)
+
+
+def fail(*problems: str, status: int = 1) -> NoReturn:
+    """Print messages to stderr and exit."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(status)
+
+
+def overrides() -> list[str]:
+    """The overrides on the command line."""
+    return [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("--")]
+
+
+def composition_problems(given: list[str]) -> list[str]:
+    """Every reason why these overrides do not compose, and every wrong value among those that do.
+
+    Hydra stops at the first mistake, so each override is tried for itself: first those that choose from ``conf/``, then
+    the values, on top of the choices that work.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from diffora.config import conf_dir, problems, unknown_key
+
+    GlobalHydra.instance().clear()
+    groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
+    given = [o for o in given if not re.match(r"[+~]*hydra\b", o)]
+    choices = [o for o in given if o.partition("=")[0].lstrip("+~") in groups]
+    found: list[str] = []
+    kept: list[str] = []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for override in [*choices, *(o for o in given if o not in choices)]:
+            try:
+                compose("config", [*kept, override])
+                kept.append(override)
+            except Exception as error:
+                key, _, value = override.partition("=")
+                options = re.search(r"Available options in '[^']*':\s*(.*)", str(error), re.DOTALL)
+                if options:
+                    found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
+                elif "is not in struct" in str(error) or "Could not override" in str(error):
+                    found.append(_no_such_key(key, compose("config", kept), unknown_key))
+                else:
+                    found.append(f"{override}: {_short(error)}")
+        found += problems(compose("config", kept))
+    return found
+
+
+def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, list[str]], str]) -> str:
+    from diffora.config import RULES
+
+    if key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout":
+        there = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
+        there += [name for name in ("rank", "rho", "search") if name in cfg]
+        return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(there)}" if there else "")
+    if key.startswith("task."):
+        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(f'task.{name}' for name in cfg.task)}"
+    known = [k for k in RULES if not k.endswith("*")]
+    return unknown(key, [*known, *map(str, cfg)])
+
+
+def _short(error: Exception) -> str:
+    """The first lines of Hydra's messages, without its advice on how to force a key in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(line for line in lines[:3] if not line.startswith("To append"))

@@ -1,0 +1,175 @@
+"""The low-rank linear layer, h = W x + b + s B (g * A x), the only code on the hot path of every method.
+
+The gate g stands on the rank side. The values are those of eq. 10, ``gamma * B A x``, but what autograd has to keep
+for the gate's gradient is r numbers a token, not d.
+
+B is stored transposed, r x out and contiguous: with out x r and a small r the two products of the backward pass run
+many times slower on CPUs than their mirror images on A. Exports transpose it back.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_bt: Tensor,
+    scaling: float,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Eq. 10: ``W x + b + scaling * B (gate * A dropout(x))``.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,) or None.
+        lora_a: A, (rank, in).
+        lora_bt: B transposed, (rank, out).
+        scaling: alpha / rank.
+        gate: scalar (an entry of the relaxed DAM) or (rank,), or None for 1.
+        dropout: rate on the input of A; 0 outside training.
+
+    Returns:
+        (..., out).
+    """
+    hidden = F.linear(F.dropout(x, dropout) if dropout else x, lora_a)
+    hidden = hidden * scaling if gate is None else hidden * (gate * scaling)
+    return F.linear(x, weight, bias) + hidden @ lora_bt
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update beside it.
+
+    Args:
+        base: the pretrained layer; its parameters are frozen here.
+        lora_a: A, (rank, in). The same parameter may serve several layers (weight sharing, section 4.3).
+        lora_bt: B transposed, (rank, out); likewise.
+        alpha: the update is scaled by alpha / rank.
+        dropout: rate on the input of A while training.
+
+    Attributes:
+        gate: set from outside before a forward pass: an entry of the relaxed DAM, or None.
+    """
+
+    gate: Tensor | None
+
+    def __init__(
+        self, base: nn.Linear, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        rank = lora_a.shape[0]
+        expected = (rank, base.in_features), (rank, base.out_features)
+        if (tuple(lora_a.shape), tuple(lora_bt.shape)) != expected:
+            raise ValueError(f"A and B^T are {tuple(lora_a.shape)}, {tuple(lora_bt.shape)}; {base} needs {expected}")
+        self.base = base.requires_grad_(False)
+        self.lora_a = lora_a
+        self.lora_bt = lora_bt
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.gate = None
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.base.weight, self.base.bias)
+        dropout = self.dropout if self.training else 0.0
+        return lowrank_linear(
+            x, self.base.weight, self.base.bias, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout
+        )
+
+    def delta(self) -> Tensor:
+        """Delta W = s B diag(gate) A, (out, in), in the parameters' dtype."""
+        rows = self.lora_a * self.scaling
+        if self.gate is not None:
+            rows = rows * self.gate.reshape(-1, 1)
+        return self.lora_bt.T @ rows
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold Delta W into the base weight; a second call changes nothing."""
+        if not self.merged:
+            self.base.weight += self.delta().to(self.base.weight.dtype)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take Delta W out again. The weight returns to rounding; A and B must not have changed since `merge`."""
+        if self.merged:
+            self.base.weight -= self.delta().to(self.base.weight.dtype)
+            self.merged = False
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def new_pair(base: nn.Linear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Fresh (A, B^T): A Kaiming-uniform as in LoRA, B zero, so that the update starts at zero."""
+    device = base.weight.device
+    lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    return lora_a, nn.Parameter(torch.zeros(rank, base.out_features, device=device))
+
+
+def attach(
+    model: nn.Module,
+    names: Iterable[Iterable[str]],
+    selected: Tensor,
+    rank: int,
+    shared_rank: int | None,
+    alpha: float,
+    dropout: float = 0.0,
+) -> list[list[LowRankLinear | None]]:
+    """Put low-rank layers in the grid's places (Algorithm 1, line 11), in place.
+
+    Selected modules get a pair of their own of the given rank. Unselected modules of one type (column) and shape
+    share one pair of ``shared_rank`` across layers, or stay as they are where it is None.
+
+    Returns:
+        L x N, the new layers, None where a module was left alone.
+    """
+    shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+    result: list[list[LowRankLinear | None]] = []
+    for row, flags in zip(names, selected.tolist(), strict=True):
+        layers: list[LowRankLinear | None] = []
+        for column, (name, flag) in enumerate(zip(row, flags, strict=True)):
+            base = model.get_submodule(name)
+            assert isinstance(base, nn.Linear), f"{name} is {type(base).__name__}"
+            if flag:
+                pair = new_pair(base, rank)
+            elif shared_rank is not None:
+                key = (column, base.in_features, base.out_features)
+                if key not in shared:
+                    shared[key] = new_pair(base, shared_rank)
+                pair = shared[key]
+            else:
+                layers.append(None)
+                continue
+            layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout)
+            model.set_submodule(name, layer)
+            layers.append(layer)
+        result.append(layers)
+    return result
+
+
+def detach(model: nn.Module) -> None:
+    """Take every low-rank layer out again and leave the (unmerged) base layers in their places, in place."""
+    for name, layer in list(lowrank_layers(model)):
+        layer.unmerge()
+        model.set_submodule(name, layer.base)
+
+
+def lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """(full name, layer) for each low-rank layer of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            yield name, module

@@ -1,0 +1,1 @@
+"""The methods: one file each, all behind `diffora.methods.base.Method`."""

@@ -1,0 +1,32 @@
+"""Share-only: no module has a LoRA of its own, one small pair per module type serves all layers (DiffoRA, K = 0)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from diffora.core.grid import Grid
+from diffora.core.lowrank import attach
+from diffora.core.selection import Selection
+from diffora.methods.base import Method
+
+
+@dataclass(frozen=True)
+class ShareOnly(Method):
+    """[D] section 4.3 alone. Its only rank is ``method.shared_rank``."""
+
+    name: ClassVar[str] = "share_only"
+    dropout: float
+    alpha: float
+    shared_rank: int
+
+    def select(self, grid: Grid, seed: int, search: Callable[[], Selection]) -> Selection:
+        nothing = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
+        return Selection.from_mask(grid, nothing, method=self.name, k=0, rho=0.0, seed=seed)
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None) -> None:
+        assert selection is not None
+        rank = self.shared_rank
+        attach(model, grid.names, selection.mask(), rank, rank, self.alpha, self.dropout)

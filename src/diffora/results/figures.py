@@ -1,0 +1,99 @@
+"""Pictures of a DAM: the heatmap ([D] Figure 2) and how the search came to it."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffora.core.selection import Selection
+from diffora.files import atomic
+
+Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
+
+SHORT = {
+    "attention.self.query": "Q",
+    "attention.self.key": "K",
+    "attention.self.value": "V",
+    "attention.output.dense": "attn. out",
+    "intermediate.dense": "FFN in",
+    "output.dense": "FFN out",
+}
+
+
+def short_names(types: Sequence[str]) -> list[str]:
+    """Labels for module types: the papers' letters where there are some."""
+    return [SHORT.get(name.removesuffix("_proj"), name.removeprefix("attention.")) for name in types]
+
+
+def dam_heatmap(selection: Selection, title: str = "") -> bytes:
+    """PNG of the DAM: one column a layer, one row a module type, selected modules framed.
+
+    Colours show the relaxed DAM; of a selection that was not searched, only the frames are left.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    layers, types = len(selection.modules), short_names(selection.types)
+    figure = Figure(figsize=(2.4 + 0.62 * layers, 1.5 + 0.42 * len(types)), layout="constrained")
+    axes = figure.subplots()
+    uniform = 1 / len(types)
+    values = selection.gamma_bar or [[uniform] * len(types)] * layers
+    grid = [list(column) for column in zip(*values, strict=True)]
+    spread = max(max(abs(v - uniform) for row in grid for v in row), 1e-9)
+    # Centred on 1/N, where the search has no preference, so that white says just that.
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread, aspect="auto")
+    for i, row in enumerate(selection.mask().tolist()):
+        for j, flag in enumerate(row):
+            if selection.gamma_bar:
+                dark = abs(values[i][j] - uniform) > 0.65 * spread
+                axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
+            if flag:
+                axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
+    axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
+    axes.set_yticks(range(len(types)), types)
+    axes.set_xlabel("layer")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if selection.gamma_bar:
+        bar = figure.colorbar(image, ax=axes, label=r"$\bar\gamma$", pad=0.02)
+        bar.outline.set_visible(False)
+    axes.set_title(title or f"{selection.method}: framed modules get a LoRA of their own (K = {selection.k})", size=10)
+    return _png(figure)
+
+
+def gamma_trajectories(trajectory: Trajectory, types: Sequence[str]) -> bytes:
+    """PNG of every entry of the relaxed DAM over the rounds of the search, one panel a layer."""
+    from matplotlib.figure import Figure
+
+    rounds = [at for at, _ in trajectory]
+    layers = len(trajectory[0][1])
+    columns = min(layers, 4)
+    rows = -(-layers // columns)
+    figure = Figure(figsize=(2.6 * columns + 1.2, 1.9 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for i, axes in enumerate(panels.flat):
+        if i >= layers:
+            axes.set_visible(False)
+            continue
+        lines = [
+            axes.plot(rounds, [gamma_bar[i][j] for _, gamma_bar in trajectory], lw=1.4, color=f"C{j}")[0]
+            for j in range(len(types))
+        ]
+        axes.axhline(1 / len(types), color="0.75", lw=0.8, zorder=0)
+        axes.set_title(f"layer {i + 1}", size=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(lines, short_names(types), loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("round of the search", size=9)
+    figure.supylabel(r"$\bar\gamma$", size=10)
+    return _png(figure)
+
+
+def save_png(path: Path, png: bytes) -> None:
+    """Write a picture atomically."""
+    with atomic(path) as scratch:
+        scratch.write_bytes(png)
+
+
+def _png(figure: object) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)  # type: ignore[attr-defined]
+    return buffer.getvalue()

@@ -1,0 +1,385 @@
+"""Splits, samplers and loaders.
+
+The order of rows is a pure function of (seed, stage, epoch): a run that resumes at epoch k sees the
+batches that the uninterrupted run saw, and global random state is neither read nor advanced.
+
+Every sampler here yields whole batches, so loaders are made with `sampler=…, batch_size=None`. That is
+also where Lightning looks for `set_epoch`: it calls it at the start of each training epoch on
+`loader.sampler`, not on `loader.batch_sampler`. The Trainer needs `use_distributed_sampler=False`: the
+samplers divide each batch among the processes themselves.
+
+When a run is resumed, though, loaders with workers begin to fetch before Lightning calls `set_epoch`:
+therefore the data modules start their samplers at the Trainer's epoch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffora.errors import UserError
+from diffora.tasks.tokenise import Collator
+
+# Independent random streams of one seed, so that no two uses of it are correlated.
+_SPLIT, _HELD_OUT, _FINE_TUNE, _SEARCH_TRAIN, _SEARCH_VALID = range(5)
+
+
+# --- splits ---
+
+
+def split_search(
+    n_rows: int, seed: int, valid_fraction: float = 0.5, fraction: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the search's two splits from the *training* rows (DiffoRA eq. 13 needs them disjoint).
+
+    Args:
+        n_rows: number of training rows.
+        seed: the run's seed.
+        valid_fraction: share of the rows used that goes to the search-valid split.
+        fraction: random share of the training rows that the search uses at all.
+
+    Returns:
+        (search-train, search-valid): sorted, disjoint row numbers, at least one each.
+
+    Raises:
+        UserError: a fraction out of range, or fewer than two rows.
+    """
+    problems = []
+    if not 0 < valid_fraction < 1:
+        problems.append(f"search valid_fraction={valid_fraction} must lie strictly between 0 and 1.")
+    if not 0 < fraction <= 1:
+        problems.append(f"search fraction={fraction} must lie in (0, 1].")
+    if n_rows < 2:
+        problems.append(f"the search needs at least 2 training rows to split, there are {n_rows}.")
+    if problems:
+        raise UserError(problems)
+    used = max(2, round(n_rows * fraction))
+    n_valid = min(max(1, round(used * valid_fraction)), used - 1)
+    order = np.random.default_rng([seed, _SPLIT]).permutation(n_rows)[:used]
+    return np.sort(order[n_valid:]), np.sort(order[:n_valid])
+
+
+def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:
+    """sha256 that identifies a pair of index sets, kept with the selection that was searched on them."""
+    digest = hashlib.sha256()
+    for indices in (train_idx, valid_idx):
+        digest.update(f"{len(indices)}:".encode() + np.asarray(indices, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def held_out_split(n_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Halve a validation split: (choice, held-out) row numbers, sorted.
+
+    The first half chooses the checkpoint, the second one reports it; an odd row goes to the second.
+    """
+    if n_rows < 2:
+        raise UserError(f"a validation split of {n_rows} rows cannot be halved into choice and held-out rows.")
+    order = np.random.default_rng([seed, _HELD_OUT]).permutation(n_rows)
+    return np.sort(order[: n_rows // 2]), np.sort(order[n_rows // 2 :])
+
+
+# --- samplers: each item is the list of row numbers of one batch ---
+
+
+class LengthGroupedBatchSampler(Sampler[list[int]]):
+    """Shuffled batches of rows of similar length, which saves padding.
+
+    Each epoch: shuffle, sort by length inside mega-batches of up to 50 batches, cut into batches,
+    shuffle the batches. Process `rank` of `world_size` takes every world_size-th row of each batch, so
+    the processes' parts together are the batch of a single process, up to the rows (fewer than
+    world_size, last batch of an epoch only) that cannot be divided evenly and are left out.
+
+    Args:
+        lengths: [n] tokens per row of the dataset.
+        batch_size: rows per batch of all processes together.
+        seed, stream: with the epoch, the only source of the order.
+        indices: the rows to draw from; None for all.
+        drop_last: leave the smaller last batch out.
+
+    Raises:
+        UserError: a batch size the processes cannot share evenly, or no batch at all.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        indices: np.ndarray | None = None,
+        drop_last: bool = False,
+        stream: int = _FINE_TUNE,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch_size={batch_size} must be a positive multiple of the {world_size} process(es).")
+        self.indices = np.arange(len(lengths)) if indices is None else np.asarray(indices)
+        self.lengths = np.asarray(lengths)[self.indices]
+        self.batch_size = batch_size
+        self.seed, self.stream, self.epoch = seed, stream, epoch
+        self.rank, self.world_size = rank, world_size
+        n_rows = len(self.indices)
+        self._rows_used = n_rows - n_rows % (batch_size if drop_last else world_size)
+        if self._rows_used == 0:
+            raise UserError(f"{n_rows} rows make no batch of {batch_size} for {world_size} process(es).")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self._rows_used // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.stream, self.epoch])
+        # Which rows are left out (if any) changes with the epoch.
+        order = rng.permutation(len(self.indices))[: self._rows_used]
+        # At least four mega-batches where possible: sorting everything would fix the batches' composition.
+        mega = self.batch_size * min(50, max(1, len(order) // (4 * self.batch_size)))
+        chunks = [order[start : start + mega] for start in range(0, len(order), mega)]
+        order = np.concatenate([chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks])
+        for batch in range(len(self)):
+            positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self.indices[positions[self.rank :: self.world_size]].tolist()
+
+
+class EvalBatchSampler(Sampler[list[int]]):
+    """Every row exactly once over all processes, longest first (so that memory runs out at once or never).
+
+    Args:
+        lengths: [n] tokens per row of the dataset.
+        batch_size: rows per batch of all processes together.
+        indices: the rows to evaluate; None for all.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        indices: np.ndarray | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} for evaluation must be at least 1.")
+        indices = np.arange(len(lengths)) if indices is None else np.asarray(indices)
+        order = indices[np.argsort(-np.asarray(lengths)[indices], kind="stable")]
+        self._mine = order[rank::world_size]
+        self._size = max(1, batch_size // world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._mine) // self._size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self._mine), self._size):
+            yield self._mine[start : start + self._size].tolist()
+
+
+class BilevelBatchSampler(Sampler[dict[str, list]]):
+    """Row numbers of one bi-level step: a search-valid batch, then T search-train batches (DiffoRA Algorithm 1).
+
+    Each item is {"valid": rows, "train": [rows] * T}. A round (Lightning's epoch) is one pass over the
+    search-train split; its last item has fewer than T train batches when T does not divide their number.
+    The search-valid split is cycled through on its own count of epochs, computed from the round alone.
+    """
+
+    def __init__(
+        self, train_sampler: LengthGroupedBatchSampler, valid_sampler: LengthGroupedBatchSampler, train_steps: int = 1
+    ) -> None:
+        if train_steps < 1:
+            raise UserError(f"train_steps={train_steps} per Γ step must be at least 1.")
+        self.train, self.valid, self.train_steps = train_sampler, valid_sampler, train_steps
+        self.round = train_sampler.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.round = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.train) // self.train_steps)
+
+    def __iter__(self) -> Iterator[dict[str, list]]:
+        self.train.set_epoch(self.round)
+        train, valid = list(self.train), self._valid_from(self.round * len(self))
+        for start in range(0, len(train), self.train_steps):
+            yield {"valid": next(valid), "train": train[start : start + self.train_steps]}
+
+    def _valid_from(self, step: int) -> Iterator[list[int]]:
+        """Search-valid batches from the one that belongs to the search's `step`-th item onwards, without end."""
+        epoch, skip = divmod(step, len(self.valid))
+        while True:
+            self.valid.set_epoch(epoch)
+            yield from list(self.valid)[skip:]
+            epoch, skip = epoch + 1, 0
+
+
+# --- data and loaders ---
+
+
+class LeakError(AssertionError):
+    """A row of one search split was about to be used as a row of the other."""
+
+
+class BilevelDataset(Dataset):
+    """Looks up a `BilevelBatchSampler` item, and refuses rows that are not of the split they are asked for.
+
+    Args:
+        dataset: the tokenised training split.
+        train_idx, valid_idx: the two search splits, disjoint.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, train_idx: np.ndarray, valid_idx: np.ndarray) -> None:
+        self.dataset = dataset
+        self._allowed = {"train": frozenset(map(int, train_idx)), "valid": frozenset(map(int, valid_idx))}
+        both = self._allowed["train"] & self._allowed["valid"]
+        if both:
+            raise LeakError(f"{len(both)} rows are in both search splits, e.g. row {min(both)}")
+
+    def __getitem__(self, item: Mapping[str, list]) -> dict[str, Any]:
+        return {
+            "valid": self._rows("valid", item["valid"]),
+            "train": [self._rows("train", rows) for rows in item["train"]],
+        }
+
+    def _rows(self, split: str, rows: Sequence[int]) -> dict[str, list]:
+        strangers = set(rows) - self._allowed[split]
+        if strangers:
+            raise LeakError(f"row {min(strangers)} is not in the search-{split} split")
+        return self.dataset[rows]
+
+
+class BilevelCollator:
+    """Collates a `BilevelDataset` item: {"valid": batch, "train": [batch] * T}."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        return {"valid": self.collator(item["valid"]), "train": [self.collator(rows) for rows in item["train"]]}
+
+
+def _lengths(dataset: datasets.Dataset) -> np.ndarray:
+    return dataset.data.column("length").to_numpy()
+
+
+def _process() -> dict[str, Any]:
+    """This process's place among those of a distributed run; call it after the process group has started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
+    return {"rank": 0, "world_size": 1}
+
+
+def _next_epoch(data: L.LightningDataModule) -> int:
+    """The epoch Lightning is about to pass to `set_epoch`; `trainer.current_epoch` lags behind it on a resume."""
+    return data.trainer.fit_loop.epoch_progress.current.processed if data.trainer else 0  # type: ignore[attr-defined]
+
+
+def _loader(dataset: Any, sampler: Sampler, collate: Any, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,  # the sampler yields whole batches
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, or each pass over the loader would advance the global one
+    )
+
+
+def eval_loader(
+    dataset: datasets.Dataset,
+    collator: Collator,
+    batch_size: int,
+    indices: np.ndarray | None = None,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Loader over a tokenised split (or the rows `indices` of it), each row once; batches carry `row`."""
+    sampler = EvalBatchSampler(_lengths(dataset), batch_size, indices=indices, **_process())
+    return _loader(dataset, sampler, collator, num_workers)
+
+
+class SearchData(L.LightningDataModule):
+    """Loader of the search stage: items {"valid": batch, "train": [batch] * T}, one epoch is one round.
+
+    Args:
+        train: the tokenised training split of the task.
+        split: (search-train, search-valid) row numbers, from `split_search`.
+        batch_size: rows per batch of all processes together, for both splits.
+        train_steps: T, train batches per Γ step.
+    """
+
+    def __init__(
+        self,
+        train: datasets.Dataset,
+        collator: Collator,
+        split: tuple[np.ndarray, np.ndarray],
+        batch_size: int,
+        seed: int,
+        train_steps: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.collator, self.split = train, collator, split
+        self.batch_size, self.seed, self.train_steps, self.num_workers = batch_size, seed, train_steps, num_workers
+
+    def train_dataloader(self) -> DataLoader:
+        train, valid = (
+            LengthGroupedBatchSampler(
+                _lengths(self.train),
+                self.batch_size,
+                self.seed,
+                indices=indices,
+                # A small batch would weigh as much as a full one; but a split of less than a batch is all there is.
+                drop_last=len(indices) >= self.batch_size,
+                epoch=_next_epoch(self),
+                stream=stream,
+                **_process(),
+            )
+            for indices, stream in zip(self.split, (_SEARCH_TRAIN, _SEARCH_VALID), strict=True)
+        )
+        dataset = BilevelDataset(self.train, *self.split)
+        sampler = BilevelBatchSampler(train, valid, self.train_steps)
+        return _loader(dataset, sampler, BilevelCollator(self.collator), self.num_workers)
+
+
+class FineTuneData(L.LightningDataModule):
+    """Loaders of the fine-tuning stage.
+
+    Args:
+        train: the tokenised training split.
+        validation: tokenised evaluation splits by name; the Trainer numbers them in this order.
+        batch_size: training rows per batch of all processes together.
+        eval_batch_size: the same for evaluation.
+    """
+
+    def __init__(
+        self,
+        train: datasets.Dataset,
+        validation: Mapping[str, datasets.Dataset],
+        collator: Collator,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.validation, self.collator = train, validation, collator
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = LengthGroupedBatchSampler(
+            _lengths(self.train), self.batch_size, self.seed, epoch=_next_epoch(self), **_process()
+        )
+        return _loader(self.train, sampler, self.collator, self.num_workers)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [
+            eval_loader(split, self.collator, self.eval_batch_size, num_workers=self.num_workers)
+            for split in self.validation.values()
+        ]

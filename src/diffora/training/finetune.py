@@ -1,0 +1,167 @@
+"""Stage 2 of DiffoRA, and the whole of every other method: fine-tune what the method left trainable."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffora.training.checkpoint import Stage
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """The ``finetune`` section of the configuration, as far as the module needs it."""
+
+    lr: float
+    weight_decay: float
+    warmup_steps: int
+    early_stop: int | None
+
+
+class FineTuneModule(Stage):
+    """Trains with AdamW, linear warm-up and linear decay to 0; keeps the best epoch.
+
+    After each epoch the whole validation split is predicted once and scored three times: all of it (the literature's
+    figure, which also chooses the best epoch), and its two seeded halves, so that a choice made on one half can be
+    reported on the other.
+
+    Args:
+        model: the adapted backbone; what requires gradients is trained.
+        loss_fn: (logits, labels) -> mean loss.
+        metric_fn: (logits, labels) -> metrics by name.
+        main_metric: the metric that chooses the best epoch, the higher the better.
+        splits: names of the validation splits, in the order of the loaders; the first is the official one.
+        halves: (choice, held-out) row numbers of the official validation split.
+        settings: learning rate and the like.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        metric_fn: Callable[[Tensor, Tensor], Metrics],
+        main_metric: str,
+        splits: Sequence[str],
+        halves: tuple[np.ndarray, np.ndarray],
+        settings: FineTuneSettings,
+        seed: int,
+    ) -> None:
+        super().__init__(model, seed)
+        self.loss_fn, self.metric_fn, self.main_metric = loss_fn, metric_fn, main_metric
+        self.splits, self.halves, self.settings = list(splits), halves, settings
+        self.history: list[Metrics] = []
+        self.best_state: dict[str, Tensor] = {}
+        self._outputs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in splits]
+        self._losses: list[Tensor] = []
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            if step < s.warmup_steps:
+                return (step + 1) / s.warmup_steps
+            return max(0.0, (total - step) / max(1, total - s.warmup_steps))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss_fn(self._logits(batch), batch["labels"])
+        self.watch(loss)
+        self._losses.append(loss.detach())
+        return loss
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.model(**{key: value for key, value in batch.items() if key not in ("labels", "row")}).logits
+
+    def on_validation_epoch_start(self) -> None:
+        self._outputs = [[] for _ in self.splits]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._outputs[dataloader_idx].append((batch["row"], self._logits(batch).float(), batch["labels"]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.raise_on_fault()
+        scores: Metrics = {
+            "epoch": float(self.current_epoch + 1),
+            "train/loss": torch.stack(self._losses).mean().item() if self._losses else float("nan"),
+        }
+        self._losses = []
+        for i, name in enumerate(self.splits):
+            logits, labels = self._gather(self._outputs[i])
+            self._outputs[i] = []
+            scores[f"{name}/loss"] = self.loss_fn(logits, labels).item()
+            scores |= {f"{name}/{key}": value for key, value in self.metric_fn(logits, labels).items()}
+            if i == 0:
+                for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
+                    half = self.metric_fn(logits[rows], labels[rows])
+                    scores |= {f"{part}/{key}": value for key, value in half.items()}
+        self.history.append(scores)
+        if self.best_epoch == len(self.history) - 1:
+            self.best_state = self.trainable_state()
+        if self.stalled:
+            self.trainer.should_stop = True
+        self.log_dict(scores, rank_zero_only=True)
+
+    def _gather(self, outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of a whole split in row order, from all processes, on the CPU."""
+        mine = tuple(torch.cat(column).cpu() for column in zip(*outputs, strict=True)) if outputs else None
+        parts: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, mine)
+        rows, logits, labels = (torch.cat(column) for column in zip(*filter(None, parts), strict=True))
+        order = rows.argsort()
+        return logits[order], labels[order]
+
+    @property
+    def best_epoch(self) -> int:
+        """Index into `history` of the best epoch by the main metric on the official split; the first of equals."""
+        return _argmax([scores[f"{self.splits[0]}/{self.main_metric}"] for scores in self.history])
+
+    @property
+    def held_out_epoch(self) -> int:
+        """Index of the best epoch by the choice half alone."""
+        return _argmax([scores[f"choice/{self.main_metric}"] for scores in self.history])
+
+    @property
+    def stalled(self) -> bool:
+        """Whether ``early_stop`` epochs have passed without a new best."""
+        patience = self.settings.early_stop
+        return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
+
+    def results(self) -> Metrics:
+        """The run's metrics.
+
+        ``<split>/*`` is the best epoch on the whole official split (``dev_best`` in the literature), ``held_out/*`` the
+        held-out half at the epoch that the choice half chose, ``last/*`` the official split after the last epoch.
+        """
+        best, held_out, last = self.history[self.best_epoch], self.history[self.held_out_epoch], self.history[-1]
+        official = f"{self.splits[0]}/"
+        return {
+            **{key: value for key, value in best.items() if key.split("/")[0] in self.splits},
+            "best_epoch": best["epoch"],
+            **{key: value for key, value in held_out.items() if key.startswith("held_out/")},
+            "held_out/epoch": held_out["epoch"],
+            **{f"last/{key.removeprefix(official)}": v for key, v in last.items() if key.startswith(official)},
+            "train/loss": best["train/loss"],
+        }
+
+    def memory(self) -> dict[str, Any]:
+        return {"history": self.history, "best_state": self.best_state}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: (values[i], -i))

@@ -1,0 +1,89 @@
+"""What a person sees while waiting: a bar a stage with the time left, or a line an epoch where there is no terminal."""
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+
+class ProgressBar(Checkpoint):
+    """Progress of one stage over all its epochs. (A `Checkpoint` so that it runs after the module's own hooks.)
+
+    Args:
+        stage: what the stage is called.
+        unit: what an epoch of it is called.
+        shown: logged metrics to show beside the bar.
+    """
+
+    def __init__(self, stage: str, unit: str, shown: tuple[str, ...]) -> None:
+        self.stage, self.unit, self.shown = stage, unit, shown
+        self.bar: Progress | None = None
+        self._metrics = ""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._started, self._first = time.monotonic(), trainer.current_epoch
+        console = Console()
+        if not console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+        )
+        steps = int(trainer.num_training_batches)
+        self._task = self.bar.add_task(
+            "", total=steps * (trainer.max_epochs or 1), completed=steps * trainer.current_epoch, metrics=""
+        )
+        self._describe(trainer)
+        self.bar.start()
+
+    def _describe(self, trainer: L.Trainer, doing: str = "") -> None:
+        if self.bar is not None:
+            epoch = f"{self.stage}: {self.unit} {min(trainer.current_epoch + 1, trainer.max_epochs or 1)}"
+            self.bar.update(self._task, description=f"{epoch}/{trainer.max_epochs}{doing}", metrics=self._metrics)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe(trainer, ", evaluating")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if self.bar is not None:
+            self.bar.advance(self._task)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = trainer.callback_metrics
+        self._metrics = "  ".join(f"{name.split('/')[-1]} {values[name]:.4f}" for name in self.shown if name in values)
+        self._describe(trainer)
+        if self.bar is None:
+            spent = time.monotonic() - self._started
+            done, total = trainer.current_epoch + 1, trainer.max_epochs or 1
+            left = spent / (done - self._first) * (total - done)
+            log.info(f"{self.stage}: {self.unit} {done}/{total}  {spent:.0f} s, {left:.0f} s left  {self._metrics}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

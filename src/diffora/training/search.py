@@ -1,0 +1,220 @@
+"""Stage 1 of DiffoRA: the bi-level search of the DAM (eqs. 10 to 13, Algorithm 1, lines 1 to 8)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffora.core.dam import entropy, relax
+from diffora.core.hypergradient import first_order, unrolled
+from diffora.core.lowrank import LowRankLinear
+from diffora.training.checkpoint import Stage
+
+Batch = dict[str, Tensor]
+POINTS_PER_ROUND = 40
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The ``search`` section of the configuration, as far as the module needs it."""
+
+    lr: float
+    gamma_lr: float
+    order: int
+    weight_decay: float
+    clip: float | None
+    accumulate: int
+
+
+class SearchModule(Stage):
+    """Alternates one Gamma step on a search-valid batch with T weight steps on search-train batches.
+
+    The upper level is Gamma, (L, N), from 0; the lower level is every A and B and the head. Neither step computes,
+    keeps or changes a gradient of the other level. Gradients are taken with `torch.autograd.grad` and averaged over
+    processes here, since DDP does not see them.
+
+    Args:
+        model: the backbone with a low-rank layer at every place of the grid.
+        layers: those layers, L x N, under the names of ``types``.
+        loss_fn: (logits, labels) -> mean loss.
+        settings: learning rates and the like.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Sequence[LowRankLinear]],
+        types: Sequence[str],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        settings: SearchSettings,
+        seed: int,
+    ) -> None:
+        super().__init__(model, seed)
+        self.automatic_optimization = False
+        self.gamma = nn.Parameter(torch.zeros(len(layers), len(layers[0])))
+        self.layers, self.types = layers, list(types)
+        self.loss_fn, self.settings = loss_fn, settings
+        self.trajectory: list[tuple[float, list[list[float]]]] = [(0.0, relax(self.gamma).tolist())]
+        """(round, relaxed DAM), a few dozen points a round."""
+        self._trace: list[tuple[float, Tensor]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The lower level's parameters: A, B and the head."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        s = self.settings
+        return [
+            torch.optim.Adam([self.gamma], lr=s.gamma_lr, betas=(0.5, 0.999)),
+            torch.optim.AdamW(self.weights, lr=s.lr, weight_decay=s.weight_decay, fused=True),
+        ]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        gamma_opt, weight_opt = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]
+        valid_loss = self.gamma_step(gamma_opt, batch["valid"], batch["train"][0])
+        for train_batch in batch["train"]:
+            train_loss = self.weight_step(weight_opt, train_batch)
+        if (scaler := self._scaler()) is not None:
+            scaler.update()
+        self.watch(valid_loss + train_loss)
+        self._losses.append((train_loss, valid_loss))
+        steps = self.trainer.num_training_batches
+        if (batch_idx + 1) % max(1, steps // POINTS_PER_ROUND) == 0 or batch_idx + 1 == steps:
+            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, relax(self.gamma.detach())))
+
+    def gamma_step(self, optimizer: torch.optim.Optimizer, valid: Batch, train: Batch) -> Tensor:
+        """Algorithm 1, line 4: one step of Gamma on the validation loss. Returns that loss."""
+        if self.settings.order == 1:
+            loss, grads = self._gradients(valid, lambda loss: [first_order(loss, self.gamma)], self.gamma)
+        else:
+            loss, grads = self._unrolled_gradient(valid, train)
+        self._take_step(optimizer, [self.gamma], grads)
+        return loss
+
+    def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
+        """Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
+        weights = self.weights
+        loss, grads = self._gradients(
+            train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), self.gamma.detach()
+        )
+        self._take_step(optimizer, weights, grads)
+        return loss
+
+    def _gradients(
+        self, batch: Batch, grad: Callable[[Tensor], list[Tensor | None]], gamma: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Mean loss of a batch and its gradients, part by part where ``accumulate`` says so."""
+        total, sums = torch.zeros((), device=self.device), None
+        for part, share in self._parts(batch):
+            loss = self._loss(part, gamma)
+            grads = grad(self._scaled(loss) * share)
+            sums = grads if sums is None else [_add(a, b) for a, b in zip(sums, grads, strict=True)]
+            total = total + loss.detach() * share
+        assert sums is not None
+        return total, sums
+
+    def _unrolled_gradient(self, valid: Batch, train: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        """The hypergradient through one inner step of size ``lr``."""
+        parameters = dict(self.model.named_parameters())
+        names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        seen: list[Tensor] = []
+
+        def loss_at(batch: Batch) -> Callable[[Sequence[Tensor]], Tensor]:
+            def loss(weights: Sequence[Tensor]) -> Tensor:
+                seen.append(self._loss(batch, self.gamma, dict(zip(names, weights, strict=True))))
+                return seen[-1]
+
+            return loss
+
+        weights = [parameters[name] for name in names]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
+            grad = unrolled(loss_at(train), loss_at(valid), weights, self.gamma, self.settings.lr)
+        return seen[-1].detach(), [grad]
+
+    def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Loss with the gates at relax(gamma) (eq. 10), at ``weights`` where given."""
+        for layers, row in zip(self.layers, relax(gamma), strict=True):
+            for layer, gate in zip(layers, row.unbind(), strict=True):
+                layer.gate = gate
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "row")}
+        if weights is None:
+            output = self.model(**inputs)
+        else:
+            output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
+        return self.loss_fn(output.logits, batch["labels"])
+
+    def _parts(self, batch: Batch) -> list[tuple[Batch, float]]:
+        n = len(batch["labels"])
+        size = -(-n // self.settings.accumulate)
+        return [
+            ({key: value[start : start + size] for key, value in batch.items()}, min(size, n - start) / n)
+            for start in range(0, n, size)
+        ]
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaler = self._scaler()
+        return loss if scaler is None else scaler.scale(loss)
+
+    def _take_step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> None:
+        """Average the gradients over processes, clip (weights only), step, and leave no gradient behind."""
+        full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        if self.trainer.world_size > 1:
+            flat = torch.cat([g.flatten() for g in full])
+            torch.distributed.all_reduce(flat)
+            flat /= self.trainer.world_size
+            full = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in full]), full, strict=True)]
+        for parameter, grad in zip(parameters, full, strict=True):
+            parameter.grad = grad
+        scaler = self._scaler()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.settings.clip is not None and parameters[0] is not self.gamma:
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
+        train, valid = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0).tolist()
+        self._trace, self._losses = [], []
+        gamma_bar = relax(self.gamma.detach())
+        values = {
+            "search/round": float(self.current_epoch + 1),
+            "search/train_loss": train,
+            "search/valid_loss": valid,
+            "search/entropy": entropy(gamma_bar).mean().item(),
+        }
+        for i, row in enumerate(gamma_bar.tolist()):
+            values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
+        self.log_dict(values, rank_zero_only=True)
+
+    def memory(self) -> dict[str, Any]:
+        return {"trajectory": self.trajectory}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.trajectory = [(at, rows) for at, rows in memory["trajectory"]]
+
+    def close_gates(self) -> None:
+        """Take the gates off the layers."""
+        for layers in self.layers:
+            for layer in layers:
+                layer.gate = None
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

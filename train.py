@@ -1,0 +1,15 @@
+"""python train.py method=diffora task=mrpc: search, select, fine-tune, evaluate. See `python train.py --help`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from diffora.cli import command, job
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    return job(cfg)
+
+
+if __name__ == "__main__":
+    command(main)
