@@ -12,21 +12,38 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM, PreTrainedTokenizerFast
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks.paraphrase import VOCABULARY, corpus  # noqa: E402
+from diffora.tasks.paraphrase import FUNCTION_WORDS, VOCABULARY, corpus  # noqa: E402
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
 MAX_LENGTH = 64
+FUNCTION_IDS = torch.tensor([*range(5), *(VOCABULARY.index(w) + 5 for w in FUNCTION_WORDS)])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How words are hidden: the share asked for, and of these masked and replaced; `detect` weighs the loss on replaced words."""
+
+    name: str
+    steps: int
+    lr: float
+    rate: float
+    masked: float
+    replaced: float
+    nearby: float = 0.0
+    detect: float = 0.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -90,57 +107,73 @@ def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
             yield torch.tensor([row + [PAD] * (len(chosen[-1]) - len(row)) for row in chosen])
 
 
-def corrupt(ids: torch.Tensor, rate: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (-100 where nothing is asked), both (rows, length): of the words asked, 70% masked, 20% random, 10% kept."""
-    draw = torch.rand(ids.shape, generator=generator)
-    asked = (draw < rate) & (ids >= len(SPECIAL))
-    targets = ids.masked_fill(~asked, -100)
-    how = torch.rand(ids.shape, generator=generator)
+def corrupt(ids: torch.Tensor, stage: Stage, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs, and which words are asked for (both rows, length): asked words are masked, replaced or kept.
+
+    A replacement is any word of the vocabulary or, in the share `nearby` of cases, a word of the same story.
+    """
+    rand = partial(torch.rand, ids.shape, generator=generator)
+    asked = (rand() < stage.rate) & (ids >= len(SPECIAL))
     other = torch.randint(len(SPECIAL), len(SPECIAL) + len(VOCABULARY), ids.shape, generator=generator)
-    inputs = ids.masked_fill(asked & (how < 0.7), MASK)
-    return torch.where(asked & (how >= 0.7) & (how < 0.9), other, inputs), targets
+    if stage.nearby:
+        content = (~torch.isin(ids, FUNCTION_IDS)).float()
+        place = torch.multinomial(content, ids.shape[1], replacement=True, generator=generator)
+        other = torch.where(rand() < stage.nearby, ids.gather(1, place), other)
+    how = rand()
+    inputs = ids.masked_fill(asked & (how < stage.masked), MASK)
+    return torch.where(asked & (how >= stage.masked) & (how < stage.masked + stage.replaced), other, inputs), asked
 
 
-def pretrain(args: argparse.Namespace) -> tuple[DebertaV2ForMaskedLM, float]:
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    model = DebertaV2ForMaskedLM(build_config(args.layers, args.hidden, args.intermediate, args.heads)).train()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps)))),
-    )
-    start, mean = time.perf_counter(), math.log(len(VOCABULARY))
-    for step, ids in enumerate(islice(batches(args.batch_size, args.seed), args.steps), 1):
-        inputs, targets = corrupt(ids, args.mask_rate, generator)
-        hidden = model.deberta(inputs, attention_mask=(ids != PAD).long()).last_hidden_state
-        asked = targets != -100
-        logits = model.cls(hidden[asked])
-        loss = torch.nn.functional.cross_entropy(logits, targets[asked])
+def train(encoder: DebertaV2Model, stage: Stage, args: argparse.Namespace, seed: int) -> float:
+    """One stage, with new heads; returns the running mean of the masked-language-modelling loss."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    whole = DebertaV2ForMaskedLM(encoder.config).train()
+    whole.deberta = encoder
+    whole.tie_weights()
+    detector = torch.nn.Linear(encoder.config.hidden_size, 1)
+    parameters = [*whole.parameters(), *(detector.parameters() if stage.detect else ())]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, stage.steps // 20)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / stage.steps))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    start, mean, mean_detect = time.perf_counter(), math.log(len(VOCABULARY)), math.log(2)
+    for step, ids in enumerate(islice(batches(args.batch_size, seed), stage.steps), 1):
+        inputs, asked = corrupt(ids, stage, generator)
+        hidden = encoder(inputs, attention_mask=(ids != PAD).long()).last_hidden_state
+        loss = torch.nn.functional.cross_entropy(whole.cls(hidden[asked]), ids[asked])
+        mean += (loss.item() - mean) * 0.02
+        if stage.detect:
+            seen = (inputs >= len(SPECIAL)).nonzero(as_tuple=True)
+            replaced = (inputs != ids)[seen].float()
+            detect = torch.nn.functional.binary_cross_entropy_with_logits(detector(hidden[seen]).squeeze(-1), replaced)
+            mean_detect += (detect.item() - mean_detect) * 0.02
+            loss = loss + stage.detect * detect
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        mean += (loss.item() - mean) * 0.02
-        if step % args.log_every == 0 or step == args.steps:
+        if step % args.log_every == 0 or step == stage.steps:
             spent = time.perf_counter() - start
-            left = spent / step * (args.steps - step)
-            print(f"step {step}/{args.steps}  loss {mean:.3f}  {spent:.0f} s spent, {left:.0f} s left", flush=True)
-    return model, mean
+            left = spent / step * (stage.steps - step)
+            extra = f", replaced words {mean_detect:.3f}" if stage.detect else ""
+            line = f"{stage.name} {step}/{stage.steps}  loss {mean:.3f}{extra}  {spent:.0f} s spent, {left:.0f} s left"
+            print(line, flush=True)
+    return mean
 
 
-def save(model: DebertaV2ForMaskedLM, output: Path) -> None:
+def save(encoder: DebertaV2Model, output: Path) -> None:
     """The encoder (no language-modelling head), its config and its tokenizer, ready for `from_pretrained`."""
-    model.deberta.save_pretrained(output)
+    encoder.save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)
     build_tokenizer().save_pretrained(output)
 
 
@@ -148,10 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--mask-rate", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=6000, help="of masked language modelling")
+    parser.add_argument("--detect-steps", type=int, default=3000, help="after these, with replaced words to be found too")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--detect-lr", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="folder of an earlier result to go on from")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=256)
@@ -161,8 +196,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    model, loss = pretrain(args)
-    save(model, args.output)
+    torch.manual_seed(args.seed)
+    if args.start:
+        encoder = DebertaV2Model.from_pretrained(args.start).train()
+    else:
+        encoder = DebertaV2Model(build_config(args.layers, args.hidden, args.intermediate, args.heads)).train()
+    stages = (
+        Stage("masked", args.steps, args.lr, rate=0.2, masked=0.7, replaced=0.2),
+        Stage("detect", args.detect_steps, args.detect_lr, rate=0.25, masked=0.5, replaced=0.4, nearby=0.5, detect=5.0),
+    )
+    loss = float("nan")
+    for number, stage in enumerate(stages):
+        if stage.steps:
+            loss = train(encoder, stage, args, args.seed + number)
+            save(encoder, args.output)
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"loss {loss:.3f}, {time.perf_counter() - start:.0f} s, {size / 2**20:.2f} MiB in {args.output}")
 

@@ -80,9 +80,7 @@ def meta_classifier(cfg: Any, n_labels: int) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(
-            classifier_config(cfg, n_labels, meta=True)
-        )
+        model: nn.Module = AutoModelForSequenceClassification.from_config(classifier_config(cfg, n_labels, meta=True))
     return freeze_backbone(model)
 
 

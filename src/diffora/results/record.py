@@ -9,10 +9,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from diffora.config import config_hash
 from diffora.files import write_text
 
 NAME = "run.json"
 PACKAGES = ("diffora", "torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core", "numpy")
+
+
+def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
+    """The record of a run that has just begun."""
+    return {
+        "method": cfg.method.name,
+        "task": cfg.task.name,
+        "model": cfg.model.name,
+        "seed": cfg.seed,
+        "status": "running",
+        "metrics": {},
+        "params": {},
+        "time": {},
+        "memory": {},
+        "selection": None,
+        "config_hash": config_hash(cfg),
+        "data_hash": data_hash,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

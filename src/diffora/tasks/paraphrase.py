@@ -86,7 +86,7 @@ _IRREGULAR = {
     "lend": "lent", "give": "gave",
 }  # fmt: skip
 _PARTICIPLE = {"give": "given"}
-_FUNCTION_WORDS = "the who was than did not by near from to and before after because so ,".split()
+FUNCTION_WORDS = "the who was than did not by near from to and before after because so ,".split()
 
 # How often a clause is of each kind, and how often a sentence has two clauses.
 KINDS = {"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}
@@ -365,7 +365,7 @@ def _columns(pairs: list[tuple[str, str, int]]) -> dict[str, list]:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    words = set(_FUNCTION_WORDS)
+    words = set(FUNCTION_WORDS)
     for row in PEOPLE + TRAITS + THINGS + PLACES:
         words.update(row)
     words.update(word for row in TIMES for phrase in row for word in phrase.split())

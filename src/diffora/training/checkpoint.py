@@ -122,6 +122,20 @@ class Stage(L.LightningModule):
         """Fix which parameters are trainable, at the start of the stage."""
         self._names = self.trainable_names()
 
+    def over(self, epochs_done: int, epochs: int) -> bool:
+        """Whether the stage has nothing left to do after so many epochs."""
+        return epochs_done >= epochs
+
+    def restore_if_over(self, checkpoint: Mapping[str, Any], epochs: int) -> bool:
+        """Take a checkpoint's state over if its stage was at its end; says whether it was."""
+        self.recall(checkpoint["diffora"]["memory"])
+        if not self.over(checkpoint["epoch"] + 1, epochs):
+            return False
+        self.setup_names()
+        self.load_trainable(checkpoint["state_dict"])
+        self.elapsed = checkpoint["diffora"]["elapsed"]
+        return True
+
     def on_fit_start(self) -> None:
         # Each process has its own dropout masks. Lightning leaves train/eval modes as they are, and a model from
         # `from_pretrained` is in eval mode.

@@ -143,7 +143,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         mega = self.batch_size * min(50, max(1, len(order) // (4 * self.batch_size)))
         chunks = [order[start : start + mega] for start in range(0, len(order), mega)]
         order = np.concatenate([chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks])
-        for batch in range(len(self)):
+        for batch in rng.permutation(len(self)):
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self.indices[positions[self.rank :: self.world_size]].tolist()
 

@@ -139,6 +139,9 @@ class FineTuneModule(Stage):
         patience = self.settings.early_stop
         return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
 
+    def over(self, epochs_done: int, epochs: int) -> bool:
+        return super().over(epochs_done, epochs) or self.stalled
+
     def results(self) -> Metrics:
         """The run's metrics.
 
@@ -147,7 +150,7 @@ class FineTuneModule(Stage):
         """
         best, held_out, last = self.history[self.best_epoch], self.history[self.held_out_epoch], self.history[-1]
         official = f"{self.splits[0]}/"
-        return {
+        metrics = {
             **{key: value for key, value in best.items() if key.split("/")[0] in self.splits},
             "best_epoch": best["epoch"],
             **{key: value for key, value in held_out.items() if key.startswith("held_out/")},
@@ -155,6 +158,7 @@ class FineTuneModule(Stage):
             **{f"last/{key.removeprefix(official)}": v for key, v in last.items() if key.startswith(official)},
             "train/loss": best["train/loss"],
         }
+        return {key: round(value, 6) for key, value in metrics.items()}
 
     def memory(self) -> dict[str, Any]:
         return {"history": self.history, "best_state": self.best_state}

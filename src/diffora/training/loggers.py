@@ -64,10 +64,12 @@ class Loggers:
             else:
                 logger.experiment.add_image("DAM", pixels[..., :3], step, dataformats="HWC")
 
-    def summary(self, values: dict[str, Any]) -> None:
+    def summary(self, record: dict[str, Any]) -> None:
         """Put a run's results in W&B's summary, where its tables look."""
         if self.wandb is not None:
-            self.wandb.experiment.summary.update(values)
+            parts = ("params", "time", "memory")
+            values = {f"{part}/{key}": value for part in parts for key, value in record[part].items()}
+            self.wandb.experiment.summary.update(record["metrics"] | values)
 
     def finish(self, failed: bool) -> None:
         """Close W&B's run inside the job, so that the next job of a sweep gets one of its own."""

@@ -1,0 +1,68 @@
+"""The run directory: what it may hold already, and the account of a run that is kept in it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffora import config
+from diffora.errors import UserError
+from diffora.files import write_text
+from diffora.results.record import peaks, read_record, write_record
+
+log = logging.getLogger(__name__)
+
+
+def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
+    """
+    old = read_record(folder)
+    if old is None or old["status"] == "dry_run":
+        return None
+    if not cfg.resume:
+        if old["status"] == "completed" or any((folder / "checkpoints").glob("*.ckpt")):
+            raise UserError(
+                f"{folder} holds a run ({old['status']}) already: continue it with resume=true, or choose another "
+                "hydra.run.dir"
+            )
+        return None
+    if old["config_hash"] != config.config_hash(cfg):
+        before = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(before, DictConfig)
+        changed = config.differences(config.plain(before), config.plain(cfg))
+        raise UserError([f"{folder} was started with other settings, and resume=true needs the same:", *changed])
+    if old["status"] != "completed":
+        return None
+    log.info(f"{folder} is complete already")
+    return old
+
+
+@contextmanager
+def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Keep the account of a run: its configuration, its log, and how it ended if it did not end well."""
+    from diffora.training.stages import is_main
+
+    if not is_main():
+        yield
+        return
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_record(folder, record)
+    handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
+        write_record(folder, record)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,330 @@
+"""The two stages of a run, search and fine-tuning, each a Lightning module, its data and a Trainer."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from diffora import config, models
+from diffora.core.dam import discretise, relax
+from diffora.core.grid import Grid, find_grid
+from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.files import atomic, write_text
+from diffora.methods.base import Method, Selecting
+from diffora.results import figures
+from diffora.tasks.glue import TaskSpec, compute_metrics
+from diffora.tasks.sources import load_rows
+from diffora.tasks.tokenise import Collator, tokenise
+from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
+from diffora.training.data import FineTuneData, SearchData, held_out_split, split_hash, split_search
+from diffora.training.finetune import FineTuneModule, FineTuneSettings
+from diffora.training.loggers import Loggers
+from diffora.training.progress import ProgressBar
+from diffora.training.search import SearchModule, SearchSettings
+
+log = logging.getLogger(__name__)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: rank 0 of however many there are."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@dataclass
+class Parts:
+    """What both stages of a run work on."""
+
+    cfg: DictConfig
+    folder: Path
+    spec: TaskSpec
+    model: nn.Module
+    grid: Grid
+    train: datasets.Dataset
+    validation: dict[str, datasets.Dataset]
+    collator: Collator
+    data_hash: str
+    first_step_at: float | None = None
+
+    @classmethod
+    def load(cls, cfg: DictConfig, folder: Path, spec: TaskSpec) -> "Parts":
+        """Load data and backbone. The head's first weights are drawn from torch's global generator.
+
+        Raises:
+            UserError: whatever is wrong with data, model, grid or a given selection.
+        """
+        sizes = {key: cfg.task[key] for key in ("train_rows", "validation_rows") if key in cfg.task}
+        rows = load_rows(spec, cfg.task.get("path"), cfg.task.max_train_rows, **sizes)
+        model = models.load_classifier(cfg.model, spec.num_labels)
+        grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates))
+        if isinstance(path := cfg.method.get("selection"), str):
+            Selection.load(Path(path)).check_fits(grid, path)
+        tokenizer = models.load_tokenizer(cfg.model)
+        length = cfg.task.max_length
+        return cls(
+            cfg,
+            folder,
+            spec,
+            model,
+            grid,
+            tokenise(rows.train, spec, tokenizer, length),
+            {name: tokenise(split, spec, tokenizer, length) for name, split in rows.validation.items()},
+            Collator(tokenizer.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1),
+            rows.data_hash,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, or mean squared error for regression."""
+        if self.spec.is_regression:
+            return F.mse_loss(logits.squeeze(-1).float(), labels.float())
+        return F.cross_entropy(logits.float(), labels)
+
+
+# --- stage 1 ---
+
+
+def search(parts: Parts, method: Method, loggers: Loggers) -> tuple[Selection, float]:
+    """Search the DAM and discretise it. The model comes out as it went in.
+
+    Returns:
+        (selection, seconds).
+    """
+    cfg, s, grid, model, folder = parts.cfg, parts.cfg.search, parts.grid, parts.model, parts.folder
+    assert isinstance(method, Selecting)
+    file, seconds = folder / "selection.json", folder / "search.json"
+    if cfg.resume and file.is_file() and seconds.is_file():
+        log.info(f"search: finished already, using {file}")
+        return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
+
+    split = split_search(len(parts.train), cfg.seed, s.valid_fraction, s.fraction)
+    k = method.k(grid)
+
+    def selection(gamma: Tensor) -> Selection:
+        gamma_bar = relax(gamma.detach().cpu())
+        provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
+        return Selection.from_mask(
+            grid,
+            discretise(gamma_bar, k),
+            method=method.name,
+            k=k,
+            rho=method.rho,
+            seed=cfg.seed,
+            gamma_bar=gamma_bar.tolist(),
+            split_hash=split_hash(*split),
+            config=provenance | {"search": config.plain(cfg)["search"]},
+        )
+
+    head = {
+        name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
+        for name in models.head_modules(model)
+    }
+    everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+    attached = attach(model, grid.names, everything, s.rank, None, method.alpha)
+    layers = [[layer for layer in row if layer is not None] for row in attached]
+    settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate)
+    module = SearchModule(model, layers, grid.types, parts.loss, settings, cfg.seed)
+    data = SearchData(
+        parts.train, parts.collator, split, s.batch_size, cfg.seed, s.train_steps, cfg.trainer.num_workers
+    )
+    log.info(
+        f"search: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} training rows"
+    )
+    stage_loggers = loggers.of_stage("search")
+    pictures = DamPictures(selection, lambda found, step: loggers.dam(found, step, stage_loggers))
+    shown = ("search/train_loss", "search/valid_loss", "search/entropy")
+    fit(parts, "search", module, data, [pictures, ProgressBar("search", "round", shown)], stage_loggers)
+    module.close_gates()
+    found = selection(module.gamma)
+    if is_main():
+        names = list(grid.types)
+        rounds, points = [at for at, _ in module.trajectory], [rows for _, rows in module.trajectory]
+        write_text(
+            folder / "trajectory.json", json.dumps({"types": names, "rounds": rounds, "gamma_bar": points}) + "\n"
+        )
+        figures.save_png(folder / "gamma.png", figures.gamma_trajectories(module.trajectory, names))
+        if cfg.method.get("warm_start"):
+            _save_searched(parts, relax(module.gamma.detach()).cpu(), layers)
+        found.save(file)
+        write_text(seconds, json.dumps({"seconds": module.elapsed}) + "\n")  # last: says that all of it is there
+    detach(model)
+    for name, state in head.items():
+        model.get_submodule(name).load_state_dict(state)
+    return found, module.elapsed
+
+
+def _save_searched(parts: Parts, gamma_bar: Tensor, layers: list[list[LowRankLinear]]) -> None:
+    """Keep the searched A and B, the gate folded into B, for ``method.warm_start``."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for names, row, gates in zip(parts.grid.names, layers, gamma_bar, strict=True):
+        for name, layer, gate in zip(names, row, gates, strict=True):
+            tensors[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
+            tensors[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
+    with atomic(parts.folder / "selection.safetensors") as scratch:
+        save_file(tensors, scratch)
+
+
+def warm_start(parts: Parts, selection: Selection) -> None:
+    """Give the selected modules the A and B that the search ended with, in place."""
+    from safetensors.torch import load_file
+
+    given = parts.cfg.method.selection
+    file = (Path(given) if given else parts.folder / "selection.json").with_suffix(".safetensors")
+    if not file.is_file():
+        raise UserError(f"method.warm_start=true needs {file}, which a search with method.warm_start=true leaves")
+    tensors, layers = load_file(file), dict(lowrank_layers(parts.model))
+    for names, flags in zip(parts.grid.names, selection.mask().tolist(), strict=True):
+        for name, flag in zip(names, flags, strict=True):
+            if not flag:
+                continue
+            layer, lora_a = layers[name], tensors[f"{name}.lora_a"]
+            if len(lora_a) != layer.rank:
+                raise UserError(
+                    f"method.warm_start=true: the search had rank {len(lora_a)}, rank={layer.rank} does not"
+                )
+            layer.lora_a.data.copy_(lora_a)
+            layer.lora_bt.data.copy_(tensors[f"{name}.lora_bt"])
+
+
+class DamPictures(L.Callback):
+    """Sends the picture of the DAM to the loggers after each round of the search."""
+
+    def __init__(self, selection: Callable[[Tensor], Selection], send: Callable[[Selection, int], None]) -> None:
+        self.selection, self.send = selection, send
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, SearchModule)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a tie on the way is none of the user's business
+                selection = self.selection(pl_module.gamma)
+            self.send(selection, trainer.current_epoch + 1)
+
+
+# --- stage 2 ---
+
+
+def finetune(parts: Parts, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
+    """Train what the method left trainable, and evaluate after each epoch."""
+    cfg, f = parts.cfg, parts.cfg.finetune
+    official = next(iter(parts.validation.values()))
+    module = FineTuneModule(
+        parts.model,
+        parts.loss,
+        lambda logits, labels: compute_metrics(parts.spec, logits, labels),
+        parts.spec.main_metric,
+        list(parts.validation),
+        held_out_split(len(official), cfg.seed),
+        FineTuneSettings(f.lr, f.weight_decay, warmup_steps(cfg, len(parts.train)), f.early_stop),
+        cfg.seed,
+    )
+    rows = f.batch_size // f.accumulate
+    data = FineTuneData(
+        parts.train, parts.validation, parts.collator, rows, 2 * rows, cfg.seed, cfg.trainer.num_workers
+    )
+    log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {len(parts.train)} rows")
+    progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.spec.main_metric}"))
+    extra = {"gradient_clip_val": f.clip, "accumulate_grad_batches": f.accumulate}
+    fit(parts, "finetune", module, data, [progress], loggers.of_stage("finetune"), **extra)
+    return module
+
+
+def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
+    """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it."""
+    f = cfg.finetune
+    steps = -(-n_rows // f.batch_size) * f.epochs
+    given: int = f.warmup_steps
+    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
+        log.info(f"fine-tune: {given} warm-up steps, the recipe's, do not suit a run of {steps}: taking {steps // 10}")
+        return steps // 10
+    return given
+
+
+# --- both ---
+
+
+def fit(
+    parts: Parts,
+    stage: str,
+    module: Stage,
+    data: L.LightningDataModule,
+    callbacks: list[L.Callback],
+    loggers: list[Any],
+    **extra: Any,
+) -> None:
+    """Fit one stage, from its newest checkpoint where the run resumes.
+
+    Raises:
+        UserError: the loss was not finite, or memory ran out.
+    """
+    t, settings = parts.cfg.trainer, parts.cfg[stage]
+    folder = parts.folder / "checkpoints"
+    newest = newest_checkpoint(folder, stage) if parts.cfg.resume else None
+    if newest is not None:
+        log.info(f"{stage}: continuing from {newest[0]}")
+        if module.restore_if_over(newest[1], settings.epochs):
+            return
+    trainer = L.Trainer(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        strategy=t.strategy,
+        precision=t.precision,
+        deterministic=t.deterministic,
+        max_epochs=settings.epochs,
+        logger=loggers or False,
+        callbacks=[*callbacks, Checkpoints(folder, stage)],
+        plugins=[DigestCheckpointIO()],
+        default_root_dir=parts.folder,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        detect_anomaly="debug" in parts.cfg and parts.cfg.debug.detect_anomaly,
+        **extra,
+    )
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=None if newest is None else newest[0], weights_only=True)
+    except NonFiniteLoss as error:
+        good = newest_checkpoint(folder, stage)
+        kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
+        raise UserError(
+            f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {settings.lr:g})"
+            + (" or trainer.precision=32-true" if t.precision != "32-true" else "")
+        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"{stage}: out of memory at {stage}.batch_size={settings.batch_size}; "
+            f"{stage}.accumulate={2 * settings.accumulate} halves the memory of a step and keeps the batch"
+        ) from error
+    except SystemExit as error:  # what Lightning makes of ctrl-C
+        raise KeyboardInterrupt from error
+    if parts.first_step_at is None:
+        parts.first_step_at = module.first_step_at
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say of themselves at every start, so that what concerns the user can be seen."""
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
