@@ -1,10 +1,10 @@
-"""Is `tiny` on the paraphrase task a fair playing field? Prints validation accuracy, mean ± standard deviation over the seeds.
+"""Is `tiny` on the paraphrase task a fair playing field? Validation accuracy, mean ± standard deviation over the seeds.
 
     python scripts/check_tiny.py                      # frozen backbone, LoRA on every module, full fine-tuning
     python scripts/check_tiny.py --methods lora       # one of them
-    python scripts/check_tiny.py --methods modules    # LoRA on a single kind of module at a time: does the place matter?
+    python scripts/check_tiny.py --methods modules    # LoRA on one kind of module at a time: does the place matter?
 
-Pooler and classifier are trained in every method. Plain torch loop; the last epoch counts, none is chosen on validation.
+Pooler and classifier are trained in every method. Plain torch loop; the last epoch counts, none is picked.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -35,7 +36,8 @@ def kind_of(name: str) -> str | None:
 
 def encode(folder: Path, rows: dict[str, list]) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (rows, longest), labels (rows)."""
-    tokens = AutoTokenizer.from_pretrained(folder)(rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt")
     return {**tokens, "labels": torch.tensor(rows["label"])}
 
 
@@ -58,7 +60,8 @@ def build(folder: Path, method: str, rank: int) -> torch.nn.Module:
 
     wanted = KINDS if method == "lora" else (method,)
     targets = [name for name, _ in model.named_modules() if kind_of(name) in wanted]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(HEAD)))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(HEAD))
+    return get_peft_model(model, config)
 
 
 def accuracy(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> float:
@@ -72,9 +75,10 @@ def accuracy(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> float:
     return right / len(data["labels"])
 
 
-def train(folder: Path, method: str, seed: int, data: dict[str, dict[str, torch.Tensor]], args: argparse.Namespace) -> dict:
+def train(method: str, seed: int, data: dict[str, dict[str, torch.Tensor]], args: argparse.Namespace) -> dict:
+    """One run: its last validation accuracy, the mean seconds of an epoch and the number of trained parameters."""
     torch.manual_seed(seed)
-    model = build(folder, method, args.rank)
+    model = build(args.model, method, args.rank)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head = [p for n, p in trained if any(part in n.split(".") for part in HEAD)]
     body = [p for n, p in trained if not any(part in n.split(".") for part in HEAD)]
@@ -96,14 +100,16 @@ def train(folder: Path, method: str, seed: int, data: dict[str, dict[str, torch.
             schedule.step()
         seconds += time.perf_counter() - start
         curve.append(accuracy(model, data["validation"]))
-    print(f"{method} seed {seed}: {' '.join(f'{100 * a:.1f}' for a in curve)}  {seconds / args.epochs:.1f} s/epoch", file=sys.stderr)
+    percent = " ".join(f"{100 * a:.1f}" for a in curve)
+    print(f"{method} seed {seed}: {percent}  {seconds / args.epochs:.1f} s/epoch", file=sys.stderr, flush=True)
     return {"accuracy": curve[-1], "seconds": seconds / args.epochs, "parameters": sum(p.numel() for _, p in trained)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "src/diffora/assets/tiny")
-    parser.add_argument("--methods", nargs="+", default=["frozen", "lora", "full"], help="frozen, lora, full, modules, or a kind of module")
+    methods_help = "frozen, lora, full, modules, or a kind of module"
+    parser.add_argument("--methods", nargs="+", default=["frozen", "lora", "full"], help=methods_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -117,11 +123,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     methods = [m for method in args.methods for m in (KINDS if method == "modules" else (method,))]
     data = {name: encode(args.model, rows) for name, rows in splits(args.train_rows, args.validation_rows).items()}
     print("| method | trained parameters | validation accuracy (%) | seconds per epoch |\n|---|---|---|---|")
     for method in methods:
-        runs = [train(args.model, method, seed, data, args) for seed in args.seeds]
+        runs = [train(method, seed, data, args) for seed in args.seeds]
         scores = [100 * run["accuracy"] for run in runs]
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
         seconds = statistics.mean(run["seconds"] for run in runs)

@@ -1,8 +1,10 @@
-"""Makes the `tiny` backbone: masked language modelling of a small DeBERTa on text of the generated grammar, on CPU.
+"""Makes the `tiny` backbone: a small DeBERTa pretrained on plain text of the generated grammar, on CPU.
 
     python scripts/pretrain_tiny.py            # the shipped folder, src/diffora/assets/tiny
 
-The text is `diffora.tasks.paraphrase.corpus`: stories of one or two sentences, written afresh for every step and free of labels.
+The text is `diffora.tasks.paraphrase.corpus`: stories of one or two sentences, written afresh for every step and free
+of labels. Stage one is masked language modelling; stage two adds DeBERTa-v3's objective, to tell which words of the
+text have been replaced. Nothing else is trained on: no pair is ever marked as a paraphrase or not.
 """
 
 import argparse
@@ -34,7 +36,10 @@ FUNCTION_IDS = torch.tensor([*range(5), *(VOCABULARY.index(w) + 5 for w in FUNCT
 
 @dataclass(frozen=True)
 class Stage:
-    """How words are hidden: the share asked for, and of these masked and replaced; `detect` weighs the loss on replaced words."""
+    """How words are hidden: the share asked for, and of these the shares masked and replaced.
+
+    `nearby` and `confused` say where replacements come from (see `corrupt`); `detect` weighs the loss of finding them.
+    """
 
     name: str
     steps: int
@@ -43,6 +48,7 @@ class Stage:
     masked: float
     replaced: float
     nearby: float = 0.0
+    confused: float = 0.0
     detect: float = 0.0
 
 
@@ -107,30 +113,34 @@ def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
             yield torch.tensor([row + [PAD] * (len(chosen[-1]) - len(row)) for row in chosen])
 
 
-def corrupt(ids: torch.Tensor, stage: Stage, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def corrupt(
+    ids: torch.Tensor, stage: Stage, confusion: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs, and which words are asked for (both rows, length): asked words are masked, replaced or kept.
 
-    A replacement is any word of the vocabulary or, in the share `nearby` of cases, a word of the same story.
+    A replacement is a word of the same story (in the share `nearby` of cases), a word that the model itself has taken
+    the right one for (`confused`; row w of `confusion`, words x words, weighs what it predicted where w was right), or
+    any word.
     """
     rand = partial(torch.rand, ids.shape, generator=generator)
     asked = (rand() < stage.rate) & (ids >= len(SPECIAL))
-    other = torch.randint(len(SPECIAL), len(SPECIAL) + len(VOCABULARY), ids.shape, generator=generator)
-    if stage.nearby:
-        content = (~torch.isin(ids, FUNCTION_IDS)).float()
-        place = torch.multinomial(content, ids.shape[1], replacement=True, generator=generator)
-        other = torch.where(rand() < stage.nearby, ids.gather(1, place), other)
     how = rand()
+    other = torch.randint(len(SPECIAL), len(SPECIAL) + len(VOCABULARY), ids.shape, generator=generator)
+    if stage.nearby or stage.confused:
+        content = (~torch.isin(ids, FUNCTION_IDS)).float()
+        near = ids.gather(1, torch.multinomial(content, ids.shape[1], replacement=True, generator=generator))
+        taken = torch.multinomial(confusion[ids.flatten()], 1, generator=generator).view_as(ids)
+        which = rand()
+        other = torch.where(which < stage.nearby, near, other)
+        other = torch.where((which >= stage.nearby) & (which < stage.nearby + stage.confused), taken, other)
     inputs = ids.masked_fill(asked & (how < stage.masked), MASK)
     return torch.where(asked & (how >= stage.masked) & (how < stage.masked + stage.replaced), other, inputs), asked
 
 
-def train(encoder: DebertaV2Model, stage: Stage, args: argparse.Namespace, seed: int) -> float:
-    """One stage, with new heads; returns the running mean of the masked-language-modelling loss."""
-    torch.manual_seed(seed)
+def train(whole: DebertaV2ForMaskedLM, stage: Stage, args: argparse.Namespace, seed: int) -> float:
+    """One stage; returns the running mean of the masked-language-modelling loss."""
     generator = torch.Generator().manual_seed(seed)
-    whole = DebertaV2ForMaskedLM(encoder.config).train()
-    whole.deberta = encoder
-    whole.tie_weights()
+    encoder = whole.train().deberta
     detector = torch.nn.Linear(encoder.config.hidden_size, 1)
     parameters = [*whole.parameters(), *(detector.parameters() if stage.detect else ())]
     groups = [
@@ -139,6 +149,7 @@ def train(encoder: DebertaV2Model, stage: Stage, args: argparse.Namespace, seed:
     ]
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98), fused=True)
     warmup = max(1, stage.steps // 20)
+    confusion = torch.full((len(SPECIAL) + len(VOCABULARY),) * 2, 1e-3)
 
     def factor(step: int) -> float:
         return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / stage.steps))))
@@ -146,9 +157,14 @@ def train(encoder: DebertaV2Model, stage: Stage, args: argparse.Namespace, seed:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     start, mean, mean_detect = time.perf_counter(), math.log(len(VOCABULARY)), math.log(2)
     for step, ids in enumerate(islice(batches(args.batch_size, seed), stage.steps), 1):
-        inputs, asked = corrupt(ids, stage, generator)
+        inputs, asked = corrupt(ids, stage, confusion, generator)
         hidden = encoder(inputs, attention_mask=(ids != PAD).long()).last_hidden_state
-        loss = torch.nn.functional.cross_entropy(whole.cls(hidden[asked]), ids[asked])
+        logits = whole.cls(hidden[asked])
+        loss = torch.nn.functional.cross_entropy(logits, ids[asked])
+        if stage.confused:
+            masked = inputs[asked] == MASK
+            confusion.index_add_(0, ids[asked][masked], logits.detach()[masked].softmax(-1))
+            confusion.fill_diagonal_(0)[:, : len(SPECIAL)] = 0
         mean += (loss.item() - mean) * 0.02
         if stage.detect:
             seen = (inputs >= len(SPECIAL)).nonzero(as_tuple=True)
@@ -182,7 +198,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6000, help="of masked language modelling")
-    parser.add_argument("--detect-steps", type=int, default=3000, help="after these, with replaced words to be found too")
+    parser.add_argument("--detect-steps", type=int, default=3000, help="then, with replaced words to be found")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--detect-lr", type=float, default=1e-3)
@@ -196,20 +212,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    torch.manual_seed(args.seed)
-    if args.start:
-        encoder = DebertaV2Model.from_pretrained(args.start).train()
-    else:
-        encoder = DebertaV2Model(build_config(args.layers, args.hidden, args.intermediate, args.heads)).train()
     stages = (
         Stage("masked", args.steps, args.lr, rate=0.2, masked=0.7, replaced=0.2),
-        Stage("detect", args.detect_steps, args.detect_lr, rate=0.25, masked=0.5, replaced=0.4, nearby=0.5, detect=5.0),
-    )
-    loss = float("nan")
+        Stage(
+            "detect", args.detect_steps, args.detect_lr, rate=0.25, masked=0.5, replaced=0.4,
+            nearby=0.4, confused=0.4, detect=5.0,
+        ),
+    )  # fmt: skip
+    encoder = DebertaV2Model.from_pretrained(args.start) if args.start else None
     for number, stage in enumerate(stages):
-        if stage.steps:
-            loss = train(encoder, stage, args, args.seed + number)
-            save(encoder, args.output)
+        if not stage.steps:
+            continue
+        torch.manual_seed(args.seed + number)
+        whole = DebertaV2ForMaskedLM(build_config(args.layers, args.hidden, args.intermediate, args.heads))
+        if encoder is not None:  # each stage starts with new heads
+            whole.deberta.load_state_dict(encoder.state_dict())
+        loss = train(whole, stage, args, args.seed + number)
+        encoder = whole.deberta
+        save(encoder, args.output)
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"loss {loss:.3f}, {time.perf_counter() - start:.0f} s, {size / 2**20:.2f} MiB in {args.output}")
 

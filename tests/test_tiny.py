@@ -71,7 +71,7 @@ def test_the_tokenizer_is_word_level_and_knows_every_word(tokenizer, encoder):
     assert not any(tokenizer.unk_token_id in row for row in ids)
     assert tokenizer("the zeppelin")["input_ids"].count(tokenizer.unk_token_id) == 1
     words = tokenizer.convert_ids_to_tokens(tokenizer("the cook left", "the nurse won")["input_ids"])
-    assert words == "[CLS] the cook left [SEP] the nurse won [SEP]".split()
+    assert " ".join(words) == "[CLS] the cook left [SEP] the nurse won [SEP]"
 
 
 def test_padding_changes_nothing(tokenizer, encoder):
@@ -91,7 +91,7 @@ def _hidden(encoder, tokenizer, pairs: list[tuple[str, str]]) -> torch.Tensor:
 
 
 def _reads_the_first_sentence(encoder, tokenizer) -> float:
-    """How often a masked agent of a passive restatement looks, by its hidden state, like the agent and not like the patient."""
+    """How often the masked agent of a passive restatement is, by its hidden state, like the agent, not the patient."""
     people = [row[0] for row in paraphrase.PEOPLE]
     verbs = [row[0] for row in paraphrase.ACTS]
     right, asked = 0, 0

@@ -1,9 +1,10 @@
-"""The generated paraphrase task: deterministic, balanced, free of word-overlap cues, and labelled as the sentences mean."""
+"""The generated paraphrase task: deterministic, balanced, without word-overlap cues, labelled as the sentences mean."""
 
 import random
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import pytest
 from diffora.tasks import paraphrase
 from diffora.tasks.paraphrase import VOCABULARY, changes, corpus, draw, generate, render, splits
 
+SOURCE = paraphrase.__file__.rsplit("/diffora/", 1)[0]
+
 
 def concepts(*tables) -> dict[str, str]:
     """Every word of the tables -> the first word of its row."""
     return {word: row[0] for table in tables for row in table for word in row}
 
 
-# ------------------------------------------------------------------- an independent reader of the grammar (regular expressions)
+# ---- an independent reader of the grammar (regular expressions) ----------------------------------
 
 NOUN, TRAIT = concepts(paraphrase.PEOPLE), concepts(paraphrase.TRAITS)
 THING, PLACE, TIME = concepts(paraphrase.THINGS), concepts(paraphrase.PLACES), concepts(paraphrase.TIMES)
@@ -29,22 +32,21 @@ POLE = {
     for word in row[pole]
 }
 IRREGULAR = {
-    "hurried": "hurry", "defied": "defy", "left": "leave", "won": "win", "lost": "lose", "sold": "sell", "bought": "buy",
-    "lent": "lend", "gave": "give", "given": "give",
+    "hurried": "hurry", "defied": "defy", "left": "leave", "won": "win", "lost": "lose", "sold": "sell",
+    "bought": "buy", "lent": "lend", "gave": "give", "given": "give",
 }  # fmt: skip
-BASE = {verb: verb for verb in [*PLAIN, *POLE]} | {v + "ed": v for v in [*PLAIN, *POLE]} | {v + "d": v for v in [*PLAIN, *POLE]}
-BASE |= IRREGULAR
+BASE = {verb + ending: verb for verb in [*PLAIN, *POLE] for ending in ("", "ed", "d")} | IRREGULAR
 
 
 def read(sentence: str) -> tuple:
     """What a sentence says, in a form that is equal for paraphrases."""
-    for opening, link in (("before", "before"), ("after", "after"), ("because", "because")):
-        if sentence.startswith(opening + " "):
-            one, two = sentence.removeprefix(opening + " ").split(" , ")
+    for link in ("before", "after", "because"):
+        if sentence.startswith(link + " "):
+            one, two = sentence.removeprefix(link + " ").split(" , ")
             return ordered(link, two, one)
-    for joint, link in ((" , so ", "so"), (" and ", "and"), (" before ", "before"), (" after ", "after"), (" because ", "because")):
-        if joint in sentence:
-            return ordered(link, *sentence.split(joint))
+    for link in ("so", "and", "before", "after", "because"):
+        if f" {link} " in sentence:
+            return ordered(link, *sentence.replace(" , so ", " so ").split(f" {link} "))
     return read_clause(sentence)
 
 
@@ -92,7 +94,7 @@ def read_clause(text: str) -> tuple:
         row, first = POLE[verb]
         a, b = people if first else people[::-1]
         return ("compare", row, a, b)
-    roles = {"subject": subject} | {word: p for word, p in zip(rest, rest[1:], strict=False) if p.startswith("P")}
+    roles = {"subject": subject} | {word: p for word, p in pairwise(rest) if p.startswith("P")}
     loose = [w for i, w in enumerate(rest) if w.startswith("P") and (i == 0 or rest[i - 1] not in ("by", "to", "from"))]
     if verb in POLE and POLE[verb][0] in concepts(row[0] for row in paraphrase.GIVES):
         row, giving = POLE[verb]
@@ -130,8 +132,8 @@ BY_HAND = [
     ("the poet won , so the cook left", "the cook left because the poet did not lose", 1),
     ("the poet won , so the cook left", "because the cook left , the poet won", 0),
     ("the poet won and the cook stayed", "the chef did not leave and the poet won", 1),
-    ("the nurse did not help the boy and the cook called the king", "the cook phoned the king and the lad was not assisted by the nurse", 1),
-    ("the nurse did not help the boy and the cook called the king", "the nurse helped the boy and the cook did not call the king", 0),
+    ("the nurse did not help the boy and the cook won", "the cook did not lose and the lad was not helped by the nurse", 1),
+    ("the nurse did not help the boy and the cook won", "the nurse helped the boy and the cook did not win", 0),
 ]  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def test_renderings_of_one_meaning_agree_and_every_change_differs():
     assert seen == {"roles", "nouns", "traits", "places", "pole", "order", "who", "whom", "negation"}
 
 
-# --------------------------------------------------------------------------------------------------------- form of the columns
+# ---- form of the columns -------------------------------------------------------------------------
 
 
 def test_columns_are_those_of_mrpc_and_labels_are_balanced():
@@ -183,21 +185,25 @@ def test_the_seed_decides():
 
 
 def test_it_does_not_depend_on_the_hash_seed():
-    code = "from diffora.tasks.paraphrase import splits; import hashlib; print(hashlib.sha256(repr(splits(40, 10)).encode()).hexdigest())"
-    path = str(next(p for p in map(str, paraphrase.__spec__.submodule_search_locations or [paraphrase.__file__])))
-    source = path.rsplit("/diffora/", 1)[0]
-    digests = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": h, "PYTHONPATH": source}, capture_output=True, text=True).stdout
-        for h in ("1", "2")
+    code = "from diffora.tasks.paraphrase import splits; print(splits(40, 10))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": SOURCE},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
     }
-    assert len(digests) == 1
-    assert digests != {""}
+    assert printed == {f"{splits(40, 10)}\n"}
 
 
 def test_no_pair_is_in_both_splits_nor_twice_in_one():
-    # Short sentences only, so that chance would repeat pairs if nothing prevented it.
     data = splits(4000, 1000)
-    train, validation = ([frozenset(p) for p in zip(d["sentence1"], d["sentence2"], strict=True)] for d in data.values())
+    train, validation = (
+        [frozenset(pair) for pair in zip(rows["sentence1"], rows["sentence2"], strict=True)] for rows in data.values()
+    )
     assert len(set(train)) == len(train) == 4000
     assert len(set(validation)) == len(validation) == 1000
     assert not set(train) & set(validation)
@@ -211,7 +217,8 @@ def test_every_word_is_in_the_vocabulary_and_sentences_fit():
     assert list(VOCABULARY) == sorted(set(VOCABULARY))
     assert len(VOCABULARY) < 400
     assert len(words) > 0.95 * len(VOCABULARY), "no words without use"
-    assert max(len(a.split()) + len(b.split()) + 3 for a, b in zip(rows["sentence1"], rows["sentence2"], strict=True)) <= 64
+    pairs = zip(rows["sentence1"], rows["sentence2"], strict=True)
+    assert max(len(f"{a} {b}".split()) + 3 for a, b in pairs) <= 64
 
 
 def test_the_corpus_carries_text_only():
@@ -225,11 +232,10 @@ def test_the_corpus_carries_text_only():
 
 def test_importing_the_task_does_not_import_torch():
     code = "import sys, diffora.tasks.paraphrase; sys.exit('torch' in sys.modules)"
-    source = paraphrase.__file__.rsplit("/diffora/", 1)[0]
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": SOURCE}, check=False).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------- words alone must not be enough
+# ---- words alone must not be enough --------------------------------------------------------------
 
 
 def bag_features(rows: dict[str, list], fold: dict[str, str]) -> np.ndarray:
@@ -242,7 +248,8 @@ def bag_features(rows: dict[str, list], fold: dict[str, str]) -> np.ndarray:
                 counts[side, row, column[fold.get(word, word)]] += 1
     a, b = counts
     shared, apart = np.minimum(a, b), np.abs(a - b)
-    sums = np.stack([shared.sum(1), apart.sum(1), shared.sum(1) / np.maximum(a, b).sum(1), np.abs(a.sum(1) - b.sum(1))], 1)
+    overlap, longer = shared.sum(1) / np.maximum(a, b).sum(1), np.abs(a.sum(1) - b.sum(1))
+    sums = np.stack([shared.sum(1), apart.sum(1), overlap, longer], 1)
     return np.concatenate([a + b, apart, shared, sums], 1)
 
 

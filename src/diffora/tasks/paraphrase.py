@@ -1,8 +1,8 @@
 """A generated language task: do two sentences say the same thing?
 
-Columns are those of GLUE MRPC (``sentence1``, ``sentence2``, ``label``, ``idx``; label 1 = paraphrase), nothing is downloaded, and
-the words alone do not give the answer away: a pair is made of two *renderings*, and whether they mean the same is a matter of who
-did what to whom, not of which words occur.
+Columns are those of GLUE MRPC (``sentence1``, ``sentence2``, ``label``, ``idx``; label 1 = paraphrase), nothing is
+downloaded, and the words alone do not give the answer away: whether two sentences mean the same is a matter of who did
+what to whom, not of which words occur.
 
 A meaning is one clause or two joined by "and", "before" or "because". A clause is one of six kinds:
 
@@ -17,13 +17,13 @@ move      the boy walked from the barn to the river   the lad strolled to the st
 compare   the judge was older than the king           the king was younger than the judge
 ========  ==========================================  =======================================================
 
-Renderings choose freely among synonyms, active or passive voice, antonym with "not", converse verbs, adjective or relative
-clause, place and time in front or at the end, and "A before B" / "B after A" / "before A , B" and the like.
+Renderings choose freely among synonyms, active or passive voice, antonym with "not", converse verbs, adjective or
+relative clause, place and time in front or at the end, and "A before B" / "B after A" / "before B , A" and the like.
 
-A positive pair renders one meaning twice. A negative pair renders a meaning and a *changed* meaning (see :func:`changes`) made of
-the same concepts: roles swapped, adjectives exchanged or moved, two clauses' participants exchanged, the negation moved to the
-other clause, the order of events or of cause and effect reversed, or one pole turned to its opposite ("did not fail" / "failed").
-Both kinds of pair draw their meanings and renderings from the same distributions.
+A positive pair renders one meaning twice. A negative pair renders a meaning and a *changed* meaning (see
+:func:`changes`) made of the same concepts: roles swapped, adjectives exchanged or moved, two clauses' participants
+exchanged, the negation moved to the other clause, the order of events or of cause and effect reversed, or one pole
+turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings in the same way.
 
 The module also writes plain text for pretraining (:func:`corpus`), which carries no label. It imports no torch.
 """
@@ -45,12 +45,12 @@ TRAITS = (
     ("tall",), ("lonely",), ("blond",), ("clumsy",),
 )  # fmt: skip
 THINGS = (
-    ("coat", "jacket"), ("picture", "image"), ("boat", "ship"), ("rock", "stone"), ("carpet", "rug"), ("lamp",), ("violin",),
-    ("ladder",), ("clock",), ("basket",),
+    ("coat", "jacket"), ("picture", "image"), ("boat", "ship"), ("rock", "stone"), ("carpet", "rug"), ("lamp",),
+    ("violin",), ("ladder",), ("clock",), ("basket",),
 )  # fmt: skip
 PLACES = (
-    ("shop", "store"), ("harbor", "port"), ("forest", "woods"), ("river", "stream"), ("road", "street"), ("hotel", "inn"),
-    ("barn",), ("bridge",), ("castle",), ("library",), ("garden",), ("church",),
+    ("shop", "store"), ("harbor", "port"), ("forest", "woods"), ("river", "stream"), ("road", "street"),
+    ("hotel", "inn"), ("barn",), ("bridge",), ("castle",), ("library",), ("garden",), ("church",),
 )  # fmt: skip
 TIMES = (
     ("at noon", "at midday"),
@@ -61,15 +61,15 @@ TIMES = (
     ("on friday",),
 )
 ACTS = (
-    ("help", "assist"), ("call", "phone"), ("follow", "trail"), ("praise", "applaud"), ("hire", "employ"), ("warn", "alert"),
-    ("rescue", "save"), ("chase", "pursue"), ("watch", "observe"), ("push", "shove"), ("surprise", "astonish"), ("annoy", "irritate"),
-    ("thank",), ("visit",), ("greet",), ("attack",),
+    ("help", "assist"), ("call", "phone"), ("follow", "trail"), ("praise", "applaud"), ("hire", "employ"),
+    ("warn", "alert"), ("rescue", "save"), ("chase", "pursue"), ("watch", "observe"), ("push", "shove"),
+    ("surprise", "astonish"), ("annoy", "irritate"), ("thank",), ("visit",), ("greet",), ("attack",),
 )  # fmt: skip
 MOVES = (("walk", "stroll"), ("hurry", "rush"), ("travel", "journey"), ("march",), ("drift",))
 # One row per concept: the words of one pole, then those of its opposite.
 POLARS = (
-    (("trust",), ("distrust",)), (("obey",), ("disobey", "defy")), (("like",), ("dislike",)), (("notice",), ("overlook", "ignore")),
-    (("accept",), ("reject",)), (("include",), ("exclude",)),
+    (("trust",), ("distrust",)), (("obey",), ("disobey", "defy")), (("like",), ("dislike",)),
+    (("notice",), ("overlook", "ignore")), (("accept",), ("reject",)), (("include",), ("exclude",)),
 )  # fmt: skip
 STATES = (
     (("succeed",), ("fail",)), (("stay", "remain"), ("leave", "depart")), (("win", "prevail"), ("lose",)),
@@ -82,15 +82,19 @@ COMPARES = (
 )  # fmt: skip
 VERBS = {"act": ACTS, "polar": POLARS, "state": STATES, "give": GIVES, "move": MOVES, "compare": COMPARES}
 _IRREGULAR = {
-    "hurry": "hurried", "defy": "defied", "leave": "left", "win": "won", "lose": "lost", "sell": "sold", "buy": "bought",
-    "lend": "lent", "give": "gave",
+    "hurry": "hurried", "defy": "defied", "leave": "left", "win": "won", "lose": "lost", "sell": "sold",
+    "buy": "bought", "lend": "lent", "give": "gave",
 }  # fmt: skip
 _PARTICIPLE = {"give": "given"}
-FUNCTION_WORDS = "the who was than did not by near from to and before after because so ,".split()
+FUNCTION_WORDS = (
+    "the", "who", "was", "than", "did", "not", "by", "near", "from", "to", "and", "before", "after", "because",
+    "so", ",",
+)  # fmt: skip
 
-# How often a clause is of each kind, and how often a sentence has two clauses.
+# How often a clause is of each kind, and how often a sentence has two clauses: of the task, and of the plain text.
 KINDS = {"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}
-TWO_CLAUSES = 0.3
+TWO_CLAUSES = 0.2
+TWO_CLAUSES_IN_TEXT = 0.3
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Person:
 class Clause:
     """One fact. `holds` is False for a negated verb, or for the second pole of a `polar` or `state` verb.
 
-    `whom` is the patient, the receiver or the one compared with; `rest` holds the thing given, or the places from and to.
+    `whom` is the patient, the receiver or the one compared with; `rest` is the thing given, or the places from and to.
     """
 
     kind: str
@@ -118,7 +122,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Meaning:
-    """One fact, or two joined by "and" (either order), "before" (first, then second) or "because" (first is the cause)."""
+    """One fact, or two joined by "and" (any order), "before" (first, then second) or "because" (first is the cause)."""
 
     first: Clause
     link: str | None = None
@@ -130,12 +134,12 @@ class Meaning:
         return (self.link, tuple(sorted(clauses, key=repr) if self.link == "and" else clauses))
 
 
-# ---------------------------------------------------------------------------------------------------------- drawing a meaning
+# ---- drawing a meaning ---------------------------------------------------------------------------
 
 
-def draw(rng: random.Random, cast: list[Person] | None = None) -> Meaning:
+def draw(rng: random.Random, cast: list[Person] | None = None, two_clauses: float = TWO_CLAUSES) -> Meaning:
     """A random meaning; its people come from `cast` (4 different ones) if given."""
-    two = rng.random() < TWO_CLAUSES
+    two = rng.random() < two_clauses
     if cast is None:
         cast = draw_cast(rng, trait=0.35 if two else 0.6)
     if not two:
@@ -164,7 +168,7 @@ def _draw_clause(rng: random.Random, people: list[Person], adjuncts: bool) -> Cl
     return Clause(kind, rng.randrange(len(VERBS[kind])), people[0], whom, rest, holds, place, time)
 
 
-# --------------------------------------------------------------------------------------------------------- changing a meaning
+# ---- changing a meaning --------------------------------------------------------------------------
 
 
 def changes(meaning: Meaning) -> dict[str, Meaning]:
@@ -208,7 +212,7 @@ def _swap_traits(a: Person, b: Person) -> tuple[Person, Person]:
     return replace(a, trait=b.trait), replace(b, trait=a.trait)
 
 
-# -------------------------------------------------------------------------------------------------------- writing a meaning
+# ---- writing a meaning ---------------------------------------------------------------------------
 
 
 def render(meaning: Meaning, rng: random.Random) -> str:
@@ -307,7 +311,7 @@ def _compare(c: Clause, rng: random.Random) -> str:
 _CORES = {"act": _act, "polar": _act, "state": _state, "give": _give, "move": _move, "compare": _compare}
 
 
-# ------------------------------------------------------------------------------------------------------------ the public part
+# ---- the public part -----------------------------------------------------------------------------
 
 
 def generate(rows: int, seed: int) -> dict[str, list]:
@@ -326,19 +330,20 @@ def splits(train_rows: int = 4000, validation_rows: int = 1000, seed: int = 0) -
 def corpus(stories: int, seed: int) -> Iterator[tuple[str, ...]]:
     """Plain text without labels: little stories of one sentence (a fifth of them) or two.
 
-    Of the second sentences, three in four restate the first one in other words; the others tell something else of the same people.
+    Of the second sentences, three in four restate the first in other words; the others tell something else of the same
+    people.
     """
     rng = random.Random(f"corpus-{seed}")
     for _ in range(stories):
         cast = draw_cast(rng, trait=0.5)
-        meaning = draw(rng, cast)
+        meaning = draw(rng, cast, TWO_CLAUSES_IN_TEXT)
         kind = rng.random()
         if kind < 0.2:
             yield (render(meaning, rng),)
         elif kind < 0.8:
             yield (render(meaning, rng), render(meaning, rng))
         else:
-            yield (render(meaning, rng), render(draw(rng, rng.sample(cast, 4)), rng))
+            yield (render(meaning, rng), render(draw(rng, rng.sample(cast, 4), TWO_CLAUSES_IN_TEXT), rng))
 
 
 def _pairs(rows: int, rng: random.Random, taken: set[frozenset[str]]) -> list[tuple[str, str, int]]:

@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := train.py src tests scripts
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+venv: $(VENV)/.ready ## the environment in .venv, with the versions in constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch by itself first: where its exact version is at hand without CUDA, nothing larger is fetched
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: venv ## search and fine-tune on embedded data: no network, no GPU, about a minute
+	$(BIN)/python train.py experiment=quickstart
+
+test: venv ## all tests but the slow ones
+	$(BIN)/python -m pytest -q
+
+test-slow: venv ## the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
+
+lint: venv ## ruff and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+pretrain-tiny: venv ## remake the embedded backbone (src/diffora/assets/tiny)
+	$(BIN)/python scripts/pretrain_tiny.py
+
+clean: ## remove caches and the environment, keep outputs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+
+.PHONY: help venv quickstart test test-slow lint pretrain-tiny clean

@@ -1,0 +1,97 @@
+"""The bi-level gradients against closed forms and finite differences, in float64."""
+
+import torch
+
+from diffora.core.hypergradient import first_order, unrolled
+
+torch.manual_seed(0)
+N, M = 4, 3
+H = torch.randn(N, N, dtype=torch.float64)
+H = H @ H.T + torch.eye(N, dtype=torch.float64)  # Hessian of the training loss in w
+C = torch.randn(N, M, dtype=torch.float64)  # its mixed derivative in w and gamma
+P = torch.randn(N, N, dtype=torch.float64)
+P = P @ P.T  # Hessian of the validation loss in w
+Q = torch.randn(N, M, dtype=torch.float64)
+q = torch.randn(M, dtype=torch.float64)
+
+
+def losses(gamma):
+    """Quadratics: L_train = w'Hw/2 + w'C gamma, L_valid = w'Pw/2 + w'Q gamma + q'gamma."""
+
+    def train(params):
+        (w,) = params
+        return w @ H @ w / 2 + w @ C @ gamma
+
+    def valid(params):
+        (w,) = params
+        return w @ P @ w / 2 + w @ Q @ gamma + q @ gamma
+
+    return train, valid
+
+
+def leaves():
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(N, dtype=torch.float64, generator=generator, requires_grad=True)
+    gamma = torch.randn(M, dtype=torch.float64, generator=generator, requires_grad=True)
+    return w, gamma
+
+
+def test_first_order_is_the_partial_derivative():
+    w, gamma = leaves()
+    _, valid = losses(gamma)
+    torch.testing.assert_close(first_order(valid([w]), gamma), (Q.T @ w + q).detach())
+    assert w.grad is None and gamma.grad is None
+
+
+def test_unrolled_equals_the_closed_form_of_the_quadratic():
+    w, gamma = leaves()
+    train, valid = losses(gamma)
+    xi = 0.1
+    stepped = (w - xi * (H @ w + C @ gamma)).detach()
+    expected = Q.T @ stepped + q - xi * C.T @ (P @ stepped + Q @ gamma.detach())
+    torch.testing.assert_close(unrolled(train, valid, [w], gamma, xi), expected)
+    assert w.grad is None and gamma.grad is None
+
+
+def test_unrolled_with_a_zero_step_is_first_order():
+    w, gamma = leaves()
+    train, valid = losses(gamma)
+    torch.testing.assert_close(unrolled(train, valid, [w], gamma, 0.0), first_order(valid([w]), gamma))
+
+
+def test_unrolled_against_finite_differences_of_the_stepped_loss():
+    """On a problem that is not quadratic: the derivative of gamma -> L_valid(w - xi dL_train/dw, gamma)."""
+    w, gamma = leaves()
+    xi = 0.3
+
+    def train(params, g):
+        return (torch.tanh(params[0] @ C) * g).pow(2).sum() + params[0].pow(4).sum() / 4
+
+    def valid(params, g):
+        return torch.cosh((params[0] @ Q - g) / 3).sum()
+
+    def stepped_loss(g):
+        grad = torch.autograd.grad(train([w], g), w)[0]
+        return valid([w - xi * grad], g).detach()
+
+    exact = unrolled(lambda p: train(p, gamma), lambda p: valid(p, gamma), [w], gamma, xi)
+    eps = 1e-6
+    for j in range(M):
+        step = torch.zeros(M, dtype=torch.float64)
+        step[j] = eps
+        numeric = (stepped_loss(gamma.detach() + step) - stepped_loss(gamma.detach() - step)) / (2 * eps)
+        torch.testing.assert_close(exact[j], numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_many_unrolled_steps_approach_the_true_hypergradient():
+    """At the lower level's optimum w*(gamma) = -H^-1 C gamma the implicit gradient has a closed form; one unrolled step
+    from the optimum gives its first term of the Neumann series, and xi = H^-1 would give all of it."""
+    _, gamma = leaves()
+    train, valid = losses(gamma)
+    optimum = (-torch.linalg.solve(H, C @ gamma)).detach().requires_grad_()
+    implicit = Q.T @ optimum + q - C.T @ torch.linalg.solve(H, P @ optimum + Q @ gamma)
+    xi = 0.05
+    one_step = unrolled(train, valid, [optimum], gamma, xi)
+    series = Q.T @ optimum + q - xi * C.T @ (P @ optimum + Q @ gamma)
+    torch.testing.assert_close(one_step, series.detach())
+    assert (one_step - implicit).norm() < (first_order(valid([optimum]), gamma) - implicit).norm()

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+import torch
+from conftest import TYPES
+
+from diffora.core.grid import find_grid
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+
+
+@pytest.fixture
+def grid(deberta):
+    return find_grid(deberta(), "encoder.layer.*", TYPES)
+
+
+@pytest.fixture
+def selection(grid):
+    mask = torch.tensor([[True, False, True, False, False, True], [False, True, False, True, True, False]])
+    gamma_bar = torch.softmax(torch.randn(2, 6), -1).tolist()
+    return Selection.from_mask(grid, mask, method="diffora", k=3, rho=0.5, seed=7, gamma_bar=gamma_bar, split_hash="x")
+
+
+def test_saved_and_loaded_is_the_same(selection, tmp_path):
+    selection.save(tmp_path / "s.json")
+    assert Selection.load(tmp_path / "s.json") == selection
+
+
+def test_editing_the_file_changes_the_mask(selection, tmp_path):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    content["selected"][0] = [TYPES[1]]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    edited = Selection.load(tmp_path / "s.json")
+    assert edited.mask()[0].tolist() == [False, True, False, False, False, False]
+    assert torch.equal(edited.mask()[1], selection.mask()[1])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no selection file at"):
+        Selection.load(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', ""])
+def test_what_is_no_selection_is_refused(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(UserError, match=r"s\.json"):
+        Selection.load(tmp_path / "s.json")
+
+
+def test_all_faults_of_a_file_come_at_once(selection, tmp_path):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    del content["rho"]
+    content["colour"] = "blue"
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        Selection.load(tmp_path / "s.json")
+    assert "'rho' is missing" in str(error.value) and "unknown key 'colour'" in str(error.value)
+
+
+def test_an_unknown_module_names_its_layer(selection, tmp_path):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    content["selected"][1] = ["query"]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="layer 1 selects 'query', which is none of attention.self.query_proj"):
+        Selection.load(tmp_path / "s.json")
+
+
+def test_a_selection_of_another_model_does_not_fit(selection, deberta):
+    selection.check_fits(find_grid(deberta(), "encoder.layer.*", TYPES), "s.json")
+    with pytest.raises(UserError, match="made for 2 layers x 6 modules"):
+        selection.check_fits(find_grid(deberta(layers=3), "encoder.layer.*", TYPES), "s.json")
