@@ -90,28 +90,30 @@ def _hidden(encoder, tokenizer, pairs: list[tuple[str, str]]) -> torch.Tensor:
         return encoder(**tokenizer([a for a, _ in pairs], [b for _, b in pairs], return_tensors="pt")).last_hidden_state
 
 
-def _reads_the_first_sentence(encoder, tokenizer) -> float:
-    """How often the masked agent of a passive restatement is, by its hidden state, like the agent, not the patient."""
-    people = [row[0] for row in paraphrase.PEOPLE]
-    verbs = [row[0] for row in paraphrase.ACTS]
-    right, asked = 0, 0
-    for i, agent in enumerate(people):
-        patient, verb = people[(i + 7) % len(people)], verbs[i % len(verbs)]
-        one = f"the {agent} {paraphrase.past(verb)} the {patient}"
-        two = f"the {patient} was {paraphrase.past(verb)} by the "
-        state = _hidden(encoder, tokenizer, [(one, two + word) for word in ("[MASK]", agent, patient)])[:, -2]
-        alike = torch.cosine_similarity(state[:1], state[1:])
-        right, asked = right + int(alike[0] > alike[1]), asked + 1
-    return right / asked
+def _knows_the_agent(encoder, tokenizer) -> float:
+    """How often the masked agent of a passive restatement looks like the right person, by hidden states alone.
+
+    All the second sentences are "the [MASK] was helped by the [MASK]". The last mask stands for A after "A helped P"
+    and after "P was helped by A", and for P after "P helped A", whose people come in the order of the passive sentence.
+    """
+    people, verbs = [row[0] for row in paraphrase.PEOPLE], [paraphrase.past(row[0]) for row in paraphrase.ACTS]
+    right = 0
+    for i, a in enumerate(people):
+        p, verb = people[(i + 7) % len(people)], verbs[i % len(verbs)]
+        asked = f"the [MASK] was {verb} by the [MASK]"
+        told = (f"the {p} was {verb} by the {a}", f"the {a} {verb} the {p}", f"the {p} {verb} the {a}")
+        passive, active, other = (_hidden(encoder, tokenizer, [(one, asked)])[0, -2] for one in told)
+        right += int(torch.cosine_similarity(passive, active, dim=0) > torch.cosine_similarity(passive, other, dim=0))
+    return right / len(people)
 
 
 def test_it_has_learned_who_did_what_to_whom(tokenizer, encoder):
-    assert _reads_the_first_sentence(encoder, tokenizer) > 0.85
+    assert _knows_the_agent(encoder, tokenizer) > 0.85
 
 
 def test_an_untrained_model_of_the_same_shape_has_not(tokenizer, encoder):
     torch.manual_seed(0)
-    assert _reads_the_first_sentence(type(encoder)(encoder.config).eval(), tokenizer) < 0.75
+    assert _knows_the_agent(type(encoder)(encoder.config).eval(), tokenizer) < 0.75
 
 
 def test_hidden_states_depend_on_the_context(tokenizer, encoder):
@@ -119,4 +121,4 @@ def test_hidden_states_depend_on_the_context(tokenizer, encoder):
     states = _hidden(encoder, tokenizer, [(one, one), (two, one), (one, one)])
     same_word = states[:, 8]  # "cook" of the second sentence; only the first sentence differs
     assert torch.allclose(same_word[0], same_word[2], atol=1e-5)
-    assert torch.cosine_similarity(same_word[0], same_word[1], dim=0) < 0.98
+    assert torch.cosine_similarity(same_word[0], same_word[1], dim=0) < 0.99

@@ -132,7 +132,7 @@ BY_HAND = [
     ("the poet won , so the cook left", "the cook left because the poet did not lose", 1),
     ("the poet won , so the cook left", "because the cook left , the poet won", 0),
     ("the poet won and the cook stayed", "the chef did not leave and the poet won", 1),
-    ("the nurse did not help the boy and the cook won", "the cook did not lose and the lad was not helped by the nurse", 1),
+    ("the nurse did not help the boy and the cook won", "the cook won and the lad was not assisted by the nurse", 1),
     ("the nurse did not help the boy and the cook won", "the nurse helped the boy and the cook did not win", 0),
 ]  # fmt: skip
 

@@ -91,10 +91,9 @@ class FineTuneModule(Stage):
 
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()
-        scores: Metrics = {
-            "epoch": float(self.current_epoch + 1),
-            "train/loss": torch.stack(self._losses).mean().item() if self._losses else float("nan"),
-        }
+        train_loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
+        train_loss = self.trainer.strategy.reduce(train_loss, reduce_op="mean")
+        scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": train_loss.item()}
         self._losses = []
         for i, name in enumerate(self.splits):
             logits, labels = self._gather(self._outputs[i])
@@ -110,7 +109,7 @@ class FineTuneModule(Stage):
             self.best_state = self.trainable_state()
         if self.stalled:
             self.trainer.should_stop = True
-        self.log_dict(scores, rank_zero_only=True)
+        self.log_dict(scores, sync_dist=True)
 
     def _gather(self, outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Logits and labels of a whole split in row order, from all processes, on the CPU."""

@@ -201,7 +201,7 @@ class SearchModule(Stage):
         }
         for i, row in enumerate(gamma_bar.tolist()):
             values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
-        self.log_dict(values, rank_zero_only=True)
+        self.log_dict(values, sync_dist=True)
 
     def memory(self) -> dict[str, Any]:
         return {"trajectory": self.trajectory}

@@ -1,0 +1,158 @@
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TYPES, batch_of
+from torch.utils.data import DataLoader
+
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach
+from diffora.training.finetune import FineTuneModule, FineTuneSettings
+
+
+def accuracy(logits, labels):
+    return {"accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+
+
+def module_of(deberta, dropout=0.0, **changes):
+    model = deberta(dropout=dropout)
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout)
+    settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
+    halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
+    return FineTuneModule(
+        model, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0
+    )
+
+
+def fit(module, epochs=2, **extra):
+    train = [batch_of(8, seed=i) for i in range(5)]
+    rows = batch_of(24, seed=99)
+    order = torch.randperm(24)  # rows arrive in any order
+    valid = [{key: value[part] for key, value in rows.items()} for part in order.split(7)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **extra,
+    )
+    trainer.fit(module, DataLoader(train, batch_size=None), DataLoader(valid, batch_size=None))
+    return rows
+
+
+def test_history_scores_the_split_and_its_halves_whatever_the_order_of_rows(deberta):
+    module = module_of(deberta)
+    rows = fit(module)
+    module.eval()
+    with torch.no_grad():
+        logits = module._logits(rows)
+    last = module.history[-1]
+    assert last["validation/accuracy"] == pytest.approx(accuracy(logits, rows["labels"])["accuracy"])
+    for part, indices in zip(("choice", "held_out"), module.halves, strict=True):
+        assert last[f"{part}/accuracy"] == pytest.approx(accuracy(logits[indices], rows["labels"][indices])["accuracy"])
+    assert last["validation/loss"] == pytest.approx(F.cross_entropy(logits, rows["labels"]).item(), rel=1e-5)
+
+
+def test_best_state_is_the_best_epochs_weights(deberta):
+    module = module_of(deberta, lr=0.05)
+    states = []
+
+    class Keep(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            states.append(pl_module.trainable_state())
+
+    fit(module, epochs=6, callbacks=[Keep()])
+    scores = [scores["validation/accuracy"] for scores in module.history]
+    assert len(set(scores)) > 1
+    best = scores.index(max(scores))
+    assert module.best_epoch == best
+    assert all(torch.equal(module.best_state[n], states[best][n]) for n in states[best])
+    module.load_trainable(module.best_state)
+    assert all(torch.equal(module.trainable_state()[n], states[best][n]) for n in states[best])
+
+
+def history(*pairs):
+    return [
+        {"epoch": i + 1.0, "train/loss": 1.0, "validation/accuracy": v, "validation/loss": 1.0, "choice/accuracy": c,
+         "held_out/accuracy": h}
+        for i, (v, c, h) in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def test_held_out_is_scored_where_the_choice_half_chose(deberta):
+    module = module_of(deberta)
+    module.history = history((0.5, 0.5, 0.5), (0.9, 0.85, 0.95), (0.85, 0.9, 0.8))
+    results = module.results()
+    assert results["validation/accuracy"] == 0.9 and results["best_epoch"] == 2
+    assert results["held_out/accuracy"] == 0.8 and results["held_out/epoch"] == 3  # and not the best it ever had
+    assert results["last/accuracy"] == 0.85
+
+
+def test_the_first_of_equal_epochs_is_the_best(deberta):
+    module = module_of(deberta)
+    module.history = history((0.7, 0, 0), (0.8, 0, 0), (0.8, 0, 0))
+    assert module.best_epoch == 1
+
+
+def test_early_stop_counts_epochs_without_a_new_best(deberta):
+    module = module_of(deberta, early_stop=2)
+    for values, stalled in (((0.5,), False), ((0.5, 0.5), False), ((0.5, 0.5, 0.5), True), ((0.5, 0.4, 0.6), False)):
+        module.history = history(*((v, 0, 0) for v in values))
+        assert module.stalled is stalled
+
+
+def test_early_stop_ends_the_run(deberta):
+    module = module_of(deberta, early_stop=2, lr=1e-12)  # nothing moves, so nothing improves
+    fit(module, epochs=9)
+    assert len(module.history) == 3
+
+
+def test_rate_warms_up_and_decays_to_zero(deberta):
+    module, rates = module_of(deberta, warmup_steps=4), []
+
+    class Keep(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(module, epochs=4, callbacks=[Keep()])
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4:] == pytest.approx([1e-3 * (20 - s) / 16 for s in range(4, 20)])
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(deberta):
+    """A model from `from_pretrained` is in eval mode, and Lightning leaves modes alone."""
+    module = module_of(deberta, dropout=0.3)
+    module.eval()
+    modes = {"train": set(), "eval": set()}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            modes["train"] |= {m.training for m in pl_module.modules()}
+
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            modes["eval"] |= {m.training for m in pl_module.modules()}
+
+    fit(module, callbacks=[Look()])
+    assert modes == {"train": {True}, "eval": {False}}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(deberta):
+    from diffora.training.checkpoint import NonFiniteLoss
+
+    module = module_of(deberta, lr=1e30)
+    with pytest.raises(NonFiniteLoss, match="epoch 1"):
+        fit(module)
+
+
+def test_checkpoints_hold_trainable_weights_only(deberta):
+    module = module_of(deberta)
+    fit(module, epochs=1)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert not any(".base." in name or "embeddings" in name for name in checkpoint["state_dict"])
