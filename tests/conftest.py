@@ -93,6 +93,7 @@ def quick() -> list[str]:
         "search.epochs=2",
         "finetune.epochs=3",
         "finetune.warmup_steps=2",
+        "finetune.dropout=0.1",
     ]
 
 

@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 from omegaconf import DictConfig
@@ -39,6 +40,8 @@ def job(cfg: DictConfig) -> float | None:
     try:
         return train(cfg)
     except UserError as error:
+        with suppress(OSError):  # Hydra has made the run directory; one with something in it stays
+            os.rmdir(HydraConfig.get().runtime.output_dir)
         if cfg.get("debug") or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweep's other jobs go on
         fail(*error.problems)
@@ -93,7 +96,7 @@ def composition_problems(given: list[str]) -> list[str]:
     return found
 
 
-def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, list[str]], str]) -> str:
+def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, Iterable[str]], str]) -> str:
     from diffora.config import RULES
 
     if key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout":

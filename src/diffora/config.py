@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,10 @@ def _leaves(node: DictConfig, prefix: str, found: list[str]) -> Iterator[tuple[s
         except OmegaConfBaseException as error:  # an interpolation that leads nowhere
             found.append(f"{key}: {str(error).splitlines()[0]}")
             continue
+        if OmegaConf.is_interpolation(node, name):
+            source = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
+            if "task.recipe." not in source:
+                continue  # the value of another key, which is checked under its own name
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{key}.", found)
         else:
@@ -137,10 +141,10 @@ def _combinations(cfg: DictConfig) -> Iterator[str]:
         yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
 
 
-def unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
     """The message for a key that nothing reads, with what may have been meant."""
-    near = get_close_matches(key, known, n=3, cutoff=0.6)
-    return f"unknown key {key}" + (f": did you mean {' or '.join(near)}?" if near else "")
+    near = get_close_matches(key, {*known} - {key}, n=1, cutoff=0.6)
+    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def _show(value: Any) -> str:

@@ -56,6 +56,8 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
     handler = logging.FileHandler(folder / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    if logging.getLogger("diffora").level == logging.NOTSET:  # used as a library, without Hydra's logging
+        logging.getLogger("diffora").setLevel(logging.INFO)
     try:
         yield
     except BaseException as error:

@@ -31,6 +31,7 @@ The module also writes plain text for pretraining (:func:`corpus`), which carrie
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 # One row per concept; the words of a row are interchangeable.
 PEOPLE = (
@@ -91,10 +92,16 @@ FUNCTION_WORDS = (
     "so", ",",
 )  # fmt: skip
 
-# How often a clause is of each kind, and how often a sentence has two clauses: of the task, and of the plain text.
-KINDS = {"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}
-TWO_CLAUSES = 0.2
-TWO_CLAUSES_IN_TEXT = 0.3
+
+class Mix(NamedTuple):
+    """How often a clause is of each kind (weights), and a sentence of two clauses (a share)."""
+
+    kinds: dict[str, int]
+    two_clauses: float
+
+
+TASK = Mix({"act": 8, "polar": 1, "state": 2, "give": 2, "move": 2, "compare": 1}, two_clauses=0.12)
+TEXT = Mix({"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}, two_clauses=0.3)
 
 
 @dataclass(frozen=True)
@@ -137,14 +144,14 @@ class Meaning:
 # ---- drawing a meaning ---------------------------------------------------------------------------
 
 
-def draw(rng: random.Random, cast: list[Person] | None = None, two_clauses: float = TWO_CLAUSES) -> Meaning:
+def draw(rng: random.Random, cast: list[Person] | None = None, mix: Mix = TASK) -> Meaning:
     """A random meaning; its people come from `cast` (4 different ones) if given."""
-    two = rng.random() < two_clauses
+    two = rng.random() < mix.two_clauses
     if cast is None:
         cast = draw_cast(rng, trait=0.35 if two else 0.6)
     if not two:
-        return Meaning(_draw_clause(rng, cast[:2], adjuncts=True))
-    first, second = _draw_clause(rng, cast[:2], adjuncts=False), _draw_clause(rng, cast[2:], adjuncts=False)
+        return Meaning(_draw_clause(rng, cast[:2], mix, adjuncts=True))
+    first, second = (_draw_clause(rng, people, mix, adjuncts=False) for people in (cast[:2], cast[2:]))
     return Meaning(first, rng.choice(("and", "before", "because")), second)
 
 
@@ -154,8 +161,8 @@ def draw_cast(rng: random.Random, trait: float) -> list[Person]:
     return [Person(n, t if rng.random() < trait else None) for n, t in zip(nouns, traits, strict=True)]
 
 
-def _draw_clause(rng: random.Random, people: list[Person], adjuncts: bool) -> Clause:
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+def _draw_clause(rng: random.Random, people: list[Person], mix: Mix, adjuncts: bool) -> Clause:
+    kind = rng.choices(list(mix.kinds), list(mix.kinds.values()))[0]
     whom = None if kind in ("state", "move") else people[1]
     rest: tuple[int, ...] = ()
     if kind == "give":
@@ -336,14 +343,14 @@ def corpus(stories: int, seed: int) -> Iterator[tuple[str, ...]]:
     rng = random.Random(f"corpus-{seed}")
     for _ in range(stories):
         cast = draw_cast(rng, trait=0.5)
-        meaning = draw(rng, cast, TWO_CLAUSES_IN_TEXT)
+        meaning = draw(rng, cast, TEXT)
         kind = rng.random()
         if kind < 0.2:
             yield (render(meaning, rng),)
         elif kind < 0.8:
             yield (render(meaning, rng), render(meaning, rng))
         else:
-            yield (render(meaning, rng), render(draw(rng, rng.sample(cast, 4), TWO_CLAUSES_IN_TEXT), rng))
+            yield (render(meaning, rng), render(draw(rng, rng.sample(cast, 4), TEXT), rng))
 
 
 def _pairs(rows: int, rng: random.Random, taken: set[frozenset[str]]) -> list[tuple[str, str, int]]:

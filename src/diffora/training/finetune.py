@@ -109,7 +109,7 @@ class FineTuneModule(Stage):
             self.best_state = self.trainable_state()
         if self.stalled:
             self.trainer.should_stop = True
-        self.log_dict(scores, sync_dist=True)
+        self.log_dict(scores, rank_zero_only=True)
 
     def _gather(self, outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Logits and labels of a whole split in row order, from all processes, on the CPU."""

@@ -190,7 +190,8 @@ class SearchModule(Stage):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
-        train, valid = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0).tolist()
+        losses = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0)
+        train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self._trace, self._losses = [], []
         gamma_bar = relax(self.gamma.detach())
         values = {
@@ -201,7 +202,7 @@ class SearchModule(Stage):
         }
         for i, row in enumerate(gamma_bar.tolist()):
             values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
-        self.log_dict(values, sync_dist=True)
+        self.log_dict(values, rank_zero_only=True)
 
     def memory(self) -> dict[str, Any]:
         return {"trajectory": self.trajectory}

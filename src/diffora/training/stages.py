@@ -323,6 +323,8 @@ def quiet_libraries() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not is_main():
+        logging.getLogger("diffora").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     transformers.logging.set_verbosity_error()

@@ -1,0 +1,276 @@
+"""Whole runs through `train.py`, as a user starts them, on the embedded task cut short."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+
+from diffora.core.selection import Selection
+from diffora.experiment import run
+from diffora.results.record import read_record
+
+RECORD_KEYS = {
+    "method", "task", "model", "seed", "metrics", "params", "time", "memory", "selection", "config_hash", "data_hash",
+    "git_commit", "versions", "status", "history",
+}  # fmt: skip
+
+
+def start(*overrides: str, **more: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+        env=environment,
+    )
+
+
+def command(*overrides: str, expect: int = 0, **more: str) -> str:
+    process = start(*overrides, **more)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, out + err
+    return out if expect == 0 else err
+
+
+def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
+    """kill -9 as soon as a file appears."""
+    deadline = time.time() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture
+def whole(cfg, quick, tmp_path):
+    """A run that was never stopped."""
+    torch.set_num_threads(1)
+    return run(cfg(*quick), tmp_path / "whole")
+
+
+def test_a_run_leaves_what_it_says(whole):
+    folder, record = whole.folder, read_record(whole.folder)
+    assert record.keys() >= RECORD_KEYS
+    assert record["status"] == "completed"
+    assert {"validation/accuracy", "validation/f1", "held_out/accuracy", "last/accuracy"} <= record["metrics"].keys()
+    assert record["params"].keys() == {"adapter", "head", "trainable", "backbone"}
+    assert record["params"]["trainable"] == record["params"]["adapter"] + record["params"]["head"]
+    assert record["time"].keys() == {"search_s", "finetune_s", "total_s", "startup_s"}
+    assert record["time"]["search_s"] > 0 and record["memory"]["peak_rss_mb"] > 100
+    selection = Selection.load(folder / "selection.json")
+    assert [len(row) for row in selection.selected] == [3] * len(selection.modules)
+    assert selection.split_hash and selection.gamma_bar
+    for name in ("config.yaml", "run.log", "dam.png", "gamma.png", "trajectory.json", "logs/search/version_0/metrics.csv",
+                 "logs/finetune/version_0/metrics.csv", "adapter/adapter_config.json"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    assert [f for f in folder.rglob("*.part")] == []
+    rounds = (folder / "logs/search/version_0/metrics.csv").read_text()
+    assert "search/entropy" in rounds and "gamma_bar/layer00/attention.self.query_proj" in rounds
+    assert len(rounds.splitlines()) == 3  # a line for each of the two rounds
+    biggest = max(f.stat().st_size for f in (folder / "checkpoints").iterdir())
+    assert biggest < 4 * 4 * record["params"]["trainable"] + 200_000  # weights, two moments, best; no backbone
+
+
+def test_the_adapter_on_disk_is_the_model_in_memory(whole):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = json.loads((whole.folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    loaded = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32),
+        whole.folder / "adapter",
+    ).eval()
+    ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = whole.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-5)
+    tensors = load_file(whole.folder / "adapter/adapter_model.safetensors")
+    assert all(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_killed_twice_and_resumed_ends_as_if_never_stopped(whole, quick, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = [*quick, f"hydra.run.dir={folder}"]
+    kill_when(start(*arguments), folder, "checkpoints/search-0001-*.ckpt")
+    assert read_record(folder)["status"] == "running"
+    kill_when(start(*arguments, "resume=true"), folder, "checkpoints/finetune-0002-*.ckpt")
+    newest = sorted((folder / "checkpoints").glob("finetune-*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    out = command(*arguments, "resume=true")
+    assert "is damaged" in out and newest.name in out
+    record = read_record(folder)
+    for key in ("metrics", "history", "selection", "params", "data_hash", "config_hash"):
+        assert record[key] == whole.record[key], key
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, whole.folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((folder / "trajectory.json").read_text()) == json.loads(
+        (whole.folder / "trajectory.json").read_text()
+    )
+    # and once more: nothing is left to do
+    before = (folder / "run.json").read_text()
+    assert "is complete already" in command(*arguments, "resume=true")
+    assert (folder / "run.json").read_text() == before
+
+
+def test_a_selection_from_a_file_gives_the_same_result_as_its_search(whole, cfg, quick, tmp_path):
+    file = whole.folder / "selection.json"
+    again = run(cfg(*quick, f"method.selection={file}"), tmp_path / "again")
+    assert again.record["time"]["search_s"] == 0
+    assert again.record["history"] == whole.record["history"]
+
+
+@pytest.mark.parametrize("method", ["random", "share_only", "lora", "full_ft"])
+def test_every_other_method_runs(cfg, quick, tmp_path, method):
+    overrides = [o for o in quick if not o.startswith("search.")]
+    result = run(cfg(*overrides, f"method={method}"), tmp_path / "run")
+    params = result.record["params"]
+    assert result.record["status"] == "completed" and result.record["time"]["search_s"] == 0
+    if method == "full_ft":
+        assert params["adapter"] == params["backbone"] and (tmp_path / "run/model/model.safetensors").is_file()
+        assert result.record["selection"] is None
+    else:
+        assert 0 < params["adapter"] < params["backbone"] / 10
+        assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    if method == "random":
+        assert [len(row) for row in result.record["selection"]["selected"]] == [3] * 4
+
+
+def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path):
+    result = run(cfg(*quick, "method.warm_start=true", "finetune.lr=1e-30"), tmp_path / "run")
+    from diffora.core.lowrank import lowrank_layers
+
+    searched = load_file(tmp_path / "run/selection.safetensors")
+    mask = dict(zip(sum(result.selection.modules, []), result.selection.mask().flatten().tolist(), strict=True))
+    for name, layer in lowrank_layers(result.model):
+        if mask[name]:
+            torch.testing.assert_close(layer.lora_bt.detach(), searched[f"{name}.lora_bt"], rtol=1e-5, atol=1e-7)
+            assert layer.lora_bt.abs().max() > 0
+        else:
+            assert layer.lora_bt.abs().max() < 1e-6
+
+
+def test_another_configuration_does_not_resume(whole, cfg, quick):
+    from diffora.errors import UserError
+
+    with pytest.raises(UserError, match="finetune.lr: "):
+        run(cfg(*quick, "resume=true", "finetune.lr=1e-4"), whole.folder)
+    with pytest.raises(UserError, match="holds a run"):
+        run(cfg(*quick), whole.folder)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(cfg, quick, tmp_path, monkeypatch):
+    from diffora.errors import UserError
+    from diffora.training.stages import Parts
+
+    calls, loss = [0], Parts.loss
+
+    def fails_later(self, logits, labels):
+        calls[0] += 1
+        return loss(self, logits, labels) * (float("nan") if calls[0] > 6 else 1)
+
+    monkeypatch.setattr(Parts, "loss", fails_later)
+    overrides = [o for o in quick if not o.startswith("search.")]
+    with pytest.raises(UserError, match=r"not finite in epoch 2; stopped, the last good checkpoint is .*finetune-0001"):
+        run(cfg(*overrides, "method=lora"), tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "failed" and "not finite" in record["error"]
+
+
+def test_mistakes_on_the_command_line_give_messages_and_leave_nothing(tmp_path):
+    folder = tmp_path / "run"
+    err = command("method=diffroa", "finetune.epoch=3", "rank=0", f"hydra.run.dir={folder}", expect=1)
+    assert "method=diffroa is not one of" in err and "did you mean finetune.epochs" in err
+    assert "Traceback" not in err
+    err = command("rho=7", "finetune.lr=-1", f"hydra.run.dir={folder}", expect=1)
+    assert err.count("error: ") == 2 and "Traceback" not in err
+    err = command("task=mrpc", "task.path=/no/such/folder", "model=tiny", "task.max_length=64", f"hydra.run.dir={folder}",
+                  expect=1)  # fmt: skip
+    assert "/no/such/folder" in err and "Traceback" not in err
+    assert not folder.exists()
+
+
+def test_without_the_hub_the_message_says_what_to_do(tmp_path):
+    err = command("method=lora", "task=mrpc", f"hydra.run.dir={tmp_path / 'run'}", expect=1)
+    assert "task.path=<folder" in err and "experiment=quickstart" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    err = command("rho=7", "debug=default", f"hydra.run.dir={tmp_path / 'run'}", expect=1)
+    assert "Traceback" in err and "rho=7" in err
+
+
+def test_dry_run_counts_the_papers_parameters_without_network(tmp_path):
+    folder = tmp_path / "run"
+    out = command("dry_run=true", "method=lora", "rank=2", f"hydra.run.dir={folder}")
+    record = read_record(folder)
+    assert record["status"] == "dry_run" and record["params"]["adapter"] == 331_776 and "331,776" in out
+    assert sorted(f.name for f in folder.iterdir()) == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "adapter"),
+    [
+        (["method=lora", "rank=8", "model=roberta_base"], 1_327_104),
+        (["method=full_ft"], 183_831_552),
+        (["method=full_ft", "model=roberta_base"], 124_055_040),
+        (["method=share_only"], 2 * (4 * 1536 + 2 * 3840)),
+        (["method=diffora"], 359_417),
+        (["method=diffora", "method.weight_sharing=false"], 331_776),
+    ],
+)
+def test_dry_run_counts(cfg, tmp_path, overrides, adapter):
+    record = run(cfg("dry_run=true", *overrides), tmp_path).record
+    assert record["params"]["adapter"] == adapter
+    if overrides == ["method=diffora"]:
+        assert (record["params"]["adapter_min"], record["params"]["adapter_max"]) == (239_616, 451_584)
+
+
+def test_a_sweep_survives_a_failed_job(quick, tmp_path):
+    err = command("-m", *quick, "search.epochs=1", "finetune.epochs=1", "method.selection=null,nowhere.json",
+                  f"hydra.sweep.dir={tmp_path}", expect=1)  # fmt: skip
+    assert "nowhere.json" in err and "Traceback" not in err
+    statuses = [json.loads(file.read_text())["status"] for file in tmp_path.glob("*/run.json")]
+    assert statuses == ["completed"]
+
+
+def test_wandb_without_a_key_records_offline_and_says_so(quick, tmp_path):
+    environment = {"WANDB_MODE": "", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    environment = {key: value for key, value in environment.items()}
+    saved = os.environ.pop("WANDB_MODE", None)
+    try:
+        del environment["WANDB_MODE"]
+        out = command(*quick, "logger=[csv,wandb,tensorboard]", "search.epochs=1", "finetune.epochs=1",
+                      f"hydra.run.dir={tmp_path / 'run'}", **environment)  # fmt: skip
+    finally:
+        if saved is not None:
+            os.environ["WANDB_MODE"] = saved
+    assert "no API key" in out and "offline" in out
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "run/logs/tensorboard").rglob("events.*"))
+    assert read_record(tmp_path / "run")["status"] == "completed"
+
+
+def test_two_processes_give_one_result(quick, tmp_path):
+    out = command(*quick, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'run'}")
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "completed" and out.count("validation/accuracy") == 1
+    assert len(record["history"]) == 3
+
+
+def test_help_is_quick_and_lists_the_choices():
+    began = time.time()
+    out = command("--help")
+    assert "method: diffora, full_ft, lora, random, share_only" in out and "task: cola" in out
+    assert time.time() - began < 10  # a guard against importing torch, not a benchmark

@@ -1,0 +1,144 @@
+"""Every mistake in a configuration is named, all at once, and every key is read by something."""
+
+import re
+
+import pytest
+from conftest import REPO
+
+from diffora.cli import composition_problems
+from diffora.config import RULES, config_hash, conf_dir, differences, plain, problems
+from diffora.errors import UserError
+from diffora.experiment import check
+
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf_dir().iterdir() if folder.is_dir()
+}
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
+def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
+    composed = cfg(choice)
+    assert problems(composed) == []
+    check(composed)
+
+
+@pytest.mark.parametrize("method", GROUPS["method"])
+@pytest.mark.parametrize("task", GROUPS["task"])
+def test_every_method_goes_with_every_task(cfg, method, task):
+    check(cfg(f"method={method}", f"task={task}"))
+
+
+def test_every_rule_is_about_a_key_that_exists(cfg):
+    """A rule for a key that no configuration has would be a dead option."""
+    there = set()
+    for group, names in GROUPS.items():
+        for name in names:
+            there |= set(leaves(plain(cfg(f"{group}={name}"))))
+    for rule in RULES:
+        assert any(key.startswith(rule[:-1]) if rule.endswith("*") else key == rule for key in there), rule
+
+
+def test_every_key_is_read_by_the_code(cfg):
+    code = "\n".join(file.read_text() for file in (REPO / "src").rglob("*.py"))
+    keys = set()
+    for group, names in GROUPS.items():
+        for name in names:
+            keys |= set(leaves(plain(cfg(f"{group}={name}"))))
+    handed_over = re.compile(r"model\.config\.|task\.recipe\.|logger\.|method\._target_")  # passed on as a whole
+    unread = [k for k in keys if not handed_over.match(k) and not re.search(rf"\b{k.split('.')[-1]}\b", code)]
+    assert unread == []
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def messages(cfg, *overrides):
+    with pytest.raises(UserError) as error:
+        check(cfg(*overrides))
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rho=1.5", "rho=1.5 must lie in [0, 1]"),
+        ("rho=-0.1", "rho=-0.1 must lie in [0, 1]"),
+        ("rho=half", "rho='half' must be a number"),
+        ("rank=0", "rank=0 must be a whole number of at least 1"),
+        ("rank=two", "rank='two' must be a whole number"),
+        ("rank=2.5", "rank=2.5 must be a whole number"),
+        ("seed=-1", "seed=-1 must be a whole number of at least 0"),
+        ("seed=null", "seed=null must be"),
+        ("finetune.lr=-1e-3", "finetune.lr=-0.001 must be a number above 0"),
+        ("finetune.lr=nan", "finetune.lr=nan must be a number above 0"),
+        ("finetune.batch_size=0", "finetune.batch_size=0 must be a whole number of at least 1"),
+        ("finetune.epochs=0", "finetune.epochs=0"),
+        ("finetune.dropout=16", "finetune.dropout=16 must lie in [0, 1)"),
+        ("finetune.warmup_steps=-1", "finetune.warmup_steps=-1"),
+        ("search.order=3", "search.order=3 must be one of 1, 2"),
+        ("search.gamma_lr=0", "search.gamma_lr=0 must be a number above 0"),
+        ("method.alpha=0", "method.alpha=0 must be positive"),
+        ("method.shared_rank=0", "method.shared_rank=0"),
+        ("method.weight_sharing=maybe", "method.weight_sharing='maybe' must be true or false"),
+        ("method.selection=nowhere.json", "no selection file at nowhere.json"),
+        ("task.max_train_rows=0", "task.max_train_rows=0"),
+        ("model.path=/no/such/folder", "model.path=/no/such/folder is not a folder"),
+        ("trainer.precision=8", "trainer.precision=8 must be one of"),
+        ("search.accumulate=3", "must be a multiple of search.accumulate=3"),
+        ("+search.epoch=3", "unknown key search.epoch: did you mean search.epochs"),
+        ("+method.ranks=3", "method=diffora has no setting method.ranks"),
+    ],
+)
+def test_each_mistake_has_its_message(cfg, override, words):
+    found = messages(cfg, override)
+    assert len(found) == 1 and words in found[0]
+
+
+def test_all_mistakes_come_at_once(cfg):
+    found = messages(cfg, "rho=2", "rank=0", "finetune.lr=-1", "search.epochs=0", "method.alpha=-1", "model.path=/no/x")
+    assert len(found) == 6
+
+
+def test_a_method_rejects_a_knob_it_does_not_have(cfg):
+    assert messages(cfg, "method=lora", "+method.shared_rank=2") == ["method=lora has no setting method.shared_rank"]
+    assert messages(cfg, "method=full_ft", "+rank=2") == ["method=full_ft has no rank"]
+    assert messages(cfg, "method=lora", "+rho=0.5") == ["method=lora has no rho"]
+
+
+def test_what_does_not_compose_is_explained_all_at_once():
+    found = composition_problems(
+        ["method=diffroa", "task=mrpcc", "finetune.epoch=3", "rank=0", "task.path_=x", "hydra.run.dir=/tmp/x"]
+    )
+    text = "\n".join(found)
+    assert "method=diffroa is not one of: diffora, full_ft, lora, random, share_only" in text
+    assert "task=mrpcc is not one of: cola, mnli, mrpc" in text
+    assert "unknown key finetune.epoch: did you mean finetune.epochs" in text
+    assert "task=mrpc has no setting task.path_" in text
+
+
+def test_a_knob_of_another_method_is_explained():
+    found = composition_problems(["method=lora", "method.shared_rank=2", "search.epochs=1", "rho=0.5"])
+    assert len(found) == 3 and all(line.startswith("method=lora has no setting") for line in found)
+
+
+def test_recipes_fill_in_and_the_user_wins(cfg):
+    recipe = cfg("task=cola")
+    assert (recipe.rank, recipe.finetune.lr, recipe.finetune.early_stop) == (4, 3e-4, 5)
+    given = cfg("task=cola", "rank=8", "finetune.lr=1e-2")
+    assert (given.rank, given.finetune.lr, given.finetune.epochs) == (8, 1e-2, 6)
+
+
+def test_hash_tells_results_apart_and_nothing_else(cfg):
+    base = config_hash(cfg("task=mrpc"))
+    assert base == config_hash(cfg("task=mrpc", "resume=true", "logger=csv", "debug=default"))
+    assert len({base, *(config_hash(cfg("task=mrpc", o)) for o in ("seed=1", "rank=5", "finetune.lr=1e-2"))}) == 4
+
+
+def test_differences_name_key_and_both_values(cfg):
+    old, new = plain(cfg("rank=4")), plain(cfg("rank=8", "resume=true"))
+    assert differences(old, new) == ["rank: 4 -> 8", "search.rank: 4 -> 8"]

@@ -1,0 +1,94 @@
+"""Export equals the model in memory, with adapters that are not zero."""
+
+import pytest
+import torch
+from conftest import TYPES, batch_of
+from torch import nn
+
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach, lowrank_layers
+from diffora.errors import UserError
+from diffora.export import export_adapter, load_adapter
+from diffora.tasks.glue import get_task
+
+MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
+RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
+
+
+def inputs():
+    return {key: value for key, value in batch_of(5).items() if key in ("input_ids", "attention_mask")}
+
+
+@pytest.fixture
+def trained(deberta, tmp_path):
+    """A base model saved to disk, and the same model adapted with shared and own pairs, none of them zero."""
+    model = deberta()
+    model.save_pretrained(tmp_path / "base")
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, MASK, rank=3, shared_rank=2, alpha=8, dropout=0.1)
+    for parameter in {p for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt)}:
+        nn.init.normal_(parameter, std=0.5)
+    for parameter in (*model.classifier.parameters(), *model.pooler.parameters()):
+        nn.init.normal_(parameter, std=0.5)
+    export_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), get_task("mrpc"), RECORD)
+    return model.eval(), tmp_path
+
+
+def test_peft_loads_the_adapter_with_the_same_logits(trained):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model, folder = trained
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float32)
+    with torch.no_grad():
+        plain = base.eval()(**inputs()).logits
+        loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        expected = model(**inputs()).logits
+        assert (expected - plain).abs().max() > 0.1
+        torch.testing.assert_close(loaded(**inputs()).logits, expected, rtol=1e-5, atol=1e-5)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_sees_every_module_with_its_own_rank_and_scaling(trained):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model, folder = trained
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, folder / "adapter").base_model.model
+    for name, layer in lowrank_layers(model):
+        theirs = loaded.get_submodule(name)
+        assert theirs.r["default"] == layer.rank and theirs.scaling["default"] == layer.scaling
+    adapted = [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]
+    assert sorted(adapted) == sorted(name for name, _ in lowrank_layers(model))
+
+
+def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
+    model, folder = trained
+    fresh = deberta()
+    load_adapter(fresh, folder / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(**inputs()).logits, model(**inputs()).logits, rtol=0, atol=1e-6)
+    layers = dict(lowrank_layers(model))
+    tied = {frozenset(a for a in layers if layers[a].lora_a is layers[b].lora_a) for b in layers}
+    again = dict(lowrank_layers(fresh))
+    assert {frozenset(a for a in again if again[a].lora_a is again[b].lora_a) for b in again} == tied
+    assert sorted(len(group) for group in tied) == [1] * 8 + [2] * 2
+
+
+def test_an_adapter_of_another_model_is_refused(trained, deberta):
+    _, folder = trained
+    with pytest.raises(UserError, match=r"does not fit this model, which has no deberta\.encoder\.layer\.1"):
+        load_adapter(deberta(layers=1), folder / "adapter")
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path, deberta):
+    with pytest.raises(UserError, match="is not an adapter"):
+        load_adapter(deberta(), tmp_path)
+
+
+def test_the_card_says_how_to_load_it(trained):
+    _, folder = trained
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card and "num_labels=2" in card
