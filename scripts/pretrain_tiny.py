@@ -26,12 +26,11 @@ from transformers import DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model, 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks.paraphrase import FUNCTION_WORDS, VOCABULARY, corpus  # noqa: E402
+from diffora.tasks.paraphrase import VOCABULARY, corpus  # noqa: E402
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
 MAX_LENGTH = 64
-FUNCTION_IDS = torch.tensor([*range(5), *(VOCABULARY.index(w) + 5 for w in FUNCTION_WORDS)])
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,17 @@ def corrupt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs, and which words are asked for (both rows, length): asked words are masked, replaced or kept.
 
-    A replacement is a word of the same story (in the share `nearby` of cases), a word that the model itself has taken
-    the right one for (`confused`; row w of `confusion`, words x words, weighs what it predicted where w was right), or
-    any word.
+    Row w of `confusion` (words, words) weighs what the model itself has predicted where word w was right. A replacement
+    is a fitting word of the same story (in the share `nearby` of cases), a word of that row (`confused`), or any word.
     """
     rand = partial(torch.rand, ids.shape, generator=generator)
     asked = (rand() < stage.rate) & (ids >= len(SPECIAL))
     how = rand()
     other = torch.randint(len(SPECIAL), len(SPECIAL) + len(VOCABULARY), ids.shape, generator=generator)
     if stage.nearby or stage.confused:
-        content = (~torch.isin(ids, FUNCTION_IDS)).float()
-        near = ids.gather(1, torch.multinomial(content, ids.shape[1], replacement=True, generator=generator))
+        likely = (confusion / confusion.sum(1, keepdim=True))[ids]  # (rows, length, words)
+        fitting = likely.gather(2, ids[:, None, :].expand(-1, ids.shape[1], -1)) ** (1 / 3) + 1e-6
+        near = ids.gather(1, torch.multinomial(fitting.flatten(0, 1), 1, generator=generator).view_as(ids))
         taken = torch.multinomial(confusion[ids.flatten()], 1, generator=generator).view_as(ids)
         which = rand()
         other = torch.where(which < stage.nearby, near, other)
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6000, help="of masked language modelling")
-    parser.add_argument("--detect-steps", type=int, default=3000, help="then, with replaced words to be found")
+    parser.add_argument("--detect-steps", type=int, default=3500, help="then, with replaced words to be found")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--detect-lr", type=float, default=1e-3)
@@ -216,7 +215,7 @@ def main() -> None:
         Stage("masked", args.steps, args.lr, rate=0.2, masked=0.7, replaced=0.2),
         Stage(
             "detect", args.detect_steps, args.detect_lr, rate=0.25, masked=0.5, replaced=0.4,
-            nearby=0.4, confused=0.4, detect=5.0,
+            nearby=0.5, confused=0.3, detect=5.0,
         ),
     )  # fmt: skip
     encoder = DebertaV2Model.from_pretrained(args.start) if args.start else None

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from diffora.config import conf_dir
+from diffora.hub import why_unreachable
 
 REPO = Path(__file__).parents[1]
 TYPES = (
@@ -28,6 +29,7 @@ TYPES = (
 @pytest.fixture(autouse=True)
 def _no_network_no_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    why_unreachable.cache_clear()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("DIFFORA_CACHE", str(tmp_path / "cache"))
 

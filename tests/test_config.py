@@ -6,12 +6,14 @@ import pytest
 from conftest import REPO
 
 from diffora.cli import composition_problems
-from diffora.config import RULES, config_hash, conf_dir, differences, plain, problems
+from diffora.config import RULES, conf_dir, config_hash, differences, plain, problems
 from diffora.errors import UserError
 from diffora.experiment import check
 
 GROUPS = {
-    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf_dir().iterdir() if folder.is_dir()
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in conf_dir().iterdir()
+    if folder.is_dir()
 }
 
 

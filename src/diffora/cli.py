@@ -70,7 +70,8 @@ def composition_problems(given: list[str]) -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from diffora.config import conf_dir, problems, unknown_key
+    from diffora.config import conf_dir, unknown_key
+    from diffora.experiment import check
 
     GlobalHydra.instance().clear()
     groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
@@ -85,14 +86,17 @@ def composition_problems(given: list[str]) -> list[str]:
                 kept.append(override)
             except Exception as error:
                 key, _, value = override.partition("=")
-                options = re.search(r"Available options in '[^']*':\s*(.*)", str(error), re.DOTALL)
+                options = re.search(r"Available options in '[^']*':((?:\n\t\S+)*)", str(error))
                 if options:
                     found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
                 elif "is not in struct" in str(error) or "Could not override" in str(error):
                     found.append(_no_such_key(key, compose("config", kept), unknown_key))
                 else:
                     found.append(f"{override}: {_short(error)}")
-        found += problems(compose("config", kept))
+        try:
+            check(compose("config", kept))
+        except UserError as error:
+            found += error.problems
     return found
 
 

@@ -120,8 +120,8 @@ def _leaves(node: DictConfig, prefix: str, found: list[str]) -> Iterator[tuple[s
         except OmegaConfBaseException as error:  # an interpolation that leads nowhere
             found.append(f"{key}: {str(error).splitlines()[0]}")
             continue
-        if OmegaConf.is_interpolation(node, name):
-            source = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
+        if OmegaConf.is_interpolation(node, str(name)):
+            source = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index]
             if "task.recipe." not in source:
                 continue  # the value of another key, which is checked under its own name
         if isinstance(value, DictConfig):

@@ -1,6 +1,7 @@
 """Backbones: a transformers model with a fresh head, from the hub, a folder, the package, or on the meta device."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from diffora.errors import UserError
+from diffora.hub import why_unreachable
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 
@@ -47,8 +49,8 @@ def classifier_config(cfg: Any, n_labels: int, meta: bool) -> Any:
             raise UserError(f"conf/model/{cfg.name}.yaml has no 'config', which dry_run=true needs for a hub model")
         shape: Any = OmegaConf.to_container(cfg.config)
         return AutoConfig.for_model(**shape | labels)
-    with _readable(cfg.path, local):
-        return AutoConfig.from_pretrained(path, **labels)
+    with _readable(cfg.path, local) as where:
+        return AutoConfig.from_pretrained(path, **labels, **where)
 
 
 def load_tokenizer(cfg: Any) -> Any:
@@ -56,8 +58,8 @@ def load_tokenizer(cfg: Any) -> Any:
     from transformers import AutoTokenizer
 
     path, local = resolve(cfg.path)
-    with _readable(cfg.path, local):
-        return AutoTokenizer.from_pretrained(path)
+    with _readable(cfg.path, local) as where:
+        return AutoTokenizer.from_pretrained(path, **where)
 
 
 def load_classifier(cfg: Any, n_labels: int) -> nn.Module:
@@ -69,9 +71,9 @@ def load_classifier(cfg: Any, n_labels: int) -> nn.Module:
 
     path, local = resolve(cfg.path)
     config = classifier_config(cfg, n_labels, meta=False)
-    with _readable(cfg.path, local):
+    with _readable(cfg.path, local) as where:
         # float32 is said: transformers would otherwise take the dtype of the file, float16 for DeBERTaV3.
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32, **where)
     return freeze_backbone(model)
 
 
@@ -123,24 +125,19 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _readable:
-    """Turns transformers' many ways to fail at loading into one message."""
-
-    def __init__(self, path: str, local: bool) -> None:
-        self.path, self.local = path, local
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if self.local:
-            raise UserError(f"model.path={self.path} cannot be read as a transformers model: {reason}") from error
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+@contextmanager
+def _readable(path: str, local: bool) -> Iterator[dict[str, bool]]:
+    """Turns transformers' many ways to fail at loading into one message; yields arguments for ``from_pretrained``."""
+    unreachable = None if local else why_unreachable()
+    try:
+        yield {"local_files_only": local or unreachable is not None}
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if local:
+            raise UserError(f"model.path={path} cannot be read as a transformers model: {reason}") from error
         raise UserError(
-            f"cannot get {self.path} from the model hub{offline}: {reason}\n"
-            "Give a local folder with model.path=<folder>, or try `python train.py experiment=quickstart`, "
-            "which needs no network."
+            f"cannot get {path} from the model hub: "
+            + (f"{unreachable}, and it is not in the local cache" if unreachable else reason)
+            + "\n  Either give a folder that you have: model.path=<folder>"
+            "\n  or try what needs no network: python train.py experiment=quickstart"
         ) from error

@@ -37,7 +37,17 @@ def test_entropy_runs_from_log_n_to_zero():
 
 @pytest.mark.parametrize(
     ("rho", "n", "k"),
-    [(0.2, 6, 1), (0.4, 6, 2), (0.5, 6, 3), (0.7, 6, 4), (0.9, 6, 5), (0, 6, 0), (1, 6, 6), (0.29, 100, 29), (0.7, 10, 7)],
+    [
+        (0.2, 6, 1),
+        (0.4, 6, 2),
+        (0.5, 6, 3),
+        (0.7, 6, 4),
+        (0.9, 6, 5),
+        (0, 6, 0),
+        (1, 6, 6),
+        (0.29, 100, 29),
+        (0.7, 10, 7),
+    ],
 )
 def test_k_is_the_exact_floor(rho, n, k):
     assert modules_per_layer(rho, n) == k

@@ -44,7 +44,9 @@ def test_no_match_lists_near_misses():
 
 def test_a_ragged_grid_names_the_layers():
     with pytest.raises(UserError, match=r"encoder\.layer\.\*\.key is missing in layer\(s\) 1, 3"):
-        find_grid(model(*(Block("query", *["key"][: i % 2 == 0]) for i in range(4))), "encoder.layer.*", ["query", "key"])
+        find_grid(
+            model(*(Block("query", *["key"][: i % 2 == 0]) for i in range(4))), "encoder.layer.*", ["query", "key"]
+        )
 
 
 def test_all_problems_come_at_once():

@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from diffora import hub
 from diffora.errors import UserError
 from diffora.tasks import sources
 from diffora.tasks.glue import TASKS
@@ -355,7 +356,7 @@ def test_unreachable_hub_fails_quickly_and_says_what_to_do(no_cache, monkeypatch
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         load_rows(MNLI)
-    assert time.monotonic() - start < sources.PROBE_SECONDS + 2
+    assert time.monotonic() - start < hub.PROBE_SECONDS + 2
     message = str(caught.value)
     assert "'mnli'" in message and "http://127.0.0.1:9 does not answer" in message
     assert "task.path=<folder with train and validation_matched and validation_mismatched" in message
@@ -364,8 +365,11 @@ def test_unreachable_hub_fails_quickly_and_says_what_to_do(no_cache, monkeypatch
 
 
 def test_offline_mode_asks_nobody(no_cache, monkeypatch):
+    import huggingface_hub
+
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sources, "_why_unreachable", lambda: pytest.fail("asked the network in offline mode"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the network in offline mode"))
     with pytest.raises(UserError, match="offline mode is on"):
         load_rows(MRPC)
     assert datasets.config.HF_HUB_OFFLINE is True
@@ -378,7 +382,7 @@ def test_hub_rows_are_those_of_equal_local_files(tmp_path, monkeypatch):
         calls.append(args)
         return {name: datasets.Dataset(pa.table(ROWS)) for name in ("train", "validation", "test")}
 
-    monkeypatch.setattr(sources, "_why_unreachable", lambda: None)
+    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     rows = load_rows(MRPC)
     assert calls == [("nyu-mll/glue", "mrpc")] and rows.source == "nyu-mll/glue/mrpc"

@@ -6,7 +6,9 @@ from diffora.training.checkpoint import DigestCheckpointIO, _restore_rng, _rng_s
 
 def write(folder, *epochs):
     for epoch in epochs:
-        DigestCheckpointIO().save_checkpoint({"epoch": epoch, "w": torch.full((100,), epoch)}, folder / f"s-{epoch:04d}.ckpt")
+        DigestCheckpointIO().save_checkpoint(
+            {"epoch": epoch, "w": torch.full((100,), epoch)}, folder / f"s-{epoch:04d}.ckpt"
+        )
 
 
 def test_the_newest_is_found(tmp_path):

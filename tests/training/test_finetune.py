@@ -21,9 +21,7 @@ def module_of(deberta, dropout=0.0, **changes):
     attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout)
     settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
-    return FineTuneModule(
-        model, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0
-    )
+    return FineTuneModule(model, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0)
 
 
 def fit(module, epochs=2, **extra):

@@ -198,7 +198,7 @@ def test_gates_follow_gamma_and_rows_sum_to_one(make):
 def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
     module = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, (grad,) = module._gradients(
+        _, (grad,) = module._gradients(
             batch_of(8), lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma
         )
     assert grad.dtype == torch.float32 and torch.isfinite(grad).all()

@@ -22,8 +22,8 @@ relative clause, place and time in front or at the end, and "A before B" / "B af
 
 A positive pair renders one meaning twice. A negative pair renders a meaning and a *changed* meaning (see
 :func:`changes`) made of the same concepts: roles swapped, adjectives exchanged or moved, two clauses' participants
-exchanged, the negation moved to the other clause, the order of events or of cause and effect reversed, or one pole
-turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings in the same way.
+exchanged, the negation moved to the other clause, the order of events or of cause and effect reversed, or the pole
+of a state turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings in the same way.
 
 The module also writes plain text for pretraining (:func:`corpus`), which carries no label. It imports no torch.
 """
@@ -100,7 +100,7 @@ class Mix(NamedTuple):
     two_clauses: float
 
 
-TASK = Mix({"act": 8, "polar": 1, "state": 2, "give": 2, "move": 2, "compare": 1}, two_clauses=0.12)
+TASK = Mix({"act": 9, "polar": 1, "state": 1, "give": 2, "move": 2, "compare": 1}, two_clauses=0.1)
 TEXT = Mix({"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}, two_clauses=0.3)
 
 
@@ -210,7 +210,7 @@ def _clause_changes(clause: Clause) -> dict[str, Clause]:
         found["traits"] = replace(clause, who=a, whom=b)
     if clause.kind == "move":
         found["places"] = replace(clause, rest=clause.rest[::-1])
-    if clause.kind in ("polar", "state"):
+    if clause.kind == "state":
         found["pole"] = replace(clause, holds=not clause.holds)
     return found
 

@@ -20,10 +20,10 @@ import pyarrow.json
 import pyarrow.parquet
 
 from diffora.errors import UserError
+from diffora.hub import why_unreachable
 from diffora.tasks.glue import STSB_RANGE, TaskSpec
 
 HUB_DATASET = "nyu-mll/glue"
-PROBE_SECONDS = 5.0  # how long the hub may take to answer before it counts as unreachable
 SUBSET_SEED = 0  # `max_train_rows` picks the same rows in every run, whatever the run's own seed
 EMBEDDED_SEED = 0
 
@@ -137,7 +137,7 @@ def _embedded(spec: TaskSpec, path: object, train_rows: int, validation_rows: in
 
 def _hub(spec: TaskSpec) -> dict[str, pa.Table]:
     was_offline = datasets.config.HF_HUB_OFFLINE
-    unreachable = "offline mode is on (HF_HUB_OFFLINE)" if was_offline else _why_unreachable()
+    unreachable = why_unreachable()
     try:
         # An unreachable hub costs half a minute or more of retries; with offline mode on, `load_dataset`
         # goes straight to what an earlier run has cached.
@@ -154,18 +154,6 @@ def _hub(spec: TaskSpec) -> dict[str, pa.Table]:
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     return {name: splits[name].data.table for name in ("train", *spec.validation_splits)}
-
-
-def _why_unreachable() -> str | None:
-    """None when the hub (or the mirror in HF_ENDPOINT) answers anything at all within `PROBE_SECONDS`."""
-    import huggingface_hub
-
-    endpoint = huggingface_hub.constants.ENDPOINT
-    try:
-        huggingface_hub.get_session().head(endpoint, timeout=PROBE_SECONDS)
-    except Exception as error:  # whatever the http library in use raises
-        return f"{endpoint} does not answer ({_first_line(error)})"
-    return None
 
 
 def _local(spec: TaskSpec, folder: Path) -> dict[str, pa.Table]:
