@@ -58,7 +58,7 @@ def test_all_problems_come_at_once():
 def test_what_is_not_linear_is_refused():
     block = Block("q")
     block.norm = nn.LayerNorm(3)
-    with pytest.raises(UserError, match="encoder.layer.0.norm is a LayerNorm"):
+    with pytest.raises(UserError, match=r"encoder.layer.0.norm is a LayerNorm"):
         find_grid(model(block), "encoder.layer.*", ["norm"])
 
 
@@ -70,7 +70,7 @@ def test_the_layer_pattern_needs_one_star(layer):
 
 def test_two_stacks_are_told_apart_by_their_path():
     both = nn.ModuleDict({"a": model(Block("q")), "b": model(Block("q"))})
-    with pytest.raises(UserError, match="matches both a.encoder"):
+    with pytest.raises(UserError, match=r"matches both a\.encoder"):
         find_grid(both, "encoder.layer.*", ["q"])
     assert find_grid(both, "b.encoder.layer.*", ["q"]).names == (("b.encoder.layer.0.q",),)
 

@@ -64,7 +64,7 @@ def test_an_unknown_module_names_its_layer(selection, tmp_path):
     content = json.loads((tmp_path / "s.json").read_text())
     content["selected"][1] = ["query"]
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="layer 1 selects 'query', which is none of attention.self.query_proj"):
+    with pytest.raises(UserError, match=r"layer 1 selects 'query', which is none of attention.self.query_proj"):
         Selection.load(tmp_path / "s.json")
 
 

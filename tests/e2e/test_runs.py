@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,9 @@ def test_a_run_leaves_what_it_says(whole):
     selection = Selection.load(folder / "selection.json")
     assert [len(row) for row in selection.selected] == [3] * len(selection.modules)
     assert selection.split_hash and selection.gamma_bar
-    for name in ("config.yaml", "run.log", "dam.png", "gamma.png", "trajectory.json", "logs/search/version_0/metrics.csv",
-                 "logs/finetune/version_0/metrics.csv", "adapter/adapter_config.json"):  # fmt: skip
+    pictures = ["dam.png", "gamma.png"]
+    texts = ["config.yaml", "run.log", "trajectory.json", "adapter/adapter_config.json"]
+    for name in [*pictures, *texts, *(f"logs/{stage}/version_0/metrics.csv" for stage in ("search", "finetune"))]:
         assert (folder / name).stat().st_size > 0, name
     assert [f for f in folder.rglob("*.part")] == []
     rounds = (folder / "logs/search/version_0/metrics.csv").read_text()
@@ -151,7 +153,7 @@ def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path):
     from diffora.core.lowrank import lowrank_layers
 
     searched = load_file(tmp_path / "run/selection.safetensors")
-    mask = dict(zip(sum(result.selection.modules, []), result.selection.mask().flatten().tolist(), strict=True))
+    mask = dict(zip(chain(*result.selection.modules), result.selection.mask().flatten().tolist(), strict=True))
     for name, layer in lowrank_layers(result.model):
         if mask[name]:
             torch.testing.assert_close(layer.lora_bt.detach(), searched[f"{name}.lora_bt"], rtol=1e-5, atol=1e-7)
@@ -163,7 +165,7 @@ def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path):
 def test_another_configuration_does_not_resume(whole, cfg, quick):
     from diffora.errors import UserError
 
-    with pytest.raises(UserError, match="finetune.lr: "):
+    with pytest.raises(UserError, match=r"finetune\.lr: "):
         run(cfg(*quick, "resume=true", "finetune.lr=1e-4"), whole.folder)
     with pytest.raises(UserError, match="holds a run"):
         run(cfg(*quick), whole.folder)
@@ -194,8 +196,7 @@ def test_mistakes_on_the_command_line_give_messages_and_leave_nothing(tmp_path):
     assert "Traceback" not in err
     err = command("rho=7", "finetune.lr=-1", f"hydra.run.dir={folder}", expect=1)
     assert err.count("error: ") == 2 and "Traceback" not in err
-    err = command("task=mrpc", "task.path=/no/such/folder", "model=tiny", "task.max_length=64", f"hydra.run.dir={folder}",
-                  expect=1)  # fmt: skip
+    err = command("task=mrpc", "task.path=/no/such/folder", "model=tiny", f"hydra.run.dir={folder}", expect=1)
     assert "/no/such/folder" in err and "Traceback" not in err
     assert not folder.exists()
 
