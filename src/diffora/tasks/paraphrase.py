@@ -23,7 +23,7 @@ relative clause, place and time in front or at the end, and "A before B" / "B af
 A positive pair renders one meaning twice. A negative pair renders a meaning and a *changed* meaning (see
 :func:`changes`) made of the same concepts: roles swapped, adjectives exchanged or moved, two clauses' participants
 exchanged, the negation moved to the other clause, the order of events or of cause and effect reversed, or the pole
-of a state turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings in the same way.
+of a state turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings alike.
 
 The module also writes plain text for pretraining (:func:`corpus`), which carries no label. It imports no torch.
 """
@@ -100,7 +100,7 @@ class Mix(NamedTuple):
     two_clauses: float
 
 
-TASK = Mix({"act": 9, "polar": 1, "state": 1, "give": 2, "move": 2, "compare": 1}, two_clauses=0.1)
+TASK = Mix({"act": 10, "polar": 3, "state": 3, "give": 1, "move": 1, "compare": 1}, two_clauses=0.08)
 TEXT = Mix({"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2}, two_clauses=0.3)
 
 

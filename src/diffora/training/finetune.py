@@ -78,6 +78,8 @@ class FineTuneModule(Stage):
         loss = self.loss_fn(self._logits(batch), batch["labels"])
         self.watch(loss)
         self._losses.append(loss.detach())
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log_dict({"train/step_loss": loss.detach(), "lr": rate}, batch_size=1, rank_zero_only=True)
         return loss
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
