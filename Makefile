@@ -10,7 +10,8 @@ help: ## what there is to make
 venv: $(VENV)/.ready ## the environment in .venv, with the versions in constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version)'
+	@echo "making the environment in $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# torch by itself first: where its exact version is at hand without CUDA, nothing larger is fetched

@@ -111,7 +111,7 @@ def main() -> None:
     methods_help = "frozen, lora, full, modules, or a kind of module"
     parser.add_argument("--methods", nargs="+", default=["frozen", "lora", "full"], help=methods_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--head-lr", type=float, default=1e-3)
     parser.add_argument("--lora-lr", type=float, default=3e-3)

@@ -73,7 +73,11 @@ def load_classifier(cfg: Any, n_labels: int) -> nn.Module:
     config = classifier_config(cfg, n_labels, meta=False)
     with _readable(cfg.path, local) as where:
         # float32 is said: transformers would otherwise take the dtype of the file, float16 for DeBERTaV3.
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32, **where)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True, **where
+        )
+    pooler = f"{model.base_model_prefix}.pooler"
+    model.fresh_pooler = pooler if any(key.startswith(f"{pooler}.") for key in info["missing_keys"]) else None
     return freeze_backbone(model)
 
 
@@ -95,15 +99,15 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Full names of the modules that make up the head, the same for every method: what stands behind the encoder.
+    """Full names of the modules that make up the head, the same for every method: what the task adds to the backbone.
 
-    That is every part outside the backbone, and the backbone's pooler where it has one.
+    That is every part outside the backbone. A pooler inside it belongs to the head where the checkpoint did not bring
+    one; a pretrained pooler is backbone.
     """
     prefix = getattr(model, "base_model_prefix", "")
     names = [name for name, _ in model.named_children() if name != prefix]
-    backbone = getattr(model, prefix, None) if prefix else None
-    if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        names.append(f"{prefix}.pooler")
+    if isinstance(pooler := getattr(model, "fresh_pooler", None), str):
+        names.append(pooler)
     return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
 
 

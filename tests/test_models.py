@@ -1,0 +1,71 @@
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from diffora import models
+from diffora.errors import UserError
+
+
+def bert(folder, pooler: bool):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
+    return OmegaConf.create({"name": "b", "path": str(folder)})
+
+
+def trained(model):
+    return {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_head_of_a_deberta_is_pooler_and_classifier(deberta):
+    assert trained(deberta()) == {"pooler.dense", "classifier"}
+
+
+def test_a_pretrained_pooler_is_backbone_and_a_fresh_one_is_head(tmp_path):
+    assert trained(models.load_classifier(bert(tmp_path / "with", True), 2)) == {"classifier"}
+    fresh = models.load_classifier(bert(tmp_path / "without", False), 2)
+    assert trained(fresh) == {"classifier", "bert.pooler.dense"}
+
+
+def test_weights_are_float32_whatever_the_file_holds(tmp_path):
+    cfg = bert(tmp_path, True)
+    from transformers import BertModel
+
+    BertModel.from_pretrained(tmp_path).half().save_pretrained(tmp_path)
+    assert {p.dtype for p in models.load_classifier(cfg, 2).parameters()} == {torch.float32}
+
+
+def test_counts_count_shared_parameters_once(deberta):
+    from conftest import TYPES
+
+    from diffora.core.grid import find_grid
+    from diffora.core.lowrank import attach
+
+    model = deberta()
+    before = models.count_parameters(model)
+    assert before["adapter"] == 0 and before["trainable"] == before["head"]
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.zeros(2, 6, dtype=torch.bool), 2, 1, alpha=1)
+    after = models.count_parameters(model)
+    assert after["adapter"] == 4 * 32 + 2 * 48
+    assert after["backbone"] == before["backbone"] and after["head"] == before["head"]
+
+
+@pytest.mark.parametrize("path", ["./nothing", "/no/such", "a/b/c", "~/nothing-there"])
+def test_a_path_that_is_no_folder_is_refused(path):
+    with pytest.raises(UserError, match="is not a folder"):
+        models.resolve(path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        models.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(UserError, match="cannot be read"):
+        models.load_classifier(OmegaConf.create({"name": "x", "path": str(tmp_path)}), 2)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}')
+    with pytest.raises(UserError, match="cannot be read"):
+        models.load_classifier(OmegaConf.create({"name": "x", "path": str(tmp_path)}), 2)
