@@ -9,9 +9,7 @@ from diffora.errors import UserError
 def bert(folder, pooler: bool):
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
     return OmegaConf.create({"name": "b", "path": str(folder)})
 

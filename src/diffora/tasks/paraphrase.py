@@ -184,9 +184,10 @@ def changes(meaning: Meaning) -> dict[str, Meaning]:
     found: dict[str, Meaning] = {}
     for name, clause in (("first", one), ("second", two)):
         if clause is not None:
-            found |= {
-                f"{change}_{name}": replace(meaning, **{name: new}) for change, new in _clause_changes(clause).items()
-            }
+            for change, new in _clause_changes(clause).items():
+                found[f"{change}_{name}"] = (
+                    replace(meaning, first=new) if name == "first" else replace(meaning, second=new)
+                )
     if two is not None:
         if meaning.link != "and":
             found["order"] = Meaning(two, meaning.link, one)
@@ -247,7 +248,8 @@ def _clause(clause: Clause, rng: random.Random) -> str:
     return core
 
 
-def _person(person: Person, rng: random.Random) -> str:
+def _person(person: Person | None, rng: random.Random) -> str:
+    assert person is not None, "this kind of clause has a second person"
     noun = rng.choice(PEOPLE[person.noun])
     if person.trait is None:
         return f"the {noun}"
@@ -355,7 +357,7 @@ def corpus(stories: int, seed: int) -> Iterator[tuple[str, ...]]:
 
 def _pairs(rows: int, rng: random.Random, taken: set[frozenset[str]]) -> list[tuple[str, str, int]]:
     """Pairs that are not in `taken`, which grows by them."""
-    pairs = []
+    pairs: list[tuple[str, str, int]] = []
     while len(pairs) < rows:
         label = 1 - len(pairs) % 2
         meaning = draw(rng)
