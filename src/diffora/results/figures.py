@@ -80,6 +80,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str]) -> bytes:
         ]
         axes.axhline(1 / len(types), color="0.75", lw=0.8, zorder=0)
         axes.set_title(f"layer {i + 1}", size=9)
+        axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(lines, short_names(types), loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel("round of the search", size=9)
