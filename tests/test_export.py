@@ -44,8 +44,8 @@ def test_peft_loads_the_adapter_with_the_same_logits(trained):
         plain = base.eval()(**inputs()).logits
         loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
         expected = model(**inputs()).logits
-        assert (expected - plain).abs().max() > 0.1
-        torch.testing.assert_close(loaded(**inputs()).logits, expected, rtol=1e-5, atol=1e-5)
+        assert (expected - plain).abs().max() > 0.5
+        torch.testing.assert_close(loaded(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -69,7 +69,7 @@ def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
     fresh = deberta()
     load_adapter(fresh, folder / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(fresh.eval()(**inputs()).logits, model(**inputs()).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(fresh.eval()(**inputs()).logits, model(**inputs()).logits, rtol=1e-5, atol=1e-5)
     layers = dict(lowrank_layers(model))
     tied = {frozenset(a for a in layers if layers[a].lora_a is layers[b].lora_a) for b in layers}
     again = dict(lowrank_layers(fresh))

@@ -148,6 +148,19 @@ def test_every_other_method_runs(cfg, quick, tmp_path, method):
         assert [len(row) for row in result.record["selection"]["selected"]] == [3] * 4
 
 
+@pytest.mark.parametrize(
+    "option", ["trainer.precision=bf16-mixed", "search.order=2", "search.accumulate=2", "method.weight_sharing=false"]
+)
+def test_options_run_to_the_end(cfg, quick, tmp_path, option):
+    more = ["search.train_steps=2", "finetune.accumulate=2"] if "accumulate" in option else []
+    result = run(cfg(*quick, option, *more), tmp_path / "run")
+    assert result.record["status"] == "completed"
+    if option == "method.weight_sharing=false":
+        assert result.record["params"]["adapter"] == sum(
+            4 * (256 if "attention" in name else 384) for row in result.selection.selected for name in row
+        )
+
+
 def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path):
     result = run(cfg(*quick, "method.warm_start=true", "finetune.lr=1e-30"), tmp_path / "run")
     from diffora.core.lowrank import lowrank_layers

@@ -122,6 +122,25 @@ def test_rate_warms_up_and_decays_to_zero(deberta):
     assert rates[4:] == pytest.approx([1e-3 * (20 - s) / 16 for s in range(4, 20)])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(deberta, precision):
+    module, norms = module_of(deberta), []
+    clip = module.configure_gradient_clipping
+
+    def norm():
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm().item()
+
+    def watched(*args):
+        before = norm()
+        clip(*args)
+        norms.append((before, norm()))
+
+    module.configure_gradient_clipping = watched
+    fit(module, epochs=1, gradient_clip_val=0.01, precision=precision)
+    assert len(norms) == 5 and min(before for before, _ in norms) > 0.02
+    assert max(after for _, after in norms) <= 0.01 * 1.001
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation(deberta):
     """A model from `from_pretrained` is in eval mode, and Lightning leaves modes alone."""
     module = module_of(deberta, dropout=0.3)

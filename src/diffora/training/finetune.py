@@ -63,7 +63,9 @@ class FineTuneModule(Stage):
     def configure_optimizers(self) -> Any:
         s = self.settings
         trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        # The fused step would unscale float16 gradients itself, after they have been clipped.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -73,6 +75,13 @@ class FineTuneModule(Stage):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the norm. Lightning itself refuses this for any fused optimiser under bf16, where nothing is scaled."""
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], gradient_clip_val)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss_fn(self._logits(batch), batch["labels"])
