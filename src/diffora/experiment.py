@@ -59,17 +59,20 @@ def train(cfg: DictConfig) -> float | None:
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
             "yourself, `torchrun --nproc-per-node=N train.py -m …`, or sweep with trainer.devices=1"
         )
-    result = run(cfg, Path(hydra.runtime.output_dir))
+    # A run of its own counts from the start of the program, a later job of a sweep from its own start.
+    first = hydra.mode == RunMode.RUN or hydra.job.num == 0
+    result = run(cfg, Path(hydra.runtime.output_dir), began=START if first else None)
     return result.metrics.get(f"validation/{get_task(cfg.task.name).main_metric}")
 
 
-def run(cfg: DictConfig, folder: Path) -> Result:
-    """One run of a composed configuration, written to ``folder``.
+def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
+    """One run of a composed configuration, written to ``folder``; its times count from ``began``, or from now.
 
     Raises:
         UserError: whatever the user can mend. Mistakes in configuration, data and files are found before anything is
             written to ``folder``.
     """
+    began = time.time() if began is None else began
     method, spec = check(cfg)
     if cfg.dry_run:
         return Result(folder, dry_run(cfg, method, spec, folder), None, None)
@@ -82,7 +85,7 @@ def run(cfg: DictConfig, folder: Path) -> Result:
     parts = Parts.load(cfg, folder, spec)
     record = new_record(cfg, parts.data_hash)
     with rundir.account(cfg, folder, record):
-        return execute(parts, method, record)
+        return execute(parts, method, record, began)
 
 
 def check(cfg: DictConfig) -> tuple[Method, TaskSpec]:
@@ -114,7 +117,7 @@ def check(cfg: DictConfig) -> tuple[Method, TaskSpec]:
     return method, get_task(cfg.task.name)
 
 
-def execute(parts: Parts, method: Method, record: dict[str, Any]) -> Result:
+def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
     """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
     cfg, folder = parts.cfg, parts.folder
     loggers = Loggers(cfg.logger, folder, config.plain(cfg))
@@ -147,8 +150,8 @@ def execute(parts: Parts, method: Method, record: dict[str, Any]) -> Result:
         record["time"] = {
             "search_s": round(search_s, 3),
             "finetune_s": round(module.elapsed, 3),
-            "total_s": round(max(time.time() - START, search_s + module.elapsed), 3),
-            "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - START, 3),
+            "total_s": round(max(time.time() - began, search_s + module.elapsed), 3),
+            "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
         }
         record["status"] = "completed"
         if is_main():

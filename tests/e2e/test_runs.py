@@ -125,6 +125,12 @@ def test_killed_twice_and_resumed_ends_as_if_never_stopped(whole, quick, tmp_pat
     assert (folder / "run.json").read_text() == before
 
 
+def test_a_later_run_of_one_process_counts_its_own_time(cfg, quick, tmp_path):
+    began = time.time()
+    spent = run(cfg(*quick), tmp_path / "run").record["time"]
+    assert 0 < spent["startup_s"] < spent["total_s"] <= time.time() - began
+
+
 def test_a_selection_from_a_file_gives_the_same_result_as_its_search(whole, cfg, quick, tmp_path):
     file = whole.folder / "selection.json"
     again = run(cfg(*quick, f"method.selection={file}"), tmp_path / "again")
