@@ -8,7 +8,8 @@ from torch import nn
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.errors import UserError
-from diffora.export import export_adapter, load_adapter
+from diffora.export import Origin, load_adapter
+from diffora.methods.lowrank import LowRankAdaptation
 from diffora.tasks.glue import get_task
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
@@ -30,7 +31,8 @@ def trained(deberta, tmp_path):
         nn.init.normal_(parameter, std=0.5)
     for parameter in (*model.classifier.parameters(), *model.pooler.parameters()):
         nn.init.normal_(parameter, std=0.5)
-    export_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), get_task("mrpc"), RECORD)
+    origin = Origin(str(tmp_path / "base"), get_task("mrpc"), RECORD, {})
+    LowRankAdaptation(model).export(tmp_path, origin)
     return model.eval(), tmp_path
 
 
@@ -92,3 +94,39 @@ def test_the_card_says_how_to_load_it(trained):
     _, folder = trained
     card = (folder / "adapter" / "README.md").read_text()
     assert "PeftModel.from_pretrained" in card and "num_labels=2" in card
+
+
+def test_gates_are_folded_in_and_pruned_directions_left_out(deberta, tmp_path):
+    from peft import PeftModel
+
+    model, base = deberta(), deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=3, shared_rank=None, alpha=8)
+    for i, (_, layer) in enumerate(lowrank_layers(model)):
+        nn.init.normal_(layer.lora_bt, std=0.5)
+        layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) if i else torch.zeros(3))
+    origin = Origin("base", get_task("mrpc"), RECORD, {})
+    LowRankAdaptation(model).export(tmp_path, origin)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ranks = [m.r["default"] for _, m in loaded.named_modules() if hasattr(m, "lora_A")]
+    assert ranks == [2] * 11  # one module has no direction left
+    again = deberta()
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        for other in (loaded, again.eval()):
+            torch.testing.assert_close(other(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
+    from peft import PeftModel
+
+    model, base = deberta(), deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=2, shared_rank=None, alpha=8)
+    for _, layer in lowrank_layers(model):
+        layer.gate = nn.Parameter(torch.zeros(2))
+    LowRankAdaptation(model).export(tmp_path, Origin("base", get_task("mrpc"), RECORD, {}))
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs()).logits, model.eval()(**inputs()).logits)

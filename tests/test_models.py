@@ -43,13 +43,14 @@ def test_counts_count_shared_parameters_once(deberta):
     from diffora.core.lowrank import attach
 
     model = deberta()
-    before = models.count_parameters(model)
+    before, backbone = models.count_parameters(model), models.backbone_parameters(model)
+    assert backbone + before["head"] == sum(p.numel() for p in model.parameters())
     assert before["adapter"] == 0 and before["trainable"] == before["head"]
     grid = find_grid(model, "encoder.layer.*", TYPES)
     attach(model, grid.names, torch.zeros(2, 6, dtype=torch.bool), 2, 1, alpha=1)
     after = models.count_parameters(model)
     assert after["adapter"] == 4 * 32 + 2 * 48
-    assert after["backbone"] == before["backbone"] and after["head"] == before["head"]
+    assert after["head"] == before["head"] and after["trainable"] == after["adapter"] + after["head"]
 
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such", "a/b/c", "~/nothing-there"])

@@ -82,6 +82,7 @@ RULES: dict[str, Check] = {
         lambda v: isinstance(v, list) and bool(v) and len(set(v)) == len(v),
         "a list of the linear modules of a layer, each once",
     ),
+    "model.roles.*": TEXT,
     "model.full_ft_lr": POSITIVE,
     "model.config.*": ANY,
     "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),

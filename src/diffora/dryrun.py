@@ -1,16 +1,18 @@
 """``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
 
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from diffora import START, models
-from diffora.core.dam import adapter_parameters, cheapest_and_dearest, expected_adapter_parameters
+from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
-from diffora.methods.base import Method, Selecting
+from diffora.methods.base import Method
+from diffora.methods.selecting import Selecting
 from diffora.results import terminal
 from diffora.results.record import new_record, write_record
 from diffora.tasks.glue import TaskSpec
@@ -22,36 +24,53 @@ def dry_run(cfg: DictConfig, method: Method, spec: TaskSpec, folder: Path) -> di
     The dimensions are those of ``conf/model`` or of the local model folder: the hub is not asked.
     """
     model = models.meta_classifier(cfg.model, spec.num_labels)
-    grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates))
-    searched: list[Selection] = []
+    grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
+    asked: list[str] = []
 
-    def stand_in() -> Selection:
+    def stand_in(selector: str) -> Selection:
         assert isinstance(method, Selecting)
-        k = method.k(grid)
-        mask, _ = cheapest_and_dearest(grid.shapes, k)
-        searched.append(Selection.from_mask(grid, mask, method=method.name, k=k, rho=method.rho, seed=cfg.seed))
-        return searched[0]
+        asked.append(selector)
+        return method.by_chance(grid, cfg.seed)
 
+    method.check(grid)
     selection = method.select(grid, cfg.seed, stand_in)
-    method.adapt(model, grid, selection)
-    params = models.count_parameters(model)
-    if searched:
+    backbone = models.backbone_parameters(model)
+    method.adapt(model, grid, selection, cfg.seed)
+    params = models.count_parameters(model) | {"backbone": backbone}
+    if asked:
         assert isinstance(method, Selecting)
         selection = None
-        params |= _searched_counts(grid, method)
+        params |= _unknown_counts(grid, method)
         params["trainable"] = params["adapter"] + params["head"]
     record = new_record(cfg, data_hash=None)
     record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
     if selection is not None:
-        record["selection"] = {"file": None, "k": selection.k, "selected": selection.selected}
+        record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
     write_record(folder, record)
     return record
 
 
-def _searched_counts(grid: Grid, method: Selecting) -> dict[str, int]:
-    """What the search will choose decides the count: its mean over all selections, and the extremes."""
-    k, ranks = method.k(grid), (method.rank, method.rank_elsewhere)
-    least, most = (adapter_parameters(grid.shapes, mask, *ranks) for mask in cheapest_and_dearest(grid.shapes, k))
-    expected = expected_adapter_parameters(grid.shapes, k, *ranks)
-    return {"adapter": expected, "adapter_min": least, "adapter_max": most}
+def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
+    """What is known before the data choose: the mean count over all selections and the extremes, or the budget.
+
+    Under a budget, ``adapter`` is the most there can be; ``rank_*`` or ``modules_*`` bound what the budget will choose.
+    """
+    shapes, elsewhere, size = grid.shapes, method.rank_elsewhere, method.size(grid)
+    least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
+    if (limit := method.limit) is not None and method.scope == "global":
+        # What fits in any order of the modules, and what fits in the best one.
+        sure, possible = (max(m for m, count in enumerate(counts) if count <= limit) for counts in (most, least))
+        return {"adapter": limit, "modules_min": sure, "modules_max": possible}
+    if limit is not None and size > 0:
+
+        def largest(extreme: int) -> int:
+            counts = lambda rank: extreme_adapter_parameters(shapes, rank, elsewhere)[extreme][size]  # noqa: E731
+            return bisect_right(range(1, limit + 1), limit, key=counts)
+
+        return {"adapter": limit, "rank_min": largest(1), "rank_max": largest(0)}
+    if method.scope == "global":
+        expected = expected_globally(shapes, size, method.rank, elsewhere)
+    else:
+        expected = expected_adapter_parameters(shapes, size // grid.n_layers, method.rank, elsewhere)
+    return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}

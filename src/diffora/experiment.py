@@ -18,13 +18,13 @@ from diffora import START, config, models
 from diffora.core.selection import Selection
 from diffora.dryrun import dry_run
 from diffora.errors import UserError
-from diffora.export import export_adapter, export_model
+from diffora.export import Origin
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
 from diffora.results.record import new_record, peaks, reset_peaks, write_record
 from diffora.tasks.glue import TaskSpec, get_task
 from diffora.training.loggers import Loggers
-from diffora.training.stages import Parts, finetune, is_main, quiet_libraries, search, warm_start
+from diffora.training.stages import Parts, find_selection, finetune, is_main, quiet_libraries, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     reset_peaks()
     L.seed_everything(cfg.seed, verbose=False)
     parts = Parts.load(cfg, folder, spec)
+    method.check(parts.grid)
     record = new_record(cfg, parts.data_hash)
     with rundir.account(cfg, folder, record):
         return execute(parts, method, record, began)
@@ -125,28 +126,32 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
     try:
         search_s = 0.0
 
-        def run_search() -> Selection:
+        def find(selector: str) -> Selection:
             nonlocal search_s
-            found, search_s = search(parts, method, loggers)
+            found, search_s = find_selection(parts, method, selector, loggers)
             return found
 
-        selection = method.select(parts.grid, cfg.seed, run_search)
+        selection = method.select(parts.grid, cfg.seed, find)
         if selection is not None and is_main():
             selection.save(folder / "selection.json")
             figures.save_png(folder / "dam.png", figures.dam_heatmap(selection))
-            record["selection"] = {"file": "selection.json", "k": selection.k, "selected": selection.selected}
+            record["selection"] = {"file": "selection.json", **selection.summary()}
 
         # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
         L.seed_everything(cfg.seed, verbose=False)
-        method.adapt(parts.model, parts.grid, selection)
+        adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
         if selection is not None and cfg.method.get("warm_start"):
             warm_start(parts, selection)
-        record["params"] = models.count_parameters(parts.model)
-        module = finetune(parts, record["params"], loggers)
+        record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
+        module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
+        needed = adaptation.inference_parameters()
+        record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
         record |= {"metrics": module.results(), "history": module.history, "memory": peaks()}
         if is_main():
-            _export(parts, method, record)
+            path, local = models.resolve(cfg.model.path)
+            base = str(Path(path).resolve()) if local else path
+            adaptation.export(folder, Origin(base, parts.spec, record, config.plain(cfg)))
         record["time"] = {
             "search_s": round(search_s, 3),
             "finetune_s": round(module.elapsed, 3),
@@ -162,12 +167,3 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         return Result(folder, record, parts.model, selection)
     finally:
         loggers.finish(failed)
-
-
-def _export(parts: Parts, method: Method, record: dict[str, Any]) -> None:
-    if not method.lowrank:
-        export_model(parts.model, parts.folder / "model")
-        return
-    path, local = models.resolve(parts.cfg.model.path)
-    base = str(Path(path).resolve()) if local else path
-    export_adapter(parts.model, parts.folder / "adapter", base, parts.spec, record)

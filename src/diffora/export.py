@@ -2,85 +2,149 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffora.core.lowrank import LowRankLinear, lowrank_layers
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
 from diffora.models import head_modules
 from diffora.tasks.glue import TaskSpec
 
 SHARING = "sharing.json"
+ADAPT = "diffora.json"
 
 
-def export_adapter(model: nn.Module, folder: Path, base_model: str, spec: TaskSpec, record: dict[str, Any]) -> None:
-    """Write low-rank layers and head as a LoRA adapter that plain `peft.PeftModel.from_pretrained` loads.
+@dataclass(frozen=True)
+class Origin:
+    """Where a trained model comes from, for its files.
+
+    Attributes:
+        base_model: hub id or folder of the pretrained model, as others should load it.
+        spec: the task.
+        record: of the run.
+        config: the run's configuration, as plain containers.
+    """
+
+    base_model: str
+    spec: TaskSpec
+    record: dict[str, Any]
+    config: dict[str, Any]
+
+
+Pairs = Iterable[tuple[str, Tensor, Tensor, float]]
+"""(full module name, A (rank, in), B^T (rank, out), s) for each update s B A."""
+
+
+def export_adapter(
+    model: nn.Module, folder: Path, origin: Origin, pairs: Pairs, shared: Sequence[list[str]] = ()
+) -> None:
+    """Write low-rank updates and head as a LoRA adapter that plain `peft.PeftModel.from_pretrained` loads.
 
     Every module is named in full and has its own rank and alpha, since names like ``output.dense`` match more than is
     meant. Modules that share a pair get a copy each, so inference is exact; which ones did stands in ``sharing.json``.
 
     Args:
-        model: with `LowRankLinear` layers, none of them merged.
+        model: whose head goes along.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        base_model: hub id or folder of the pretrained model, as PEFT should load it.
-        spec: the task, for the card.
-        record: of the run, for the card.
+        origin: for the configuration and the card.
+        pairs: the updates; modules whose rank came down to 0 are left out.
+        shared: groups of modules that share one pair.
     """
     from safetensors.torch import save_file
 
-    layers = dict(lowrank_layers(model))
-    heads = head_modules(model)
-    tensors: dict[str, torch.Tensor] = {}
-    shared: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        bt = layer.lora_bt.detach()
-        if layer.gate is not None:
-            bt = bt * layer.gate.detach().reshape(-1, 1)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_a.detach().cpu().clone()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = bt.T.cpu().clone(memory_format=torch.contiguous_format)
-        shared.setdefault(id(layer.lora_a), []).append(name)
-    for head in heads:
-        for name, value in model.get_submodule(head).state_dict().items():
-            tensors[f"base_model.model.{head}.{name}"] = value.detach().cpu().clone()
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, tuple[int, float]] = {}
+    everything = list(pairs)
+    if not any(len(lora_a) for _, lora_a, _, _ in everything):  # all pruned: PEFT wants at least one module
+        name, lora_a, lora_bt, scaling = everything[0]
+        everything = [(name, lora_a.new_zeros(1, lora_a.shape[1]), lora_bt.new_zeros(1, lora_bt.shape[1]), scaling)]
+    for name, lora_a, lora_bt, scaling in everything:
+        if len(lora_a):
+            place = f"base_model.model.{name}"
+            tensors[f"{place}.lora_A.weight"] = lora_a.detach().cpu().clone()
+            tensors[f"{place}.lora_B.weight"] = lora_bt.detach().T.cpu().clone(memory_format=torch.contiguous_format)
+            scales[name] = len(lora_a), scaling
+    tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(model).items()}
     with atomic(folder / "adapter_model.safetensors") as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})
-    write_text(folder / SHARING, json.dumps([names for names in shared.values() if len(names) > 1], indent=1) + "\n")
-    config = adapter_config(layers, heads, base_model)
+    write_text(folder / SHARING, json.dumps([names for names in shared if len(names) > 1], indent=1) + "\n")
+    config = adapter_config(scales, head_modules(model), origin.base_model)
     write_text(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
-    write_text(folder / "README.md", _card(base_model, spec, record))
+    write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
 
 
-def adapter_config(layers: dict[str, LowRankLinear], heads: list[str], base_model: str) -> dict[str, Any]:
-    """The content of PEFT's ``adapter_config.json``."""
-    first = next(iter(layers.values()))
-    exact = {f"^{re.escape(name)}": layer for name, layer in layers.items()}
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The head's weights under their full names, on the CPU."""
+    return {
+        f"{head}.{name}": value.detach().cpu().clone()
+        for head in head_modules(model)
+        for name, value in model.get_submodule(head).state_dict().items()
+    }
+
+
+def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
+    """Write what was trained, for methods that no PEFT format holds; `load_adapter` adapts anew and fills in.
+
+    Args:
+        model: the trained model.
+        folder: where ``diffora.json`` (how to adapt) and ``weights.safetensors`` (what was trained) go.
+        origin: whose configuration says how to adapt.
+    """
+    from safetensors.torch import save_file
+
+    trained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with atomic(folder / "weights.safetensors") as scratch:
+        save_file(trained | head_tensors(model), scratch, metadata={"format": "pt"})
+    sections = ("method", "rank", "rho", "finetune", "seed", "model")
+    content = {key: origin.config[key] for key in sections if key in origin.config}
+    content["selection"] = "../selection.json" if origin.record["selection"] else None
+    write_text(folder / ADAPT, json.dumps({"base_model": origin.base_model, **content}, indent=1) + "\n")
+    write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
+
+
+def adapter_config(scales: Mapping[str, tuple[int, float]], heads: list[str], base_model: str) -> dict[str, Any]:
+    """The content of PEFT's ``adapter_config.json`` for updates of (rank, s) by module; PEFT's s is alpha / rank."""
+    exact = {f"^{re.escape(name)}": pair for name, pair in scales.items()}
+    rank, scaling = next(iter(scales.values()))
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
+        "r": rank,
+        "lora_alpha": scaling * rank,
+        "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(layers),
-        "rank_pattern": {pattern: layer.rank for pattern, layer in exact.items()},
-        "alpha_pattern": {pattern: layer.alpha for pattern, layer in exact.items()},
+        "target_modules": list(scales),
+        "rank_pattern": {pattern: rank for pattern, (rank, _) in exact.items()},
+        "alpha_pattern": {pattern: scaling * rank for pattern, (rank, scaling) in exact.items()},
         "modules_to_save": heads,
     }
 
 
-def _card(base_model: str, spec: TaskSpec, record: dict[str, Any]) -> str:
-    """Model card with what to type to load the adapter."""
+LOAD_WITH_PEFT = """from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()"""
+LOAD_WITH_DIFFORA = """from pathlib import Path
+from diffora.export import load_adapter
+
+load_adapter(base, Path("path/to/this/folder"))"""
+
+
+def card(origin: Origin, how_to_load: str) -> str:
+    """Model card with what to type to load the adapter onto ``base``."""
+    record, spec = origin.record, origin.spec
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())
     return f"""---
-base_model: {base_model}
+base_model: {origin.base_model}
 library_name: peft
-tags: [{record["method"]}, {record["task"]}, lora]
+tags: [{record["method"]}, {record["task"]}]
 ---
 # {record["method"]} adapter for {spec.name}
 
@@ -91,13 +155,12 @@ tags: [{record["method"]}, {record["task"]}, lora]
 {scores}
 
 ```python
-from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 base = AutoModelForSequenceClassification.from_pretrained(
-    "{base_model}", num_labels={spec.num_labels}, dtype="float32"
+    "{origin.base_model}", num_labels={spec.num_labels}, dtype="float32"
 )
-model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()
+{how_to_load}
 ```
 """
 
@@ -112,11 +175,45 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     Args:
         model: the pretrained backbone with a head, without low-rank layers.
-        folder: what `export_adapter` wrote.
+        folder: the ``adapter/`` of a run.
 
     Raises:
         UserError: missing or unreadable files, or an adapter of another model.
     """
+    if (folder / ADAPT).is_file():
+        _load_weights(model, folder)
+    elif (folder / SHARING).is_file():
+        _load_pairs(model, folder)
+    elif (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, str(folder))
+    else:
+        raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no adapter_config.json")
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    from hydra.utils import get_class
+    from omegaconf import OmegaConf
+    from safetensors.torch import load_file
+
+    from diffora.core.grid import find_grid
+    from diffora.core.selection import Selection
+
+    try:
+        cfg: Any = OmegaConf.create(json.loads((folder / ADAPT).read_text()))
+        tensors = load_file(folder / "weights.safetensors")
+    except Exception as error:
+        raise UserError(f"{folder} is not an adapter of this project: {error}") from None
+    kind: Any = get_class(cfg.method._target_)
+    grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
+    selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
+    kind.from_config(cfg).adapt(model, grid, selection, cfg.seed)
+    if strange := model.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise UserError(f"{folder} does not fit this model, which has no {strange[0]} (and {len(strange) - 1} more)")
+
+
+def _load_pairs(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     try:

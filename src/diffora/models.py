@@ -111,21 +111,23 @@ def head_modules(model: nn.Module) -> list[str]:
     return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """``adapter``, ``head``, ``trainable`` and ``backbone`` parameters of an adapted model, shared ones once.
-
-    ``adapter`` is what is trained besides the head; ``backbone`` is what was pretrained, trained or not.
-    """
-    from diffora.core.lowrank import lowrank_layers
-
+def backbone_parameters(model: nn.Module) -> int:
+    """Parameters of a model besides its head, shared ones once; before a method adds to them."""
     head = {p for name in head_modules(model) for p in model.get_submodule(name).parameters()}
-    added = {p for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt)}
+    return sum(p.numel() for p in set(model.parameters()) - head)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """``adapter``, ``head`` and ``trainable`` parameters of an adapted model, shared ones once.
+
+    ``adapter`` is what is trained besides the head.
+    """
+    head = {p for name in head_modules(model) for p in model.get_submodule(name).parameters()}
     trainable = {p for p in model.parameters() if p.requires_grad}
     return {
         "adapter": sum(p.numel() for p in trainable - head),
         "head": sum(p.numel() for p in head),
         "trainable": sum(p.numel() for p in trainable),
-        "backbone": sum(p.numel() for p in set(model.parameters()) - head - added),
     }
 
 

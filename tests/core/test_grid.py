@@ -1,5 +1,4 @@
 import pytest
-import torch
 from conftest import TYPES
 from torch import nn
 
@@ -75,9 +74,11 @@ def test_two_stacks_are_told_apart_by_their_path():
     assert find_grid(both, "b.encoder.layer.*", ["q"]).names == (("b.encoder.layer.0.q",),)
 
 
-def test_modules_are_those_that_stand_there_now(deberta):
+def test_roles_are_found_in_every_layer_and_checked(deberta):
     net = deberta()
-    grid = find_grid(net, "encoder.layer.*", TYPES)
-    net.set_submodule(grid.names[0][0], replacement := nn.Linear(16, 16))
-    assert grid.modules(net)[0][0] is replacement
-    assert torch.nn.Linear is type(grid.modules(net)[1][5])
+    grid = find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"ffn_output": "output.dense"})
+    assert grid.having("ffn_output") == [f"deberta.encoder.layer.{i}.output.dense" for i in (0, 1)]
+    with pytest.raises(UserError, match=r"say so in model\.roles\.key"):
+        grid.having("key")
+    with pytest.raises(UserError, match=r"model\.roles\.key=nope: deberta\.encoder\.layer\.0\.nope is not a linear"):
+        find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"key": "nope"})

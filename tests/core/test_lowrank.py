@@ -17,14 +17,22 @@ def layer(dropout: float = 0.0) -> LowRankLinear:
     return LowRankLinear(base, nn.Parameter(A.clone()), nn.Parameter(BT.clone()), alpha=6.0, dropout=dropout)
 
 
-@pytest.mark.parametrize("gate", [None, torch.tensor(0.3, dtype=torch.float64), torch.tensor([0.3, -2.0]).double()])
+GATES = [
+    None,
+    torch.tensor(0.3, dtype=torch.float64),
+    torch.tensor([0.3, -2.0]).double(),
+    torch.tensor([[0.3, -2.0], [1.0, 0.5]]).double(),
+]
+
+
+@pytest.mark.parametrize("gate", GATES)
 def test_forward_is_equation_10(gate):
-    diagonal = torch.eye(2).double() if gate is None else torch.diag(gate.expand(2))
+    diagonal = torch.eye(2).double() if gate is None else gate if gate.ndim == 2 else torch.diag(gate.expand(2))
     expected = X @ W.T + B_ + X @ (3.0 * BT.T @ diagonal @ A).T
     torch.testing.assert_close(lowrank_linear(X, W, B_, A, BT, 3.0, gate), expected)
 
 
-@pytest.mark.parametrize("gate_shape", [(), (2,)])
+@pytest.mark.parametrize("gate_shape", [(), (2,), (2, 2)])
 def test_first_and_second_derivatives_against_finite_differences(gate_shape):
     gate = torch.randn(gate_shape, dtype=torch.float64)
     inputs = [t.clone().requires_grad_() for t in (X[:1], A, BT, gate)]
@@ -43,7 +51,7 @@ def test_gate_gradient_is_the_inner_product_of_update_and_output_gradient():
     torch.testing.assert_close(gate.grad, (upstream * (3.0 * X @ A.T @ BT)).sum())
 
 
-@pytest.mark.parametrize("gate", [None, torch.tensor(0.3, dtype=torch.float64), torch.tensor([0.3, -2.0]).double()])
+@pytest.mark.parametrize("gate", GATES)
 def test_merge_changes_the_weight_not_the_output_and_unmerge_restores_it(gate):
     module = layer()
     module.gate = gate

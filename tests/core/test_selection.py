@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -72,3 +73,28 @@ def test_a_selection_of_another_model_does_not_fit(selection, deberta):
     selection.check_fits(find_grid(deberta(), "encoder.layer.*", TYPES), "s.json")
     with pytest.raises(UserError, match="made for 2 layers x 6 modules"):
         selection.check_fits(find_grid(deberta(layers=3), "encoder.layer.*", TYPES), "s.json")
+
+
+def test_a_global_selection_with_a_rank_and_scores_comes_back(selection, tmp_path):
+    scored = dataclasses.replace(selection, selector="gradient", k=None, rank=7, gamma_bar=None, scores=[[0.5] * 6] * 2)
+    scored.save(tmp_path / "s.json")
+    assert Selection.load(tmp_path / "s.json") == scored
+
+
+def test_a_file_without_the_optional_keys_loads(selection, tmp_path):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    for key in ("selector", "k", "rank", "scores", "gamma_bar", "split_hash", "config"):
+        del content[key]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    loaded = Selection.load(tmp_path / "s.json")
+    assert torch.equal(loaded.mask(), selection.mask()) and (loaded.rank, loaded.k) == (None, None)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "4", True])
+def test_a_rank_that_is_none_is_refused(selection, tmp_path, rank):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps(content | {"rank": rank}))
+    with pytest.raises(UserError, match=r"rank=.* must be a whole number of at least 1, or null"):
+        Selection.load(tmp_path / "s.json")

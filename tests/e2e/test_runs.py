@@ -14,9 +14,11 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file
 
+from diffora.core.dam import discretise
 from diffora.core.selection import Selection
-from diffora.experiment import run
+from diffora.experiment import check, run
 from diffora.results.record import read_record
+from diffora.training.loggers import Loggers
 
 RECORD_KEYS = {
     "method", "task", "model", "seed", "metrics", "params", "time", "memory", "selection", "config_hash", "data_hash",
@@ -65,7 +67,7 @@ def test_a_run_leaves_what_it_says(whole):
     assert record.keys() >= RECORD_KEYS
     assert record["status"] == "completed"
     assert {"validation/accuracy", "validation/f1", "held_out/accuracy", "last/accuracy"} <= record["metrics"].keys()
-    assert record["params"].keys() == {"adapter", "head", "trainable", "backbone"}
+    assert record["params"].keys() == {"adapter", "head", "trainable", "backbone", "inference"}
     assert record["params"]["trainable"] == record["params"]["adapter"] + record["params"]["head"]
     assert record["time"].keys() == {"search_s", "finetune_s", "total_s", "startup_s"}
     assert record["time"]["search_s"] > 0 and record["memory"]["peak_rss_mb"] > 100
@@ -152,6 +154,119 @@ def test_every_other_method_runs(cfg, quick, tmp_path, method):
         assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
     if method == "random":
         assert [len(row) for row in result.record["selection"]["selected"]] == [3] * 4
+
+
+@pytest.fixture
+def short(quick):
+    """An even shorter run."""
+    return [*quick, "task.train_rows=64", "search.epochs=1", "finetune.epochs=1", "search.batch_size=8"]
+
+
+@pytest.mark.parametrize("selector", ["gradient", "activation", "random"])
+def test_every_selector_runs(cfg, short, tmp_path, selector):
+    result = run(cfg(*short, f"method.selector={selector}", "method.score_batches=2"), tmp_path / "run")
+    selection = Selection.load(tmp_path / "run/selection.json")
+    assert (selection.selector, selection.k, selection.rank, selection.gamma_bar) == (selector, 3, None, None)
+    scores = torch.tensor(selection.scores)
+    assert scores.shape == (4, 6) and torch.equal(discretise(scores, 3), selection.mask())
+    assert result.record["selection"]["selector"] == selector and result.record["status"] == "completed"
+    assert (result.record["time"]["search_s"] > 0) == (selector != "random")
+    assert (tmp_path / "run/dam.png").stat().st_size > 0 and not (tmp_path / "run/gamma.png").exists()
+    # what scoring left behind changes nothing
+    again = run(cfg(*short, f"method.selection={tmp_path / 'run/selection.json'}"), tmp_path / "again")
+    assert again.record["history"] == result.record["history"]
+
+
+def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path):
+    from diffora.training import stages
+
+    config = cfg(*short, "method.selector=gradient", "method.score_batches=2")
+    method, spec = check(config)
+    torch.manual_seed(0)
+    parts = stages.Parts.load(config, tmp_path, spec)
+    before = {name: value.clone() for name, value in parts.model.state_dict().items()}
+    modes, state = [m.training for m in parts.model.modules()], torch.get_rng_state()
+    selection, _ = stages.find_selection(parts, method, "gradient", Loggers(["csv"], tmp_path, {}))
+    assert torch.equal(torch.get_rng_state(), state)
+    after = parts.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert [m.training for m in parts.model.modules()] == modes
+    assert len(set(chain(*selection.scores))) == 24
+
+
+@pytest.mark.parametrize("lost", [[], ["search.json"]])
+def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, lost):
+    from diffora import experiment
+    from diffora.training.score import ScoreModule
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    overrides = [*short, "method.selector=activation", "method.score_batches=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "finetune", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(cfg(*overrides), tmp_path / "run")
+    first = Selection.load(tmp_path / "run/selection.json")
+    for name in lost:  # killed before the selection was finished, but after its checkpoint
+        (tmp_path / "run" / name).unlink()
+    monkeypatch.setattr(ScoreModule, "training_step", stopped)
+    result = run(cfg(*overrides, "resume=true"), tmp_path / "run")
+    assert result.record["status"] == "completed" and result.record["time"]["search_s"] > 0
+    assert result.selection == first
+
+
+@pytest.mark.parametrize("more", [["method=random"], ["method.selector=search"], ["method.selector=activation"]])
+def test_global_scope_with_and_without_a_budget(cfg, short, tmp_path, more):
+    if more == ["method=random"]:
+        short = [o for o in short if not o.startswith("search.")]
+    free = run(cfg(*short, *more, "method.scope=global", "rho=0.4"), tmp_path / "free")
+    assert free.selection.mask().sum() == 9 and free.selection.k is None  # floor(0.4 * 24)
+    tight = run(cfg(*short, *more, "method.scope=global", "method.budget=12k"), tmp_path / "tight")
+    assert 0 < tight.record["params"]["adapter"] <= 12_000
+    assert tight.record["params"]["adapter"] > 12_000 - 4 * 384  # another module would not have fitted
+    assert tight.selection.rank is None
+
+
+@pytest.mark.parametrize("more", [["method=random"], ["method.selector=search"], ["method.selector=gradient"]])
+def test_a_budget_chooses_the_rank_and_a_file_keeps_it(cfg, short, tmp_path, more):
+    if more == ["method=random"]:
+        short = [o for o in short if not o.startswith("search.")]
+    result = run(cfg(*short, *more, "method.budget=0.03M"), tmp_path / "run")
+    selection, params = result.selection, result.record["params"]
+    assert selection.k == 3 and selection.rank not in (None, 4)
+    of_rank_1 = sum(256 if "attention" in name else 384 for row in selection.selected for name in row)
+    assert 30_000 - of_rank_1 < params["adapter"] <= 30_000
+    if more == ["method.selector=gradient"]:
+        again = run(cfg(*short, f"method.selection={tmp_path / 'run/selection.json'}"), tmp_path / "again")
+        assert again.record["params"] == params and again.record["history"] == result.record["history"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least"),
+    [
+        # K = 3 at rank 1: FFN in and out everywhere and a third module
+        (["method.scope=layer", "method.weight_sharing=false"], 4 * (256 + 2 * 384)),
+        # but where pairs are shared it is dearer to leave each FFN out once, so that none of the shared ones goes
+        (["method.scope=layer"], 4 * (256 + 2 * 384) - 2 * (384 - 256) + 2 * (4 * 256 + 2 * 384)),
+        (["method.scope=global"], 2 * (4 * 256 + 2 * 384)),  # the shared pairs
+        (["method=random"], 7424),
+    ],
+)
+def test_a_budget_that_is_too_small_is_refused_before_the_search(cfg, short, tmp_path, monkeypatch, overrides, least):
+    from diffora.errors import UserError
+    from diffora.training.search import SearchModule
+
+    if "method=random" in overrides:
+        short = [o for o in short if not o.startswith("search.")]
+    monkeypatch.delattr(SearchModule, "training_step")
+    words = rf"method\.budget={least - 1} is too small: {least} parameters are the least"
+    with pytest.raises(UserError, match=words):
+        run(cfg(*short, *overrides, f"method.budget={least - 1}"), tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        run(cfg(*short, *overrides, f"method.budget={least - 1}", "dry_run=true"), tmp_path / "dry")
+    record = run(cfg(*short, *overrides, f"method.budget={least}", "dry_run=true"), tmp_path / "dry").record
+    assert record["status"] == "dry_run"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +360,15 @@ def test_dry_run_counts_the_papers_parameters_without_network(tmp_path):
         (["method=lora", "rank=8", "model=roberta_base"], 1_327_104),
         (["method=full_ft"], 183_831_552),
         (["method=full_ft", "model=roberta_base"], 124_055_040),
+        (["method=houlsby", "method.size=16"], 608_640),  # 0.61M
+        (["method=houlsby", "method.size=8"], 313_536),  # 0.31M
+        (["method=pfeiffer", "method.size=32"], 599_424),  # 0.60M
+        (["method=pfeiffer", "method.size=16"], 304_320),  # 0.30M
+        (["method=bitfit"], 102_912),  # 0.1M
+        (["method=flora", "rank=8", "model=roberta_base"], 1_331_712),  # 1.33M
+        (["method=rm_lora", "rank=4"], 663_552),  # with the head of 592,130: 1.26M
+        (["method=adalora", "rank=2"], 497_880),
+        (["method=head_only"], 0),
         (["method=share_only"], 2 * (4 * 1536 + 2 * 3840)),
         (["method=diffora"], 359_417),
         (["method=diffora", "method.weight_sharing=false"], 331_776),
@@ -254,7 +378,28 @@ def test_dry_run_counts(cfg, tmp_path, overrides, adapter):
     record = run(cfg("dry_run=true", *overrides), tmp_path).record
     assert record["params"]["adapter"] == adapter
     if overrides == ["method=diffora"]:
-        assert (record["params"]["adapter_min"], record["params"]["adapter_max"]) == (239_616, 451_584)
+        assert (record["params"]["adapter_min"], record["params"]["adapter_max"]) == (239_616, 454_656)
+
+
+def test_dry_run_says_what_is_known_of_a_global_selection_and_of_budgets(cfg, tmp_path, capsys):
+    def dry(*overrides):
+        params = run(cfg("dry_run=true", *overrides), tmp_path).record["params"]
+        return params, capsys.readouterr().out
+
+    params, out = dry("method.scope=global")
+    assert "36 of 72 modules" in out and "K =" not in out
+    # All 24 FFN modules and 12 of the attention, or no FFN module and 36 of the attention, the other 12 of one type.
+    assert params["adapter_max"] == 4 * (24 * 3840 + 12 * 1536) + 2 * 4 * 1536
+    assert params["adapter_min"] == 4 * 36 * 1536 + 2 * (1536 + 2 * 3840)
+    assert params["adapter_min"] < params["adapter"] < params["adapter_max"]
+    params, out = dry("method.budget=0.35M")
+    assert params["adapter"] == 350_000 and (params["rank_min"], params["rank_max"]) == (3, 5)
+    assert "rank 3 to 5 within the budget" in out and "at most" in out
+    params, out = dry("method.budget=350k", "method.scope=global", "method.selector=activation")
+    assert f"{params['modules_min']} to {params['modules_max']} of 72 modules within the budget" in out
+    assert 0 < params["modules_min"] < params["modules_max"] < 72
+    params, out = dry("method.budget=350k", "method.selector=random")
+    assert 350_000 - 36 * 3840 < params["adapter"] <= 350_000 and "36 of 72 modules selected, rank " in out
 
 
 def test_a_sweep_survives_a_failed_job(quick, tmp_path):
@@ -293,5 +438,6 @@ def test_two_processes_give_one_result(quick, tmp_path):
 def test_help_is_quick_and_lists_the_choices():
     began = time.time()
     out = command("--help")
-    assert "method: diffora, full_ft, lora, random, share_only" in out and "task: cola" in out
+    methods = sorted(file.stem for file in (REPO / "conf" / "method").glob("*.yaml"))
+    assert f"method: {', '.join(methods)}" in " ".join(out.split()) and "task: cola" in out
     assert time.time() - began < 10  # a guard against importing torch, not a benchmark

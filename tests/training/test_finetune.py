@@ -7,7 +7,8 @@ from conftest import TYPES, batch_of
 from torch.utils.data import DataLoader
 
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
+from diffora.core.lowrank import attach, lowrank_layers
+from diffora.methods.lowrank import LowRankAdaptation
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
 
@@ -15,13 +16,14 @@ def accuracy(logits, labels):
     return {"accuracy": (logits.argmax(-1) == labels).float().mean().item()}
 
 
-def module_of(deberta, dropout=0.0, **changes):
+def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     model = deberta(dropout=dropout)
     grid = find_grid(model, "encoder.layer.*", TYPES)
     attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout)
+    adaptation = (adaptation or LowRankAdaptation)(model)
     settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
-    return FineTuneModule(model, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0)
+    return FineTuneModule(adaptation, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0)
 
 
 def fit(module, epochs=2, **extra):
@@ -173,3 +175,70 @@ def test_checkpoints_hold_trainable_weights_only(deberta):
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
     assert not any(".base." in name or "embeddings" in name for name in checkpoint["state_dict"])
+
+
+class Noted(LowRankAdaptation):
+    """Notes every call of the training loop, and adds a constant to the loss."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.calls = []
+
+    def begin(self, total_steps):
+        self.calls.append(("begin", total_steps))
+
+    def before_step(self, step, epoch):
+        self.calls.append(("before", step, epoch))
+
+    def penalty(self):
+        return torch.tensor(100.0)
+
+    def after_backward(self):
+        self.calls.append(("backward",))
+
+    def after_step(self, step, lr):
+        gradients = [p.grad for p in self.model.parameters() if p.requires_grad]
+        assert all(g is not None for g in gradients)
+        self.calls.append(("after", step, lr))
+
+
+def test_a_methods_hooks_are_called_once_a_step(deberta):
+    module = module_of(deberta, adaptation=Noted)
+    fit(module, epochs=2, accumulate_grad_batches=2)
+    # 5 batches an epoch, two to a step: 3 steps an epoch
+    assert module.adaptation.calls[0] == ("begin", 6)
+    names = [call[0] for call in module.adaptation.calls[1:]]
+    assert names == (["before", "backward", "backward", "after"] * 2 + ["before", "backward", "after"]) * 2
+    assert [call[1:] for call in module.adaptation.calls if call[0] == "before"] == [(s, s // 3) for s in range(6)]
+    rates = [call[1:] for call in module.adaptation.calls if call[0] == "after"]
+    factors = [0.25, 0.5, 0.75, 1.0, 1.0, 0.5]  # four steps of warm-up, then down over two
+    assert [step for step, _ in rates] == list(range(6))
+    assert [rate for _, rate in rates] == pytest.approx([1e-3 * f for f in factors])
+
+
+def test_what_a_method_adds_to_the_loss_is_not_reported_as_loss(deberta):
+    module, plain = module_of(deberta, adaptation=Noted), module_of(deberta)
+    fit(module)
+    fit(plain)
+    assert module.history == plain.history
+    assert max(scores["validation/loss"] for scores in module.history) < 10
+
+
+def test_training_metric_gap_and_measures_of_each_epoch(deberta):
+    module = module_of(deberta, lr=0.0)  # nothing moves: the training metric is that of the model as it is
+    with torch.no_grad():
+        for _, layer in lowrank_layers(module.model):
+            layer.lora_bt.normal_(std=0.1)
+    fit(module, epochs=1)
+    batches = [batch_of(8, seed=i) for i in range(5)]
+    with torch.no_grad():
+        logits = torch.cat([module._logits(batch) for batch in batches])
+    expected = accuracy(logits, torch.cat([batch["labels"] for batch in batches]))["accuracy"]
+    scores = module.history[0]
+    assert scores["train/accuracy"] == pytest.approx(expected)
+    assert scores["generalisation_gap"] == pytest.approx(expected - scores["validation/accuracy"])
+    deltas = [layer.delta().detach().double() for _, layer in lowrank_layers(module.model)]
+    assert scores["update/rank"] == 2
+    losses = [(d @ d.T - torch.eye(len(d), dtype=d.dtype)).square().sum().item() for d in deltas]
+    assert scores["update/orthogonality_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert module.results()["update/rank"] == 2 and "generalisation_gap" in module.results()

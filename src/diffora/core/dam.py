@@ -1,7 +1,9 @@
 """The Differential Adaptation Matrix: relaxation (eq. 11), discretisation (eq. 14) and what a selection costs."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -21,6 +23,8 @@ def entropy(gamma_bar: Tensor) -> Tensor:
 
 def modules_per_layer(rho: float, n_types: int) -> int:
     """K = floor(rho * N), computed exactly from the decimal that was written: 0.29 * 100 is 29.
+
+    With the L N candidates of the whole grid for N it is the number that ``method.scope=global`` selects.
 
     Raises:
         ValueError: rho is outside [0, 1].
@@ -59,10 +63,28 @@ def discretise(gamma_bar: Tensor, k: int) -> Tensor:
     return selected.scatter(-1, columns[:, :k], True)
 
 
-def random_selection(n_layers: int, n_types: int, k: int, seed: int) -> Tensor:
-    """K modules per layer, uniformly at random ([D] Table 3's control). Boolean L x N."""
-    generator = torch.Generator().manual_seed(seed)
-    return discretise(torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64), k)
+def discretise_globally(scores: Tensor, m: int) -> Tensor:
+    """The M largest entries of the whole grid become True, exactly M; of equal entries the first in row-major order.
+
+    Warns of a tie at the threshold as `discretise` does.
+
+    Args:
+        scores: L x N.
+        m: modules in all, 0 to L N.
+
+    Returns:
+        Boolean L x N with exactly ``m`` True entries.
+    """
+    n = scores.numel()
+    if not 0 <= m <= n:
+        raise ValueError(f"m={m} must lie between 0 and the {n} candidates of the grid")
+    values, order = scores.flatten().sort(descending=True, stable=True)
+    if 0 < m < n and values[m - 1] == values[m]:
+        warnings.warn(
+            f"the scores do not separate the top {m} modules of the grid: equal entries, taken in row-major order",
+            stacklevel=2,
+        )
+    return torch.zeros(n, dtype=torch.bool).scatter(0, order[:m].cpu(), True).view(scores.shape)
 
 
 def adapter_parameters(
@@ -90,12 +112,55 @@ def adapter_parameters(
     return total
 
 
-def cheapest_and_dearest(shapes: Sequence[Sequence[tuple[int, int]]], k: int) -> tuple[Tensor, Tensor]:
-    """The selections of K modules a layer with the fewest and with the most selected parameters, L x N each."""
-    size = torch.tensor([[float(sum(shape)) for shape in row] for row in shapes])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal sizes tie by nature here
-        return discretise(-size, k), discretise(size, k)
+def largest_rank(
+    shapes: Sequence[Sequence[tuple[int, int]]], selected: Tensor, shared_rank: int | None, budget: int
+) -> int | None:
+    """The largest rank of the selected modules whose `adapter_parameters` stay within ``budget``.
+
+    None where nothing is selected, so that nothing has a rank; 0 where the budget does not reach for rank 1.
+    """
+    shared = adapter_parameters(shapes, selected, 0, shared_rank)
+    of_rank_1 = adapter_parameters(shapes, selected, 1, None)
+    return max(0, (budget - shared) // of_rank_1) if of_rank_1 else None
+
+
+def largest_prefix(
+    shapes: Sequence[Sequence[tuple[int, int]]], scores: Tensor, rank: int, shared_rank: int | None, budget: int
+) -> int | None:
+    """How many of the highest-scoring modules of the grid can be selected within ``budget``; None: not even none.
+
+    Every size is looked at: a shared pair goes once its type is selected everywhere, so the count may fall.
+
+    Args:
+        scores: L x N; equal ones count in row-major order, as in `discretise_globally`.
+    """
+    order = scores.flatten().argsort(descending=True, stable=True).cpu()
+    for m in range(len(order), -1, -1):
+        selected = torch.zeros(len(order), dtype=torch.bool).scatter(0, order[:m], True).view(scores.shape)
+        if adapter_parameters(shapes, selected, rank, shared_rank) <= budget:
+            return m
+    return None
+
+
+def extreme_adapter_parameters(
+    shapes: Sequence[Sequence[tuple[int, int]]], rank: int, shared_rank: int | None
+) -> tuple[list[int], list[int]]:
+    """The least and the most `adapter_parameters` of any selection of m modules of the grid, for m = 0 to L N.
+
+    Exact, by dynamic programming over groups of one type and shape: with n of its L modules selected, a group costs
+    n own pairs, and the shared one while n < L. For K modules in each layer take ``m = K L``: exact where the layers
+    are alike (columns may then be filled in any numbers that sum to K L), and otherwise still bounds.
+    """
+    least, most = [0], [0]
+    for (_, shape), count in _groups(shapes).items():
+        cost = [sum(shape) * (rank * n + (shared_rank or 0) * (n < count)) for n in range(count + 1)]
+        totals = range(len(least) + count)
+        ways = [[(m - n, cost[n]) for n in range(count + 1) if 0 <= m - n < len(least)] for m in totals]
+        least, most = (
+            [min(least[before] + more for before, more in ways[m]) for m in totals],
+            [max(most[before] + more for before, more in ways[m]) for m in totals],
+        )
+    return least, most
 
 
 def expected_adapter_parameters(
@@ -103,12 +168,34 @@ def expected_adapter_parameters(
 ) -> int:
     """Mean of `adapter_parameters` over all selections of K modules a layer, each equally likely, rounded."""
     share = Fraction(k, len(shapes[0]))
-    layers_of: dict[tuple[int, tuple[int, int]], int] = {}
-    for row in shapes:
-        for key in enumerate(row):
-            layers_of[key] = layers_of.get(key, 0) + 1
-    own = sum(share * count * rank * sum(shape) for (_, shape), count in layers_of.items())
-    if shared_rank is None:
-        return round(own)
     # A shared pair exists unless its type is selected in every layer.
-    return round(own + sum((1 - share**n) * shared_rank * sum(shape) for (_, shape), n in layers_of.items()))
+    return _expected(shapes, share, lambda n: share**n, rank, shared_rank)
+
+
+def expected_globally(shapes: Sequence[Sequence[tuple[int, int]]], m: int, rank: int, shared_rank: int | None) -> int:
+    """Mean of `adapter_parameters` over all selections of M modules of the grid, each equally likely, rounded."""
+    n_modules = len(shapes) * len(shapes[0])
+
+    def all_selected(n: int) -> Fraction:
+        return Fraction(math.comb(n_modules - n, m - n), math.comb(n_modules, m)) if m >= n else Fraction(0)
+
+    return _expected(shapes, Fraction(m, n_modules), all_selected, rank, shared_rank)
+
+
+def _expected(
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    share: Fraction,
+    all_selected: Callable[[int], Fraction],
+    rank: int,
+    shared_rank: int | None,
+) -> int:
+    """From the chance that a module is selected, and that the ``n`` modules of a group all are."""
+    total = Fraction(0)
+    for (_, shape), n in _groups(shapes).items():
+        total += (share * n * rank + (1 - all_selected(n)) * (shared_rank or 0)) * sum(shape)
+    return round(total)
+
+
+def _groups(shapes: Sequence[Sequence[tuple[int, int]]]) -> Counter[tuple[int, tuple[int, int]]]:
+    """How many modules there are of each (type, shape): those that would share one pair."""
+    return Counter(key for row in shapes for key in enumerate(row))

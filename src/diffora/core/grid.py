@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,11 +18,15 @@ class Grid:
         types: the N module types, as they are called inside a layer (the columns).
         names: L x N full module names.
         shapes: L x N pairs (in_features, out_features).
+        layers: L full names of the layers themselves.
+        roles: modules of a layer, by the part they play (``attention_output``, ``ffn_output``, ``key``, ``value``).
     """
 
     types: tuple[str, ...]
     names: tuple[tuple[str, ...], ...]
     shapes: tuple[tuple[tuple[int, int], ...], ...]
+    layers: tuple[str, ...]
+    roles: dict[str, str]
 
     @property
     def n_layers(self) -> int:
@@ -32,12 +36,20 @@ class Grid:
     def n_types(self) -> int:
         return len(self.types)
 
-    def modules(self, model: nn.Module) -> list[list[nn.Module]]:
-        """The modules that now stand at the grid's places, L x N."""
-        return [[model.get_submodule(name) for name in row] for row in self.names]
+    def having(self, role: str) -> list[str]:
+        """Full names of the modules that play a part, one a layer.
+
+        Raises:
+            UserError: the model's configuration does not say which they are.
+        """
+        if role not in self.roles:
+            raise UserError(
+                f"this method needs to know which module of a layer is its {role}: say so in model.roles.{role}"
+            )
+        return [f"{layer}.{self.roles[role]}" for layer in self.layers]
 
 
-def find_grid(model: nn.Module, layer: str, candidates: Sequence[str]) -> Grid:
+def find_grid(model: nn.Module, layer: str, candidates: Sequence[str], roles: Mapping[str, str] | None = None) -> Grid:
     """Find the candidate modules of a transformer by pattern.
 
     Args:
@@ -45,6 +57,7 @@ def find_grid(model: nn.Module, layer: str, candidates: Sequence[str]) -> Grid:
         layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``.
         candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path
             below the layer, so that ``output.dense`` does not also match ``attention.output.dense``.
+        roles: linear modules by the part they play in a layer, likewise as paths below it.
 
     Raises:
         UserError: nothing matches, a candidate is not a linear layer, or the layers do not have all candidates
@@ -82,17 +95,27 @@ def find_grid(model: nn.Module, layer: str, candidates: Sequence[str]) -> Grid:
             problems.append(f"{layer}.{candidate} is missing in layer(s) {', '.join(map(str, missing))}")
     if not candidates:
         problems.append("model.candidates is empty: name at least one linear module of a layer")
+    names = tuple(tuple(column.get(index, "") for column in columns) for index in layers)
+    places = tuple(row[0].removesuffix(f".{candidates[0]}") for row in names) if candidates else ()
+    problems += [
+        f"model.roles.{role}={path}: {place}.{path} is not a linear layer"
+        for role, path in (roles or {}).items()
+        for place in places[:1]
+        if f"{place}.{path}" not in linear
+    ]
     if problems:
         near = _near_misses(linear, layer, candidates)
         hint = f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
         raise UserError([*problems, hint])
     return Grid(
         types=tuple(candidates),
-        names=tuple(tuple(column[index] for column in columns) for index in layers),
+        names=names,
         shapes=tuple(
             tuple((linear[column[index]].in_features, linear[column[index]].out_features) for column in columns)
             for index in layers
         ),
+        layers=places,
+        roles=dict(roles or {}),
     )
 
 

@@ -9,6 +9,7 @@ many times slower on CPUs than their mirror images on A. Exports transpose it ba
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,79 @@ def lowrank_linear(
         lora_a: A, (rank, in).
         lora_bt: B transposed, (rank, out).
         scaling: alpha / rank.
-        gate: scalar (an entry of the relaxed DAM) or (rank,), or None for 1.
+        gate: scalar (an entry of the relaxed DAM), (rank,) (SoRA), (rank, rank) (FLoRA's core), or None for 1.
         dropout: rate on the input of A; 0 outside training.
 
     Returns:
         (..., out).
     """
     hidden = F.linear(F.dropout(x, dropout) if dropout else x, lora_a)
-    hidden = hidden * scaling if gate is None else hidden * (gate * scaling)
+    if gate is None:
+        hidden = hidden * scaling
+    elif gate.ndim == 2:
+        hidden = F.linear(hidden, gate * scaling)
+    else:
+        hidden = hidden * (gate * scaling)
     return F.linear(x, weight, bias) + hidden @ lora_bt
+
+
+class _MaskedUpdate(torch.autograd.Function):
+    """``scaling * B A x`` whose backward pass computes the gradients of some rows of A and columns of B only.
+
+    The other entries of the gradient are zero and nothing is multiplied for them; of ``A x`` only the columns that
+    B's gradient needs are kept. The gradient of x is the whole one. Not differentiable twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_bt: Tensor, rows_a: Tensor, rows_b: Tensor, scaling: float
+    ) -> Tensor:
+        hidden = F.linear(x, lora_a)
+        ctx.save_for_backward(x, lora_a, lora_bt, rows_a, rows_b, hidden[..., rows_b])
+        ctx.scaling = scaling
+        return (hidden * scaling) @ lora_bt
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_bt, rows_a, rows_b, hidden = ctx.saved_tensors
+        grad_x, grad_a, grad_bt = None, None, None
+        flat = grad.reshape(-1, grad.shape[-1]) * ctx.scaling
+        if ctx.needs_input_grad[0]:
+            back = flat @ lora_bt.T
+            grad_x = (back @ lora_a).view_as(x)
+            back = back[:, rows_a]
+        else:
+            back = flat @ lora_bt[rows_a].T
+        if ctx.needs_input_grad[1]:
+            grad_a = torch.zeros_like(lora_a).index_copy_(0, rows_a, back.T @ x.reshape(-1, x.shape[-1]))
+        if ctx.needs_input_grad[2]:
+            grad_bt = torch.zeros_like(lora_bt).index_copy_(0, rows_b, hidden.reshape(-1, len(rows_b)).T @ flat)
+        return grad_x, grad_a, grad_bt, None, None, None
+
+
+def masked_lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_bt: Tensor,
+    scaling: float,
+    rows: tuple[Tensor, Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """`lowrank_linear` without gate, with gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only ([R] Algorithm 1).
+
+    Args:
+        rows: two index vectors; entries of the gradient outside them are zero and are not computed.
+    """
+    x_a = F.dropout(x, dropout) if dropout else x
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x_a, lora_a, lora_bt = x_a.to(dtype), lora_a.to(dtype), lora_bt.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        update: Tensor = _MaskedUpdate.apply(x_a, lora_a, lora_bt, *rows, scaling)  # type: ignore[no-untyped-call]
+    return F.linear(x, weight, bias) + update
 
 
 class LowRankLinear(nn.Module):
@@ -56,10 +121,13 @@ class LowRankLinear(nn.Module):
         dropout: rate on the input of A while training.
 
     Attributes:
-        gate: set from outside before a forward pass: an entry of the relaxed DAM, or None.
+        gate: an entry of the relaxed DAM, set from outside before each forward pass; or a trained parameter, (rank,)
+            for SoRA's gates, (rank, rank) for FLoRA's core; or None.
+        rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
     """
 
     gate: Tensor | None
+    rows: tuple[Tensor, Tensor] | None
 
     def __init__(
         self, base: nn.Linear, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
@@ -77,22 +145,36 @@ class LowRankLinear(nn.Module):
         self.scaling = alpha / rank
         self.dropout = dropout
         self.gate = None
+        self.rows = None
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.base.weight, self.base.bias)
         dropout = self.dropout if self.training else 0.0
-        return lowrank_linear(
-            x, self.base.weight, self.base.bias, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout
-        )
+        common = x, self.base.weight, self.base.bias, self.lora_a, self.lora_bt, self.scaling
+        if self.rows is not None and torch.is_grad_enabled():
+            assert self.gate is None, "gates and masks do not go together"
+            return masked_lowrank_linear(*common, self.rows, dropout)
+        return lowrank_linear(*common, self.gate, dropout)
+
+    def plain_pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B^T) of the same update without a gate, which is folded into B. Delta W = s B A.
+
+        Directions whose trained gate is zero are left out, so that the rank may be smaller, down to 0.
+        """
+        if self.gate is None:
+            return self.lora_a, self.lora_bt
+        if isinstance(self.gate, nn.Parameter) and self.gate.ndim == 1:
+            open_ = self.gate != 0
+            return self.lora_a[open_], self.gate[open_].reshape(-1, 1) * self.lora_bt[open_]
+        folded = self.gate.T @ self.lora_bt if self.gate.ndim == 2 else self.gate.reshape(-1, 1) * self.lora_bt
+        return self.lora_a, folded
 
     def delta(self) -> Tensor:
-        """Delta W = s B diag(gate) A, (out, in), in the parameters' dtype."""
-        rows = self.lora_a * self.scaling
-        if self.gate is not None:
-            rows = rows * self.gate.reshape(-1, 1)
-        return self.lora_bt.T @ rows
+        """Delta W = s B diag(gate) A, or s B gate A, (out, in), in the parameters' dtype."""
+        lora_a, lora_bt = self.plain_pair()
+        return lora_bt.T @ (lora_a * self.scaling)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,7 +1,7 @@
 """The Selection: which modules get a LoRA of their own, as a small JSON file that can be read, edited and reused."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ class Selection:
 
     Attributes:
         method: which method made it.
+        selector: the criterion: ``search``, ``gradient``, ``activation``, ``random``, or ``none``.
         types: the N module types.
         modules: L x N full module names.
         selected: for each layer the types that were selected; edit this to change the selection.
-        k: modules per layer that were asked for.
-        rho: the sampling ratio behind k.
+        rho: the sampling ratio.
         seed: of the run that made it.
+        k: modules per layer that were asked for; None where it is not the same in each layer.
+        rank: r of the selected modules where a budget chose it, None for the run's own.
         gamma_bar: L x N relaxed DAM, None where the selection was not searched.
-        split_hash: of the two parts of the training set that the search used, None likewise.
+        scores: L x N values of any other criterion.
+        split_hash: of the two parts of the training set that the search or the scores used.
         config: the settings that it was made with.
     """
 
@@ -36,10 +39,13 @@ class Selection:
     types: list[str]
     modules: list[list[str]]
     selected: list[list[str]]
-    k: int
     rho: float
     seed: int
+    selector: str = "unknown"
+    k: int | None = None
+    rank: int | None = None
     gamma_bar: list[list[float]] | None = None
+    scores: list[list[float]] | None = None
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -52,6 +58,10 @@ class Selection:
     def mask(self) -> Tensor:
         """Boolean L x N."""
         return torch.tensor([[t in row for t in self.types] for row in self.selected], dtype=torch.bool)
+
+    def summary(self) -> dict[str, Any]:
+        """What a run's record says of it."""
+        return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -72,8 +82,8 @@ class Selection:
             raise UserError(f"{path} is not a readable JSON file: {error}") from None
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not a selection file of format {FORMAT}")
-        required = {"method", "types", "modules", "selected", "k", "rho", "seed"}
-        known = required | {"gamma_bar", "split_hash", "config"}
+        required = {"method", "types", "modules", "selected", "rho", "seed"}
+        known = {f.name for f in fields(cls)}
         problems = [f"{path}: key {key!r} is missing" for key in sorted(required - raw.keys())]
         problems += [f"{path}: unknown key {key!r}" for key in sorted(raw.keys() - known)]
         if problems:
@@ -87,6 +97,10 @@ class Selection:
                 for name in row
                 if name not in selection.types
             ]
+        if selection.rank is not None and (type(selection.rank) is not int or selection.rank < 1):
+            problems.append(f"{path}: rank={selection.rank!r} must be a whole number of at least 1, or null")
+        if selection.k is not None and (type(selection.k) is not int or selection.k < 0):
+            problems.append(f"{path}: k={selection.k!r} must be a whole number of at least 0, or null")
         if problems:
             raise UserError(problems)
         return selection

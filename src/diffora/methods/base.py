@@ -1,18 +1,74 @@
-"""What every method is: settings that check themselves, perhaps a selection, and a way to adapt a backbone."""
+"""What every method is: settings that check themselves, perhaps a selection, and a way to adapt a backbone.
+
+`Method` is what the user sets and never changes; `Adaptation` is what a method does with one model while it is trained.
+"""
 
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor, nn
 
-from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.export import Origin, export_weights
+
+
+class Adaptation:
+    """An adapted model in the hands of the method that adapted it. This one leaves training as it is.
+
+    A method whose steps are special subclasses it; the training loop calls the hooks in the order they stand here.
+
+    Args:
+        model: the adapted model; what is to be trained requires gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Once, before training: look at training batches (inputs without labels) if the method starts from data."""
+
+    def begin(self, total_steps: int) -> None:
+        """Training is about to begin, or to go on, and will take so many optimiser steps in all."""
+
+    def before_step(self, step: int, epoch: int) -> None:
+        """Before the first forward pass of an optimiser step; both count from 0."""
+
+    def penalty(self) -> Tensor | None:
+        """What to add to the training loss; the evaluation loss never sees it."""
+        return None
+
+    def after_backward(self) -> None:
+        """The gradients of a backward pass are there, not yet clipped."""
+
+    def after_step(self, step: int, lr: float) -> None:
+        """The optimiser took step ``step`` with rate ``lr``; its gradients are still there."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be kept in a checkpoint besides weights, as plain containers and tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo `state`."""
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """(module, A (rank, in), B^T (rank, out), s) for each low-rank update s B A, for measures; none by default."""
+        return iter(())
+
+    def inference_parameters(self) -> int | None:
+        """Parameters besides the head that are needed at inference, where these are not all that were trained."""
+        return None
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        """Write the trained model to the run directory ``folder``; the default writes what was trained, and how."""
+        export_weights(self.model, folder / "adapter", origin)
 
 
 @dataclass(frozen=True)
@@ -20,12 +76,10 @@ class Method:
     """A fine-tuning method. A subclass is a frozen dataclass: its fields are its settings.
 
     Fields named ``rank``, ``rho`` and ``dropout`` are read from the top-level dials ``rank``, ``rho`` and from
-    ``finetune.dropout``; every other field from ``method.<field>``.
+    ``finetune.dropout``; every other field from ``method.<field>``. A field may be a dataclass itself.
     """
 
     name: ClassVar[str]
-    lowrank: ClassVar[bool] = True
-    """Whether the result is a set of low-rank updates, which an adapter file can hold."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":
@@ -34,31 +88,28 @@ class Method:
         Raises:
             UserError: every unknown, missing, wrongly typed or impossible setting.
         """
-        places = {"rank": ("rank", cfg), "rho": ("rho", cfg), "dropout": ("finetune.dropout", cfg.get("finetune", {}))}
-        fields = {field.name for field in dataclasses.fields(cls)}
-        problems = [
-            f"method={cls.name} has no setting method.{key}"
-            for key in cfg.method
-            if key not in fields | {"_target_", "name"} or key in places
-        ]
-        problems += [
-            f"method={cls.name} has no {key}"
-            for name, (key, node) in places.items()
-            if name in node and name not in fields
-        ]
-        values, hints = {}, typing.get_type_hints(cls)
-        for field in fields:
-            key, node = places.get(field, (f"method.{field}", cfg.method))
-            if field not in node:
-                problems.append(f"{key} is missing")
-            elif problem := _type_problem(key, node[field], hints[field]):
-                problems.append(problem)
-            else:
-                values[field] = node[field]
-        if not problems:
-            method = cls(**values)
-            problems = list(method.problems())
+        dials = {"rank": ("rank", cfg), "rho": ("rho", cfg), "dropout": ("finetune.dropout", cfg.get("finetune", {}))}
+        given: dict[str, tuple[str, Any]] = {
+            name: (key, node[name]) for name, (key, node) in dials.items() if name in node
+        }
+        given |= {
+            str(name): (f"method.{name}", value)
+            for name, value in cfg.method.items()
+            if name not in ("_target_", "name")
+        }
+        who = f"method={cfg.method.name}"
+        problems = [f"{who} has no setting method.{name}" for name in cfg.method if name in dials]
+        values = _read(
+            cls,
+            {name: pair for name, pair in given.items() if pair[0] != f"method.{name}" or name not in dials},
+            "method.",
+            who,
+            problems,
+        )
         if problems:
+            raise UserError(problems)
+        method = cls(**values)
+        if problems := list(method.problems()):
             raise UserError(problems)
         return method
 
@@ -75,58 +126,85 @@ class Method:
         if (shared_rank := getattr(self, "shared_rank", 1)) < 1:
             yield f"method.shared_rank={shared_rank} must be a whole number of at least 1"
 
-    def select(self, grid: Grid, seed: int, search: Callable[[], Selection]) -> Selection | None:
-        """The selection that `adapt` is to use; ``search`` runs the bi-level search. None where there is none."""
+    def check(self, grid: Grid) -> None:
+        """Raise a UserError for what does not fit a model's grid, before anything is written or trained."""
+
+    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection | None:
+        """The selection that `adapt` is to use, None where there is none.
+
+        ``find("search")`` runs the bi-level search; ``find("gradient")`` and ``find("activation")`` score the
+        candidates on training data instead (`diffora.core.scores`).
+        """
         return None
 
-    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None) -> None:
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         """Make ``model`` ready for fine-tuning, in place: add what the method adds and set ``requires_grad``.
 
         The backbone arrives frozen. The head is none of the method's business: the harness trains it for all alike.
+        New weights are drawn from torch's global generator; ``seed`` is for what is drawn later.
         """
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Selecting(Method):
-    """Common to the methods that select K modules a layer and share or freeze the rest."""
-
-    rank: int
-    rho: float
-    dropout: float
-    alpha: float
-    weight_sharing: bool
-    shared_rank: int
-
-    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None) -> None:
-        """Algorithm 1, line 11: own pairs of rank r where selected, shared ones of rank r_s elsewhere (or frozen)."""
-        from diffora.core.lowrank import attach
-
-        assert selection is not None
-        attach(model, grid.names, selection.mask(), self.rank, self.rank_elsewhere, self.alpha, self.dropout)
-
-    @property
-    def rank_elsewhere(self) -> int | None:
-        """r_s, or None where unselected modules stay frozen ([D] Table 5)."""
-        return self.shared_rank if self.weight_sharing else None
-
-    def k(self, grid: Grid) -> int:
-        """K = floor(rho N)."""
-        return modules_per_layer(self.rho, grid.n_types)
+def _read(
+    kind: Any, given: Mapping[str, tuple[str, Any]], prefix: str, who: str, problems: list[str]
+) -> dict[str, Any]:
+    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    problems += [
+        f"{who} has no {'setting ' if key.startswith('method.') else ''}{key}"
+        for name, (key, _) in given.items()
+        if name not in fields
+    ]
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        key, value = given.get(name, (f"{prefix}{name}", dataclasses.MISSING))
+        if value is dataclasses.MISSING:
+            if field.default is dataclasses.MISSING:
+                problems.append(f"{key} is missing")
+        elif dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping | DictConfig):
+                problems.append(f"{key}={value!r} must be a group of settings")
+                continue
+            before = len(problems)
+            inner = _read(hints[name], {str(k): (f"{key}.{k}", v) for k, v in value.items()}, f"{key}.", who, problems)
+            if len(problems) == before:
+                values[name] = hints[name](**inner)
+        elif problem := _type_problem(key, value, hints[name]):
+            problems.append(problem)
+        else:
+            values[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return values
 
 
 def _type_problem(key: str, value: Any, hint: Any) -> str | None:
     """Why a value does not fit a field's type, or None. Booleans are no numbers; whole numbers are floats too."""
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, bool):
-        fits = bool in allowed
-    elif isinstance(value, int):
-        fits = int in allowed or float in allowed
-    elif value is None:
-        fits = types.NoneType in allowed
-    else:
-        fits = isinstance(value, tuple(a for a in allowed if isinstance(a, type)))
-    if fits:
-        return None
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return f"{key}={value!r} must be {' or '.join(words.get(a, str(a)) for a in allowed)}"
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    allowed = typing.get_args(hint) if union else (hint,)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "a group of settings",
+        list: "a list",
+        types.NoneType: "null",
+    }
+    asked = []
+    for kind in allowed:
+        if typing.get_origin(kind) is Literal:
+            asked += [repr(choice) for choice in typing.get_args(kind)]
+            fits = isinstance(value, str) and value in typing.get_args(kind)
+        else:
+            plain = typing.get_origin(kind) or kind
+            asked.append(words.get(plain, str(plain)))
+            if plain in (dict, list):
+                fits = isinstance(value, Mapping | DictConfig if plain is dict else list | ListConfig)
+            elif isinstance(value, bool):
+                fits = plain is bool
+            else:
+                fits = isinstance(value, plain) or (plain is float and isinstance(value, int))
+        if fits:
+            return None
+    return f"{key}={value!r} must be {' or '.join(asked)}"

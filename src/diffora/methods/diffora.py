@@ -1,26 +1,42 @@
 """DiffoRA: search which modules deserve a LoRA, give it to them, share a small one among the rest ([D] section 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.base import Selecting
+from diffora.methods.selecting import Selecting
 
 
 @dataclass(frozen=True)
 class DiffoRA(Selecting):
-    """Algorithm 1. With ``method.selection=<file>`` stage 1 is left out and the file's selection is used."""
+    """Algorithm 1. With ``method.selection=<file>`` stage 1 is left out and the file's selection is used as it is.
+
+    Attributes:
+        selector: the search, or another criterion in its place (`diffora.core.scores`).
+        score_batches: of how many batches of the search's training rows ``gradient`` and ``activation`` are the mean.
+    """
 
     name: ClassVar[str] = "diffora"
+    selector: Literal["search", "gradient", "activation", "random"]
+    score_batches: int
     selection: str | None
     warm_start: bool
 
-    def select(self, grid: Grid, seed: int, search: Callable[[], Selection]) -> Selection:
-        if self.selection is None:
-            return search()
-        chosen = Selection.load(Path(self.selection))
-        chosen.check_fits(grid, self.selection)
-        return chosen
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.score_batches < 1:
+            yield f"method.score_batches={self.score_batches} must be a whole number of at least 1"
+        if self.warm_start and self.selector != "search":
+            yield f"method.warm_start=true needs method.selector=search: {self.selector} trains no A and B"
+        if self.warm_start and self.budget is not None and self.scope == "layer":
+            yield "method.warm_start=true does not go with method.budget, which chooses the rank after the search"
+
+    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
+        if self.selection is not None:
+            chosen = Selection.load(Path(self.selection))
+            chosen.check_fits(grid, self.selection)
+            return chosen
+        return self.by_chance(grid, seed) if self.selector == "random" else find(self.selector)

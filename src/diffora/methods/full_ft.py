@@ -1,13 +1,15 @@
 """Full fine-tuning: every parameter of the backbone is trained."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.base import Method
+from diffora.export import Origin, export_model
+from diffora.methods.base import Adaptation, Method
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,14 @@ class FullFT(Method):
     """No adapter; what is counted as such is the backbone itself."""
 
     name: ClassVar[str] = "full_ft"
-    lowrank: ClassVar[bool] = False
 
-    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None) -> None:
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         model.requires_grad_(True)
+        return WholeModel(model)
+
+
+class WholeModel(Adaptation):
+    """What was trained is the model itself, so it is the model that is written."""
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        export_model(self.model, folder / "model")

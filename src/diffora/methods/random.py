@@ -1,13 +1,12 @@
-"""Random selection: K modules per layer by chance, the same sharing as DiffoRA ([D] Table 3's control)."""
+"""Random selection: modules by chance, the same sharing as DiffoRA ([D] Table 3's control)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffora.core.dam import random_selection
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.base import Selecting
+from diffora.methods.selecting import Selecting
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,5 @@ class Random(Selecting):
 
     name: ClassVar[str] = "random"
 
-    def select(self, grid: Grid, seed: int, search: Callable[[], Selection]) -> Selection:
-        mask = random_selection(grid.n_layers, grid.n_types, self.k(grid), seed)
-        return Selection.from_mask(grid, mask, method=self.name, k=self.k(grid), rho=self.rho, seed=seed)
+    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
+        return self.by_chance(grid, seed)

@@ -11,6 +11,7 @@ from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.methods.base import Method
+from diffora.methods.lowrank import LowRankAdaptation
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class ShareOnly(Method):
     alpha: float
     shared_rank: int
 
-    def select(self, grid: Grid, seed: int, search: Callable[[], Selection]) -> Selection:
+    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
         nothing = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
-        return Selection.from_mask(grid, nothing, method=self.name, k=0, rho=0.0, seed=seed)
+        return Selection.from_mask(grid, nothing, method=self.name, selector="none", k=0, rho=0.0, seed=seed)
 
-    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None) -> None:
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         assert selection is not None
         rank = self.shared_rank
         attach(model, grid.names, selection.mask(), rank, rank, self.alpha, self.dropout)
+        return LowRankAdaptation(model)

@@ -27,7 +27,8 @@ def short_names(types: Sequence[str]) -> list[str]:
 def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     """PNG of the DAM: one column a layer, one row a module type, selected modules framed.
 
-    Colours show the relaxed DAM; of a selection that was not searched, only the frames are left.
+    Colours show the relaxed DAM, or scores divided to be like it: each row sums to 1, or, where modules of all layers
+    competed, the mean row does. Without either only the frames are left.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -36,14 +37,15 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     figure = Figure(figsize=(2.4 + 0.62 * layers, 1.5 + 0.42 * len(types)), layout="constrained")
     axes = figure.subplots()
     uniform = 1 / len(types)
-    values = selection.gamma_bar or [[uniform] * len(types)] * layers
+    known = selection.gamma_bar or _shares(selection)
+    values = known or [[uniform] * len(types)] * layers
     grid = [list(column) for column in zip(*values, strict=True)]
     spread = max(max(abs(v - uniform) for row in grid for v in row), 1e-9)
     # Centred on 1/N, where the search has no preference, so that white says just that.
     image = axes.imshow(grid, cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread, aspect="auto")
     for i, row in enumerate(selection.mask().tolist()):
         for j, flag in enumerate(row):
-            if selection.gamma_bar:
+            if known:
                 dark = abs(values[i][j] - uniform) > 0.65 * spread
                 axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
@@ -53,11 +55,26 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if selection.gamma_bar:
-        bar = figure.colorbar(image, ax=axes, label=r"$\bar\gamma$", pad=0.02)
+    if known:
+        label = r"$\bar\gamma$" if selection.gamma_bar else f"{selection.selector}, normalised"
+        bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
         bar.outline.set_visible(False)
-    axes.set_title(title or f"{selection.method}: framed modules get a LoRA of their own (K = {selection.k})", size=10)
+    if not title:
+        own = sum(map(len, selection.selected))
+        size = f"{own} of {layers * len(types)}" if selection.k is None else f"K = {selection.k}"
+        title = f"{selection.method}, selector {selection.selector}, {size}\nframed modules get a LoRA of their own"
+    axes.set_title(title, size=10)
     return _png(figure)
+
+
+def _shares(selection: Selection) -> list[list[float]] | None:
+    """The scores on the scale of a relaxed DAM, whose rows sum to 1."""
+    if selection.scores is None:
+        return None
+    totals = [sum(row) for row in selection.scores]
+    if selection.k is None:
+        totals = [sum(totals) / len(totals)] * len(totals)
+    return [[v / (total or 1.0) for v in row] for row, total in zip(selection.scores, totals, strict=True)]
 
 
 def gamma_trajectories(trajectory: Trajectory, types: Sequence[str]) -> bytes:

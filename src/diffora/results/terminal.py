@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.results.figures import short_names
@@ -26,8 +25,14 @@ def print_result(record: dict[str, Any], spec: TaskSpec, folder: Path) -> None:
     held_out = f"held_out/{spec.main_metric}"
     table.add_row(f"{held_out} (chosen on the other half)", f"{metrics[held_out]:.4f}")
     table.add_row("best epoch", f"{metrics['best_epoch']:.0f} of {len(record['history'])}")
+    if "generalisation_gap" in metrics:
+        table.add_row("better on training rows by", f"{metrics['generalisation_gap']:.4f}")
+    if "update/rank" in metrics:
+        table.add_row("mean rank of the updates", f"{metrics['update/rank']:.2f}")
     table.add_section()
     table.add_row("adapter parameters", f"{params['adapter']:,}")
+    if params["inference"] != params["adapter"]:
+        table.add_row("of these at inference", f"{params['inference']:,}")
     table.add_row("head parameters", f"{params['head']:,}")
     table.add_row("share of the backbone", f"{params['adapter'] / params['backbone']:.2%}")
     table.add_section()
@@ -64,10 +69,23 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
         table.add_row(name, *map(str, grid.shapes[0][j]), chosen)
     console = Console()
     console.print(table)
-    if hasattr(method, "rho"):
-        k = modules_per_layer(method.rho, grid.n_types)
-        console.print(f"rho = {method.rho}: K = {k} of {grid.n_types} modules a layer", highlight=False)
+    n_modules = grid.n_layers * grid.n_types
+    if selection is not None:
+        rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
+        console.print(f"{sum(map(len, selection.selected))} of {n_modules} modules selected{rank}", highlight=False)
+    elif "modules_min" in params:
+        span = f"{params['modules_min']} to {params['modules_max']}"
+        console.print(f"{span} of {n_modules} modules within the budget", highlight=False)
+    elif hasattr(method, "scope"):
+        size = method.size(grid)
+        many = f"K = {size // grid.n_layers} of {grid.n_types} modules a layer"
+        many = many if method.scope == "layer" else f"{size} of {n_modules} modules"
+        console.print(f"rho = {method.rho}: {many}", highlight=False)
+    if "rank_min" in params:
+        console.print(f"rank {params['rank_min']} to {params['rank_max']} within the budget", highlight=False)
     console.print(f"adapter parameters    {params['adapter']:>13,}", highlight=False)
+    if "rank_min" in params or "modules_min" in params:
+        console.print("  at most; what is selected decides", highlight=False)
     if "adapter_min" in params:
         bounds = f"{params['adapter_min']:,} to {params['adapter_max']:,}"
         console.print(f"  expected; what the search selects decides: {bounds}", highlight=False)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
+from diffora.methods.base import Adaptation
 from diffora.training.checkpoint import Stage
 
 Metrics = dict[str, float]
@@ -26,12 +28,15 @@ class FineTuneSettings:
 class FineTuneModule(Stage):
     """Trains with AdamW, linear warm-up and linear decay to 0; keeps the best epoch.
 
+    The method's hooks run around each optimiser step. What a method adds to the loss is trained on, but neither
+    reported as training loss nor evaluated. The training metric is that of the predictions made while training.
+
     After each epoch the whole validation split is predicted once and scored three times: all of it (the literature's
     figure, which also chooses the best epoch), and its two seeded halves, so that a choice made on one half can be
     reported on the other.
 
     Args:
-        model: the adapted backbone; what requires gradients is trained.
+        adaptation: the adapted model and what its method does in a step; what requires gradients is trained.
         loss_fn: (logits, labels) -> mean loss.
         metric_fn: (logits, labels) -> metrics by name.
         main_metric: the metric that chooses the best epoch, the higher the better.
@@ -43,7 +48,7 @@ class FineTuneModule(Stage):
 
     def __init__(
         self,
-        model: nn.Module,
+        adaptation: Adaptation,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         metric_fn: Callable[[Tensor, Tensor], Metrics],
         main_metric: str,
@@ -52,13 +57,16 @@ class FineTuneModule(Stage):
         settings: FineTuneSettings,
         seed: int,
     ) -> None:
-        super().__init__(model, seed)
+        super().__init__(adaptation.model, seed)
+        self.adaptation = adaptation
         self.loss_fn, self.metric_fn, self.main_metric = loss_fn, metric_fn, main_metric
         self.splits, self.halves, self.settings = list(splits), halves, settings
         self.history: list[Metrics] = []
         self.best_state: dict[str, Tensor] = {}
         self._outputs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in splits]
         self._losses: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._begun = -1
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -67,6 +75,7 @@ class FineTuneModule(Stage):
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
+        self.adaptation.begin(total)
 
         def factor(step: int) -> float:
             if step < s.warmup_steps:
@@ -84,12 +93,33 @@ class FineTuneModule(Stage):
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], gradient_clip_val)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss_fn(self._logits(batch), batch["labels"])
-        self.watch(loss)
+        step = self.trainer.global_step
+        if step != self._begun:  # the first part of the batch, where it is cut into several
+            self.adaptation.before_step(step, self.current_epoch)
+            self._begun = step
+        logits = self._logits(batch)
+        loss = self.loss_fn(logits, batch["labels"])
         self._losses.append(loss.detach())
-        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict({"train/step_loss": loss.detach(), "lr": rate}, batch_size=1, rank_zero_only=True)
+        self._seen.append((batch["row"], logits.detach().float(), batch["labels"]))
+        values: dict[str, Any] = {"train/step_loss": loss.detach(), "lr": self._rate()}
+        if (penalty := self.adaptation.penalty()) is not None:
+            loss = loss + penalty
+            values["train/penalty"] = penalty.detach()
+        self.watch(loss)
+        self.log_dict(values, batch_size=1, rank_zero_only=True)
         return loss
+
+    def _rate(self) -> float:
+        rate: float = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        return rate
+
+    def on_after_backward(self) -> None:
+        self.adaptation.after_backward()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        rate = self._rate()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.adaptation.after_step(self._begun, rate)
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self.model(**{key: value for key, value in batch.items() if key not in ("labels", "row")}).logits
@@ -105,7 +135,10 @@ class FineTuneModule(Stage):
         train_loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
         train_loss = self.trainer.strategy.reduce(train_loss, reduce_op="mean")
         scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": train_loss.item()}
-        self._losses = []
+        if self._seen:
+            seen = self.metric_fn(*self._gather(self._seen))
+            scores |= {f"train/{key}": value for key, value in seen.items()}
+        self._losses, self._seen = [], []
         for i, name in enumerate(self.splits):
             logits, labels = self._gather(self._outputs[i])
             self._outputs[i] = []
@@ -115,6 +148,11 @@ class FineTuneModule(Stage):
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
                     half = self.metric_fn(logits[rows], labels[rows])
                     scores |= {f"{part}/{key}": value for key, value in half.items()}
+        if f"train/{self.main_metric}" in scores:
+            # [R] Figures 1, 2: how much better the model is on what it was trained on.
+            official = scores[f"{self.splits[0]}/{self.main_metric}"]
+            scores["generalisation_gap"] = scores[f"train/{self.main_metric}"] - official
+        scores |= measures(self.adaptation)
         self.history.append(scores)
         if self.best_epoch == len(self.history) - 1:
             self.best_state = self.trainable_state()
@@ -166,15 +204,28 @@ class FineTuneModule(Stage):
             **{key: value for key, value in held_out.items() if key.startswith("held_out/")},
             "held_out/epoch": held_out["epoch"],
             **{f"last/{key.removeprefix(official)}": v for key, v in last.items() if key.startswith(official)},
-            "train/loss": best["train/loss"],
+            **{key: value for key, value in best.items() if key.startswith(("train/", "update/", "generalisation"))},
         }
         return {key: round(value, 6) for key, value in metrics.items()}
 
     def memory(self) -> dict[str, Any]:
-        return {"history": self.history, "best_state": self.best_state}
+        return {"history": self.history, "best_state": self.best_state, "method": self.adaptation.state()}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
+        self.adaptation.load_state(memory["method"])
+
+
+def measures(adaptation: Adaptation) -> Metrics:
+    """Mean over modules of the numerical rank of the update dW and of ||dW dW^T - I||_F^2 ([R] Table 5)."""
+    ranks, losses = [], []
+    for _, lora_a, lora_bt, scaling in adaptation.pairs():
+        values = singular_values(lora_a, lora_bt, scaling)
+        ranks.append(numerical_rank(values, lora_bt.shape[1], lora_a.shape[1]))
+        losses.append(orthogonality_loss(values, lora_bt.shape[1]))
+    if not ranks:
+        return {}
+    return {"update/rank": sum(ranks) / len(ranks), "update/orthogonality_loss": sum(losses) / len(losses)}
 
 
 def _argmax(values: Sequence[float]) -> int:

@@ -1,16 +1,18 @@
 """The two stages of a run, search and fine-tuning, each a Lightning module, its data and a Trainer."""
 
+import itertools
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,22 +20,31 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from diffora import config, models
-from diffora.core.dam import discretise, relax
+from diffora.core.dam import relax
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
-from diffora.methods.base import Method, Selecting
+from diffora.methods.base import Adaptation, Method
+from diffora.methods.selecting import Selecting
 from diffora.results import figures
 from diffora.tasks.glue import TaskSpec, compute_metrics
 from diffora.tasks.sources import load_rows
 from diffora.tasks.tokenise import Collator, tokenise
 from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
-from diffora.training.data import FineTuneData, SearchData, held_out_split, split_hash, split_search
+from diffora.training.data import (
+    FineTuneData,
+    LengthGroupedBatchSampler,
+    SearchData,
+    held_out_split,
+    split_hash,
+    split_search,
+)
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 from diffora.training.loggers import Loggers
 from diffora.training.progress import ProgressBar
+from diffora.training.score import ScoreModule
 from diffora.training.search import SearchModule, SearchSettings
 
 log = logging.getLogger(__name__)
@@ -52,6 +63,7 @@ class Parts:
     folder: Path
     spec: TaskSpec
     model: nn.Module
+    backbone_parameters: int
     grid: Grid
     train: datasets.Dataset
     validation: dict[str, datasets.Dataset]
@@ -69,7 +81,7 @@ class Parts:
         sizes = {key: cfg.task[key] for key in ("train_rows", "validation_rows") if key in cfg.task}
         rows = load_rows(spec, cfg.task.get("path"), cfg.task.max_train_rows, **sizes)
         model = models.load_classifier(cfg.model, spec.num_labels)
-        grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates))
+        grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
         tokenizer = models.load_tokenizer(cfg.model)
@@ -79,6 +91,7 @@ class Parts:
             folder,
             spec,
             model,
+            models.backbone_parameters(model),
             grid,
             tokenise(rows.train, spec, tokenizer, length),
             {name: tokenise(split, spec, tokenizer, length) for name, split in rows.validation.items()},
@@ -96,43 +109,65 @@ class Parts:
 # --- stage 1 ---
 
 
-def search(parts: Parts, method: Method, loggers: Loggers) -> tuple[Selection, float]:
-    """Search the DAM and discretise it. The model comes out as it went in.
+def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers) -> tuple[Selection, float]:
+    """Search the DAM, or score the candidates, and select. The model comes out as it went in.
+
+    Args:
+        selector: ``search``, ``gradient`` or ``activation``.
 
     Returns:
         (selection, seconds).
     """
-    cfg, s, grid, model, folder = parts.cfg, parts.cfg.search, parts.grid, parts.model, parts.folder
+    cfg, s, folder = parts.cfg, parts.cfg.search, parts.folder
     assert isinstance(method, Selecting)
     file, seconds = folder / "selection.json", folder / "search.json"
     if cfg.resume and file.is_file() and seconds.is_file():
-        log.info(f"search: finished already, using {file}")
+        log.info(f"{selector}: finished already, using {file}")
         return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
 
     split = split_search(len(parts.train), cfg.seed, s.valid_fraction, s.fraction)
-    k = method.k(grid)
 
-    def selection(gamma: Tensor) -> Selection:
-        gamma_bar = relax(gamma.detach().cpu())
+    def selection(scores: Tensor) -> Selection:
         provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
-        return Selection.from_mask(
-            grid,
-            discretise(gamma_bar, k),
-            method=method.name,
-            k=k,
-            rho=method.rho,
-            seed=cfg.seed,
-            gamma_bar=gamma_bar.tolist(),
+        return method.selection_by(
+            parts.grid,
+            scores,
+            selector,
+            cfg.seed,
             split_hash=split_hash(*split),
             config=provenance | {"search": config.plain(cfg)["search"]},
         )
 
+    if selector == "search":
+        scores, elapsed = search(parts, method.alpha, split, selection, loggers)
+    else:
+        scores, elapsed = score(parts, selector, split)
+    found = selection(scores)
+    if is_main():
+        found.save(file)
+        write_text(seconds, json.dumps({"seconds": elapsed}) + "\n")  # last: says that all of it is there
+    return found, elapsed
+
+
+def search(
+    parts: Parts,
+    alpha: float,
+    split: tuple[np.ndarray, np.ndarray],
+    selection: Callable[[Tensor], Selection],
+    loggers: Loggers,
+) -> tuple[Tensor, float]:
+    """The bi-level search. ``selection`` turns a relaxed DAM into what the loggers picture.
+
+    Returns:
+        (relaxed DAM, L x N on the CPU; seconds).
+    """
+    cfg, s, grid, model, folder = parts.cfg, parts.cfg.search, parts.grid, parts.model, parts.folder
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, s.rank, None, method.alpha)
+    attached = attach(model, grid.names, everything, s.rank, None, alpha)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate)
     module = SearchModule(model, layers, grid.types, parts.loss, settings, cfg.seed)
@@ -147,7 +182,7 @@ def search(parts: Parts, method: Method, loggers: Loggers) -> tuple[Selection, f
     shown = ("search/train_loss", "search/valid_loss", "search/entropy")
     fit(parts, "search", module, data, [pictures, ProgressBar("search", "round", shown)], stage_loggers)
     module.close_gates()
-    found = selection(module.gamma)
+    gamma_bar = relax(module.gamma.detach()).cpu()
     if is_main():
         names = list(grid.types)
         rounds, points = [at for at, _ in module.trajectory], [rows for _, rows in module.trajectory]
@@ -156,13 +191,28 @@ def search(parts: Parts, method: Method, loggers: Loggers) -> tuple[Selection, f
         )
         figures.save_png(folder / "gamma.png", figures.gamma_trajectories(module.trajectory, names))
         if cfg.method.get("warm_start"):
-            _save_searched(parts, relax(module.gamma.detach()).cpu(), layers)
-        found.save(file)
-        write_text(seconds, json.dumps({"seconds": module.elapsed}) + "\n")  # last: says that all of it is there
+            _save_searched(parts, gamma_bar, layers)
     detach(model)
     for name, state in head.items():
         model.get_submodule(name).load_state_dict(state)
-    return found, module.elapsed
+    return gamma_bar, module.elapsed
+
+
+def score(parts: Parts, criterion: str, split: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, float]:
+    """Score the candidates on search-train rows.
+
+    Returns:
+        (scores, L x N on the CPU; seconds).
+    """
+    cfg, s = parts.cfg, parts.cfg.search
+    module = ScoreModule(parts.model, parts.grid.names, criterion, parts.loss, s.accumulate, cfg.seed)
+    data = SearchData(parts.train, parts.collator, split, s.batch_size, cfg.seed, num_workers=cfg.trainer.num_workers)
+    log.info(f"{criterion}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
+    training = parts.model.training
+    with torch.random.fork_rng():
+        fit(parts, "search", module, data, [], [], max_epochs=1, limit_train_batches=cfg.method.score_batches)
+    parts.model.train(training)
+    return module.scores, module.elapsed
 
 
 def _save_searched(parts: Parts, gamma_bar: Tensor, layers: list[list[LowRankLinear]]) -> None:
@@ -211,19 +261,44 @@ class DamPictures(L.Callback):
             assert isinstance(pl_module, SearchModule)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a tie on the way is none of the user's business
-                selection = self.selection(pl_module.gamma)
+                selection = self.selection(relax(pl_module.gamma.detach()).cpu())
             self.send(selection, trainer.current_epoch + 1)
 
 
 # --- stage 2 ---
 
 
-def finetune(parts: Parts, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
+@dataclass(frozen=True)
+class FirstBatches:
+    """The first training batches of the run, as inputs of the model; the same in every process.
+
+    Made when they are asked for: most methods do not.
+    """
+
+    train: datasets.Dataset
+    collator: Collator
+    batch_size: int
+    seed: int
+    most: int = 32
+
+    def __len__(self) -> int:
+        return min(self.most, len(self._sampler()))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for rows in itertools.islice(self._sampler(), self.most):
+            batch = self.collator(self.train[rows])
+            yield {name: value for name, value in batch.items() if name not in ("labels", "row")}
+
+    def _sampler(self) -> LengthGroupedBatchSampler:
+        return LengthGroupedBatchSampler(np.asarray(self.train["length"]), self.batch_size, self.seed)
+
+
+def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
     """Train what the method left trainable, and evaluate after each epoch."""
     cfg, f = parts.cfg, parts.cfg.finetune
     official = next(iter(parts.validation.values()))
     module = FineTuneModule(
-        parts.model,
+        adaptation,
         parts.loss,
         lambda logits, labels: compute_metrics(parts.spec, logits, labels),
         parts.spec.main_metric,
@@ -236,6 +311,8 @@ def finetune(parts: Parts, params: dict[str, int], loggers: Loggers) -> FineTune
     data = FineTuneData(
         parts.train, parts.validation, parts.collator, rows, 2 * rows, cfg.seed, cfg.trainer.num_workers
     )
+    adaptation.prepare(FirstBatches(parts.train, parts.collator, rows, cfg.seed))
+    params |= models.count_parameters(parts.model)  # EVA gives its ranks out anew
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {len(parts.train)} rows")
     progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.spec.main_metric}"))
     extra = {"gradient_clip_val": f.clip, "accumulate_grad_batches": f.accumulate}
@@ -284,7 +361,6 @@ def fit(
         strategy=t.strategy,
         precision=t.precision,
         deterministic=t.deterministic,
-        max_epochs=settings.epochs,
         logger=loggers or False,
         callbacks=[*callbacks, Checkpoints(folder, stage)],
         plugins=[DigestCheckpointIO()],
@@ -295,7 +371,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         detect_anomaly="debug" in parts.cfg and parts.cfg.debug.detect_anomaly,
-        **extra,
+        **({"max_epochs": settings.epochs} | extra),
     )
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if newest is None else newest[0], weights_only=True)

@@ -1,0 +1,69 @@
+"""R-LoRA's regulariser ([R] eq. 10) and the measures of an update that [R] Table 5 reports."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Sequence[Tensor] | None = None) -> Tensor:
+    """How far the rows of each matrix are from orthonormal, in one number for all.
+
+    A and B^T are both of shape (rank, d), so that ``A A^T - I`` and ``B^T B - I`` are the same function of them.
+    Matrices of equal shape are multiplied as one batch.
+
+    Args:
+        matrices: every A and B^T, each (rank, d); shapes may differ.
+        form: ``squared``: sum of squared Frobenius norms of ``M M^T - I`` ([R] eq. 10); ``mean_norm``: mean of the
+            norms themselves (the released code).
+        trained: for each matrix the rows that receive a gradient in this step; None for all. The value does not
+            depend on it.
+
+    Returns:
+        A scalar.
+    """
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        by_shape[matrix.shape].append(i)
+    total = matrices[0].new_zeros(())
+    for (rank, _), members in by_shape.items():
+        stack = torch.stack([matrices[i] for i in members])
+        if trained is not None:
+            live = torch.zeros(len(members), rank, 1, dtype=torch.bool, device=stack.device)
+            for place, i in enumerate(members):
+                live[place, trained[i]] = True
+            stack = torch.where(live, stack, stack.detach())
+        eye = torch.eye(rank, dtype=stack.dtype, device=stack.device)
+        excess = stack @ stack.mT - eye
+        if form == "squared":
+            total = total + excess.square().sum()
+        else:
+            total = total + torch.linalg.vector_norm(excess, dim=(1, 2)).sum() / len(matrices)
+    return total
+
+
+def singular_values(lora_a: Tensor, lora_bt: Tensor, scaling: float) -> Tensor:
+    """Singular values of ``s B A``, descending, min(rank, in, out) of them, in float64; its other ones are 0.
+
+    Args:
+        lora_a: (rank, in).
+        lora_bt: (rank, out).
+    """
+    _, r_a = torch.linalg.qr(lora_a.detach().double().T)
+    _, r_b = torch.linalg.qr(lora_bt.detach().double().T)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    return values * abs(scaling)
+
+
+def numerical_rank(values: Tensor, out_features: int, in_features: int) -> int:
+    """Number of singular values above ``max(out, in) * eps(float32) * largest``, NumPy's rule for a float32 matrix."""
+    if not len(values):
+        return 0
+    tolerance = max(out_features, in_features) * torch.finfo(torch.float32).eps * values.max().item()
+    return int((values > tolerance).sum())
+
+
+def orthogonality_loss(values: Tensor, out_features: int) -> float:
+    """``||dW dW^T - I||_F^2`` of [R] Table 5 from dW's singular values; dW dW^T is (out, out)."""
+    return float((values.square() - 1).square().sum() + (out_features - len(values)))

@@ -1,0 +1,41 @@
+"""Criteria beyond the paper's search for which modules deserve a LoRA: one number for each candidate, high is good."""
+
+import torch
+from torch import Tensor
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Frobenius norm of the mean gradient of the loss with respect to a frozen weight; any shape -> scalar."""
+    norm: Tensor = torch.linalg.vector_norm(gradient)
+    return norm
+
+
+def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What `weight_times_activation` needs of one input batch, in a form that adds up over batches and processes.
+
+    Args:
+        x: (..., in).
+        mask: as many entries as ``x`` has tokens; 0 for padding.
+
+    Returns:
+        (sum of the squares of each feature (in,), number of tokens, a scalar), float32 or better.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
+    keep = mask.reshape(-1).to(x.dtype)
+    return keep @ x.square(), keep.sum()
+
+
+def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
+    """Mean over the entries of |W_ij| * ||x_j||_2, the criterion of Wanda (Sun et al., arXiv 2306.11695).
+
+    Args:
+        weight: (out, in).
+        mean_square: (in,), of each input feature over the tokens; its root is ||x_j||_2.
+    """
+    return (weight.abs() * mean_square.sqrt()).mean()
+
+
+def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
+    """Uniform in [0, 1), L x N: the control that selects by chance ([D] Table 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64)

@@ -1,0 +1,158 @@
+"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512), PEFT's: ranks are allotted among the modules during training."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.core.orthogonality import orthogonality
+from diffora.core.selection import Selection
+from diffora.export import Origin, export_adapter
+from diffora.methods.base import Adaptation, Method
+from diffora.methods.peft import ADAPTER, Pair, inject
+
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """dW = alpha / init_rank B diag(E) A; E's least important entries are set to 0 until ``rank`` a module are left.
+
+    Attributes:
+        rank: the mean rank in the end.
+        init_rank: the rank of every module in the beginning.
+        initial, final: shares of all optimiser steps, before and after the ranks are reduced.
+        every: steps between two allotments.
+        beta1, beta2: of the averages of importance and of its uncertainty.
+        orthogonality: the weight of the penalty.
+    """
+
+    name: ClassVar[str] = "adalora"
+    rank: int
+    dropout: float
+    alpha: float
+    init_rank: int
+    initial: float
+    final: float
+    every: int
+    beta1: float
+    beta2: float
+    orthogonality: float
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.init_rank <= self.rank:
+            yield f"method.init_rank={self.init_rank} must be above rank={self.rank}, to which it is reduced"
+        shares = {"initial": self.initial, "final": self.final}
+        wrong = [f"method.{key}={value}" for key, value in shares.items() if not 0 <= value < 1]
+        yield from (f"{setting} must lie in [0, 1): it is a share of all steps" for setting in wrong)
+        if not wrong and self.initial + self.final >= 1:
+            yield f"method.initial={self.initial} and method.final={self.final} leave no steps to reduce ranks in"
+        if self.every < 1:
+            yield f"method.every={self.every} must be a whole number of steps, at least 1"
+        for key, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
+            if not 0 < value < 1:
+                yield f"method.{key}={value} must lie between 0 and 1: it is the decay of an average"
+        if self.orthogonality < 0:
+            yield f"method.orthogonality={self.orthogonality} must be at least 0: it is the weight of a penalty"
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "AdaLoRAAdaptation":
+        from peft import AdaLoraConfig
+
+        config = AdaLoraConfig(
+            target_modules=[name for row in grid.names for name in row],
+            init_r=self.init_rank,
+            target_r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            deltaT=self.every,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            orth_reg_weight=self.orthogonality,
+            total_step=1,  # not known yet, see `begin`
+        )
+        return AdaLoRAAdaptation(self, model, inject(model, config).base_model)
+
+
+class AdaLoRAAdaptation(Adaptation):
+    """PEFT's layers and its allocator, driven from our training loop.
+
+    Args:
+        tuner: PEFT's `AdaLoraModel` around ``model``.
+    """
+
+    def __init__(self, method: AdaLoRA, model: nn.Module, tuner: Any) -> None:
+        super().__init__(model)
+        self.method, self.tuner = method, tuner
+        self.config, self.allocator = tuner.peft_config[ADAPTER], tuner.rankallocator
+        self.layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_E")]
+        for _, layer in self.layers:
+            layer.ranknum.requires_grad_(False)  # PEFT forgets this where it has to move it to the weights' device
+
+    def begin(self, total_steps: int) -> None:
+        """Turn the shares into steps; at least one step is left to reduce ranks in."""
+        final = min(int(self.method.final * total_steps), total_steps - 1)
+        self.config.total_step, self.config.tfinal = total_steps, final
+        self.config.tinit = min(int(self.method.initial * total_steps), total_steps - final - 1)
+        self._place()
+
+    def penalty(self) -> Tensor | None:
+        """PEFT's: the mean over every A and B of ||A A^T - I||_F or ||B^T B - I||_F, weighted."""
+        if self.method.orthogonality == 0:
+            return None
+        matrices = [m for _, layer in self.layers for m in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
+        return self.method.orthogonality * orthogonality(matrices, "mean_norm")
+
+    def after_step(self, step: int, lr: float) -> None:
+        """Update importances and allot ranks.
+
+        PEFT gets the number of steps taken, not the step's own number, which stops short of the total: the final
+        allotment, at ``total - final``, is then always reached.
+        """
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name and parameter.grad is not None:
+                # A float16 step whose gradients overflowed was skipped; it must not spoil the averages for ever.
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        if step == 0 and self.config.total_step - self.config.tfinal == 1:
+            self.allocator.update_ipt(self.model)  # the final allotment, by importances that PEFT expects to be there
+        self.tuner.update_and_allocate(step + 1)
+
+    def state(self) -> dict[str, Any]:
+        averages = {key: {n: t.detach().cpu() for n, t in getattr(self.allocator, key).items()} for key in AVERAGES}
+        return {**averages, "rank_pattern": self.config.rank_pattern}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for key in AVERAGES:
+            setattr(self.allocator, key, dict(state[key]))
+        self.config.rank_pattern = state["rank_pattern"]
+        self._place()
+
+    def _place(self) -> None:
+        """Put the averages where their parameters are: a checkpoint brings them on the CPU."""
+        parameters = dict(self.model.named_parameters())
+        for key in AVERAGES:
+            moved = {name: t.to(parameters[name].device) for name, t in getattr(self.allocator, key).items()}
+            setattr(self.allocator, key, moved)
+
+    def pairs(self) -> Iterator[Pair]:
+        """With E in A, and without the directions where it is 0; ranks may be 0."""
+        for name, layer in self.layers:
+            lora_e = layer.lora_E[ADAPTER]
+            kept = lora_e.detach()[:, 0] != 0
+            scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].item() + 1e-5)  # as PEFT's layer computes it
+            yield name, (layer.lora_A[ADAPTER] * lora_e)[kept], layer.lora_B[ADAPTER].T[kept], scaling
+
+    def inference_parameters(self) -> int:
+        """Of the ranks that are left, E folded into A."""
+        return sum(
+            int(layer.lora_E[ADAPTER].count_nonzero()) * (layer.in_features + layer.out_features)
+            for _, layer in self.layers
+        )
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        """As plain LoRA with a rank for each module, from the weights there are: those of the best epoch may be older
+        than the final allotment, whose ranks PEFT's own format would go by."""
+        export_adapter(self.model, folder / "adapter", origin, self.pairs())

@@ -1,0 +1,27 @@
+"""GM-LoRA: LoRA of which a random part of the directions is trained in each step ([R] section 4.3, Algorithm 1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask
+
+
+@dataclass(frozen=True)
+class GMLoRA(Everywhere):
+    """Only rows R_t of A and columns R_t of B receive a gradient; what is masked is not computed."""
+
+    name: ClassVar[str] = "gm_lora"
+    mask: Mask
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.mask.problems(self.rank)
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
+        self.attach(model, grid)
+        return LowRankAdaptation(model, mask=self.mask, seed=seed)

@@ -1,0 +1,20 @@
+"""Head only: the backbone stays as it is and only what the task adds is trained. The floor of every comparison."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.methods.base import Adaptation, Method
+
+
+@dataclass(frozen=True)
+class HeadOnly(Method):
+    """No adapter at all."""
+
+    name: ClassVar[str] = "head_only"
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
+        return Adaptation(model)

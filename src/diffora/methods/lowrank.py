@@ -1,0 +1,152 @@
+"""What the methods made of `LowRankLinear` layers have in common, and what RM-LoRA can add to any of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.core.lowrank import LowRankLinear, attach, lowrank_layers
+from diffora.core.masking import draw_rows
+from diffora.core.orthogonality import orthogonality
+from diffora.export import Origin, export_adapter
+from diffora.methods.base import Adaptation, Method
+from diffora.models import head_modules
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """R-LoRA ([R] section 4.2): ``weight`` times the distance of every A and B from orthonormality; 0 for none.
+
+    ``form`` is that of eq. 10, ``squared``, or the released code's ``mean_norm`` (see `orthogonality`).
+    """
+
+    weight: float
+    form: Literal["squared", "mean_norm"]
+
+    def problems(self) -> Iterator[str]:
+        if self.weight < 0:
+            yield f"method.regulariser.weight={self.weight} must be at least 0: it is lambda of eq. 10"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """GM-LoRA ([R] section 4.3, Algorithm 1): only ``rank`` directions of each adapter are trained in a step.
+
+    Attributes:
+        rank: how many of the R directions; ``half`` of them; or null, to train all.
+        every: draw anew each ``step`` (Algorithm 1) or each ``epoch`` (the paper's introduction).
+        independent: the directions of B are drawn apart from those of A (the released code's second version).
+        target: ``gradient``: masked entries get no gradient, but a momentum still moves them (the paper);
+            ``update``: they stay where they are.
+        start: the first step that is masked; the released code begins with 1.
+        head: the head gets no gradient in masked steps (the released code).
+    """
+
+    rank: int | Literal["half"] | None
+    every: Literal["step", "epoch"]
+    independent: bool
+    target: Literal["gradient", "update"]
+    start: int
+    head: bool
+
+    def problems(self, rank: int) -> Iterator[str]:
+        """What is wrong, for adapters of a given rank."""
+        if isinstance(self.rank, int) and not 1 <= self.rank <= rank:
+            yield f"method.mask.rank={self.rank} must lie between 1 and rank={rank}, the directions there are"
+        if self.start < 0:
+            yield f"method.mask.start={self.start} must be a step, 0 or later"
+
+
+class LowRankAdaptation(Adaptation):
+    """Low-rank layers, with or without a regulariser and masks.
+
+    Layers that share a pair count as one adapter: the pair is regularised once and has one set of directions.
+    """
+
+    def __init__(
+        self, model: nn.Module, regulariser: Regulariser | None = None, mask: Mask | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(model)
+        self.regulariser = regulariser if regulariser is not None and regulariser.weight > 0 else None
+        self.mask = mask if mask is not None and mask.rank is not None else None
+        self.seed = seed
+        self.adapters: list[list[LowRankLinear]] = _by_pair(model)
+        self._drawn: tuple[int, int] | None = None
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def before_step(self, step: int, epoch: int) -> None:
+        """Algorithm 1, lines 5 to 12: draw the directions of this step."""
+        if self.mask is None or step < self.mask.start:
+            return
+        where = (self.seed, 1, step) if self.mask.every == "step" else (self.seed, 2, epoch)
+        assert self.mask.rank is not None
+        ranks = [layers[0].rank for layers in self.adapters]
+        drawn = draw_rows(ranks, self.mask.rank, self.mask.independent, *where)
+        for layers, (rows_a, rows_b) in zip(self.adapters, drawn, strict=True):
+            device = layers[0].lora_a.device
+            rows = rows_a.to(device, non_blocking=True), rows_b.to(device, non_blocking=True)
+            for layer in layers:
+                layer.rows = rows
+        if self.mask.target == "update":
+            self._before = [(g[0].lora_a.detach().clone(), g[0].lora_bt.detach().clone()) for g in self.adapters]
+
+    def penalty(self) -> Tensor | None:
+        """Eq. 10, without a gradient for what is masked."""
+        if self.regulariser is None:
+            return None
+        first = [layers[0] for layers in self.adapters]
+        matrices = [m for layer in first for m in (layer.lora_a, layer.lora_bt)]
+        rows = [r for layer in first for r in layer.rows or ()]
+        return self.regulariser.weight * orthogonality(matrices, self.regulariser.form, rows or None)
+
+    def after_backward(self) -> None:
+        if self.mask is not None and self.mask.head and self.adapters[0][0].rows is not None:
+            for name in head_modules(self.model):
+                for parameter in self.model.get_submodule(name).parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
+
+    @torch.no_grad()
+    def after_step(self, step: int, lr: float) -> None:
+        """Put masked entries back where an optimiser with momentum has moved them (``mask.target=update``)."""
+        for layers, before in zip(self.adapters, self._before, strict=False):
+            assert layers[0].rows is not None
+            for matrix, old, live in zip((layers[0].lora_a, layers[0].lora_bt), before, layers[0].rows, strict=True):
+                old[live] = matrix[live]
+                matrix.copy_(old)
+        self._before = []
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        for name, layer in lowrank_layers(self.model):
+            yield name, *layer.plain_pair(), layer.scaling
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        groups: dict[int, list[str]] = {}
+        for name, layer in lowrank_layers(self.model):
+            groups.setdefault(id(layer.lora_a), []).append(name)
+        export_adapter(self.model, folder / "adapter", origin, self.pairs(), list(groups.values()))
+
+
+def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
+    """The low-rank layers of a model, those that share a pair together."""
+    groups: dict[int, list[LowRankLinear]] = {}
+    for _, layer in lowrank_layers(model):
+        groups.setdefault(id(layer.lora_a), []).append(layer)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Everywhere(Method):
+    """Common to the methods with a low-rank update of one rank on every candidate module."""
+
+    rank: int
+    dropout: float
+    alpha: float
+
+    def attach(self, model: nn.Module, grid: Grid) -> None:
+        everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+        attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout)

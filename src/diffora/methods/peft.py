@@ -1,0 +1,375 @@
+"""Methods that PEFT itself applies: any of its tuners that stand at linear modules, from its own configuration class.
+
+PEFT is imported where it is used, since that takes seconds.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import itertools
+import json
+import re
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors
+from diffora.files import atomic, write_text
+from diffora.methods.base import Adaptation, Method
+from diffora.models import head_modules
+
+ADAPTER = "default"
+Pair = tuple[str, Tensor, Tensor, float]
+
+OURS = {
+    "target_modules": "method.places says which modules are adapted",
+    "exclude_modules": "method.places says which modules are adapted",
+    "target_parameters": "method.places says which modules are adapted",
+    "feedforward_modules": "model.roles.ffn_output says which they are",
+    "modules_to_save": "the head is trained and saved anyway",
+    "layer_replication": "the backbone keeps its layers",
+    "task_type": "model and task are known",
+    "peft_type": "the class says it",
+    "inference_mode": "the adapter is there to be trained",
+    "base_model_name_or_path": "model.path says it",
+}
+REFUSED = {
+    "AdaLoraConfig": "its ranks are allotted while it is trained, which method=adalora does",
+    "LNTuningConfig": "it trains layer norms, and method.places are linear modules",
+    "OSFConfig": "it takes the backbone's weights apart and cannot be kept as an adapter of the model it came from",
+    "PolyConfig": "it needs a task id with every input",
+    "ShadowConfig": "it is a network beside the model, not at its modules",
+    "TrainableTokensConfig": "it trains embeddings, and method.places are linear modules",
+}
+# What these inits take out of W, `Adaptation.pairs` and the export give back; the others need a pass of their own.
+MOVES_BASE = ("pissa", "olora")
+REFUSED_INIT = {
+    "loftq": "it is for quantised backbones",
+    "corda": "it needs PEFT's own pass over data beforehand",
+    "lora_ga": "it needs PEFT's own pass over data beforehand",
+}
+
+
+@dataclass(frozen=True)
+class PEFT(Method):
+    """What a configuration class of PEFT describes, at the candidate modules.
+
+    Attributes:
+        config: the class as ``_target_`` and its arguments; ``rank`` and ``dropout`` are for it to refer to.
+        places: the roles or module types to adapt; None for every candidate.
+    """
+
+    name: ClassVar[str] = "peft"
+    config: dict[str, Any]
+    rank: int | None = None
+    dropout: float | None = None
+    places: list[str] | None = None
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> Method:
+        method = super().from_config(cfg)
+        assert isinstance(method, PEFT)
+        there = [*cfg.model.get("roles", {}), *cfg.model.candidates]
+        if strange := [place for place in method.places or () if place not in there]:
+            hint = f"no role and no candidate of model={cfg.model.name}, which has {', '.join(there)}"
+            raise UserError([f"method.places: {place} is {hint}" for place in strange])
+        return method
+
+    def problems(self) -> Iterator[str]:
+        dials = []
+        if self.rank is not None and self.rank < 1:
+            dials.append(f"rank={self.rank} must be a whole number of at least 1")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            dials.append(f"finetune.dropout={self.dropout} must lie in [0, 1): it is a rate")
+        yield from dials
+        if self.places is not None and not (self.places and all(isinstance(place, str) for place in self.places)):
+            yield f"method.places={self.places} must be a list of roles or module types, or null for every candidate"
+        if not dials:  # which the configuration refers to
+            try:
+                build(self.config, "method.config")
+            except UserError as error:
+                yield from error.problems
+
+    def targets(self, grid: Grid) -> list[str]:
+        """Full names of the modules to adapt."""
+        found: list[str] = []
+        for place in grid.types if self.places is None else self.places:
+            column = grid.types.index(place) if place in grid.types else None
+            found += grid.having(place) if column is None else [row[column] for row in grid.names]
+        return list(dict.fromkeys(found))
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "PEFTAdaptation":
+        config = build(self.config, "method.config")
+        # Names in full: PEFT takes a name for all that end with it.
+        config.target_modules = set(self.targets(grid))
+        if hasattr(config, "feedforward_modules"):
+            config.feedforward_modules = config.target_modules & set(grid.having("ffn_output"))
+        if next(model.parameters()).is_meta and hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # no weights to start from, and the same shapes
+        return PEFTAdaptation(model, inject(model, config))
+
+
+class PEFTAdaptation(Adaptation):
+    """A model with PEFT's modules in it.
+
+    Args:
+        model: the adapted model, which is called as it is.
+        peft: PEFT's wrapper of the same model.
+    """
+
+    def __init__(self, model: nn.Module, peft: Any) -> None:
+        super().__init__(model)
+        self.peft = peft
+        self.config = peft.peft_config[ADAPTER]
+        # A0, B0 by module, where PEFT has replaced W by W - s B0 A0: the update is then s (B A - B0 A0).
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}
+        if str(getattr(self.config, "init_lora_weights", "")).startswith(MOVES_BASE):
+            for name, layer in self.plain_layers():
+                pair = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                self.start[name] = pair[0].detach().clone(), pair[1].detach().clone()
+
+    def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """EVA: A from the singular vectors of each module's inputs, and ranks by the variance they explain.
+
+        It runs where the model is before training, on the CPU, so that all processes get the same bits.
+        """
+        if getattr(self.config, "init_lora_weights", None) != "eva":
+            return
+        from peft import initialize_lora_eva_weights
+
+        passes = itertools.count(1)
+
+        def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+            if next(passes) > 1000:  # PEFT itself would go round the batches for ever
+                raise UserError(
+                    "EVA has not converged in 1000 batches: lower rank, method.config.eva_config.rho or .tau, or raise "
+                    "finetune.batch_size"
+                )
+            model(**inputs)
+
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # a line for every input without tokens
+                initialize_lora_eva_weights(
+                    self.peft,
+                    batches,
+                    forward_fn=forward,
+                    prepare_model_inputs_fn=lambda inputs, _: inputs["attention_mask"].bool(),
+                    prepare_layer_inputs_fn=_tokens,
+                    gather_distributed_inputs=False,  # every process sees all of the batches
+                    show_progress_bar=False,
+                )
+        except ValueError as error:
+            raise UserError(f"EVA: {_first_line(error)}") from error
+
+    def plain_layers(self) -> list[tuple[str, Any]]:
+        """(name, layer) of all that was added, where it is LoRA pairs and nothing else; nothing otherwise."""
+        from peft.tuners.lora import LoraLayer
+
+        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LoraLayer)]
+        pairs = {p for _, layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+        head = {p for name in head_modules(self.model) for p in self.model.get_submodule(name).parameters()}
+        trained = {p for p in self.model.parameters() if p.requires_grad} - head
+        # DoRA and the like are variants of LoRA: more than s B A, so that only PEFT knows how they are applied.
+        return layers if trained == pairs and not any(layer.lora_variant for _, layer in layers) else []
+
+    def pairs(self) -> Iterator[Pair]:
+        """Updates relative to the pretrained weights, of rank 2r where these were moved. Not for DoRA, VeRA, IA³ …,
+        whose update is no product of two matrices that are trained."""
+        for name, layer in self.plain_layers():
+            lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            if name in self.start:
+                a_0, b_0 = (matrix.to(lora_a.device) for matrix in self.start[name])
+                lora_a, lora_b = torch.cat([lora_a, a_0]), torch.cat([lora_b, -b_0], dim=1)
+            yield name, lora_a, lora_b.T, layer.scaling[ADAPTER]
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        if pairs := list(self.pairs()):
+            export_adapter(self.model, folder / "adapter", origin, pairs)
+        else:
+            self._export_as_it_is(folder / "adapter", origin)
+
+    def _export_as_it_is(self, folder: Path, origin: Origin) -> None:
+        """In PEFT's own format for the tuner, with the head."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        # False: do not ask the hub whether the vocabulary has grown.
+        tensors = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(self.model).items()}
+        content = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
+        content |= {
+            "task_type": "SEQ_CLS",
+            "base_model_name_or_path": origin.base_model,
+            "inference_mode": True,
+            "target_modules": sorted(self.peft.base_model.targeted_module_names),
+            "modules_to_save": head_modules(self.model),
+        }
+        copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        with atomic(folder / "adapter_model.safetensors") as scratch:
+            save_file(copies, scratch, metadata={"format": "pt"})
+        write_text(folder / "adapter_config.json", json.dumps(content, indent=1) + "\n")
+        write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
+
+
+def inject(model: nn.Module, config: Any) -> Any:
+    """Let PEFT put its modules into ``model``, in place; the head stays as it is, and trainable.
+
+    Returns:
+        PEFT's wrapper around ``model``.
+
+    Raises:
+        UserError: PEFT cannot, with its own reason.
+    """
+    from peft import get_peft_model
+
+    kind = type(config).__name__
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="lora with eva")  # advice on memory
+            peft: Any = get_peft_model(model, config, ADAPTER)
+    except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError) as error:
+        if "meta tensor" in str(error):
+            raise UserError(f"{kind} is computed from the weights: there is no dry_run of it") from error
+        raise UserError(f"PEFT cannot put {kind} on this model: {_first_line(error)}") from error
+    if {p for p in peft.parameters() if p.requires_grad} - set(model.parameters()):
+        raise UserError(f"{kind} keeps trainable weights outside the model's modules, where they would not be trained")
+    for name in head_modules(model):
+        model.get_submodule(name).requires_grad_(True)
+    return peft
+
+
+def build(spec: Mapping[str, Any], key: str) -> Any:
+    """Make the PEFT object that ``spec`` describes, with what is nested in it. Nothing outside PEFT is ever called.
+
+    Args:
+        spec: ``_target_``, a configuration class of PEFT, and its arguments.
+        key: where it stands, for messages.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    kind = _find_class(spec.get("_target_"), key)
+    who = f"{key}._target_=peft.{kind.__name__}"
+    given = {str(name): value for name, value in spec.items() if name != "_target_"}
+    if key == "method.config":
+        _check_kind(kind, who)
+        if taken := [name for name in given if name in OURS]:
+            raise UserError([f"{key}.{name} cannot be set: {OURS[name]}" for name in taken])
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    if unknown := [name for name in given if name not in known]:
+        near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in unknown}
+        words = [f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in unknown]
+        without = " ".join(f"~{key}.{name}" for name in unknown)
+        raise UserError(f"{who} has no argument {', '.join(words)}; leave out with {without}")
+    if problems := list(_value_problems(kind, given, key)):
+        raise UserError(problems)
+    arguments = {
+        name: build(value, f"{key}.{name}") if isinstance(value, Mapping) and "_target_" in value else value
+        for name, value in given.items()
+    }
+    try:
+        return kind(**arguments)
+    except Exception as error:
+        raise UserError(f"PEFT refuses {key} (peft.{kind.__name__}): {_first_line(error)}") from error
+
+
+def _find_class(path: Any, key: str) -> Any:
+    """The configuration class at a dotted path inside PEFT."""
+    import peft
+
+    name = str(path).rpartition(".")[2]
+    if not re.fullmatch(r"peft(\.\w+)+", str(path)):
+        raise UserError(f"{key}._target_={path} must be a configuration class of PEFT, such as peft.LoraConfig")
+    try:
+        found: Any = getattr(importlib.import_module(str(path).rpartition(".")[0]), name)
+    except (ImportError, AttributeError):
+        there = [n for n, o in vars(peft).items() if n.endswith("Config") and inspect.isclass(o)]
+        near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(f'peft.{n}' for n in near)}?" if near else ""
+        raise UserError(f"{key}._target_={path} does not exist in PEFT{hint}") from None
+    inside = inspect.isclass(found) and found.__module__.partition(".")[0] == "peft"
+    if not inside or not dataclasses.is_dataclass(found):
+        raise UserError(f"{key}._target_={path} is not a configuration class of PEFT")
+    return found
+
+
+def _check_kind(kind: Any, who: str) -> None:
+    """Refuse what cannot stand at the modules of a model that is called directly."""
+    from peft import PeftConfig, PromptLearningConfig
+
+    if not issubclass(kind, PeftConfig) or kind is PeftConfig:
+        raise UserError(f"{who} is not the configuration of a tuner")
+    if issubclass(kind, PromptLearningConfig):
+        raise UserError(f"{who} learns a prompt: it does not stand at modules, so there is nowhere to put it")
+    if kind.__name__ in REFUSED:
+        raise UserError(f"{who} cannot be used here: {REFUSED[kind.__name__]}")
+    names = {field.name for field in dataclasses.fields(kind)}
+    if not {"target_modules", "modules_to_save"} <= names or "adapter_layers" in names:
+        raise UserError(f"{who} cannot be used here: it does not stand at single modules")
+
+
+def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[str]:
+    """What PEFT would find out later, or never."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except (NameError, TypeError):
+        hints = {}
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        hint = hints.get(name)
+        if name == "r" and not (number and isinstance(value, int) and value >= 1):
+            yield f"{key}.r={value} must be a whole number of at least 1"
+        elif name.endswith("dropout") and not (number and 0 <= value < 1):
+            yield f"{key}.{name}={value} must lie in [0, 1): it is a rate"
+        elif name.endswith("alpha") and hint in (int, float) and not (number and value > 0):
+            yield f"{key}.{name}={value} must be a number above 0"
+        elif hint in (int, float) and not number:
+            yield f"{key}.{name}={value!r} must be a number"
+        elif hint is bool and not isinstance(value, bool):
+            yield f"{key}.{name}={value!r} must be true or false"
+        elif name == "init_lora_weights" and value in REFUSED_INIT:
+            yield f"{key}.{name}={value} cannot be used here: {REFUSED_INIT[value]}"
+        elif (choices := _choices(hint)) and isinstance(value, str) and not any(map(_is_choice(value), choices)):
+            yield f"{key}.{name}={value} must be one of {', '.join(choices)}"
+    if str(given.get("init_lora_weights", "")).startswith(MOVES_BASE):
+        also = [n for n in ("use_dora", "lora_bias", "trainable_token_indices") if given.get(n)]
+        also += ["bias"] if given.get("bias", "none") != "none" else []
+        if also:
+            yield f"{key}.init_lora_weights={given['init_lora_weights']} does not go with {key}.{also[0]}"
+
+
+def _choices(hint: Any) -> list[str]:
+    """The texts that an argument may be, where it may not be any text."""
+    parts = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
+    literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal]
+    return [] if str in parts else [choice for choices in literals for choice in choices if isinstance(choice, str)]
+
+
+def _is_choice(value: str) -> Callable[[str], bool]:
+    """PEFT writes ``pissa_niter_[number of iters]`` for ``pissa_niter_4``."""
+    return lambda choice: value == choice or ("[" in choice and value.startswith(choice.partition("[")[0]))
+
+
+def _tokens(layer_input: Any, mask: Tensor, name: str) -> Tensor:
+    """A module's inputs (tokens, in) without padding; none where it is not applied to the sequence.
+
+    DeBERTa's query and key projections are applied to the table of relative positions too.
+    """
+    states: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    return states[mask] if states.shape[:2] == mask.shape else states.new_empty(0, states.shape[-1])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,27 @@
+"""R-LoRA: LoRA, and a penalty that keeps the rows of A and the columns of B orthonormal ([R] section 4.2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Regulariser
+
+
+@dataclass(frozen=True)
+class RLoRA(Everywhere):
+    """Loss + lambda Reg, Reg = sum over adapters of ||A A^T - I||^2_F + ||B^T B - I||^2_F (eq. 10)."""
+
+    name: ClassVar[str] = "r_lora"
+    regulariser: Regulariser
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.regulariser.problems()
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
+        self.attach(model, grid)
+        return LowRankAdaptation(model, self.regulariser)

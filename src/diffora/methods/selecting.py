@@ -1,0 +1,142 @@
+"""What the methods that select modules have in common: scope, budget, and the adapters of what is selected and not."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffora.core.dam import (
+    discretise,
+    discretise_globally,
+    extreme_adapter_parameters,
+    largest_prefix,
+    largest_rank,
+    modules_per_layer,
+)
+from diffora.core.grid import Grid
+from diffora.core.lowrank import attach
+from diffora.core.scores import random_scores
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.methods.base import Method
+from diffora.methods.lowrank import LowRankAdaptation, Mask, Regulariser
+
+
+def parse_budget(text: int | str) -> int:
+    """A number of parameters: 350000, ``350k`` or ``0.35M``, taken as the decimal that was written, rounded down.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kM]?)", str(text).strip())
+    budget = int(Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]) if match else 0
+    if budget < 1:
+        raise ValueError(f"method.budget={text} must be a number of parameters above 0, such as 350000, 350k or 0.35M")
+    return budget
+
+
+@dataclass(frozen=True)
+class Selecting(Method):
+    """Common to the methods that select modules and share or freeze the rest.
+
+    Attributes:
+        scope: select the K = floor(rho N) best of each ``layer`` (eq. 14), or the floor(rho N L) best of all.
+        budget: most adapter parameters. With scope ``layer`` it chooses the rank, with ``global`` how many modules.
+    """
+
+    rank: int
+    rho: float
+    dropout: float
+    alpha: float
+    weight_sharing: bool
+    shared_rank: int
+    scope: Literal["layer", "global"]
+    budget: int | str | None
+    regulariser: Regulariser
+    mask: Mask
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.regulariser.problems()
+        yield from self.mask.problems(self.rank)
+        try:
+            _ = self.limit
+        except ValueError as error:
+            yield str(error)
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
+        """Algorithm 1, line 11: own pairs of rank r where selected, shared ones of rank r_s elsewhere (or frozen)."""
+        assert selection is not None
+        rank = self.rank if selection.rank is None else selection.rank
+        attach(model, grid.names, selection.mask(), rank, self.rank_elsewhere, self.alpha, self.dropout)
+        return LowRankAdaptation(model, self.regulariser, self.mask, seed)
+
+    @property
+    def rank_elsewhere(self) -> int | None:
+        """r_s, or None where unselected modules stay frozen ([D] Table 5)."""
+        return self.shared_rank if self.weight_sharing else None
+
+    @property
+    def limit(self) -> int | None:
+        """The budget as a number."""
+        return None if self.budget is None else parse_budget(self.budget)
+
+    def size(self, grid: Grid) -> int:
+        """How many modules of the grid are selected where no budget decides it: K L, or floor(rho N L)."""
+        if self.scope == "layer":
+            return modules_per_layer(self.rho, grid.n_types) * grid.n_layers
+        return modules_per_layer(self.rho, grid.n_types * grid.n_layers)
+
+    def check(self, grid: Grid) -> None:
+        """Refuse, before anything is searched, a budget that some outcome of the search could not keep to.
+
+        Raises:
+            UserError: names the budget and the least that would do.
+        """
+        if self.limit is None:
+            return
+        if self.scope == "layer":
+            least = extreme_adapter_parameters(grid.shapes, 1, self.rank_elsewhere)[1][self.size(grid)]
+            why = f"those of the dearest selection at rho={self.rho} and rank 1"
+        else:  # the first and the last size are the same whatever the scores are
+            counts, _ = extreme_adapter_parameters(grid.shapes, self.rank, self.rank_elsewhere)
+            least = min(counts[0], counts[-1])
+            why = "those of no module selected, or of every one"
+        if self.limit < least:
+            raise UserError(
+                f"method.budget={self.budget} is too small: {least} parameters are the least that would do, {why}"
+            )
+
+    def choose(self, grid: Grid, scores: Tensor) -> tuple[Tensor, int | None, int | None]:
+        """Turn scores into a selection, by scope and budget.
+
+        Args:
+            scores: L x N, high is good; for the search the relaxed DAM.
+
+        Returns:
+            (boolean L x N, K or None where it differs between layers, rank or None where the budget does not choose it)
+        """
+        if self.scope == "global":
+            size: int | None = self.size(grid)
+            if self.limit is not None:
+                size = largest_prefix(grid.shapes, scores, self.rank, self.rank_elsewhere, self.limit)
+            assert size is not None, "`check` comes first"
+            return discretise_globally(scores, size), None, None
+        k = modules_per_layer(self.rho, grid.n_types)
+        mask = discretise(scores, k)
+        rank = None if self.limit is None else largest_rank(grid.shapes, mask, self.rank_elsewhere, self.limit)
+        return mask, k, rank
+
+    def selection_by(self, grid: Grid, scores: Tensor, selector: str, seed: int, **provenance: Any) -> Selection:
+        """`choose`, with its reasons. ``provenance`` are further fields of the `Selection`."""
+        mask, k, rank = self.choose(grid, scores)
+        kept = {"gamma_bar" if selector == "search" else "scores": scores.tolist()}
+        made = {"method": self.name, "selector": selector, "k": k, "rank": rank, "rho": self.rho, "seed": seed}
+        return Selection.from_mask(grid, mask, **made, **kept, **provenance)
+
+    def by_chance(self, grid: Grid, seed: int) -> Selection:
+        """The selection of selector ``random``, which needs neither model nor data."""
+        return self.selection_by(grid, random_scores(grid.n_layers, grid.n_types, seed), "random", seed)

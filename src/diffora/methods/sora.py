@@ -1,0 +1,86 @@
+"""SoRA: a gate on each direction of a LoRA, driven to exact zeros by soft thresholds (Ding et al., 2023)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.core.lowrank import lowrank_layers
+from diffora.core.selection import Selection
+from diffora.methods.lowrank import Everywhere, LowRankAdaptation
+
+
+def soft_threshold(x: Tensor, by: float) -> Tensor:
+    """The proximal operator of ``by * |x|``: towards zero by that much, and zero where it would cross."""
+    return torch.sign(x) * torch.relu(x.abs() - by)
+
+
+@dataclass(frozen=True)
+class SoRA(Everywhere):
+    """h = W x + b + alpha/r B (g * A x); after each optimiser step g is soft-thresholded.
+
+    Attributes:
+        lam: lambda, how much each gate loses a step. It is the threshold itself, as in the released code and in the
+            values that papers give for it; with ``times_lr`` it is lambda in the formula, a threshold of
+            learning rate times lambda.
+        lam_start: lambda of the first stage, and
+        stages: in how many equal stages it grows, linearly, to ``lam`` (the sparsifying schedule); 1: always ``lam``.
+    """
+
+    name: ClassVar[str] = "sora"
+    lam: float
+    times_lr: bool
+    lam_start: float
+    stages: int
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.lam < 0:
+            yield f"method.lam={self.lam} must be at least 0: it is lambda, the threshold of the gates"
+        if not 0 <= self.lam_start <= max(self.lam, 0):
+            yield f"method.lam_start={self.lam_start} must lie between 0 and method.lam={self.lam}"
+        if self.stages < 1:
+            yield f"method.stages={self.stages} must be a whole number of at least 1"
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "SoRAAdaptation":
+        self.attach(model, grid)
+        for _, layer in lowrank_layers(model):
+            layer.gate = nn.Parameter(torch.randn(self.rank, device=layer.lora_a.device))
+        return SoRAAdaptation(model, self)
+
+    def threshold(self, step: int, total_steps: int, lr: float) -> float:
+        """What gates lose in a step (from 0) of so many."""
+        stage = min(step * self.stages // max(total_steps, 1), self.stages - 1)
+        share = stage / (self.stages - 1) if self.stages > 1 else 1.0
+        lam = self.lam_start + (self.lam - self.lam_start) * share
+        return lam * lr if self.times_lr else lam
+
+
+class SoRAAdaptation(LowRankAdaptation):
+    """Low-rank layers with trained gates."""
+
+    def __init__(self, model: nn.Module, settings: SoRA) -> None:
+        super().__init__(model)
+        self.settings, self.total_steps = settings, 0
+
+    def begin(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+
+    @torch.no_grad()
+    def after_step(self, step: int, lr: float) -> None:
+        """The proximal step."""
+        by = self.settings.threshold(step, self.total_steps, lr)
+        for _, layer in lowrank_layers(self.model):
+            assert layer.gate is not None
+            layer.gate.copy_(soft_threshold(layer.gate, by))
+
+    def inference_parameters(self) -> int:
+        """A and B of the directions whose gate is open; the gate is folded into B."""
+        return sum(
+            int((layer.gate != 0).sum()) * (layer.lora_a.shape[1] + layer.lora_bt.shape[1])
+            for _, layer in lowrank_layers(self.model)
+            if layer.gate is not None
+        )

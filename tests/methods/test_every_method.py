@@ -1,0 +1,84 @@
+"""Every method through a whole run: trained, recorded, exported, loaded again, resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from diffora import models
+from diffora.config import conf_dir
+from diffora.experiment import run
+from diffora.export import load_adapter
+
+METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
+MORE = {  # so that what is special about a method happens within four steps
+    "sora": ["method.lam=0.2", "method.stages=2"],
+    "rm_lora": ["method.mask.target=update"],
+}
+
+
+@pytest.fixture
+def short(quick):
+    return [*quick, "task.train_rows=64", "task.validation_rows=32", "finetune.epochs=2", "search.epochs=1"]
+
+
+def overrides(short, method):
+    kept = [o for o in short if not o.startswith("search.") or method == "diffora"]
+    dials = OmegaConf.load(conf_dir() / "method" / f"{method}.yaml").get("finetune", {})
+    kept = [o for o in kept if not o.startswith("finetune.dropout") or "dropout" in dials]
+    return [*kept, f"method={method}", *MORE.get(method, [])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
+    torch.set_num_threads(1)
+    composed = cfg(*overrides(short, method))
+    whole = run(composed, tmp_path / "run")
+    record = whole.record
+    params = record["params"]
+    assert record["status"] == "completed" and record["method"] == method
+    assert params["trainable"] == params["adapter"] + params["head"]
+    assert params["inference"] <= params["adapter"] or method == "full_ft"
+    assert {"train/accuracy", "generalisation_gap", "validation/accuracy"} <= record["metrics"].keys()
+
+    # what is on disk is the model in memory
+    ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = whole.model.eval()(input_ids=ids).logits
+    fresh = models.load_classifier(composed.model, 2).eval()
+    with torch.no_grad():
+        untouched = fresh(input_ids=ids).logits
+    if method == "full_ft":
+        from transformers import AutoModelForSequenceClassification
+
+        fresh = AutoModelForSequenceClassification.from_pretrained(whole.folder / "model").eval()
+    else:
+        load_adapter(fresh, whole.folder / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+    assert (untouched - logits).abs().max() > 1e-3
+
+    # stopped after the first epoch and resumed
+    again = tmp_path / "again"
+    shutil.copytree(whole.folder, again)
+    (last,) = (again / "checkpoints").glob("finetune-0002-*.ckpt")
+    last.unlink()
+    (again / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    composed.resume = True
+    resumed = run(composed, again).record
+    for key in ("metrics", "history", "params", "selection"):
+        assert resumed[key] == record[key], key
+
+
+def test_r_lora_and_gm_lora_on_the_modules_that_diffora_selected(cfg, short, tmp_path):
+    torch.set_num_threads(1)
+    plain = run(cfg(*overrides(short, "diffora")), tmp_path / "plain")
+    file = f"method.selection={plain.folder / 'selection.json'}"
+    histories = [plain.record["history"]]
+    for i, more in enumerate((["method.regulariser.weight=0.01"], ["method.mask.rank=1"])):
+        other = run(cfg(*overrides(short, "diffora"), file, *more), tmp_path / f"{i}")
+        assert other.record["params"] == plain.record["params"]
+        assert other.record["history"] not in histories
+        histories.append(other.record["history"])
