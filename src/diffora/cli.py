@@ -58,7 +58,7 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
 
 def overrides() -> list[str]:
     """The overrides on the command line."""
-    return [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("--")]
+    return [a for a in sys.argv[1:] if a.startswith("~") or ("=" in a and not a.startswith("--"))]
 
 
 def composition_problems(given: list[str]) -> list[str]:

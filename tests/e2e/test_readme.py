@@ -26,7 +26,7 @@ COMMANDS = sorted(
 def test_commands_compose(cfg, line, tmp_path, monkeypatch):
     """Paths stand for the reader's own: replaced by folders that are there."""
     (tmp_path / "config.json").write_text("{}")
-    words = [w for w in shlex.split(line.rstrip("\\")) if "=" in w and "…" not in w]
+    words = [w for w in shlex.split(line.rstrip("\\")) if ("=" in w or w.startswith("~")) and "…" not in w]
     words = [w for w in words if not w.startswith(("--", "hydra."))]
     words = [w for w in words if not w.startswith(("method.selection=", "task.path=", "model.path="))]
     parser = OverridesParser.create()

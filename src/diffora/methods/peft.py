@@ -238,6 +238,7 @@ def inject(model: nn.Module, config: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lora with eva")  # advice on memory
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's to heed
             peft: Any = get_peft_model(model, config, ADAPTER)
     except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError) as error:
         if "meta tensor" in str(error):

@@ -1,11 +1,12 @@
-"""What the regulariser and the masks of RM-LoRA cost, and save, in one optimisation step, side by side with LoRA.
+"""What one optimisation step of each method costs beside LoRA's, and what RM-LoRA's masks save.
 
-    python benchmarks/rm_lora_cost.py [--ranks 4 64] [--rows 16] [--length 64] [--rounds 15] [--threads 1]
+    python benchmarks/method_steps.py [--ranks 4 64] [--rows 16] [--length 64] [--rounds 15] [--threads 1]
 
 The backbone has MiniLM's shape and random weights. All contenders take turns in one process; a figure is the median
 over rounds of the ratio to plain LoRA of the same round, with quartiles. ``adapter_flops`` are the adapters' share of
-the backward pass, counted by torch (for LoRA: what another adapter of the same rank would add). ``loop`` is R-LoRA
-with one product per adapter and factor in place of one per shape.
+the backward pass, counted by torch (for LoRA: what another adapter of the same rank would add). ``r_lora, loop`` is
+R-LoRA with one product per adapter and factor in place of one per shape. Above the first rank only RM-LoRA's family is
+measured.
 """
 
 import argparse
@@ -20,17 +21,57 @@ from transformers import BertConfig, BertForSequenceClassification
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.orthogonality import orthogonality
+from diffora.methods.adalora import AdaLoRA
+from diffora.methods.bitfit import BitFit
+from diffora.methods.flora import FLoRA
+from diffora.methods.full_ft import FullFT
 from diffora.methods.gm_lora import GMLoRA
+from diffora.methods.head_only import HeadOnly
+from diffora.methods.houlsby import Houlsby
 from diffora.methods.lora import LoRA
 from diffora.methods.lowrank import Mask, Regulariser
+from diffora.methods.peft import PEFT
+from diffora.methods.pfeiffer import Pfeiffer
 from diffora.methods.r_lora import RLoRA
 from diffora.methods.rm_lora import RMLoRA
+from diffora.methods.sora import SoRA
 from diffora.models import freeze_backbone
 
 TYPES = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
 TYPES += ["intermediate.dense", "output.dense"]
-REGULARISER = Regulariser(1e-3, "squared")
-MASK = Mask("half", "step", False, "gradient", 0, False)
+ROLES = {"attention_output": "attention.output.dense", "ffn_output": "output.dense"}
+
+
+def rm_lora_family(rank):
+    common = {"rank": rank, "dropout": 0.0, "alpha": 8.0}
+    regulariser = Regulariser(1e-3, "squared")
+    mask = Mask("half", "step", False, "gradient", 0, False)
+    return {
+        "lora": LoRA(**common),
+        "gm_lora": GMLoRA(**common, mask=mask),
+        "r_lora": RLoRA(**common, regulariser=regulariser),
+        "r_lora, loop": LoRA(**common),
+        "rm_lora": RMLoRA(**common, regulariser=regulariser, mask=mask),
+    }
+
+
+def others(rank):
+    common = {"rank": rank, "dropout": 0.0, "alpha": 8.0}
+    lora = {"_target_": "peft.LoraConfig", "r": rank, "lora_alpha": 8, "lora_dropout": 0.0}
+    schedule = {"initial": 0.1, "final": 0.3, "every": 10, "beta1": 0.85, "beta2": 0.85, "orthogonality": 0.5}
+    bottleneck = {"activation": "gelu", "skip": True, "init_std": 0.01}
+    return {
+        "flora": FLoRA(**common),
+        "sora": SoRA(**common, lam=1e-3, times_lr=False, lam_start=0.0, stages=1),
+        "houlsby, b = 8": Houlsby(size=8, **bottleneck),
+        "pfeiffer, b = 16": Pfeiffer(size=16, **bottleneck),
+        "bitfit": BitFit(),
+        "head_only": HeadOnly(),
+        "full_ft": FullFT(),
+        "adalora, init_rank = rank + 1": AdaLoRA(**common, init_rank=rank + 1, **schedule),
+        "PEFT's LoRA": PEFT(config=lora),
+        "dora": PEFT(config=lora | {"use_dora": True}),
+    }
 
 
 class Contender:
@@ -42,10 +83,11 @@ class Contender:
         config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         self.model = freeze_backbone(BertForSequenceClassification(config)).train()
         self.loop, self.number = loop, 0
-        self.adaptation = method.adapt(self.model, find_grid(self.model, "encoder.layer.*", TYPES), None, 0)
+        self.adaptation = method.adapt(self.model, find_grid(self.model, "encoder.layer.*", TYPES, ROLES), None, 0)
         for _, layer in lowrank_layers(self.model):
             torch.nn.init.normal_(layer.lora_bt, std=0.02)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
+        self.adaptation.begin(1000)
 
     def loss(self, batch):
         loss = self.model(**batch).loss
@@ -70,7 +112,7 @@ class Contender:
         loss = self.loss(batch)
         with FlopCounterMode(display=False) as counter:
             loss.backward()
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         return counter.get_total_flops()
 
 
@@ -88,16 +130,10 @@ def main():
         "attention_mask": torch.ones(given.rows, given.length, dtype=torch.long),
         "labels": torch.randint(0, 2, (given.rows,)),
     }
-    report = {"rows": given.rows, "length": given.length, "rounds": given.rounds, "torch": torch.__version__}
-    for rank in given.ranks:
-        common = {"rank": rank, "dropout": 0.0, "alpha": 8.0}
-        contenders = {
-            "lora": Contender(LoRA(**common)),
-            "gm_lora": Contender(GMLoRA(**common, mask=MASK)),
-            "r_lora": Contender(RLoRA(**common, regulariser=REGULARISER)),
-            "r_lora, loop": Contender(LoRA(**common), loop=True),
-            "rm_lora": Contender(RMLoRA(**common, regulariser=REGULARISER, mask=MASK)),
-        }
+    report = {**vars(given), "torch": torch.__version__}
+    for i, rank in enumerate(given.ranks):
+        methods = rm_lora_family(rank) | (others(rank) if i == 0 else {})
+        contenders = {name: Contender(method, loop="loop" in name) for name, method in methods.items()}
         times = {name: [] for name in contenders}
         for turn in range(given.rounds + 2):
             for name, contender in contenders.items():
@@ -105,17 +141,16 @@ def main():
                 if turn >= 2:
                     times[name].append(spent)
         lora = contenders["lora"].backward_flops(batch)
-        base = Contender(LoRA(**common | {"rank": 2 * rank})).backward_flops(batch) - lora
-        floor = lora - base
+        one = Contender(LoRA(2 * rank, 0.0, 8.0)).backward_flops(batch) - lora
         for name, contender in contenders.items():
-            ratios = sorted(t / lora for t, lora in zip(times[name], times["lora"], strict=True))
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            flops = contender.backward_flops(batch) - floor
+            ratios = [t / base for t, base in zip(times[name], times["lora"], strict=True)]
             report[f"rank {rank}, {name}"] = {
-                "step_ms": round(1000 * statistics.median(times[name]), 2),
-                "step/lora": [round(value, 3) for value in (low, middle, high)],
-                "adapter_flops/lora": round(flops / base, 3),
+                "step_ms": round(1000 * statistics.median(times[name]), 1),
+                "step/lora": [round(quartile, 3) for quartile in statistics.quantiles(ratios, n=4)],
             }
+            if name in rm_lora_family(rank):
+                flops = contender.backward_flops(batch) - (lora - one)
+                report[f"rank {rank}, {name}"]["adapter_flops/lora"] = round(flops / one, 3)
     print(json.dumps(report, indent=1))
 
 
