@@ -37,40 +37,9 @@ def _no_network_no_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.fixture
 def deberta() -> Callable[..., nn.Module]:
     """Makes a DeBERTa-v2 classifier of two small layers with random weights, frozen but for its head."""
+    from small import small_deberta
 
-    def make(seed: int = 0, layers: int = 2, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
-
-        from diffora.models import freeze_backbone
-
-        torch.manual_seed(seed)
-        config = DebertaV2Config(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=32,
-            relative_attention=True,
-            position_buckets=8,
-            pos_att_type=["c2p", "p2c"],
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-            position_biased_input=False,
-            type_vocab_size=0,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-            pooler_dropout=dropout,
-            num_labels=2,
-        )
-        model = DebertaV2ForSequenceClassification(config).to(dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():  # the default 0.02 leaves attention all but uniform
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.25)
-        return freeze_backbone(model)
-
-    return make
+    return small_deberta
 
 
 @pytest.fixture

@@ -5,16 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import datasets
 import lightning as L
-import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from small import rows_of, small_deberta
 
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
-from diffora.models import freeze_backbone
 from diffora.tasks.tokenise import Collator
 from diffora.training.data import SearchData, split_search
 from diffora.training.search import SearchModule, SearchSettings
@@ -32,40 +29,15 @@ class Notes(L.Callback):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        relative_attention=True,
-        pos_att_type=["c2p", "p2c"],
-        position_biased_input=False,
-        type_vocab_size=0,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-    )
-    model = freeze_backbone(DebertaV2ForSequenceClassification(config))
+    model = small_deberta()
     grid = find_grid(model, "encoder.layer.*", TYPES)
     layers = attach(model, grid.names, torch.ones(2, 3, dtype=torch.bool), 2, None, alpha=4)
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(4, 10, size=48)
-    rows = datasets.Dataset.from_dict(
-        {
-            "input_ids": [rng.integers(3, 50, size=n).tolist() for n in lengths],
-            "labels": rng.integers(0, 2, size=48).tolist(),
-            "length": lengths.tolist(),
-            "row": list(range(48)),
-        }
-    )
     settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1)
     module = SearchModule(model, layers, TYPES, F.cross_entropy, settings, seed=0)
-    data = SearchData(rows, Collator(0), split_search(48, seed=0), batch_size=8, seed=0)
+    data = SearchData(rows_of(), Collator(0), split_search(48, seed=0), batch_size=8, seed=0)
     notes = Notes()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -83,6 +55,7 @@ def main(folder: Path) -> None:
     weights = [p.detach().double().sum().item() for p in module.weights]
     name = f"{trainer.world_size}-{trainer.global_rank}.json"
     (folder / name).write_text(json.dumps({"gamma": notes.gamma, "weights": weights}))
+    torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The scoring stage on a small DeBERTa: right values, nothing left changed, equal however the work is divided."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ddp_score import TYPES, rows_of, scored, small_model
+from ddp_score import TYPES, scored
+from small import rows_of, small_deberta
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.tasks.tokenise import Collator
 from diffora.training.data import SearchData, split_search
 
+WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 WORKER = Path(__file__).with_name("ddp_score.py")
 BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
 
@@ -37,8 +40,8 @@ def mean_loss(model, batches):
 
 def test_gradient_scores_against_finite_differences_in_float64():
     """Every entry of two matrices; one is the Q that DeBERTa also applies to its table of positions."""
-    scores = scored("gradient", small_model(dtype=torch.float64), precision="64-true").scores
-    model = small_model(dtype=torch.float64).eval()
+    scores = scored("gradient", small_deberta(dtype=torch.float64), precision="64-true").scores
+    model = small_deberta(dtype=torch.float64).eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
     for i, j in ((0, 0), (1, 3)):
         flat = model.get_parameter(f"{names[i][j]}.weight").detach().view(-1)
@@ -59,7 +62,7 @@ batches_of_2 = batches_of(2)
 
 
 def test_gradient_scores_against_one_backward_pass_of_the_mean_loss():
-    model = small_model().eval()
+    model = small_deberta().eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
     weights = [model.get_parameter(f"{name}.weight").requires_grad_() for row in names for name in row]
     grads = torch.autograd.grad(mean_loss(model, batches_of_2), weights)
@@ -70,7 +73,7 @@ def test_gradient_scores_against_one_backward_pass_of_the_mean_loss():
 def test_activation_scores_against_a_plain_loop():
     """The input of Q and V is the hidden state, which the model gives out itself."""
     scores = scored("activation").scores
-    model = small_model().eval()
+    model = small_deberta().eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
     tokens = [[], []]
     with torch.no_grad():
@@ -90,7 +93,7 @@ def test_activation_scores_against_a_plain_loop():
 
 @BOTH
 def test_weights_head_and_modes_are_untouched(criterion):
-    model = small_model(dropout=0.1)
+    model = small_deberta(dropout=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     scored(criterion, model)
@@ -102,7 +105,7 @@ def test_weights_head_and_modes_are_untouched(criterion):
 
 @BOTH
 def test_dropout_is_off(criterion):
-    assert torch.equal(scored(criterion, small_model(dropout=0.5)).scores, scored(criterion).scores)
+    assert torch.equal(scored(criterion, small_deberta(dropout=0.5)).scores, scored(criterion).scores)
 
 
 @BOTH
@@ -132,7 +135,9 @@ def test_parts_of_a_batch_change_nothing(criterion):
 
 def test_two_processes_agree_exactly_and_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=300, env=WITH_TESTS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
@@ -148,7 +153,7 @@ def test_bfloat16_scores_are_close(criterion):
 
 
 def test_a_score_that_is_not_finite_stops_the_run():
-    model = small_model()
+    model = small_deberta()
     with torch.no_grad():
         model.classifier.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"method\.selector=gradient: a score is not finite"):

@@ -1,6 +1,7 @@
 """The search module on a small DeBERTa: exact gradients, no leakage, equal results however the work is divided."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -208,12 +209,15 @@ def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
     assert torch.nn.functional.cosine_similarity(grad.flatten(), exact.flatten(), dim=0) > 0.98
 
 
+WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 WORKER = Path(__file__).with_name("ddp_search.py")
 
 
 def run_worker(processes: int, folder: Path) -> list[dict]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*launch, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300, env=WITH_TESTS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
 

@@ -92,20 +92,14 @@ class Method:
         given: dict[str, tuple[str, Any]] = {
             name: (key, node[name]) for name, (key, node) in dials.items() if name in node
         }
-        given |= {
-            str(name): (f"method.{name}", value)
-            for name, value in cfg.method.items()
-            if name not in ("_target_", "name")
-        }
+        problems: list[str] = []
         who = f"method={cfg.method.name}"
-        problems = [f"{who} has no setting method.{name}" for name in cfg.method if name in dials]
-        values = _read(
-            cls,
-            {name: pair for name, pair in given.items() if pair[0] != f"method.{name}" or name not in dials},
-            "method.",
-            who,
-            problems,
-        )
+        for name, value in cfg.method.items():
+            if name in dials:
+                problems.append(f"{who} has no setting method.{name}")
+            elif name not in ("_target_", "name"):
+                given[str(name)] = f"method.{name}", value
+        values = _read(cls, given, "method.", who, problems)
         if problems:
             raise UserError(problems)
         method = cls(**values)
