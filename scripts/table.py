@@ -34,18 +34,17 @@ def line(runs: list[dict[str, Any]], metrics: list[str]) -> list[str]:
     def column(part: str, key: str) -> list[float]:
         return [run[part][key] for run in runs if run[part].get(key) is not None]
 
-    sizes = sorted({run["params"]["adapter"] for run in runs})
-    needed = column("params", "inference")
-    last = [min(needed), max(needed)]
-    cells = [f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")]
-    cells.append(
-        "same" if needed == column("params", "adapter") else " to ".join(f"{n:,.0f}" for n in sorted(set(last)))
-    )
+    def span(key: str) -> str:
+        sizes = sorted(set(column("params", key)))
+        return f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+
+    cells = [span("adapter"), span("inference")]
     cells += [spread(column("metrics", f"validation/{metric}"), 3) for metric in metrics]
     cells.append(spread(column("metrics", f"held_out/{metrics[0]}"), 3))
     cells.append(spread(column("metrics", "generalisation_gap"), 3))
-    ranks = column("metrics", "update/rank")
-    cells.append(f"{statistics.mean(ranks):.2f}" if ranks else "")
+    for measure in ("update/rank", "update/orthogonality_loss"):
+        values = column("metrics", measure)
+        cells.append(f"{statistics.mean(values):.2f}" if values else "")
     search = column("time", "search_s")
     cells.append(spread(search, 0) if any(search) else "")
     cells.append(spread(column("time", "finetune_s"), 0))
@@ -65,7 +64,16 @@ def main() -> None:
     for task in sorted({task for task, _ in groups}):
         spec = get_task(task)
         metrics = [spec.main_metric, *(m for m in spec.metrics if m != spec.main_metric)]
-        header = ["method", "adapter", "inference", *metrics, f"held_out {metrics[0]}", "gap", "rank of ΔW"]
+        header = [
+            "method",
+            "adapter",
+            "inference",
+            *metrics,
+            f"held_out {metrics[0]}",
+            "gap",
+            "rank of ΔW",
+            "orthogonality loss",
+        ]
         header += ["search, s", "fine-tuning, s", "seeds"]
         print(f"\n{task}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
         here = [runs for (name, _), runs in groups.items() if name == task]

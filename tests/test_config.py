@@ -127,6 +127,11 @@ def test_each_mistake_has_its_message(cfg, override, words):
         ("gm_lora", "method.mask.rank=5", "method.mask.rank=5 must lie between 1 and rank=4"),
         ("gm_lora", "method.mask.rank=0", "method.mask.rank=0 must lie between 1 and rank=4"),
         ("gm_lora", "method.mask.rank=all", "method.mask.rank='all' must be a whole number or 'half' or null"),
+        (
+            "gm_lora",
+            "method.mask.head=true",
+            "with method.mask.start=0 never trains the head",
+        ),
         ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be 'step' or 'epoch'"),
         ("diffora", "method.mask.rank=5", "method.mask.rank=5 must lie between 1 and rank=4"),
         ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),
@@ -149,6 +154,10 @@ def test_all_mistakes_come_at_once(cfg):
 )
 def test_a_budget_is_the_decimal_that_was_written(text, number):
     assert parse_budget(text) == number
+
+
+def test_a_budget_that_chooses_the_rank_leaves_the_mask_free(cfg):
+    check(cfg("method.budget=1M", "method.mask.rank=8"))
 
 
 def test_only_the_search_leaves_what_warm_start_needs(cfg):

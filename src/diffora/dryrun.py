@@ -32,7 +32,7 @@ def dry_run(cfg: DictConfig, method: Method, spec: TaskSpec, folder: Path) -> di
         asked.append(selector)
         return method.by_chance(grid, cfg.seed)
 
-    method.check(grid)
+    method.check(model, grid)
     selection = method.select(grid, cfg.seed, stand_in)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)

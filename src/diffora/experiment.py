@@ -83,7 +83,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     reset_peaks()
     L.seed_everything(cfg.seed, verbose=False)
     parts = Parts.load(cfg, folder, spec)
-    method.check(parts.grid)
+    method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash)
     with rundir.account(cfg, folder, record):
         return execute(parts, method, record, began)

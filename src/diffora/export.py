@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
-from diffora.models import head_modules
+from diffora.models import freeze_backbone, head_modules
 from diffora.tasks.glue import TaskSpec
 
 SHARING = "sharing.json"
@@ -103,7 +103,10 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
         save_file(trained | head_tensors(model), scratch, metadata={"format": "pt"})
     sections = ("method", "rank", "rho", "finetune", "seed", "model")
     content = {key: origin.config[key] for key in sections if key in origin.config}
-    content["selection"] = "../selection.json" if origin.record["selection"] else None
+    selected = origin.record["selection"]
+    content["selection"] = selected["file"] if selected else None
+    if selected:
+        write_text(folder / selected["file"], (folder.parent / selected["file"]).read_text())
     write_text(folder / ADAPT, json.dumps({"base_model": origin.base_model, **content}, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
 
@@ -141,9 +144,10 @@ def card(origin: Origin, how_to_load: str) -> str:
     """Model card with what to type to load the adapter onto ``base``."""
     record, spec = origin.record, origin.spec
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())
+    library = "peft" if how_to_load is LOAD_WITH_PEFT else "diffora"
     return f"""---
 base_model: {origin.base_model}
-library_name: peft
+library_name: {library}
 tags: [{record["method"]}, {record["task"]}]
 ---
 # {record["method"]} adapter for {spec.name}
@@ -208,8 +212,22 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     kind: Any = get_class(cfg.method._target_)
     grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
-    kind.from_config(cfg).adapt(model, grid, selection, cfg.seed)
-    if strange := model.load_state_dict(tensors, strict=False).unexpected_keys:
+    freeze_backbone(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)  # as the run did: what a method draws and never trains is not in the file
+        kind.from_config(cfg).adapt(model, grid, selection, cfg.seed)
+    _fill(model, tensors, folder)
+    if absent := [name for name, p in model.named_parameters() if p.requires_grad and name not in tensors]:
+        raise UserError(f"{folder} does not fit this model: it has no {absent[0]} (and {len(absent) - 1} more)")
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Load some of a module's tensors."""
+    try:
+        strange = module.load_state_dict(tensors, strict=False).unexpected_keys
+    except RuntimeError as error:  # shapes
+        raise UserError(f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
+    if strange:
         raise UserError(f"{folder} does not fit this model, which has no {strange[0]} (and {len(strange) - 1} more)")
 
 
@@ -238,4 +256,4 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
     for head in config["modules_to_save"]:
         prefix = f"base_model.model.{head}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        model.get_submodule(head).load_state_dict(state)
+        _fill(model.get_submodule(head), state, folder)

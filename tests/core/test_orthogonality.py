@@ -86,3 +86,11 @@ def test_no_update_has_rank_0_and_is_as_far_from_orthogonal_as_nothing():
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
     values = singular_values(torch.zeros(0, 30), torch.zeros(0, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
+
+
+def test_mixed_precision_does_not_reach_it():
+    """Rows of norm 1.0015: their excess is below what bfloat16 can tell from 1."""
+    q = torch.linalg.qr(torch.randn(64, 8, generator=G))[0].T * 1.0015
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = orthogonality([q])
+    assert inside.item() == pytest.approx(8 * (1.0015**2 - 1) ** 2, rel=1e-2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from diffora.core.dam import discretise
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 from diffora.experiment import check, run
 from diffora.results.record import read_record
 from diffora.training.loggers import Loggers
@@ -400,6 +402,21 @@ def test_dry_run_says_what_is_known_of_a_global_selection_and_of_budgets(cfg, tm
     assert 0 < params["modules_min"] < params["modules_max"] < 72
     params, out = dry("method.budget=350k", "method.selector=random")
     assert 350_000 - 36 * 3840 < params["adapter"] <= 350_000 and "36 of 72 modules selected, rank " in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rho=0.1", "method.weight_sharing=false"], "there is no adapter to train"),
+        (["method.scope=global", "method.budget=100", "method.weight_sharing=false"], "at least one is selected"),
+        (["method.budget=100"], "method.budget=100 is too small: 7424 parameters are the least"),
+    ],
+)
+def test_what_leaves_nothing_to_train_is_refused_before_anything_is_written(cfg, quick, tmp_path, overrides, words):
+    for dry in ("true", "false"):
+        with pytest.raises(UserError, match=re.escape(words)):
+            run(cfg(*quick, *overrides, f"dry_run={dry}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sweep_survives_a_failed_job(quick, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForSequenceClassification
 
 from diffora import models
 from diffora.config import conf_dir
@@ -16,6 +17,8 @@ METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 MORE = {  # so that what is special about a method happens within four steps
     "sora": ["method.lam=0.2", "method.stages=2"],
     "rm_lora": ["method.mask.target=update"],
+    "adalora": ["finetune.lr=0.03"],
+    "flora": ["finetune.lr=0.03"],
 }
 
 
@@ -40,25 +43,26 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     params = record["params"]
     assert record["status"] == "completed" and record["method"] == method
     assert params["trainable"] == params["adapter"] + params["head"]
-    assert params["inference"] <= params["adapter"] or method == "full_ft"
+    assert params["inference"] <= params["adapter"] * (2 if method == "pissa" else 1)
     assert {"train/accuracy", "generalisation_gap", "validation/accuracy"} <= record["metrics"].keys()
 
     # what is on disk is the model in memory
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = whole.model.eval()(input_ids=ids).logits
-    fresh = models.load_classifier(composed.model, 2).eval()
-    with torch.no_grad():
-        untouched = fresh(input_ids=ids).logits
-    if method == "full_ft":
-        from transformers import AutoModelForSequenceClassification
-
-        fresh = AutoModelForSequenceClassification.from_pretrained(whole.folder / "model").eval()
-    else:
-        load_adapter(fresh, whole.folder / "adapter")
+    path = whole.folder / "model" if method == "full_ft" else models.EMBEDDED
+    fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
+    if method != "full_ft":
+        for name in models.head_modules(fresh):  # with the trained head alone it is another model
+            fresh.get_submodule(name).load_state_dict(whole.model.get_submodule(name).state_dict())
+        with torch.no_grad():
+            changed = (fresh(input_ids=ids).logits - logits).abs().max()
+        assert (changed > 1e-4) == (method != "head_only")
+        folder = shutil.copytree(whole.folder / "adapter", tmp_path / "elsewhere")
+        fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+        load_adapter(fresh, folder)
     with torch.no_grad():
         torch.testing.assert_close(fresh.eval()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
-    assert (untouched - logits).abs().max() > 1e-3
 
     # stopped after the first epoch and resumed
     again = tmp_path / "again"
@@ -70,6 +74,15 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     resumed = run(composed, again).record
     for key in ("metrics", "history", "params", "selection"):
         assert resumed[key] == record[key], key
+
+
+@pytest.mark.parametrize("backbone", ["roberta_base", "minilm"])
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_true_shape_of_every_backbone(method, backbone, cfg, tmp_path):
+    params = run(cfg(f"method={method}", f"model={backbone}", "dry_run=true"), tmp_path).record["params"]
+    assert params["trainable"] == params["adapter"] + params["head"] and params["head"] > 0
+    assert (params["adapter"] > 0) == (method != "head_only")
+    assert params["backbone"] > 20_000_000
 
 
 def test_r_lora_and_gm_lora_on_the_modules_that_diffora_selected(cfg, short, tmp_path):

@@ -97,12 +97,9 @@ def find_grid(model: nn.Module, layer: str, candidates: Sequence[str], roles: Ma
         problems.append("model.candidates is empty: name at least one linear module of a layer")
     names = tuple(tuple(column.get(index, "") for column in columns) for index in layers)
     places = tuple(row[0].removesuffix(f".{candidates[0]}") for row in names) if candidates else ()
-    problems += [
-        f"model.roles.{role}={path}: {place}.{path} is not a linear layer"
-        for role, path in (roles or {}).items()
-        for place in places[:1]
-        if f"{place}.{path}" not in linear
-    ]
+    for role, path in (roles or {}).items():
+        strange = [place for place in places if f"{place}.{path}" not in linear]
+        problems += [f"model.roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
     if problems:
         near = _near_misses(linear, layer, candidates)
         hint = f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"

@@ -63,26 +63,28 @@ class _MaskedUpdate(torch.autograd.Function):
         ctx: Any, x: Tensor, lora_a: Tensor, lora_bt: Tensor, rows_a: Tensor, rows_b: Tensor, scaling: float
     ) -> Tensor:
         hidden = F.linear(x, lora_a)
-        ctx.save_for_backward(x, lora_a, lora_bt, rows_a, rows_b, hidden[..., rows_b])
+        hidden = hidden * scaling
+        kept = hidden.reshape(-1, hidden.shape[-1]).T[rows_b]
+        ctx.save_for_backward(x, lora_a, lora_bt, rows_a, rows_b, kept)
         ctx.scaling = scaling
-        return (hidden * scaling) @ lora_bt
+        return hidden @ lora_bt
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_bt, rows_a, rows_b, hidden = ctx.saved_tensors
+        x, lora_a, lora_bt, rows_a, rows_b, kept = ctx.saved_tensors
         grad_x, grad_a, grad_bt = None, None, None
-        flat = grad.reshape(-1, grad.shape[-1]) * ctx.scaling
+        flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            back = flat @ lora_bt.T
+            back = F.linear(flat, lora_bt) * ctx.scaling
             grad_x = (back @ lora_a).view_as(x)
-            back = back[:, rows_a]
+            back = back.T[rows_a]
         else:
-            back = flat @ lora_bt[rows_a].T
+            back = F.linear(flat, lora_bt[rows_a]).T * ctx.scaling
         if ctx.needs_input_grad[1]:
-            grad_a = torch.zeros_like(lora_a).index_copy_(0, rows_a, back.T @ x.reshape(-1, x.shape[-1]))
+            grad_a = torch.zeros_like(lora_a).index_copy_(0, rows_a, back @ x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
-            grad_bt = torch.zeros_like(lora_bt).index_copy_(0, rows_b, hidden.reshape(-1, len(rows_b)).T @ flat)
+            grad_bt = torch.zeros_like(lora_bt).index_copy_(0, rows_b, kept @ flat)
         return grad_x, grad_a, grad_bt, None, None, None
 
 

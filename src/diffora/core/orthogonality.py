@@ -23,6 +23,11 @@ def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Se
     Returns:
         A scalar.
     """
+    with torch.autocast(matrices[0].device.type, enabled=False):  # near 1, half precision has no room for the excess
+        return _orthogonality(matrices, form, trained)
+
+
+def _orthogonality(matrices: Sequence[Tensor], form: str, trained: Sequence[Tensor] | None) -> Tensor:
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         by_shape[matrix.shape].append(i)
@@ -44,14 +49,16 @@ def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Se
 
 
 def singular_values(lora_a: Tensor, lora_bt: Tensor, scaling: float) -> Tensor:
-    """Singular values of ``s B A``, descending, min(rank, in, out) of them, in float64; its other ones are 0.
+    """Singular values of ``s B A``, descending, min(rank, in, out) of them; its other ones are 0.
+
+    In float64 on the CPU: the matrices are small, and not every accelerator has it.
 
     Args:
         lora_a: (rank, in).
         lora_bt: (rank, out).
     """
-    _, r_a = torch.linalg.qr(lora_a.detach().double().T)
-    _, r_b = torch.linalg.qr(lora_bt.detach().double().T)
+    _, r_a = torch.linalg.qr(lora_a.detach().cpu().double().T)
+    _, r_b = torch.linalg.qr(lora_bt.detach().cpu().double().T)
     values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
     return values * abs(scaling)
 

@@ -120,8 +120,8 @@ class Method:
         if (shared_rank := getattr(self, "shared_rank", 1)) < 1:
             yield f"method.shared_rank={shared_rank} must be a whole number of at least 1"
 
-    def check(self, grid: Grid) -> None:
-        """Raise a UserError for what does not fit a model's grid, before anything is written or trained."""
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        """Raise a UserError for what does not fit a model, before anything is written or trained."""
 
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection | None:
         """The selection that `adapt` is to use, None where there is none.

@@ -9,6 +9,7 @@ from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation, Method
+from diffora.models import head_modules
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,17 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
 
-    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
-        biases = [
-            p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and not p.requires_grad
-        ]
-        if not biases:
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        if not backbone_biases(model):
             raise UserError("method=bitfit trains biases, and this backbone has none")
-        for bias in biases:
+
+    def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
+        for bias in backbone_biases(model):
             bias.requires_grad_(True)
         return Adaptation(model)
+
+
+def backbone_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Every bias outside the head."""
+    head = {p for name in head_modules(model) for p in model.get_submodule(name).parameters()}
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and p not in head]

@@ -38,7 +38,7 @@ class Bottleneck(Method):
         if self.init_std == 0 and not self.skip:
             yield "method.init_std=0 with method.skip=false would begin with outputs of zero: give a positive init_std"
 
-    def check(self, grid: Grid) -> None:
+    def check(self, model: nn.Module, grid: Grid) -> None:
         for role in self.roles:
             grid.having(role)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.methods.selecting import Selecting
@@ -29,10 +31,16 @@ class DiffoRA(Selecting):
         yield from super().problems()
         if self.score_batches < 1:
             yield f"method.score_batches={self.score_batches} must be a whole number of at least 1"
+        if self.selection is not None and self.budget is not None:
+            yield "method.budget does not go with method.selection, which says already what is selected"
         if self.warm_start and self.selector != "search":
             yield f"method.warm_start=true needs method.selector=search: {self.selector} trains no A and B"
         if self.warm_start and self.budget is not None and self.scope == "layer":
             yield "method.warm_start=true does not go with method.budget, which chooses the rank after the search"
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        if self.selection is None:
+            super().check(model, grid)
 
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
         if self.selection is not None:

@@ -43,7 +43,7 @@ class Mask:
         target: ``gradient``: masked entries get no gradient, but a momentum still moves them (the paper);
             ``update``: they stay where they are.
         start: the first step that is masked; the released code begins with 1.
-        head: the head gets no gradient in masked steps (the released code).
+        head: the head gets no gradient in masked steps (the released code), though a momentum still moves it.
     """
 
     rank: int | Literal["half"] | None
@@ -53,10 +53,12 @@ class Mask:
     start: int
     head: bool
 
-    def problems(self, rank: int) -> Iterator[str]:
-        """What is wrong, for adapters of a given rank."""
-        if isinstance(self.rank, int) and not 1 <= self.rank <= rank:
+    def problems(self, rank: int | None) -> Iterator[str]:
+        """What is wrong, for adapters of a given rank, or of one not known yet."""
+        if isinstance(self.rank, int) and not 1 <= self.rank <= (self.rank if rank is None else rank):
             yield f"method.mask.rank={self.rank} must lie between 1 and rank={rank}, the directions there are"
+        if self.head and self.start == 0:
+            yield "method.mask.head=true with method.mask.start=0 never trains the head; the released code starts at 1"
         if self.start < 0:
             yield f"method.mask.start={self.start} must be a step, 0 or later"
 
@@ -82,7 +84,8 @@ class LowRankAdaptation(Adaptation):
         """Algorithm 1, lines 5 to 12: draw the directions of this step."""
         if self.mask is None or step < self.mask.start:
             return
-        where = (self.seed, 1, step) if self.mask.every == "step" else (self.seed, 2, epoch)
+        # 0 to 4 are the random streams of `diffora.training.data`.
+        where = (self.seed, 5, step) if self.mask.every == "step" else (self.seed, 6, epoch)
         assert self.mask.rank is not None
         ranks = [layers[0].rank for layers in self.adapters]
         drawn = draw_rows(ranks, self.mask.rank, self.mask.independent, *where)
@@ -112,17 +115,23 @@ class LowRankAdaptation(Adaptation):
 
     @torch.no_grad()
     def after_step(self, step: int, lr: float) -> None:
-        """Put masked entries back where an optimiser with momentum has moved them (``mask.target=update``)."""
+        """Lift the masks; put masked entries back where momentum has moved them (``mask.target=update``)."""
         for layers, before in zip(self.adapters, self._before, strict=False):
             assert layers[0].rows is not None
             for matrix, old, live in zip((layers[0].lora_a, layers[0].lora_bt), before, layers[0].rows, strict=True):
                 old[live] = matrix[live]
                 matrix.copy_(old)
         self._before = []
+        for layer in (layer for layers in self.adapters for layer in layers):
+            layer.rows = None
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         for name, layer in lowrank_layers(self.model):
             yield name, *layer.plain_pair(), layer.scaling
+
+    def inference_parameters(self) -> int:
+        """A and B with a gate or core folded in, and without the directions whose gate is closed."""
+        return sum(matrix.numel() for layers in self.adapters for matrix in layers[0].plain_pair())
 
     def export(self, folder: Path, origin: Origin) -> None:
         groups: dict[int, list[str]] = {}

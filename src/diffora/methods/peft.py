@@ -110,6 +110,11 @@ class PEFT(Method):
             found += grid.having(place) if column is None else [row[column] for row in grid.names]
         return list(dict.fromkeys(found))
 
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        self.targets(grid)
+        if hasattr(build(self.config, "method.config"), "feedforward_modules"):
+            grid.having("ffn_output")
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "PEFTAdaptation":
         config = build(self.config, "method.config")
         # Names in full: PEFT takes a name for all that end with it.
@@ -193,6 +198,10 @@ class PEFTAdaptation(Adaptation):
                 a_0, b_0 = (matrix.to(lora_a.device) for matrix in self.start[name])
                 lora_a, lora_b = torch.cat([lora_a, a_0]), torch.cat([lora_b, -b_0], dim=1)
             yield name, lora_a, lora_b.T, layer.scaling[ADAPTER]
+
+    def inference_parameters(self) -> int | None:
+        """Of the low-rank pairs as they are exported: twice as many where a start was taken out of the weights."""
+        return sum(lora_a.numel() + lora_bt.numel() for _, lora_a, lora_bt, _ in self.pairs()) or None
 
     def export(self, folder: Path, origin: Origin) -> None:
         if pairs := list(self.pairs()):

@@ -61,7 +61,8 @@ class Selecting(Method):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.regulariser.problems()
-        yield from self.mask.problems(self.rank)
+        # A budget chooses the rank; adapters of fewer directions than the mask has are trained whole.
+        yield from self.mask.problems(None if self.budget is not None and self.scope == "layer" else self.rank)
         try:
             _ = self.limit
         except ValueError as error:
@@ -70,6 +71,8 @@ class Selecting(Method):
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         """Algorithm 1, line 11: own pairs of rank r where selected, shared ones of rank r_s elsewhere (or frozen)."""
         assert selection is not None
+        if self.rank_elsewhere is None and not any(selection.selected):
+            raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
         rank = self.rank if selection.rank is None else selection.rank
         attach(model, grid.names, selection.mask(), rank, self.rank_elsewhere, self.alpha, self.dropout)
         return LowRankAdaptation(model, self.regulariser, self.mask, seed)
@@ -90,21 +93,28 @@ class Selecting(Method):
             return modules_per_layer(self.rho, grid.n_types) * grid.n_layers
         return modules_per_layer(self.rho, grid.n_types * grid.n_layers)
 
-    def check(self, grid: Grid) -> None:
+    def check(self, model: nn.Module, grid: Grid) -> None:
         """Refuse, before anything is searched, a budget that some outcome of the search could not keep to.
 
         Raises:
-            UserError: names the budget and the least that would do.
+            UserError: names the budget and the least that would do; or no module can be selected, and none shares.
         """
         if self.limit is None:
+            if self.rank_elsewhere is None and self.size(grid) == 0:
+                raise UserError(
+                    f"rho={self.rho} selects none of the {grid.n_types} modules of a layer, and "
+                    "method.weight_sharing=false freezes the others: there is no adapter to train"
+                )
             return
         if self.scope == "layer":
             least = extreme_adapter_parameters(grid.shapes, 1, self.rank_elsewhere)[1][self.size(grid)]
             why = f"those of the dearest selection at rho={self.rho} and rank 1"
         else:  # the first and the last size are the same whatever the scores are
             counts, _ = extreme_adapter_parameters(grid.shapes, self.rank, self.rank_elsewhere)
-            least = min(counts[0], counts[-1])
-            why = "those of no module selected, or of every one"
+            least, why = min(counts[0], counts[-1]), "those of no module selected, or of every one"
+            if self.rank_elsewhere is None:
+                least = self.rank * max(sum(shape) for row in grid.shapes for shape in row)
+                why = f"those of the dearest module at rank={self.rank}, so that at least one is selected"
         if self.limit < least:
             raise UserError(
                 f"method.budget={self.budget} is too small: {least} parameters are the least that would do, {why}"

@@ -76,11 +76,3 @@ class SoRAAdaptation(LowRankAdaptation):
         for _, layer in lowrank_layers(self.model):
             assert layer.gate is not None
             layer.gate.copy_(soft_threshold(layer.gate, by))
-
-    def inference_parameters(self) -> int:
-        """A and B of the directions whose gate is open; the gate is folded into B."""
-        return sum(
-            int((layer.gate != 0).sum()) * (layer.lora_a.shape[1] + layer.lora_bt.shape[1])
-            for _, layer in lowrank_layers(self.model)
-            if layer.gate is not None
-        )
