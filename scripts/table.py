@@ -22,6 +22,7 @@ def setting(folder: Path) -> str:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for key in ("seed", "logger", "resume", "dry_run"):
         config.pop(key, None)
+    config["method"].get("config", {}).pop("projection_prng_key", None)  # VeRA's seed
     return json.dumps(config, sort_keys=True)
 
 
