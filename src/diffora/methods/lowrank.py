@@ -55,8 +55,10 @@ class Mask:
 
     def problems(self, rank: int | None) -> Iterator[str]:
         """What is wrong, for adapters of a given rank, or of one not known yet."""
-        if isinstance(self.rank, int) and not 1 <= self.rank <= (self.rank if rank is None else rank):
-            yield f"method.mask.rank={self.rank} must lie between 1 and rank={rank}, the directions there are"
+        if isinstance(self.rank, int) and self.rank < 1:
+            yield f"method.mask.rank={self.rank} must be a whole number of at least 1"
+        elif isinstance(self.rank, int) and rank is not None and self.rank > rank:
+            yield f"method.mask.rank={self.rank} must not be above rank={rank}, the directions there are"
         if self.head and self.start == 0:
             yield "method.mask.head=true with method.mask.start=0 never trains the head; the released code starts at 1"
         if self.start < 0:
@@ -77,7 +79,6 @@ class LowRankAdaptation(Adaptation):
         self.mask = mask if mask is not None and mask.rank is not None else None
         self.seed = seed
         self.adapters: list[list[LowRankLinear]] = _by_pair(model)
-        self._drawn: tuple[int, int] | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def before_step(self, step: int, epoch: int) -> None:
@@ -134,10 +135,9 @@ class LowRankAdaptation(Adaptation):
         return sum(matrix.numel() for layers in self.adapters for matrix in layers[0].plain_pair())
 
     def export(self, folder: Path, origin: Origin) -> None:
-        groups: dict[int, list[str]] = {}
-        for name, layer in lowrank_layers(self.model):
-            groups.setdefault(id(layer.lora_a), []).append(name)
-        export_adapter(self.model, folder / "adapter", origin, self.pairs(), list(groups.values()))
+        names = {layer: name for name, layer in lowrank_layers(self.model)}
+        shared = [[names[layer] for layer in layers] for layers in self.adapters]
+        export_adapter(self.model, folder / "adapter", origin, self.pairs(), shared)
 
 
 def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
