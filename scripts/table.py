@@ -14,8 +14,6 @@ from typing import Any
 
 import yaml
 
-from diffora.tasks.glue import get_task
-
 
 def setting(folder: Path) -> str:
     """What a run's seeds have in common: its configuration without seed and place."""
@@ -63,8 +61,11 @@ def main() -> None:
         if run["status"] == "completed":
             groups[run["task"], setting(file.parent)].append(run | {"folder": file.parent})
     for task in sorted({task for task, _ in groups}):
-        spec = get_task(task)
-        metrics = [spec.main_metric, *(m for m in spec.metrics if m != spec.main_metric)]
+        here = [runs for (name, _), runs in groups.items() if name == task]
+        first = here[0][0]
+        scored = [key.removeprefix("validation/") for key in first["metrics"] if key.startswith("validation/")]
+        main_metric, sign = first.get("main_metric", "accuracy"), -1 if first.get("maximise", True) else 1
+        metrics = [main_metric, *(m for m in scored if m not in (main_metric, "loss"))]
         header = [
             "method",
             "adapter",
@@ -77,8 +78,7 @@ def main() -> None:
         ]
         header += ["search, s", "fine-tuning, s", "seeds"]
         print(f"\n{task}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        here = [runs for (name, _), runs in groups.items() if name == task]
-        here.sort(key=lambda runs: -statistics.mean(run["metrics"][f"validation/{metrics[0]}"] for run in runs))
+        here.sort(key=lambda runs: sign * statistics.mean(run["metrics"][f"validation/{metrics[0]}"] for run in runs))
         for runs in here:
             config = yaml.safe_load((runs[0]["folder"] / "config.yaml").read_text())
             rank = f", r = {config['rank']}" if config.get("rank") else ""

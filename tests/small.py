@@ -3,10 +3,12 @@
 import datasets
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from diffora.models import freeze_backbone
+from diffora.tasks.glue import GlueTask
 
 
 def small_deberta(
@@ -53,3 +55,8 @@ def rows_of(n: int = 48) -> datasets.Dataset:
             "row": list(range(n)),
         }
     )
+
+
+def small_task(name: str = "mrpc") -> GlueTask:
+    """A task without data: head, loss and metrics."""
+    return GlueTask(OmegaConf.create({"name": name, "path": None, "max_train_rows": None, "max_length": 32}))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import TYPES, batch_of
+from small import small_task
 from torch import nn
 
 from diffora.core.grid import find_grid
@@ -10,7 +11,6 @@ from diffora.core.lowrank import attach, lowrank_layers
 from diffora.errors import UserError
 from diffora.export import Origin, load_adapter
 from diffora.methods.lowrank import LowRankAdaptation
-from diffora.tasks.glue import get_task
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
@@ -31,7 +31,7 @@ def trained(deberta, tmp_path):
         nn.init.normal_(parameter, std=0.5)
     for parameter in (*model.classifier.parameters(), *model.pooler.parameters()):
         nn.init.normal_(parameter, std=0.5)
-    origin = Origin(str(tmp_path / "base"), get_task("mrpc"), RECORD, {})
+    origin = Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2})
     LowRankAdaptation(model).export(tmp_path, origin)
     return model.eval(), tmp_path
 
@@ -105,7 +105,7 @@ def test_gates_are_folded_in_and_pruned_directions_left_out(deberta, tmp_path):
     for i, (_, layer) in enumerate(lowrank_layers(model)):
         nn.init.normal_(layer.lora_bt, std=0.5)
         layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) if i else torch.zeros(3))
-    origin = Origin("base", get_task("mrpc"), RECORD, {})
+    origin = Origin("base", small_task(), RECORD, {}, {"num_labels": 2})
     LowRankAdaptation(model).export(tmp_path, origin)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ranks = [m.r["default"] for _, m in loaded.named_modules() if hasattr(m, "lora_A")]
@@ -126,7 +126,7 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
     attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=2, shared_rank=None, alpha=8)
     for _, layer in lowrank_layers(model):
         layer.gate = nn.Parameter(torch.zeros(2))
-    LowRankAdaptation(model).export(tmp_path, Origin("base", get_task("mrpc"), RECORD, {}))
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs()).logits, model.eval()(**inputs()).logits)

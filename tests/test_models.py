@@ -1,6 +1,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from small import small_task
 
 from diffora import models
 from diffora.errors import UserError
@@ -23,8 +24,8 @@ def test_the_head_of_a_deberta_is_pooler_and_classifier(deberta):
 
 
 def test_a_pretrained_pooler_is_backbone_and_a_fresh_one_is_head(tmp_path):
-    assert trained(models.load_classifier(bert(tmp_path / "with", True), 2)) == {"classifier"}
-    fresh = models.load_classifier(bert(tmp_path / "without", False), 2)
+    assert trained(models.load_model(bert(tmp_path / "with", True), small_task())) == {"classifier"}
+    fresh = models.load_model(bert(tmp_path / "without", False), small_task())
     assert trained(fresh) == {"classifier", "bert.pooler.dense"}
 
 
@@ -33,7 +34,7 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path):
     from transformers import BertModel
 
     BertModel.from_pretrained(tmp_path).half().save_pretrained(tmp_path)
-    assert {p.dtype for p in models.load_classifier(cfg, 2).parameters()} == {torch.float32}
+    assert {p.dtype for p in models.load_model(cfg, small_task()).parameters()} == {torch.float32}
 
 
 def test_counts_count_shared_parameters_once(deberta):
@@ -64,7 +65,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="cannot be read"):
-        models.load_classifier(OmegaConf.create({"name": "x", "path": str(tmp_path)}), 2)
+        models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}')
     with pytest.raises(UserError, match="cannot be read"):
-        models.load_classifier(OmegaConf.create({"name": "x", "path": str(tmp_path)}), 2)
+        models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())

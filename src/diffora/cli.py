@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
+from diffora.config import RULES, conf_dir, unknown_key  # its resolvers must be there before Hydra resolves
 from diffora.errors import UserError
 
 
@@ -70,7 +71,6 @@ def composition_problems(given: list[str]) -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from diffora.config import conf_dir, unknown_key
     from diffora.experiment import check
 
     GlobalHydra.instance().clear()
@@ -101,14 +101,13 @@ def composition_problems(given: list[str]) -> list[str]:
 
 
 def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, Iterable[str]], str]) -> str:
-    from diffora.config import RULES
-
     if key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout":
         there = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
         there += [name for name in ("rank", "rho", "search") if name in cfg]
         return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(there)}" if there else "")
     if key.startswith("task."):
-        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(f'task.{name}' for name in cfg.task)}"
+        there = [f"task.{name}" for name in cfg.task if name != "_target_"]
+        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(there)}"
     known = [k for k in RULES if not k.endswith("*")]
     return unknown(key, [*known, *map(str, cfg)])
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,6 +45,7 @@ ANY: Check = (lambda v: True, "")
 RULES: dict[str, Check] = {
     "seed": _whole(0),
     "resume": FLAG,
+    "predict": FLAG,
     "dry_run": FLAG,
     "rank": ANY,  # rank, rho, finetune.dropout and method.* are the method's to check: diffora.methods.base
     "rho": ANY,
@@ -68,22 +70,48 @@ RULES: dict[str, Check] = {
     "finetune.weight_decay": NOT_NEGATIVE,
     "finetune.clip": _or_null(POSITIVE),
     "finetune.accumulate": _whole(1),
+    "task._target_": TEXT,
     "task.name": TEXT,
     "task.path": _or_null(TEXT),
     "task.max_train_rows": _or_null(_whole(1)),
     "task.max_length": _whole(4),
     "task.train_rows": _whole(1),
     "task.validation_rows": _whole(2),
+    "task.hub": TEXT,
+    "task.hub_config": _or_null(TEXT),
+    "task.train_split": TEXT,
+    "task.packing": FLAG,
+    "task.train_on": _one_of("completion", "all"),
+    "task.train_file": _or_null(TEXT),
+    "task.validation_file": _or_null(TEXT),
+    "task.unanswerable": FLAG,
+    "task.null_threshold": _number(lambda v: True, "a number"),
+    "task.doc_stride": _whole(0),
+    "task.max_question_length": _whole(1),
+    "task.n_best": _whole(1),
+    "task.max_answer_length": _whole(1),
+    "task.validation_split": _or_null(TEXT),
+    "task.image_column": TEXT,
+    "task.label_column": TEXT,
+    "task.num_labels": _or_null(_whole(2)),
+    "task.train_head": FLAG,
+    "task.augment.crop_area": _or_null(_number(lambda v: 0 < v <= 1, "a number in (0, 1]: a share of the area")),
+    "task.augment.flip": FLAG,
+    "task.augment.shift": _number(lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5: a share of the side"),
     "task.recipe.*": ANY,
     "model.name": TEXT,
-    "model.path": TEXT,
-    "model.layer": TEXT,
-    "model.candidates": (
-        lambda v: isinstance(v, list) and bool(v) and len(set(v)) == len(v),
-        "a list of the linear modules of a layer, each once",
+    "model.path": (TEXT[0], "a hub id or a folder"),
+    "model.layer": _or_null(TEXT),
+    "model.candidates": _or_null(
+        (
+            lambda v: isinstance(v, list) and bool(v) and len(set(v)) == len(v),
+            "a list of the linear modules of a layer, each once",
+        )
     ),
     "model.roles.*": TEXT,
     "model.full_ft_lr": POSITIVE,
+    "model.dtype": _one_of("float32", "bfloat16", "float16"),
+    "model.quantise": _one_of(None, "8bit", "4bit"),
     "model.config.*": ANY,
     "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "trainer.devices": (lambda v: v == "auto" or (_is_int(v) and v >= 1), "a whole number of at least 1, or auto"),
@@ -91,6 +119,7 @@ RULES: dict[str, Check] = {
     "trainer.precision": _one_of("32-true", "bf16-mixed", "16-mixed"),
     "trainer.deterministic": _one_of(True, False, "warn"),
     "trainer.num_workers": _whole(0),
+    "trainer.gradient_checkpointing": FLAG,
     "logger.*": ANY,
     "debug.traceback": FLAG,
     "debug.detect_anomaly": FLAG,
@@ -100,6 +129,9 @@ RULES: dict[str, Check] = {
 
 def problems(cfg: DictConfig) -> list[str]:
     """Every key that nothing reads and every value that cannot be right, one message each."""
+    rows = cfg.task.recipe.get("of", {cfg.task.name: {}})
+    if cfg.task.name not in rows:
+        return [f"recipe= gives no settings for task={cfg.task.name}: it has them for {', '.join(rows)}"]
     found: list[str] = []
     leaves = dict(_leaves(cfg, "", found))
     for key, value in leaves.items():
@@ -140,6 +172,8 @@ def _combinations(cfg: DictConfig) -> Iterator[str]:
             )
     if "search" in cfg and cfg.search.get("order") == 2 and cfg.trainer.precision == "16-mixed":
         yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
+    if "search" in cfg and cfg.search.get("order") == 2 and cfg.trainer.gradient_checkpointing:
+        yield "search.order=2 differentiates twice, which does not go with trainer.gradient_checkpointing=true"
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -180,6 +214,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {_show(a)} -> {_show(b)}")
     return found
+
+
+def short_name(path: str | None) -> str:
+    """A name for a model of which only ``model.path`` is known, fit for names of folders: the last part of the path."""
+    last = re.split(r"[/\\]", str(path or "").rstrip("/\\"))[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "hf"
+
+
+OmegaConf.register_new_resolver("short_name", short_name, replace=True)  # for conf/model/hf.yaml
 
 
 def conf_dir() -> Path:

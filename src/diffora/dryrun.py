@@ -1,30 +1,38 @@
 """``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
 
+import logging
 import time
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from diffora import START, models
+from diffora import START, memory, models
 from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
+from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.results import terminal
 from diffora.results.record import new_record, write_record
-from diffora.tasks.glue import TaskSpec
+from diffora.tasks.base import Task
+from diffora.tasks.sources import first_line
+
+log = logging.getLogger(__name__)
 
 
-def dry_run(cfg: DictConfig, method: Method, spec: TaskSpec, folder: Path) -> dict[str, Any]:
+def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[str, Any]:
     """Build the adapted model on the meta device, print and write its record.
 
-    The dimensions are those of ``conf/model`` or of the local model folder: the hub is not asked.
+    The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
     """
-    model = models.meta_classifier(cfg.model, spec.num_labels)
-    grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
+    model = models.meta_model(cfg.model, task)
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     asked: list[str] = []
 
     def stand_in(selector: str) -> Selection:
@@ -36,6 +44,7 @@ def dry_run(cfg: DictConfig, method: Method, spec: TaskSpec, folder: Path) -> di
     selection = method.select(grid, cfg.seed, stand_in)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
+    models.check_trainable(model)
     params = models.count_parameters(model) | {"backbone": backbone}
     if asked:
         assert isinstance(method, Selecting)
@@ -47,8 +56,47 @@ def dry_run(cfg: DictConfig, method: Method, spec: TaskSpec, folder: Path) -> di
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
+    record["memory"] = {"estimate": _memory(cfg, task, model, grid if "search" in asked else None)}
+    terminal.print_memory(record["memory"]["estimate"])
     write_record(folder, record)
     return record
+
+
+def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
+    """Estimates by stage, in MB; those of a stage that cannot be measured are missing, with a warning.
+
+    Args:
+        model: adapted for fine-tuning; it is used up.
+        searched: the grid of a search, where there is one.
+    """
+
+    def search() -> memory.Estimate:
+        assert searched is not None
+        fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
+        everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
+        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha)
+        return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
+
+    stages = {"search": search} if searched is not None else {}
+    stages["finetune"] = lambda: memory.of_finetuning(cfg, task, _checkpointing(cfg, model))
+    found = {}
+    for name, measure in stages.items():
+        try:
+            estimate = measure()
+        except UserError:
+            raise
+        except Exception as error:  # a model may do what needs content, which fake tensors do not have
+            log.warning(f"the memory of {name} cannot be estimated: {first_line(error)}")
+            continue
+        parts = {key: getattr(estimate, key) for key in ("weights", "optimiser", "activations", "total")}
+        found[name] = {f"{key}_mb": round(size / 2**20, 1) for key, size in parts.items()} | {"batch": estimate.shape}
+    return found
+
+
+def _checkpointing(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    if cfg.trainer.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    return model
 
 
 def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from diffora import START, config, models
@@ -22,8 +23,9 @@ from diffora.export import Origin
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
 from diffora.results.record import new_record, peaks, reset_peaks, write_record
-from diffora.tasks.glue import TaskSpec, get_task
+from diffora.tasks.base import Task, get_task
 from diffora.training.loggers import Loggers
+from diffora.training.predict import predict
 from diffora.training.stages import Parts, find_selection, finetune, is_main, quiet_libraries, warm_start
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def train(cfg: DictConfig) -> float | None:
     # A run of its own counts from the start of the program, a later job of a sweep from its own start.
     first = hydra.mode == RunMode.RUN or hydra.job.num == 0
     result = run(cfg, Path(hydra.runtime.output_dir), began=START if first else None)
-    return result.metrics.get(f"validation/{get_task(cfg.task.name).main_metric}")
+    return result.metrics.get(f"validation/{get_task(cfg.task).main_metric}")
 
 
 def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
@@ -73,23 +75,23 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             written to ``folder``.
     """
     began = time.time() if began is None else began
-    method, spec = check(cfg)
+    method, task = check(cfg)
     if cfg.dry_run:
-        return Result(folder, dry_run(cfg, method, spec, folder), None, None)
+        return Result(folder, dry_run(cfg, method, task, folder), None, None)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
-        terminal.print_result(done, spec, folder)
+        terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     quiet_libraries()
     reset_peaks()
     L.seed_everything(cfg.seed, verbose=False)
-    parts = Parts.load(cfg, folder, spec)
+    parts = Parts.load(cfg, folder, task)
     method.check(parts.model, parts.grid)
-    record = new_record(cfg, parts.data_hash)
+    record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
     with rundir.account(cfg, folder, record):
         return execute(parts, method, record, began)
 
 
-def check(cfg: DictConfig) -> tuple[Method, TaskSpec]:
+def check(cfg: DictConfig) -> tuple[Method, Task]:
     """Find every mistake in a configuration before anything is loaded.
 
     Raises:
@@ -104,8 +106,19 @@ def check(cfg: DictConfig) -> tuple[Method, TaskSpec]:
         method = kind.from_config(cfg)
     except UserError as error:
         found += error.problems
+    except OmegaConfBaseException:
+        assert found  # a value that leads nowhere, reported above
+    task: Any = None
     try:
-        models.resolve(cfg.model.path)
+        task = get_task(cfg.task)
+    except UserError as error:
+        found += error.problems
+    if task is not None:
+        found += models.problems(cfg, task)
+    if task is not None and cfg.get("predict") and not task.test_splits:
+        found.append(f"predict=true: task={task.name} has no split to predict")
+    try:
+        models.resolve(str(cfg.model.path))  # that it must be text, `problems` says
     except UserError as error:
         found += error.problems
     if isinstance(path := cfg.method.get("selection"), str):
@@ -115,7 +128,7 @@ def check(cfg: DictConfig) -> tuple[Method, TaskSpec]:
             found += error.problems
     if found:
         raise UserError(found)
-    return method, get_task(cfg.task.name)
+    return method, task
 
 
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
@@ -140,6 +153,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
         L.seed_everything(cfg.seed, verbose=False)
         adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
+        models.check_trainable(parts.model)
         if selection is not None and cfg.method.get("warm_start"):
             warm_start(parts, selection)
         record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
@@ -151,19 +165,30 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if is_main():
             path, local = models.resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.spec, record, config.plain(cfg)))
+            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.arguments))
         record["time"] = {
             "search_s": round(search_s, 3),
             "finetune_s": round(module.elapsed, 3),
             "total_s": round(max(time.time() - began, search_s + module.elapsed), 3),
             "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
         }
+        if is_main():
+            write_predictions(parts)
         record["status"] = "completed"
         if is_main():
             write_record(folder, record)
             loggers.summary(record)
-            terminal.print_result(record, parts.spec, folder)
+            terminal.print_result(record, parts.task, folder)
         failed = False
         return Result(folder, record, parts.model, selection)
     finally:
         loggers.finish(failed)
+
+
+def write_predictions(parts: Parts) -> None:
+    """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``."""
+    for name, split in parts.test.items():
+        rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
+        outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+        for file in parts.task.write_predictions(parts.folder / "predictions", name, outputs, split):
+            log.info(f"predictions for {name}: {file}")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
-from diffora.models import freeze_backbone, head_modules
-from diffora.tasks.glue import TaskSpec
+from diffora.models import drawn_modules, freeze_backbone, head_modules
+from diffora.tasks.base import Task
 
 SHARING = "sharing.json"
 ADAPT = "diffora.json"
@@ -26,15 +27,17 @@ class Origin:
 
     Attributes:
         base_model: hub id or folder of the pretrained model, as others should load it.
-        spec: the task.
+        task: whose head it is.
         record: of the run.
         config: the run's configuration, as plain containers.
+        arguments: what `from_pretrained` must be given for the same model besides its name.
     """
 
     base_model: str
-    spec: TaskSpec
+    task: Task
     record: dict[str, Any]
     config: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 Pairs = Iterable[tuple[str, Tensor, Tensor, float]]
@@ -71,10 +74,21 @@ def export_adapter(
             tensors[f"{place}.lora_B.weight"] = lora_bt.detach().T.cpu().clone(memory_format=torch.contiguous_format)
             scales[name] = len(lora_a), scaling
     tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(model).items()}
+    alone = []
+    for name in drawn_modules(model):
+        base, inner = model.get_submodule(name), ""
+        if name in scales:  # beside its update, where PEFT looks for it
+            base, inner = getattr(base, "base", None) or base.base_layer, "base_layer."  # type: ignore[assignment]
+        else:
+            alone.append(name)
+        weights = {key: value.detach().cpu().clone() for key, value in base.state_dict().items()}
+        tensors |= {f"base_model.model.{name}.{inner}{key}": value for key, value in weights.items()}
     with atomic(folder / "adapter_model.safetensors") as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})
     write_text(folder / SHARING, json.dumps([names for names in shared if len(names) > 1], indent=1) + "\n")
-    config = adapter_config(scales, head_modules(model), origin.base_model)
+    config = adapter_config(scales, head_modules(model) + alone, origin)
+    adapted = (part for name in scales for part in model.get_submodule(name).modules())
+    config["fan_in_fan_out"] = any(map(is_conv1d, adapted))  # how the backbone keeps weights; A and B are as ever
     write_text(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
 
@@ -99,6 +113,9 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
     from safetensors.torch import save_file
 
     trained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name in drawn_modules(model):
+        drawn = model.get_submodule(name).state_dict(prefix=f"{name}.")
+        trained |= {key: value.detach().cpu().clone() for key, value in drawn.items()}
     with atomic(folder / "weights.safetensors") as scratch:
         save_file(trained | head_tensors(model), scratch, metadata={"format": "pt"})
     sections = ("method", "rank", "rho", "finetune", "seed", "model")
@@ -111,14 +128,14 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
     write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
 
 
-def adapter_config(scales: Mapping[str, tuple[int, float]], heads: list[str], base_model: str) -> dict[str, Any]:
+def adapter_config(scales: Mapping[str, tuple[int, float]], heads: list[str], origin: Origin) -> dict[str, Any]:
     """The content of PEFT's ``adapter_config.json`` for updates of (rank, s) by module; PEFT's s is alpha / rank."""
     exact = {f"^{re.escape(name)}": pair for name, pair in scales.items()}
     rank, scaling = next(iter(scales.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": base_model,
+        "task_type": origin.task.peft_type,
+        "base_model_name_or_path": origin.base_model,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": scaling * rank,
@@ -127,7 +144,7 @@ def adapter_config(scales: Mapping[str, tuple[int, float]], heads: list[str], ba
         "target_modules": list(scales),
         "rank_pattern": {pattern: rank for pattern, (rank, _) in exact.items()},
         "alpha_pattern": {pattern: scaling * rank for pattern, (rank, scaling) in exact.items()},
-        "modules_to_save": heads,
+        "modules_to_save": heads or None,
     }
 
 
@@ -142,15 +159,16 @@ load_adapter(base, Path("path/to/this/folder"))"""
 
 def card(origin: Origin, how_to_load: str) -> str:
     """Model card with what to type to load the adapter onto ``base``."""
-    record, spec = origin.record, origin.spec
+    record, task = origin.record, origin.task
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())
+    head = "".join(f", {key}={value!r}" for key, value in origin.arguments.items())
     library = "peft" if how_to_load is LOAD_WITH_PEFT else "diffora"
     return f"""---
 base_model: {origin.base_model}
 library_name: {library}
 tags: [{record["method"]}, {record["task"]}]
 ---
-# {record["method"]} adapter for {spec.name}
+# {record["method"]} adapter for {task.name}
 
 {record["params"]["adapter"]:,} adapter parameters and a head of {record["params"]["head"]:,}, seed {record["seed"]}.
 
@@ -159,11 +177,9 @@ tags: [{record["method"]}, {record["task"]}]
 {scores}
 
 ```python
-from transformers import AutoModelForSequenceClassification
+from transformers import {task.model_class}
 
-base = AutoModelForSequenceClassification.from_pretrained(
-    "{origin.base_model}", num_labels={spec.num_labels}, dtype="float32"
-)
+base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="float32")
 {how_to_load}
 ```
 """
@@ -210,7 +226,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     except Exception as error:
         raise UserError(f"{folder} is not an adapter of this project: {error}") from None
     kind: Any = get_class(cfg.method._target_)
-    grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)
     with torch.random.fork_rng():
@@ -251,9 +267,11 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
         if source not in pairs:
             lora_b = tensors[f"{place}.lora_B.weight"]
             pairs[source] = nn.Parameter(tensors[f"{place}.lora_A.weight"]), nn.Parameter(lora_b.T.contiguous())
+        base = f"{place}.base_layer."
+        _fill(modules[name], {k.removeprefix(base): v for k, v in tensors.items() if k.startswith(base)}, folder)
         alpha = config["alpha_pattern"][f"^{re.escape(name)}"]
         model.set_submodule(name, LowRankLinear(modules[name], *pairs[source], alpha, config["lora_dropout"]))
-    for head in config["modules_to_save"]:
+    for head in config["modules_to_save"] or ():
         prefix = f"base_model.model.{head}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         _fill(model.get_submodule(head), state, folder)

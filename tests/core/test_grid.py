@@ -1,8 +1,10 @@
 import pytest
+import torch
 from conftest import TYPES
 from torch import nn
 
 from diffora.core.grid import find_grid
+from diffora.core.parts import guess_roles, part_of
 from diffora.errors import UserError
 
 
@@ -74,11 +76,166 @@ def test_two_stacks_are_told_apart_by_their_path():
     assert find_grid(both, "b.encoder.layer.*", ["q"]).names == (("b.encoder.layer.0.q",),)
 
 
-def test_roles_are_found_in_every_layer_and_checked(deberta):
+def test_roles_are_given_or_guessed_and_checked(deberta):
     net = deberta()
-    grid = find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"ffn_output": "output.dense"})
-    assert grid.having("ffn_output") == [f"deberta.encoder.layer.{i}.output.dense" for i in (0, 1)]
-    with pytest.raises(UserError, match=r"say so in model\.roles\.key"):
-        grid.having("key")
+    grid = find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"ffn_output": "intermediate.dense"})
+    assert grid.having("ffn_output") == [f"deberta.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]  # as given
+    assert grid.having("key") == [f"deberta.encoder.layer.{i}.attention.self.key_proj" for i in (0, 1)]
+    with pytest.raises(UserError, match=r"its gate: say so with \+model\.roles\.gate=…, where a layer has interm"):
+        grid.having("gate")
     with pytest.raises(UserError, match=r"model\.roles\.key=nope: deberta\.encoder\.layer\.0\.nope is not a linear"):
         find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"key": "nope"})
+
+
+# --- without a pattern ---
+
+
+def stack(*layers: list[str], sizes: dict[str, tuple[int, int]] | None = None) -> nn.ModuleList:
+    """Numbered layers with linear modules at the given paths."""
+    result = nn.ModuleList()
+    for paths in layers:
+        layer = nn.Module()
+        for path in paths:
+            parent = layer
+            *above, last = path.split(".")
+            for name in above:
+                if not hasattr(parent, name):
+                    parent.add_module(name, nn.Module())
+                parent = getattr(parent, name)
+            parent.add_module(last, nn.Linear(*(sizes or {}).get(last, (4, 4))))
+        result.append(layer)
+    return result
+
+
+def holding(**parts: nn.Module) -> nn.Module:
+    root = nn.Module()
+    for name, part in parts.items():
+        root.add_module(name, part)
+    return root
+
+
+def message(net: nn.Module, **given) -> str:
+    with pytest.raises(UserError) as error:
+        find_grid(net, **given)
+    return str(error.value)
+
+
+def test_the_layers_are_found_and_nothing_around_them():
+    net = holding(
+        embed=nn.Linear(4, 4), layers=stack(*[["attn.q", "mlp.up"]] * 12), pooler=nn.Linear(4, 4),
+        head=nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), proj2=stack(["q"])[0],
+    )  # fmt: skip
+    grid = find_grid(net)
+    assert grid.types == ("attn.q", "mlp.up") and grid.n_layers == 12
+    assert grid.names[10] == ("layers.10.attn.q", "layers.10.mlp.up") and grid.layers[11] == "layers.11"
+
+
+def test_numbered_names_are_layers_as_members_of_a_list_are():
+    layers = stack(*[["q"]] * 3)
+    grid = find_grid(holding(encoder=holding(**{f"block_{i + 1}": layer for i, layer in enumerate(layers)})))
+    assert [row[0] for row in grid.names] == [f"encoder.block_{i}.q" for i in (1, 2, 3)]
+    assert find_grid(holding(layers=stack(["q"]))).n_layers == 1
+
+
+def test_what_is_given_narrows_down_what_is_found():
+    net = holding(text=stack(["q", "k"], ["q", "k"]), image=stack(["q", "v"], ["q", "v"]))
+    assert find_grid(net, layer="image.*").types == ("q", "v")
+    assert find_grid(net, candidates=["k"]).names == (("text.0.k",), ("text.1.k",))
+    assert find_grid(net, candidates=["v", "q"]).names[0] == ("image.0.v", "image.0.q")
+    assert "no numbered layers that have q, nope" in message(net, candidates=["q", "nope"])
+    assert "no linear layer matches sound.*" in message(net, layer="sound.*")
+
+
+def test_of_several_stacks_the_user_chooses_unless_one_is_nearly_everything():
+    text, image = stack(*[["q", "k"]] * 3), stack(*[["q"]] * 2)
+    said = message(holding(towers=holding(text=holding(layers=text), image=holding(layers=image))))
+    assert "has 2 stacks of layers" in said
+    for layer, n, words in (("text.layers.*", 3, "3 layers with 2"), ("image.layers.*", 2, "2 layers with 1")):
+        assert f"'model.layer={layer}' ({words} linear modules)" in said
+        towers = holding(towers=holding(text=holding(layers=text), image=holding(layers=image)))
+        assert find_grid(towers, layer=layer).n_layers == n
+    assert find_grid(holding(text=stack(*[["q", "k"]] * 10), image=image)).n_layers == 10
+
+
+def test_layers_that_differ_are_told_with_the_choices_there_are():
+    net = holding(layers=stack(["mamba.proj", "ffn.up"], ["attn.q", "ffn.up"], ["mamba.proj", "ffn.up"]))
+    said = message(net)
+    assert "the layers of layers.* differ: layers.0 has mamba.proj" in said
+    choices = [line.strip().removeprefix("'model.candidates=[").split("]'") for line in said.splitlines()[2:]]
+    assert choices == [["ffn.up", " (3 layers)"], ["mamba.proj", " (2 layers)"], ["attn.q", " (1 layers)"]]
+    assert find_grid(net, candidates=["mamba.proj"]).layers == ("layers.0", "layers.2")
+    assert find_grid(net, candidates=["ffn.up"]).n_layers == 3
+    assert "layers.*.attn.q is missing in layer(s) 0, 2" in message(net, candidates=["ffn.up", "attn.q"])
+
+
+def test_blocks_within_stages_are_named_one_stage_at_a_time():
+    def stage(n: int) -> nn.Module:
+        return holding(blocks=stack(*[["attn.q", "mlp.up"]] * n))
+
+    net = holding(stages=nn.ModuleList([stage(2), stage(4)]))
+    said = message(net)
+    assert "repeat blocks.* inside them" in said
+    assert said.index("'model.layer=stages.1.blocks.*' (4 layers") < said.index("'model.layer=stages.0.blocks.*' (2 l")
+    assert find_grid(net, layer="stages.1.blocks.*").names[3] == (
+        "stages.1.blocks.3.attn.q",
+        "stages.1.blocks.3.mlp.up",
+    )
+
+
+@pytest.mark.parametrize("as_parameters", [False, True])
+def test_experts_and_their_router_are_not_candidates_by_themselves(as_parameters):
+    layers = stack(*[["attn.q", "moe.gate", "moe.shared.up"]] * 2, sizes={"gate": (4, 3)})
+    for layer in layers:
+        if as_parameters:
+            layer.moe.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(3, 4, 4))})
+        else:
+            layer.moe.experts = stack(*[["up"]] * 3)
+        layer.conv = nn.Conv1d(4, 4, 3)  # three dimensions too, and nothing out of the ordinary
+    said = message(holding(layers=layers))
+    assert ("weights outside linear modules: moe.experts.up" if as_parameters else "repeat moe.experts.*") in said
+    assert "conv" not in said
+    assert "'model.candidates=[attn.q,moe.shared.up]' (2 layers)" in said
+    assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # for who wants it
+
+
+def test_a_model_without_layers_says_so():
+    assert "this model has no numbered layers" in message(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+# --- by name ---
+
+# What each family calls its modules, and what they are; "" where the name does not tell.
+FAMILIES = {
+    "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense "
+    "output.dense",
+    "deberta": "attention.self.query_proj attention.self.key_proj attention.self.value_proj attention.output.dense "
+    "intermediate.dense output.dense",
+    "distilbert": "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2",
+    "vit": "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2",
+    "opt": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
+    "t5": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v layer.0.SelfAttention.o "
+    "layer.1.DenseReluDense.wi layer.1.DenseReluDense.wo",
+}
+FUSED = {
+    "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    "modernbert": "attn.Wqkv attn.Wo mlp.Wi mlp.Wo",
+    "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
+def test_parts_and_roles_by_the_names_of_each_family(family):
+    separate = family in FAMILIES
+    paths = (FAMILIES | FUSED)[family].split()
+    first = ["query", "key", "value"] if separate else ["query_key_value"]
+    assert [part_of(path) for path in paths] == [*first, "attention_output", "ffn_input", "ffn_output"]
+    roles = {"attention_output": paths[-3], "ffn_output": paths[-1]}
+    assert guess_roles(paths) == roles | ({"key": paths[1], "value": paths[2]} if separate else {})
+
+
+def test_roles_are_guessed_only_where_there_is_no_doubt():
+    decoder = ["self_attn.k_proj", "encoder_attn.k_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
+    assert part_of("encoder_attn.k_proj") == part_of("layer.1.EncDecAttention.k") == "cross_key"
+    assert guess_roles(decoder) == {"ffn_output": "fc2"}
+    for path in ("mixer.out_proj", "attention.projection", "wk", "key", "sequence_attn_x.w"):
+        assert part_of(path) is None

@@ -3,18 +3,46 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
-from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers, lowrank_linear
+from diffora.core.linear import features, is_linear, weight_of
+from diffora.core.lowrank import LowRankLinear, add_lowrank, attach, detach, lowrank_layers
+from diffora.errors import UserError
 
 X, W, B_, A, BT = (
     torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
     for i, shape in enumerate([(5, 3, 6), (4, 6), (4,), (2, 6), (2, 4)])
 )
+KINDS = ["linear", "conv1d", "packed"]
 
 
-def layer(dropout: float = 0.0) -> LowRankLinear:
-    base = nn.Linear(6, 4, dtype=torch.float64)
-    return LowRankLinear(base, nn.Parameter(A.clone()), nn.Parameter(BT.clone()), alpha=6.0, dropout=dropout)
+class Packed(nn.Linear):
+    """A quantised layer as the field's libraries make them: a subclass whose weight is packed bytes."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        packed = (self.weight.detach() * 256).round().to(torch.int8).reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        weight = self.weight.reshape(self.out_features, self.in_features)
+        return linear(x, weight.to(x.dtype) / 256, self.bias.to(x.dtype))
+
+
+def base_of(kind: str, n_in: int = 6, n_out: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "packed":
+        return Packed(n_in, n_out)
+    base = nn.Linear(n_in, n_out) if kind == "linear" else Conv1D(n_out, n_in)
+    nn.init.normal_(base.bias)
+    return base.double()
+
+
+def layer(dropout: float = 0.0, kind: str = "linear") -> LowRankLinear:
+    pair = nn.Parameter(A.clone()), nn.Parameter(BT.clone())
+    return LowRankLinear(base_of(kind), *pair, alpha=6.0, dropout=dropout)
 
 
 GATES = [
@@ -29,7 +57,7 @@ GATES = [
 def test_forward_is_equation_10(gate):
     diagonal = torch.eye(2).double() if gate is None else gate if gate.ndim == 2 else torch.diag(gate.expand(2))
     expected = X @ W.T + B_ + X @ (3.0 * BT.T @ diagonal @ A).T
-    torch.testing.assert_close(lowrank_linear(X, W, B_, A, BT, 3.0, gate), expected)
+    torch.testing.assert_close(add_lowrank(linear(X, W, B_), X, A, BT, 3.0, gate), expected)
 
 
 @pytest.mark.parametrize("gate_shape", [(), (2,), (2, 2)])
@@ -38,7 +66,7 @@ def test_first_and_second_derivatives_against_finite_differences(gate_shape):
     inputs = [t.clone().requires_grad_() for t in (X[:1], A, BT, gate)]
 
     def function(x, a, bt, g):
-        return lowrank_linear(x, W, B_, a, bt, 3.0, g)
+        return add_lowrank(linear(x, W, B_), x, a, bt, 3.0, g)
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -47,13 +75,23 @@ def test_first_and_second_derivatives_against_finite_differences(gate_shape):
 def test_gate_gradient_is_the_inner_product_of_update_and_output_gradient():
     gate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(5, 3, 4, dtype=torch.float64)
-    lowrank_linear(X, W, B_, A, BT, 3.0, gate).backward(upstream)
+    add_lowrank(linear(X, W, B_), X, A, BT, 3.0, gate).backward(upstream)
     torch.testing.assert_close(gate.grad, (upstream * (3.0 * X @ A.T @ BT)).sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_stands_beside_any_kind_of_layer(kind):
+    module = layer(kind=kind)
+    assert is_linear(module.base) and features(module.base) == (6, 4)
+    expected = module.base(X) + 3.0 * X @ A.T @ BT
+    torch.testing.assert_close(module(X), expected)
+    assert (expected - module.base(X)).abs().max() > 1 and module.delta().shape == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("gate", GATES)
-def test_merge_changes_the_weight_not_the_output_and_unmerge_restores_it(gate):
-    module = layer()
+def test_merge_changes_the_weight_not_the_output_and_unmerge_restores_it(gate, kind):
+    module = layer(kind=kind)
     module.gate = gate
     weight, expected = module.base.weight.clone(), module(X)
     module.merge()
@@ -63,6 +101,86 @@ def test_merge_changes_the_weight_not_the_output_and_unmerge_restores_it(gate):
     module.unmerge()
     torch.testing.assert_close(module.base.weight, weight)
     torch.testing.assert_close(module(X), expected)
+
+
+def test_a_quantised_weight_is_never_read():
+    module = layer(kind="packed")
+    for touch in (module.merge, lambda: weight_of(module.base)):
+        with pytest.raises(UserError, match="the weight of a Packed is quantised"):
+            touch()
+    assert not module.merged
+    scaled = nn.Linear(4, 4)  # float8 has its scale beside the weight
+    scaled.weight = nn.Parameter(scaled.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UserError, match="quantised"):
+        weight_of(scaled)
+
+
+def test_what_is_linear():
+    attention = nn.MultiheadAttention(4, 2)  # whose projection is never called: an update beside it would do nothing
+    others = [attention, attention.out_proj, nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2), nn.Embedding(3, 4), nn.ReLU()]
+    assert not any(map(is_linear, others))
+    torch.testing.assert_close(weight_of(base_of("conv1d")), base_of("conv1d").weight.T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [None, (torch.tensor([1]), torch.tensor([0]))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbones_train_full_precision_adapters(kind, rows, dtype):
+    exact, module = layer(kind=kind), layer(kind=kind)
+    if kind != "packed":
+        module.base.to(dtype)
+    for parameter in (module.lora_a, module.lora_bt):
+        parameter.data = parameter.data.float()
+    exact.rows = module.rows = rows
+    upstream = torch.randn(5, 3, 4, dtype=torch.float64)
+    exact(X).backward(upstream)
+    y = module(X.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact(X), rtol=0.05, atol=0.15)
+    y.backward(upstream.to(dtype))
+    for name in ("lora_a", "lora_bt"):
+        ours, theirs = getattr(module, name).grad, getattr(exact, name).grad
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=1.0)  # sums of 15 numbers near 10
+        assert theirs.abs().max() > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", [None, torch.tensor(0.3), torch.tensor([0.3, -2.0]), torch.eye(2)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_update_has_its_precision(kind, gate, stored):
+    module = layer(kind=kind).float()
+    if kind != "packed":
+        module.base.to(stored)
+    module.gate = gate
+    expected = layer(kind=kind)
+    expected.gate = None if gate is None else gate.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(X.float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected(X), rtol=0.05, atol=0.2)
+    y.float().sum().backward()
+    assert module.lora_a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_derivative(kind):
+    """First and second ones, at a gate that the first backward pass has long forgotten."""
+    gate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def derivatives(run):
+        module = layer(dropout=0.5, kind=kind)
+        module.gate = gate
+        torch.manual_seed(0)
+        loss = run(module, X).square().sum()
+        first = torch.autograd.grad(loss, [module.lora_a, module.lora_bt], create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), [gate, module.lora_a])
+
+    plain = derivatives(lambda module, x: module(x))
+    again = derivatives(lambda module, x: checkpoint(module, x, use_reentrant=False))
+    for ours, theirs in zip(again, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert theirs.abs().max() > 0.1
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():

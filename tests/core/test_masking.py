@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora.core.lowrank import lowrank_linear, masked_lowrank_linear
+from diffora.core.lowrank import add_lowrank
 from diffora.core.masking import draw_rows
 
 SCALE = 1.5
@@ -55,14 +56,18 @@ def tensors(dtype=torch.float64, grad=True):
 ROWS = torch.tensor([0, 2]), torch.tensor([1, 2, 3])
 
 
+def layer(x, weight, bias, lora_a, lora_bt, rows=None, dropout=0.0):
+    return add_lowrank(linear(x, weight, bias), x, lora_a, lora_bt, SCALE, None, dropout, rows)
+
+
 @pytest.mark.parametrize("x_needs_grad", [True, False])
 def test_the_gradient_is_the_masked_one_and_the_output_the_same(x_needs_grad):
     x, weight, bias, lora_a, lora_bt = tensors()
     x.requires_grad_(x_needs_grad)
     inputs = [t for t in (x, lora_a, lora_bt) if t.requires_grad]
     upstream = torch.randn(2, 3, 5, dtype=torch.float64)
-    plain = lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE)
-    masked = masked_lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE, ROWS)
+    plain = layer(x, weight, bias, lora_a, lora_bt)
+    masked = layer(x, weight, bias, lora_a, lora_bt, ROWS)
     torch.testing.assert_close(masked, plain)
     *grad_x, grad_a, grad_bt = torch.autograd.grad(masked, inputs, upstream)
     *whole_x, whole_a, whole_bt = torch.autograd.grad(plain, inputs, upstream)
@@ -87,16 +92,16 @@ def test_masked_gradients_are_not_computed():
         return counter.get_total_flops()
 
     rows = torch.arange(count), torch.arange(count)
-    whole = backward_flops(lowrank_linear(x, weight, None, lora_a, lora_bt, SCALE))
-    masked = backward_flops(masked_lowrank_linear(x, weight, None, lora_a, lora_bt, SCALE, rows))
+    whole = backward_flops(layer(x, weight, None, lora_a, lora_bt))
+    masked = backward_flops(layer(x, weight, None, lora_a, lora_bt, rows))
     assert whole - masked == 2 * n * (rank - count) * 2 * size
 
 
 def test_under_autocast_the_result_is_that_of_the_plain_layer():
     x, weight, bias, lora_a, lora_bt = tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        masked = masked_lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE, ROWS)
-        plain = lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE)
+        masked = layer(x, weight, bias, lora_a, lora_bt, ROWS)
+        plain = layer(x, weight, bias, lora_a, lora_bt)
     assert masked.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(masked, plain, rtol=0.05, atol=0.1)
     masked.float().sum().backward()
@@ -106,9 +111,9 @@ def test_under_autocast_the_result_is_that_of_the_plain_layer():
 def test_dropout_takes_the_same_masks_in_forward_and_backward():
     x, weight, bias, lora_a, lora_bt = tensors()
     torch.manual_seed(0)
-    masked = masked_lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE, ROWS, dropout=0.5)
+    masked = layer(x, weight, bias, lora_a, lora_bt, ROWS, dropout=0.5)
     torch.manual_seed(0)
-    plain = lowrank_linear(x, weight, bias, lora_a, lora_bt, SCALE, dropout=0.5)
+    plain = layer(x, weight, bias, lora_a, lora_bt, dropout=0.5)
     torch.testing.assert_close(masked, plain)
     ours, theirs = (torch.autograd.grad(y.sum(), [x, lora_a]) for y in (masked, plain))
     torch.testing.assert_close(ours[0], theirs[0])

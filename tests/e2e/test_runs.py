@@ -309,15 +309,15 @@ def test_another_configuration_does_not_resume(whole, cfg, quick):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(cfg, quick, tmp_path, monkeypatch):
     from diffora.errors import UserError
-    from diffora.training.stages import Parts
+    from diffora.tasks.glue import GlueTask
 
-    calls, loss = [0], Parts.loss
+    calls, loss = [0], GlueTask.loss
 
-    def fails_later(self, logits, labels):
+    def fails_later(self, output, batch):
         calls[0] += 1
-        return loss(self, logits, labels) * (float("nan") if calls[0] > 6 else 1)
+        return loss(self, output, batch) * (float("nan") if calls[0] > 6 else 1)
 
-    monkeypatch.setattr(Parts, "loss", fails_later)
+    monkeypatch.setattr(GlueTask, "loss", fails_later)
     overrides = [o for o in quick if not o.startswith("search.")]
     with pytest.raises(UserError, match=r"not finite in epoch 2; stopped, the last good checkpoint is .*finetune-0001"):
         run(cfg(*overrides, "method=lora"), tmp_path / "run")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TYPES, batch_of
 from hydra.utils import get_class
+from small import small_task
 from torch import nn
 
 from diffora import models
@@ -17,7 +18,6 @@ from diffora.export import Origin
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
 from diffora.methods.peft import PEFTAdaptation
 from diffora.results.record import read_record
-from diffora.tasks.glue import get_task
 from diffora.training.finetune import FineTuneModule
 
 ROLES = {"key": TYPES[1], "value": TYPES[2], "attention_output": TYPES[3], "ffn_output": TYPES[5]}
@@ -100,7 +100,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     assert frozen and all(torch.equal(before[key], now[key]) for key in frozen)
 
     model.eval()
-    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), get_task("mrpc"), RECORD, {}))
+    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2}))
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     with torch.no_grad():
         ours, plain = model(**inputs()).logits, base(**inputs()).logits
@@ -203,7 +203,7 @@ def test_adalora_exports_modules_without_any_rank(deberta, tmp_path):
         for i, (_, layer) in enumerate(adaptation.layers):
             layer.lora_E["default"][:, 0] = torch.tensor([0.0, 2.0, 1.0][: i % 3] + [0.0] * (3 - i % 3))
     assert rank_left(adaptation) == 4
-    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), get_task("mrpc"), RECORD, {}))
+    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2}))
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     assert len(loaded.base_model.targeted_module_names) == 4

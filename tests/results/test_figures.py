@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from diffora.core.selection import Selection
-from diffora.results.figures import _shares, dam_heatmap
+from diffora.results.figures import _shares, dam_heatmap, short_names
 
 
 @pytest.fixture
@@ -39,3 +39,18 @@ def test_the_picture_shows_the_scores(scored):
     other = dam_heatmap(dataclasses.replace(scored, scores=[[1.0, 3.0], [20.0, 60.0]]))
     assert len({plain, other, dam_heatmap(scored), dam_heatmap(dataclasses.replace(scored, k=None))}) == 4
     assert dam_heatmap(scored).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("types", "labels"),
+    [
+        ("attention.self.query_proj attention.self.key attention.output.dense output.dense", "Q|K|attn. out|FFN out"),
+        ("self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj",
+         "V|attn. out|FFN gate|FFN up|FFN out"),
+        ("attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", "QKV|attn. out|FFN in|FFN out"),
+        ("layer.0.SelfAttention.q layer.1.EncDecAttention.q", "Q|cross Q"),
+        ("mlp.up_proj mlp.shared.up_proj mixer.x_proj", "mlp.up_proj|mlp.shared.up_proj|mixer.x_proj"),
+    ],
+)  # fmt: skip
+def test_labels_are_short_where_they_are_clear_and_never_the_same(types, labels):
+    assert short_names(types.split()) == labels.split("|")

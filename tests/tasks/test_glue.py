@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from diffora.errors import UserError
-from diffora.tasks.glue import TASKS, compute_metrics, get_task
+from diffora.tasks.glue import TASKS, compute_metrics, get_spec
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 
@@ -35,7 +35,8 @@ def logits_for(predictions: np.ndarray, num_labels: int, seed: int = 0) -> torch
 
 
 def test_every_task_has_a_yaml_and_every_yaml_a_task():
-    assert {file.stem for file in CONF.glob("*.yaml")} == set(TASKS)
+    of_glue = {file.stem for file in CONF.glob("*.yaml") if "glue.GlueTask" in file.read_text()}
+    assert of_glue == set(TASKS)
 
 
 @pytest.mark.parametrize("name", TABLE_6)
@@ -71,8 +72,8 @@ def test_table_is_consistent(spec):
 
 def test_unknown_task_names_the_nearest():
     with pytest.raises(UserError, match=r"task\.name=SST-2 .*did you mean 'sst2'.*mrpc"):
-        get_task("SST-2")
-    assert get_task("mrpc") is TASKS["mrpc"]
+        get_spec("SST-2")
+    assert get_spec("mrpc") is TASKS["mrpc"]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -18,7 +19,7 @@ from diffora import hub
 from diffora.errors import UserError
 from diffora.tasks import sources
 from diffora.tasks.glue import TASKS
-from diffora.tasks.sources import load_rows
+from diffora.tasks.sources import load_rows, load_split
 
 DATA = Path(os.environ.get("DIFFORA_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA} (set DIFFORA_TEST_DATA)")
@@ -144,6 +145,24 @@ def test_hash_ignores_chunks_and_is_equal_in_another_process(tmp_path):
     assert there.stdout.strip() == here, there.stderr
 
 
+def test_the_diagnostic_set_is_a_configuration_of_its_own_on_the_hub(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(*args):
+        calls.append(args)
+        columns = {"premise": ["p", "q"], "hypothesis": ["h", "i"], "label": [-1, -1], "idx": [0, 1]}
+        return {"test": datasets.Dataset(pa.table(columns))}
+
+    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    rows = load_split(MNLI, "ax")
+    assert calls == [("nyu-mll/glue", "ax")]
+    assert rows.to_list() == [
+        {"premise": "p", "hypothesis": "h", "idx": 0},
+        {"premise": "q", "hypothesis": "i", "idx": 1},
+    ]
+
+
 def test_mnli_has_two_validation_splits_the_matched_one_first(tmp_path):
     def rows(text):
         return {"premise": [text], "hypothesis": ["h"], "label": [2]}
@@ -160,6 +179,102 @@ def test_names_of_a_downloaded_hub_folder_work(tmp_path):
     for split in ("train", "validation"):
         write(tmp_path, f"{split}-00000-of-00001", ROWS)
     assert len(load_rows(MRPC, tmp_path).train) == 5
+
+
+def write_shards(folder: Path, split: str, *shards: dict) -> None:
+    for i, columns in enumerate(shards):
+        write(folder, f"{split}-{i:05}-of-{len(shards):05}", columns)
+
+
+def part(first: int, last: int, **changes) -> dict:
+    return {name: values[first:last] for name, values in ROWS.items()} | changes
+
+
+def test_shards_are_one_split(tmp_path):
+    write_shards(tmp_path / "shards", "train", part(0, 2), part(2, 3), part(3, 5))
+    write_shards(tmp_path / "shards", "validation", part(0, 1), part(1, 5))
+    rows, whole = load_rows(MRPC, tmp_path / "shards"), load_rows(MRPC, write_both(tmp_path / "whole"))
+    assert rows.train.to_list() == whole.train.to_list() and rows.data_hash == whole.data_hash
+    write_shards(tmp_path / "many", "train", *[part(0, 1, sentence1=[str(i)]) for i in range(12)])  # 10 comes after 9
+    write(tmp_path / "many", "validation", ROWS)
+    assert load_rows(MRPC, tmp_path / "many").train["sentence1"] == [str(i) for i in range(12)]
+
+
+def test_faults_in_a_shard_name_it_and_the_row_within_it(tmp_path):
+    write(tmp_path, "validation", ROWS)
+    write_shards(tmp_path, "train", part(0, 2), part(2, 4, label=[0, 9]), part(4, 5, sentence1=[None]))
+    second, third = problems(tmp_path)
+    assert "train-00001-of-00003.parquet, row 2 (data rows, counted from 1), column 'label': 9 is not" in second
+    assert "train-00002-of-00003.parquet, row 1 (data rows, counted from 1), column 'sentence1': null" in third
+
+
+def test_shards_must_be_complete_and_of_one_set(tmp_path):
+    write(tmp_path, "validation", ROWS)
+    write_shards(tmp_path, "train", *[part(0, 2)] * 4)
+    (tmp_path / "train-00001-of-00004.parquet").unlink()
+    (tmp_path / "train-00003-of-00004.parquet").unlink()
+    [message] = problems(tmp_path)
+    assert "'train' are missing: train-00001-of-00004.parquet, train-00003-of-00004.parquet." in message
+    write_shards(tmp_path, "train", *[part(0, 2)] * 2)
+    assert "more than one file or set of shards for the split 'train'" in problems(tmp_path)[0]
+    for file in tmp_path.glob("train-*-of-00004.parquet"):
+        file.unlink()
+    write(tmp_path, "train", ROWS, "csv")
+    assert "train-00001-of-00002.parquet, train.csv; keep one" in problems(tmp_path)[0]
+
+
+# --- single splits: test sets ---
+
+
+@pytest.mark.parametrize("extension", ["parquet", "jsonl", "csv"])
+def test_a_split_without_labels_keeps_the_numbers_of_its_rows(tmp_path, extension):
+    numbers = [3, 0, 4, 1, 2]  # shuffled
+    for labels in (None, [-1] * 5):
+        columns = {**ROWS, "idx": numbers, "label": labels}
+        write(tmp_path, "test", {name: values for name, values in columns.items() if values is not None}, extension)
+        rows = load_split(MRPC, "test", tmp_path)
+        assert set(rows.column_names) == {"sentence1", "sentence2", "idx"} and rows["idx"] == numbers
+        assert rows["sentence1"] == ROWS["sentence1"]
+    write(tmp_path, "test", {**ROWS, "idx": numbers}, extension)
+    labelled = load_split(MRPC, "test", tmp_path)
+    assert labelled["label"] == ROWS["label"] and labelled["idx"] == numbers
+
+
+def test_a_split_need_not_number_its_rows(tmp_path):
+    write(tmp_path, "test", {name: ROWS[name] for name in ("sentence1", "sentence2")})
+    assert load_split(MRPC, "test", tmp_path).column_names == ["sentence1", "sentence2"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([0, 1, 2, 2, 2], "test.parquet: column 'idx': 2 is the number of 3 rows"),
+        ([0, 1, -2, 3, 4], "row 3 (data rows, counted from 1), column 'idx': -2 is not the number of a row"),
+        ([0, None, 2, 3, 4], "row 2 (data rows, counted from 1), column 'idx': null is not"),
+        (["a", "b", "c", "d", "e"], "column 'idx' holds string"),
+        ([0.5, 1, 2, 3, 4], "column 'idx' holds double"),
+    ],
+)
+def test_wrong_numbers(tmp_path, numbers, expected):
+    write(tmp_path, "test", {**ROWS, "idx": numbers})
+    with pytest.raises(UserError) as caught:
+        load_split(MRPC, "test", tmp_path)
+    assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
+    write_both(tmp_path, idx=numbers)
+    assert len(load_rows(MRPC, tmp_path).train) == 5  # nothing asks for them in training
+
+
+def test_labels_in_some_shards_of_a_split_only_are_a_fault(tmp_path):
+    write_shards(tmp_path, "test", part(0, 2), part(2, 5, label=[-1, -1, -1]))
+    with pytest.raises(UserError, match=r"test-00001-of-00002.parquet, row 1 .*-1 marks an unlabelled row"):
+        load_split(MRPC, "test", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[[0]] * 5, [{"a": 1}] * 5])
+def test_a_split_with_nonsense_for_labels_is_refused(tmp_path, labels):
+    write(tmp_path, "test", {**ROWS, "label": labels})
+    with pytest.raises(UserError, match="column 'label' holds"):
+        load_split(MRPC, "test", tmp_path)
 
 
 def test_max_train_rows_is_a_fixed_random_subset(tmp_path):
@@ -255,8 +370,56 @@ def test_unreadable_files(tmp_path, extension, content, expected):
 def test_truncated_parquet(tmp_path):
     write_both(tmp_path)
     file = tmp_path / "train.parquet"
-    file.write_bytes(file.read_bytes()[:-40])
-    assert "train.parquet cannot be read" in problems(tmp_path)[0]
+    whole = file.read_bytes()
+    for size in (8, len(whole) // 2, len(whole) - 40):
+        file.write_bytes(whole[:size])
+        assert "train.parquet cannot be read" in problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_damaged_page_is_named_by_column_and_rows(tmp_path, checksums):
+    """The second column of the second row group, compressed or, where only a checksum can tell, not."""
+    n = 300
+    table = pa.table({"sentence1": ["a"] * n, "sentence2": [f"b {i * 7919}" for i in range(n)], "label": [0] * n})
+    file = tmp_path / "train-00001-of-00002.parquet"
+    write(tmp_path, "validation", ROWS)
+    write(tmp_path, "train-00000-of-00002", ROWS)
+    codec = "none" if checksums else "snappy"
+    options = {"use_dictionary": False, "write_page_checksum": checksums, "compression": codec}
+    pa.parquet.write_table(table, file, row_group_size=100, **options)
+    with pa.parquet.ParquetFile(file) as parquet:
+        chunk = parquet.metadata.row_group(1).column(1)
+        middle = chunk.data_page_offset + chunk.total_compressed_size // 2
+    content = bytearray(file.read_bytes())
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+    file.write_bytes(content)
+    [message] = problems(tmp_path)
+    assert (
+        f"{file} cannot be read as .parquet: rows 101 to 200 (data rows, counted from 1), column 'sentence2'" in message
+    )
+
+
+def test_random_damage_to_a_parquet_file_is_never_a_traceback(tmp_path):
+    """Whatever it does to the content: an error with its message, or rows that pass every check."""
+    n, rng = 300, np.random.default_rng(0)
+    texts = [f"text {i}" for i in range(n)]
+    write(tmp_path, "validation", ROWS)
+    table = pa.table({"sentence1": texts, "sentence2": texts, "label": rng.integers(0, 2, n)})
+    file, refused, passed = tmp_path / "train.parquet", 0, 0
+    pa.parquet.write_table(table, file, row_group_size=100, compression="none", use_dictionary=False)
+    good = file.read_bytes()
+    for _ in range(60):
+        content = bytearray(good)
+        at = int(rng.integers(4, len(good) - 16))
+        content[at : at + 8] = rng.bytes(8)
+        file.write_bytes(content)
+        try:
+            rows = load_rows(MRPC, tmp_path).train
+        except UserError as error:
+            refused += all("train.parquet" in problem for problem in error.problems)
+        else:
+            passed += set(rows["label"]) <= {0, 1} and all(isinstance(text, str) for text in rows["sentence1"])
+    assert refused > 20 and refused + passed == 60
 
 
 @pytest.mark.parametrize("extension", ["parquet", "jsonl", "csv"])
@@ -295,7 +458,10 @@ def test_text_that_is_not_utf8(tmp_path):
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     write(tmp_path, "train", {"sentence1": bad, "sentence2": ["b"], "label": [1]})
     write(tmp_path, "validation", ROWS)
-    assert "'sentence1' is not valid UTF-8" in problems(tmp_path)[0]
+    assert (
+        "train.parquet, row 1 (data rows, counted from 1), column 'sentence1' is not valid UTF-8"
+        in problems(tmp_path)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,6 +475,7 @@ def test_text_that_is_not_utf8(tmp_path):
         ([0.0, 0.5, 1.0, 1.0, 1.0], "row 2 (data rows, counted from 1), column 'label': 0.5 is not one of"),
         ([0.0, 1.0, 1.0, float("nan"), 1.0], "row 4 (data rows, counted from 1), column 'label': NaN is not one of"),
         ([0, 1, -1, -1, 0], "column 'label': -1 marks an unlabelled row"),
+        ([0, 1, 2**60, 1, 0], "row 3 (data rows, counted from 1), column 'label': 1152921504606846976 is not one of"),
         ([-2, 1, 0, 1, 0], "row 1 (data rows, counted from 1), column 'label': -2 is not one of"),
         (
             ["0", "1", "equivalent", "0", "1"],

@@ -10,8 +10,9 @@ import torch
 
 from diffora.errors import UserError
 from diffora.tasks import tokenise as module
+from diffora.tasks.cache import default_cache_dir
 from diffora.tasks.glue import TASKS
-from diffora.tasks.tokenise import Collator, default_cache_dir, tokenise
+from diffora.tasks.tokenise import Collator, tokenise
 
 MRPC, COLA, STSB = TASKS["mrpc"], TASKS["cola"], TASKS["stsb"]
 N_ROWS = 25
@@ -73,6 +74,22 @@ def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
         assert [row["input_ids"]] == alone["input_ids"] and [row["token_type_ids"]] == alone["token_type_ids"]
         assert (row["labels"], row["row"], row["length"]) == (source["label"], i, len(row["input_ids"]))
     assert max(done["length"]) == 16  # the text is long enough for truncation to have happened
+
+
+def test_very_long_texts_are_truncated_in_bounded_memory(tokenizer, tmp_path, monkeypatch):
+    """100,000 characters: words, one word, nothing but spaces. What stands in memory at once is what `_chunks` says."""
+    texts = ["the cat sat. " * 7693, "a" * 100_000, " " * 100_000, "猫" * 100_000, "", "short"] * 2
+    rows = datasets.Dataset(pa.table({"sentence": texts, "label": [0] * len(texts)}))
+    monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 150_000)
+    sizes = [end - start for start, end in module._chunks(rows, ("sentence",))]
+    assert sizes == [1, 1, 1, 3, 1, 1, 1, 3]
+    done = tokenise(rows, COLA, tokenizer, 32, tmp_path)
+    assert done["row"] == list(range(len(texts)))
+    for text, ids in zip(texts, done["input_ids"], strict=True):
+        assert ids == tokenizer(text, truncation=True, max_length=32)["input_ids"]
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
+    few = rows.select_columns(["sentence"]).select([4, 5] * 6).flatten_indices()
+    assert [end - start for start, end in module._chunks(few, ("sentence",))] == [5, 5, 2]
 
 
 def test_token_types_only_when_the_tokenizer_makes_them(tokenizer, pairs, tmp_path):

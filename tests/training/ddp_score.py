@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
-import torch.nn.functional as F
-from small import rows_of, small_deberta
+from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
 from diffora.tasks.tokenise import Collator
@@ -17,12 +17,14 @@ from diffora.training.score import ScoreModule
 
 TYPES = ("attention.self.query_proj", "attention.self.value_proj", "attention.output.dense", "output.dense")
 
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 
-def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, **trainer):
+
+def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, types=TYPES, **trainer):
     """A ScoreModule after its stage, on 24 of the 48 rows in batches of 8."""
     model = model or small_deberta()
-    names = find_grid(model, "encoder.layer.*", TYPES).names
-    module = ScoreModule(model, names, criterion, F.cross_entropy, accumulate, seed=0)
+    names = find_grid(model, candidates=types).names
+    module = ScoreModule(model, names, criterion, small_task(), accumulate, seed=0)
     L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -34,7 +36,7 @@ def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, de
         enable_model_summary=False,
         use_distributed_sampler=False,
         **trainer,
-    ).fit(module, datamodule=SearchData(rows_of(), Collator(0), split_search(48, seed=0), batch_size=8, seed=0))
+    ).fit(module, datamodule=SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0))
     return module
 
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
-import torch.nn.functional as F
-from small import rows_of, small_deberta
+from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
@@ -17,6 +17,8 @@ from diffora.training.data import SearchData, split_search
 from diffora.training.search import SearchModule, SearchSettings
 
 TYPES = ("attention.self.query_proj", "attention.self.value_proj", "output.dense")
+
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 
 
 class Notes(L.Callback):
@@ -36,8 +38,8 @@ def main(folder: Path) -> None:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)
     settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1)
-    module = SearchModule(model, layers, TYPES, F.cross_entropy, settings, seed=0)
-    data = SearchData(rows_of(), Collator(0), split_search(48, seed=0), batch_size=8, seed=0)
+    module = SearchModule(model, layers, TYPES, small_task(), settings, seed=0)
+    data = SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0)
     notes = Notes()
     trainer = L.Trainer(
         accelerator="cpu",

@@ -26,6 +26,8 @@ from diffora.training.data import (
     split_search,
 )
 
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
+
 
 def lengths_of(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 60, n)
@@ -60,7 +62,7 @@ def at_epoch(sampler, epoch: int) -> list:
 @given(n=st.integers(2, 500), seed=st.integers(0, 1000), valid=st.floats(0.01, 0.99), fraction=st.floats(0.01, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_search_splits_are_disjoint_and_sized(n, seed, valid, fraction):
-    train, search_valid = split_search(n, seed, valid, fraction)
+    train, search_valid = split_search(np.arange(n), seed, valid, fraction)
     assert len(train) > 0 and len(search_valid) > 0
     both = np.concatenate([train, search_valid])
     assert len(set(both.tolist())) == len(both) == max(2, round(n * fraction))
@@ -72,13 +74,13 @@ def test_search_splits_are_disjoint_and_sized(n, seed, valid, fraction):
 def test_search_split_depends_on_the_seed_alone():
     torch.manual_seed(1)
     np.random.seed(1)
-    first = split_search(100, 3)
+    first = split_search(np.arange(100), 3)
     torch.manual_seed(2)
     np.random.seed(2)
-    again, other = split_search(100, 3), split_search(100, 4)
+    again, other = split_search(np.arange(100), 3), split_search(np.arange(100), 4)
     assert split_hash(*first) == split_hash(*again) != split_hash(*other)
     assert (len(first[0]), len(first[1])) == (50, 50)
-    assert split_search(100, 0)[0].tolist() != list(range(50))  # seed 0 shuffles as well
+    assert split_search(np.arange(100), 0)[0].tolist() != list(range(50))  # seed 0 shuffles as well
 
 
 def test_split_hash_sees_order_of_splits_and_the_border():
@@ -90,23 +92,23 @@ def test_split_hash_sees_order_of_splits_and_the_border():
 
 def test_impossible_search_splits():
     with pytest.raises(UserError) as caught:
-        split_search(1, 0, valid_fraction=1.0, fraction=0.0)
+        split_search(np.arange(1), 0, valid_fraction=1.0, fraction=0.0)
     assert len(caught.value.problems) == 3
     for valid_fraction, fraction in ((0.0, 1.0), (1.0, 1.0), (0.5, 1.5)):
         with pytest.raises(UserError):
-            split_search(10, 0, valid_fraction, fraction)
+            split_search(np.arange(10), 0, valid_fraction, fraction)
 
 
 @pytest.mark.parametrize("n", [2, 3, 408])
 def test_held_out_halves(n):
-    choice, held_out = held_out_split(n, 0)
+    choice, held_out = held_out_split(np.arange(n), 0)
     assert sorted([*choice, *held_out]) == list(range(n)) and len(choice) == n // 2
-    assert n < 100 or choice.tolist() != held_out_split(n, 1)[0].tolist()
+    assert n < 100 or choice.tolist() != held_out_split(np.arange(n), 1)[0].tolist()
 
 
 def test_held_out_needs_two_rows():
     with pytest.raises(UserError, match="1 rows"):
-        held_out_split(1, 0)
+        held_out_split(np.arange(1), 0)
 
 
 # --- length-grouped batches ---
@@ -298,8 +300,8 @@ def test_dataset_refuses_rows_of_the_other_split():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_search_loader_gives_collated_steps_without_leaks(workers):
-    data, split = tokenised(60), split_search(60, seed=0, valid_fraction=0.3)
-    loader = SearchData(data, Collator(0), split, 8, seed=0, train_steps=2, num_workers=workers).train_dataloader()
+    data, split = tokenised(60), split_search(np.arange(60), seed=0, valid_fraction=0.3)
+    loader = SearchData(data, COLLATE, split, 8, seed=0, train_steps=2, num_workers=workers).train_dataloader()
     items = list(loader)
     assert len(items) == len(loader) == 3  # 42 search-train rows: 5 full batches, the smaller one left out
     assert [len(item["train"]) for item in items] == [2, 2, 1]
@@ -312,8 +314,8 @@ def test_search_loader_gives_collated_steps_without_leaks(workers):
 
 
 def test_search_on_less_than_a_batch_uses_what_there_is():
-    split = split_search(10, seed=0)
-    items = list(SearchData(tokenised(10), Collator(0), split, 64, seed=0).train_dataloader())
+    split = split_search(np.arange(10), seed=0)
+    items = list(SearchData(tokenised(10), COLLATE, split, 64, seed=0).train_dataloader())
     assert len(items) == 1
     assert sorted(items[0]["train"][0]["row"].tolist()) == split[0].tolist()
     assert sorted(items[0]["valid"]["row"].tolist()) == split[1].tolist()
@@ -321,12 +323,12 @@ def test_search_on_less_than_a_batch_uses_what_there_is():
 
 def fine_tune_data(workers=0, seed=0):
     validation = {"validation": tokenised(11, 1), "validation_mismatched": tokenised(5, 2)}
-    return FineTuneData(tokenised(30), validation, Collator(0), 8, 4, seed, num_workers=workers)
+    return FineTuneData(tokenised(30), validation, COLLATE, 8, 4, seed, num_workers=workers)
 
 
 def test_loaders_leave_global_random_state_alone():
     data = fine_tune_data()
-    search = SearchData(tokenised(30), Collator(0), split_search(30, 0), 4, seed=0)
+    search = SearchData(tokenised(30), COLLATE, split_search(np.arange(30), 0), 4, seed=0)
     before = torch.get_rng_state().clone(), str(np.random.get_state())
     for loader in (data.train_dataloader(), *data.val_dataloader(), search.train_dataloader()):
         for _ in range(2):
@@ -342,10 +344,10 @@ def test_workers_change_nothing():
 
 
 def test_loaders_take_their_part_from_the_process_group(monkeypatch):
-    split = split_search(40, 0)
+    split = split_search(np.arange(40), 0)
 
     def seen():
-        search = SearchData(tokenised(40), Collator(0), split, 4, seed=0, train_steps=2)
+        search = SearchData(tokenised(40), COLLATE, split, 4, seed=0, train_steps=2)
         tune = fine_tune_data()
         steps = [
             batch["row"].tolist() for item in search.train_dataloader() for batch in (item["valid"], *item["train"])
@@ -408,7 +410,7 @@ def fit(data, folder, epochs, resume=None):
 
 def search_data(workers=0):
     # 21 items a round, 4 search-valid batches a pass: rounds start in the middle of a pass.
-    return SearchData(tokenised(100), Collator(0), split_search(100, 0, 0.16), 4, seed=0, num_workers=workers)
+    return SearchData(tokenised(100), COLLATE, split_search(np.arange(100), 0, 0.16), 4, seed=0, num_workers=workers)
 
 
 @pytest.mark.filterwarnings("ignore")

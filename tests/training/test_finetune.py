@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TYPES, batch_of
+from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.tasks.base import Split
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
 
@@ -23,7 +25,8 @@ def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     adaptation = (adaptation or LowRankAdaptation)(model)
     settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
-    return FineTuneModule(adaptation, F.cross_entropy, accuracy, "accuracy", ["validation"], halves, settings, seed=0)
+    split = Split(rows_of(24), rows_of(24))
+    return FineTuneModule(adaptation, small_task(), split, {"validation": split}, halves, settings, seed=0)
 
 
 def fit(module, epochs=2, **extra):
@@ -50,7 +53,7 @@ def test_history_scores_the_split_and_its_halves_whatever_the_order_of_rows(debe
     rows = fit(module)
     module.eval()
     with torch.no_grad():
-        logits = module._logits(rows)
+        logits = module.model(**module.task.inputs(rows)).logits
     last = module.history[-1]
     assert last["validation/accuracy"] == pytest.approx(accuracy(logits, rows["labels"])["accuracy"])
     for part, indices in zip(("choice", "held_out"), module.halves, strict=True):
@@ -232,7 +235,7 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
     fit(module, epochs=1)
     batches = [batch_of(8, seed=i) for i in range(5)]
     with torch.no_grad():
-        logits = torch.cat([module._logits(batch) for batch in batches])
+        logits = torch.cat([module.model(**module.task.inputs(batch)).logits for batch in batches])
     expected = accuracy(logits, torch.cat([batch["labels"] for batch in batches]))["accuracy"]
     scores = module.history[0]
     assert scores["train/accuracy"] == pytest.approx(expected)

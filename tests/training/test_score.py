@@ -1,19 +1,23 @@
 """The scoring stage on a small DeBERTa: right values, nothing left changed, equal however the work is divided."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from ddp_score import TYPES, scored
 from small import rows_of, small_deberta
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.models import freeze_backbone
 from diffora.tasks.tokenise import Collator
 from diffora.training.data import SearchData, split_search
 
@@ -21,10 +25,12 @@ WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 WORKER = Path(__file__).with_name("ddp_score.py")
 BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
 
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
+
 
 def batches_of(count):
     """The search-train batches that the stage sees."""
-    data = SearchData(rows_of(), Collator(0), split_search(48, seed=0), batch_size=8, seed=0)
+    data = SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(0)
     return [item["train"][0] for item, _ in zip(loader, range(count), strict=False)]
@@ -92,6 +98,31 @@ def test_activation_scores_against_a_plain_loop():
 
 
 @BOTH
+def test_gpt2s_transposed_weights_score_as_usual_ones_do(criterion):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
+    model = freeze_backbone(GPT2ForSequenceClassification(config))
+    usual, types = copy.deepcopy(model), find_grid(model).types
+    for name in (name for row in find_grid(model).names for name in row):
+        layer = usual.get_submodule(name)
+        linear = torch.nn.Linear(*layer.weight.shape)
+        linear.weight.data, linear.bias.data = layer.weight.data.T.contiguous(), layer.bias.data
+        usual.set_submodule(name, linear.requires_grad_(False))
+    scores = scored(criterion, model, types=types).scores
+    torch.testing.assert_close(scores, scored(criterion, usual, types=types).scores)
+    assert scores.shape == (2, 4) and scores.std() > 0
+
+
+@BOTH
+def test_quantised_weights_are_refused(criterion):
+    model = small_deberta()
+    linear = model.get_submodule("deberta.encoder.layer.1.output.dense")
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="the weight of a Linear is quantised"):
+        scored(criterion, model)
+
+
+@BOTH
 def test_weights_head_and_modes_are_untouched(criterion):
     model = small_deberta(dropout=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -121,10 +152,10 @@ def test_batches_count_and_are_of_search_train_rows_alone(criterion, monkeypatch
     )
     one, two = scored(criterion, batches=1), scored(criterion, batches=2)
     assert [len(rows) for rows in seen] == [8, 8, 8] and not torch.equal(one.scores, two.scores)
-    assert set(torch.cat(seen).tolist()) <= set(split_search(48, seed=0)[0].tolist())
+    assert set(torch.cat(seen).tolist()) <= set(split_search(np.arange(48), seed=0)[0].tolist())
     seen.clear()
     scored(criterion, batches=99)
-    assert sorted(torch.cat(seen).tolist()) == split_search(48, seed=0)[0].tolist()  # one pass, not more
+    assert sorted(torch.cat(seen).tolist()) == split_search(np.arange(48), seed=0)[0].tolist()  # one pass, not more
 
 
 @BOTH

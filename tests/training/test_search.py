@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TYPES, batch_of
+from small import small_task
 
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
@@ -30,7 +30,7 @@ def make(deberta):
             for layer in row:  # not zero, or there would be nothing to differentiate
                 torch.nn.init.normal_(layer.lora_bt, std=0.2)
         model.to(dtype)
-        module = SearchModule(model, layers, TYPES, F.cross_entropy, SearchSettings(**SETTINGS | changes), seed=0)
+        module = SearchModule(model, layers, TYPES, small_task(), SearchSettings(**SETTINGS | changes), seed=0)
         module.to(dtype)
         module.trainer = trainer or L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         return module.train()

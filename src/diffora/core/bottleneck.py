@@ -1,6 +1,10 @@
 """The bottleneck adapter, f(x) = x + W_up act(W_down x), behind a linear layer (Houlsby et al., 2019)."""
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from diffora.core.linear import features
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -12,19 +16,20 @@ class BottleneckLinear(nn.Module):
     std = 0 it is the identity, but then W_down gets no gradient in the first step.
 
     Args:
-        base: the pretrained layer; its parameters are frozen here.
+        base: the pretrained layer, of any kind that `is_linear` knows; it is called as it is and frozen here.
         size: width of the bottleneck.
         activation: one of `ACTIVATIONS`.
         skip: add h to the output. Without it, nothing of the pretrained layer's output passes by the bottleneck.
         std: of the initial weights. Houlsby et al. truncate the normal at two standard deviations, as here.
     """
 
-    def __init__(self, base: nn.Linear, size: int, activation: str = "gelu", skip: bool = True, std: float = 0.01):
+    def __init__(self, base: nn.Module, size: int, activation: str = "gelu", skip: bool = True, std: float = 0.01):
         super().__init__()
         self.base = base.requires_grad_(False)
-        device = base.weight.device
-        self.down = nn.Linear(base.out_features, size, device=device)
-        self.up = nn.Linear(size, base.out_features, device=device)
+        device: Any = base.weight.device
+        _, n_out = features(base)
+        self.down = nn.Linear(n_out, size, device=device)
+        self.up = nn.Linear(size, n_out, device=device)
         self.act = ACTIVATIONS[activation]()
         self.skip = skip
         for linear in (self.down, self.up):
@@ -35,12 +40,13 @@ class BottleneckLinear(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out), in the precision of the base layer, however precise the adapter is."""
         hidden: Tensor = self.base(x)
-        update: Tensor = self.up(self.act(self.down(hidden)))
-        return hidden + update if self.skip else update
+        update: Tensor = self.up(self.act(self.down(hidden.to(self.down.weight.dtype))))
+        return hidden + update.to(hidden.dtype) if self.skip else update.to(hidden.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The base layer's: some backbones look at the dtype of their linear layers' weights."""
-        return self.base.weight
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight

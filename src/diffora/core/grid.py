@@ -2,11 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from diffora.core.linear import features, is_linear
+from diffora.core.parts import guess_roles
+from diffora.core.stacks import Stack, all_candidates, linear_below, main_stack
 from diffora.errors import UserError
 
 
@@ -40,80 +43,128 @@ class Grid:
         """Full names of the modules that play a part, one a layer.
 
         Raises:
-            UserError: the model's configuration does not say which they are.
+            UserError: neither the model's configuration nor the names of its modules say which they are.
         """
         if role not in self.roles:
             raise UserError(
-                f"this method needs to know which module of a layer is its {role}: say so in model.roles.{role}"
+                f"this method needs to know which module of a layer is its {role}: say so with "
+                f"+model.roles.{role}=…, where a layer has {', '.join(self.types)}"
             )
         return [f"{layer}.{self.roles[role]}" for layer in self.layers]
 
 
-def find_grid(model: nn.Module, layer: str, candidates: Sequence[str], roles: Mapping[str, str] | None = None) -> Grid:
-    """Find the candidate modules of a transformer by pattern.
+def find_grid(
+    model: nn.Module,
+    layer: str | None = None,
+    candidates: Sequence[str] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Grid:
+    """Find the candidate modules of a backbone.
+
+    What is not given is found: as layers the members of the large stack of numbered siblings, as candidates every
+    linear module in them, as roles those that the modules' names leave no doubt about.
 
     Args:
         model: any module that holds the repeated layers.
-        layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``.
+        layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``. Or ``.``, the model itself: a grid
+            of one row, of candidates by their full names, such as the classifier alone.
         candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path
-            below the layer, so that ``output.dense`` does not also match ``attention.output.dense``.
+            below the layer, so that ``output.dense`` does not also match ``attention.output.dense``. Layers that have
+            none of them are left out.
         roles: linear modules by the part they play in a layer, likewise as paths below it.
 
     Raises:
-        UserError: nothing matches, a candidate is not a linear layer, or the layers do not have all candidates
-            (a ragged grid); the message lists near misses.
+        UserError: nothing matches, a candidate is not a linear module, the layers do not have all candidates (a ragged
+            grid), or what is meant is not clear; the message lists near misses or choices.
     """
-    if layer.count("*") != 1:
-        raise UserError(f"model.layer={layer!r} must have exactly one '*', where the layer's number stands")
-    prefix = rf"(?:.*\.)?{re.escape(layer)}".replace(r"\*", r"(\d+)")
-    modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-
-    columns: list[dict[int, str]] = []
-    problems: list[str] = []
-    for candidate in candidates:
-        pattern = re.compile(rf"{prefix}\.{re.escape(candidate)}")
-        column: dict[int, str] = {}
-        for name, module in modules.items():
-            if match := pattern.fullmatch(name):
-                if not isinstance(module, nn.Linear):
-                    problems.append(f"{name} is a {type(module).__name__}, not a linear layer")
-                    break
-                index = int(match[1])
-                if index in column:
-                    problems.append(f"{layer}.{candidate} matches both {column[index]} and {name}")
-                    break
-                column[index] = name
-        columns.append(column)
-
-    layers = sorted(set().union(*columns)) if columns else []
-    for candidate, column in zip(candidates, columns, strict=True):
-        missing = [index for index in layers if index not in column]
-        if not column:
-            problems.append(f"no linear layer matches {layer}.{candidate}")
-        elif missing:
-            problems.append(f"{layer}.{candidate} is missing in layer(s) {', '.join(map(str, missing))}")
-    if not candidates:
-        problems.append("model.candidates is empty: name at least one linear module of a layer")
-    names = tuple(tuple(column.get(index, "") for column in columns) for index in layers)
-    places = tuple(row[0].removesuffix(f".{candidates[0]}") for row in names) if candidates else ()
+    if layer == ".":
+        return _without_layers(model, candidates or ())
+    stack = main_stack(model, candidates) if layer is None else _stack_at(model, layer, candidates)
+    if candidates is None:
+        candidates = all_candidates(model, stack)
+    rows = [
+        (place, linear)
+        for place, linear in zip(stack.layers, stack.linear, strict=True)
+        if any(_has(model, f"{place}.{path}") for path in candidates)
+    ]
+    problems = list(_problems(model, stack.pattern, rows, candidates))
     for role, path in (roles or {}).items():
-        strange = [place for place in places if f"{place}.{path}" not in linear]
+        strange = [place for place, linear in rows if path not in linear]
         problems += [f"model.roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
     if problems:
-        near = _near_misses(linear, layer, candidates)
-        hint = f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
-        raise UserError([*problems, hint])
+        raise UserError([*problems, _hint(model, stack.pattern, candidates)])
+    everywhere = [path for path in rows[0][1] if all(path in linear for _, linear in rows)]
     return Grid(
         types=tuple(candidates),
-        names=names,
-        shapes=tuple(
-            tuple((linear[column[index]].in_features, linear[column[index]].out_features) for column in columns)
-            for index in layers
-        ),
-        layers=places,
-        roles=dict(roles or {}),
+        names=tuple(tuple(f"{place}.{path}" for path in candidates) for place, _ in rows),
+        shapes=tuple(tuple(features(linear[path]) for path in candidates) for _, linear in rows),
+        layers=tuple(place for place, _ in rows),
+        roles=guess_roles(everywhere) | dict(roles or {}),
     )
+
+
+def _without_layers(model: nn.Module, candidates: Sequence[str]) -> Grid:
+    """One row of modules that are named from the model itself."""
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if is_linear(module)}
+    problems = [f"{name} is no linear layer of this model" for name in candidates if name not in linear]
+    if problems or not candidates:
+        raise UserError([*problems, _hint(model, ".", candidates)])
+    shapes = tuple(features(modules[name]) for name in candidates)
+    return Grid(types=tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles={})
+
+
+def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None) -> Stack:
+    """The layers that a pattern means: of those that match it, the ones with a candidate or any linear module."""
+    if layer.count("*") != 1:
+        raise UserError(f"model.layer={layer!r} must have exactly one '*', where the layer's number stands")
+    pattern = re.compile(rf"(?:.*\.)?{re.escape(layer)}".replace(r"\*", r"(\d+)"))
+    found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        match = pattern.fullmatch(name)
+        linear = linear_below(module) if match else {}
+        if not match or not (linear if candidates is None else any(_has(module, path) for path in candidates)):
+            continue
+        index = int(match[1])
+        if index in found:
+            raise UserError(f"model.layer={layer} matches both {found[index][0]} and {name}: begin it further up")
+        found[index] = name, linear
+    if not found:
+        problems = [f"no linear layer matches {layer}.{path}" for path in candidates or ["…"]]
+        raise UserError([*problems, _hint(model, layer, candidates or ())])
+    places, inside = zip(*(found[index] for index in sorted(found)), strict=True)
+    return Stack(layer, list(places), list(inside))
+
+
+def _problems(
+    model: nn.Module, layer: str, rows: Sequence[tuple[str, Mapping[str, nn.Module]]], candidates: Sequence[str]
+) -> Iterator[str]:
+    """Why the layers have not all the candidates as linear modules."""
+    if not candidates:
+        yield "model.candidates is empty: name at least one linear module of a layer"
+    for path in candidates:
+        strange = [name for place, linear in rows if path not in linear and _has(model, name := f"{place}.{path}")]
+        missing = [i for i, (place, _) in enumerate(rows) if not _has(model, f"{place}.{path}")]
+        if strange:
+            yield f"{strange[0]} is a {type(model.get_submodule(strange[0])).__name__}, not a linear layer"
+        elif len(missing) == len(rows):
+            yield f"no linear layer matches {layer}.{path}"
+        elif missing:
+            names = ", ".join(rows[i][0].rpartition(".")[2] for i in missing)
+            yield f"{layer}.{path} is missing in layer(s) {names}"
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
+    near = _near_misses((name for name, module in model.named_modules() if is_linear(module)), layer, candidates)
+    return f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
 
 
 def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str], most: int = 8) -> list[str]:

@@ -5,6 +5,9 @@ for the gate's gradient is r numbers a token, not d.
 
 B is stored transposed, r x out and contiguous: with out x r and a small r the two products of the backward pass run
 many times slower on CPUs than their mirror images on A. Exports transpose it back.
+
+``W x + b`` is whatever the pretrained layer computes: it may keep its weight transposed, in half precision or
+quantised. The update is computed in the precision of x, or of autocast, from A and B kept in float32.
 """
 
 import math
@@ -15,40 +18,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffora.core.linear import features, weight_of
 
-def lowrank_linear(
+
+def add_lowrank(
+    base: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     lora_a: Tensor,
     lora_bt: Tensor,
     scaling: float,
     gate: Tensor | None = None,
     dropout: float = 0.0,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Eq. 10: ``W x + b + scaling * B (gate * A dropout(x))``.
+    """Eq. 10: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``.
 
     Args:
+        base: (..., out), the frozen layer's output.
         x: (..., in).
-        weight: (out, in), frozen.
-        bias: (out,) or None.
         lora_a: A, (rank, in).
         lora_bt: B transposed, (rank, out).
         scaling: alpha / rank.
         gate: scalar (an entry of the relaxed DAM), (rank,) (SoRA), (rank, rank) (FLoRA's core), or None for 1.
         dropout: rate on the input of A; 0 outside training.
+        rows: gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only, two index vectors ([R] Algorithm 1); the other
+            entries of the gradient are zero and are not computed. Not with a gate, and not differentiable twice.
 
     Returns:
-        (..., out).
+        (..., out), in the precision of ``base``.
     """
-    hidden = F.linear(F.dropout(x, dropout) if dropout else x, lora_a)
+    x = F.dropout(x, dropout) if dropout else x
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if rows is not None:
+        assert gate is None, "gates and masks do not go together"
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        factors = x.to(dtype), lora_a.to(dtype), lora_bt.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            update: Tensor = _MaskedUpdate.apply(*factors, *rows, scaling)  # type: ignore[no-untyped-call]
+        return base + update.to(base.dtype)
+    if not autocast:  # which casts by itself, and a shared pair only once
+        lora_a, lora_bt = lora_a.to(x.dtype), lora_bt.to(x.dtype)
+    hidden = F.linear(x, lora_a)
     if gate is None:
         hidden = hidden * scaling
     elif gate.ndim == 2:
-        hidden = F.linear(hidden, gate * scaling)
+        hidden = F.linear(hidden, (gate * scaling).to(hidden.dtype))
     else:
-        hidden = hidden * (gate * scaling)
-    return F.linear(x, weight, bias) + hidden @ lora_bt
+        hidden = (hidden * (gate * scaling)).to(hidden.dtype)
+    return base + (hidden @ lora_bt).to(base.dtype)
 
 
 class _MaskedUpdate(torch.autograd.Function):
@@ -88,35 +105,11 @@ class _MaskedUpdate(torch.autograd.Function):
         return grad_x, grad_a, grad_bt, None, None, None
 
 
-def masked_lowrank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_bt: Tensor,
-    scaling: float,
-    rows: tuple[Tensor, Tensor],
-    dropout: float = 0.0,
-) -> Tensor:
-    """`lowrank_linear` without gate, with gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only ([R] Algorithm 1).
-
-    Args:
-        rows: two index vectors; entries of the gradient outside them are zero and are not computed.
-    """
-    x_a = F.dropout(x, dropout) if dropout else x
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x_a, lora_a, lora_bt = x_a.to(dtype), lora_a.to(dtype), lora_bt.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        update: Tensor = _MaskedUpdate.apply(x_a, lora_a, lora_bt, *rows, scaling)  # type: ignore[no-untyped-call]
-    return F.linear(x, weight, bias) + update
-
-
 class LowRankLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update beside it.
 
     Args:
-        base: the pretrained layer; its parameters are frozen here.
+        base: the pretrained layer, of any kind that `is_linear` knows; it is called as it is and frozen here.
         lora_a: A, (rank, in). The same parameter may serve several layers (weight sharing, section 4.3).
         lora_bt: B transposed, (rank, out); likewise.
         alpha: the update is scaled by alpha / rank.
@@ -132,11 +125,12 @@ class LowRankLinear(nn.Module):
     rows: tuple[Tensor, Tensor] | None
 
     def __init__(
-        self, base: nn.Linear, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
+        self, base: nn.Module, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
     ) -> None:
         super().__init__()
         rank = lora_a.shape[0]
-        expected = (rank, base.in_features), (rank, base.out_features)
+        n_in, n_out = features(base)
+        expected = (rank, n_in), (rank, n_out)
         if (tuple(lora_a.shape), tuple(lora_bt.shape)) != expected:
             raise ValueError(f"A and B^T are {tuple(lora_a.shape)}, {tuple(lora_bt.shape)}; {base} needs {expected}")
         self.base = base.requires_grad_(False)
@@ -151,14 +145,19 @@ class LowRankLinear(nn.Module):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        base: Tensor = self.base(x)
         if self.merged:
-            return F.linear(x, self.base.weight, self.base.bias)
+            return base
+        rows = self.rows if torch.is_grad_enabled() else None
         dropout = self.dropout if self.training else 0.0
-        common = x, self.base.weight, self.base.bias, self.lora_a, self.lora_bt, self.scaling
-        if self.rows is not None and torch.is_grad_enabled():
-            assert self.gate is None, "gates and masks do not go together"
-            return masked_lowrank_linear(*common, self.rows, dropout)
-        return lowrank_linear(*common, self.gate, dropout)
+        return add_lowrank(base, x, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout, rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's: some backbones look at the dtype of their linear layers' weights."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
 
     def plain_pair(self) -> tuple[Tensor, Tensor]:
         """(A, B^T) of the same update without a gate, which is folded into B. Delta W = s B A.
@@ -180,28 +179,33 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold Delta W into the base weight; a second call changes nothing."""
+        """Fold Delta W into the base weight; a second call changes nothing.
+
+        Raises:
+            UserError: the base weight is quantised.
+        """
         if not self.merged:
-            self.base.weight += self.delta().to(self.base.weight.dtype)
+            weight_of(self.base).add_(self.delta())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take Delta W out again. The weight returns to rounding; A and B must not have changed since `merge`."""
         if self.merged:
-            self.base.weight -= self.delta().to(self.base.weight.dtype)
+            weight_of(self.base).sub_(self.delta())
             self.merged = False
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
-def new_pair(base: nn.Linear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Fresh (A, B^T): A Kaiming-uniform as in LoRA, B zero, so that the update starts at zero."""
-    device = base.weight.device
-    lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+    n_in, n_out = features(base)
+    device: Any = base.weight.device
+    lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    return lora_a, nn.Parameter(torch.zeros(rank, base.out_features, device=device))
+    return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device))
 
 
 def attach(
@@ -227,11 +231,10 @@ def attach(
         layers: list[LowRankLinear | None] = []
         for column, (name, flag) in enumerate(zip(row, flags, strict=True)):
             base = model.get_submodule(name)
-            assert isinstance(base, nn.Linear), f"{name} is {type(base).__name__}"
             if flag:
                 pair = new_pair(base, rank)
             elif shared_rank is not None:
-                key = (column, base.in_features, base.out_features)
+                key = (column, *features(base))
                 if key not in shared:
                     shared[key] = new_pair(base, shared_rank)
                 pair = shared[key]

@@ -46,6 +46,5 @@ class Bottleneck(Method):
         for role in self.roles:
             for name in grid.having(role):
                 base = model.get_submodule(name)
-                assert isinstance(base, nn.Linear)
                 model.set_submodule(name, BottleneckLinear(base, self.size, self.activation, self.skip, self.init_std))
         return Adaptation(model)

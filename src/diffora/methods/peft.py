@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.grid import Grid
+from diffora.core.linear import is_conv1d
+from diffora.core.parts import ROLES
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors
@@ -40,6 +42,7 @@ OURS = {
     "feedforward_modules": "model.roles.ffn_output says which they are",
     "modules_to_save": "the head is trained and saved anyway",
     "layer_replication": "the backbone keeps its layers",
+    "fan_in_fan_out": "the backbone's layers say it",
     "task_type": "model and task are known",
     "peft_type": "the class says it",
     "inference_mode": "the adapter is there to be trained",
@@ -81,10 +84,11 @@ class PEFT(Method):
     def from_config(cls, cfg: Any) -> Method:
         method = super().from_config(cfg)
         assert isinstance(method, PEFT)
-        there = [*cfg.model.get("roles", {}), *cfg.model.candidates]
-        if strange := [place for place in method.places or () if place not in there]:
-            hint = f"no role and no candidate of model={cfg.model.name}, which has {', '.join(there)}"
-            raise UserError([f"method.places: {place} is {hint}" for place in strange])
+        if cfg.model.candidates is not None:  # which are otherwise known once the model is, see `targets`
+            there = dict.fromkeys((*cfg.model.get("roles", {}), *ROLES, *cfg.model.candidates))
+            if strange := [place for place in method.places or () if place not in there]:
+                hint = f"no role and no candidate of model={cfg.model.name}, which has {', '.join(there)}"
+                raise UserError([f"method.places: {place} is {hint}" for place in strange])
         return method
 
     def problems(self) -> Iterator[str]:
@@ -170,7 +174,7 @@ class PEFTAdaptation(Adaptation):
                     self.peft,
                     batches,
                     forward_fn=forward,
-                    prepare_model_inputs_fn=lambda inputs, _: inputs["attention_mask"].bool(),
+                    prepare_model_inputs_fn=lambda inputs, _: inputs.get("attention_mask"),
                     prepare_layer_inputs_fn=_tokens,
                     gather_distributed_inputs=False,  # every process sees all of the batches
                     show_progress_bar=False,
@@ -219,11 +223,11 @@ class PEFTAdaptation(Adaptation):
         tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(self.model).items()}
         content = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
         content |= {
-            "task_type": "SEQ_CLS",
+            "task_type": origin.task.peft_type,
             "base_model_name_or_path": origin.base_model,
             "inference_mode": True,
             "target_modules": sorted(self.peft.base_model.targeted_module_names),
-            "modules_to_save": head_modules(self.model),
+            "modules_to_save": head_modules(self.model) or None,
         }
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         with atomic(folder / "adapter_model.safetensors") as scratch:
@@ -244,6 +248,8 @@ def inject(model: nn.Module, config: Any) -> Any:
     from peft import get_peft_model
 
     kind = type(config).__name__
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for name in config.target_modules)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lora with eva")  # advice on memory
@@ -372,13 +378,15 @@ def _is_choice(value: str) -> Callable[[str], bool]:
     return lambda choice: value == choice or ("[" in choice and value.startswith(choice.partition("[")[0]))
 
 
-def _tokens(layer_input: Any, mask: Tensor, name: str) -> Tensor:
+def _tokens(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
     """A module's inputs (tokens, in) without padding; none where it is not applied to the sequence.
 
-    DeBERTa's query and key projections are applied to the table of relative positions too.
+    DeBERTa's query and key projections are applied to the table of relative positions too. Images have no padding.
     """
     states: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
-    return states[mask] if states.shape[:2] == mask.shape else states.new_empty(0, states.shape[-1])
+    if mask is None:
+        return states.reshape(-1, states.shape[-1])
+    return states[mask.bool()] if states.shape[:2] == mask.shape else states.new_empty(0, states.shape[-1])
 
 
 def _first_line(error: Exception) -> str:

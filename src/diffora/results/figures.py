@@ -4,24 +4,35 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffora.core.parts import part_of
 from diffora.core.selection import Selection
 from diffora.files import atomic
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
 SHORT = {
-    "attention.self.query": "Q",
-    "attention.self.key": "K",
-    "attention.self.value": "V",
-    "attention.output.dense": "attn. out",
-    "intermediate.dense": "FFN in",
-    "output.dense": "FFN out",
+    "query": "Q",
+    "key": "K",
+    "value": "V",
+    "query_key_value": "QKV",
+    "attention_output": "attn. out",
+    "ffn_gate": "FFN gate",
+    "ffn_up": "FFN up",
+    "ffn_gate_up": "FFN gate, up",
+    "ffn_input": "FFN in",
+    "ffn_output": "FFN out",
 }
 
 
 def short_names(types: Sequence[str]) -> list[str]:
-    """Labels for module types: the papers' letters where there are some."""
-    return [SHORT.get(name.removesuffix("_proj"), name.removeprefix("attention.")) for name in types]
+    """Labels for module types: the papers' letters where a name tells what it is, and is the only one of its kind."""
+    labels = []
+    for name in types:
+        part = part_of(name) or ""
+        cross = "cross " if part.startswith("cross_") else ""
+        short = SHORT.get(part.removeprefix("cross_"))
+        labels.append(f"{cross}{short}" if short else name)
+    return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]
 
 
 def dam_heatmap(selection: Selection, title: str = "") -> bytes:

@@ -9,20 +9,20 @@ from rich.table import Table
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.results.figures import short_names
-from diffora.tasks.glue import TaskSpec
+from diffora.tasks.base import Task
 
 
-def print_result(record: dict[str, Any], spec: TaskSpec, folder: Path) -> None:
+def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     """Metrics, parameters, time and where things are."""
     metrics, params, spent, memory = record["metrics"], record["params"], record["time"], record["memory"]
     table = Table(title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}")
     table.add_column("")
     table.add_column("", justify="right")
-    for name in spec.metrics:
+    for name in task.metrics:
         for key, value in metrics.items():
             if key.startswith("validation") and key.endswith(f"/{name}"):
                 table.add_row(key, f"{value:.4f}")
-    held_out = f"held_out/{spec.main_metric}"
+    held_out = f"held_out/{task.main_metric}"
     table.add_row(f"{held_out} (chosen on the other half)", f"{metrics[held_out]:.4f}")
     table.add_row("best epoch", f"{metrics['best_epoch']:.0f} of {len(record['history'])}")
     if "generalisation_gap" in metrics:
@@ -53,6 +53,24 @@ def print_result(record: dict[str, Any], spec: TaskSpec, folder: Path) -> None:
     console.print(
         f"{folder}: run.json {weights}{selection}{pictures} logs/ checkpoints/", soft_wrap=True, highlight=False
     )
+
+
+def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
+    """Metrics of each split, and the files."""
+    table = Table(title=f"{account['task']['name']}, {account['seconds']:.1f} s")
+    table.add_column("split")
+    table.add_column("rows", justify="right")
+    names = list(dict.fromkeys(name for scores in account["metrics"].values() for name in scores))
+    for name in names:
+        table.add_column(name, justify="right")
+    for split, scores in account["metrics"].items():
+        values = [f"{scores[name]:.4f}" if name in scores else "" for name in names]
+        table.add_row(split, f"{account['rows'][split]:,}", *values)
+    console = Console()
+    console.print(table)
+    if not names:
+        console.print("no labels: predictions only")
+    console.print(*files, sep="\n", soft_wrap=True, highlight=False)
 
 
 def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | None, method: Any) -> None:
@@ -93,12 +111,26 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
         console.print(f"{name + ' parameters':<22}{params[name]:>13,}", highlight=False)
 
 
+def print_memory(estimates: dict[str, Any]) -> None:
+    """What each stage is estimated to need."""
+    names = {"search": "search", "finetune": "fine-tuning"}
+    for stage, found in estimates.items():
+        parts = ", ".join(f"{key} {_size(found[f'{key}_mb'])}" for key in ("weights", "optimiser", "activations"))
+        shape = " x ".join(map(str, found["batch"]))
+        line = f"memory (estimate)     {_size(found['total_mb']):>13}  {names[stage]} at {shape}: {parts}"
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
 def _counts(selected: list[list[str]]) -> str:
     """How often each module type was selected, over the layers."""
-    names = sorted({name for row in selected for name in row}, key=lambda n: -sum(n in row for row in selected))
+    names = sorted({name for row in selected for name in row}, key=lambda n: (-sum(n in row for row in selected), n))
     labels = dict(zip(names, short_names(names), strict=True))
     layers = len(selected)
     return ", ".join(f"{labels[n]} in {sum(n in row for row in selected)}/{layers}" for n in names) or "nothing"
+
+
+def _size(mb: float) -> str:
+    return f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

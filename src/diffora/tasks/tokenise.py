@@ -1,43 +1,35 @@
 """From text to batches: tokenise once into a memory-mapped cache file, pad when a batch is put together."""
 
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffora.errors import UserError
-from diffora.files import atomic
-from diffora.tasks.glue import TaskSpec
+from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 from diffora.tasks.sources import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+    from diffora.tasks.glue import TaskSpec
 
 FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
-ROWS_AT_ONCE = 1000  # bounds memory
+ROWS_AT_ONCE = 1000  # bounds memory, as does
+CHARACTERS_AT_ONCE = 1_000_000  # for unusually long rows: tokenizers take some 50 bytes for each before they truncate
 PROGRESS_FROM_ROWS = 20_000
-
-
-def default_cache_dir() -> Path:
-    """`$DIFFORA_CACHE`, or `~/.cache/diffora`."""
-    return Path(os.environ.get("DIFFORA_CACHE") or "~/.cache/diffora").expanduser()
 
 
 def tokenise(
     dataset: datasets.Dataset,
-    spec: TaskSpec,
+    spec: "TaskSpec",
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     cache_dir: str | Path | None = None,
@@ -50,11 +42,11 @@ def tokenise(
     Args:
         dataset: a split of `sources.Rows`.
         max_length: longest sequence in tokens, special tokens included; of a pair, the longer text is cut.
-        cache_dir: default `default_cache_dir()`.
+        cache_dir: default `cache.default_cache_dir()`.
 
     Returns:
         One row per input row, in order: input_ids (int32 list), token_type_ids (int8 list, only from a
-        tokenizer that makes them), labels, length (tokens), row (position in the split).
+        tokenizer that makes them), labels (where the rows have them), length (tokens), row (position in the split).
 
     Raises:
         UserError: a max_length that leaves no room for text or exceeds what the model can read.
@@ -65,76 +57,58 @@ def tokenise(
             f"task.max_length={max_length} must be at least {room} (special tokens and one token of each text) and at "
             f"most {tokenizer.model_max_length} (what this model's tokenizer allows)."
         )
-    key = _cache_key(dataset, spec, tokenizer, max_length)
-    file = Path(cache_dir or default_cache_dir()) / "tokenised" / f"{key}.arrow"
-    if file.exists():
-        try:
-            return _open(file, len(dataset))
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            log.warning("discarding the damaged cache file %s (%s)", file, error)
-    try:
-        with atomic(file) as scratch:
-            _write(scratch, dataset, spec, tokenizer, max_length)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write the token cache {file}: {error.strerror or error}. "
-            "Choose another folder with the environment variable DIFFORA_CACHE."
-        ) from error
-    return _open(file, len(dataset))
-
-
-def _cache_key(dataset: datasets.Dataset, spec: TaskSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        # Calls leave their truncation and padding behind in the backend: not part of its identity.
-        content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
-    else:
-        content = [type(tokenizer).__name__, tokenizer.get_vocab(), repr(sorted(tokenizer.special_tokens_map.items()))]
     facts = {
         "format": FORMAT_VERSION,
         "rows": content_hash(dataset.data.table),
-        "tokenizer": content,
-        "inputs": [*tokenizer.model_input_names, tokenizer.truncation_side],
+        **tokenizer_facts(tokenizer),
         "columns": spec.text_columns,
         "max_length": max_length,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def write(file: Path) -> None:
+        _write(file, dataset, spec, tokenizer, max_length)
+
+    return cached("tokenised", facts, write, len(dataset), cache_dir)
 
 
 def _write(
-    file: Path, dataset: datasets.Dataset, spec: TaskSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    file: Path, dataset: datasets.Dataset, spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> None:
     types = {"input_ids": pa.list_(pa.int32())}
     if "token_type_ids" in tokenizer.model_input_names:
         types["token_type_ids"] = pa.list_(pa.int8())
-    types |= {"labels": pa.float32() if spec.is_regression else pa.int64(), "length": pa.int32(), "row": pa.int32()}
-    schema = pa.schema(types)
+    if "label" in dataset.column_names:
+        types["labels"] = pa.float32() if spec.is_regression else pa.int64()
+    types |= {"length": pa.int32(), "row": pa.int32()}
     with (
-        pa.OSFile(str(file), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
+        arrow_writer(file, pa.schema(types)) as append,
         tqdm(total=len(dataset), desc="tokenise", unit="row", disable=len(dataset) < PROGRESS_FROM_ROWS) as bar,
     ):
-        for start in range(0, len(dataset), ROWS_AT_ONCE):
-            rows = dataset[start : start + ROWS_AT_ONCE]
+        for start, end in _chunks(dataset, spec.text_columns):
+            rows = dataset[start:end]
             texts = [rows[name] for name in spec.text_columns]
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
             columns: dict[str, Any] = dict(encoded)
             # GPT-2's tokenizer adds nothing to an empty text; a row without any token would be masked out entirely.
             columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-            columns["labels"] = rows["label"]
+            if "label" in rows:
+                columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["row"] = range(start, start + len(rows["label"]))
-            arrays = [pa.array(columns[name], type=kind) for name, kind in types.items()]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-            bar.update(len(rows["label"]))
+            columns["row"] = range(start, end)
+            append(columns)
+            bar.update(end - start)
 
 
-def _open(file: Path, n_rows: int) -> datasets.Dataset:
-    dataset = datasets.Dataset.from_file(str(file))
-    if len(dataset) != n_rows:  # a stream that was cut between two chunks reads without an error
-        raise ValueError(f"{len(dataset)} rows where {n_rows} were expected")
-    return dataset
+def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Which rows to tokenise at once: from, up to."""
+    start = characters = 0
+    lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]
+    for row, length in enumerate(np.sum(lengths, axis=0).tolist()):
+        if row - start == ROWS_AT_ONCE or (characters + length > CHARACTERS_AT_ONCE and row > start):
+            yield start, row
+            start, characters = row, 0
+        characters += length
+    yield start, len(dataset)
 
 
 class Collator:

@@ -13,7 +13,7 @@ therefore the data modules start their samplers at the Trainer's epoch.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffora.errors import UserError
-from diffora.tasks.tokenise import Collator
+from diffora.tasks.base import Collate
 
 # Independent random streams of one seed, so that no two uses of it are correlated.
 _SPLIT, _HELD_OUT, _FINE_TUNE, _SEARCH_TRAIN, _SEARCH_VALID = range(5)
@@ -33,22 +33,24 @@ _SPLIT, _HELD_OUT, _FINE_TUNE, _SEARCH_TRAIN, _SEARCH_VALID = range(5)
 
 
 def split_search(
-    n_rows: int, seed: int, valid_fraction: float = 0.5, fraction: float = 1.0
+    examples: np.ndarray, seed: int, valid_fraction: float = 0.5, fraction: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut the search's two splits from the *training* rows (DiffoRA eq. 13 needs them disjoint).
 
     Args:
-        n_rows: number of training rows.
+        examples: [n] the example that each training row belongs to (`examples_of`); examples are never cut.
         seed: the run's seed.
-        valid_fraction: share of the rows used that goes to the search-valid split.
-        fraction: random share of the training rows that the search uses at all.
+        valid_fraction: share of the examples used that goes to the search-valid split.
+        fraction: random share of the training examples that the search uses at all.
 
     Returns:
         (search-train, search-valid): sorted, disjoint row numbers, at least one each.
 
     Raises:
-        UserError: a fraction out of range, or fewer than two rows.
+        UserError: a fraction out of range, or fewer than two examples.
     """
+    unique = np.unique(examples)
+    n_rows = len(unique)
     problems = []
     if not 0 < valid_fraction < 1:
         problems.append(f"search valid_fraction={valid_fraction} must lie strictly between 0 and 1.")
@@ -61,7 +63,8 @@ def split_search(
     used = max(2, round(n_rows * fraction))
     n_valid = min(max(1, round(used * valid_fraction)), used - 1)
     order = np.random.default_rng([seed, _SPLIT]).permutation(n_rows)[:used]
-    return np.sort(order[n_valid:]), np.sort(order[:n_valid])
+    train, valid = (np.flatnonzero(np.isin(examples, unique[part])) for part in (order[n_valid:], order[:n_valid]))
+    return train, valid
 
 
 def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:
@@ -72,18 +75,57 @@ def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def held_out_split(n_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Halve a validation split: (choice, held-out) row numbers, sorted.
+def held_out_split(examples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Halve a validation split by example: (choice, held-out) row numbers, sorted.
 
-    The first half chooses the checkpoint, the second one reports it; an odd row goes to the second.
+    The first half chooses the checkpoint, the second one reports it; an odd example goes to the second.
+
+    Args:
+        examples: [n] the example that each row belongs to (`examples_of`).
     """
+    unique = np.unique(examples)
+    n_rows = len(unique)
     if n_rows < 2:
         raise UserError(f"a validation split of {n_rows} rows cannot be halved into choice and held-out rows.")
     order = np.random.default_rng([seed, _HELD_OUT]).permutation(n_rows)
-    return np.sort(order[: n_rows // 2]), np.sort(order[n_rows // 2 :])
+    half = order[: n_rows // 2], order[n_rows // 2 :]
+    choice, held_out = (np.flatnonzero(np.isin(examples, unique[part])) for part in half)
+    return choice, held_out
+
+
+def examples_of(dataset: datasets.Dataset) -> np.ndarray:
+    """[n] the example that each row of an encoded split belongs to: itself, unless an example makes several rows."""
+    if "example" in dataset.column_names:
+        examples: np.ndarray = dataset.data.column("example").to_numpy()
+        return examples
+    return np.arange(len(dataset))
 
 
 # --- samplers: each item is the list of row numbers of one batch ---
+
+
+class Drawn(list[int]):
+    """Row numbers of a training batch, and what they were drawn from.
+
+    It travels with the rows to the collate function, in whatever process: augmentation depends on it and the row alone.
+
+    Args:
+        rows: the row numbers.
+        draw: (seed, stream, epoch).
+    """
+
+    def __init__(self, rows: Iterable[int], draw: tuple[int, int, int]) -> None:
+        super().__init__(rows)
+        self.draw = draw
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Drawn, (list(self), self.draw)
+
+
+def look_up(dataset: datasets.Dataset, rows: Sequence[int]) -> dict[str, Any]:
+    """One list for each column of an encoded split, and the ``draw`` of a training batch."""
+    found: dict[str, Any] = dataset[rows]
+    return found | {"draw": rows.draw} if isinstance(rows, Drawn) else found
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):
@@ -135,8 +177,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-self._rows_used // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.stream, self.epoch])
+    def __iter__(self) -> Iterator[Drawn]:
+        draw = self.seed, self.stream, self.epoch
+        rng = np.random.default_rng(draw)
         # Which rows are left out (if any) changes with the epoch.
         order = rng.permutation(len(self.indices))[: self._rows_used]
         # At least four mega-batches where possible: sorting everything would fix the batches' composition.
@@ -145,7 +188,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         order = np.concatenate([chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks])
         for batch in rng.permutation(len(self)):
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.indices[positions[self.rank :: self.world_size]].tolist()
+            yield Drawn(self.indices[positions[self.rank :: self.world_size]].tolist(), draw)
 
 
 class EvalBatchSampler(Sampler[list[int]]):
@@ -245,21 +288,35 @@ class BilevelDataset(Dataset):
             "train": [self._rows("train", rows) for rows in item["train"]],
         }
 
-    def _rows(self, split: str, rows: Sequence[int]) -> dict[str, list]:
+    def _rows(self, split: str, rows: Sequence[int]) -> dict[str, Any]:
         strangers = set(rows) - self._allowed[split]
         if strangers:
             raise LeakError(f"row {min(strangers)} is not in the search-{split} split")
-        return self.dataset[rows]
+        return look_up(self.dataset, rows)
+
+
+class TrainingDataset(Dataset):
+    """Looks up the rows of training batches, and passes their ``draw`` on."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
+        return look_up(self.dataset, rows)
 
 
 class BilevelCollator:
-    """Collates a `BilevelDataset` item: {"valid": batch, "train": [batch] * T}."""
+    """Collates a `BilevelDataset` item: {"valid": batch, "train": [batch] * T}.
 
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
+    Args:
+        collate: for search-train rows (which may be augmented) and for search-valid rows.
+    """
+
+    def __init__(self, collate: tuple[Collate, Collate]) -> None:
+        self.train, self.valid = collate
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        return {"valid": self.collator(item["valid"]), "train": [self.collator(rows) for rows in item["train"]]}
+        return {"valid": self.valid(item["valid"]), "train": [self.train(rows) for rows in item["train"]]}
 
 
 def _lengths(dataset: datasets.Dataset) -> np.ndarray:
@@ -293,21 +350,27 @@ def _loader(dataset: Any, sampler: Sampler, collate: Any, num_workers: int) -> D
 
 def eval_loader(
     dataset: datasets.Dataset,
-    collator: Collator,
+    collate: Collate,
     batch_size: int,
     indices: np.ndarray | None = None,
     num_workers: int = 0,
 ) -> DataLoader:
     """Loader over a tokenised split (or the rows `indices` of it), each row once; batches carry `row`."""
     sampler = EvalBatchSampler(_lengths(dataset), batch_size, indices=indices, **_process())
-    return _loader(dataset, sampler, collator, num_workers)
+    return _loader(dataset, sampler, collate, num_workers)
+
+
+def whole_loader(dataset: datasets.Dataset, collate: Collate, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Loader over a split that gives all of it to the process that asks, whatever others there are."""
+    return _loader(dataset, EvalBatchSampler(_lengths(dataset), batch_size), collate, num_workers)
 
 
 class SearchData(L.LightningDataModule):
     """Loader of the search stage: items {"valid": batch, "train": [batch] * T}, one epoch is one round.
 
     Args:
-        train: the tokenised training split of the task.
+        train: the encoded training split of the task.
+        collate: for search-train rows and for search-valid rows.
         split: (search-train, search-valid) row numbers, from `split_search`.
         batch_size: rows per batch of all processes together, for both splits.
         train_steps: T, train batches per Γ step.
@@ -316,7 +379,7 @@ class SearchData(L.LightningDataModule):
     def __init__(
         self,
         train: datasets.Dataset,
-        collator: Collator,
+        collate: tuple[Collate, Collate],
         split: tuple[np.ndarray, np.ndarray],
         batch_size: int,
         seed: int,
@@ -324,7 +387,7 @@ class SearchData(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.train, self.collator, self.split = train, collator, split
+        self.train, self.collate, self.split = train, collate, split
         self.batch_size, self.seed, self.train_steps, self.num_workers = batch_size, seed, train_steps, num_workers
 
     def train_dataloader(self) -> DataLoader:
@@ -344,15 +407,16 @@ class SearchData(L.LightningDataModule):
         )
         dataset = BilevelDataset(self.train, *self.split)
         sampler = BilevelBatchSampler(train, valid, self.train_steps)
-        return _loader(dataset, sampler, BilevelCollator(self.collator), self.num_workers)
+        return _loader(dataset, sampler, BilevelCollator(self.collate), self.num_workers)
 
 
 class FineTuneData(L.LightningDataModule):
     """Loaders of the fine-tuning stage.
 
     Args:
-        train: the tokenised training split.
-        validation: tokenised evaluation splits by name; the Trainer numbers them in this order.
+        train: the encoded training split.
+        validation: encoded evaluation splits by name; the Trainer numbers them in this order.
+        collate: for training rows and for evaluation.
         batch_size: training rows per batch of all processes together.
         eval_batch_size: the same for evaluation.
     """
@@ -361,14 +425,14 @@ class FineTuneData(L.LightningDataModule):
         self,
         train: datasets.Dataset,
         validation: Mapping[str, datasets.Dataset],
-        collator: Collator,
+        collate: tuple[Collate, Collate],
         batch_size: int,
         eval_batch_size: int,
         seed: int,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.train, self.validation, self.collator = train, validation, collator
+        self.train, self.validation, self.collate = train, validation, collate
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.num_workers = num_workers
 
@@ -376,10 +440,10 @@ class FineTuneData(L.LightningDataModule):
         sampler = LengthGroupedBatchSampler(
             _lengths(self.train), self.batch_size, self.seed, epoch=_next_epoch(self), **_process()
         )
-        return _loader(self.train, sampler, self.collator, self.num_workers)
+        return _loader(TrainingDataset(self.train), sampler, self.collate[0], self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader]:
         return [
-            eval_loader(split, self.collator, self.eval_batch_size, num_workers=self.num_workers)
+            eval_loader(split, self.collate[1], self.eval_batch_size, num_workers=self.num_workers)
             for split in self.validation.values()
         ]

@@ -1,6 +1,6 @@
 """Stage 2 of DiffoRA, and the whole of every other method: fine-tune what the method left trainable."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
 from diffora.methods.base import Adaptation
+from diffora.tasks.base import Outputs, Split, Task
 from diffora.training.checkpoint import Stage
 
 Metrics = dict[str, float]
@@ -37,11 +38,10 @@ class FineTuneModule(Stage):
 
     Args:
         adaptation: the adapted model and what its method does in a step; what requires gradients is trained.
-        loss_fn: (logits, labels) -> mean loss.
-        metric_fn: (logits, labels) -> metrics by name.
-        main_metric: the metric that chooses the best epoch, the higher the better.
-        splits: names of the validation splits, in the order of the loaders; the first is the official one.
-        halves: (choice, held-out) row numbers of the official validation split.
+        task: whose loss and metrics they are; its main metric chooses the best epoch.
+        train: what is trained on.
+        validation: evaluation splits by name, in the order of the loaders; the first is the official one.
+        halves: (choice, held-out) row numbers of the official split, as encoded.
         settings: learning rate and the like.
         seed: of the run.
     """
@@ -49,23 +49,22 @@ class FineTuneModule(Stage):
     def __init__(
         self,
         adaptation: Adaptation,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
-        metric_fn: Callable[[Tensor, Tensor], Metrics],
-        main_metric: str,
-        splits: Sequence[str],
+        task: Task,
+        train: Split,
+        validation: Mapping[str, Split],
         halves: tuple[np.ndarray, np.ndarray],
         settings: FineTuneSettings,
         seed: int,
     ) -> None:
         super().__init__(adaptation.model, seed)
         self.adaptation = adaptation
-        self.loss_fn, self.metric_fn, self.main_metric = loss_fn, metric_fn, main_metric
-        self.splits, self.halves, self.settings = list(splits), halves, settings
+        self.task, self.train_split, self.validation = task, train, dict(validation)
+        self.halves, self.settings = halves, settings
         self.history: list[Metrics] = []
         self.best_state: dict[str, Tensor] = {}
-        self._outputs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in splits]
+        self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._seen: list[Outputs] = []
         self._begun = -1
 
     def configure_optimizers(self) -> Any:
@@ -97,10 +96,11 @@ class FineTuneModule(Stage):
         if step != self._begun:  # the first part of the batch, where it is cut into several
             self.adaptation.before_step(step, self.current_epoch)
             self._begun = step
-        logits = self._logits(batch)
-        loss = self.loss_fn(logits, batch["labels"])
+        output = self.model(**self.task.inputs(batch))
+        loss = self.task.loss(output, batch)
         self._losses.append(loss.detach())
-        self._seen.append((batch["row"], logits.detach().float(), batch["labels"]))
+        if self.task.scores_training:
+            self._seen.append(self.task.outputs(output, batch))
         values: dict[str, Any] = {"train/step_loss": loss.detach(), "lr": self._rate()}
         if (penalty := self.adaptation.penalty()) is not None:
             loss = loss + penalty
@@ -121,14 +121,12 @@ class FineTuneModule(Stage):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.adaptation.after_step(self._begun, rate)
 
-    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.model(**{key: value for key, value in batch.items() if key not in ("labels", "row")}).logits
-
     def on_validation_epoch_start(self) -> None:
-        self._outputs = [[] for _ in self.splits]
+        self._outputs = [[] for _ in self.validation]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._outputs[dataloader_idx].append((batch["row"], self._logits(batch).float(), batch["labels"]))
+        output = self.model(**self.task.inputs(batch))
+        self._outputs[dataloader_idx].append(self.task.outputs(output, batch))
 
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()
@@ -136,22 +134,20 @@ class FineTuneModule(Stage):
         train_loss = self.trainer.strategy.reduce(train_loss, reduce_op="mean")
         scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": train_loss.item()}
         if self._seen:
-            seen = self.metric_fn(*self._gather(self._seen))
-            scores |= {f"train/{key}": value for key, value in seen.items()}
+            seen = self.task.score(self._gather(self._seen), self.train_split)
+            scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
         self._losses, self._seen = [], []
-        for i, name in enumerate(self.splits):
-            logits, labels = self._gather(self._outputs[i])
-            self._outputs[i] = []
-            scores[f"{name}/loss"] = self.loss_fn(logits, labels).item()
-            scores |= {f"{name}/{key}": value for key, value in self.metric_fn(logits, labels).items()}
+        for i, (name, split) in enumerate(self.validation.items()):
+            outputs, self._outputs[i] = self._gather(self._outputs[i]), []
+            scores |= {f"{name}/{key}": value for key, value in self.task.score(outputs, split).items()}
             if i == 0:
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
-                    half = self.metric_fn(logits[rows], labels[rows])
-                    scores |= {f"{part}/{key}": value for key, value in half.items()}
-        if f"train/{self.main_metric}" in scores:
+                    half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
+                    scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
+        if (seen_score := scores.get(f"train/{self.task.main_metric}")) is not None:
             # [R] Figures 1, 2: how much better the model is on what it was trained on.
-            official = scores[f"{self.splits[0]}/{self.main_metric}"]
-            scores["generalisation_gap"] = scores[f"train/{self.main_metric}"] - official
+            gap = seen_score - scores[f"{self.official}/{self.task.main_metric}"]
+            scores["generalisation_gap"] = gap if self.task.maximise else -gap
         scores |= measures(self.adaptation)
         self.history.append(scores)
         if self.best_epoch == len(self.history) - 1:
@@ -160,26 +156,36 @@ class FineTuneModule(Stage):
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
 
-    def _gather(self, outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of a whole split in row order, from all processes, on the CPU."""
-        mine = tuple(torch.cat(column).cpu() for column in zip(*outputs, strict=True)) if outputs else None
+    def _gather(self, outputs: list[Outputs]) -> Outputs:
+        """The outputs for a whole split in row order, from all processes, on the CPU."""
+        mine = {key: torch.cat([part[key] for part in outputs]).cpu() for key in outputs[0]} if outputs else None
         parts: list[Any] = [mine]
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, mine)
-        rows, logits, labels = (torch.cat(column) for column in zip(*filter(None, parts), strict=True))
-        order = rows.argsort()
-        return logits[order], labels[order]
+        parts = list(filter(None, parts))
+        order = torch.cat([part["row"] for part in parts]).argsort()
+        return {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
+
+    @property
+    def official(self) -> str:
+        """Name of the official validation split."""
+        return next(iter(self.validation))
 
     @property
     def best_epoch(self) -> int:
         """Index into `history` of the best epoch by the main metric on the official split; the first of equals."""
-        return _argmax([scores[f"{self.splits[0]}/{self.main_metric}"] for scores in self.history])
+        return self._best(self.official)
 
     @property
     def held_out_epoch(self) -> int:
         """Index of the best epoch by the choice half alone."""
-        return _argmax([scores[f"choice/{self.main_metric}"] for scores in self.history])
+        return self._best("choice")
+
+    def _best(self, part: str) -> int:
+        sign = 1 if self.task.maximise else -1
+        values = [sign * scores[f"{part}/{self.task.main_metric}"] for scores in self.history]
+        return max(range(len(values)), key=lambda i: (values[i], -i))
 
     @property
     def stalled(self) -> bool:
@@ -197,9 +203,9 @@ class FineTuneModule(Stage):
         held-out half at the epoch that the choice half chose, ``last/*`` the official split after the last epoch.
         """
         best, held_out, last = self.history[self.best_epoch], self.history[self.held_out_epoch], self.history[-1]
-        official = f"{self.splits[0]}/"
+        official = f"{self.official}/"
         metrics = {
-            **{key: value for key, value in best.items() if key.split("/")[0] in self.splits},
+            **{key: value for key, value in best.items() if key.split("/")[0] in self.validation},
             "best_epoch": best["epoch"],
             **{key: value for key, value in held_out.items() if key.startswith("held_out/")},
             "held_out/epoch": held_out["epoch"],
@@ -226,7 +232,3 @@ def measures(adaptation: Adaptation) -> Metrics:
     if not ranks:
         return {}
     return {"update/rank": sum(ranks) / len(ranks), "update/orthogonality_loss": sum(losses) / len(losses)}
-
-
-def _argmax(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda i: (values[i], -i))

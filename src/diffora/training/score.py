@@ -1,16 +1,16 @@
 """Stage 1 in short: score the candidates on a few batches, without training anything (`diffora.core.scores`)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffora.core.linear import weight_of
 from diffora.core.scores import gradient_norm, square_sums, weight_times_activation
 from diffora.errors import UserError
+from diffora.tasks.base import Batch, Task, full_precision, parts_of
 from diffora.training.checkpoint import Stage
-
-Batch = dict[str, Tensor]
 
 
 class ScoreModule(Stage):
@@ -23,7 +23,7 @@ class ScoreModule(Stage):
         model: the frozen backbone with its new head.
         names: L x N full names of the candidates.
         criterion: ``gradient`` or ``activation``.
-        loss_fn: (logits, labels) -> mean loss.
+        task: whose loss it is.
         accumulate: parts that a batch is cut into.
         seed: of the run.
 
@@ -38,7 +38,7 @@ class ScoreModule(Stage):
         model: nn.Module,
         names: Sequence[Sequence[str]],
         criterion: str,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        task: Task,
         accumulate: int,
         seed: int,
     ) -> None:
@@ -46,8 +46,10 @@ class ScoreModule(Stage):
         self.automatic_optimization = False
         self.shape = len(names), len(names[0])
         self.candidates = [model.get_submodule(name) for row in names for name in row]
+        for candidate in self.candidates:
+            weight_of(candidate)  # refuses quantised ones before any work is done
         self.weights = [model.get_parameter(f"{name}.weight") for row in names for name in row]
-        self.criterion, self.loss_fn, self.accumulate = criterion, loss_fn, accumulate
+        self.criterion, self.task, self.accumulate = criterion, task, accumulate
         self._sums: list[Tensor] = []
 
     def configure_optimizers(self) -> None:
@@ -62,11 +64,7 @@ class ScoreModule(Stage):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         rows: Batch = batch["train"][0]
-        n = len(rows["labels"])
-        size = -(-n // self.accumulate)
-        for start in range(0, n, size):
-            part = {key: value[start : start + size] for key, value in rows.items()}
-            share = min(size, n - start) / n
+        for part, share in parts_of(rows, self.accumulate, self.task):
             self._add(self.gradients(part, share) if self.criterion == "gradient" else self.statistics(part))
 
     def _add(self, new: list[Tensor]) -> None:
@@ -81,12 +79,12 @@ class ScoreModule(Stage):
         for weight in self.weights:
             weight.requires_grad_(True)
         try:
-            loss = self.loss_fn(self._logits(batch), batch["labels"])
+            loss = self.task.loss(self.model(**self.task.inputs(batch)), batch)
             grads = torch.autograd.grad(loss * (share * scale), self.weights)
         finally:
             for weight in self.weights:
                 weight.requires_grad_(False)
-        return [grad / scale for grad in grads] if scale != 1 else list(grads)
+        return [full_precision(grad) / scale for grad in grads]
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> list[Tensor]:
@@ -102,15 +100,11 @@ class ScoreModule(Stage):
 
         hooks = [layer.register_forward_pre_hook(note) for layer in self.candidates]
         try:
-            self._logits(batch)
+            self.model(**self.task.inputs(batch))
         finally:
             for hook in hooks:
                 hook.remove()
         return [found[layer][0] for layer in self.candidates] + [found[self.candidates[0]][1]]
-
-    def _logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "row")}).logits
-        return logits
 
     def on_train_epoch_end(self) -> None:
         sums, self._sums = self._sums, []
@@ -123,8 +117,8 @@ class ScoreModule(Stage):
             scores = [gradient_norm(total / n) for total in sums]
         else:
             *squares, tokens = sums
-            pairs = zip(self.weights, squares, strict=True)
-            scores = [weight_times_activation(weight.detach(), total / tokens) for weight, total in pairs]
+            pairs = zip((weight_of(m).detach() for m in self.candidates), squares, strict=True)
+            scores = [weight_times_activation(weight, total / tokens) for weight, total in pairs]
         self.scores = torch.stack(scores).view(self.shape).cpu()
         if not self.scores.isfinite().all():
             raise UserError(

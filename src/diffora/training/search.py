@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffora.core.dam import entropy, relax
 from diffora.core.hypergradient import first_order, unrolled
 from diffora.core.lowrank import LowRankLinear
+from diffora.tasks.base import Batch, Task, parts_of
 from diffora.training.checkpoint import Stage
 
-Batch = dict[str, Tensor]
 POINTS_PER_ROUND = 40
 
 
@@ -39,7 +39,7 @@ class SearchModule(Stage):
     Args:
         model: the backbone with a low-rank layer at every place of the grid.
         layers: those layers, L x N, under the names of ``types``.
-        loss_fn: (logits, labels) -> mean loss.
+        task: whose loss it is.
         settings: learning rates and the like.
         seed: of the run.
     """
@@ -49,7 +49,7 @@ class SearchModule(Stage):
         model: nn.Module,
         layers: Sequence[Sequence[LowRankLinear]],
         types: Sequence[str],
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        task: Task,
         settings: SearchSettings,
         seed: int,
     ) -> None:
@@ -57,7 +57,7 @@ class SearchModule(Stage):
         self.automatic_optimization = False
         self.gamma = nn.Parameter(torch.zeros(len(layers), len(layers[0])))
         self.layers, self.types = layers, list(types)
-        self.loss_fn, self.settings = loss_fn, settings
+        self.task, self.settings = task, settings
         self.trajectory: list[tuple[float, list[list[float]]]] = [(0.0, relax(self.gamma).tolist())]
         """(round, relaxed DAM), a few dozen points a round."""
         self._trace: list[tuple[float, Tensor]] = []
@@ -111,7 +111,7 @@ class SearchModule(Stage):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Mean loss of a batch and its gradients, part by part where ``accumulate`` says so."""
         total, sums = torch.zeros((), device=self.device), None
-        for part, share in self._parts(batch):
+        for part, share in parts_of(batch, self.settings.accumulate, self.task):
             loss = self._loss(part, gamma)
             grads = grad(self._scaled(loss) * share)
             sums = grads if sums is None else [_add(a, b) for a, b in zip(sums, grads, strict=True)]
@@ -142,20 +142,12 @@ class SearchModule(Stage):
         for layers, row in zip(self.layers, relax(gamma), strict=True):
             for layer, gate in zip(layers, row.unbind(), strict=True):
                 layer.gate = gate
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "row")}
+        inputs = self.task.inputs(batch)
         if weights is None:
             output = self.model(**inputs)
         else:
             output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
-        return self.loss_fn(output.logits, batch["labels"])
-
-    def _parts(self, batch: Batch) -> list[tuple[Batch, float]]:
-        n = len(batch["labels"])
-        size = -(-n // self.settings.accumulate)
-        return [
-            ({key: value[start : start + size] for key, value in batch.items()}, min(size, n - start) / n)
-            for start in range(0, n, size)
-        ]
+        return self.task.loss(output, batch)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)

@@ -14,7 +14,6 @@ import datasets
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -29,14 +28,13 @@ from diffora.files import atomic, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
-from diffora.tasks.glue import TaskSpec, compute_metrics
-from diffora.tasks.sources import load_rows
-from diffora.tasks.tokenise import Collator, tokenise
+from diffora.tasks.base import Collate, Split, Task
 from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
 from diffora.training.data import (
     FineTuneData,
     LengthGroupedBatchSampler,
     SearchData,
+    examples_of,
     held_out_split,
     split_hash,
     split_search,
@@ -61,49 +59,55 @@ class Parts:
 
     cfg: DictConfig
     folder: Path
-    spec: TaskSpec
+    task: Task
     model: nn.Module
+    arguments: dict[str, Any]
     backbone_parameters: int
     grid: Grid
-    train: datasets.Dataset
-    validation: dict[str, datasets.Dataset]
-    collator: Collator
+    train: Split
+    validation: dict[str, Split]
+    test: dict[str, Split]
+    collate: Collate
+    collate_eval: Collate
     data_hash: str
     first_step_at: float | None = None
 
     @classmethod
-    def load(cls, cfg: DictConfig, folder: Path, spec: TaskSpec) -> "Parts":
+    def load(cls, cfg: DictConfig, folder: Path, task: Task) -> "Parts":
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
             UserError: whatever is wrong with data, model, grid or a given selection.
         """
-        sizes = {key: cfg.task[key] for key in ("train_rows", "validation_rows") if key in cfg.task}
-        rows = load_rows(spec, cfg.task.get("path"), cfg.task.max_train_rows, **sizes)
-        model = models.load_classifier(cfg.model, spec.num_labels)
-        grid = find_grid(model, cfg.model.layer, list(cfg.model.candidates), cfg.model.get("roles"))
+        rows = task.load()
+        test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
+        model = models.load_model(cfg.model, task)
+        task.check(model)
+        if cfg.trainer.gradient_checkpointing:
+            models.checkpoint_activations(model)
+        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
-        tokenizer = models.load_tokenizer(cfg.model)
-        length = cfg.task.max_length
+        processor = task.processor(cfg.model)
+
+        def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
+            return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
+
         return cls(
             cfg,
             folder,
-            spec,
+            task,
             model,
-            models.backbone_parameters(model),
-            grid,
-            tokenise(rows.train, spec, tokenizer, length),
-            {name: tokenise(split, spec, tokenizer, length) for name, split in rows.validation.items()},
-            Collator(tokenizer.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1),
-            rows.data_hash,
+            arguments=task.head() | models.set_padding(model, processor),
+            backbone_parameters=models.backbone_parameters(model),
+            grid=grid,
+            train=Split(rows.train, task.encode(rows.train, processor, training=True)),
+            validation=encoded(rows.validation),
+            test=encoded(test),
+            collate=task.collate(processor, training=True),
+            collate_eval=task.collate(processor, training=False),
+            data_hash=rows.data_hash,
         )
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, or mean squared error for regression."""
-        if self.spec.is_regression:
-            return F.mse_loss(logits.squeeze(-1).float(), labels.float())
-        return F.cross_entropy(logits.float(), labels)
 
 
 # --- stage 1 ---
@@ -125,7 +129,7 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
         log.info(f"{selector}: finished already, using {file}")
         return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
 
-    split = split_search(len(parts.train), cfg.seed, s.valid_fraction, s.fraction)
+    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
 
     def selection(scores: Tensor) -> Selection:
         provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
@@ -170,13 +174,17 @@ def search(
     attached = attach(model, grid.names, everything, s.rank, None, alpha)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate)
-    module = SearchModule(model, layers, grid.types, parts.loss, settings, cfg.seed)
+    module = SearchModule(model, layers, grid.types, parts.task, settings, cfg.seed)
     data = SearchData(
-        parts.train, parts.collator, split, s.batch_size, cfg.seed, s.train_steps, cfg.trainer.num_workers
+        parts.train.encoded,
+        (parts.collate, parts.collate_eval),
+        split,
+        s.batch_size,
+        cfg.seed,
+        s.train_steps,
+        cfg.trainer.num_workers,
     )
-    log.info(
-        f"search: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} training rows"
-    )
+    log.info(f"search: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     stage_loggers = loggers.of_stage("search")
     pictures = DamPictures(selection, lambda found, step: loggers.dam(found, step, stage_loggers))
     shown = ("search/train_loss", "search/valid_loss", "search/entropy")
@@ -205,8 +213,9 @@ def score(parts: Parts, criterion: str, split: tuple[np.ndarray, np.ndarray]) ->
         (scores, L x N on the CPU; seconds).
     """
     cfg, s = parts.cfg, parts.cfg.search
-    module = ScoreModule(parts.model, parts.grid.names, criterion, parts.loss, s.accumulate, cfg.seed)
-    data = SearchData(parts.train, parts.collator, split, s.batch_size, cfg.seed, num_workers=cfg.trainer.num_workers)
+    module = ScoreModule(parts.model, parts.grid.names, criterion, parts.task, s.accumulate, cfg.seed)
+    collate = parts.collate_eval, parts.collate_eval
+    data = SearchData(parts.train.encoded, collate, split, s.batch_size, cfg.seed, num_workers=cfg.trainer.num_workers)
     log.info(f"{criterion}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
     training = parts.model.training
     with torch.random.fork_rng():
@@ -276,7 +285,8 @@ class FirstBatches:
     """
 
     train: datasets.Dataset
-    collator: Collator
+    task: Task
+    collate: Collate
     batch_size: int
     seed: int
     most: int = 32
@@ -286,8 +296,7 @@ class FirstBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for rows in itertools.islice(self._sampler(), self.most):
-            batch = self.collator(self.train[rows])
-            yield {name: value for name, value in batch.items() if name not in ("labels", "row")}
+            yield self.task.inputs(self.collate(self.train[rows]))
 
     def _sampler(self) -> LengthGroupedBatchSampler:
         return LengthGroupedBatchSampler(np.asarray(self.train["length"]), self.batch_size, self.seed)
@@ -296,25 +305,31 @@ class FirstBatches:
 def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
     """Train what the method left trainable, and evaluate after each epoch."""
     cfg, f = parts.cfg, parts.cfg.finetune
+    n_rows = len(parts.train.encoded)
     official = next(iter(parts.validation.values()))
     module = FineTuneModule(
         adaptation,
-        parts.loss,
-        lambda logits, labels: compute_metrics(parts.spec, logits, labels),
-        parts.spec.main_metric,
-        list(parts.validation),
-        held_out_split(len(official), cfg.seed),
-        FineTuneSettings(f.lr, f.weight_decay, warmup_steps(cfg, len(parts.train)), f.early_stop),
+        parts.task,
+        parts.train,
+        parts.validation,
+        held_out_split(examples_of(official.encoded), cfg.seed),
+        FineTuneSettings(f.lr, f.weight_decay, warmup_steps(cfg, n_rows), f.early_stop),
         cfg.seed,
     )
     rows = f.batch_size // f.accumulate
     data = FineTuneData(
-        parts.train, parts.validation, parts.collator, rows, 2 * rows, cfg.seed, cfg.trainer.num_workers
+        parts.train.encoded,
+        {name: split.encoded for name, split in parts.validation.items()},
+        (parts.collate, parts.collate_eval),
+        rows,
+        2 * rows,
+        cfg.seed,
+        cfg.trainer.num_workers,
     )
-    adaptation.prepare(FirstBatches(parts.train, parts.collator, rows, cfg.seed))
+    adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows, cfg.seed))
     params |= models.count_parameters(parts.model)  # EVA gives its ranks out anew
-    log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {len(parts.train)} rows")
-    progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.spec.main_metric}"))
+    log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
+    progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))
     extra = {"gradient_clip_val": f.clip, "accumulate_grad_batches": f.accumulate}
     fit(parts, "finetune", module, data, [progress], loggers.of_stage("finetune"), **extra)
     return module
@@ -397,7 +412,7 @@ def quiet_libraries() -> None:
     """Silence what libraries say of themselves at every start, so that what concerns the user can be seen."""
     import transformers
 
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not is_main():
         logging.getLogger("diffora").setLevel(logging.ERROR)

@@ -1,0 +1,54 @@
+"""What counts as a linear module, how many features it has, and where its weight is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from diffora.errors import UserError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module maps (..., in) to (..., out) by a matrix, so that a low-rank update can stand beside it.
+
+    That is `nn.Linear` with its subclasses, quantised ones among them, and GPT-2's `Conv1D`. The latter is known by
+    its class name, its ``nf`` and a weight of (in, nf), since nothing here imports transformers. The projection inside
+    `nn.MultiheadAttention` is left out: it is never called, only its weight is read.
+    """
+    return (isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)) or is_conv1d(
+        module
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a `Conv1D`: a linear layer that keeps its weight transposed."""
+    weight: Any = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.shape[1:] == (getattr(module, "nf", 0),)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear module, whatever its weight looks like."""
+    sizes: Any = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
+    return int(sizes[0]), int(sizes[1])
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as (out, in), a view.
+
+    Raises:
+        UserError: it is quantised, so that its entries cannot be read or changed.
+    """
+    weight: Any = module.weight
+    transposed = is_conv1d(module)
+    # Quantised weights are packed, integers or a tensor class of their own; float8 needs a scale beside it.
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS
+    if not plain or tuple(weight.shape if transposed else weight.shape[::-1]) != features(module):
+        raise UserError(
+            f"the weight of a {type(module).__name__} is quantised and cannot be read or changed: load the backbone "
+            "in full precision for this"
+        )
+    found: Tensor = weight.T if transposed else weight
+    return found

@@ -1,0 +1,47 @@
+"""What a linear module does in its layer, by the names that model families give such modules."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+ROLES = ("key", "value", "attention_output", "ffn_output")
+
+# (part, whether it is inside attention, last names)
+PARTS = (
+    ("query", True, r"q|query|q_proj|query_proj|q_lin|q_attn"),
+    ("key", True, r"k|key|k_proj|key_proj|k_lin"),
+    ("value", True, r"v|value|v_proj|value_proj|v_lin"),
+    ("query_key_value", True, r"c_attn|in_proj|query_key_value|qkv|qkv_proj|Wqkv"),
+    ("attention_output", True, r"o|dense|o_proj|out_proj|out_lin|c_proj|Wo"),
+    ("ffn_gate", False, r"gate_proj|wi_0"),
+    ("ffn_up", False, r"up_proj|wi_1"),
+    ("ffn_gate_up", False, r"gate_up_proj"),
+    ("ffn_input", False, r"wi|Wi|fc1|fc_in|c_fc|lin1|ffn|dense_h_to_4h"),
+    ("ffn_output", False, r"wo|Wo|fc2|fc_out|c_proj|lin2|ffn_output|dense_4h_to_h|down_proj"),
+)
+
+
+def part_of(path: str) -> str | None:
+    """The part that a module plays, one of `PARTS`, by its path below the layer; None where the name does not tell.
+
+    Modules that attend to another sequence have ``cross_`` in front.
+    """
+    if path in ("intermediate.dense", "output.dense"):  # BERT's, whose last name is that of the attention's output
+        return "ffn_input" if path == "intermediate.dense" else "ffn_output"
+    *above, last = path.split(".")
+    attention = [name.lower() for name in above if re.search("attn|attention", name.lower())]
+    cross = any(re.search("cross|encoder|encdec", name) for name in attention)
+    for part, inside, names in PARTS:
+        if bool(attention) == inside and re.fullmatch(names, last):
+            return f"cross_{part}" if cross else part
+    return None
+
+
+def guess_roles(paths: Iterable[str]) -> dict[str, str]:
+    """Which module of a layer plays each of the `ROLES`, where the names leave exactly one.
+
+    A decoder that attends to an encoder has two keys, for instance, so that neither is the role.
+    """
+    parts = [((part_of(path) or "").removeprefix("cross_"), path) for path in paths]
+    often = Counter(part for part, _ in parts)
+    return {part: path for part, path in parts if part in ROLES and often[part] == 1}

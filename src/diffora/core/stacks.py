@@ -1,0 +1,175 @@
+"""Finds the repeated layers of a backbone, and the linear modules that all of them have."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from diffora.core.linear import features, is_linear
+from diffora.errors import UserError
+
+ENOUGH = 0.9
+"""A stack with this share of the weights in all stacks is the one that is meant."""
+MOST = 6
+"""Choices that a message lists at most."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Numbered siblings, such as the members of an `nn.ModuleList`, with linear modules inside them.
+
+    Attributes:
+        pattern: their full name, with ``*`` for the number.
+        layers: the full names of those that have linear modules, in the order of their numbers.
+        linear: for each of these its linear modules, by path below it.
+    """
+
+    pattern: str
+    layers: list[str]
+    linear: list[dict[str, nn.Module]]
+
+    @property
+    def common(self) -> list[str]:
+        """Paths of the linear modules that every layer has, in the first layer's order."""
+        return [path for path in self.linear[0] if all(path in paths for paths in self.linear)]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the layers have the same linear modules."""
+        return all(paths.keys() == self.linear[0].keys() for paths in self.linear)
+
+    @property
+    def size(self) -> int:
+        """Weights in all linear modules."""
+        shapes = [features(module) for paths in self.linear for module in paths.values()]
+        return sum(n_in * n_out for n_in, n_out in shapes)
+
+    def holds(self, other: "Stack") -> bool:
+        """Whether another stack stands inside a layer of this one."""
+        return any(other.pattern.startswith(f"{layer}.") for layer in self.layers)
+
+
+def linear_below(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules inside a module, by their paths below it, in order of registration."""
+    return {name: part for name, part in module.named_modules() if name and is_linear(part)}
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Every stack of a model, an enclosing one before those inside it."""
+    found: list[Stack] = []
+    for parent, module in model.named_modules():
+        groups: dict[str, list[tuple[int, str, nn.Module]]] = {}
+        for child, part in module.named_children():
+            if numbered := re.fullmatch(r"(\D*)(\d+)(\D*)", child):
+                groups.setdefault(f"{numbered[1]}*{numbered[3]}", []).append((int(numbered[2]), child, part))
+        for stem, members in groups.items():
+            members.sort(key=lambda member: member[0])
+            inside = {f"{parent}.{child}".lstrip("."): linear_below(part) for _, child, part in members}
+            inside = {place: linear for place, linear in inside.items() if linear}
+            # A single module with a number in its name, such as dinov2, is no stack; a list of one layer is.
+            if inside and (len(inside) > 1 or stem == "*"):
+                found.append(Stack(f"{parent}.{stem}".lstrip("."), list(inside), list(inside.values())))
+    return found
+
+
+def main_stack(model: nn.Module, candidates: Sequence[str] | None) -> Stack:
+    """The outermost stack that has nearly all the weights; with candidates, of those that have them.
+
+    Raises:
+        UserError: there is none; or several are large (encoder and decoder, text and images), and it is the user's
+            choice which of them to adapt.
+    """
+    stacks = find_stacks(model)
+    if candidates:
+        stacks = [s for s in stacks if all(any(path in paths for paths in s.linear) for path in candidates)]
+    outer = [stack for stack in stacks if not any(other.holds(stack) for other in stacks)]
+    if not outer:
+        having = f" that have {', '.join(candidates)}" if candidates else ""
+        raise UserError(f"this model has no numbered layers{having}: say in model.layer where they stand")
+    largest = max(outer, key=lambda stack: stack.size)
+    if largest.size < ENOUGH * sum(stack.size for stack in outer):
+        choices = [_layer_choice(stack, stacks) for stack in outer]
+        raise UserError(
+            _with(f"this model has {len(outer)} stacks of layers; say which one is to be adapted:", choices)
+        )
+    return largest
+
+
+def all_candidates(model: nn.Module, stack: Stack) -> list[str]:
+    """Every linear module of a layer, where the layers are alike and have nothing else that could be adapted.
+
+    Raises:
+        UserError: the layers differ, repeat a part inside them (experts, or blocks of a stage), or keep matrices
+            outside linear modules (experts again). It lists what could be given instead.
+    """
+    problems, common = [], stack.common
+    if not stack.uniform:
+        path, place = next(
+            (path, place)
+            for place, paths in zip(stack.layers, stack.linear, strict=True)
+            for path in paths
+            if path not in common
+        )
+        problems.append(f"the layers of {stack.pattern} differ: {place} has {path}, not all of them do")
+    # An expert is a member of a list in the layer, or a row of a weight with three dimensions.
+    lists: dict[str, int] = {}
+    weights: dict[str, int] = {}
+    for layer in map(model.get_submodule, stack.layers):
+        lists |= {s.pattern: len(s.layers) for s in find_stacks(layer) if len(s.layers) > 1 and s.uniform}
+        weights |= {
+            name: p.shape[0]
+            for name, p in layer.named_parameters()
+            if p.squeeze().ndim > 2 and not _is_conv(layer, name)
+        }
+    problems += [f"the layers of {stack.pattern} repeat {name} inside them" for name in [*lists][:1]]
+    problems += [
+        f"the layers of {stack.pattern} have weights outside linear modules: {name}" for name in [*weights][:1]
+    ]
+    if not problems:
+        return common
+
+    choices = _candidate_choices(stack, lists, weights)
+    inner = [other for other in find_stacks(model) if stack.holds(other) and other.uniform]
+    choices += [_layer_choice(other, inner) for other in sorted(inner, key=lambda other: -other.size)]
+    raise UserError([*problems, _with("say what is to be adapted:", choices)])
+
+
+def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[str, int]) -> list[str]:
+    """What to write for the modules that stand in the same layers, the most weights first.
+
+    Without what is repeated inside a layer, and without routers, which choose among the experts beside them: an update
+    there would change which of them run and not what they do.
+    """
+    repeated = [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"\..*") for name in lists]
+    routers = {(_above(_above(name)), count) for name, count in (*lists.items(), *weights.items())}
+    groups: dict[tuple[int, ...], dict[str, int]] = {}
+    for path in dict.fromkeys(path for paths in stack.linear for path in paths):
+        where = tuple(i for i, paths in enumerate(stack.linear) if path in paths)
+        n_in, n_out = features(stack.linear[where[0]][path])
+        if (_above(path), n_out) not in routers and not any(pattern.fullmatch(path) for pattern in repeated):
+            groups.setdefault(where, {})[path] = n_in * n_out * len(where)
+    ordered = sorted(groups.items(), key=lambda item: -sum(item[1].values()))
+    return [f"'model.candidates=[{','.join(paths)}]' ({len(where)} layers)" for where, paths in ordered]
+
+
+def _with(words: str, choices: Sequence[str]) -> str:
+    return "\n  ".join([words, *choices[:MOST]])
+
+
+def _above(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_conv(module: nn.Module, parameter: str) -> bool:
+    return isinstance(module.get_submodule(_above(parameter)), nn.modules.conv._ConvNd)
+
+
+def _layer_choice(stack: Stack, among: Sequence[Stack]) -> str:
+    """What to write for a stack: the shortest end of its name that is no other's, so that it suits every head."""
+    names = stack.pattern.split(".")
+    ends = [".".join(names[start:]) for start in range(len(names) - 2, -1, -1) if not names[start].isdigit()]
+    others = [f".{other.pattern}" for other in among if other is not stack]
+    unique = (end for end in ends if not any(other.endswith(f".{end}") for other in others))
+    size = f"{len(stack.layers)} layers with {len(stack.common)} linear modules"
+    return f"'model.layer={next(unique, stack.pattern)}' ({size})"

@@ -1,0 +1,195 @@
+"""A finished run, used again: metrics and predictions on any split, without training (`evaluate.py`)."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from diffora import config, models
+from diffora.errors import UserError
+from diffora.export import ADAPT, load_adapter
+from diffora.files import write_text
+from diffora.results import terminal
+from diffora.tasks.base import Outputs, Split, get_task
+from diffora.training.predict import predict
+from diffora.training.stages import quiet_libraries
+
+log = logging.getLogger(__name__)
+
+OWN = ("run", "adapter", "split", "output", "batch_size")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        cfg: sections ``task``, ``model`` and ``trainer``.
+        weights: folder of an adapter, or of a whole model.
+        splits: names at the source; None for the task's validation splits.
+        output: where metrics and predictions go.
+        batch_size: rows per batch.
+    """
+
+    cfg: DictConfig
+    weights: Path
+    splits: tuple[str, ...] | None
+    output: Path
+    batch_size: int
+
+
+def read_request(arguments: list[str]) -> Request:
+    """Understand the command line: our own arguments, and overrides of the run's (or the composed) configuration.
+
+    Raises:
+        UserError: every argument that cannot be right.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own: dict[str, Any] = {}
+    choices: list[str] = []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    groups = {folder.name for folder in config.conf_dir().iterdir() if folder.is_dir()}
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+        except Exception:
+            problems.append(f"{argument} is not of the form name=value")
+            continue
+        name, value = parsed.key_or_group, parsed.value()
+        if name in OWN:
+            own[name] = value
+        elif name in ("task", "model", "trainer"):
+            choices.append(argument)
+        elif name.split(".")[0] in ("task", "model", "trainer"):
+            values[name] = value
+        else:
+            hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
+            problems.append(f"{config.unknown_key(name, [*OWN, 'task', 'model', 'trainer'])}{hint}")
+    if len({"run", "adapter"} & own.keys()) != 1:
+        problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
+    if not (isinstance(size := own.get("batch_size", 64), int) and size >= 1):
+        problems.append(f"batch_size={size} must be a whole number of at least 1")
+    if problems:
+        raise UserError(problems)
+
+    place = Path(str(own.get("run") or own["adapter"]))
+    cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    cfg = _override(cfg, choices if "run" in own else [], values)
+    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer."))]:
+        raise UserError(problems)
+    output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output={output} is not empty: choose another folder")
+    splits = own.get("split")
+    names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
+    return Request(cfg, weights, names, output, size)
+
+
+def _of_run(folder: Path) -> tuple[DictConfig, Path]:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
+    weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
+    if not weights:
+        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg, weights[0]
+
+
+def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
+    from hydra import compose, initialize_config_dir
+
+    if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
+        raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
+    if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
+        raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return compose("config", choices), folder
+
+
+def _override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    for choice in choices:
+        name = choice.partition("=")[0]
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            cfg[name] = compose("config", [choice])[name]
+    problems = []
+    for key, value in values.items():
+        section, _, rest = key.partition(".")
+        if OmegaConf.select(cfg, key) is None and rest not in cfg[section]:
+            there = ", ".join(
+                f"{section}.{name}" for name in cfg[section] if name not in ("_target_", "recipe", "config")
+            )
+            problems.append(
+                f"{section}={cfg[section].name if 'name' in cfg[section] else ''} has no {key}; it has {there}"
+            )
+            continue
+        OmegaConf.update(cfg, key, value)
+    if problems:
+        raise UserError(problems)
+    return cfg
+
+
+def evaluate(request: Request) -> dict[str, dict[str, float]]:
+    """Predict and, where there are labels, score. Writes ``metrics.json`` and the predictions.
+
+    Returns:
+        Metrics by split; splits without labels have none.
+
+    Raises:
+        UserError: whatever is wrong with data, model or adapter.
+    """
+    cfg, began = request.cfg, time.time()
+    quiet_libraries()
+    task = get_task(cfg.task)
+    names = request.splits or task.validation_splits
+    rows = {name: task.load_split(name) for name in names}
+    model, processor = load_trained(cfg, request.weights)
+    collate = task.collate(processor, training=False)
+    splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
+    found: dict[str, dict[str, float]] = {}
+    files: list[Path] = []
+    for name, split in splits.items():
+        outputs: Outputs = predict(model, task, split, collate, request.batch_size, cfg.trainer)
+        files += task.write_predictions(request.output, name, outputs, split)
+        scores = task.score(outputs, split) if task.labelled(split) else {}
+        found[name] = {key: round(value, 6) for key, value in scores.items()}
+    account = {
+        "weights": str(request.weights.resolve()),
+        "task": config.plain(cfg)["task"],
+        "model": cfg.model.path,
+        "rows": {name: len(split.rows) for name, split in splits.items()},
+        "metrics": found,
+        "seconds": round(time.time() - began, 3),
+    }
+    write_text(request.output / "metrics.json", json.dumps(account, indent=1) + "\n")
+    terminal.print_evaluation(account, [request.output / "metrics.json", *files])
+    return found
+
+
+def load_trained(cfg: DictConfig, weights: Path) -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer or image processor.
+
+    Args:
+        cfg: sections ``task`` and ``model``.
+        weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
+    """
+    task = get_task(cfg.task)
+    section = cfg.model
+    whole = (weights / "config.json").is_file()
+    if whole:
+        section = OmegaConf.merge(cfg.model, {"path": str(weights)})
+    model = models.load_model(section, task)
+    processor = task.processor(cfg.model)
+    models.set_padding(model, processor)
+    if not whole:
+        load_adapter(model, weights)
+    return model.eval(), processor

@@ -1,0 +1,177 @@
+"""How much memory a training step takes, found by taking one without memory.
+
+The model runs forward and backward on fake tensors, which have shapes and no content, while a counter follows what
+is alive. So the estimate has the true architecture in it, gradient checkpointing, mixed precision, the logits and the
+attention of the kernels that a CPU would use (which, like those of GPUs, do not keep the attention matrix). What
+it does not know: kernels' work space, fragmentation, and what the libraries themselves occupy.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffora.core.dam import relax
+from diffora.core.hypergradient import unrolled
+from diffora.core.linear import is_linear
+from diffora.core.lowrank import LowRankLinear
+from diffora.tasks.base import Batch, Task
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+QUANTISED = {"8bit": 1.0, "4bit": 0.516}
+"""Bytes of a quantised weight, in 4 bits with its share of the constants: a byte for 64, a float32 for 256 of these."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one process needs at the peak of a training step.
+
+    Attributes:
+        weights: of the whole model, with adapters.
+        optimiser: AdamW's two moments of what is trained.
+        activations: with gradients, logits and all else that a step makes.
+        shape: of the batch, rows first.
+    """
+
+    weights: int
+    optimiser: int
+    activations: int
+    shape: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimiser + self.activations
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make, from their making to their end.
+
+    Args:
+        known: tensors that were there before and do not count.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = list(known)
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._ended, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _ended(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def without_memory(model: nn.Module) -> FakeTensorMode:
+    """Turn a model on the meta device into one of fake tensors on the CPU, in place; shared parameters stay shared."""
+    mode = FakeTensorMode()
+    made: dict[Tensor, Tensor] = {}
+    with mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor not in made:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        given = isinstance(tensor, nn.Parameter)
+                        made[tensor] = nn.Parameter(fake, tensor.requires_grad) if given else fake
+                    tensors[name] = None if tensor is None else made[tensor]  # type: ignore[assignment]
+    return mode
+
+
+def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
+    """Of a fine-tuning step of an adapted model on the meta device, which is used up."""
+    rows = _rows(cfg, cfg.finetune)
+
+    def step(batch: Batch) -> None:
+        task.loss(model(**task.inputs(batch)), batch).backward()
+
+    return _measure(cfg, task, model, rows, step)
+
+
+def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
+    """Of a step of the bi-level search. What its two halves keep is counted together; it is almost the same.
+
+    Args:
+        model: on the meta device, with a low-rank layer at each place of the grid; it is used up.
+        layers: those layers, L x N.
+    """
+    rows = _rows(cfg, cfg.search)
+
+    def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        for row, gates in zip(layers, relax(gamma), strict=True):
+            for layer, gate in zip(row, gates.unbind(), strict=True):
+                layer.gate = gate
+        inputs = task.inputs(batch)
+        if weights is None:
+            return task.loss(model(**inputs), batch)
+        return task.loss(torch.func.functional_call(model, weights, kwargs=inputs, tie_weights=True), batch)
+
+    def step(batch: Batch) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)
+        if cfg.search.order == 1:
+            torch.autograd.grad(loss_at(batch, gamma), [gamma, *trained.values()], allow_unused=True)
+            return
+        at = lambda values: loss_at(batch, gamma, dict(zip(trained, values, strict=True)))  # noqa: E731
+        with sdpa_kernel(SDPBackend.MATH):
+            unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
+
+    return _measure(cfg, task, model, rows, step)
+
+
+def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
+    quantise = cfg.model.get("quantise")
+    weights, largest = _weight_bytes(model, quantise)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    dtype = AUTOCAST.get(cfg.trainer.precision)
+    config: Any = model.config
+    if getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 0  # its tokenizer's, whichever that is
+    model.train()
+    with without_memory(model):
+        batch = task.dummy(rows, model)
+        known = [*model.parameters(), *model.buffers(), *batch.values()]
+        with LiveBytes(known) as live, torch.autocast("cpu", dtype, enabled=dtype is not None):
+            step(batch)
+    shape = tuple(next(iter(task.inputs(batch).values())).shape)
+    return Estimate(weights, 2 * trained, live.peak + largest, shape)
+
+
+def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
+    """(bytes of parameters and buffers, the largest weight that is expanded while it is used)."""
+    tensors = {tensor: tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]}
+    if quantise is None:
+        return sum(tensors.values()), 0
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    layers: list[Any] = [m for m in model.modules() if is_linear(m) and m is not output]
+    frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    largest = max(tensors[weight] for weight in frozen)
+    tensors |= {weight: int(weight.numel() * QUANTISED[quantise]) for weight in frozen}
+    return sum(tensors.values()), largest
+
+
+def _rows(cfg: DictConfig, stage: Any) -> int:
+    """Rows that one process has in its memory at a time."""
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    return max(1, -(-stage.batch_size // (stage.accumulate * devices)))

@@ -1,0 +1,241 @@
+"""What a task is to the rest of the code: rows, batches, a head, a loss, predictions and metrics.
+
+One subclass is one benchmark family (`glue`, `squad`, `vision`, `causal_lm`), named by ``task._target_`` in its YAML;
+training, search and evaluation call what stands here and know no family. The defaults are those of classification.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffora.errors import UserError
+from diffora.files import write_text
+
+Batch = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+"""What is kept of a model's output: tensors with one entry for each row of the encoded split; ``row`` says which."""
+
+
+class Collate(Protocol):
+    """Puts ``encoded[[i, j, …]]`` (one list per column) together into one batch."""
+
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The checked rows of a task, as they came from their source.
+
+    Attributes:
+        train: the training split, after ``task.max_train_rows``.
+        validation: labelled evaluation splits by the name their metrics are logged under, the official one
+            ("validation") first.
+        data_hash: sha256 of all of it; equal content gives an equal hash whatever the file format.
+        source: where it came from, in words.
+    """
+
+    train: datasets.Dataset
+    validation: dict[str, datasets.Dataset]
+    data_hash: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, before and after encoding.
+
+    Attributes:
+        rows: what `Rows` holds of it.
+        encoded: what batches are made of. It has the columns ``row`` (position in ``encoded``) and ``length`` (for
+            grouping), and ``example`` (position in ``rows``) where one row becomes several, or none.
+    """
+
+    rows: datasets.Dataset
+    encoded: datasets.Dataset
+
+
+class Task:
+    """One task of a run, made from the ``task`` section of the configuration before anything is loaded.
+
+    Args:
+        cfg: the ``task`` section.
+
+    Attributes:
+        name: the task's name in ``task=<name>``.
+        metrics: what `score` returns besides ``loss``, in the order in which they are shown.
+        main_metric: the one of them that chooses models.
+    """
+
+    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    """The transformers class of backbone and head."""
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
+    """PEFT's name for this kind of task."""
+    trains_head: bool = True
+    """Whether the modules outside the backbone are new, and trained by every method."""
+    maximise: ClassVar[bool] = True
+    """Whether a higher main metric is better."""
+    scores_training: ClassVar[bool] = True
+    """Whether predictions made while training are scored too, for the generalisation gap."""
+    targets: ClassVar[tuple[str, ...]] = ("labels",)
+    """Columns of a batch that are not for the model."""
+    validation_splits: tuple[str, ...] = ("validation",)
+    """Labelled evaluation splits as the source names them, the official one first."""
+    test_splits: tuple[str, ...] = ("test",)
+    """Splits that ``predict=true`` predicts, as the source names them."""
+
+    name: str
+    metrics: tuple[str, ...]
+    main_metric: str
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.name = cfg.name
+
+    # --- before training ---
+
+    def problems(self) -> Iterator[str]:
+        """One message for each impossible setting, found without loading anything."""
+        return iter(())
+
+    def head(self) -> dict[str, Any]:
+        """Entries of the transformers configuration that make the head fit, e.g. ``num_labels``."""
+        return {}
+
+    def load(self) -> Rows:
+        """Load and check training and validation rows.
+
+        Raises:
+            UserError: everything that is wrong with the data, together.
+        """
+        raise NotImplementedError
+
+    def load_split(self, split: str) -> datasets.Dataset:
+        """Load and check any one split by its name at the source, e.g. ``test``; its rows may lack labels.
+
+        Raises:
+            UserError: there is no such split, or it has faults.
+        """
+        raise NotImplementedError
+
+    def processor(self, model: Any) -> Any:
+        """The backbone's tokenizer or image processor; ``model`` is the ``model`` section of the configuration."""
+        from diffora.models import load_tokenizer
+
+        return load_tokenizer(model)
+
+    def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
+        """From rows to `Split.encoded`, cached on disk and mapped into memory.
+
+        Args:
+            training: rows to train on, where that makes a difference.
+
+        Raises:
+            UserError: settings that do not suit the model.
+        """
+        raise NotImplementedError
+
+    def collate(self, processor: Any, training: bool) -> Collate:
+        """What puts encoded rows together."""
+        raise NotImplementedError
+
+    def check(self, model: Any) -> None:
+        """Raise a UserError for a backbone that does not suit the task's settings."""
+
+    def labelled(self, split: Split) -> bool:
+        """Whether a split can be scored."""
+        return set(self.targets) <= set(split.encoded.column_names)
+
+    def dummy(self, rows: int, model: Any) -> Batch:
+        """A batch of the largest size and without content, by which `diffora.memory` measures a step."""
+        if model.main_input_name == "pixel_values":
+            size = model.config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            inputs = {"pixel_values": torch.zeros(rows, model.config.num_channels, height, width)}
+        else:
+            ids = torch.ones(rows, self.cfg.max_length, dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": ids}
+        return inputs | {name: torch.zeros(rows, dtype=torch.long) for name in ("row", *self.targets)}
+
+    # --- in a step ---
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the model is called with."""
+        return {key: value for key, value in batch.items() if key not in ("row", *self.targets)}
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean loss of a batch, a scalar."""
+        return F.cross_entropy(full_precision(output.logits), batch["labels"])
+
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        """How many terms `loss` is the mean of, so that the parts of a batch can be put together."""
+        return float(len(batch["row"]))
+
+    # --- after a step ---
+
+    def outputs(self, output: Any, batch: Mapping[str, Tensor]) -> Outputs:
+        """What predictions and metrics need, without gradient: small, and of one width for all batches."""
+        kept = {"row": batch["row"], "logits": full_precision(output.logits.detach())}
+        return kept | {name: batch[name] for name in self.targets if name in batch}
+
+    def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
+        """``loss`` and the task's metrics over the given rows of a split, all of them or some.
+
+        Args:
+            outputs: on the CPU, in the order of ``row``.
+            split: where they come from.
+        """
+        raise NotImplementedError
+
+    def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
+        """One JSON object for each example of a split, with ``row`` and ``prediction``."""
+        raise NotImplementedError
+
+    def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
+        """Write the predictions for a split to ``folder``, as the field exchanges them; ``<name>.jsonl`` by default.
+
+        Returns:
+            The files written.
+        """
+        lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
+        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        return [folder / f"{name}.jsonl"]
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """In float32 what came as float16 or bfloat16: losses and metrics are computed in full precision."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
+    """Cut a batch into at most so many parts; each with its share in the mean loss of the whole."""
+    n = len(batch["row"])
+    size = -(-n // n_parts)
+    if size == n:
+        yield batch, 1.0
+        return
+    parts = [{key: value[start : start + size] for key, value in batch.items()} for start in range(0, n, size)]
+    weights = [task.weight(part) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        yield part, weight / sum(weights)
+
+
+def get_task(cfg: Any) -> Task:
+    """The task of a composed configuration's ``task`` section.
+
+    Raises:
+        UserError: every impossible setting.
+    """
+    from hydra.utils import get_class
+
+    kind: Any = get_class(cfg._target_)
+    task: Task = kind(cfg)
+    if problems := list(task.problems()):
+        raise UserError(problems)
+    return task
