@@ -34,8 +34,10 @@ lint: venv ## ruff and mypy
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-pretrain-tiny: venv ## remake the embedded backbone (src/diffora/assets/tiny)
+pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)
 	$(BIN)/python scripts/pretrain_tiny.py
+	$(BIN)/python scripts/pretrain_tiny_vit.py
+	$(BIN)/python scripts/pretrain_tiny_llama.py
 
 clean: ## remove caches and the environment, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -1,6 +1,6 @@
 """One submission to GLUE's server out of the predictions of several runs, one for each task.
 
-    python train.py task=mrpc predict=true …                                      # leaves MRPC.tsv in its run directory
+    python train.py task=mrpc predict=true …                                      # leaves MRPC.tsv and GLUE.zip
     python scripts/glue_submission.py outputs/run-a outputs/run-b … --output submission.zip
 
 The server wants eleven tables: those of the nine tasks, MNLI's two, and the diagnostic set, which MNLI's run predicts.

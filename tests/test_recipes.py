@@ -4,6 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
+from diffora.cli import composition_problems
 from diffora.config import conf_dir
 from diffora.errors import UserError
 from diffora.experiment import check, run
@@ -84,6 +85,10 @@ def test_a_recipe_without_settings_for_a_task_says_so(cfg, name):
         check(cfg("recipe=rm_lora", f"task={name}"))
     assert len(caught.value.problems) == 1
     assert f"task={name}: it has them for cola, sst2" in caught.value.problems[0]
+
+
+def test_an_unknown_recipe_is_named_with_those_there_are():
+    assert composition_problems(["recipe=rm_lore", "task=rte"]) == ["recipe=rm_lore is not one of: rm_lora, roberta"]
 
 
 def test_a_recipe_without_a_needed_value_says_which(cfg):

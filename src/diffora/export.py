@@ -161,7 +161,11 @@ def card(origin: Origin, how_to_load: str) -> str:
     """Model card with what to type to load the adapter onto ``base``."""
     record, task = origin.record, origin.task
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())
-    head = "".join(f", {key}={value!r}" for key, value in origin.arguments.items())
+    names = origin.arguments.get("id2label")
+    arguments = {key: value for key, value in origin.arguments.items() if key not in ("id2label", "label2id")}
+    if names is not None:
+        arguments = {"num_labels": len(names)} | arguments
+    head = "".join(f", {key}={value!r}" for key, value in arguments.items())
     library = "peft" if how_to_load is LOAD_WITH_PEFT else "diffora"
     return f"""---
 base_model: {origin.base_model}

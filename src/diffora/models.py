@@ -104,6 +104,10 @@ def load_model(cfg: Any, task: Task) -> nn.Module:
         model, info = getattr(transformers, task.model_class).from_pretrained(
             path, config=config, output_loading_info=True, **how, **where
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights on a CPU in the first evaluation; no gradient passes them then.
+            module.support_avx512bf16_for_cpu = False
     pooler = f"{model.base_model_prefix}.pooler"
     model.fresh_pooler = pooler if any(key.startswith(f"{pooler}.") for key in info["missing_keys"]) else None
     model.fresh_modules = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
@@ -154,14 +158,9 @@ def _not_quantised(cfg: Any, task: Task) -> list[str]:
 
 def problems(cfg: Any, task: Task) -> Iterator[str]:
     """What of the configuration cannot be right for the backbone, found before it is loaded."""
-    quantise, dtype = cfg.model.get("quantise"), cfg.model.get("dtype", "float32")
+    quantise = cfg.model.get("quantise")
     if quantise and not cfg.get("dry_run") and importlib.util.find_spec("bitsandbytes") is None:
         yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
-    if dtype != "float32" and task.trains_head and cfg.trainer.precision == "32-true":
-        yield (
-            f"model.dtype={dtype} needs trainer.precision=bf16-mixed here: task={task.name} trains a head, which is in "
-            "float32"
-        )
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -210,8 +209,12 @@ def freeze_backbone(model: nn.Module) -> nn.Module:
     for name in head_modules(model):
         head = model.get_submodule(name).requires_grad_(True)
         if any(p.dtype in HALF for p in head.parameters()):
-            head.float()
+            head.float().register_forward_pre_hook(_to_float32)
     return model
+
+
+def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -230,7 +233,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def drawn_modules(model: nn.Module) -> list[str]:
-    """Full names of the modules that no checkpoint has and no method trains: a new head with ``task.train_head=false``."""
+    """Full names of the modules that no checkpoint has and no method trains: a head with ``task.train_head=false``."""
     trained = tuple(f"{name}." for name in head_modules(model))
     fresh: Any = getattr(model, "fresh_modules", ())
     return [name for name in fresh if not f"{name}.".startswith(trained)]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -61,8 +62,9 @@ def test_rows_without_labels_get_predictions_and_no_score(mrpc):
     of_run = {file.name: file.read_bytes() for file in (folder / "run" / "predictions").iterdir()}
     assert of_run  # predict=true wrote the same files at the end of the run
     for name, content in of_run.items():
-        if not name.endswith(".zip"):
-            assert (folder / "out" / name).read_bytes() == content
+        assert (folder / "out" / name).read_bytes() == content
+    with zipfile.ZipFile(folder / "run" / "predictions" / "GLUE.zip") as archive:
+        assert archive.namelist() == ["MRPC.tsv"] and archive.read("MRPC.tsv") == of_run["MRPC.tsv"]
 
 
 def test_predict_is_refused_before_training_where_there_is_nothing_to_predict(mrpc):

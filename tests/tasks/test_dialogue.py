@@ -1,13 +1,21 @@
 """The generated conversations: what is answered is right, by a reader of its own."""
 
+import json
 import random
 import re
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from diffora import models
+from diffora.experiment import run
 from diffora.tasks import dialogue
+from diffora.tasks.base import Split, get_task
 from diffora.tasks.dialogue import VOCABULARY, converse, splits
 from diffora.tasks.paraphrase import ACTS, past
+from diffora.training.predict import predict
 
 VERBS = {word: verb for row in ACTS for verb in row for word in (verb, past(verb))}
 ADVERBS = r"((?:at|on) \w+|recently|lately|yesterday)"
@@ -62,3 +70,46 @@ def test_every_request_occurs():
     for words in ("say it in the active", "say it in the passive", "is not so", ". who ", "whom did", "did not"):
         assert words in asked
     assert dialogue.REQUESTS == ("turn", "deny", "who", "whom")
+
+
+@pytest.fixture
+def trained(cfg, tmp_path):
+    torch.set_num_threads(1)
+    overrides = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "logger=[csv]", "method=diffora"]
+    sizes = ["task.train_rows=200", "task.validation_rows=40", "search.epochs=1", "finetune.epochs=2"]
+    composed = cfg(*overrides, *sizes, "finetune.warmup_steps=2")
+    return composed, run(composed, tmp_path / "run")
+
+
+def test_a_run_lowers_the_perplexity_and_its_adapter_serves_elsewhere(trained):
+    composed, result = trained
+    assert result.selection.types[:4] == [f"self_attn.{part}_proj" for part in "qkvo"]
+    assert [len(row) for row in result.selection.selected] == [3, 3, 3, 3]  # of 7
+
+    task = get_task(composed.task)
+    base, tokenizer = models.load_model(composed.model, task), task.processor(composed.model)
+    rows = task.load().validation["validation"]
+    split = Split(rows, task.encode(rows, tokenizer, training=False))
+    outputs = predict(base, task, split, task.collate(tokenizer, False), 16, composed.trainer)
+    before = task.score(outputs, split)["perplexity"]
+    assert result.metrics["held_out/perplexity"] < 0.6 * before
+    assert result.metrics["last/perplexity"] == result.metrics["validation/perplexity"]  # the lower the better
+
+    # With plain transformers and PEFT, as its card says: the same logits, and answers.
+    folder = models.EMBEDDED.parent / "tiny_llama"
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    served = PeftModel.from_pretrained(plain, result.folder / "adapter").eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the king thanked the cook . who thanked the cook ?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(served(**prompt).logits, result.model.eval()(**prompt).logits)
+        answer = served.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert 0 < len(answer) <= 8
+    card = (result.folder / "adapter" / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained(" in card and "num_labels" not in card
+    config = json.loads((result.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and not config["modules_to_save"]

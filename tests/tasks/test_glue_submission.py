@@ -71,7 +71,9 @@ def test_predictions_stand_beside_the_number_that_the_source_gives_the_row(tmp_p
     logits = torch.randn(5, width, generator=torch.Generator().manual_seed(1)) * 4
     order = torch.tensor([2, 4, 0, 1, 3])
     outputs = {"row": order, "logits": logits[order]}
-    [file] = task.write_predictions(tmp_path / "out", split, outputs, Split(rows, rows))
+    file, zipped = task.write_predictions(tmp_path / "out", split, outputs, Split(rows, rows))
+    with zipfile.ZipFile(zipped) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {file.name: file.read_bytes()}
     assert file.name == {s: t.file for (n, s), t in TEST_SETS.items() if n == name}[split]
     found = read(file)
     assert list(found) == ["0", "1", "2", "3", "4"]
@@ -90,7 +92,7 @@ def test_scores_are_cut_to_the_scale(tmp_path):
     write_test_split(task, tmp_path, "test", range(3))
     rows = task.load_split("test")
     outputs = {"row": torch.arange(3), "logits": torch.tensor([[-0.3], [5.2], [2.25]])}
-    [file] = task.write_predictions(tmp_path, "test", outputs, Split(rows, rows))
+    file, _ = task.write_predictions(tmp_path, "test", outputs, Split(rows, rows))
     assert {key: float(value) for key, value in read(file).items()} == {"0": 0, "1": 5, "2": 2.25}
     outputs["logits"][1] = float("nan")
     with pytest.raises(UserError, match="not finite"):

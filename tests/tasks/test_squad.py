@@ -209,6 +209,34 @@ def whole(made: SquadTask, rows: datasets.Dataset, tokenizer, logits: Callable) 
     return collect(made, encoded, tokenizer, logits), Split(rows, encoded)
 
 
+# --- rows ---
+
+
+def test_rows_of_a_folder(tmp_path):
+    """Splits, the seeded subset and the hash; any one split alone, with or without answers."""
+    rows = rows_of(*((f"Who is {i}?", TEXT, "Virgin Mary") for i in range(20)))
+    table = [
+        {**row, "answers": {"text": row.pop("answers"), "answer_start": row.pop("starts")}} for row in rows.to_list()
+    ]
+    for name, part in (("train", table), ("dev", table[:4]), ("test", [{**row, "answers": None} for row in table[:3]])):
+        lines = ({key: value for key, value in row.items() if value is not None} for row in part)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    options = {"path": str(tmp_path), "validation_file": "dev.jsonl"}
+    loaded = task(**options).load()
+    assert loaded.train.to_list() == rows.to_list() and loaded.source == str(tmp_path)
+    assert loaded.validation["validation"].to_list() == rows.to_list()[:4]
+    few, again = (task(max_train_rows=7, **options).load() for _ in range(2))
+    assert few.train.to_list() == again.train.to_list() and few.data_hash == again.data_hash != loaded.data_hash
+    assert len(few.train) == 7 and few.train["id"][:] == [name for name in rows["id"] if name in set(few.train["id"])]
+
+    assert task(**options).load_split("validation").to_list() == rows.to_list()[:4]
+    unlabelled = task(**options).load_split("test")
+    assert unlabelled.column_names == ["id", "context", "question"] and len(unlabelled) == 3
+    made, tokenizer = task(**options), TOKENIZERS["bert"]
+    assert not made.labelled(Split(unlabelled, made.encode(unlabelled, tokenizer, training=False)))
+
+
 # --- windows ---
 
 
@@ -425,6 +453,17 @@ def test_inputs_are_the_models_own():
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=True)
     for batch in batches(made, encoded, tokenizer):
         assert set(made.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def test_dummy_batch_is_a_whole_step():
+    from transformers import GPT2Config, GPT2ForQuestionAnswering
+
+    made = task()
+    model = GPT2ForQuestionAnswering(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    batch = made.dummy(3, model)
+    assert batch["input_ids"].shape == (3, 40)
+    output = model(**made.inputs(batch))
+    assert made.loss(output, batch).isfinite() and made.outputs(output, batch)["span_score"].shape == (3, 5)
 
 
 def exhaustive(made: SquadTask, split: Split, logits: Callable, tokenizer) -> dict[int, list[tuple[float, str]]]:

@@ -130,6 +130,13 @@ def test_second_call_reads_the_cache(tokenizer, pairs, tmp_path):
     assert len(list((tmp_path / "tokenised").iterdir())) == 1  # and no scratch files
 
 
+def test_numbers_of_rows_are_not_part_of_the_key(tokenizer, pairs, tmp_path):
+    tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
+    counting = Counting(tokenizer)
+    tokenise(pairs.add_column("idx", list(range(N_ROWS))), MRPC, counting, 16, tmp_path)
+    assert counting.calls == 0
+
+
 def test_key_depends_on_all_that_matters(tokenizer, pairs, tmp_path):
     from transformers import AutoTokenizer
 

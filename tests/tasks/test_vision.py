@@ -242,6 +242,15 @@ def test_the_true_vit_has_its_grid_and_counts(cfg):
     assert models.backbone_parameters(model) == 85_798_656 and models.count_parameters(model)["head"] == 76_900
 
 
+def test_modules_named_from_the_model_itself(cfg):
+    c = cfg("task=digits", "model=tiny_vit")
+    model = models.meta_model(c.model, get_task(c.task))
+    grid = find_grid(model, ".", ["classifier", "vit.layers.3.mlp.fc2"], c.model.roles)
+    assert grid.names == (("classifier", "vit.layers.3.mlp.fc2"),) and grid.shapes == (((64, 5), (128, 64)),)
+    found = problems(find_grid, model, ".", ["classifer"])
+    assert found[0] == "classifer is no linear layer of this model" and "classifier" in found[1]
+
+
 def test_a_subset_of_the_training_images_is_always_the_same(folders, task):
     t = task(folders, "task.max_train_rows=5")
     first, second = t.load(), t.load()
@@ -251,7 +260,7 @@ def test_a_subset_of_the_training_images_is_always_the_same(folders, task):
     assert batch["labels"].tolist() == first.train["label"][:] and batch["row"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_hash_sees_a_changed_image_and_label(folders, task):
+def test_the_hash_sees_a_changed_image_and_label(folders, task, tmp_path):
     before = task(folders).load().data_hash
     assert task(folders).load().data_hash == before
     file = folders / "train" / "cat" / "0.png"
@@ -261,7 +270,14 @@ def test_the_hash_sees_a_changed_image_and_label(folders, task):
     file.write_bytes(content)  # at another time
     assert task(folders).load().data_hash == before
     file.rename(folders / "train" / "dog" / "zz.png")
-    assert task(folders).load().data_hash != before
+    after = task(folders).load().data_hash
+    assert after != before
+
+    parquet = to_parquet(folders, tmp_path / "p")
+    assert task(parquet).load().data_hash == after
+    table = pa.parquet.read_table(split := parquet / "train-00000-of-00001.parquet")
+    pa.parquet.write_table(table.set_column(1, table.field(1), pa.array([1, 0] * 6)), split)
+    assert task(parquet).load().data_hash != after
 
 
 def test_unlabelled_splits(folders, tmp_path, task):

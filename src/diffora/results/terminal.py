@@ -58,14 +58,14 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
 def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
     """Metrics of each split, and the files."""
     table = Table(title=f"{account['task']['name']}, {account['seconds']:.1f} s")
-    table.add_column("split")
-    table.add_column("rows", justify="right")
+    table.add_column("")
+    for split in account["metrics"]:
+        table.add_column(split, justify="right")
+    table.add_row("rows", *(f"{n:,}" for n in account["rows"].values()))
     names = list(dict.fromkeys(name for scores in account["metrics"].values() for name in scores))
     for name in names:
-        table.add_column(name, justify="right")
-    for split, scores in account["metrics"].items():
-        values = [f"{scores[name]:.4f}" if name in scores else "" for name in names]
-        table.add_row(split, f"{account['rows'][split]:,}", *values)
+        found = (scores.get(name) for scores in account["metrics"].values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in found))
     console = Console()
     console.print(table)
     if not names:

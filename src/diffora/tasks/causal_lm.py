@@ -6,6 +6,7 @@ transformers keeps them apart. Validation is not packed, so that each conversati
 """
 
 import bisect
+import hashlib
 import logging
 import math
 import re
@@ -71,7 +72,7 @@ class CausalLMTask(Task):
         return Rows(
             datasets.Dataset(train),
             {"validation": datasets.Dataset(validation)},
-            conversations.rows_hash(pa.concat_tables([train, validation])),
+            hashlib.sha256("".join(map(conversations.rows_hash, (train, validation))).encode()).hexdigest(),
             source,
         )
 
@@ -81,8 +82,7 @@ class CausalLMTask(Task):
         if c.path is None:
             names = {"train": c.train_split} | ({"validation": c.validation_split} if c.validation_split else {})
             return self._from_hub(names), c.hub
-        folder = Path(c.path)
-        check_folder(folder, "train and, where there is one, validation as .jsonl or .parquet")
+        folder = self._folder()
         there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
         return self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
 
@@ -91,7 +91,12 @@ class CausalLMTask(Task):
             return self.load().validation["validation"]
         if self.cfg.path is None:
             return datasets.Dataset(self._from_hub({split: split})[split])
-        return datasets.Dataset(self._from_files(Path(self.cfg.path), (split,))[split])
+        return datasets.Dataset(self._from_files(self._folder(), (split,))[split])
+
+    def _folder(self) -> Path:
+        folder = Path(self.cfg.path)
+        check_folder(folder, "train and, where there is one, validation as .jsonl or .parquet")
+        return folder
 
     def _from_hub(self, names: dict[str, str]) -> dict[str, pa.Table]:
         c = self.cfg

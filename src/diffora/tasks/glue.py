@@ -151,7 +151,7 @@ class GlueTask(Task):
         return [{"row": row, "prediction": name, "label": i} for row, name, i in zip(rows, names, classes, strict=True)]
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """A test split as the file that GLUE's server takes, under its official name; others as ``<name>.jsonl``.
+        """A test split as the table that GLUE's server takes, and zipped; other splits as ``<name>.jsonl``.
 
         Raises:
             UserError: a prediction that is no number.
@@ -165,7 +165,7 @@ class GlueTask(Task):
         numbers = rows["idx"] if "idx" in rows.column_names else outputs["row"].tolist()
         text = glue_submission.table(test_set, numbers, outputs["logits"])
         write_text(folder / test_set.file, text)
-        return [folder / test_set.file]
+        return [folder / test_set.file, glue_submission.pack(folder)]
 
 
 def compute_metrics(spec: TaskSpec, logits: Tensor, labels: Tensor) -> dict[str, float]:

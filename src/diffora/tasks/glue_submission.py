@@ -109,10 +109,24 @@ def bundle(folders: Sequence[Path], output: Path, fill_missing: bool = False) ->
         )
     if problems:
         raise UserError(problems)
+    _zip(output, contents)
+    return filled
+
+
+def pack(folder: Path) -> Path:
+    """Zip the tables that one run has left in a folder, as ``GLUE.zip`` beside them.
+
+    It has what a submission has of this run's task; `bundle` puts the runs for all tasks together.
+    """
+    files = [folder / test_set.file for test_set in TEST_SETS.values()]
+    _zip(folder / "GLUE.zip", {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()})
+    return folder / "GLUE.zip"
+
+
+def _zip(output: Path, contents: dict[str, str]) -> None:
     with atomic(output) as scratch, zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in contents.items():
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # without the time of writing
-    return filled
 
 
 def _faults(test_set: TestSet, content: str) -> list[str]:

@@ -69,7 +69,6 @@ class SquadTask(Task):
             )
         if cfg.path is None and (cfg.train_file or cfg.validation_file):
             yield "task.train_file and task.validation_file are files in the folder task.path, which is not given"
-
         if cfg.unanswerable and "null_threshold" not in cfg:
             yield "task.unanswerable=true needs task.null_threshold: start from task=squad_v2"
 

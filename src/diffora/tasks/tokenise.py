@@ -57,9 +57,10 @@ def tokenise(
             f"task.max_length={max_length} must be at least {room} (special tokens and one token of each text) and at "
             f"most {tokenizer.model_max_length} (what this model's tokenizer allows)."
         )
+    used = [name for name in (*spec.text_columns, "label") if name in dataset.column_names]
     facts = {
         "format": FORMAT_VERSION,
-        "rows": content_hash(dataset.data.table),
+        "rows": content_hash(dataset.data.table.select(used)),
         **tokenizer_facts(tokenizer),
         "columns": spec.text_columns,
         "max_length": max_length,

@@ -1,0 +1,257 @@
+"""What the commands of a page cost on one GPU: an estimate from the operations of each model, nothing measured.
+
+    python scripts/costs.py docs/reproduce.md             # prints an estimate for each block of commands
+    python scripts/costs.py docs/reproduce.md --write     # and puts it into the page, after each block
+
+For each run the adapted model takes a training step on tensors without content (`diffora.memory`), while the floating
+point operations of forward and backward pass and the kernels are counted. A step takes the longer of operations by
+``--teraflops`` and kernels by ``--microseconds``: small batches of short texts keep no GPU busy. An epoch is one such
+step for each batch, and a forward pass over the validation rows; a round of the search one of LoRA on all modules over
+the training rows. Startup, data and early stopping are left out. Memory is the estimate of ``dry_run=true``,
+at the largest batch of the longest rows, for the most demanding run of a block.
+"""
+
+import argparse
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffora import memory, models
+from diffora.config import conf_dir
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach
+from diffora.experiment import check
+
+TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused
+MICROSECONDS = 10.0  # that PyTorch takes to launch a kernel
+ROWS = 16  # of the batch by which operations are counted
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows of a task, and how many tokens one has on average (an image: 1, its tokens are the model's).
+
+    Lengths of CoLA, MRPC, WNLI and SQuAD were counted with BERT's tokenizer on their training rows (SQuAD: 5000 of
+    them, in windows of at most 384); the others are assumed, from what is known of these data sets.
+    """
+
+    train: int
+    validation: int
+    tokens: int
+
+
+SIZES = {
+    "mnli": Size(392_702, 19_647, 39),
+    "sst2": Size(67_349, 872, 13),
+    "cola": Size(8_551, 1_043, 11),
+    "qqp": Size(363_846, 40_430, 30),
+    "qnli": Size(104_743, 5_463, 50),
+    "rte": Size(2_490, 277, 70),
+    "mrpc": Size(3_668, 408, 53),
+    "stsb": Size(5_749, 1_500, 31),
+    "wnli": Size(635, 71, 37),
+    "squad": Size(89_200, 10_800, 175),  # windows: 1.02 to a question
+    "squad_v2": Size(132_900, 12_100, 175),
+    "cifar100": Size(50_000, 10_000, 1),
+    "food101": Size(75_750, 25_250, 1),
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute something: views do not, nor does asking a tensor for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "aten" and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations of a forward and of a backward pass for one token (or image), and kernels of both for a batch."""
+
+    forward: float
+    backward: float
+    kernels: int
+
+
+def job_overrides(line: str) -> list[list[str]]:
+    """The runs that a command starts, each as its overrides."""
+    words = [word for word in shlex.split(line) if "=" in word and not word.startswith(("hydra.", "logger="))]
+    jobs: list[list[str]] = [[]]
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            jobs = [[*job, f"{override.key_or_group}={v}"] for job in jobs for v in override.sweep_string_iterator()]
+        else:
+            jobs = [[*job, override.input_line] for job in jobs]
+    return jobs
+
+
+def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
+    """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
+    method, task = check(cfg)
+    model = models.meta_model(cfg.model, task)
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    if searching:
+        everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+        return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha)
+    by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # type: ignore[attr-defined]  # noqa: E731
+    method.adapt(model, grid, method.select(grid, cfg.seed, by_chance), cfg.seed)
+    return task, model, None
+
+
+def kind_of(cfg: DictConfig, searching: bool) -> tuple[Any, ...]:
+    """What an estimate is shared by: ranks and sizes of adapters, heads and the number of classes weigh little."""
+    return cfg.task._target_, cfg.model.name, cfg.trainer.precision, "search" if searching else cfg.method.name
+
+
+def step_of(cfg: DictConfig, searching: bool) -> Step:
+    """Count one step, once for all runs of a kind."""
+    key = kind_of(cfg, searching), cfg.task.get("train_head")
+    if key not in _counted:
+        _counted[key] = _count(cfg, searching)
+    return _counted[key]
+
+
+_counted: dict[Any, Step] = {}
+
+
+def _count(cfg: DictConfig, searching: bool) -> Step:
+    task, model, _ = adapted(cfg, searching)
+    model.train()
+    dtype = memory.AUTOCAST.get(cfg.trainer.precision)
+    with memory.without_memory(model), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        batch = task.dummy(ROWS, model)
+        tokens = 1
+        if "input_ids" in batch:
+            tokens = 175 if "squad" in cfg.task.name else 64
+            batch = {name: v[:, :tokens] if v.ndim == 2 else v for name, v in batch.items()}
+
+        def loss() -> torch.Tensor:
+            return task.loss(model(**task.inputs(batch)), batch)
+
+        with Kernels() as kernels:
+            loss().backward()
+        with sdpa_kernel(SDPBackend.MATH):  # of the others not every product is counted
+            with FlopCounterMode(display=False) as forward:
+                value = loss()
+            with FlopCounterMode(display=False) as backward:
+                value.backward()
+    flops = [counter.get_total_flops() / (ROWS * tokens) for counter in (forward, backward)]
+    return Step(*flops, kernels.count)
+
+
+def hours(cfg: DictConfig, given: argparse.Namespace) -> tuple[float, float]:
+    """(search, fine-tuning) of one run."""
+    size = SIZES[cfg.task.name]
+
+    def passes(step: Step, batch: int, epochs: int) -> float:
+        def seconds(rows: int, flops: float, kernels: int) -> float:
+            work = rows * size.tokens * flops / (given.teraflops * 1e12)
+            return max(work, -(-rows // batch) * kernels * given.microseconds / 1e6)
+
+        training = seconds(size.train, step.forward + step.backward, step.kernels)
+        return epochs * training
+
+    step = step_of(cfg, searching=False)
+    f = cfg.finetune
+    finetune = passes(step, f.batch_size // f.accumulate, f.epochs)
+    finetune += f.epochs * size.validation * size.tokens * step.forward / (given.teraflops * 1e12)
+    search = 0.0
+    if searches(cfg):
+        s = cfg.search
+        search = passes(step_of(cfg, searching=True), s.batch_size // s.accumulate, s.epochs)
+    return search / 3600, finetune / 3600
+
+
+def searches(cfg: DictConfig) -> bool:
+    return cfg.method.get("selector") == "search" and not cfg.method.get("selection")
+
+
+def gigabytes(cfg: DictConfig) -> float:
+    """Peak of a run, as ``dry_run=true`` estimates it, once for all runs of a kind and a size of batches."""
+    f = cfg.finetune
+    key = kind_of(cfg, False), f.batch_size // f.accumulate, cfg.task.get("max_length"), cfg.task.get("train_head")
+    if key not in _peaks:
+        _peaks[key] = _gigabytes(cfg)
+    return _peaks[key]
+
+
+_peaks: dict[Any, float] = {}
+
+
+def _gigabytes(cfg: DictConfig) -> float:
+    task, model, _ = adapted(cfg, searching=False)
+    peak = memory.of_finetuning(cfg, task, model).total
+    if searches(cfg):
+        task, model, layers = adapted(cfg, searching=True)
+        peak = max(peak, memory.of_search(cfg, task, model, layers).total)
+    return peak / 1e9
+
+
+def estimate(lines: list[str], given: argparse.Namespace) -> str:
+    """One sentence for a block of commands."""
+    runs: dict[str, int] = {}
+    configurations: dict[str, DictConfig] = {}
+    for line in lines:
+        for job in job_overrides(line):
+            key = json.dumps(sorted(override for override in job if not override.startswith("seed=")))
+            runs[key] = runs.get(key, 0) + 1
+            if key not in configurations:
+                configurations[key] = compose("config", job)
+    search = finetune = 0.0
+    largest: dict[str, tuple[int, DictConfig]] = {}
+    for key, cfg in configurations.items():
+        of_search, of_finetuning = hours(cfg, given)
+        search, finetune = search + runs[key] * of_search, finetune + runs[key] * of_finetuning
+        rows = cfg.finetune.batch_size // cfg.finetune.accumulate * cfg.task.get("max_length", 1)
+        if rows > largest.get(cfg.method.name, (0, cfg))[0]:
+            largest[cfg.method.name] = rows, cfg
+    peak = max(gigabytes(cfg) for _, cfg in largest.values())
+    searching = f", {search:.1f} of them searches" if search else ""
+    total = sum(runs.values())
+    return (
+        f"Estimate: {total} run{'s' if total > 1 else ''}, {search + finetune:.1f} GPU hours{searching}; "
+        f"at most {peak:.1f} GB."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--teraflops", type=float, default=TERAFLOPS, help="that the GPU reaches, of 10^12 a second")
+    parser.add_argument("--microseconds", type=float, default=MICROSECONDS, help="to launch a kernel")
+    given = parser.parse_args()
+    page = given.page.read_text()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+
+        def replace(block: re.Match[str]) -> str:
+            lines = re.findall(r"python train\.py (.*?)(?:\s+#.*)?$", block[1], re.MULTILINE)
+            if not lines:
+                return block[0]
+            sentence = estimate(lines, given)
+            print(block[1].strip(), "\n ", sentence, flush=True)
+            return f"```bash\n{block[1]}```\n\n{sentence}\n"
+
+        page = re.sub(r"```bash\n(.*?)```\n\nEstimate:[^\n]*\n", replace, page, flags=re.DOTALL)
+    if given.write:
+        given.page.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
