@@ -18,7 +18,7 @@ SHORT = [
 
 
 def write(folder, split, n, labels=True, flip=False):
-    """Entailment is about a poet, neutral about a nurse, contradiction about a robber; ``flip`` makes all labels wrong."""
+    """Entailment tells of a poet, neutral of a nurse, contradiction of a robber; ``flip`` makes all labels wrong."""
     label = [i % 3 for i in range(n)]
     columns = {
         "premise": [f"a {('poet', 'nurse', 'robber')[k]} was tired" for k in label],
