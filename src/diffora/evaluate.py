@@ -11,11 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from diffora import config, models
+from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
 from diffora.files import write_text
 from diffora.results import terminal
-from diffora.tasks.base import Outputs, Split, get_task
+from diffora.results.record import read_record
+from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.training.predict import predict
 from diffora.training.stages import quiet_libraries
 
@@ -72,21 +74,21 @@ def read_request(arguments: list[str]) -> Request:
         else:
             hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
             problems.append(f"{config.unknown_key(name, [*OWN, 'task', 'model', 'trainer'])}{hint}")
-    if len({"run", "adapter"} & own.keys()) != 1:
+    if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
     if not (isinstance(size := own.get("batch_size", 64), int) and size >= 1):
         problems.append(f"batch_size={size} must be a whole number of at least 1")
     if problems:
         raise UserError(problems)
 
-    place = Path(str(own.get("run") or own["adapter"]))
+    place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
     cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
     cfg = _override(cfg, choices if "run" in own else [], values)
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer."))]:
         raise UserError(problems)
     output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output={output} is not empty: choose another folder")
+    if output.is_file() or (output.exists() and any(output.iterdir())):
+        raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
     names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
     return Request(cfg, weights, names, output, size)
@@ -104,23 +106,32 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
-    from hydra import compose, initialize_config_dir
-
     if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
         raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
         raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return compose("config", choices), folder
+    return _compose(choices), folder
+
+
+def _compose(choices: list[str]) -> DictConfig:
+    """The configuration with some choices.
+
+    Raises:
+        UserError: every choice that there is not.
+    """
+    from hydra import compose, initialize_config_dir
+
+    try:
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            return compose("config", choices)
+    except Exception as error:
+        raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
 
 
 def _override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-
     for choice in choices:
         name = choice.partition("=")[0]
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-            cfg[name] = compose("config", [choice])[name]
+        cfg[name] = _compose([choice])[name]
     problems = []
     for key, value in values.items():
         section, _, rest = key.partition(".")
@@ -153,6 +164,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     names = request.splits or task.validation_splits
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights)
+    _check_classes(request, task)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     found: dict[str, dict[str, float]] = {}
@@ -192,4 +204,17 @@ def load_trained(cfg: DictConfig, weights: Path) -> tuple[nn.Module, Any]:
     models.set_padding(model, processor)
     if not whole:
         load_adapter(model, weights)
+    elif fresh := getattr(model, "fresh_modules", ()):
+        raise UserError(f"{weights} has no {fresh[0]}: it was trained for another kind of task")
     return model.eval(), processor
+
+
+def _check_classes(request: Request, task: Task) -> None:
+    """Refuse data that number the classes in another way than those the run was trained on."""
+    record = read_record(request.weights.parent) or {}
+    trained, names = record.get("classes"), task.head().get("id2label")
+    if trained and names and list(names.values()) != trained:
+        raise UserError(
+            f"the run was trained on the classes {', '.join(trained[:10])} ({len(trained)}), in this order; "
+            f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
+        )

@@ -87,6 +87,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     parts = Parts.load(cfg, folder, task)
     method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    if names := parts.arguments.get("id2label"):
+        record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
         return execute(parts, method, record, began)
 
@@ -189,6 +191,10 @@ def write_predictions(parts: Parts) -> None:
     """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``."""
     for name, split in parts.test.items():
         rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
-        outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+        try:
+            outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+        except UserError as error:  # the training is done and must not be lost with it
+            log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")
+            continue
         for file in parts.task.write_predictions(parts.folder / "predictions", name, outputs, split):
             log.info(f"predictions for {name}: {file}")

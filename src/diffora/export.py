@@ -186,7 +186,7 @@ from transformers import {task.model_class}
 base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="float32")
 {how_to_load}
 ```
-"""
+{task.usage}"""
 
 
 def export_model(model: nn.Module, folder: Path) -> None:
@@ -209,9 +209,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     elif (folder / SHARING).is_file():
         _load_pairs(model, folder)
     elif (folder / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(model, str(folder))
+        _load_with_peft(model, folder)
     else:
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no adapter_config.json")
 
@@ -261,8 +259,10 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
     except Exception as error:
         raise UserError(f"{folder} is not an adapter of this project: {error}") from None
     modules = dict(model.named_modules())
-    if missing := [name for name in config["target_modules"] if name not in modules]:
+    heads = config["modules_to_save"] or []
+    if missing := [name for name in [*config["target_modules"], *heads] if name not in modules]:
         raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
+    _check_heads(model, heads, folder)
     first = {name: names[0] for names in groups for name in names}
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for name in config["target_modules"]:
@@ -275,7 +275,34 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
         _fill(modules[name], {k.removeprefix(base): v for k, v in tensors.items() if k.startswith(base)}, folder)
         alpha = config["alpha_pattern"][f"^{re.escape(name)}"]
         model.set_submodule(name, LowRankLinear(modules[name], *pairs[source], alpha, config["lora_dropout"]))
-    for head in config["modules_to_save"] or ():
+    for head in heads:
         prefix = f"base_model.model.{head}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         _fill(model.get_submodule(head), state, folder)
+
+
+def _load_with_peft(model: nn.Module, folder: Path) -> None:
+    """What PEFT injects into a model; its own errors are of many kinds."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise UserError(f"{folder} is a prompt ({config.peft_type.value}), which is not part of the model")
+        _check_heads(model, config.modules_to_save or [], folder)
+        PeftModel.from_pretrained(model, str(folder))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"{folder} does not fit this model: {reason}") from error
+
+
+def _check_heads(model: nn.Module, saved: Sequence[str], folder: Path) -> None:
+    """Refuse an adapter without the model's head, which would stay as it was drawn."""
+    absent = [head for head in head_modules(model) if not any(f".{head}".endswith(f".{name}") for name in saved)]
+    if absent:
+        raise UserError(
+            f"{folder} has no {absent[0]}, the head of a {type(model).__name__}: "
+            "it was trained for another kind of task"
+        )

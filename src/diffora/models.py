@@ -149,10 +149,10 @@ def _quantisation(cfg: Any, task: Task) -> Any:
 
 def _not_quantised(cfg: Any, task: Task) -> list[str]:
     """Full names of the linear modules outside the repeated layers: heads, output embeddings, poolers."""
-    from diffora.core.stacks import main_stack
+    from diffora.core.stacks import find_stacks
 
     model = meta_model(cfg, task)
-    layers = tuple(f"{place}." for place in main_stack(model, None).layers)
+    layers = tuple(f"{place}." for stack in find_stacks(model) for place in stack.layers)
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(layers)]
 
 

@@ -97,3 +97,28 @@ def test_command_prints_help_quickly_and_errors_without_traceback():
     assert helped.returncode == 0 and "run=<run directory>" in helped.stdout
     wrong = subprocess.run([sys.executable, str(REPO / "evaluate.py"), "run=/nowhere"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: run=/nowhere") and "Traceback" not in wrong.stderr
+
+
+def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):
+    """Its head would stay as it was drawn, and be scored."""
+    torch.set_num_threads(1)
+    overrides = [o for o in quick if not o.startswith(("search.", "finetune.dropout"))]
+    run(cfg(*overrides, "method=lora", "finetune.epochs=1"), tmp_path / "text")
+    run(cfg(*overrides, "method=dora", "finetune.epochs=1"), tmp_path / "peft")
+    for weights in ("text", "peft"):
+        arguments = [f"adapter={tmp_path / weights / 'adapter'}", "model=tiny_llama", "task=dialogue"]
+        few = ["task.validation_rows=8", "task.train_rows=8"]
+        with pytest.raises(UserError, match="does not fit this model"):
+            evaluate(read_request([*arguments, *few, f"output={tmp_path / 'o'}"]))
+    lm = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "logger=[csv]", "task.train_rows=40"]
+    lm += ["task.validation_rows=8", "method=lora", "finetune.epochs=1", "finetune.warmup_steps=0"]
+    run(cfg(*lm), tmp_path / "lm")
+    arguments = [f"adapter={tmp_path / 'lm' / 'adapter'}", "model=tiny_llama", "task=paraphrase"]
+    with pytest.raises(UserError, match="has no score, the head"):
+        evaluate(read_request([*arguments, f"output={tmp_path / 'o'}"]))
+
+
+def test_choices_that_there_are_not_are_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="task=nope is not one of"):
+        read_request([f"adapter={tmp_path}", "task=nope", "model=tiny"])

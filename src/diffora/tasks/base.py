@@ -85,6 +85,8 @@ class Task:
     """Whether predictions made while training are scored too, for the generalisation gap."""
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     """Columns of a batch that are not for the model."""
+    usage: ClassVar[str] = ""
+    """What the model card says besides how to load the adapter."""
     validation_splits: tuple[str, ...] = ("validation",)
     """Labelled evaluation splits as the source names them, the official one first."""
     test_splits: tuple[str, ...] = ("test",)
@@ -234,6 +236,9 @@ def get_task(cfg: Any) -> Task:
     """
     from hydra.utils import get_class
 
+    if cfg.get("path"):  # the shell leaves a ~ behind = as it is
+        cfg = cfg.copy()
+        cfg.path = str(Path(cfg.path).expanduser())
     kind: Any = get_class(cfg._target_)
     task: Task = kind(cfg)
     if problems := list(task.problems()):

@@ -56,6 +56,12 @@ class CausalLMTask(Task):
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
     trains_head: bool = False
     maximise: ClassVar[bool] = False
+    usage = """
+To generate, write the conversation as in training:
+`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. To train on, load with `is_trainable=True`. The
+modules differ in rank; for servers that want one for all, merge first:
+`model.merge_and_unload().save_pretrained(folder)`.
+"""
     test_splits = ()  # a test split of conversations is for evaluate.py: it has its answers
 
     metrics = ("perplexity",)

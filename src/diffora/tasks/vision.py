@@ -512,6 +512,8 @@ class ImageTask(Task):
     # --- before training ---
 
     def problems(self) -> Iterator[str]:
+        if self.validation_splits == (None,):
+            yield "task.validation_split=null: images have no validation rows cut for them; give the split's name"
         if self.cfg.path is None and "hub" not in self.cfg:
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"
 
@@ -584,7 +586,12 @@ class ImageTask(Task):
         sources = [source for source in self.read(splits, labelled, problems) if source is not None]
         if problems:
             raise UserError(problems)
-        classes, declared = sources[0].classes, self.cfg.get("num_labels")
+        named = [source for source in sources if source.classes is not None]
+        classes, declared = (named[0].classes if named else self.classes), self.cfg.get("num_labels")
+        for source in named[1:]:
+            if source.classes != classes:
+                order = f"{some(source.classes or [])}, in this order; {named[0].name} has {some(classes or [])}"
+                problems.append(f"{source.name}: its classes are {order}.")
         if classes is None:
             if declared is None:
                 raise UserError(_NO_CLASSES)
