@@ -262,7 +262,8 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
     heads = config["modules_to_save"] or []
     if missing := [name for name in [*config["target_modules"], *heads] if name not in modules]:
         raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
-    _check_heads(model, heads, folder)
+    whole = [name for name in config["target_modules"] if f"base_model.model.{name}.base_layer.weight" in tensors]
+    _check_heads(model, [*heads, *whole], folder)
     first = {name: names[0] for names in groups for name in names}
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for name in config["target_modules"]:
