@@ -193,8 +193,9 @@ def write_predictions(parts: Parts) -> None:
         rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
         try:
             outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+            files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
             log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")
             continue
-        for file in parts.task.write_predictions(parts.folder / "predictions", name, outputs, split):
+        for file in files:
             log.info(f"predictions for {name}: {file}")

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from diffora.core.dam import relax
 from diffora.core.hypergradient import unrolled
 from diffora.core.linear import is_linear
-from diffora.core.lowrank import LowRankLinear
+from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.models import AUTOCAST
 from diffora.tasks.base import Batch, Task
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 QUANTISED = {"8bit": 1.0, "4bit": 0.516}
 """Bytes of a quantised weight, in 4 bits with its share of the constants: a byte for 64, a float32 for 256 of these."""
 
@@ -119,9 +119,7 @@ def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Se
     rows = _rows(cfg, cfg.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        for row, gates in zip(layers, relax(gamma), strict=True):
-            for layer, gate in zip(row, gates.unbind(), strict=True):
-                layer.gate = gate
+        set_gates(layers, relax(gamma))
         inputs = task.inputs(batch)
         if weights is None:
             return task.loss(model(**inputs), batch)

@@ -16,6 +16,8 @@ from diffora.hub import why_unreachable
 from diffora.tasks.base import Task
 
 HALF = (torch.float16, torch.bfloat16)
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What ``trainer.precision`` computes in; others compute in the dtype of the weights."""
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 
 

@@ -11,7 +11,7 @@ quantised. The update is computed in the precision of x, or of autocast, from A 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -246,6 +246,14 @@ def attach(
             layers.append(layer)
         result.append(layers)
     return result
+
+
+def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -> None:
+    """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or take the gates off."""
+    rows = [[None] * len(row) for row in layers] if gates is None else [row.unbind() for row in gates]
+    for row, values in zip(layers, rows, strict=True):
+        for layer, gate in zip(row, values, strict=True):
+            layer.gate = gate
 
 
 def detach(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ transformers keeps them apart. Validation is not packed, so that each conversati
 """
 
 import bisect
-import hashlib
 import logging
 import math
 import re
@@ -27,7 +26,7 @@ from diffora.tasks import conversations
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 from diffora.tasks.conversations import Turn
-from diffora.tasks.sources import check_folder, find_file, first_line, hub_splits, more, subset
+from diffora.tasks.sources import check_folder, find_file, first_line, hub_splits, joint_hash, more, subset
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ modules differ in rank; for servers that want one for all, merge first:
         return Rows(
             datasets.Dataset(train),
             {"validation": datasets.Dataset(validation)},
-            hashlib.sha256("".join(map(conversations.rows_hash, (train, validation))).encode()).hexdigest(),
+            joint_hash(map(conversations.rows_hash, (train, validation))),
             source,
         )
 

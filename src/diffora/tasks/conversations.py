@@ -13,7 +13,6 @@ a row has                             and means
 The first of these that a row has is taken, so that further columns do no harm.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from diffora.errors import UserError
-from diffora.tasks.sources import SUBSET_SEED, content_hash, first_line, more
+from diffora.tasks.sources import SUBSET_SEED, content_hash, first_line, joint_hash, more
 
 Turn = dict[str, str]
 
@@ -209,4 +208,4 @@ def rows_hash(table: pa.Table) -> str:
     said = {name: pc.struct_field(turns, name) for name in ("role", "content")}
     turn_counts = pc.list_value_length(table.column("messages"))
     rows = pa.table({"turns": turn_counts, "text": table.column("text")})
-    return hashlib.sha256((content_hash(rows) + content_hash(pa.table(said))).encode()).hexdigest()
+    return joint_hash(map(content_hash, (rows, pa.table(said))))

@@ -28,7 +28,7 @@ from diffora.files import write_text
 from diffora.tasks import squad_data, squad_metrics
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
-from diffora.tasks.sources import content_hash, subset
+from diffora.tasks.sources import content_hash, joint_hash, subset
 from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class SquadTask(Task):
         return Rows(
             train=datasets.Dataset(train),
             validation={"validation": datasets.Dataset(validation)},
-            data_hash=content_hash(pa.table({"split": [content_hash(train), content_hash(validation)]})),
+            data_hash=joint_hash([content_hash(train), content_hash(validation)]),
             source=self.cfg.path or self.cfg.hub,
         )
 

@@ -521,7 +521,7 @@ class ImageTask(Task):
         """Number and names of the classes; before anything is loaded, as far as YAML and folder names tell."""
         classes = self.classes
         if classes is None and self.cfg.path is not None:
-            train = Path(self.cfg.path).expanduser() / "train"
+            train = Path(self.cfg.path) / "train"
             classes = class_folders(train) if train.is_dir() else None
         if classes is None:
             if self.cfg.num_labels is None:
@@ -563,7 +563,7 @@ class ImageTask(Task):
         if cfg.path is None:
             hub = hub_splits(self.name, cfg.hub, None, splits, f"<folder with {self._wanted}>")
             return [read_table(f"{cfg.hub}, {name}", hub[name], columns, labelled, problems) for name in splits]
-        folder = Path(cfg.path).expanduser()
+        folder = Path(cfg.path)
         check_folder(folder, self._wanted)
         found: list[Source | None] = []
         for name in splits:

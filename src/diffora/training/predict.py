@@ -7,10 +7,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffora.errors import UserError
+from diffora.models import AUTOCAST
 from diffora.tasks.base import Collate, Outputs, Split, Task
 from diffora.training.data import whole_loader
-
-PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @torch.inference_mode()
@@ -27,7 +26,7 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
         UserError: memory ran out.
     """
     device = device_of(trainer.accelerator)
-    dtype = PRECISION.get(trainer.precision)
+    dtype = AUTOCAST.get(trainer.precision)
     home, training = next(model.parameters()).device, model.training
     model.to(device).eval()
     loader = whole_loader(split.encoded, collate, batch_size, trainer.num_workers)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffora.core.dam import entropy, relax
 from diffora.core.hypergradient import first_order, unrolled
-from diffora.core.lowrank import LowRankLinear
+from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.tasks.base import Batch, Task, parts_of
 from diffora.training.checkpoint import Stage
 
@@ -139,9 +139,7 @@ class SearchModule(Stage):
 
     def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """Loss with the gates at relax(gamma) (eq. 10), at ``weights`` where given."""
-        for layers, row in zip(self.layers, relax(gamma), strict=True):
-            for layer, gate in zip(layers, row.unbind(), strict=True):
-                layer.gate = gate
+        set_gates(self.layers, relax(gamma))
         inputs = self.task.inputs(batch)
         if weights is None:
             output = self.model(**inputs)
@@ -204,9 +202,7 @@ class SearchModule(Stage):
 
     def close_gates(self) -> None:
         """Take the gates off the layers."""
-        for layers in self.layers:
-            for layer in layers:
-                layer.gate = None
+        set_gates(self.layers, None)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
