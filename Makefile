@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := train.py src tests scripts
+SOURCES := train.py src tests scripts benchmarks
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,6 +34,21 @@ lint: venv ## ruff and mypy
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+bench-step: venv ## one optimisation step beside PEFT's and the floor's: benchmarks/results/step.json, docs/performance.md
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.plots
+
+bench-run: venv ## a whole run beside Hugging Face Trainer's: run.json; MRPC=<folder> MINILM=<folder>
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.plots
+
+bench-scale: venv ## how a step's cost grows, and what the search costs: scale.json
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.plots
+
+bench-plots: venv ## tables and pictures of docs/performance.md from benchmarks/results
+	$(BIN)/python -m benchmarks.plots
+
 pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)
 	$(BIN)/python scripts/pretrain_tiny.py
 	$(BIN)/python scripts/pretrain_tiny_vit.py
@@ -42,4 +57,4 @@ pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)
 clean: ## remove caches and the environment, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
 
-.PHONY: help venv quickstart test test-slow lint pretrain-tiny clean
+.PHONY: help venv quickstart test test-slow lint bench-step bench-run bench-scale bench-plots pretrain-tiny clean

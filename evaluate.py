@@ -11,13 +11,14 @@ Results go to evaluation-<time>/ in the run directory unless output= says otherw
 
 import sys
 
-from diffora.cli import command
+from diffora.cli import command, import_run
 
 
 def main() -> None:
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         return
+    import_run()
     from diffora.evaluate import evaluate, read_request
 
     evaluate(read_request(sys.argv[1:]))

@@ -1,9 +1,9 @@
 """python train.py method=diffora task=mrpc: search, select, fine-tune, evaluate. See `python train.py --help`."""
 
+from diffora.cli import command, job  # isort: skip  # first: a run's time counts from here
+
 import hydra
 from omegaconf import DictConfig
-
-from diffora.cli import command, job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

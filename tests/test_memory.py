@@ -1,6 +1,7 @@
 """The memory that a dry run foretells, against what the allocator hands out in a real step of the same size."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.experiment import run
 from diffora.tasks.base import get_task
+from diffora.training.search import SearchModule, SearchSettings
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]
 CASES = {
@@ -83,6 +85,12 @@ class Stand:
             loss = self.task.loss(self.model(**self.task.inputs(self.inputs)), self.inputs)
         torch.autograd.grad(loss, [gamma, *(p for p in self.model.parameters() if p.requires_grad)], allow_unused=True)
 
+    def joint_step(self) -> None:
+        settings = SearchSettings(1e-3, 1e-3, 1, 0.0, None, accumulate=1, update="simultaneous")
+        module = SearchModule(self.model, self.layers, list(range(len(self.layers[0]))), self.task, settings, seed=0)
+        module.trainer = SimpleNamespace(precision_plugin=None)
+        module._joint_gradients(self.inputs, self.inputs)
+
     def measured(self, step: Callable[[], None]) -> int:
         self.inputs = self.batch()
         step()  # what is made once
@@ -106,6 +114,14 @@ def test_the_estimate_of_the_search_is_what_the_allocator_sees(cfg, case):
     stand = Stand(cfg(*CASES[case]))
     estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
     assert estimate.activations == pytest.approx(stand.measured(stand.search_step), rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["packed", "checkpointing", "pair"])
+def test_the_estimate_of_the_simultaneous_search_is_what_the_allocator_sees(cfg, case):
+    stand = Stand(cfg(*CASES[case], "search.update=simultaneous"))
+    estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
+    assert estimate.shape[0] == 2 * stand.cfg.search.batch_size
+    assert estimate.activations == pytest.approx(stand.measured(stand.joint_step), rel=0.1)
 
 
 def test_the_second_order_needs_more_and_checkpointing_less(cfg):

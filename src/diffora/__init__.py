@@ -3,6 +3,6 @@
 import time
 
 START = time.time()
-"""When the package was first imported: the zero of a run's ``startup_s``."""
+"""When the package was first imported, which `train.py` does before all else: the zero of a run's ``startup_s``."""
 
 __version__ = "0.1.0"

@@ -53,6 +53,7 @@ RULES: dict[str, Check] = {
     "search.batch_size": _whole(1),
     "search.lr": POSITIVE,
     "search.gamma_lr": POSITIVE,
+    "search.update": _one_of("alternating", "simultaneous"),
     "search.order": _one_of(1, 2),
     "search.train_steps": _whole(1),
     "search.fraction": _number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on"),
@@ -172,6 +173,11 @@ def _combinations(cfg: DictConfig) -> Iterator[str]:
             )
     if "search" in cfg and cfg.search.get("order") == 2 and cfg.trainer.precision == "16-mixed":
         yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
+    if "search" in cfg and cfg.search.get("order") == 2 and cfg.search["update"] == "simultaneous":
+        yield (
+            "search.order=2 does not go with search.update=simultaneous: it differentiates through a weight step that "
+            "the Gamma step foresees; use search.update=alternating"
+        )
     if "search" in cfg and cfg.search.get("order") == 2 and cfg.trainer.gradient_checkpointing:
         yield "search.order=2 differentiates twice, which does not go with trainer.gradient_checkpointing=true"
 

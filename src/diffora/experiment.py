@@ -17,7 +17,6 @@ from torch import nn
 
 from diffora import START, config, models
 from diffora.core.selection import Selection
-from diffora.dryrun import dry_run
 from diffora.errors import UserError
 from diffora.export import Origin
 from diffora.methods.base import Method
@@ -77,6 +76,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     began = time.time() if began is None else began
     method, task = check(cfg)
     if cfg.dry_run:
+        from diffora.dryrun import dry_run
+
         return Result(folder, dry_run(cfg, method, task, folder), None, None)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
         terminal.print_result(done, task, folder)

@@ -7,8 +7,9 @@ it does not know: kernels' work space, fragmentation, and what the libraries the
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffora.core.dam import relax
-from diffora.core.hypergradient import unrolled
+from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
 from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.peers import rehearse
+from diffora.core.split import divided, shared_tables
 from diffora.models import AUTOCAST
 from diffora.tasks.base import Batch, Task
 
@@ -110,12 +113,13 @@ def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
 
 
 def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
-    """Of a step of the bi-level search. What its two halves keep is counted together; it is almost the same.
+    """Of a step of the bi-level search.
 
     Args:
         model: on the meta device, with a low-rank layer at each place of the grid; it is used up.
         layers: those layers, L x N.
     """
+    together = cfg.search["update"] == "simultaneous"
     rows = _rows(cfg, cfg.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -125,17 +129,39 @@ def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Se
             return task.loss(model(**inputs), batch)
         return task.loss(torch.func.functional_call(model, weights, kwargs=inputs, tie_weights=True), batch)
 
-    def step(batch: Batch) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)
+    def alternating(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
         if cfg.search.order == 1:
-            torch.autograd.grad(loss_at(batch, gamma), [gamma, *trained.values()], allow_unused=True)
-            return
-        at = lambda values: loss_at(batch, gamma, dict(zip(trained, values, strict=True)))  # noqa: E731
-        with sdpa_kernel(SDPBackend.MATH):
-            unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
+            with divided(layers, (), 0, rows):
+                first_order(loss_at(batch, gamma), gamma)
+        else:
+            at = lambda values: loss_at(batch, gamma, dict(zip(trained, values, strict=True)))  # noqa: E731
+            with sdpa_kernel(SDPBackend.MATH):
+                unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
+        torch.autograd.grad(loss_at(batch, gamma.detach()), list(trained.values()), allow_unused=True)
 
-    return _measure(cfg, task, model, rows, step)
+    def simultaneously(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
+        set_gates(layers, relax(gamma))
+        with divided(layers, shared_tables(model), rows, 2 * rows):
+            output = model(**task.inputs(batch))
+            train, valid = (
+                task.loss(SimpleNamespace(**_cut(output, part)), _cut(batch, part))
+                for part in (slice(rows), slice(rows, None))
+            )
+            pairs = [p for name, p in trained.items() if name.endswith((".lora_a", ".lora_bt"))]
+            head = [p for name, p in trained.items() if not name.endswith((".lora_a", ".lora_bt"))]
+            simultaneous(train, valid, pairs, head, gamma)
+
+    def step(batch: Batch) -> None:
+        trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)
+        (simultaneously if together else alternating)(batch, gamma, trained)
+
+    return _measure(cfg, task, model, 2 * rows if together else rows, step)
+
+
+def _cut(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
+    """Some rows of the tensors in a batch or a model's output."""
+    return {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
@@ -149,6 +175,7 @@ def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Cal
     model.train()
     with without_memory(model):
         batch = task.dummy(rows, model)
+        rehearse(model, **task.inputs(batch))  # as a stage does
         known = [*model.parameters(), *model.buffers(), *batch.values()]
         with LiveBytes(known) as live, torch.autocast("cpu", dtype, enabled=dtype is not None):
             step(batch)

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from diffora.core.dropout import use_cheap_dropout
 from diffora.errors import UserError
 from diffora.hub import why_unreachable
 from diffora.tasks.base import Task
@@ -114,6 +115,7 @@ def load_model(cfg: Any, task: Task) -> nn.Module:
     model.fresh_pooler = pooler if any(key.startswith(f"{pooler}.") for key in info["missing_keys"]) else None
     model.fresh_modules = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
     model.trains_head = task.trains_head
+    use_cheap_dropout(model)
     return freeze_backbone(model)
 
 
@@ -125,6 +127,7 @@ def meta_model(cfg: Any, task: Task) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = getattr(transformers, task.model_class).from_config(config, dtype=dtype_of(cfg))
     model.trains_head = task.trains_head  # type: ignore[assignment]
+    use_cheap_dropout(model)
     return freeze_backbone(model)
 
 
@@ -176,6 +179,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the name will change in transformers 6
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # transformers lets the embeddings require gradients, which only the other kind of checkpoint needs: the backward
+    # pass would no longer stop below the lowest adapter.
+    model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora.core.lowrank import add_lowrank
+from diffora.core.fused import Member, lowrank_linear
 from diffora.core.masking import draw_rows
 
 SCALE = 1.5
@@ -57,7 +56,9 @@ ROWS = torch.tensor([0, 2]), torch.tensor([1, 2, 3])
 
 
 def layer(x, weight, bias, lora_a, lora_bt, rows=None, dropout=0.0):
-    return add_lowrank(linear(x, weight, bias), x, lora_a, lora_bt, SCALE, None, dropout, rows)
+    bias = None if bias is None else bias.detach()
+    (y,) = lowrank_linear(x, [Member(weight.detach(), bias, None, lora_a, lora_bt, None, SCALE, rows)], dropout)
+    return y
 
 
 @pytest.mark.parametrize("x_needs_grad", [True, False])

@@ -29,7 +29,7 @@ class Notes(L.Callback):
         self.gamma.append(pl_module.gamma.tolist())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, update: str) -> None:
     torch.set_num_threads(1)
     model = small_deberta()
     grid = find_grid(model, "encoder.layer.*", TYPES)
@@ -37,9 +37,10 @@ def main(folder: Path) -> None:
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)
-    settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1)
+    settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1, update=update)
     module = SearchModule(model, layers, TYPES, small_task(), settings, seed=0)
-    data = SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0)
+    split, matched = split_search(np.arange(48), seed=0), update == "simultaneous"
+    data = SearchData(rows_of(), COLLATE, split, batch_size=8, seed=0, matched=matched)
     notes = Notes()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -61,4 +62,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,9 +1,20 @@
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import ddp_finetune
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TYPES, batch_of
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
@@ -11,6 +22,7 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.tasks.base import Split
+from diffora.training.checkpoint import NonFiniteLoss
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
 
@@ -37,12 +49,11 @@ def fit(module, epochs=2, **extra):
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **extra,
+        **({"logger": False} | extra),
     )
     trainer.fit(module, DataLoader(train, batch_size=None), DataLoader(valid, batch_size=None))
     return rows
@@ -127,7 +138,12 @@ def test_rate_warms_up_and_decays_to_zero(deberta):
     assert rates[4:] == pytest.approx([1e-3 * (20 - s) / 16 for s in range(4, 20)])
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def float16():
+    """What Lightning makes of 16-mixed on a GPU; on a CPU it would quietly take bfloat16."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_gradients_are_clipped(deberta, precision):
     module, norms = module_of(deberta), []
     clip = module.configure_gradient_clipping
@@ -141,8 +157,10 @@ def test_gradients_are_clipped(deberta, precision):
         norms.append((before, norm()))
 
     module.configure_gradient_clipping = watched
-    fit(module, epochs=1, gradient_clip_val=0.01, precision=precision)
-    assert len(norms) == 5 and min(before for before, _ in norms) > 0.02
+    how = {"plugins": [float16()]} if precision == "16-mixed" else {"precision": precision}
+    fit(module, epochs=1, gradient_clip_val=0.01, **how)
+    assert module.trainer.precision == precision
+    assert len(norms) == 5 and all(0.02 < before < 100 for before, _ in norms)
     assert max(after for _, after in norms) <= 0.01 * 1.001
 
 
@@ -164,8 +182,6 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(deberta):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(deberta):
-    from diffora.training.checkpoint import NonFiniteLoss
-
     module = module_of(deberta, lr=1e30)
     with pytest.raises(NonFiniteLoss, match="epoch 1"):
         fit(module)
@@ -245,3 +261,157 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
     losses = [(d @ d.T - torch.eye(len(d), dtype=d.dtype)).square().sum().item() for d in deltas]
     assert scores["update/orthogonality_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert module.results()["update/rank"] == 2 and "generalisation_gap" in module.results()
+
+
+@pytest.mark.parametrize("cut", [[2, 4], [1, 4], [3, 4]])
+def test_parts_of_a_batch_weigh_what_they_hold(cut):
+    """8, 1, 5 and 0 tokens count in the four rows of each batch, so that no two parts weigh the same."""
+    torch.set_num_threads(1)
+    whole = [ddp_finetune.batch(i) for i in range(3)]
+    parts = [ddp_finetune.some(b, slice(start, end)) for b in whole for start, end in zip([0, *cut], cut, strict=False)]
+    at_once = ddp_finetune.gradients(whole)
+    torch.testing.assert_close(ddp_finetune.gradients(parts, accumulate_grad_batches=2), at_once, rtol=1e-9, atol=1e-12)
+
+
+def test_a_part_in_which_nothing_counts_changes_nothing():
+    torch.set_num_threads(1)
+    whole = [ddp_finetune.batch(i) for i in range(3)]
+    parts = [ddp_finetune.some(b, rows) for b in whole for rows in (slice(3, 4), slice(0, 3))]
+    found, at_once = ddp_finetune.gradients(parts, accumulate_grad_batches=2), ddp_finetune.gradients(whole)
+    torch.testing.assert_close(found, at_once, rtol=1e-9, atol=1e-12)
+
+
+def test_an_epochs_last_step_of_fewer_parts_is_a_mean_too():
+    torch.set_num_threads(1)
+    whole = [ddp_finetune.batch(i) for i in range(2)]
+    parts = [ddp_finetune.some(whole[0], rows) for rows in (slice(0, 2), slice(2, 4))] + [whole[1]]
+    found, at_once = ddp_finetune.gradients(parts, accumulate_grad_batches=2), ddp_finetune.gradients(whole)
+    torch.testing.assert_close(found, at_once, rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Their rows hold 8 + 5 and 1 + 0 tokens; the mean is that of all, cut into parts or not."""
+    torch.set_num_threads(1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*launch, ddp_finetune.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = ddp_finetune.gradients([ddp_finetune.batch(i) for i in range(ddp_finetune.STEPS)])
+    for parts in (1, 2):
+        first, second = (torch.load(tmp_path / f"{parts}-{rank}.pt") for rank in (0, 1))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, one, rtol=1e-9, atol=1e-12)
+
+
+def test_a_float16_step_whose_gradients_overflow_is_skipped(deberta):
+    module, steps = module_of(deberta, warmup_steps=0), []
+    clip, overflow = module.configure_gradient_clipping, 2
+
+    def spoil(*args, **kwargs):
+        norm = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
+        assert norm < 100 or len(steps) == overflow  # the scale is in the thousands, and taken out
+        steps.append((module.trainer.precision_plugin.scaler.get_scale(), module.trainable_state()))
+        clip(*args, **kwargs)
+
+    class Spoil(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if len(steps) == overflow:
+                next(p for p in pl_module.parameters() if p.grad is not None).grad[0] = torch.inf
+
+    module.configure_gradient_clipping = spoil
+    fit(module, epochs=1, plugins=[float16()], gradient_clip_val=1.0, callbacks=[Spoil()])
+    assert module.optimizers().param_groups[0]["fused"]
+    scales, states = zip(*steps, strict=True)
+    moved = [any(not torch.equal(before[n], after[n]) for n in before) for before, after in itertools.pairwise(states)]
+    assert moved == [True, True, False, True]
+    assert scales[3] == scales[2] / 2
+
+
+def test_steps_are_logged_every_so_many_and_not_looked_at_in_between(deberta, monkeypatch):
+    class Notes(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append((step, metrics))
+
+        def save(self):
+            pass
+
+    rows: list = []
+    module, losses, looked = module_of(deberta), [], []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            losses.append(pl_module._losses[-1].item())
+
+    log_dict = module.log_dict
+    module.log_dict = lambda values, **how: looked.append(values) or log_dict(values, **how)
+    fit(module, epochs=2, callbacks=[Look()], logger=Notes("."), log_every_n_steps=3)
+    logged = [(step, metrics) for step, metrics in rows if "train/step_loss" in metrics]
+    assert [step for step, _ in logged] == [2, 5, 8]  # of ten
+    assert [metrics["train/step_loss"] for _, metrics in logged] == pytest.approx([losses[i] for i in (2, 5, 8)])
+    assert all(metrics["lr"] > 0 for _, metrics in logged)
+    assert len(looked) == 3 + 2  # and once an epoch
+
+
+def test_a_gpus_losses_are_looked_at_every_25_steps(deberta, monkeypatch):
+    module = module_of(deberta)
+    monkeypatch.setattr(FineTuneModule, "device", torch.device("meta"))  # any that is no CPU
+    module.trainer = SimpleNamespace(current_epoch=0)
+    for step in range(50):
+        module.watch(torch.tensor(torch.nan if step == 30 else 1.0))
+        if step == 49:
+            with pytest.raises(NonFiniteLoss):
+                module.on_train_batch_end(None, None, step)
+        else:
+            module.on_train_batch_end(None, None, step)
+
+
+def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deberta):
+    """Adapters in the upper one of two layers: embeddings and lower layer run as in evaluation."""
+    model = deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names[1:], torch.ones(1, 6, dtype=torch.bool), 2, None, alpha=4)
+    graphs, saved, inside = {}, {}, ["loss"]
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: inside.append(name))
+        module.register_forward_hook(lambda module, args, output: (inside.pop(), None)[1])
+
+    def look(module, args, output, name):
+        output = output[0] if isinstance(output, tuple) else output
+        graphs[name] = output.requires_grad
+
+    for name in ("deberta.embeddings", "deberta.encoder.layer.0", "deberta.encoder.layer.1"):
+        model.get_submodule(name).register_forward_hook(partial(look, name=name))
+
+    def pack(tensor):
+        saved.setdefault(inside[-1], []).append(tensor)
+        return tensor
+
+    model.train()
+    batch = batch_of(4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = small_task().loss(model(**small_task().inputs(batch)), batch)
+    assert graphs == {"deberta.embeddings": False, "deberta.encoder.layer.0": False, "deberta.encoder.layer.1": True}
+    assert not [name for name in saved if "embeddings" in name or "layer.0" in name]
+    assert any("layer.1" in name for name in saved)
+    loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_the_optimiser_and_checkpoints_know_trained_weights_only(deberta, tmp_path):
+    module = module_of(deberta)
+    fit(module, epochs=1)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained < sum(p.numel() for p in module.parameters()) / 3
+    module.trainer.save_checkpoint(tmp_path / "all.ckpt")
+    checkpoint = torch.load(tmp_path / "all.ckpt", weights_only=True)
+    tensors = {"optimiser": [], "weights": list(checkpoint["state_dict"].values())}
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        tensors["optimiser"] += [state["exp_avg"], state["exp_avg_sq"]]
+    assert sum(t.numel() for t in tensors["weights"]) == trained
+    assert sum(t.numel() for t in tensors["optimiser"]) == 2 * trained
+    rng = sum(t.numel() for t in checkpoint["diffora"]["rng"][0].values() if isinstance(t, torch.Tensor))
+    best = sum(t.untyped_storage().nbytes() for t in checkpoint["diffora"]["memory"]["best_state"].values())
+    assert best == 4 * trained and rng < 10_000

@@ -213,17 +213,18 @@ WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 WORKER = Path(__file__).with_name("ddp_search.py")
 
 
-def run_worker(processes: int, folder: Path) -> list[dict]:
+def run_worker(processes: int, folder: Path, update: str) -> list[dict]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*launch, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300, env=WITH_TESTS
+        [*launch, str(WORKER), str(folder), update], capture_output=True, text=True, timeout=300, env=WITH_TESTS
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
 
 
-def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp_path):
-    one, (first, second) = run_worker(1, tmp_path)[0], run_worker(2, tmp_path)
+@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
+def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp_path, update):
+    one, (first, second) = run_worker(1, tmp_path, update)[0], run_worker(2, tmp_path, update)
     assert len(one["gamma"]) == len(first["gamma"]) >= 6
     assert first["gamma"] == second["gamma"]  # after every step, to the last bit
     assert first["weights"] == second["weights"]

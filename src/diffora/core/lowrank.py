@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffora.core.linear import features, weight_of
+from diffora.core.fused import Member, lowrank_linear
+from diffora.core.linear import FLOATS, features, is_conv1d, weight_of
+from diffora.core.peers import Peers
 
 
 def add_lowrank(
@@ -29,9 +31,11 @@ def add_lowrank(
     scaling: float,
     gate: Tensor | None = None,
     dropout: float = 0.0,
-    rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Eq. 10: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``.
+    """Eq. 10: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``, in plain operations.
+
+    `LowRankLinear` computes the same with less work (`diffora.core.fused`); this is what that is checked against, and
+    what is compiled.
 
     Args:
         base: (..., out), the frozen layer's output.
@@ -41,21 +45,12 @@ def add_lowrank(
         scaling: alpha / rank.
         gate: scalar (an entry of the relaxed DAM), (rank,) (SoRA), (rank, rank) (FLoRA's core), or None for 1.
         dropout: rate on the input of A; 0 outside training.
-        rows: gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only, two index vectors ([R] Algorithm 1); the other
-            entries of the gradient are zero and are not computed. Not with a gate, and not differentiable twice.
 
     Returns:
         (..., out), in the precision of ``base``.
     """
     x = F.dropout(x, dropout) if dropout else x
     autocast = torch.is_autocast_enabled(x.device.type)
-    if rows is not None:
-        assert gate is None, "gates and masks do not go together"
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        factors = x.to(dtype), lora_a.to(dtype), lora_bt.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            update: Tensor = _MaskedUpdate.apply(*factors, *rows, scaling)  # type: ignore[no-untyped-call]
-        return base + update.to(base.dtype)
     if not autocast:  # which casts by itself, and a shared pair only once
         lora_a, lora_bt = lora_a.to(x.dtype), lora_bt.to(x.dtype)
     hidden = F.linear(x, lora_a)
@@ -66,43 +61,6 @@ def add_lowrank(
     else:
         hidden = (hidden * (gate * scaling)).to(hidden.dtype)
     return base + (hidden @ lora_bt).to(base.dtype)
-
-
-class _MaskedUpdate(torch.autograd.Function):
-    """``scaling * B A x`` whose backward pass computes the gradients of some rows of A and columns of B only.
-
-    The other entries of the gradient are zero and nothing is multiplied for them; of ``A x`` only the columns that
-    B's gradient needs are kept. The gradient of x is the whole one. Not differentiable twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_bt: Tensor, rows_a: Tensor, rows_b: Tensor, scaling: float
-    ) -> Tensor:
-        hidden = F.linear(x, lora_a)
-        hidden = hidden * scaling
-        kept = hidden.reshape(-1, hidden.shape[-1]).T[rows_b]
-        ctx.save_for_backward(x, lora_a, lora_bt, rows_a, rows_b, kept)
-        ctx.scaling = scaling
-        return hidden @ lora_bt
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_bt, rows_a, rows_b, kept = ctx.saved_tensors
-        grad_x, grad_a, grad_bt = None, None, None
-        flat = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[0]:
-            back = F.linear(flat, lora_bt) * ctx.scaling
-            grad_x = (back @ lora_a).view_as(x)
-            back = back.T[rows_a]
-        else:
-            back = F.linear(flat, lora_bt[rows_a]).T * ctx.scaling
-        if ctx.needs_input_grad[1]:
-            grad_a = torch.zeros_like(lora_a).index_copy_(0, rows_a, back @ x.reshape(-1, x.shape[-1]))
-        if ctx.needs_input_grad[2]:
-            grad_bt = torch.zeros_like(lora_bt).index_copy_(0, rows_b, kept @ flat)
-        return grad_x, grad_a, grad_bt, None, None, None
 
 
 class LowRankLinear(nn.Module):
@@ -119,10 +77,15 @@ class LowRankLinear(nn.Module):
         gate: an entry of the relaxed DAM, set from outside before each forward pass; or a trained parameter, (rank,)
             for SoRA's gates, (rank, rank) for FLoRA's core; or None.
         rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
+        split: how many leading examples (entries of dim 0 of x) train A and B^T; the later ones train the gate, which
+            may be nothing but a scalar then. 0 trains the gate alone. None trains whatever requires a gradient.
+        peers: finds the layers of the model that read the same input; None computes this layer by itself.
     """
 
     gate: Tensor | None
     rows: tuple[Tensor, Tensor] | None
+    split: int | None
+    peers: Peers | None
 
     def __init__(
         self, base: nn.Module, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
@@ -142,16 +105,56 @@ class LowRankLinear(nn.Module):
         self.dropout = dropout
         self.gate = None
         self.rows = None
+        self.split = None
+        self.peers = None
         self.merged = False
+        self._transposed = is_conv1d(base)
+        weight: Any = base.weight
+        self._plain_base = (type(base) is nn.Linear or self._transposed) and weight.dtype in FLOATS
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        base: Tensor = self.base(x)
         if self.merged:
-            return base
-        rows = self.rows if torch.is_grad_enabled() else None
+            merged: Tensor = self.base(x)
+            return merged
+        if torch.compiler.is_compiling():  # which fuses by itself
+            return self._plain(x)
+        if self.peers is None or not self._readable:
+            return self._together([self], x)[0]
+        return self.peers(self, x, self._together)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        assert self.rows is None and self.split is None, "masks and the simultaneous search do not compile"
         dropout = self.dropout if self.training else 0.0
-        return add_lowrank(base, x, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout, rows)
+        return add_lowrank(self.base(x), x, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout)
+
+    def _together(self, layers: Sequence["LowRankLinear"], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of layers that read the same x. This one says for all how it goes."""
+        members = [layer._member(x) for layer in layers]
+        return lowrank_linear(x, members, self.dropout if self.training else 0.0, self.split)
+
+    def _member(self, x: Tensor) -> Member:
+        own = self._parameters  # reading a module's attributes takes as long as a small product
+        gate: Tensor | None = self.gate
+        lora_a: Any = own["lora_a"]
+        lora_bt: Any = own["lora_bt"]
+        if gate is not None and gate.ndim:  # a vector or a matrix is folded into B
+            lora_bt = gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
+            gate = None
+        if not self._readable:
+            return Member(None, None, self.base(x), lora_a, lora_bt, gate, self.scaling, self.rows)
+        base: Any = self._modules["base"]
+        frozen = base._parameters
+        weight: Any = frozen["weight"]
+        weight = weight.t() if self._transposed else weight
+        return Member(weight, frozen["bias"], None, lora_a, lora_bt, gate, self.scaling, self.rows)
+
+    @property
+    def _readable(self) -> bool:
+        """Whether calling the base layer is nothing but a product with its weight."""
+        base: Any = self._modules["base"]
+        frozen = not base._parameters["weight"].requires_grad
+        return self._plain_base and frozen and not (base._forward_hooks or base._forward_pre_hooks)
 
     @property
     def weight(self) -> Tensor:
@@ -226,6 +229,7 @@ def attach(
         L x N, the new layers, None where a module was left alone.
     """
     shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+    peers = Peers()
     result: list[list[LowRankLinear | None]] = []
     for row, flags in zip(names, selected.tolist(), strict=True):
         layers: list[LowRankLinear | None] = []
@@ -242,6 +246,7 @@ def attach(
                 layers.append(None)
                 continue
             layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout)
+            layer.peers = peers
             model.set_submodule(name, layer)
             layers.append(layer)
         result.append(layers)
@@ -254,6 +259,13 @@ def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -
     for row, values in zip(layers, rows, strict=True):
         for layer, gate in zip(row, values, strict=True):
             layer.gate = gate
+
+
+def set_split(layers: Iterable[Iterable[LowRankLinear]], split: int | None) -> None:
+    """Say of each layer of an L x N grid how many leading examples train A and B (`LowRankLinear.split`)."""
+    for row in layers:
+        for layer in row:
+            layer.split = split
 
 
 def detach(model: nn.Module) -> None:

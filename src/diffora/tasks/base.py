@@ -85,6 +85,8 @@ class Task:
     """Whether predictions made while training are scored too, for the generalisation gap."""
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     """Columns of a batch that are not for the model."""
+    padding: ClassVar[Mapping[str, int]] = {"attention_mask": 0, "token_type_ids": 0}
+    """What columns as wide as the texts are padded with, besides ``input_ids``."""
     usage: ClassVar[str] = ""
     """What the model card says besides how to load the adapter."""
     validation_splits: tuple[str, ...] = ("validation",)
@@ -226,6 +228,28 @@ def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, fl
     weights = [task.weight(part) for part in parts]
     for part, weight in zip(parts, weights, strict=True):
         yield part, weight / sum(weights)
+
+
+def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
+    """One batch of the rows of two, the narrower one padded on the right.
+
+    Raises:
+        UserError: nothing says what to pad a column with.
+    """
+    padding = {"input_ids": pad_token_id, **task.padding}
+    batch = {}
+    for name, values in first.items():
+        both = [values, second[name]]
+        if values.shape[1:] != second[name].shape[1:]:
+            if name not in padding:
+                raise UserError(
+                    f"{type(task).__name__}.padding does not say what to pad {name} with, so that batches of different "
+                    "widths cannot be put together; search.update=alternating does not need it"
+                )
+            width = max(part.shape[1] for part in both)
+            both = [F.pad(part, (0, width - part.shape[1]), value=padding[name]) for part in both]
+        batch[name] = torch.cat(both)
+    return batch
 
 
 def get_task(cfg: Any) -> Task:

@@ -55,6 +55,7 @@ class CausalLMTask(Task):
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
     trains_head: bool = False
     maximise: ClassVar[bool] = False
+    padding: ClassVar = {**Task.padding, "labels": IGNORED, "position_ids": 0}  # a 0 begins a sequence of its own
     usage = """
 To generate, write the conversation as in training:
 `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. To train on, load with `is_trainable=True`. The

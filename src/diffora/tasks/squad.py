@@ -53,6 +53,7 @@ class SquadTask(Task):
     peft_type: ClassVar[str | None] = "QUESTION_ANS"
     scores_training = False
     targets = ("start_positions", "end_positions")
+    padding: ClassVar = {**Task.padding, "context": 0}
     test_splits = ("validation",)  # the test sets are not public
     main_metric = "f1"
 

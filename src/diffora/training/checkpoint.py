@@ -23,11 +23,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
+from diffora.core.peers import rehearse
 from diffora.files import atomic
 
 log = logging.getLogger(__name__)
 
 KEEP = 2
+WATCHED = 25
+"""After so many steps at the latest a loss that is not finite stops the run, on a CPU at once."""
 
 
 class DigestCheckpointIO(TorchCheckpointIO):
@@ -93,7 +96,8 @@ class Stage(L.LightningModule):
         self.elapsed = 0.0
         self.first_step_at: float | None = None
         self._rng: list[dict[str, Any]] | None = None
-        self._fault: Tensor | None = None
+        self._watched: list[Tensor] = []
+        self._rehearsed = False
 
     @property
     def strict_loading(self) -> bool:
@@ -152,19 +156,24 @@ class Stage(L.LightningModule):
         if self.first_step_at is None:
             self.first_step_at = time.time()
 
+    def rehearse(self, inputs: Mapping[str, Any]) -> None:
+        """Once in a process, before its first step: a run that is resumed then computes as one that never stopped."""
+        if not self._rehearsed:
+            rehearse(self.model, **inputs)
+            self._rehearsed = True
+
     def watch(self, loss: Tensor) -> None:
-        """Note a loss that is not finite; `raise_on_fault` looks later, so that a GPU need not be waited for."""
-        bad = ~torch.isfinite(loss.detach())
-        self._fault = bad if self._fault is None else self._fault | bad
+        """Keep a loss for `raise_on_fault`, which looks later, so that a GPU need not be waited for."""
+        self._watched.append(loss.detach())
 
     def raise_on_fault(self) -> None:
         """Stop the run if any loss since the last call was not finite; no checkpoint of it is written."""
-        fault, self._fault = self._fault, None
-        if fault is not None and bool(fault):
+        losses, self._watched = self._watched, []
+        if losses and not bool(torch.stack(losses).isfinite().all()):
             raise NonFiniteLoss(self.current_epoch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 25 == 0 or self.device.type == "cpu":
+        if self.device.type == "cpu" or len(self._watched) >= WATCHED:
             self.raise_on_fault()
 
     def on_train_epoch_end(self) -> None:

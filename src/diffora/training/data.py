@@ -14,6 +14,7 @@ therefore the data modules start their samplers at the Trainer's epoch.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -112,14 +113,15 @@ class Drawn(list[int]):
     Args:
         rows: the row numbers.
         draw: (seed, stream, epoch).
+        longest: tokens of the longest row of the batch, over all processes.
     """
 
-    def __init__(self, rows: Iterable[int], draw: tuple[int, int, int]) -> None:
+    def __init__(self, rows: Iterable[int], draw: tuple[int, int, int], longest: int) -> None:
         super().__init__(rows)
-        self.draw = draw
+        self.draw, self.longest = draw, longest
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Drawn, (list(self), self.draw)
+        return Drawn, (list(self), self.draw, self.longest)
 
 
 def look_up(dataset: datasets.Dataset, rows: Sequence[int]) -> dict[str, Any]:
@@ -188,7 +190,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         order = np.concatenate([chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks])
         for batch in rng.permutation(len(self)):
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield Drawn(self.indices[positions[self.rank :: self.world_size]].tolist(), draw)
+            mine = self.indices[positions[self.rank :: self.world_size]].tolist()
+            yield Drawn(mine, draw, int(self.lengths[positions].max()))
 
 
 class EvalBatchSampler(Sampler[list[int]]):
@@ -229,14 +232,23 @@ class BilevelBatchSampler(Sampler[dict[str, list]]):
     Each item is {"valid": rows, "train": [rows] * T}. A round (Lightning's epoch) is one pass over the
     search-train split; its last item has fewer than T train batches when T does not divide their number.
     The search-valid split is cycled through on its own count of epochs, computed from the round alone.
+
+    Args:
+        matched: give each train batch, or the first of T, a valid batch of about its length: the two are padded to one
+            width (``search.update=simultaneous``). The valid batches of a round are the same, in another order.
     """
 
     def __init__(
-        self, train_sampler: LengthGroupedBatchSampler, valid_sampler: LengthGroupedBatchSampler, train_steps: int = 1
+        self,
+        train_sampler: LengthGroupedBatchSampler,
+        valid_sampler: LengthGroupedBatchSampler,
+        train_steps: int = 1,
+        matched: bool = False,
     ) -> None:
         if train_steps < 1:
             raise UserError(f"train_steps={train_steps} per Γ step must be at least 1.")
         self.train, self.valid, self.train_steps = train_sampler, valid_sampler, train_steps
+        self.matched = matched
         self.round = train_sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -247,11 +259,19 @@ class BilevelBatchSampler(Sampler[dict[str, list]]):
 
     def __iter__(self) -> Iterator[dict[str, list]]:
         self.train.set_epoch(self.round)
-        train, valid = list(self.train), self._valid_from(self.round * len(self))
-        for start in range(0, len(train), self.train_steps):
-            yield {"valid": next(valid), "train": train[start : start + self.train_steps]}
+        batches = list(self.train)
+        train = [batches[start : start + self.train_steps] for start in range(0, len(batches), self.train_steps)]
+        valid = list(islice(self._valid_from(self.round * len(self)), len(self)))
+        if self.matched:
+            places, order = (
+                np.argsort([batch.longest for batch in part], kind="stable") for part in ([t[0] for t in train], valid)
+            )
+            for place, batch in zip(places, [valid[at] for at in order], strict=True):
+                valid[place] = batch
+        for valid_batch, train_batches in zip(valid, train, strict=True):
+            yield {"valid": valid_batch, "train": train_batches}
 
-    def _valid_from(self, step: int) -> Iterator[list[int]]:
+    def _valid_from(self, step: int) -> Iterator[Drawn]:
         """Search-valid batches from the one that belongs to the search's `step`-th item onwards, without end."""
         epoch, skip = divmod(step, len(self.valid))
         while True:
@@ -374,6 +394,7 @@ class SearchData(L.LightningDataModule):
         split: (search-train, search-valid) row numbers, from `split_search`.
         batch_size: rows per batch of all processes together, for both splits.
         train_steps: T, train batches per Γ step.
+        matched: pair batches of similar length, see `BilevelBatchSampler`.
     """
 
     def __init__(
@@ -385,9 +406,10 @@ class SearchData(L.LightningDataModule):
         seed: int,
         train_steps: int = 1,
         num_workers: int = 0,
+        matched: bool = False,
     ) -> None:
         super().__init__()
-        self.train, self.collate, self.split = train, collate, split
+        self.train, self.collate, self.split, self.matched = train, collate, split, matched
         self.batch_size, self.seed, self.train_steps, self.num_workers = batch_size, seed, train_steps, num_workers
 
     def train_dataloader(self) -> DataLoader:
@@ -406,7 +428,7 @@ class SearchData(L.LightningDataModule):
             for indices, stream in zip(self.split, (_SEARCH_TRAIN, _SEARCH_VALID), strict=True)
         )
         dataset = BilevelDataset(self.train, *self.split)
-        sampler = BilevelBatchSampler(train, valid, self.train_steps)
+        sampler = BilevelBatchSampler(train, valid, self.train_steps, self.matched)
         return _loader(dataset, sampler, BilevelCollator(self.collate), self.num_workers)
 
 

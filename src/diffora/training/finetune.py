@@ -29,6 +29,9 @@ class FineTuneSettings:
 class FineTuneModule(Stage):
     """Trains with AdamW, linear warm-up and linear decay to 0; keeps the best epoch.
 
+    A step's loss is the mean over all its terms (`Task.weight`: rows, or tokens that count), whatever parts of a batch
+    and processes they are divided over.
+
     The method's hooks run around each optimiser step. What a method adds to the loss is trained on, but neither
     reported as training loss nor evaluated. The training metric is that of the predictions made while training.
 
@@ -66,13 +69,13 @@ class FineTuneModule(Stage):
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
         self._begun = -1
+        self._terms = 0.0
+        self._first_terms = self._all_terms = torch.ones(())
 
     def configure_optimizers(self) -> Any:
         s = self.settings
         trainable = [p for p in self.parameters() if p.requires_grad]
-        # The fused step would unscale float16 gradients itself, after they have been clipped.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         self.adaptation.begin(total)
 
@@ -84,30 +87,64 @@ class FineTuneModule(Stage):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients as they are meant: not scaled, and of the mean over all terms of the step."""
+        # Lightning leaves this to fused optimisers, which do it too late: gradients are clipped first.
+        if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
+            scaler.unscale_(optimizer)
+        if (parts := self.trainer.accumulate_grad_batches) > 1:
+            # Lightning has divided by the number of parts there should be, `_share` by the terms of the first one.
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, parts * self._first_terms / self._all_terms.clamp(min=1))
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the norm. Lightning itself refuses this for any fused optimiser under bf16, where nothing is scaled."""
+        """Clip the norm. Lightning itself refuses this for any fused optimiser."""
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], gradient_clip_val)
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if self.trainer.training:
+            self._terms = self.task.weight(batch)  # counted here, on the CPU: a GPU would have to be waited for
+        return batch
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = self.trainer.global_step
-        if step != self._begun:  # the first part of the batch, where it is cut into several
+        first = step != self._begun  # part of the batch, where it is cut into several
+        if first:
             self.adaptation.before_step(step, self.current_epoch)
             self._begun = step
+        self.rehearse(self.task.inputs(batch))
         output = self.model(**self.task.inputs(batch))
         loss = self.task.loss(output, batch)
         self._losses.append(loss.detach())
         if self.task.scores_training:
             self._seen.append(self.task.outputs(output, batch))
-        values: dict[str, Any] = {"train/step_loss": loss.detach(), "lr": self._rate()}
+        values: dict[str, Any] = {"train/step_loss": loss.detach()}
         if (penalty := self.adaptation.penalty()) is not None:
             loss = loss + penalty
             values["train/penalty"] = penalty.detach()
         self.watch(loss)
-        self.log_dict(values, batch_size=1, rank_zero_only=True)
-        return loss
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (step + 1) % every == 0:  # what is logged in between nobody sees
+            self.log_dict(values | {"lr": self._rate()}, batch_size=1, rank_zero_only=True)
+        if self.trainer.accumulate_grad_batches == self.trainer.world_size == 1:
+            return loss
+        return loss * self._share(loss.detach(), first)
+
+    def _share(self, loss: Tensor, first: bool) -> Tensor:
+        """What the terms of this part weigh: 1 for as many as a process has on average in the step's first part."""
+        world = self.trainer.world_size
+        mine = torch.full_like(loss, self._terms)
+        terms = mine
+        if world > 1:
+            terms = mine.clone()
+            torch.distributed.all_reduce(terms)
+        if first:
+            self._first_terms = terms.clamp(min=1)  # where nothing counts, the loss is 0 anyway
+        self._all_terms = terms if first else self._all_terms + terms
+        return mine * world / self._first_terms
 
     def _rate(self) -> float:
         rate: float = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]

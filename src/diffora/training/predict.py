@@ -36,13 +36,14 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 output = model(**task.inputs(batch))
-            found.append({key: value.cpu() for key, value in task.outputs(output, batch).items()})
+            found.append(task.outputs(output, batch))  # which stay there, so that a GPU is not waited for
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory with batches of {batch_size} rows; try batch_size={batch_size // 2}") from error
     finally:
         model.to(home).train(training)
-    order = torch.cat([part["row"] for part in found]).argsort()
-    return {key: torch.cat([part[key] for part in found])[order] for key in found[0]}
+    outputs = {key: torch.cat([part[key] for part in found]).cpu() for key in found[0]}
+    order = outputs["row"].argsort()
+    return {key: values[order] for key, values in outputs.items()}
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -173,7 +173,7 @@ def search(
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     attached = attach(model, grid.names, everything, s.rank, None, alpha)
     layers = [[layer for layer in row if layer is not None] for row in attached]
-    settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate)
+    settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
     module = SearchModule(model, layers, grid.types, parts.task, settings, cfg.seed)
     data = SearchData(
         parts.train.encoded,
@@ -183,6 +183,7 @@ def search(
         cfg.seed,
         s.train_steps,
         cfg.trainer.num_workers,
+        matched=s["update"] == "simultaneous",
     )
     log.info(f"search: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     stage_loggers = loggers.of_stage("search")
@@ -370,6 +371,9 @@ def fit(
         log.info(f"{stage}: continuing from {newest[0]}")
         if module.restore_if_over(newest[1], settings.epochs):
             return
+    # Under trainer.deterministic torch also fills all memory that it hands out, to show who reads it before it is
+    # written: a twentieth of a step. Where the user only wants to be warned, that is not asked for.
+    torch.utils.deterministic.fill_uninitialized_memory = t.deterministic is True  # type: ignore[attr-defined]
     trainer = L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,

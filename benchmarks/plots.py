@@ -1,0 +1,362 @@
+"""The pictures and tables of docs/performance.md, made from benchmarks/results: no figure there is typed by hand.
+
+    python -m benchmarks.plots
+
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what has not been measured says how to.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+REPO = Path(__file__).parents[1]
+PAGE = REPO / "docs" / "performance.md"
+IMAGES = REPO / "docs" / "images"
+Result = Mapping[str, Any]
+
+NAMES = {
+    "floor": "floor",
+    "lora": "ours",
+    "lora_dropout": "ours, p = 0.1",
+    "peft": "PEFT LoRA",
+    "peft_dropout": "PEFT LoRA, p = 0.1",
+    "adalora": "PEFT AdaLoRA",
+    "full_ft": "full fine-tuning",
+    "diffora": "ours, after the search",
+    "simultaneous": "search, simultaneous",
+    "alternating": "search, alternating",
+    "two_floors": "two floors",
+    "two_peft_steps": "two PEFT steps",
+    "hf_trainer": "Hugging Face Trainer + PEFT",
+    "hf_trainer_grouped": "the same, grouped by length",
+}
+COLOURS = {
+    "floor": "#999999",
+    "lora": "#0072b2",
+    "lora_dropout": "#56b4e9",
+    "peft": "#d55e00",
+    "peft_dropout": "#e69f00",
+    "adalora": "#cc79a7",
+    "full_ft": "#444444",
+    "alternating": "#009e73",
+    "simultaneous": "#00c08b",
+    "two_floors": "#bbbbbb",
+    "two_peft_steps": "#b34700",
+}
+TARGETS = {
+    "finetune/floor": ("a fine-tuning step over the floor, MiniLM 32 x 128, p = 0", "peft/floor@minilm_32x128", 1.06),
+    "finetune/peft": ("a fine-tuning step over PEFT's, MiniLM 16 x 64, p = 0", None, 0.90),
+    "finetune_dropout/peft": ("the same with dropout 0.1 on the input of A", None, 0.80),
+    "bilevel/two_peft_steps": ("a bi-level step, simultaneous, 16 + 16 rows, over two PEFT steps of 16", None, 0.78),
+    "bilevel_alternating/two_peft_steps": ("the same, alternating as in the paper", None, None),
+    "search_memory/peft_memory": ("memory of the simultaneous step over PEFT's, 32 rows each", None, 0.80),
+    "search_memory_alternating/peft_memory": ("memory of the alternating step over PEFT's, 16 rows each", None, None),
+    "run/hf_trainer": ("MRPC, MiniLM, one epoch, command to metric, over Trainer + PEFT", None, 0.75),
+}
+"""Headline ratio: what it is, the ratio that PEFT has (None: 1, it is the yardstick), the most ours may be."""
+
+
+# --- tables ---
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+
+
+def middle(value: Result | None, digits: int = 2) -> str:
+    """Median and quartiles."""
+    if value is None:
+        return "not measured"
+    if value["rounds"] == 1:
+        return f"{value['median']:.{digits}f}"
+    return f"{value['median']:.{digits}f} ({value['q1']:.{digits}f}, {value['q3']:.{digits}f})"
+
+
+def machine(results: Mapping[str, Result | None]) -> str:
+    lines = []
+    for name, result in results.items():
+        if result is None:
+            continue
+        m, versions = result["machine"], ", ".join(f"{package} {v}" for package, v in result["versions"].items())
+        lines.append(
+            f"- `{name}.json`: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['ram_gb']:.0f} GB, "
+            f"{m['gpu'] or 'no GPU'}; load before the start {m['load_before']}; {versions}; {result['date']}"
+        )
+    return "\n".join(lines)
+
+
+def ratios(step: Result) -> str:
+    found, rows = step["ratios"], []
+    for key, (what, peft, target) in TARGETS.items():
+        mine = found.get(key)
+        met = "" if mine is None or target is None else "yes" if mine["median"] <= target else "**no**"
+        peers = "1" if peft is None else middle(found.get(peft))
+        most = "" if target is None else f"{target:.2f}"
+        rounds = "" if mine is None else str(mine["rounds"])
+        rows.append([f"`{key}`", what, peers, most, middle(mine, 3), met, rounds])
+    head = ["ratio", "what", "PEFT", "at most", "ours: median (quartiles)", "met", "rounds"]
+    return table(head, rows)
+
+
+def steps(step: Result) -> str:
+    blocks = []
+    for group, result in step["shapes"].items():
+        rows = [
+            [
+                NAMES[name],
+                middle(values["ms"], 0 if values["ms"]["median"] >= 100 else 1),
+                middle(values["over_floor"]),
+                f"{values['step_mb']:.0f}" if "step_mb" in values else "",
+                f"{values['rss_mb']:.0f}" if "rss_mb" in values else "",
+            ]
+            for name, values in result["contenders"].items()
+        ]
+        head = ["contender", "ms: median (quartiles)", f"over {NAMES[result['floor']]}", "step MB", "process MB"]
+        blocks.append(f"**{group}**, {step['settings']['rounds'][group]} rounds\n\n{table(head, rows)}")
+    return "\n\n".join(blocks)
+
+
+def other_ratios(step: Result) -> str:
+    keys = dict.fromkeys(key.split("@")[0] for key in step["ratios"] if "@" in key)
+    groups = [group for group in step["shapes"] if any(f"{key}@{group}" in step["ratios"] for key in keys)]
+    rows = []
+    for key in keys:
+        found = [step["ratios"].get(f"{key}@{group}") for group in groups]
+        rows.append([f"`{key}`", *("" if value is None else middle(value) for value in found)])
+    return table(["ratio", *groups], rows)
+
+
+def search(scale: Result) -> str:
+    s = scale["search"]
+    rows = [
+        [
+            name,
+            str(values["search_rounds"]),
+            str(values["epochs"]),
+            f"{values['search_steps/finetune_steps']:.3f}",
+            f"{values['alternating']:.2f}",
+            f"{values['simultaneous']:.2f}",
+        ]
+        for name, values in s["tasks"].items()
+    ]
+    costs = [[NAMES[name], middle(v["ms"], 0), f"{v['step_mb']:.0f}"] for name, v in s["steps"].items()]
+    head = ["task", "rounds", "epochs", "search steps / fine-tuning steps", "time, alternating", "time, simultaneous"]
+    return (
+        f"A step at {s['shape']} (a search step has as many rows again for Gamma):\n\n"
+        + table(["step", "ms: median (quartiles)", "step MB"], costs)
+        + "\n\nTime of the search over time of the fine-tuning:\n\n"
+        + table(head, rows)
+    )
+
+
+def exponents(scale: Result) -> str:
+    rows = []
+    for name, sweep in scale["sweeps"].items():
+        for what, unit in (("ms", "time"), ("step_mb", "memory")):
+            fits = [sweep["exponents"][contender][what] for contender in sweep["exponents"]]
+            rows.append([name, unit, *(f"{fit['exponent']:.2f} ± {fit['standard_error']:.2f}" for fit in fits)])
+    contenders = next(iter(scale["sweeps"].values()))["exponents"]
+    return table(["against", "of", *(NAMES[name] for name in contenders)], rows)
+
+
+def startup(run: Result) -> str:
+    s = run["startup"]
+    rows = [["`python train.py --help`", middle(s["help_s"]), "2"]]
+    if "first_step_s" in s:
+        rows.append(["command to first step, empty caches", middle(s["first_step_s"]), "8"])
+    imports = [[name, f"{seconds:.2f}"] for name, seconds in s["imports_s"].items()]
+    return (
+        table(["", "seconds: median (quartiles)", "at most"], rows)
+        + "\n\nImports of a run by package, each without what it imports of the others (`python -X importtime`, which "
+        "itself costs a little):\n\n" + table(["package", "seconds"], imports)
+    )
+
+
+def whole(run: Result) -> str:
+    s = run["settings"]
+    rows = []
+    for name, found in run["runs"].items():
+        accuracy, f1 = ([r[metric] for r in found] for metric in ("accuracy", "f1"))
+        rows.append(
+            [
+                "`train.py method=lora`" if name == "diffora" else NAMES[name],
+                middle(run["wall_s"][name], 1),
+                f"{sum(accuracy) / len(found):.3f}",
+                f"{sum(f1) / len(found):.3f}",
+                f"{found[0]['trainable']:,}",
+                str(len(found)),
+            ]
+        )
+    head = ["", "seconds: median (quartiles)", "accuracy, mean", "F1, mean", "trained parameters", "runs"]
+    names = list(dict.fromkeys(part for parts in run["parts"].values() for part in parts))
+    parts = [
+        [name, *(f"{found[name]:.1f}" if name in found else "" for found in run["parts"].values())] for name in names
+    ]
+    sides = ["ours" if name == "diffora" else NAMES[name] for name in run["parts"]]
+    return (
+        f"{s['data']}, {s['backbone']}, {s['train_rows']} rows, {s['epochs']} epoch, batch {s['batch']}, "
+        f"r = {s['rank']}:\n\n{table(head, rows)}\n\nWhere the seconds go (ours: one run with a clock in it; the peer: "
+        f"medians):\n\n{table(['part', *sides], parts)}"
+    )
+
+
+# --- pictures ---
+
+
+def picture_steps(step: Result) -> Figure:
+    """Each contender's step over the floor's of the same round, a panel a group; whiskers are quartiles."""
+    groups = {name: group for name, group in step["shapes"].items() if group["floor"] == "floor"}
+    panels, figure = _panels(groups, columns=3)
+    for axes, group in panels:
+        found = {name: c["over_floor"] for name, c in group["contenders"].items() if name != "floor"}
+        for i, (name, value) in enumerate(found.items()):
+            whiskers = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
+            axes.barh(i, value["median"], color=COLOURS[name], xerr=whiskers, error_kw={"lw": 0.8})
+        axes.axvline(1, color="0.3", lw=0.8, ls="--")
+        axes.set_yticks(range(len(found)), [NAMES[name] for name in found])
+    figure.supxlabel("step over the floor's (dashed), median and quartiles", size=9)
+    return figure
+
+
+def picture_memory(step: Result) -> Figure:
+    """What a step of each contender adds to memory, a panel a group."""
+    measured = {name: g for name, g in step["shapes"].items() if "step_mb" in next(iter(g["contenders"].values()))}
+    panels, figure = _panels(measured, columns=3)
+    for axes, group in panels:
+        names = list(group["contenders"])
+        values = [group["contenders"][name]["step_mb"] for name in names]
+        axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names])
+        axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
+    figure.supxlabel("MB that a step adds at its peak", size=9)
+    return figure
+
+
+def _panels(groups: Mapping[str, Result], columns: int) -> tuple[list[tuple[Any, Result]], Figure]:
+    """A panel with its title for each group, to be filled with horizontal bars from the top."""
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.6 * min(columns, len(groups)), 1.9 * rows + 0.4), layout="constrained")
+    found = figure.subplots(rows, min(columns, len(groups)), squeeze=False)
+    for axes in found.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, name in zip(found.flat, groups, strict=False):
+        axes.set_title(name, size=9)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return list(zip(found.flat, groups.values(), strict=False)), figure
+
+
+def picture_scaling(scale: Result) -> Figure:
+    """Time and memory against each thing that is varied, in logarithms."""
+    sweeps = scale["sweeps"]
+    figure = Figure(figsize=(2.3 * len(sweeps) + 1.2, 4.6), layout="constrained")
+    panels = figure.subplots(2, len(sweeps), squeeze=False, sharey="row", sharex="col")
+    for column, (name, sweep) in enumerate(sweeps.items()):
+        x = [int(value) for value in sweep["points"]]
+        for row, label in enumerate(("ms a step", "MB a step adds")):
+            axes = panels[row, column]
+            for contender in sweep["exponents"]:
+                costs = [point[contender] for point in sweep["points"].values()]
+                y = [cost["ms"]["median"] if row == 0 else cost["step_mb"] for cost in costs]
+                line = axes.plot(x, y, "o-", ms=3, lw=1.3, color=COLOURS[contender], label=NAMES[contender])[0]
+                if row == 0:
+                    low, high = ([cost["ms"][q] for cost in costs] for q in ("q1", "q3"))
+                    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.set_xticks(x, [str(value) for value in x])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(label, size=9)
+        panels[1, column].set_xlabel(name, size=9)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def picture_run(run: Result) -> Figure:
+    """The parts of a whole run, one bar a side."""
+    names = list(dict.fromkeys(part for parts in run["parts"].values() for part in parts))
+    figure = Figure(figsize=(8.6, 1.9), layout="constrained")
+    axes = figure.subplots()
+    for i, (_, parts) in enumerate(run["parts"].items()):
+        left = 0.0
+        for name, seconds in parts.items():
+            axes.barh(i, seconds, left=left, color=f"C{names.index(name)}", label=name)
+            left += max(0.0, seconds)
+    found = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.set_yticks(range(len(run["parts"])), ["ours" if n == "diffora" else NAMES[n] for n in run["parts"]], size=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds", size=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+# --- the page ---
+
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "ratios": ("step", ratios),
+    "steps": ("step", steps),
+    "other_ratios": ("step", other_ratios),
+    "search": ("scale", search),
+    "exponents": ("scale", exponents),
+    "startup": ("run", startup),
+    "run": ("run", whole),
+}
+PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {
+    "performance_steps": ("step", picture_steps, "a step of each contender over the floor's, by shape"),
+    "performance_memory": ("step", picture_memory, "MB that a step of each contender adds, by shape"),
+    "performance_scaling": ("scale", picture_scaling, "time and memory against batch, length, rank, layers, modules"),
+    "performance_run": ("run", picture_run, "the parts of a whole run, ours and the peer's"),
+}
+"""What is made of which result. Each has its place in the page; see `refresh`."""
+
+
+def refresh(page: str, results: Mapping[str, Result | None]) -> str:
+    """The page with every table and picture made anew.
+
+    Args:
+        page: Markdown with a place for each.
+        results: ``step``, ``run`` and ``scale``; None for what has not been measured.
+
+    Raises:
+        ValueError: the page has no place for a table or picture, or several.
+    """
+    content = {"machine": machine(results)}
+    for name, (source, make) in TABLES.items():
+        result = results[source]
+        content[name] = f"*Not measured yet: `make bench-{source}`.*" if result is None else make(result)
+    for name, (source, _, what) in PICTURES.items():
+        content[name] = "" if results[source] is None else f"![{what}](images/{name}.png)"
+    for name, text in content.items():
+        block = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        page, n = block.subn(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", page)
+        if n != 1:
+            raise ValueError(f"the page has {n} places between <!-- begin {name} --> and <!-- end {name} -->, not one")
+    return page
+
+
+def main() -> None:
+    from benchmarks.common import read
+
+    results = {name: read(name) for name in ("step", "run", "scale")}
+    for name, (source, draw, _) in PICTURES.items():
+        if results[source] is not None:
+            draw(results[source]).savefig(IMAGES / f"{name}.png", dpi=130)
+            print(f"written: {IMAGES / name}.png")
+    PAGE.write_text(refresh(PAGE.read_text(), results))
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

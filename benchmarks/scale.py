@@ -1,0 +1,154 @@
+"""How time and memory of a step grow with batch, length, rank, layers and adapted modules, and what a search costs.
+
+    python -m benchmarks.scale [--rounds N] [--only rank …] [--output FILE]
+
+MiniLM's shape with one thing changed at a time, from 16 rows of 64 tokens, r = 4, L = 6, N = 6. Contenders: the floor,
+ours, PEFT's LoRA, and a step of our search as the paper has it (``alternating``: a Gamma step and a weight step, each
+on as many rows). For each the exponent b of a power law, cost = a x^b, fitted by least squares to the logarithms of the
+medians, with its standard error. N counts modules from the first: Q, K, V, attention output, FFN in, FFN out.
+
+``search`` sets the search beside the fine-tuning at the settings of each recipe, for the shape of DeBERTaV3-base: the
+numbers of steps follow from the configuration, the costs of a step are measured here.
+
+Writes benchmarks/results/scale.json; with ``--only`` a file is written only where ``--output`` names it.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from benchmarks.common import (
+    CONTENDERS,
+    REPO,
+    RESULTS,
+    Shape,
+    allocated,
+    header,
+    interleave,
+    ratio,
+    spread,
+    write,
+)
+
+BASE = Shape("minilm", 16, 64)
+SEARCHES = ("alternating", "simultaneous")
+COMPARED = ("floor", "lora", "peft", "alternating")
+SWEEPS: dict[str, dict[int, Shape]] = {
+    "batch": {n: replace(BASE, rows=n) for n in (4, 8, 16, 32)},
+    "length": {n: replace(BASE, length=n) for n in (16, 32, 64, 128)},
+    "rank": {n: replace(BASE, rank=n) for n in (1, 4, 16, 64)},
+    "layers": {n: replace(BASE, changes={"num_hidden_layers": n}) for n in (3, 6, 12)},
+    "modules": {n: replace(BASE, modules=n) for n in (1, 2, 4, 6)},
+}
+PAPER = Shape("deberta_v3_base", 8, 64)
+STEPS_COMPARED = ("diffora", "lora", *SEARCHES)
+
+
+def measure(shape: Shape, names: Sequence[str], rounds: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """({contender: {"ms", "step_mb"}}, milliseconds by round) on one shape."""
+    backbone, batch = shape.build(), shape.batch()
+    both_levels = replace(shape, rows=2 * shape.rows).batch()
+    steps = {
+        name: partial(CONTENDERS[name](backbone, shape).step, both_levels if name in SEARCHES else batch)
+        for name in names
+    }
+    times = interleave(steps, rounds)
+    costs = {
+        name: {"ms": spread(times[name], 2), "step_mb": round(allocated(step) / 2**20, 2)}
+        for name, step in steps.items()
+    }
+    return costs, times
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """b of y = a x^b by least squares in the logarithms, and its standard error; at least three points."""
+    log_x, log_y = np.log(x), np.log(y)
+    log_x = log_x - log_x.mean()
+    b = float(log_x @ log_y / (log_x @ log_x))
+    rest = log_y - log_y.mean() - b * log_x
+    error = math.sqrt(float(rest @ rest) / (len(x) - 2) / float(log_x @ log_x))
+    return {"exponent": round(b, 3), "standard_error": round(error, 3)}
+
+
+def sweep(shapes: Mapping[int, Shape], rounds: int) -> dict[str, Any]:
+    """Costs at each value, and the exponents, of time and of memory, of each contender."""
+    points = {value: measure(shape, COMPARED, rounds)[0] for value, shape in shapes.items()}
+    fits = {}
+    for name in COMPARED:
+        ms = [point[name]["ms"]["median"] for point in points.values()]
+        memory = [point[name]["step_mb"] for point in points.values()]
+        fits[name] = {"ms": exponent(list(points), ms), "step_mb": exponent(list(points), memory)}
+    return {"points": points, "exponents": fits}
+
+
+def search_against_finetuning(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Time of the search over time of DiffoRA's fine-tuning, by task, from measured steps and the recipes' numbers.
+
+    Of n rows in a fraction f, the search takes f n (1 - v) / B steps a round, with v the part for Gamma; fine-tuning
+    n / B an epoch. B is the same in both by default, so that neither n nor B is left in the ratio.
+    """
+    costs, times = measure(shape, STEPS_COMPARED, rounds)
+    search = OmegaConf.load(REPO / "conf" / "method" / "diffora.yaml").search
+    step_ratios = {update: ratio(times, update, "diffora") for update in SEARCHES}
+    tasks = {}
+    for file in sorted((REPO / "conf" / "task").glob("*.yaml")):
+        task = OmegaConf.load(file)
+        if "search_epochs" not in task.recipe:
+            continue
+        steps = task.recipe.search_epochs * search.fraction * (1 - search.valid_fraction) / task.recipe.epochs
+        tasks[task.name] = {
+            "search_rounds": task.recipe.search_epochs,
+            "epochs": task.recipe.epochs,
+            "search_steps/finetune_steps": round(steps, 4),
+            **{update: round(steps * value["median"], 3) for update, value in step_ratios.items()},
+        }
+    settings = {key: search[key] for key in ("fraction", "valid_fraction", "train_steps")}
+    return {
+        "shape": f"{shape.model}, {shape.rows} x {shape.length}",
+        "settings": settings,
+        "steps": costs,
+        "step/finetune_step": step_ratios,
+        "tasks": tasks,
+    }
+
+
+def show(name: str, result: Mapping[str, Any]) -> None:
+    print(f"\n{name}")
+    for value, point in result["points"].items():
+        cells = (f"{n} {cost['ms']['median']:.0f} ms {cost['step_mb']:.0f} MB" for n, cost in point.items())
+        print(f"  {value:>4}  " + "   ".join(cells))
+    for n, fit in result["exponents"].items():
+        both = (f"{key} {f['exponent']:.2f} ± {f['standard_error']:.2f}" for key, f in fit.items())
+        print(f"  exponents of {n:<12}" + "   ".join(both), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "search"], help="these, in place of all")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    chosen = given.only or [*SWEEPS, "search"]
+    result: dict[str, Any] = header() | {"settings": {"rounds": given.rounds, "warmup_rounds": 1}, "sweeps": {}}
+    for name in (name for name in SWEEPS if name in chosen):
+        result["sweeps"][name] = sweep(SWEEPS[name], given.rounds)
+        show(name, result["sweeps"][name])
+    if "search" in chosen:
+        result["search"] = search_against_finetuning(PAPER, given.rounds)
+        print("\nsearch / fine-tuning, time")
+        for task, values in result["search"]["tasks"].items():
+            print(f"  {task:<12}" + "  ".join(f"{key} {value}" for key, value in values.items()))
+    output = given.output or (None if given.only else RESULTS / "scale.json")
+    if output is not None:
+        write(output, result)
+
+
+if __name__ == "__main__":
+    main()

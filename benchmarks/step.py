@@ -1,0 +1,186 @@
+"""One optimisation step of each contender side by side: forward, backward, optimiser step, gradients cleared.
+
+    python -m benchmarks.step [--rounds N] [--only minilm_16x64 …] [--no-memory] [--output FILE]
+
+The contenders of a group take turns in one process; who begins moves on by one each round. A figure is the median over
+rounds of the ratio to another contender in the same round, with quartiles. Memory is measured in a process for each
+contender, by the allocator: see `benchmarks.common.memory_of`. Contenders:
+
+    floor            the frozen backbone whose activations alone are back-propagated, and the head trained
+    lora             ours, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
+    peft             PEFT's LoRA, likewise; peft_dropout; adalora: PEFT's AdaLoRA
+    full_ft          every weight trained
+    simultaneous     our whole bi-level step in one pass over 16 search-valid and 16 search-train rows
+    alternating      the same as the paper has it: a Gamma step on the 16 valid rows, a weight step on the 16 train rows
+    two_peft_steps   a PEFT step on each 16 of the same 32 rows; two_floors likewise; floor, peft: all 32 rows in a step
+
+Writes benchmarks/results/step.json; with ``--only`` a file is written only where ``--output`` names it.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import (
+    BILEVEL,
+    CONTENDERS,
+    FINETUNING,
+    RESULTS,
+    Shape,
+    header,
+    in_own_processes,
+    interleave,
+    memory_of,
+    ratio,
+    read,
+    spread,
+    write,
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders that are compared on one shape."""
+
+    shape: Shape
+    contenders: Sequence[str]
+    rounds: int
+
+
+GROUPS = {
+    "minilm_16x64": Group(Shape("minilm", 16, 64), FINETUNING, 20),
+    "minilm_32x128": Group(Shape("minilm", 32, 128), FINETUNING, 10),
+    "minilm_16x64_backbone_dropout": Group(Shape("minilm", 16, 64, dropout=0.1), FINETUNING, 8),
+    "minilm_16+16x64_bilevel": Group(Shape("minilm", 32, 64), BILEVEL, 12),
+    "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 4),
+    "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 3),
+}
+GPU_GROUPS = {
+    "deberta_32x128_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), FINETUNING, 30),
+    "deberta_16+16x128_bilevel_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), BILEVEL, 30),
+    "llama_1b_4x512_gpu": Group(Shape("llama_1b", 4, 512, device="cuda"), FINETUNING, 20),
+}
+
+PAIRS = {
+    "finetune/floor": ("lora", "floor"),
+    "finetune/peft": ("lora", "peft"),
+    "finetune_dropout/peft": ("lora_dropout", "peft_dropout"),
+    "finetune_dropout/floor": ("lora_dropout", "floor"),
+    "peft/floor": ("peft", "floor"),
+    "peft_dropout/floor": ("peft_dropout", "floor"),
+    "adalora/floor": ("adalora", "floor"),
+    "full_ft/floor": ("full_ft", "floor"),
+    "bilevel/two_peft_steps": ("simultaneous", "two_peft_steps"),
+    "bilevel_alternating/two_peft_steps": ("alternating", "two_peft_steps"),
+    "bilevel/two_floors": ("simultaneous", "two_floors"),
+    "bilevel_alternating/two_floors": ("alternating", "two_floors"),
+    "bilevel/peft": ("simultaneous", "peft"),
+}
+"""Ratios of times by their name; each is reported as ``name@group`` for the groups that have both contenders."""
+
+MEMORY_PAIRS = {
+    "memory/peft_memory": ("lora", "peft"),
+    "memory_dropout/peft_memory": ("lora_dropout", "peft_dropout"),
+    "search_memory/peft_memory": ("simultaneous", "peft"),
+    "search_memory_alternating/peft_memory": ("alternating", "two_peft_steps"),
+}
+"""Ratios of ``step_mb``, between contenders that have equal rows in a pass."""
+
+HEADLINES = {
+    "finetune/floor": "minilm_32x128",
+    "finetune/peft": "minilm_16x64",
+    "finetune_dropout/peft": "minilm_16x64",
+    "bilevel/two_peft_steps": "minilm_16+16x64_bilevel",
+    "bilevel_alternating/two_peft_steps": "minilm_16+16x64_bilevel",
+    "search_memory/peft_memory": "minilm_16+16x64_bilevel",
+    "search_memory_alternating/peft_memory": "minilm_16+16x64_bilevel",
+}
+"""The ratios that are also reported by their bare name, and the group they are of."""
+
+
+def measure(group: Group, rounds: int, memory: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what goes under ``shapes``, ratios by name) for one group."""
+    occupied = {}
+    if memory:
+        found = in_own_processes(memory_of, [(group.shape, name) for name in group.contenders])
+        occupied = dict(zip(group.contenders, found, strict=True))
+    backbone = group.shape.build()
+    batch = group.shape.batch()
+    steps = {name: partial(CONTENDERS[name](backbone, group.shape).step, batch) for name in group.contenders}
+    times = interleave(steps, rounds, cuda=group.shape.device == "cuda")
+    base = "two_floors" if "two_floors" in times else "floor"
+    result = {
+        "shape": asdict(group.shape),
+        "floor": base,
+        "contenders": {
+            name: {"ms": spread(values, 2), "over_floor": ratio(times, name, base)} | occupied.get(name, {})
+            for name, values in times.items()
+        },
+    }
+    return result, ratios(times, occupied)
+
+
+def ratios(times: Mapping[str, Sequence[float]], occupied: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """`PAIRS` and `MEMORY_PAIRS` of one group, as far as it has both sides."""
+    found = {name: ratio(times, *pair) for name, pair in PAIRS.items() if times.keys() >= set(pair)}
+    for name, (top, bottom) in MEMORY_PAIRS.items():
+        if occupied.keys() >= {top, bottom}:  # allocations are the same in every step
+            found[name] = spread([occupied[top]["step_mb"] / occupied[bottom]["step_mb"]])
+    return found
+
+
+def headlines(found: Mapping[str, Any]) -> dict[str, Any]:
+    """All ratios of a result, the headlines first under their bare names, with the whole run's that `run` measures."""
+    chosen = {name: found[f"{name}@{group}"] for name, group in HEADLINES.items() if f"{name}@{group}" in found}
+    whole = read("run")
+    if whole is not None and "run/hf_trainer" in whole["ratios"]:
+        chosen["run/hf_trainer"] = whole["ratios"]["run/hf_trainer"]
+    return chosen | dict(found)
+
+
+def show(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    print(f"\n{name}\n  {'contender':<16}{'ms':>10}{'quartiles':>20}{'/ floor':>9}{'step MB':>10}{'RSS MB':>9}")
+    for contender, values in result["contenders"].items():
+        ms = values["ms"]
+        memory = "".join(
+            f"{values[key]:>{width}.1f}" for key, width in (("step_mb", 10), ("rss_mb", 9)) if key in values
+        )
+        print(
+            f"  {contender:<16}{ms['median']:>10.1f}{ms['q1']:>10.1f}{ms['q3']:>10.1f}{values['over_floor']['median']:>9.3f}{memory}"
+        )
+    for key, value in found.items():
+        print(f"  {key:<40}{value['median']:>7.3f}  ({value['q1']:.3f}, {value['q3']:.3f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = GROUPS | (GPU_GROUPS if torch.cuda.is_available() else {})
+    parser.add_argument("--only", nargs="+", choices=list(groups), help="groups, in place of all")
+    parser.add_argument("--rounds", type=int, help="for every group, in place of its own number")
+    parser.add_argument("--threads", type=int, help="in place of torch's choice, a thread for each core")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    result: dict[str, Any] = header() | {"settings": {"rounds": {}, "warmup_rounds": 1}, "shapes": {}, "ratios": {}}
+    every: dict[str, Any] = {}
+    for name in given.only or groups:
+        rounds = given.rounds or groups[name].rounds
+        result["shapes"][name], found = measure(groups[name], rounds, not given.no_memory)
+        result["settings"]["rounds"][name] = rounds
+        every |= {f"{key}@{name}": value for key, value in found.items()}
+        show(name, result["shapes"][name], found)
+    result["ratios"] = headlines(every)
+    output = given.output or (None if given.only else RESULTS / "step.json")
+    if output is not None:
+        write(output, result)
+
+
+if __name__ == "__main__":
+    main()

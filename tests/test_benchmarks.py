@@ -1,0 +1,247 @@
+"""The benchmarks on tiny shapes: equal contenders, whole results, the page that is made of them. No time is judged."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO))
+
+from benchmarks import common, plots, run, scale, step  # noqa: E402
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+BERT = common.Shape("minilm", 4, 8, changes=SMALL | {"num_hidden_layers": 2})
+DEBERTA = common.Shape("deberta_v3_base", 4, 8, changes=SMALL | {"num_hidden_layers": 2, "pooler_hidden_size": 32})
+LLAMA = common.Shape(
+    "llama_1b", 4, 8, changes=SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
+)
+
+
+def made(shape, *names):
+    backbone = shape.build()
+    return [common.CONTENDERS[name](backbone, shape) for name in names]
+
+
+def gradients(contender, batch):
+    """By the names of the adapted modules and of the head, in the layout of PEFT."""
+    contender.loss(batch).backward()
+    found = {}
+    for name, p in contender.model.named_parameters():
+        if p.grad is not None:
+            name = name.removeprefix("base_model.model.").replace(".default.weight", "").replace("lora_A", "lora_a")
+            transposed = name.endswith("lora_bt")
+            found[name.replace("lora_bt", "lora_B")] = p.grad.T if transposed else p.grad
+    return found
+
+
+@pytest.mark.parametrize("shape", [BERT, DEBERTA, LLAMA], ids=lambda shape: shape.model)
+def test_ours_and_peft_are_the_same_function_of_the_same_weights(shape):
+    batch = shape.batch()
+    ours, peft = made(shape, "lora", "peft")
+    assert ours.loss(batch).item() == pytest.approx(peft.loss(batch).item(), rel=1e-4)
+    mine, theirs = gradients(ours, batch), gradients(peft, batch)
+    assert mine.keys() == theirs.keys() and len(mine) > 20
+    tolerance = 2e-2 if shape is LLAMA else 1e-4  # its weights are in bfloat16
+    for name, gradient in mine.items():
+        scale_of = theirs[name].abs().max().item()
+        torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=tolerance * scale_of + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("shape", [BERT, DEBERTA], ids=lambda shape: shape.model)
+def test_the_floor_back_propagates_through_every_layer_and_trains_the_head_alone(shape):
+    floor, full, ours = made(shape, "floor", "full_ft", "lora")
+    batch = shape.batch()
+    seen = []
+    first = shape.names(floor.model)[0]
+    floor.model.get_submodule(first).register_full_backward_hook(lambda *given: seen.append(given[1][0]))
+    assert floor.loss(batch).item() == pytest.approx(full.loss(batch).item(), rel=1e-5)
+    head = {name for name, p in ours.model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert head and set(gradients(floor, batch)) == head
+    assert seen and seen[0].abs().max() > 0  # the first layer's input has a gradient
+
+
+def test_a_step_of_each_contender_changes_what_it_trains_and_leaves_the_shared_backbone_alone():
+    backbone = BERT.build()
+    shared = {name: p.clone() for name, p in backbone.named_parameters()}
+    for name, make in common.CONTENDERS.items():
+        contender = make(backbone, BERT)
+        model = contender.module if isinstance(contender, common.Search) else contender.model
+        trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        contender.step(BERT.batch())
+        after = dict(model.named_parameters())
+        moved = [n for n, before in trained.items() if not torch.equal(before, after[n])]
+        assert len(moved) > 0.8 * len(trained), name
+        assert all(p.grad is None for p in model.parameters()), name
+    for name, p in backbone.named_parameters():
+        assert torch.equal(p, shared[name]), name
+
+
+def test_two_halves_are_two_steps():
+    whole, halves = made(BERT, "floor", "two_floors")
+    batch = BERT.batch()
+    whole.step(batch)
+    halves.step(batch)
+    assert (whole.number, halves.number) == (1, 2)
+    parts = list(common.cut(batch, 2))
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts]), batch["input_ids"])
+
+
+def test_memory_counts_what_a_step_adds():
+    megabyte = 2**18  # float32
+    kept = []
+
+    def add() -> None:
+        passing = torch.zeros(3 * megabyte)
+        kept.append(torch.zeros(2 * megabyte))
+        del passing
+
+    assert common.allocated(add) == pytest.approx(5 * 2**20, rel=0.01)
+    bigger = replace(BERT, rows=16, length=16)
+    small, large = (common.memory_of(shape, "lora")["step_mb"] for shape in (BERT, bigger))
+    assert large > 2 * small
+
+
+def test_rounds_begin_with_another_contender_each():
+    order = []
+    names = ("a", "b", "c")
+    times = common.interleave({name: lambda name=name: order.append(name) for name in names}, rounds=3, warmup=1)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(names, 3)
+    assert common.ratio({"a": [2, 9, 4], "b": [1, 3, 4]}, "a", "b") == {"median": 2, "q1": 1.5, "q3": 2.5, "rounds": 3}
+
+
+def test_exponents_are_those_of_power_laws():
+    x = [1, 2, 4, 8]
+    assert scale.exponent(x, [3 * v**1.5 for v in x]) == {"exponent": 1.5, "standard_error": 0.0}
+    fit = scale.exponent(x, [1, 2, 4, 16])
+    assert fit["exponent"] == pytest.approx(1.3) and fit["standard_error"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Small results of all three benchmarks; the whole run is made up, its processes are tested below."""
+    every, shapes = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "in_own_processes", lambda function, jobs: [function(*job) for job in jobs])
+        for name in (name for name in step.GROUPS if name.startswith("minilm")):
+            small = step.Group(BERT, step.GROUPS[name].contenders, 2)
+            shapes[name], found = step.measure(small, 2, memory=name == "minilm_16+16x64_bilevel")
+            every |= {f"{key}@{name}": value for key, value in found.items()}
+    rounds = dict.fromkeys(shapes, 2)
+    of_step = common.header() | {"settings": {"rounds": rounds}, "shapes": shapes, "ratios": step.headlines(every)}
+    shapes_of_sweep = {n: replace(BERT, rows=n) for n in (2, 4, 8)}
+    of_scale = common.header() | {"sweeps": {"batch": scale.sweep(shapes_of_sweep, 1)}}
+    of_scale["search"] = scale.search_against_finetuning(BERT, 2)
+    sides = {"diffora": {"training": 2.0, "rest": 1.0}, "hf_trainer": {"imports": 1.0, "training": 3.0}}
+    runs = {side: [{"accuracy": 0.8, "f1": 0.9, "trainable": 10}] for side in sides}
+    of_run = common.header() | {
+        "settings": {"data": "d", "backbone": "b", "train_rows": 4, "epochs": 1, "batch": 2, "rank": 4},
+        "startup": {"imports_s": {"torch": 1.0}, "help_s": common.spread([1.0]), "first_step_s": common.spread([2.0])},
+        "runs": runs,
+        "wall_s": {side: common.spread([3.0, 4.0]) for side in sides},
+        "parts": sides,
+    }
+    return json.loads(json.dumps({"step": of_step, "run": of_run, "scale": of_scale}))
+
+
+def test_results_have_every_headline(results):
+    found = results["step"]["ratios"]
+    of_memory = {"search_memory/peft_memory", "search_memory_alternating/peft_memory"}
+    assert set(plots.TARGETS) - {"run/hf_trainer"} <= set(found)
+    for name, value in found.items():
+        assert value.keys() == {"median", "q1", "q3", "rounds"}, name
+        assert value["rounds"] == (1 if name.split("@")[0] in of_memory else 2), name
+    assert found["finetune/peft"] == found["finetune/peft@minilm_16x64"]
+    assert results["step"]["machine"].keys() >= {"cpu", "cores", "threads", "ram_gb"}
+    assert results["step"]["versions"].keys() == {"python", "torch", "transformers", "peft", "diffora"}
+
+
+def test_search_costs_follow_from_the_recipes(results):
+    tasks = results["scale"]["search"]["tasks"]
+    assert tasks["mrpc"]["search_steps/finetune_steps"] == pytest.approx(5 * 0.5 / 14, abs=1e-4)
+    median = results["scale"]["search"]["step/finetune_step"]["alternating"]["median"]
+    assert tasks["mrpc"]["alternating"] == pytest.approx(5 * 0.5 / 14 * median, abs=2e-3)
+
+
+def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
+    page = plots.PAGE.read_text()
+    full = plots.refresh(page, results)
+    assert "Not measured yet" not in full
+    assert all(f"images/{name}.png" in full for name in plots.PICTURES)
+    assert plots.refresh(full, results) == full
+    empty = plots.refresh(full, dict.fromkeys(("step", "run", "scale")))
+    assert empty.count("Not measured yet") == len(plots.TABLES) and "images/" not in empty
+    for name, (source, draw, _) in plots.PICTURES.items():
+        draw(results[source]).savefig(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="ratios"):
+        plots.refresh(page.replace("<!-- begin ratios -->", ""), results)
+
+
+def test_the_page_is_up_to_date_with_the_results_that_are_there():
+    there = {name: common.read(name) for name in ("step", "run", "scale")}
+    assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
+
+
+def test_both_sides_of_a_whole_run_get_the_same_settings(tmp_path):
+    setting = run.Setting.find(None, None, tmp_path, epochs=2)
+    ours = dict(override.split("=", 1) for override in setting.ours(tmp_path / "run", seed=3))
+    peer = setting.peer(seed=3)
+    value = {name: peer[peer.index(name) + 1] for name in peer if name.startswith("--")}
+    assert (ours["seed"], ours["rank"], ours["finetune.epochs"]) == (
+        value["--seed"],
+        value["--rank"],
+        value["--epochs"],
+    )
+    assert ours["task.path"] == value["--data"] and ours["model.path"] == value["--model"]
+    assert float(ours["finetune.lr"]) == float(value["--lr"])
+    assert ours["finetune.warmup_steps"] == value["--warmup-steps"] == str(4000 // 32 * 2 // 10)
+    assert setting.described()["data"].startswith("the embedded task")
+
+
+@pytest.mark.slow
+def test_memory_in_processes_of_their_own():
+    jobs = [(BERT, "floor"), (BERT, "lora")]
+    floor, lora = common.in_own_processes(common.memory_of, jobs)
+    assert 0 < floor["step_mb"] < lora["step_mb"] and floor["rss_mb"] > 0
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_both_sides(tmp_path):
+    """On 200 rows of the embedded task, with all the processes that the benchmark starts."""
+    import pyarrow.parquet
+
+    setting = run.Setting.find(None, None, tmp_path, epochs=1)
+    for name in ("train", "validation"):
+        table = pyarrow.parquet.read_table(tmp_path / f"{name}.parquet")
+        pyarrow.parquet.write_table(table.slice(0, 200), tmp_path / f"{name}.parquet")
+    result = run.measure(setting, list(run.SIDES), repetitions=1)
+    assert result["ratios"].keys() == {"run/hf_trainer"}
+    trained = {found[0]["trainable"] for found in result["runs"].values()}
+    assert len(trained) == 1
+    for side in ("diffora", "hf_trainer"):
+        assert sum(result["parts"][side].values()) > 0 and min(result["parts"][side].values()) > -0.05
+    assert 0 < result["startup"]["first_step_s"]["median"] < result["wall_s"]["diffora"]["median"]
+    assert "torch" in result["startup"]["imports_s"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [(step, ["--only", "minilm_16x64", "--no-memory"]), (scale, ["--only", "batch"])],
+    ids=["step", "scale"],
+)
+def test_commands_write_only_where_they_are_told(module, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step.GROUPS, "minilm_16x64", step.Group(BERT, ("floor", "lora"), 9))
+    monkeypatch.setitem(scale.SWEEPS, "batch", {n: replace(BERT, rows=n) for n in (2, 4, 8)})
+    for module_ in (step, scale):
+        monkeypatch.setattr(module_, "RESULTS", tmp_path)
+    file = tmp_path / "elsewhere.json"
+    for more in ([], ["--output", str(file)]):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--rounds", "1", *more])
+        module.main()
+        assert list(tmp_path.iterdir()) == ([file] if more else [])
+    assert "lora" in capsys.readouterr().out
+    assert json.loads(file.read_text())["machine"]["threads"] > 0

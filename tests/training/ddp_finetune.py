@@ -1,0 +1,96 @@
+"""Fine-tuning of a small decoder on rows with different numbers of tokens that count, whole or divided.
+
+Worker of test_finetune.py too, started once per process: the gradients of each step over gloo, written down.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from small import rows_of
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach, lowrank_layers
+from diffora.methods.lowrank import LowRankAdaptation, Regulariser
+from diffora.tasks.base import Split
+from diffora.tasks.causal_lm import IGNORED, CausalLMTask
+from diffora.training.finetune import FineTuneModule, FineTuneSettings
+
+STEPS, ROWS, LENGTH = 3, 4, 9
+
+
+def decoder() -> torch.nn.Module:
+    """In float64, with adapters of which no part is zero."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, use_cache=False, **shape, **dropout))  # Llama's norms are float32
+    model.requires_grad_(False)
+    model.trains_head = False
+    grid = find_grid(model)
+    attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4)
+    for _, layer in lowrank_layers(model):
+        torch.nn.init.normal_(layer.lora_bt, std=0.3)
+    return model.double()
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    """Rows of which 8, 1, 5 and 0 tokens count."""
+    ids = torch.randint(1, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    for row, counted in enumerate((8, 1, 5, 0)):
+        labels[row, : LENGTH - counted] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "row": torch.arange(ROWS)}
+
+
+def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {key: value[rows] for key, value in whole.items()}
+
+
+def gradients(batches: list[dict[str, Tensor]], **trainer) -> Tensor:
+    """(steps, trained parameters): what the optimiser sees, with a penalty in it."""
+    task = CausalLMTask(OmegaConf.create({"name": "lm"}))
+    adaptation = LowRankAdaptation(decoder(), Regulariser(weight=0.01, form="squared"))
+    split = Split(rows_of(ROWS), rows_of(ROWS))
+    settings = FineTuneSettings(lr=1e-3, weight_decay=0.0, warmup_steps=0, early_stop=None)
+    halves = np.arange(2), np.arange(2, ROWS)
+    module = FineTuneModule(adaptation, task, split, {"validation": split}, halves, settings, seed=0)
+    seen: list[Tensor] = []
+    module.configure_gradient_clipping = lambda *_, **__: seen.append(
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).clone()
+    )
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **trainer,
+    ).fit(module, DataLoader(batches, batch_size=None), DataLoader([batch(99)], batch_size=None))
+    return torch.stack(seen)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    for parts in (1, 2):
+        batches = [some(batch(i), slice(rank, None, world)) for i in range(STEPS)]
+        if parts > 1:
+            batches = [some(whole, rows) for whole in batches for rows in (slice(1), slice(1, None))]
+        found = gradients(batches, devices=world, strategy="ddp", accumulate_grad_batches=parts)
+        torch.save(found, folder / f"{parts}-{rank}.pt")
+    torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
