@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from diffora.core.dropout import use_cheap_dropout
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
 from diffora.methods.lora import LoRA
@@ -217,8 +218,9 @@ def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
 
 
 def lora(model: nn.Module, shape: Shape, dropout: float = 0.0) -> Contender:
-    """Ours, as `method=lora` adapts it."""
+    """Ours, as `method=lora` adapts it; loading a backbone replaces its dropout, too."""
     model = own(model)
+    use_cheap_dropout(model)
     adaptation = LoRA(rank=shape.rank, dropout=dropout, alpha=ALPHA).adapt(model, shape.grid(model), None, 0)
     fill(model)
     return Contender(adaptation.model.to(shape.device), shape)
@@ -269,6 +271,7 @@ def diffora(model: nn.Module, shape: Shape) -> Contender:
 def search(model: nn.Module, shape: Shape, joint: bool) -> Search:
     """The bi-level step; see `Search`."""
     model = own(model)
+    use_cheap_dropout(model)
     return Search(model, shape.grid(model), shape, joint)
 
 

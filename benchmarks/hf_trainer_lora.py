@@ -8,6 +8,7 @@ Written as the libraries' own examples are: rows padded to the longest of their 
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 
@@ -105,8 +106,9 @@ def main() -> None:
         "f1": [entry["eval_f1"] for entry in history],
         "adapter": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),  # Linux counts in kB
         "parts": {
-            "imports": imported - START,
+            "imports and configuration": imported - START,
             "tokenising": tokenised - began,
             "startup, rest": began_training - imported - (tokenised - began),
             "training": trained - evaluated,

@@ -188,10 +188,19 @@ def whole(run: Result) -> str:
                 f"{sum(accuracy) / len(found):.3f}",
                 f"{sum(f1) / len(found):.3f}",
                 f"{found[0]['trainable']:,}",
+                f"{max(r['peak_rss_mb'] for r in found):.0f}",
                 str(len(found)),
             ]
         )
-    head = ["", "seconds: median (quartiles)", "accuracy, mean", "F1, mean", "trained parameters", "runs"]
+    head = [
+        "",
+        "seconds: median (quartiles)",
+        "accuracy, mean",
+        "F1, mean",
+        "trained parameters",
+        "peak MB of the process",
+        "runs",
+    ]
     names = list(dict.fromkeys(part for parts in run["parts"].values() for part in parts))
     parts = [
         [name, *(f"{found[name]:.1f}" if name in found else "" for found in run["parts"].values())] for name in names
@@ -340,7 +349,8 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
         content[name] = "" if results[source] is None else f"![{what}](images/{name}.png)"
     for name, text in content.items():
         block = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        page, n = block.subn(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", page)
+        text = f"\n{text}\n\n" if text else ""
+        page, n = block.subn(lambda match, text=text: f"{match[1]}{text}{match[2]}", page)
         if n != 1:
             raise ValueError(f"the page has {n} places between <!-- begin {name} --> and <!-- end {name} -->, not one")
     return page

@@ -141,6 +141,7 @@ def peer(setting: Setting, seed: int, *more: str) -> dict[str, Any]:
         "accuracy": round(result["accuracy"][-1], 4),
         "f1": round(result["f1"][-1], 4),
         "trainable": result["trainable"],
+        "peak_rss_mb": result["peak_rss_mb"],
         "parts": parts,
     }
 

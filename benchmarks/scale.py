@@ -7,8 +7,8 @@ ours, PEFT's LoRA, and a step of our search as the paper has it (``alternating``
 on as many rows). For each the exponent b of a power law, cost = a x^b, fitted by least squares to the logarithms of the
 medians, with its standard error. N counts modules from the first: Q, K, V, attention output, FFN in, FFN out.
 
-``search`` sets the search beside the fine-tuning at the settings of each recipe, for the shape of DeBERTaV3-base: the
-numbers of steps follow from the configuration, the costs of a step are measured here.
+``search`` sets the search beside the fine-tuning at the settings of the paper's recipes, for the shape of
+DeBERTaV3-base: the numbers of steps follow from the configuration, the costs of a step are measured here.
 
 Writes benchmarks/results/scale.json; with ``--only`` a file is written only where ``--output`` names it.
 """
@@ -48,6 +48,7 @@ SWEEPS: dict[str, dict[int, Shape]] = {
     "modules": {n: replace(BASE, modules=n) for n in (1, 2, 4, 6)},
 }
 PAPER = Shape("deberta_v3_base", 8, 64)
+PAPER_TASKS = ("mnli", "sst2", "cola", "qqp", "qnli", "rte", "mrpc", "stsb", "squad", "squad_v2")
 STEPS_COMPARED = ("diffora", "lora", *SEARCHES)
 
 
@@ -98,12 +99,10 @@ def search_against_finetuning(shape: Shape, rounds: int) -> dict[str, Any]:
     search = OmegaConf.load(REPO / "conf" / "method" / "diffora.yaml").search
     step_ratios = {update: ratio(times, update, "diffora") for update in SEARCHES}
     tasks = {}
-    for file in sorted((REPO / "conf" / "task").glob("*.yaml")):
-        task = OmegaConf.load(file)
-        if "search_epochs" not in task.recipe:
-            continue
+    for name in PAPER_TASKS:
+        task = OmegaConf.load(REPO / "conf" / "task" / f"{name}.yaml")
         steps = task.recipe.search_epochs * search.fraction * (1 - search.valid_fraction) / task.recipe.epochs
-        tasks[task.name] = {
+        tasks[name] = {
             "search_rounds": task.recipe.search_epochs,
             "epochs": task.recipe.epochs,
             "search_steps/finetune_steps": round(steps, 4),

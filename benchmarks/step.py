@@ -146,13 +146,11 @@ def headlines(found: Mapping[str, Any]) -> dict[str, Any]:
 def show(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     print(f"\n{name}\n  {'contender':<16}{'ms':>10}{'quartiles':>20}{'/ floor':>9}{'step MB':>10}{'RSS MB':>9}")
     for contender, values in result["contenders"].items():
-        ms = values["ms"]
+        ms, floor = values["ms"], values["over_floor"]["median"]
         memory = "".join(
             f"{values[key]:>{width}.1f}" for key, width in (("step_mb", 10), ("rss_mb", 9)) if key in values
         )
-        print(
-            f"  {contender:<16}{ms['median']:>10.1f}{ms['q1']:>10.1f}{ms['q3']:>10.1f}{values['over_floor']['median']:>9.3f}{memory}"
-        )
+        print(f"  {contender:<16}{ms['median']:>10.1f}{ms['q1']:>10.1f}{ms['q3']:>10.1f}{floor:>9.3f}{memory}")
     for key, value in found.items():
         print(f"  {key:<40}{value['median']:>7.3f}  ({value['q1']:.3f}, {value['q3']:.3f})")
 

@@ -136,8 +136,8 @@ def results():
     shapes_of_sweep = {n: replace(BERT, rows=n) for n in (2, 4, 8)}
     of_scale = common.header() | {"sweeps": {"batch": scale.sweep(shapes_of_sweep, 1)}}
     of_scale["search"] = scale.search_against_finetuning(BERT, 2)
-    sides = {"diffora": {"training": 2.0, "rest": 1.0}, "hf_trainer": {"imports": 1.0, "training": 3.0}}
-    runs = {side: [{"accuracy": 0.8, "f1": 0.9, "trainable": 10}] for side in sides}
+    sides = {"diffora": {"training": 2.0, "rest": 1.0}, "hf_trainer": {"evaluation": 1.0, "training": 3.0}}
+    runs = {side: [{"accuracy": 0.8, "f1": 0.9, "trainable": 10, "peak_rss_mb": 5.0}] for side in sides}
     of_run = common.header() | {
         "settings": {"data": "d", "backbone": "b", "train_rows": 4, "epochs": 1, "batch": 2, "rank": 4},
         "startup": {"imports_s": {"torch": 1.0}, "help_s": common.spread([1.0]), "first_step_s": common.spread([2.0])},

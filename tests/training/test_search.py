@@ -231,3 +231,25 @@ def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp
     joint, divided = torch.tensor(one["gamma"]), torch.tensor(first["gamma"])
     assert joint[-1].abs().max() > 1e-3
     torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_count_as_much_as_what_their_losses_are_means_of(make, monkeypatch):
+    """A language model's batches of equal rows have unequal numbers of tokens."""
+    module = make()
+    batches = [batch_of(2), batch_of(5)]
+    parameters = [module.gamma, module.weights[0]]
+    grads = [[torch.full_like(p, value) for p in parameters] for value in (1.0, 8.0)]
+    grads[0][1] = None
+    sent = []
+
+    def two_processes(flat):
+        sent.append(flat.clone())
+        if len(sent) == 2:
+            flat += sent[0]
+
+    monkeypatch.setattr(type(module.trainer), "world_size", 2, raising=False)
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_processes)
+    module._averaged(parameters, grads[0], batches[0])
+    of_gamma, of_weight = module._averaged(parameters, grads[1], batches[1])
+    torch.testing.assert_close(of_gamma, torch.full_like(module.gamma, (2 * 1 + 5 * 8) / 7))
+    torch.testing.assert_close(of_weight, torch.full_like(module.weights[0], 5 * 8 / 7))

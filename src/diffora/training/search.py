@@ -118,7 +118,7 @@ class SearchModule(Stage):
                 loss, grads = self._gradients(valid, lambda loss: [first_order(loss, self.gamma)], self.gamma)
         else:
             loss, grads = self._unrolled_gradient(valid, train)
-        self._take_step(optimizer, [self.gamma], self._averaged([self.gamma], grads))
+        self._take_step(optimizer, [self.gamma], self._averaged([self.gamma], grads, valid))
         return loss
 
     def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
@@ -127,7 +127,7 @@ class SearchModule(Stage):
         loss, grads = self._gradients(
             train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), self.gamma.detach()
         )
-        self._take_step(optimizer, weights, self._averaged(weights, grads))
+        self._take_step(optimizer, weights, self._averaged(weights, grads, train))
         return loss
 
     def joint_step(
@@ -142,9 +142,8 @@ class SearchModule(Stage):
             self._check_rows_are_apart(valid, train)
             self._checked = True
         losses, grads = self._joint_gradients(valid, train)
-        *of_weights, of_gamma = self._averaged([*self.weights, self.gamma], grads)
-        self._take_step(weight_opt, self.weights, of_weights)
-        self._take_step(gamma_opt, [self.gamma], [of_gamma])
+        self._take_step(weight_opt, self.weights, self._averaged(self.weights, grads[:-1], train))
+        self._take_step(gamma_opt, [self.gamma], self._averaged([self.gamma], grads[-1:], valid))
         return losses
 
     def _gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
@@ -241,13 +240,15 @@ class SearchModule(Stage):
         scaler = self._scaler()
         return loss if scaler is None else scaler.scale(loss)
 
-    def _averaged(self, parameters: Sequence[Tensor], grads: Grads) -> list[Tensor]:
-        """The gradients' means over all processes; 0 for a parameter that has none."""
+    def _averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
+        """The gradients' means over what all processes' batches count (`Task.weight`); 0 for a parameter without."""
         full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         if self.trainer.world_size > 1:
             flat = torch.cat([g.flatten() for g in full])
+            terms = flat.new_tensor([self.task.weight(batch)])
+            flat = torch.cat([flat * terms, terms])
             torch.distributed.all_reduce(flat)
-            flat /= self.trainer.world_size
+            flat = flat[:-1] / flat[-1].clamp(min=1)
             full = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in full]), full, strict=True)]
         return full
 
