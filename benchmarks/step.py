@@ -57,8 +57,8 @@ GROUPS = {
     "minilm_32x128": Group(Shape("minilm", 32, 128), FINETUNING, 10),
     "minilm_16x64_backbone_dropout": Group(Shape("minilm", 16, 64, dropout=0.1), FINETUNING, 8),
     "minilm_16+16x64_bilevel": Group(Shape("minilm", 32, 64), BILEVEL, 12),
-    "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 4),
-    "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 3),
+    "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 3),
+    "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 2),
 }
 GPU_GROUPS = {
     "deberta_32x128_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), FINETUNING, 30),
