@@ -143,7 +143,7 @@ class _Node(torch.autograd.Function):
                 y = F.linear(flat, torch.addmm(weight, update.t(), lora_a), bias)
             else:
                 y = F.linear(flat, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
-                y.addmm_(part, update)
+                torch.addmm(y, part, update, out=y)  # as y.addmm_, which torch's counter of operations does not see
             # A view made in here could not be changed in place, which some backbones do.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
             updates.append(update)
@@ -207,7 +207,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
                 through.append(whole)
                 factors.append(_cast(lora_a, dtype))
             if matrix is not None:
-                grad_x = grad.mm(matrix) if grad_x is None else grad_x.addmm_(grad, matrix)
+                grad_x = grad.mm(matrix) if grad_x is None else torch.addmm(grad_x, grad, matrix, out=grad_x)
         first = grad if plan.split is None else grad[:trained]
         if needs_a and trained:
             if whole is None:
@@ -237,7 +237,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
             back = drop(back.mm(factor), random, plan.threshold)
             grad_x = back if grad_x is None else grad_x.add_(back)
         else:
-            grad_x = back.mm(factor) if grad_x is None else grad_x.addmm_(back, factor)
+            grad_x = back.mm(factor) if grad_x is None else torch.addmm(grad_x, back, factor, out=grad_x)
     if into:
         if ctx.gelu is not None:
             kept = F.gelu(kept[: plan.split], approximate=ctx.gelu)  # all of it without a split
