@@ -408,6 +408,25 @@ def test_a_hook_on_the_base_layer_still_runs():
     assert len(seen) == 1
 
 
+def test_a_peer_whose_base_gets_a_hook_or_a_gradient_is_not_read(folding):
+    model, alone = adapted(), adapted()
+    for module in alone.modules():
+        if isinstance(module, LowRankLinear):
+            module.peers = None
+    x = tensor(B, S, IN).requires_grad_()
+    rehearse(model, x)
+    model.key.base.register_forward_hook(lambda module, args, output: output * 2)
+    alone.key.base.register_forward_hook(lambda module, args, output: output * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), alone(x))
+    results = []
+    for each in (model, alone):
+        weight = each.query.base.weight.requires_grad_()
+        inputs = [x, weight, *(p for p in each.parameters() if p.requires_grad and p is not weight)]
+        results.append(torch.autograd.grad((each(x) ** 2).sum(), inputs))
+    torch.testing.assert_close(*results)
+
+
 def test_peers_guess_wrong_only_once():
     peers, calls = Peers(), []
 

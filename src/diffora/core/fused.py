@@ -80,7 +80,7 @@ def lowrank_linear(
 
     Args:
         x: (..., in).
-        members: the layers; all with a readable weight, or a single one.
+        members: the layers.
         dropout: rate on the input of every A, to the nearest 1/256 and scaled accordingly; one mask for all members.
         split: how many leading entries of dim 0 of x train A and B; the others train the gates. None: whatever
             requires a gradient.
@@ -124,7 +124,7 @@ class _Node(torch.autograd.Function):
         dtype, threshold = plan.dtype, plan.threshold
         flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
         noise = noise_like(flat) if threshold else None
-        fold = tensors[0] is not None and folds(len(flat), flat.shape[1], plan)
+        fold = _readable(tensors) and folds(len(flat), flat.shape[1], plan)
         factors = [_cast(lora_a, dtype) for lora_a in tensors[3::N_TENSORS]]
         hidden = None
         parts: Sequence[Any] = [None] * len(factors)
@@ -177,8 +177,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
     tokens = len(hidden)
     # Tokens of the examples that train A and B; the others train the gate.
     trained = tokens if plan.split is None else tokens // ctx.shape[0] * plan.split
-    readable = tensors[0] is not None
-    fold = readable and folds(tokens, sum([update.shape[1] for update in updates]), plan)
+    fold = _readable(tensors) and folds(tokens, sum([update.shape[1] for update in updates]), plan)
     result: list[Tensor | None] = [None] * len(needs)
     grad_x: Tensor | None = None
     through: list[Tensor] = []  # gradients of A x, for that of x
@@ -202,7 +201,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
             if fold:
                 matrix: Any = torch.addmm(weight, update.t(), _cast(lora_a, dtype))
             else:
-                matrix = _cast(weight, dtype) if readable else None
+                matrix = None if weight is None else _cast(weight, dtype)
                 whole = _narrow(grad, update)
                 through.append(whole)
                 factors.append(_cast(lora_a, dtype))
@@ -295,6 +294,10 @@ def _kept(x: Tensor, plan: _Plan) -> tuple[Tensor, str | None]:
         return source._saved_self, source._saved_approximate
     # A view of a part would keep all of x alive.
     return (x if plan.split is None else x[: plan.split].clone()), None
+
+
+def _readable(tensors: Sequence[Any]) -> bool:
+    return all(weight is not None for weight in tensors[::N_TENSORS])
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
