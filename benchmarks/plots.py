@@ -52,9 +52,12 @@ TARGETS = {
     "finetune_dropout/peft": ("the same with dropout 0.1 on the input of A", None, 0.80),
     "bilevel/two_peft_steps": ("a bi-level step, simultaneous, 16 + 16 rows, over two PEFT steps of 16", None, 0.78),
     "bilevel_alternating/two_peft_steps": ("the same, alternating as in the paper", None, None),
+    "bilevel/peft": ("the same, simultaneous, over one PEFT step of 32 rows", None, None),
     "search_memory/peft_memory": ("memory of the simultaneous step over PEFT's, 32 rows each", None, 0.80),
     "search_memory_alternating/peft_memory": ("memory of the alternating step over PEFT's, 16 rows each", None, None),
+    "search_memory/two_peft_steps_memory": ("simultaneous, 32 rows in a pass, over PEFT's with 16", None, None),
     "run/hf_trainer": ("MRPC, MiniLM, one epoch, command to metric, over Trainer + PEFT", None, 0.75),
+    "run/hf_trainer_grouped": ("the same, Trainer told to group rows by length, as we do", None, None),
 }
 """Headline ratio: what it is, the ratio that PEFT has (None: 1, it is the yardstick), the most ours may be."""
 

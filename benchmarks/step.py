@@ -57,8 +57,8 @@ GROUPS = {
     "minilm_32x128": Group(Shape("minilm", 32, 128), FINETUNING, 10),
     "minilm_16x64_backbone_dropout": Group(Shape("minilm", 16, 64, dropout=0.1), FINETUNING, 8),
     "minilm_16+16x64_bilevel": Group(Shape("minilm", 32, 64), BILEVEL, 12),
-    "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 3),
-    "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 2),
+    "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 5),
+    "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 5),
 }
 GPU_GROUPS = {
     "deberta_32x128_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), FINETUNING, 30),
@@ -88,8 +88,9 @@ MEMORY_PAIRS = {
     "memory_dropout/peft_memory": ("lora_dropout", "peft_dropout"),
     "search_memory/peft_memory": ("simultaneous", "peft"),
     "search_memory_alternating/peft_memory": ("alternating", "two_peft_steps"),
+    "search_memory/two_peft_steps_memory": ("simultaneous", "two_peft_steps"),
 }
-"""Ratios of ``step_mb``, between contenders that have equal rows in a pass."""
+"""Ratios of ``step_mb``: between contenders that have equal rows in a pass, but for the last."""
 
 HEADLINES = {
     "finetune/floor": "minilm_32x128",
@@ -97,8 +98,10 @@ HEADLINES = {
     "finetune_dropout/peft": "minilm_16x64",
     "bilevel/two_peft_steps": "minilm_16+16x64_bilevel",
     "bilevel_alternating/two_peft_steps": "minilm_16+16x64_bilevel",
+    "bilevel/peft": "minilm_16+16x64_bilevel",
     "search_memory/peft_memory": "minilm_16+16x64_bilevel",
     "search_memory_alternating/peft_memory": "minilm_16+16x64_bilevel",
+    "search_memory/two_peft_steps_memory": "minilm_16+16x64_bilevel",
 }
 """The ratios that are also reported by their bare name, and the group they are of."""
 
@@ -138,8 +141,7 @@ def headlines(found: Mapping[str, Any]) -> dict[str, Any]:
     """All ratios of a result, the headlines first under their bare names, with the whole run's that `run` measures."""
     chosen = {name: found[f"{name}@{group}"] for name, group in HEADLINES.items() if f"{name}@{group}" in found}
     whole = read("run")
-    if whole is not None and "run/hf_trainer" in whole["ratios"]:
-        chosen["run/hf_trainer"] = whole["ratios"]["run/hf_trainer"]
+    chosen |= {} if whole is None else whole["ratios"]
     return chosen | dict(found)
 
 
