@@ -1,5 +1,6 @@
 """Every mistake in a configuration is named, all at once, and every key is read by something."""
 
+import importlib.util
 import re
 
 import pytest
@@ -11,10 +12,11 @@ from diffora.errors import UserError
 from diffora.experiment import check
 from diffora.methods.selecting import parse_budget
 
+OPTUNA = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")  # an extra
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
     for folder in conf_dir().iterdir()
-    if folder.is_dir()
+    if folder.is_dir() and (folder.name != "hparams_search" or OPTUNA)
 }
 
 
@@ -110,7 +112,7 @@ def messages(cfg, *overrides):
         ("method.shared_rank=0", "method.shared_rank=0"),
         ("method.weight_sharing=maybe", "method.weight_sharing='maybe' must be true or false"),
         ("method.selection=nowhere.json", "no selection file at nowhere.json"),
-        ("method.selector=magic", "method.selector='magic' must be 'search' or 'gradient' or 'activation' or 'random'"),
+        ("method.selector=magic", "method.selector='magic' must be 'search' or 'attribution' or 'gradient' or 'activation' or 'random'"),
         ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
         ("method.scope=row", "method.scope='row' must be 'layer' or 'global'"),
         ("method.budget=0", "method.budget=0 must be a number of parameters above 0"),
@@ -182,7 +184,7 @@ def test_a_budget_that_chooses_the_rank_leaves_the_mask_free(cfg):
 
 def test_only_the_search_leaves_what_warm_start_needs(cfg):
     found = messages(cfg, "method.warm_start=true", "method.selector=gradient")
-    assert found == ["method.warm_start=true needs method.selector=search: gradient trains no A and B"]
+    assert found == ["method.warm_start=true needs a selector that trains A and B, which gradient does not"]
     assert "method.budget" in messages(cfg, "method.warm_start=true", "method.budget=350k")[0]
     check(cfg("method.warm_start=true", "method.budget=350k", "method.scope=global"))
 

@@ -77,6 +77,8 @@ def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
     again = dict(lowrank_layers(fresh))
     assert {frozenset(a for a in again if again[a].lora_a is again[b].lora_a) for b in again} == tied
     assert sorted(len(group) for group in tied) == [1] * 8 + [2] * 2
+    (peers,) = {layer.peers for layer in again.values()}
+    assert peers is not None  # computed together, as those that were saved
 
 
 def test_an_adapter_of_another_model_is_refused(trained, deberta):

@@ -30,7 +30,7 @@ def dialogue(cfg, *overrides):
     return composed, get_task(composed.task)
 
 
-def adapted(composed, task, everywhere=True):
+def adapted(composed, task):
     """The embedded Llama with adapters of which no part is zero."""
     torch.manual_seed(0)
     model = models.load_model(composed.model, task)

@@ -56,7 +56,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
-    record["memory"] = {"estimate": _memory(cfg, task, model, grid if "search" in asked else None)}
+    record["memory"] = {"estimate": _memory(cfg, task, model, grid if {"search", "attribution"} & set(asked) else None)}
     terminal.print_memory(record["memory"]["estimate"])
     write_record(folder, record)
     return record

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear
+from diffora.core.peers import Peers
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
 from diffora.models import drawn_modules, freeze_backbone, head_modules
@@ -266,6 +267,7 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
     _check_heads(model, [*heads, *whole], folder)
     first = {name: names[0] for names in groups for name in names}
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    peers = Peers()
     for name in config["target_modules"]:
         place = f"base_model.model.{name}"
         source = first.get(name, name)
@@ -275,7 +277,9 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
         base = f"{place}.base_layer."
         _fill(modules[name], {k.removeprefix(base): v for k, v in tensors.items() if k.startswith(base)}, folder)
         alpha = config["alpha_pattern"][f"^{re.escape(name)}"]
-        model.set_submodule(name, LowRankLinear(modules[name], *pairs[source], alpha, config["lora_dropout"]))
+        layer = LowRankLinear(modules[name], *pairs[source], alpha, config["lora_dropout"])
+        layer.peers = peers
+        model.set_submodule(name, layer)
     for head in heads:
         prefix = f"base_model.model.{head}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

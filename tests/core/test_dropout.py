@@ -42,6 +42,15 @@ def test_same_seed_same_mask_and_none_in_evaluation():
     assert CheapDropout(0.0)(x) is x
 
 
+def test_rates_that_no_byte_comes_near_are_exact_too():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1000)
+    assert not CheapDropout(1.0)(x).any()
+    for rate in (0.001, 0.999):
+        dropped = (CheapDropout(rate)(x) == 0).float().mean().item()
+        assert dropped == pytest.approx(rate, abs=4 * (0.001 / x.numel()) ** 0.5)
+
+
 def test_layouts_of_all_kinds():
     x = torch.randn(6, 4, 5).transpose(0, 2)
     torch.manual_seed(0)

@@ -1,11 +1,9 @@
 """The fused layers compute what the plain formula does, and keep and form no more than they need."""
 
-import copy
 import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import gelu, linear
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffora.core import fused
 from diffora.core.dropout import noise_like
 from diffora.core.fused import Member, lowrank_linear
-from diffora.core.lowrank import LowRankLinear, add_lowrank, attach, new_pair
-from diffora.core.peers import Peers, rehearse
+from diffora.core.lowrank import add_lowrank
 
 B, S, IN = 6, 3, 8
 SIZES = [(4, 2), (10, 2), (4, 5)]  # (out, rank) of three layers that read the same x
@@ -86,6 +83,27 @@ def test_gradients_against_finite_differences(folding):
     assert torch.autograd.gradgradcheck(outputs, (x, *values))
 
 
+@pytest.mark.parametrize("case", ["base", "twice", "tied"])
+def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
+    """Also where x, or the base's output beside it, was computed from what is trained here."""
+    x, (made, other) = leaf(2, 2, IN), members([(IN, 2), (IN, 2)])
+    weight, bias = made.weight, made.bias
+
+    def outputs(x, lora_a, lora_bt, gate):
+        member = made._replace(lora_a=lora_a, lora_bt=lora_bt, gate=gate)
+        if case == "base":
+            return lowrank_linear(x, [member._replace(weight=None, bias=None, base=linear(x, weight, bias))])
+        if case == "twice":
+            (x,) = lowrank_linear(x, [member])
+        return lowrank_linear(x, [member, other._replace(lora_a=lora_a, lora_bt=lora_bt, gate=gate)])
+
+    inputs = [x, *(t.detach().requires_grad_() for t in leaves([made]))]
+    loss = sum((y**2).sum() for y in outputs(*inputs))
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, create_graph=True), once)
+    assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
 def test_beside_a_base_that_cannot_be_read():
     x = leaf(B, S, IN)
     hidden = tensor(B, S, 4) * x.sum(-1, keepdim=True)
@@ -100,6 +118,26 @@ def test_an_output_that_is_not_used_gets_no_gradient(folding):
     x, made = leaf(B, S, IN), members()
     inputs = [x, *leaves(made)]
     torch.testing.assert_close(gradients(lowrank_linear(x, made)[1:2], inputs), gradients(plain(x, made)[1:2], inputs))
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:1], SIZES])
+def test_outputs_can_be_changed_in_place(folding, sizes):
+    """Some backbones add to a query, or scale it."""
+    x, made = leaf(B, S, IN), members(sizes)
+    inputs = [x, *leaves(made)]
+    results = []
+    for function in (lowrank_linear, plain):
+        outputs = [y * 1 if function is plain else y for y in function(x, made)]
+        outputs[-1].mul_(2).add_(1)
+        results.append(gradients(outputs, inputs))
+    torch.testing.assert_close(*results)
+
+
+def test_a_batch_without_rows():
+    x, made = leaf(0, S, IN), members()
+    for split in (None, 0):
+        found = gradients(lowrank_linear(x, made, split=split), [x, *leaves(made)])
+        assert found[0].shape == x.shape and all(g is None or not g.any() for g in found)
 
 
 @pytest.mark.parametrize("split", [0, 2, B])
@@ -144,6 +182,9 @@ def test_only_what_the_gradients_need_is_kept():
     frozen = [m._replace(lora_a=m.lora_a.detach(), lora_bt=m.lora_bt.detach()) for m in made]
     assert kept(frozen) == (8 * tokens * ranks, False)
     assert kept(made, split=20) == (8 * (20 * 20 * IN + tokens * ranks), False)
+    base = leaf(50, 20, 4)
+    found, _ = saved_by(lambda: lowrank_linear(x, [made[0]._replace(weight=None, bias=None, base=base)]))
+    assert base.untyped_storage().data_ptr() not in found
 
 
 def test_no_gradient_of_the_other_level_is_formed(folding):
@@ -187,6 +228,15 @@ def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
     assert y.grad_fn.saved_tensors[0].shape == x[:split].shape
     without = [m._replace(gate=None) for m in made]
     assert lowrank_linear(x, without)[0].grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
+
+
+def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
+    before, made = leaf(B, S, IN), members()
+    x = gelu(before)
+    with torch.no_grad():
+        x.mul_(2)
+    found = gradients(lowrank_linear(x, made), leaves(made))
+    torch.testing.assert_close(found, gradients(plain(2 * gelu(before), made), leaves(made)))
 
 
 def test_behind_a_gelu_differentiable_twice():
@@ -265,215 +315,3 @@ def test_half_precision_weights_do_not_swallow_a_small_update():
     assert (linear(x, weight + (made.lora_bt.T @ made.lora_a).bfloat16()) - without).abs().max() == 0
     assert (lowrank_linear(x.float(), [made._replace(weight=weight.float())])[0] - without).abs().min() > 9e-4
     assert y.shape == without.shape
-
-
-# --- peers ---
-
-
-class Attention(nn.Module):
-    """Query, key and value read one x, then query and key a table, as DeBERTa's; or key and value another x (cross)."""
-
-    def __init__(self, cross=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.query, self.key, self.value = (nn.Linear(IN, IN) for _ in range(3))
-        self.out = nn.Linear(IN, IN)
-        self.table = nn.Parameter(tensor(1, 5, IN, dtype=torch.float32))
-        self.cross = cross
-
-    def forward(self, x):
-        other = x.flip(1) if self.cross else x
-        q, k, v = self.query(x), self.key(other), self.value(other)
-        bias = 0 if self.cross else self.query(self.table).sum() + self.key(self.table).sum()
-        return self.out(torch.softmax(q @ k.transpose(1, 2) + bias, -1) @ v)
-
-
-def adapted(cross=False, dropout=0.0):
-    model = Attention(cross).double().requires_grad_(False)
-    names = ["query", "key", "value", "out"]
-    attach(model, [names], torch.ones(1, 4, dtype=torch.bool), 2, None, 4.0, dropout)
-    for name in names:
-        layer = getattr(model, name)
-        layer.lora_a.data = tensor(2, IN, seed=1)
-        layer.lora_bt.data = tensor(2, IN, seed=2)
-    return model
-
-
-@pytest.mark.parametrize("cross", [False, True])
-def test_layers_that_read_the_same_are_computed_together(cross, monkeypatch):
-    together, alone = adapted(cross), adapted(cross)
-    for module in alone.modules():
-        if isinstance(module, LowRankLinear):
-            module.peers = None
-    seen = []
-    real = LowRankLinear._together
-
-    def watched(self, layers, x):
-        seen.append(len(layers))
-        return real(self, layers, x)
-
-    monkeypatch.setattr(LowRankLinear, "_together", watched)
-    x = tensor(B, S, IN)
-    for turn in range(3):
-        results = []
-        for model in (together, alone):
-            seen.clear()
-            inputs = [x.clone().requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
-            y = model(inputs[0])
-            results.append((y, *torch.autograd.grad((y**2).sum(), inputs)))
-            if model is together and turn:
-                assert sorted(seen) == ([1, 1, 2] if cross else [1, 1, 2, 2])
-        torch.testing.assert_close(*results)
-
-
-def test_a_layer_called_otherwise_than_foreseen_computes_by_itself():
-    model = adapted()
-    x = tensor(B, S, IN)
-    for _ in range(2):
-        model(x)
-    peers = model.query.peers
-    expected = [model.key(x + 1), model.value(x + 2)]
-    model.query(x)  # the key of x is ready now
-    torch.testing.assert_close([model.key(x + 1), model.value(x + 2)], expected)
-    x.add_(1)  # the tensor is the same, its content is not
-    model.query(x - 1)
-    torch.testing.assert_close(model.key(x), expected[0])
-    assert peers._ready == {}
-
-
-def test_a_copy_of_the_model_has_peers_of_its_own():
-    model = adapted()
-    x = tensor(B, S, IN)
-    for _ in range(2):
-        model(x)
-    model.query(x)
-    other = copy.deepcopy(model)
-    assert other.query.peers is other.key.peers is not model.query.peers
-    for p in other.parameters():
-        p.data.mul_(2)
-    fresh = adapted()
-    for p in fresh.parameters():
-        p.data.mul_(2)
-    torch.testing.assert_close(other(x), fresh(x))
-
-
-def test_nothing_is_kept_alive_after_a_pass():
-    import weakref
-
-    model = adapted()
-    for _ in range(3):
-        x = tensor(B, S, IN).requires_grad_()
-        y = model(x)
-        at = weakref.ref(x)
-        del x, y
-        assert at() is None
-
-
-def test_under_checkpointing_and_without_gradients_the_same():
-    model = adapted()
-    x = tensor(B, S, IN).requires_grad_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(2):
-        y = model(x)
-        expected = torch.autograd.grad((y**2).sum(), [x, *parameters])
-        again = checkpoint(model, x, use_reentrant=False)
-        torch.testing.assert_close(torch.autograd.grad((again**2).sum(), [x, *parameters]), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), y)
-        with torch.inference_mode():
-            torch.testing.assert_close(model(x).clone(), y)
-
-
-def test_peers_share_a_mask():
-    model = adapted(dropout=0.5).train()
-    x = tensor(B, S, IN)
-    for _ in range(2):
-        model(x)
-    for layer in (model.query, model.key):
-        layer.lora_a.data = torch.eye(2, IN, dtype=torch.float64)
-    updates = [layer(x) - layer.base(x) for layer in (model.query, model.key)]
-    torch.testing.assert_close(*updates)
-
-
-def test_a_hook_on_the_base_layer_still_runs():
-    base = nn.Linear(IN, IN)
-    layer = LowRankLinear(base, *new_pair(base, 2), alpha=2.0)
-    seen = []
-    handle = base.register_forward_hook(lambda module, args, output: seen.append(output))
-    x = torch.randn(2, IN)
-    with_hook = layer(x)
-    assert len(seen) == 1
-    handle.remove()
-    torch.testing.assert_close(layer(x), with_hook)
-    assert len(seen) == 1
-
-
-def test_a_peer_whose_base_gets_a_hook_or_a_gradient_is_not_read(folding):
-    model, alone = adapted(), adapted()
-    for module in alone.modules():
-        if isinstance(module, LowRankLinear):
-            module.peers = None
-    x = tensor(B, S, IN).requires_grad_()
-    rehearse(model, x)
-    model.key.base.register_forward_hook(lambda module, args, output: output * 2)
-    alone.key.base.register_forward_hook(lambda module, args, output: output * 2)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), alone(x))
-    results = []
-    for each in (model, alone):
-        weight = each.query.base.weight.requires_grad_()
-        inputs = [x, weight, *(p for p in each.parameters() if p.requires_grad and p is not weight)]
-        results.append(torch.autograd.grad((each(x) ** 2).sum(), inputs))
-    torch.testing.assert_close(*results)
-
-
-def test_peers_guess_wrong_only_once():
-    peers, calls = Peers(), []
-
-    def compute(layers, x):
-        calls.append("".join(layers))
-        return tuple(x for _ in layers)
-
-    def call(**inputs):
-        for name, value in inputs.items():
-            assert peers(name, value, compute) is value
-
-    x, table, late = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    call(q=x, k=x, v=x)
-    assert calls == ["q", "k", "v"]
-    calls.clear()
-    call(q=table, k=table)  # wrong: the value is made for nothing
-    for fresh in (torch.zeros(1), torch.zeros(1)):
-        call(q=fresh, k=fresh, v=fresh)
-        call(q=table, k=table)
-    assert calls == ["qkv", "qk", "v", "qk", "qk", "v", "qk"]
-    calls.clear()
-    call(q=x, k=late)
-    call(q=x, k=x)
-    assert calls == ["qk", "k", "q", "k"]
-
-
-def test_inside_a_checkpoint_nothing_is_learned():
-    model = adapted()
-    x = tensor(B, S, IN).requires_grad_()
-    expected = torch.autograd.grad(model.query.base(x).sum(), x)[0].shape
-    for _ in range(2):  # not seen before, and seen in the second pass of the first
-        assert torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), x)[0].shape == expected
-    assert all(len(run) == 1 for run in model.query.peers._runs.values())
-    rehearse(model, x)
-    checkpoint(model, x, use_reentrant=False).sum().backward()
-    assert max(len(run) for run in model.query.peers._runs.values()) == 2
-
-
-def test_a_rehearsal_settles_what_is_computed_together():
-    """So that all steps after it round alike, which resuming to the bit depends on."""
-    model = adapted(dropout=0.5).train()
-    rehearse(model, tensor(B, S, IN))
-    assert model.training and model.query.training
-    together = [run for run in model.query.peers._runs.values() if len(run) > 1]
-    assert together == [[model.query, model.key]]
-    state = torch.get_rng_state()
-    rehearse(model, tensor(B, S, IN))
-    assert torch.equal(torch.get_rng_state(), state)
-    model(tensor(B + 1, S, IN))
-    assert together == [run for run in model.query.peers._runs.values() if len(run) > 1]

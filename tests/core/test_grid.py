@@ -69,6 +69,12 @@ def test_the_layer_pattern_needs_one_star(layer):
         find_grid(model(Block("q")), layer, ["q"])
 
 
+def test_some_layers_can_be_named_by_their_numbers():
+    net = model(*(Block("q", "k") for _ in range(12)))
+    assert find_grid(net, "encoder.layer.[1,10]", ["q"]).layers == ("encoder.layer.1", "encoder.layer.10")
+    assert find_grid(net, "encoder.layer.[3]", ["q", "k"]).names == (("encoder.layer.3.q", "encoder.layer.3.k"),)
+
+
 def test_two_stacks_are_told_apart_by_their_path():
     both = nn.ModuleDict({"a": model(Block("q")), "b": model(Block("q"))})
     with pytest.raises(UserError, match=r"matches both a\.encoder"):

@@ -95,3 +95,31 @@ def test_many_unrolled_steps_approach_the_true_hypergradient():
     series = Q.T @ optimum + q - xi * C.T @ (P @ optimum + Q @ gamma)
     torch.testing.assert_close(one_step, series.detach())
     assert (one_step - implicit).norm() < (first_order(valid([optimum]), gamma) - implicit).norm()
+
+
+def test_a_gates_gradient_is_that_of_b_along_b_and_so_vanishes_with_it():
+    """Gate and B scale one product, g B A x: g dL/dg = <dL/dB, B>. Where B has settled, Gamma is told nothing."""
+    torch.manual_seed(2)
+    x, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
+    a = torch.randn(2, 5, dtype=torch.float64)
+    gate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def loss(b):
+        return ((gate * x @ a.T @ b - y).tanh() ** 2).mean()
+
+    b = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    of_gate, of_b = torch.autograd.grad(loss(b), [gate, b])
+    torch.testing.assert_close(gate * of_gate, (of_b * b).sum())
+    assert of_gate.abs() > 1e-3
+    optimizer = torch.optim.LBFGS(
+        [b], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(b)
+        value.backward(inputs=[b])
+        return value
+
+    optimizer.step(closure)
+    assert torch.autograd.grad(loss(b), gate)[0].abs() < 1e-8

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from diffora.core.linear import features, is_linear, weight_of
 from diffora.core.lowrank import LowRankLinear, add_lowrank, attach, detach, lowrank_layers
+from diffora.core.peers import Peers
 from diffora.errors import UserError
 
 X, W, B_, A, BT = (
@@ -200,6 +202,81 @@ def test_only_a_and_b_are_trained():
     module(X).sum().backward()
     assert module.base.weight.grad is None and module.base.bias.grad is None
     assert module.lora_a.grad is not None and module.lora_bt.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_the_base_layer_still_runs(kind):
+    module, calls = layer(), []
+    expected = module(X)
+    handle = getattr(module.base, f"register_{kind}_hook")(lambda *args: calls.append(1))
+    y = module(X.clone().requires_grad_())
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert len(calls) == 1
+    handle.remove()
+    module(X).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_of_the_base_layer_requires_a_gradient_gets_it(name):
+    module = layer()
+    parameter = getattr(module.base, name).requires_grad_()
+    found = torch.autograd.grad(module(X).square().sum(), parameter)
+    update = (module(X) - module.base(X)).detach()
+    torch.testing.assert_close(found, torch.autograd.grad((module.base(X) + update).square().sum(), parameter))
+
+
+class Quantised(torch.Tensor):
+    """A weight of a class of its own, as torchao's are: only `linear` knows what it stands for, twice its entries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is linear:
+            x, weight, bias = args
+            return linear(x, 2 * weight.as_subclass(torch.Tensor), bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("tokens", [1, 50])  # not folded, folded
+def test_a_weight_that_becomes_quantised_is_not_read(tokens):
+    module = layer()
+    x = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    expected = linear(x, 2 * module.base.weight + module.delta(), module.base.bias)
+    module.base.weight = nn.Parameter(module.base.weight.detach().as_subclass(Quantised), requires_grad=False)
+    y = module(x)
+    torch.testing.assert_close(y, expected)
+    inputs = [x, module.lora_a]
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (y, expected)))
+
+
+def test_weights_that_are_no_parameters():
+    """As in replicas of `nn.DataParallel`, and under pruning and parametrisation."""
+    module = layer()
+    module.peers, expected = Peers(), module(X)
+    replica, replica.base = module._replicate_for_data_parallel(), module.base._replicate_for_data_parallel()
+    for name in ("lora_a", "lora_bt"):
+        setattr(replica, name, getattr(module, name).clone())
+    for name in ("weight", "bias"):
+        setattr(replica.base, name, getattr(module.base, name).clone())
+    assert replica.peers is None and not replica._parameters
+    torch.testing.assert_close(replica(X), expected)
+
+    prune.l1_unstructured(module.base, "weight", 0.5)
+    parametrize.register_parametrization(module, "lora_a", nn.Tanh())
+    expected = linear(X, module.base.weight, module.base.bias) + 3.0 * X @ A.tanh().T @ BT
+    torch.testing.assert_close(module(X), expected)
+    prune.remove(module.base, "weight")
+    parametrize.register_parametrization(module.base, "bias", nn.Tanh())
+    expected = linear(X, module.base.weight, module.base.bias) + 3.0 * X @ A.tanh().T @ BT
+    torch.testing.assert_close(module(X), expected)
+
+
+def test_masks_do_not_go_with_a_gate():
+    module = layer()
+    module.gate, module.rows = torch.tensor(0.3), (torch.tensor([1]), torch.tensor([0]))
+    with pytest.raises(AssertionError, match="masks"):
+        module(X)
 
 
 def test_wrong_shapes_are_refused():

@@ -164,7 +164,7 @@ def short(quick):
     return [*quick, "task.train_rows=64", "search.epochs=1", "finetune.epochs=1", "search.batch_size=8"]
 
 
-@pytest.mark.parametrize("selector", ["gradient", "activation", "random"])
+@pytest.mark.parametrize("selector", ["attribution", "gradient", "activation", "random"])
 def test_every_selector_runs(cfg, short, tmp_path, selector):
     result = run(cfg(*short, f"method.selector={selector}", "method.score_batches=2"), tmp_path / "run")
     selection = Selection.load(tmp_path / "run/selection.json")
@@ -197,14 +197,16 @@ def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path
 
 
 @pytest.mark.parametrize("lost", [[], ["search.json"]])
-def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, lost):
+@pytest.mark.parametrize("selector", ["activation", "attribution"])
+def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, selector, lost):
     from diffora import experiment
+    from diffora.training.attribution import AttributionModule
     from diffora.training.score import ScoreModule
 
     def stopped(*_):
         raise KeyboardInterrupt
 
-    overrides = [*short, "method.selector=activation", "method.score_batches=2"]
+    overrides = [*short, f"method.selector={selector}", "method.score_batches=2"]
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "finetune", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -212,7 +214,8 @@ def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch,
     first = Selection.load(tmp_path / "run/selection.json")
     for name in lost:  # killed before the selection was finished, but after its checkpoint
         (tmp_path / "run" / name).unlink()
-    monkeypatch.setattr(ScoreModule, "training_step", stopped)
+    for module in (ScoreModule, AttributionModule):
+        monkeypatch.setattr(module, "training_step", stopped)
     result = run(cfg(*overrides, "resume=true"), tmp_path / "run")
     assert result.record["status"] == "completed" and result.record["time"]["search_s"] > 0
     assert result.selection == first
@@ -284,8 +287,10 @@ def test_options_run_to_the_end(cfg, quick, tmp_path, option):
         )
 
 
-def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path):
-    result = run(cfg(*quick, "method.warm_start=true", "finetune.lr=1e-30"), tmp_path / "run")
+@pytest.mark.parametrize("selector", ["search", "attribution"])
+def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path, selector):
+    overrides = [f"method.selector={selector}", "method.warm_start=true", "finetune.lr=1e-30"]
+    result = run(cfg(*quick, *overrides), tmp_path / "run")
     from diffora.core.lowrank import lowrank_layers
 
     searched = load_file(tmp_path / "run/selection.safetensors")
@@ -420,11 +425,23 @@ def test_what_leaves_nothing_to_train_is_refused_before_anything_is_written(cfg,
 
 
 def test_a_sweep_survives_a_failed_job(quick, tmp_path):
-    err = command("-m", *quick, "search.epochs=1", "finetune.epochs=1", "method.selection=null,nowhere.json",
-                  f"hydra.sweep.dir={tmp_path}", expect=1)  # fmt: skip
-    assert "nowhere.json" in err and "Traceback" not in err
-    statuses = [json.loads(file.read_text())["status"] for file in tmp_path.glob("*/run.json")]
+    other = tmp_path / "other.json"  # what only the run can find out
+    Selection(method="diffora", types=["a"], modules=[["a"]], selected=[["a"]], rho=1.0, seed=0).save(other)
+    err = command("-m", *quick, "search.epochs=1", "finetune.epochs=1", f"method.selection={other},null",
+                  f"hydra.sweep.dir={tmp_path / 'sweep'}", expect=1)  # fmt: skip
+    assert "1 of 2 runs failed" in err and f"{other} was made for 1 layers" in err and "Traceback" not in err
+    statuses = [json.loads(file.read_text())["status"] for file in sorted(tmp_path.glob("sweep/*/run.json"))]
     assert statuses == ["completed"]
+
+
+def test_a_table_of_the_paper_in_small(tmp_path):
+    given = ("experiment=table4_sample_rate", "scale=small", "seed=0", "finetune.epochs=1", "task.max_train_rows=96",
+             "cell.column=digits", "cell.row='ρ = 0.2'", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    assert "takes -m" in command(*given, expect=1)
+    assert "runs: 1 in" in command("-m", *given)
+    record = read_record(tmp_path / "rho-0.2-digits-seed0")
+    assert record["status"] == "completed" and record["selection"]["k"] == 1
+    assert (record["experiment"], record["row"], record["column"]) == ("table4_sample_rate", "ρ = 0.2", "digits")
 
 
 def test_wandb_without_a_key_records_offline_and_says_so(quick, tmp_path, monkeypatch):

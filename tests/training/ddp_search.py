@@ -13,6 +13,7 @@ from small import rows_of, small_deberta, small_task
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.tasks.tokenise import Collator
+from diffora.training.attribution import AttributionModule
 from diffora.training.data import SearchData, split_search
 from diffora.training.search import SearchModule, SearchSettings
 
@@ -38,7 +39,9 @@ def main(folder: Path, update: str) -> None:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)
     settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1, update=update)
-    module = SearchModule(model, layers, TYPES, small_task(), settings, seed=0)
+    arguments = model, layers, TYPES, small_task(), settings, 0
+    attribution = update == "attribution"
+    module = AttributionModule(*arguments, rounds=1, score_batches=2) if attribution else SearchModule(*arguments)
     split, matched = split_search(np.arange(48), seed=0), update == "simultaneous"
     data = SearchData(rows_of(), COLLATE, split, batch_size=8, seed=0, matched=matched)
     notes = Notes()
@@ -57,7 +60,8 @@ def main(folder: Path, update: str) -> None:
     trainer.fit(module, datamodule=data)
     weights = [p.detach().double().sum().item() for p in module.weights]
     name = f"{trainer.world_size}-{trainer.global_rank}.json"
-    (folder / name).write_text(json.dumps({"gamma": notes.gamma, "weights": weights}))
+    scores = module.scores.tolist() if attribution else None
+    (folder / name).write_text(json.dumps({"gamma": notes.gamma, "weights": weights, "scores": scores}))
     torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
 
 

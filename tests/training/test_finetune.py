@@ -2,9 +2,11 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import ddp_finetune
 import lightning as L
@@ -18,6 +20,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
+from diffora import models
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation
@@ -366,14 +369,24 @@ def test_a_gpus_losses_are_looked_at_every_25_steps(deberta, monkeypatch):
             module.on_train_batch_end(None, None, step)
 
 
-def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deberta):
+@pytest.mark.parametrize("lowest", ["attention.self.query_proj", "output.dense"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deberta, checkpointed, lowest):
     """Adapters in the upper one of two layers: embeddings and lower layer run as in evaluation."""
     model = deberta()
+    if checkpointed:
+        models.checkpoint_activations(model)
     grid = find_grid(model, "encoder.layer.*", TYPES)
-    attach(model, grid.names[1:], torch.ones(1, 6, dtype=torch.bool), 2, None, alpha=4)
-    graphs, saved, inside = {}, {}, ["loss"]
+    adapted = torch.tensor([[TYPES.index(name) >= TYPES.index(lowest) for name in TYPES]])
+    attach(model, grid.names[1:], adapted, 2, None, alpha=4)
+    graphs, kept, inside, calls = {}, WeakKeyDictionary(), ["loss"], Counter()
+
+    def enter(module, args, name):
+        inside.append(name)
+        calls[name] += 1
+
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda module, args, name=name: inside.append(name))
+        module.register_forward_pre_hook(partial(enter, name=name))
         module.register_forward_hook(lambda module, args, output: (inside.pop(), None)[1])
 
     def look(module, args, output, name):
@@ -383,18 +396,24 @@ def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deber
     for name in ("deberta.embeddings", "deberta.encoder.layer.0", "deberta.encoder.layer.1"):
         model.get_submodule(name).register_forward_hook(partial(look, name=name))
 
-    def pack(tensor):
-        saved.setdefault(inside[-1], []).append(tensor)
-        return tensor
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept[self] = inside[-1]
 
     model.train()
     batch = batch_of(4)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda saved: saved.tensor):
         loss = small_task().loss(model(**small_task().inputs(batch)), batch)
     assert graphs == {"deberta.embeddings": False, "deberta.encoder.layer.0": False, "deberta.encoder.layer.1": True}
-    assert not [name for name in saved if "embeddings" in name or "layer.0" in name]
-    assert any("layer.1" in name for name in saved)
+    names = set(kept.values())
+    assert not [name for name in names if "embeddings" in name or "layer.0" in name]
+    if lowest == "output.dense":
+        assert not [name for name in names if "layer.1.attention" in name or "layer.1.intermediate" in name]
+    assert "deberta.encoder.layer.1" in names if checkpointed else any("layer.1" in name for name in names)
     loss.backward()
+    attention = [calls[f"deberta.encoder.layer.{i}.attention"] for i in (0, 1)]  # computed again with its layer
+    assert attention == [1, 2 if checkpointed else 1]
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }

@@ -10,7 +10,9 @@ import lightning as L
 import pytest
 import torch
 from conftest import TYPES, batch_of
+from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
+from torch.utils.data import DataLoader
 
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
@@ -22,13 +24,16 @@ SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip
 
 @pytest.fixture
 def make(deberta):
-    def build(dtype=torch.float32, trainer=None, dropout=0.0, **changes):
+    def build(dtype=torch.float32, trainer=None, dropout=0.0, shared=False, **changes):
         model = deberta(dtype=dtype, dropout=dropout)
         grid = find_grid(model, "encoder.layer.*", TYPES)
         layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6)
         for row in layers:
             for layer in row:  # not zero, or there would be nothing to differentiate
                 torch.nn.init.normal_(layer.lora_bt, std=0.2)
+        if shared:
+            for lower, upper in zip(*layers, strict=True):
+                upper.lora_a, upper.lora_bt = lower.lora_a, lower.lora_bt
         model.to(dtype)
         module = SearchModule(model, layers, TYPES, small_task(), SearchSettings(**SETTINGS | changes), seed=0)
         module.to(dtype)
@@ -89,8 +94,9 @@ def test_gradients_of_a_b_and_head_through_the_transformer(make):
     assert checked > 100
 
 
-def test_second_order_gradient_against_finite_differences_of_the_stepped_loss(make):
-    module = make(torch.float64, order=2, lr=0.5)
+@pytest.mark.parametrize("shared", [False, True])
+def test_second_order_gradient_against_finite_differences_of_the_stepped_loss(make, shared):
+    module = make(torch.float64, order=2, lr=0.5, shared=shared)
     with torch.no_grad():
         module.gamma.normal_()
     train, valid = batch_of(4, seed=1), batch_of(4, seed=2)
@@ -209,6 +215,36 @@ def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
     assert torch.nn.functional.cosine_similarity(grad.flatten(), exact.flatten(), dim=0) > 0.98
 
 
+def steps_taken(module, batches, plugins):
+    """(parameters, norm of their gradient) of each step of a round."""
+    found, optimizers = [], module.configure_optimizers()
+
+    def watch(optimizer, *_):
+        parameters = optimizer.param_groups[0]["params"]
+        found.append((len(parameters), torch.cat([p.grad.flatten() for p in parameters]).norm().item()))
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(watch)
+    module.configure_optimizers = lambda: optimizers
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, plugins=plugins, **quiet)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return found
+
+
+@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
+def test_float16_takes_the_steps_of_full_precision(make, update):
+    """Three weight steps to one of Gamma, with a loss scale that doubles each time it is updated."""
+    batches = [{"valid": batch_of(8, seed=i), "train": [batch_of(8, seed=i + j) for j in (1, 2, 3)]} for i in (0, 10)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+    full = steps_taken(make(update=update), batches, [])
+    # Asked for float16 on a CPU, Lightning itself would quietly take bfloat16.
+    half = steps_taken(make(update=update), batches, [MixedPrecision("16-mixed", "cpu", scaler)])
+    assert [n for n, _ in half] == [n for n, _ in full] and len(full) == 2 * (1 + 3)
+    assert [norm for _, norm in half] == pytest.approx([norm for _, norm in full], rel=0.1)
+    assert scaler.get_scale() == 2.0 ** (8 + 6)
+
+
 WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 WORKER = Path(__file__).with_name("ddp_search.py")
 
@@ -230,6 +266,14 @@ def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp
     assert first["weights"] == second["weights"]
     joint, divided = torch.tensor(one["gamma"]), torch.tensor(first["gamma"])
     assert joint[-1].abs().max() > 1e-3
+    torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_attribute_as_one_does(tmp_path):
+    one, (first, second) = run_worker(1, tmp_path, "attribution")[0], run_worker(2, tmp_path, "attribution")
+    assert first["scores"] == second["scores"] and first["weights"] == second["weights"]
+    joint, divided = torch.tensor(one["scores"]), torch.tensor(first["scores"])
+    assert joint.abs().max() > 1e-3
     torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 The mask is one random byte an element, kept as it is and applied by a threshold, forward and backward. Rates are those
 of `nn.Dropout` to the nearest 1/256 (0.1 becomes 0.1016), and what is kept is scaled by the rate that was applied.
+`CheapDropout` leaves rates nearest to 0 or 1 to torch; in the low-rank layers they drop nothing, or all but 1/256.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 
 def threshold_of(rate: float) -> int:
-    """Bytes below this are dropped."""
+    """Bytes below this are dropped: 0 to 255."""
     return min(255, round(256 * rate))
 
 
@@ -22,6 +23,8 @@ def kept_share(threshold: int) -> float:
 
 def noise_like(x: Tensor) -> Tensor:
     """A random byte for each element of x."""
+    if x.device.type not in ("cpu", "cuda"):  # which can draw and reinterpret whole words
+        return torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
     size = x.numel()
     words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return words.view(torch.uint8)[:size].view(x.shape)
@@ -34,12 +37,17 @@ def drop(x: Tensor, noise: Tensor, threshold: int) -> Tensor:
 
 
 class CheapDropout(nn.Dropout):
-    """`nn.Dropout`, cheaper on a CPU; elsewhere, in place and when compiled it is `nn.Dropout` itself."""
+    """`nn.Dropout`, cheaper on a CPU.
+
+    Elsewhere, in place, when compiled and at rates that no byte comes near it is `nn.Dropout` itself.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu" or self.inplace or not x.is_floating_point() or torch.compiler.is_compiling():
+            return super().forward(x)
+        if not 0 < round(256 * self.p) < 256:
             return super().forward(x)
         dropped: Tensor = _Dropout.apply(x, threshold_of(self.p))  # type: ignore[no-untyped-call]
         return dropped

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffora.core.dropout import drop, kept_share, noise_like, threshold_of
-from diffora.core.peers import no_saved_tensor_hooks
+from diffora.core.peers import saved_tensor_hooks
 
 FOLD_FROM = 4.0
 """Fold the update into the weight from so many tokens for each feature on the weight's other side.
@@ -44,7 +44,7 @@ class Member(NamedTuple):
         lora_a, lora_bt: (rank, in), (rank, out).
         gate: a scalar, or None for 1.
         scaling: alpha / rank.
-        rows: gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only; the others are zero.
+        rows: gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only; the others are zero. Not with a gate.
     """
 
     weight: Tensor | None
@@ -152,7 +152,9 @@ class _Node(torch.autograd.Function):
             kept, ctx.gelu = None, None
             if True in ctx.needs_input_grad[5::N_TENSORS] and plan.split != 0:  # of any A
                 kept, ctx.gelu = _kept(x, plan)
-            ctx.save_for_backward(kept, noise, hidden, *updates, *tensors)
+            held = list(tensors)
+            held[2::N_TENSORS] = [None] * len(factors)  # a base that was computed is as large as the output
+            ctx.save_for_backward(kept, noise, hidden, *updates, *held)
             ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -176,7 +178,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
     updates, tensors = rest[:count], rest[count:]
     tokens = len(hidden)
     # Tokens of the examples that train A and B; the others train the gate.
-    trained = tokens if plan.split is None else tokens // ctx.shape[0] * plan.split
+    trained = tokens if plan.split is None else tokens // max(1, ctx.shape[0]) * plan.split
     fold = _readable(tensors) and folds(tokens, sum([update.shape[1] for update in updates]), plan)
     result: list[Tensor | None] = [None] * len(needs)
     grad_x: Tensor | None = None
@@ -255,29 +257,34 @@ def _backward(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) ->
 def _differentiable(ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same gradients by the plain formula, as a graph of their own, for derivatives of higher order."""
     plan: _Plan = ctx.plan
+    needs = ctx.needs_input_grad[1:]
     kept, noise, _, *rest = saved
-    tensors: list[Any] = rest[len(plan.scalings) :]
     if kept is None or plan.split is not None or any(plan.rows):
         raise RuntimeError("low-rank layers with masks, a split or no gradient of A cannot be differentiated twice")
     dtype, threshold = plan.dtype, plan.threshold
     if ctx.gelu is not None:
         kept = F.gelu(kept, approximate=ctx.gelu)
-    x = kept.to(dtype)
+    # By the tensors as this node reads them: x may have been computed from the same A, which gets that share later.
+    inputs = [kept, *rest[len(plan.scalings) :]]
+    wanted = [i for i, need in enumerate(needs) if need and inputs[i] is not None]
+    for i in wanted:
+        inputs[i] = inputs[i].view_as(inputs[i])
+    x = inputs[0].to(dtype)
     dropped = x if noise is None else torch.where(noise.view_as(x) >= threshold, x, 0)
+    result: list[Tensor | None] = [None] * len(inputs)
     outputs, given = [], []
     for i, grad in enumerate(grads):
-        weight, bias, base, lora_a, lora_bt, gate = tensors[N_TENSORS * i :][:N_TENSORS]
         if grad is None:
             continue
-        if weight is not None:
-            base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        at = N_TENSORS * i
+        weight, _, _, lora_a, lora_bt, gate = inputs[at + 1 : at + 1 + N_TENSORS]
+        if needs[at + 3]:
+            result[at + 3] = grad  # of base
         update = _scaled(lora_bt.to(dtype), gate, plan.scalings[i], threshold)
-        outputs.append(base + (F.linear(dropped, lora_a.to(dtype)) @ update).to(base.dtype))
+        y = F.linear(dropped, lora_a.to(dtype)) @ update
+        outputs.append((y if weight is None else y + F.linear(x, weight.to(dtype))).to(grad.dtype))
         given.append(grad)
-    inputs = [kept, *tensors]
-    wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
     found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], given, create_graph=True, allow_unused=True)
-    result: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         result[i] = grad
     return result
@@ -289,8 +296,8 @@ def _kept(x: Tensor, plan: _Plan) -> tuple[Tensor, str | None]:
     In the search (``lean``) nothing is added to what a GELU before the layer keeps itself: it is applied again.
     """
     source: Any = x.grad_fn
-    # Inside a checkpoint what is saved cannot be looked at.
-    if plan.lean and type(source).__name__ == "GeluBackward0" and no_saved_tensor_hooks():
+    # Inside a checkpoint what is saved cannot be looked at; a changed x is no longer what GELU made.
+    if plan.lean and type(source).__name__ == "GeluBackward0" and not x._version and saved_tensor_hooks() is None:
         return source._saved_self, source._saved_approximate
     # A view of a part would keep all of x alive.
     return (x if plan.split is None else x[: plan.split].clone()), None

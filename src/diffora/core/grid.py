@@ -66,8 +66,9 @@ def find_grid(
 
     Args:
         model: any module that holds the repeated layers.
-        layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``. Or ``.``, the model itself: a grid
-            of one row, of candidates by their full names, such as the classifier alone.
+        layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``; or with the numbers of some, as in
+            ``encoder.layer.[0,3]``. Or ``.``, the model itself: a grid of one row, of candidates by their full names,
+            such as the classifier alone.
         candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path
             below the layer, so that ``output.dense`` does not also match ``attention.output.dense``. Layers that have
             none of them are left out.
@@ -116,9 +117,14 @@ def _without_layers(model: nn.Module, candidates: Sequence[str]) -> Grid:
 
 def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None) -> Stack:
     """The layers that a pattern means: of those that match it, the ones with a candidate or any linear module."""
-    if layer.count("*") != 1:
-        raise UserError(f"model.layer={layer!r} must have exactly one '*', where the layer's number stands")
-    pattern = re.compile(rf"(?:.*\.)?{re.escape(layer)}".replace(r"\*", r"(\d+)"))
+    place = re.fullmatch(r"([^*]*?)(\*|\[\d+(?:,\d+)*\])([^*]*)", layer)
+    if place is None:
+        raise UserError(
+            f"model.layer={layer!r} must have exactly one '*', where the layer's number stands, or the numbers of some "
+            "layers in its place, as [0] or [0,3]"
+        )
+    number = r"\d+" if place[2] == "*" else place[2].strip("[]").replace(",", "|")
+    pattern = re.compile(rf"(?:.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
     found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         match = pattern.fullmatch(name)

@@ -109,8 +109,6 @@ class LowRankLinear(nn.Module):
         self.peers = None
         self.merged = False
         self._transposed = is_conv1d(base)
-        weight: Any = base.weight
-        self._plain_base = (type(base) is nn.Linear or self._transposed) and weight.dtype in FLOATS
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -119,7 +117,9 @@ class LowRankLinear(nn.Module):
             return merged
         if torch.compiler.is_compiling():  # which fuses by itself
             return self._plain(x)
-        if self.peers is None or not self._readable:
+        if not self.readable:
+            return self._together([self], x, self.base(x))[0]
+        if self.peers is None:
             return self._together([self], x)[0]
         return self.peers(self, x, self._together)
 
@@ -128,33 +128,64 @@ class LowRankLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return add_lowrank(self.base(x), x, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout)
 
-    def _together(self, layers: Sequence["LowRankLinear"], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of layers that read the same x. This one says for all how it goes."""
-        members = [layer._member(x) for layer in layers]
+    def _together(self, layers: Sequence["LowRankLinear"], x: Tensor, base: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The outputs of layers that read the same x. This one says for all how it goes.
+
+        Args:
+            base: the output of its base layer, where that is not readable.
+        """
+        members = [layer._member(base) for layer in layers]
         return lowrank_linear(x, members, self.dropout if self.training else 0.0, self.split)
 
-    def _member(self, x: Tensor) -> Member:
-        own = self._parameters  # reading a module's attributes takes as long as a small product
+    def _member(self, output: Tensor | None) -> Member:
+        lora_a, lora_bt = self._pair()
         gate: Tensor | None = self.gate
-        lora_a: Any = own["lora_a"]
-        lora_bt: Any = own["lora_bt"]
-        if gate is not None and gate.ndim:  # a vector or a matrix is folded into B
-            lora_bt = gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
-            gate = None
-        if not self._readable:
-            return Member(None, None, self.base(x), lora_a, lora_bt, gate, self.scaling, self.rows)
+        if gate is not None:
+            assert self.rows is None, "masks do not go with a gate, whose gradient would need the masked entries"
+            if gate.ndim:  # a vector or a matrix is folded into B
+                lora_bt = gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
+                gate = None
+        if output is not None:
+            return Member(None, None, output, lora_a, lora_bt, gate, self.scaling, self.rows)
         base: Any = self._modules["base"]
         frozen = base._parameters
         weight: Any = frozen["weight"]
         weight = weight.t() if self._transposed else weight
         return Member(weight, frozen["bias"], None, lora_a, lora_bt, gate, self.scaling, self.rows)
 
+    def _pair(self) -> tuple[Any, Any]:
+        own = self._parameters  # reading a module's attributes takes as long as a small product
+        lora_a, lora_bt = own.get("lora_a"), own.get("lora_bt")
+        if lora_a is None or lora_bt is None:  # a replica, shard or parametrisation keeps them otherwise
+            return self.lora_a, self.lora_bt
+        return lora_a, lora_bt
+
+    def versions(self) -> tuple[int, int]:
+        """Numbers that change when A or B is changed in place."""
+        lora_a, lora_bt = self._pair()
+        return lora_a._version, lora_bt._version
+
     @property
-    def _readable(self) -> bool:
-        """Whether calling the base layer is nothing but a product with its weight."""
+    def readable(self) -> bool:
+        """Whether calling the base layer is nothing but a product with its frozen weight."""
         base: Any = self._modules["base"]
-        frozen = not base._parameters["weight"].requires_grad
-        return self._plain_base and frozen and not (base._forward_hooks or base._forward_pre_hooks)
+        own = base._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        return (
+            (type(base) is nn.Linear or self._transposed)
+            and type(weight) in (nn.Parameter, Tensor)  # not computed, and no quantised kind of its own
+            and weight.dtype in FLOATS
+            and not weight.requires_grad
+            and "bias" in own
+            and (bias is None or not bias.requires_grad)
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not (base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.peers = None  # replicas run in threads beside each other
+        return replica
 
     @property
     def weight(self) -> Tensor:

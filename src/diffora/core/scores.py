@@ -1,5 +1,6 @@
 """Criteria beyond the paper's search for which modules deserve a LoRA: one number for each candidate, high is good."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,17 @@ def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
         mean_square: (in,), of each input feature over the tokens; its root is ||x_j||_2.
     """
     return (weight.abs() * mean_square.sqrt()).mean()
+
+
+def gate_path(points: int) -> list[tuple[float, float]]:
+    """(gate, weight) of the Gauss-Legendre rule on [0, 1], exact for polynomials up to degree 2 points - 1.
+
+    It divides the fall of a loss L among gates by integrated gradients (Sundararajan et al., arXiv 1703.01365): with
+    all gates at t, the share of module m is - integral from 0 to 1 of dL/dgate_m dt, and the shares add up to
+    L(all gates 0) - L(all gates 1).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return [((1 + node) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
 
 
 def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:

@@ -126,8 +126,9 @@ class Method:
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection | None:
         """The selection that `adapt` is to use, None where there is none.
 
-        ``find("search")`` runs the bi-level search; ``find("gradient")`` and ``find("activation")`` score the
-        candidates on training data instead (`diffora.core.scores`).
+        ``find("search")`` runs the bi-level search, ``find("attribution")`` trains all candidates and divides what they
+        have done among them; ``find("gradient")`` and ``find("activation")`` score the candidates on training data
+        (`diffora.core.scores`).
         """
         return None
 

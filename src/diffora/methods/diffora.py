@@ -5,26 +5,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
 
 
 @dataclass(frozen=True)
 class DiffoRA(Selecting):
-    """Algorithm 1. With ``method.selection=<file>`` stage 1 is left out and the file's selection is used as it is.
+    """Algorithm 1. With ``method.selection`` stage 1 is left out and that selection is used as it is.
 
     Attributes:
+        selection: a selection file, or a list of module types to select in every layer.
         selector: the search, or another criterion in its place (`diffora.core.scores`).
-        score_batches: of how many batches of the search's training rows ``gradient`` and ``activation`` are the mean.
+        score_batches: over how many batches of search rows ``attribution``, ``gradient`` and ``activation`` are taken.
     """
 
     name: ClassVar[str] = "diffora"
-    selector: Literal["search", "gradient", "activation", "random"]
+    selector: Literal["search", "attribution", "gradient", "activation", "random"]
     score_batches: int
-    selection: str | None
+    selection: str | list[str] | None
     warm_start: bool
 
     def problems(self) -> Iterator[str]:
@@ -33,18 +36,24 @@ class DiffoRA(Selecting):
             yield f"method.score_batches={self.score_batches} must be a whole number of at least 1"
         if self.selection is not None and self.budget is not None:
             yield "method.budget does not go with method.selection, which says already what is selected"
-        if self.warm_start and self.selector != "search":
-            yield f"method.warm_start=true needs method.selector=search: {self.selector} trains no A and B"
+        if self.warm_start and self.selector not in ("search", "attribution"):
+            yield f"method.warm_start=true needs a selector that trains A and B, which {self.selector} does not"
         if self.warm_start and self.budget is not None and self.scope == "layer":
             yield "method.warm_start=true does not go with method.budget, which chooses the rank after the search"
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         if self.selection is None:
             super().check(model, grid)
+        elif unknown := set(self.selection if isinstance(self.selection, list) else ()) - set(grid.types):
+            raise UserError(f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(grid.types)}")
 
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
-        if self.selection is not None:
+        if isinstance(self.selection, str):
             chosen = Selection.load(Path(self.selection))
             chosen.check_fits(grid, self.selection)
             return chosen
+        if self.selection is not None:
+            row = torch.tensor([name in self.selection for name in grid.types])
+            made = {"selector": "given", "k": len(self.selection), "rho": self.rho, "seed": seed}
+            return Selection.from_mask(grid, row.expand(grid.n_layers, -1), method=self.name, **made)
         return self.by_chance(grid, seed) if self.selector == "random" else find(self.selector)

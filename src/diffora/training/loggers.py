@@ -65,11 +65,24 @@ class Loggers:
                 logger.experiment.add_image("DAM", pixels[..., :3], step, dataformats="HWC")
 
     def summary(self, record: dict[str, Any]) -> None:
-        """Put a run's results in W&B's summary, where its tables look."""
-        if self.wandb is not None:
-            parts = ("params", "time", "memory")
-            values = {f"{part}/{key}": value for part in parts for key, value in record[part].items()}
-            self.wandb.experiment.summary.update(record["metrics"] | values)
+        """Put a run's results in W&B's summary, where its tables look, and keep selection and adapter as artefacts."""
+        if self.wandb is None:
+            return
+        import wandb
+
+        parts = ("params", "time", "memory")
+        values = {f"{part}/{key}": value for part in parts for key, value in record[part].items()}
+        run = self.wandb.experiment
+        run.summary.update(record["metrics"] | values)
+        for kind, files in (("selection", ("selection.json", "trajectory.json")), ("adapter", ("adapter",))):
+            there = [self.folder / name for name in files if (self.folder / name).exists()]
+            if not there:
+                continue
+            about = {key: record[key] for key in ("method", "task", "model", "seed")}
+            artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=about)
+            for path in there:
+                (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+            run.log_artifact(artifact)
 
     def finish(self, failed: bool) -> None:
         """Close W&B's run inside the job, so that the next job of a sweep gets one of its own."""

@@ -84,6 +84,10 @@ class SearchModule(Stage):
         """The lower level's parameters: A, B and the head."""
         return [*self.pairs, *self.head]
 
+    def gates(self, gamma: Tensor) -> Tensor:
+        """The relaxed DAM (eq. 11), L x N."""
+        return relax(gamma)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         s = self.settings
         return [
@@ -100,10 +104,10 @@ class SearchModule(Stage):
         else:
             valid_loss = self.gamma_step(gamma_opt, valid, train)
             train_loss = self.weight_step(weight_opt, train)
+        self._update_scale()  # not before, since the gradients of one pass for both levels have one scale
         for train in others:
             train_loss = self.weight_step(weight_opt, train)
-        if (scaler := self._scaler()) is not None:
-            scaler.update()
+            self._update_scale()
         self.watch(valid_loss + train_loss)
         self._losses.append((train_loss, valid_loss))
         steps = self.trainer.num_training_batches
@@ -176,7 +180,7 @@ class SearchModule(Stage):
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
         """(training loss, validation loss) from one pass, the training rows first; 0 for what is not there."""
-        set_gates(self.layers, relax(self.gamma))
+        set_gates(self.layers, self.gates(self.gamma))
         there = [part for part in (train, valid) if part is not None]
         config: Any = self.model.config
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
@@ -224,8 +228,8 @@ class SearchModule(Stage):
         return seen[-1].detach(), [grad]
 
     def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Loss with the gates at relax(gamma) (eq. 10), at ``weights`` where given."""
-        set_gates(self.layers, relax(gamma))
+        """Loss with the gates that belong to ``gamma`` (eq. 10), at ``weights`` where given."""
+        set_gates(self.layers, self.gates(gamma))
         inputs = self.task.inputs(batch)
         if weights is None:
             output = self.model(**inputs)
@@ -239,6 +243,10 @@ class SearchModule(Stage):
     def _scaled(self, loss: Tensor) -> Tensor:
         scaler = self._scaler()
         return loss if scaler is None else scaler.scale(loss)
+
+    def _update_scale(self) -> None:
+        if (scaler := self._scaler()) is not None:
+            scaler.update()
 
     def _averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
         """The gradients' means over what all processes' batches count (`Task.weight`); 0 for a parameter without."""
@@ -271,6 +279,10 @@ class SearchModule(Stage):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
+        self.end_round()
+
+    def end_round(self) -> None:
+        """Keep and log what the round has brought."""
         self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
         losses = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0)
         train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()

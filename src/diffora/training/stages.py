@@ -29,6 +29,7 @@ from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
 from diffora.tasks.base import Collate, Split, Task
+from diffora.training.attribution import AttributionModule
 from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
 from diffora.training.data import (
     FineTuneData,
@@ -117,7 +118,7 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     """Search the DAM, or score the candidates, and select. The model comes out as it went in.
 
     Args:
-        selector: ``search``, ``gradient`` or ``activation``.
+        selector: ``search``, ``attribution``, ``gradient`` or ``activation``.
 
     Returns:
         (selection, seconds).
@@ -142,8 +143,8 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
             config=provenance | {"search": config.plain(cfg)["search"]},
         )
 
-    if selector == "search":
-        scores, elapsed = search(parts, method.alpha, split, selection, loggers)
+    if selector in ("search", "attribution"):
+        scores, elapsed = search(parts, selector, method.alpha, split, selection, loggers)
     else:
         scores, elapsed = score(parts, selector, split)
     found = selection(scores)
@@ -155,15 +156,16 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
 
 def search(
     parts: Parts,
+    selector: str,
     alpha: float,
     split: tuple[np.ndarray, np.ndarray],
     selection: Callable[[Tensor], Selection],
     loggers: Loggers,
 ) -> tuple[Tensor, float]:
-    """The bi-level search. ``selection`` turns a relaxed DAM into what the loggers picture.
+    """The bi-level search, or the attribution. ``selection`` turns a relaxed DAM into what the loggers picture.
 
     Returns:
-        (relaxed DAM, L x N on the CPU; seconds).
+        (relaxed DAM or attributions, L x N on the CPU; seconds).
     """
     cfg, s, grid, model, folder = parts.cfg, parts.cfg.search, parts.grid, parts.model, parts.folder
     head = {
@@ -174,7 +176,11 @@ def search(
     attached = attach(model, grid.names, everything, s.rank, None, alpha)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
-    module = SearchModule(model, layers, grid.types, parts.task, settings, cfg.seed)
+    arguments = model, layers, grid.types, parts.task, settings, cfg.seed
+    bilevel = selector == "search"
+    module = SearchModule(*arguments)
+    if not bilevel:
+        module = AttributionModule(*arguments, s.epochs, cfg.method.score_batches)
     data = SearchData(
         parts.train.encoded,
         (parts.collate, parts.collate_eval),
@@ -183,28 +189,31 @@ def search(
         cfg.seed,
         s.train_steps,
         cfg.trainer.num_workers,
-        matched=s["update"] == "simultaneous",
+        matched=bilevel and s["update"] == "simultaneous",
     )
-    log.info(f"search: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
+    log.info(f"{selector}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     stage_loggers = loggers.of_stage("search")
-    pictures = DamPictures(selection, lambda found, step: loggers.dam(found, step, stage_loggers))
-    shown = ("search/train_loss", "search/valid_loss", "search/entropy")
-    fit(parts, "search", module, data, [pictures, ProgressBar("search", "round", shown)], stage_loggers)
+    callbacks: list[L.Callback] = [
+        ProgressBar(selector, "round", ("search/train_loss", "search/valid_loss", "search/entropy"))
+    ]
+    if bilevel:
+        callbacks.append(DamPictures(selection, lambda found, step: loggers.dam(found, step, stage_loggers)))
+    fit(parts, "search", module, data, callbacks, stage_loggers, max_epochs=s.epochs + (not bilevel))
     module.close_gates()
-    gamma_bar = relax(module.gamma.detach()).cpu()
-    if is_main():
+    gates = module.gates(module.gamma.detach()).cpu()
+    if is_main() and bilevel:
         names = list(grid.types)
         rounds, points = [at for at, _ in module.trajectory], [rows for _, rows in module.trajectory]
         write_text(
             folder / "trajectory.json", json.dumps({"types": names, "rounds": rounds, "gamma_bar": points}) + "\n"
         )
         figures.save_png(folder / "gamma.png", figures.gamma_trajectories(module.trajectory, names))
-        if cfg.method.get("warm_start"):
-            _save_searched(parts, gamma_bar, layers)
+    if is_main() and cfg.method.get("warm_start"):
+        _save_searched(parts, gates, layers)
     detach(model)
     for name, state in head.items():
         model.get_submodule(name).load_state_dict(state)
-    return gamma_bar, module.elapsed
+    return module.scores if isinstance(module, AttributionModule) else gates, module.elapsed
 
 
 def score(parts: Parts, criterion: str, split: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, float]:
@@ -225,13 +234,13 @@ def score(parts: Parts, criterion: str, split: tuple[np.ndarray, np.ndarray]) ->
     return module.scores, module.elapsed
 
 
-def _save_searched(parts: Parts, gamma_bar: Tensor, layers: list[list[LowRankLinear]]) -> None:
+def _save_searched(parts: Parts, gates: Tensor, layers: list[list[LowRankLinear]]) -> None:
     """Keep the searched A and B, the gate folded into B, for ``method.warm_start``."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for names, row, gates in zip(parts.grid.names, layers, gamma_bar, strict=True):
-        for name, layer, gate in zip(names, row, gates, strict=True):
+    for names, row, gates_of_row in zip(parts.grid.names, layers, gates, strict=True):
+        for name, layer, gate in zip(names, row, gates_of_row, strict=True):
             tensors[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
             tensors[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
     with atomic(parts.folder / "selection.safetensors") as scratch:

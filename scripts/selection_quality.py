@@ -1,0 +1,186 @@
+"""Where each selector's choice stands among all choices: from the runs of experiment=selection_quality.
+
+    python scripts/selection_quality.py outputs/selection_quality-small
+    python scripts/selection_quality.py <folder> --page docs/selection.md      # puts table and picture there
+
+What a subset of the modules is worth is the mean over seeds of the main metric of its own runs, those with a list as
+`method.selection`. A selector's choice with one seed stands at the percentile of the subset that it chose: the share
+of subsets that are worth less, equal ones counted half, so that chance is at 50. The runs that a selector's choice was
+fine-tuned in do not count here: its subset's do, the same for all selectors.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffora.files import write_text
+from diffora.results.figures import short_names
+from diffora.results.statistics import paired, spread, stability
+
+Subset = tuple[tuple[str, ...], ...]
+Run = Mapping[str, Any]
+
+
+def completed(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs below a folder."""
+    runs = [json.loads(file.read_text()) for file in sorted(folder.rglob("run.json"))]
+    return [run for run in runs if run["status"] == "completed"]
+
+
+def subset_of(run: Run) -> Subset:
+    return tuple(tuple(row) for row in run["selection"]["selected"])
+
+
+def percentile(values: Mapping[Subset, float], chosen: Subset) -> float:
+    """Of one subset among all, 0 to 100; equal values count half, itself included."""
+    mine, others = values[chosen], list(values.values())
+    return 100 * (sum(v < mine for v in others) + 0.5 * sum(v == mine for v in others)) / len(others)
+
+
+def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, float], float | None]:
+    """(what each subset is worth, share of the variance of these means that is not seeds' noise; None for one seed)."""
+    found: dict[Subset, list[float]] = defaultdict(list)
+    for run in runs:
+        if run["selection"]["selector"] == "given":
+            found[subset_of(run)].append(run["metrics"][f"validation/{metric}"])
+    means = {subset: statistics.mean(values) for subset, values in found.items()}
+    noise = [statistics.variance(values) / len(values) for values in found.values() if len(values) > 1]
+    return means, 1 - statistics.mean(noise) / statistics.variance(means.values()) if noise else None
+
+
+def quality(runs: Sequence[Run]) -> dict[str, Any]:
+    """For each selector, by row: percentiles with interval, gain over chance, share of the possible gain, stability."""
+    metric, sign = runs[0]["main_metric"], 1 if runs[0]["maximise"] else -1
+    means, reliability = landscape(runs, metric)
+    means = {subset: sign * value for subset, value in means.items()}
+    chance, best = statistics.mean(means.values()), max(means.values())
+    rows: dict[str, dict[int, Subset]] = defaultdict(dict)
+    for run in runs:
+        if run["selection"]["selector"] != "given" and subset_of(run) in means:
+            rows[run["row"]][run["seed"]] = subset_of(run)
+    result: dict[str, Any] = {
+        "metric": metric,
+        "subsets": len(means),
+        "seeds_of_a_subset": len({r["seed"] for r in runs if r["selection"]["selector"] == "given"}),
+        "chance": sign * chance,
+        "best": sign * best,
+        "worst": sign * min(means.values()),
+        "reliability": reliability,
+        "selectors": {},
+        "worth": [[[list(row) for row in subset], sign * value] for subset, value in sorted(means.items())],
+    }
+    types = sorted({name for subset in means for row in subset for name in row})
+    for name, by_seed in rows.items():
+        at = {seed: percentile(means, subset) for seed, subset in by_seed.items()}
+        against = paired(at, dict.fromkeys(at, 50.0))
+        gains = spread(means[subset] - chance for subset in by_seed.values())
+        masks = np.array([[[t in row for t in types] for row in subset] for subset in by_seed.values()])
+        alike = stability(masks, by_layer=True) if len(masks) > 1 else None
+        assert against is not None and gains is not None
+        result["selectors"][name] = {
+            "seeds": sorted(at),
+            "percentile": 50 + against.mean,
+            "low": None if against.low is None else max(0.0, 50 + against.low),
+            "high": None if against.high is None else min(100.0, 50 + against.high),
+            "p": against.p,
+            "gain": gains.mean,
+            "share": gains.mean / (best - chance),
+            "jaccard": None if alike is None else alike.jaccard,
+            "jaccard_chance": None if alike is None else alike.chance,
+            "chosen": [[[list(row) for row in by_seed[seed]], at[seed]] for seed in sorted(at)],
+        }
+    return result
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    head = "selector", "seeds", "percentile, mean (95 %)", "gain over chance", "of the possible gain", "seeds agree"
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    order = sorted(found["selectors"].items(), key=lambda item: -item[1]["percentile"])
+    for name, s in order:
+        interval = "" if s["low"] is None else f" ({s['low']:.0f} to {s['high']:.0f})"
+        alike = "" if s["jaccard"] is None else f"{s['jaccard']:.2f} (chance {s['jaccard_chance']:.2f})"
+        cells = [name, str(len(s["seeds"])), f"{s['percentile']:.0f}{interval}", f"{s['gain']:+.4f}"]
+        cells += [f"{s['share']:.0%}", alike]
+        lines.append(f"| {' | '.join(cells)} |")
+    of_all = (
+        f"{found['subsets']} subsets, {found['seeds_of_a_subset']} seeds each, {found['metric']}: "
+        f"worst {found['worst']:.3f}, mean {found['chance']:.3f}, best {found['best']:.3f}."
+    )
+    if found["reliability"] is not None:
+        of_all += f" {found['reliability']:.0%} of the variance between their means is not noise of seeds."
+    return of_all + "\n\n" + "\n".join(lines)
+
+
+def picture(found: Mapping[str, Any], file: Path) -> None:
+    """What each subset is worth, in order, and how often each selector chose which."""
+    from matplotlib.figure import Figure
+
+    worth = sorted(found["worth"], key=lambda item: item[1])
+    names = [" | ".join(", ".join(short_names(row)) for row in subset) for subset, _ in worth]
+    at = {json.dumps(subset): i for i, (subset, _) in enumerate(worth)}
+    selectors = sorted(found["selectors"], key=lambda name: -found["selectors"][name]["percentile"])
+    figure = Figure(figsize=(8.6, 0.42 * len(selectors) + 3.6), layout="constrained")
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.32 * len(selectors)])
+    top.bar(range(len(worth)), [value for _, value in worth], color="#8fb3d9")
+    values = [value for _, value in worth]
+    margin = 0.15 * (max(values) - min(values))
+    top.set_ylim(min(values) - margin, max(values) + margin)
+    top.axhline(found["chance"], color="k", lw=0.8, ls=":")
+    top.set_ylabel(found["metric"])
+    for i, name in enumerate(selectors):
+        counts: dict[int, int] = defaultdict(int)
+        for subset, _ in found["selectors"][name]["chosen"]:
+            counts[at[json.dumps(subset)]] += 1
+        low.scatter(list(counts), [i] * len(counts), s=[28 * n for n in counts.values()], color="#d55e00", alpha=0.8)
+    low.set_yticks(range(len(selectors)), selectors)
+    low.set_ylim(len(selectors) - 0.5, -0.5)
+    low.set_xticks(range(len(worth)), names, rotation=60, ha="right", size=8)
+    low.grid(axis="y", lw=0.4)
+    for axes in (top, low):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Between the markers of that name."""
+    content = page.read_text()
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin not in content or end not in content:
+        sys.exit(f"error: {page} has no {begin} … {end}")
+    before, after = content.partition(begin)[0], content.partition(end)[2]
+    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--column", default="paraphrase", help="of the experiment's columns")
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    runs = [run for run in completed(given.folder) if run["column"] == given.column]
+    if not any(run["selection"]["selector"] == "given" for run in runs):
+        sys.exit(f"error: no finished run of a given subset for {given.column} below {given.folder}")
+    found = quality(runs)
+    print(table(found))
+    if given.page is not None:
+        name = f"selection_{given.column}"
+        file = given.page.parent / "images" / f"{name}.png"
+        picture(found, file)
+        write_text(given.page.parent / "data" / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        put(
+            given.page,
+            name,
+            f"{table(found)}\n\n![worth of every subset, and what selectors chose](images/{file.name})",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Selections by chance: which draw, and of what size; selections that are given."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import TYPES
+from torch import nn
+
+from diffora.core.dam import adapter_parameters
+from diffora.core.grid import find_grid
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.experiment import check
+from diffora.methods.random import same_size
+
+SMALL, LARGE = (8, 8), (8, 32)
+
+
+@pytest.mark.parametrize(("shared_rank", "ways"), [(None, 4), (2, 2)])
+def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likely(shared_rank, ways):
+    """Both large modules, and in each layer one of two small ones: or one shared pair more is needed."""
+    shapes = [[SMALL, SMALL, LARGE]] * 2
+    mask = torch.tensor([[True, False, True], [True, False, True]])
+    size = adapter_parameters(shapes, mask, 4, shared_rank)
+    counts: Counter[tuple[bool, ...]] = Counter()
+    for seed in range(400):
+        drawn = same_size(shapes, mask, "layer", 4, shared_rank, seed)
+        assert drawn.sum(1).tolist() == [2, 2] and adapter_parameters(shapes, drawn, 4, shared_rank) == size
+        counts[tuple(drawn.flatten().tolist())] += 1
+    expected = 400 / ways
+    assert len(counts) == ways and all(abs(n - expected) < 4 * math.sqrt(expected) for n in counts.values())
+
+
+def test_globally_the_layers_may_differ_in_number():
+    shapes = [[SMALL] * 3] * 2
+    mask = torch.tensor([[True, True, True], [False, False, False]])
+    sizes = {same_size(shapes, mask, "global", 4, None, seed).sum(1).tolist()[0] for seed in range(40)}
+    assert sizes == {0, 1, 2, 3}
+
+
+def test_a_size_that_chance_does_not_find_is_said_to_be(monkeypatch):
+    monkeypatch.setattr("diffora.methods.random.DRAWS", 1)
+    shapes = [[SMALL, LARGE]] * 8
+    mask = torch.tensor([[False, True]] * 8)
+    assert same_size(shapes, mask, "layer", 4, None, 1) is None
+
+
+def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+
+    def chosen(*overrides: str) -> list[list[str]]:
+        method, _ = check(cfg("method=random", "task=paraphrase", "model=tiny", *overrides))
+        return method.select(grid, 0, lambda selector: pytest.fail("nothing is searched")).selected
+
+    assert chosen("seed=3") == chosen("seed=3", "method.draw=3") == chosen("seed=4", "method.draw=3")
+    assert len({str(chosen(f"method.draw={draw}")) for draw in range(8)}) > 4
+
+
+def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    mask = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
+    mask[:, [0, 2, 4]] = True
+    pattern = Selection.from_mask(grid, mask, method="diffora", rho=0.5, seed=0, k=3, rank=7)
+    pattern.save(tmp_path / "selection.json")
+    overrides = ["method=random", "task=paraphrase", "model=tiny", f"method.like={tmp_path}/selection.json"]
+    method, _ = check(cfg(*overrides))
+    drawn = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    assert drawn.rank == 7 and drawn.selected != pattern.selected
+    assert adapter_parameters(grid.shapes, drawn.mask(), 7, 2) == adapter_parameters(grid.shapes, mask, 7, 2)
+    with pytest.raises(UserError, match="does not go with"):
+        check(cfg(*overrides, "method.budget=100k"))
+
+
+def test_a_list_of_modules_is_selected_in_every_layer(cfg, deberta):
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    base = ["method=diffora", "task=paraphrase", "model=tiny"]
+    method, _ = check(cfg(*base, "method.selection=[output.dense,attention.self.key_proj]"))
+    method.check(nn.Module(), grid)
+    selection = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    assert selection.selected == [["attention.self.key_proj", "output.dense"]] * grid.n_layers
+    method, _ = check(cfg(*base, "method.selection=[output]"))
+    with pytest.raises(UserError, match="names output; a layer has attention"):
+        method.check(nn.Module(), grid)

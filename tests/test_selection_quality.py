@@ -1,0 +1,82 @@
+"""What the script says of selectors whose quality is known."""
+
+import itertools
+import json
+import sys
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "scripts"))
+import selection_quality as script
+
+TYPES = "abcd"
+SUBSETS = list(itertools.combinations(TYPES, 2))  # worth 0.0, 0.1, … 0.5, in this order
+
+
+def run(folder, row, seed, chosen, metric, selector="given", maximise=True, status="completed"):
+    folder = folder / f"{row}-{seed}"
+    folder.mkdir(parents=True)
+    record = {"status": status, "row": row, "column": "paraphrase", "seed": seed, "main_metric": "accuracy"}
+    record |= {"maximise": maximise, "metrics": {"validation/accuracy": metric}}
+    record |= {"selection": {"selector": selector, "selected": [list(chosen)]}}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, subset in enumerate(SUBSETS):
+        for seed in (0, 1):
+            run(tmp_path, "".join(subset), seed, subset, 0.1 * i + 0.001 * seed)
+    run(tmp_path, "broken", 0, SUBSETS[0], 9.0, status="failed")
+    return tmp_path
+
+
+def test_percentiles_gains_and_intervals(folder):
+    for seed in range(4):
+        run(folder, "best", seed, SUBSETS[-1], 0.0, "search")  # its own result does not count, its subset's does
+        run(folder, "mixed", seed, SUBSETS[(0, 5, 1, 4)[seed]], 0.7, "gradient")
+    found = script.quality(script.completed(folder))
+    assert (found["subsets"], found["seeds_of_a_subset"]) == (6, 2)
+    assert [found[key] for key in ("worst", "chance", "best")] == pytest.approx([0.0005, 0.2505, 0.5005])
+    best, mixed = found["selectors"]["best"], found["selectors"]["mixed"]
+    assert best["percentile"] == pytest.approx(100 * 5.5 / 6) and best["jaccard"] == 1 and best["share"] == 1
+    assert best["low"] is None  # no spread, no interval
+    assert mixed["percentile"] == pytest.approx(50) and mixed["low"] < 50 < mixed["high"] and mixed["p"] > 0.9
+    assert mixed["gain"] == pytest.approx(0, abs=1e-9) and mixed["jaccard"] < 1
+    assert found["reliability"] > 0.99
+    text = script.table(found)
+    assert text.index("| best |") < text.index("| mixed |") and "| 92 |" in text
+
+
+def test_chance_is_at_fifty_whatever_ties_there_are():
+    values = {((name,),): worth for name, worth in zip("abcdef", (1, 1, 1, 2, 3, 3), strict=True)}
+    assert sum(script.percentile(values, subset) for subset in values) / 6 == pytest.approx(50)
+
+
+def test_where_less_is_better_the_least_is_the_best(tmp_path):
+    for i, subset in enumerate(SUBSETS):
+        for seed in (0, 1):
+            run(tmp_path, "".join(subset), seed, subset, 2.0 + i + 0.01 * seed, maximise=False)
+    run(tmp_path, "search", 0, SUBSETS[0], 0.0, "search")
+    found = script.quality(script.completed(tmp_path))
+    assert found["best"] < found["chance"] < found["worst"] and found["selectors"]["search"]["percentile"] > 90
+
+
+def test_the_page_gets_table_and_picture(folder, tmp_path, monkeypatch, capsys):
+    run(folder, "search", 0, SUBSETS[3], 0.5, "search")
+    docs = tmp_path / "docs"
+    for place in ("images", "data"):
+        (docs / place).mkdir(parents=True)
+    page = docs / "selection.md"
+    page.write_text("before\n<!-- begin selection_paraphrase -->\nold\n<!-- end selection_paraphrase -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["script", str(folder), "--page", str(page)])
+    script.main()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| search |" in text
+    assert (docs / "images/selection_paraphrase.png").stat().st_size > 1000
+    assert json.loads((docs / "data/selection_paraphrase.json").read_text())["subsets"] == 6
+    (folder / "ab-0" / "run.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["script", str(folder), "--column", "elsewhere"])
+    with pytest.raises(SystemExit, match="no finished run"):
+        script.main()
