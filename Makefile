@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
+RUNS ?= outputs
 BIN := $(VENV)/bin
-SOURCES := train.py src tests scripts benchmarks
+SOURCES := train.py report.py src tests scripts benchmarks
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ lint: venv ## ruff and mypy
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+report: venv ## the report of finished runs, RUNS=<folder> or outputs, into outputs/report
+	$(BIN)/python report.py $(RUNS)
+
 bench-step: venv ## one optimisation step beside PEFT's and the floor's: benchmarks/results/step.json, docs/performance.md
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.plots
@@ -57,4 +61,4 @@ pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)
 clean: ## remove caches and the environment, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
 
-.PHONY: help venv quickstart test test-slow lint bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv quickstart test test-slow lint report bench-step bench-run bench-scale bench-plots pretrain-tiny clean

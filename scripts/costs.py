@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +31,7 @@ from diffora.config import conf_dir
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.experiment import check
+from diffora.sweep import cells, combinations, parse, table_of, values
 
 TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused
 MICROSECONDS = 10.0  # that PyTorch takes to launch a kernel
@@ -89,16 +89,14 @@ class Step:
     kernels: int
 
 
-def job_overrides(line: str) -> list[list[str]]:
-    """The runs that a command starts, each as its overrides."""
-    words = [word for word in shlex.split(line) if "=" in word and not word.startswith(("hydra.", "logger="))]
-    jobs: list[list[str]] = [[]]
-    for override in OverridesParser.create().parse_overrides(words):
-        if override.is_sweep_override():
-            jobs = [[*job, f"{override.key_or_group}={v}"] for job in jobs for v in override.sweep_string_iterator()]
-        else:
-            jobs = [[*job, override.input_line] for job in jobs]
-    return jobs
+def job_overrides(line: str) -> list[tuple[str, ...]]:
+    """The runs that a command starts, each as its overrides; of an experiment's table those at the paper's scale."""
+    given = parse([word for word in shlex.split(line) if "=" in word and not word.startswith(("hydra.", "logger="))])
+    for experiment in (values(o)[0] for o in given if o.key_or_group == "experiment"):
+        content = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
+        others = [o for o in given if o.key_or_group != "experiment"]
+        return list(cells(others, table_of(content.hydra.sweeper), experiment, "paper").values())
+    return combinations(given)
 
 
 def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
@@ -209,10 +207,11 @@ def estimate(lines: list[str], given: argparse.Namespace) -> str:
     configurations: dict[str, DictConfig] = {}
     for line in lines:
         for job in job_overrides(line):
-            key = json.dumps(sorted(override for override in job if not override.startswith("seed=")))
+            setting = sorted(override for override in job if not override.startswith(("seed=", "cell.")))
+            key = json.dumps(setting)
             runs[key] = runs.get(key, 0) + 1
             if key not in configurations:
-                configurations[key] = compose("config", job)
+                configurations[key] = compose("config", setting)
     search = finetune = 0.0
     largest: dict[str, tuple[int, DictConfig]] = {}
     for key, cfg in configurations.items():
@@ -248,7 +247,7 @@ def main() -> None:
             print(block[1].strip(), "\n ", sentence, flush=True)
             return f"```bash\n{block[1]}```\n\n{sentence}\n"
 
-        page = re.sub(r"```bash\n(.*?)```\n\nEstimate:[^\n]*\n", replace, page, flags=re.DOTALL)
+        page = re.sub(r"```bash\n([^`]*)```\n\nEstimate:[^\n]*\n", replace, page)
     if given.write:
         given.page.write_text(page)
 

@@ -23,12 +23,17 @@ def command(main: Callable[[], object]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; the same command with resume=true and the same hydra.run.dir continues", status=130)
+        fail(
+            "interrupted; the same command continues with resume=true and the same hydra.run.dir (a sweep: "
+            "hydra.sweep.dir); a table of an experiment= continues without them",
+            status=130,
+        )
     except UserError as error:
         fail(*error.problems)
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
-            fail(*(composition_problems(overrides()) or [_short(error)]))
+            plugin = _missing_plugin(error)
+            fail(*([plugin] if plugin else composition_problems(overrides()) or [_short(error)]))
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
 
 
@@ -37,6 +42,14 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        print(f"\n{hydra.runtime.output_dir}", flush=True)
+    elif hydra.sweeper.get("rows"):
+        name = hydra.runtime.choices["experiment"]
+        with suppress(OSError):
+            os.rmdir(hydra.runtime.output_dir)
+        fail(f"experiment={name} is a table of runs, which takes -m: python train.py -m experiment={name} scale=…")
     import_run()
     from diffora.experiment import train
 
@@ -44,8 +57,8 @@ def job(cfg: DictConfig) -> float | None:
         return train(cfg)
     except UserError as error:
         with suppress(OSError):  # Hydra has made the run directory; one with something in it stays
-            os.rmdir(HydraConfig.get().runtime.output_dir)
-        if cfg.get("debug") or HydraConfig.get().mode == RunMode.MULTIRUN:
+            os.rmdir(hydra.runtime.output_dir)
+        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
             raise  # the sweep's other jobs go on
         fail(*error.problems)
 
@@ -99,23 +112,46 @@ def composition_problems(given: list[str]) -> list[str]:
     kept: list[str] = []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for override in [*choices, *(o for o in given if o not in choices)]:
-            try:
-                compose("config", [*kept, override])
-                kept.append(override)
-            except Exception as error:
-                key, _, value = override.partition("=")
-                options = re.search(r"Available options in '[^']*':((?:\n\t\S+)*)", str(error))
-                if options:
-                    found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
-                elif "is not in struct" in str(error) or "Could not override" in str(error):
-                    found.append(_no_such_key(key, compose("config", kept), unknown_key))
-                else:
-                    found.append(f"{override}: {_short(error)}")
+            right = []
+            for line in _each_value(override):
+                try:
+                    compose("config", [*kept, line])
+                    right.append(line)
+                except Exception as error:
+                    key, _, value = line.partition("=")
+                    options = re.search(r"Available options in '[^']*':((?:\n\t\S+)*)", str(error))
+                    if plugin := _missing_plugin(error):
+                        found.append(plugin)
+                    elif options:
+                        found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
+                    elif "is not in struct" in str(error) or "Could not override" in str(error):
+                        found.append(_no_such_key(key, compose("config", kept), unknown_key))
+                        break
+                    else:
+                        found.append(f"{line}: {_short(error)}")
+            kept += right[:1]
         try:
             check(compose("config", kept))
         except UserError as error:
             found += error.problems
     return found
+
+
+def _missing_plugin(error: Exception) -> str | None:
+    """What to install, where a launcher or sweeper is asked for that is not there."""
+    wanted = re.search(r"Could not find 'hydra/(?:launcher|sweeper)/((joblib|submitit|ray|optuna)\w*)'", str(error))
+    return f"{wanted[1]} is not installed: pip install 'diffora[{wanted[2]}]'" if wanted else None
+
+
+def _each_value(override: str) -> list[str]:
+    """A sweep's override for each of its values; what cannot be read stays as it is."""
+    from diffora.sweep import parse, values
+
+    try:
+        [parsed] = parse([override])
+        return [override] if parsed.is_delete() else [f"{parsed.get_key_element()}={v}" for v in values(parsed)]
+    except Exception:
+        return [override]
 
 
 def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, Iterable[str]], str]) -> str:

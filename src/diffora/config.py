@@ -47,6 +47,10 @@ RULES: dict[str, Check] = {
     "resume": FLAG,
     "predict": FLAG,
     "dry_run": FLAG,
+    "scale": _one_of("paper", "small"),
+    "cell.experiment": _or_null(TEXT),
+    "cell.row": _or_null(TEXT),
+    "cell.column": _or_null(TEXT),
     "rank": ANY,  # rank, rho, finetune.dropout and method.* are the method's to check: diffora.methods.base
     "rho": ANY,
     "search.epochs": _whole(1),
@@ -199,7 +203,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-NOT_IN_HASH = ("resume", "dry_run", "debug", "logger")
+NOT_IN_HASH = ("resume", "dry_run", "scale", "cell", "debug", "logger")
 
 
 def config_hash(cfg: DictConfig) -> str:

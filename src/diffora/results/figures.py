@@ -3,10 +3,13 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffora.core.parts import part_of
-from diffora.core.selection import Selection
 from diffora.files import atomic
+
+if TYPE_CHECKING:  # it needs torch, which a report of finished runs does without
+    from diffora.core.selection import Selection
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
@@ -35,7 +38,7 @@ def short_names(types: Sequence[str]) -> list[str]:
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]
 
 
-def dam_heatmap(selection: Selection, title: str = "") -> bytes:
+def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
     """PNG of the DAM: one column a layer, one row a module type, selected modules framed.
 
     Colours show the relaxed DAM, or scores divided to be like it: each row sums to 1, or, where modules of all layers
@@ -78,11 +81,11 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     return _png(figure)
 
 
-def _shares(selection: Selection) -> list[list[float]] | None:
-    """The scores on the scale of a relaxed DAM, whose rows sum to 1."""
+def _shares(selection: "Selection") -> list[list[float]] | None:
+    """The scores on the scale of a relaxed DAM, whose rows sum to 1; of what is below 0, the amounts do."""
     if selection.scores is None:
         return None
-    totals = [sum(row) for row in selection.scores]
+    totals = [sum(map(abs, row)) for row in selection.scores]
     if selection.k is None:
         totals = [sum(totals) / len(totals)] * len(totals)
     return [[v / (total or 1.0) for v in row] for row, total in zip(selection.scores, totals, strict=True)]

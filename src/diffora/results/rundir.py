@@ -36,7 +36,13 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         before = OmegaConf.load(folder / "config.yaml")
         assert isinstance(before, DictConfig)
         changed = config.differences(config.plain(before), config.plain(cfg))
-        raise UserError([f"{folder} was started with other settings, and resume=true needs the same:", *changed])
+        raise UserError(
+            [
+                f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
+                "another folder with hydra.run.dir=, or hydra.sweep.dir= of a sweep:",
+                *changed,
+            ]
+        )
     if old["status"] != "completed":
         return None
     log.info(f"{folder} is complete already")

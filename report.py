@@ -1,0 +1,32 @@
+"""A report of finished runs: one HTML page, and tables as Markdown, LaTeX and CSV. Every run.json below is read.
+
+  python report.py outputs                                     all runs, into outputs/report
+  python report.py outputs/table4_sample_rate-small output=<folder>
+
+Open index.html of that folder in any browser; it needs no server and no network. docs/report.md says what is in it.
+"""
+
+import sys
+import time
+
+from diffora.cli import command
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return
+    from diffora.results.page import request, write
+    from diffora.results.runs import gather
+
+    began = time.time()
+    folders, output = request(arguments)
+    gathered = gather(folders)
+    page, *tables = write(gathered, output, folders)
+    count = f"{len(gathered.runs)} runs" + (f", {len(gathered.broken)} unreadable files" if gathered.broken else "")
+    print(f"{page}: {count}, {time.time() - began:.1f} s; {len(tables)} files of tables beside it")
+
+
+if __name__ == "__main__":
+    command(main)

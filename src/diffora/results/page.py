@@ -1,0 +1,272 @@
+"""The report's files: one page that needs neither server nor network, and its tables as text."""
+
+import csv
+import io
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from diffora import __version__
+from diffora.errors import UserError
+from diffora.files import write_text
+from diffora.results.comparisons import Comparison, comparisons_of, verdict
+from diffora.results.formats import comma_separated, latex, markdown
+from diffora.results.grids import comparisons_grid, duration, main_grid, measures_grid, plus_minus, probability, signed
+from diffora.results.pictures import View
+from diffora.results.runs import Gathered, Run
+from diffora.results.statistics import Spread, spread
+from diffora.results.tables import FEW, Column, Table, tables_of
+
+CHARTED = 30  # tables with training curves
+PICTURED = 60  # settings with pictures of their selections
+PROBLEMS = 500  # failed runs and unreadable files
+
+
+def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Path]:
+    """Write the report of some runs to a folder. Returns the files, the page first."""
+    tables = tables_of(gathered.runs)
+    found = {table.name: comparisons_of(table) for table in tables}
+    files = [output / "index.html"]
+    for table in tables:
+        grids = [main_grid(table), measures_grid(table)]
+        grids += [comparisons_grid(table, found[table.name])] if found[table.name] else []
+        place = output / "tables" / table.name
+        for suffix, form in ((".md", markdown), (".tex", latex)):
+            files.append(place.with_name(place.name + suffix))
+            write_text(files[-1], "\n".join(map(form, grids)))
+        for grid, kind in zip(grids, ("", "-cost", "-comparisons"), strict=False):
+            files.append(place.with_name(f"{place.name}{kind}.csv"))
+            write_text(files[-1], comma_separated(grid))
+    files.append(output / "runs.csv")
+    write_text(files[-1], runs_csv(gathered.runs))
+    write_text(files[0], page(gathered, tables, found, folders))
+    return files
+
+
+def page(
+    gathered: Gathered,
+    tables: Sequence[Table],
+    found: Mapping[str, Sequence[Comparison]],
+    folders: Sequence[Path],
+) -> str:
+    """The HTML page."""
+    pictured = 0
+    views = []
+    for i, table in enumerate(tables):
+        views.append(view := View(table, found[table.name], charted=i < CHARTED, pictures=PICTURED - pictured))
+        pictured += len(view.dams)
+    left_out = sum(view.dams_left_out for view in views)
+    remarks = []
+    if left_out:
+        remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not.")
+    if len(tables) > CHARTED:
+        remarks.append(f"Training curves are drawn for the first {CHARTED} of {len(tables)} tables.")
+    unfinished = [run for run in gathered.runs if run["status"] != "completed"]
+    problems = [(_place(run.folder), run["status"], str(run["error"] or "")) for run in unfinished]
+    problems += [(_place(file), "unreadable", reason) for file, reason in gathered.broken]
+    if len(problems) > PROBLEMS:
+        remarks.append(f"The first {PROBLEMS} of {len(problems)} failed, unfinished or unreadable runs are listed.")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("report.html.jinja").render(
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        folders=[str(folder) for folder in folders],
+        n_completed=len(gathered.runs) - len(unfinished),
+        tallies=tallies(tables, found),
+        glance=glance(tables, found),
+        views=views,
+        problems=problems[:PROBLEMS],
+        n_problems=len(problems),
+        remarks=remarks,
+        runs=_script_safe(runs_listed(gathered.runs)),
+        few=FEW,
+    )
+
+
+# --- the first screen ---
+
+
+def tallies(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """How often each of our methods is ahead of a baseline, behind it, or neither: of about equal size, of any size."""
+    of: dict[str, list[Comparison]] = defaultdict(list)
+    for table in tables:
+        of[table.our_name] += [c for c in found[table.name] if not c.variant]
+    counted: list[dict[str, Any]] = []
+    for name, every in of.items():
+        if not every:
+            continue
+        for size, some in (("about equal size", [c for c in every if c.fair]), ("any size", every)):
+            verdicts = [verdict(c.dev_best) for c in some]
+            held_out = [verdict(c.held_out) for c in some]
+            kept = [c.dev_best.mean for c in some if c.p_holm is not None and c.p_holm < 0.05]
+            counted.append(
+                {
+                    "name": name,
+                    "size": size,
+                    "n": len(some),
+                    "counts": {word: verdicts.count(word) for word in ("ahead", "behind", "undecided", "no test")},
+                    "held_out": {word: held_out.count(word) for word in ("ahead", "behind", "undecided")},
+                    "kept": sum(mean > 0 for mean in kept),
+                    "lost": sum(mean < 0 for mean in kept),
+                }
+            )
+    return counted
+
+
+def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """For each column of each table the best row, and our best against the best baseline."""
+    lines = []
+    for table in tables:
+        for column in table.columns:
+            key = column.compared
+            sign = 1 if column.maximise else -1
+            means = {
+                row: s
+                for row in table.rows
+                if (cell := table.cells.get((row, column.name))) and (s := spread(cell.by_seed(key).values()))
+            }
+            if not means:
+                continue
+            order = sorted(means, key=lambda row: -sign * means[row].mean)
+            ours = next((row for row in order if row in table.ours), None)
+            baseline = next((row for row in order if row not in table.ours), None)
+            compared = [c for c in found[table.name] if (c.column, c.ours, c.baseline) == (column, ours, baseline)]
+            lines.append(
+                {
+                    "table": table,
+                    "column": column.title,
+                    "ours": ours and _named(table, column, ours, means[ours], key),
+                    "baseline": baseline and _named(table, column, baseline, means[baseline], key),
+                    "chosen": sum(row in means for row in table.ours),
+                    "comparison": compared[0] if compared else None,
+                    "p": probability(compared[0].dev_best.p) if compared else "",
+                    "difference": signed(compared[0].dev_best) if compared else "",
+                    "verdict": verdict(compared[0].dev_best) if compared else "",
+                    "held_out": verdict(compared[0].held_out) if compared and compared[0].held_out else "",
+                }
+            )
+    return lines
+
+
+def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> dict[str, str]:
+    cell = table.cells[row, column.name]
+    return {
+        "row": row,
+        "mean": plus_minus(mean, column.factor(key)),
+        "n": str(mean.n),
+        "parameters": cell.span("adapter"),
+        "search": duration(cell.spread("time", "search_s")),
+        "total": duration(cell.spread("time", "total_s")),
+    }
+
+
+# --- all runs ---
+
+
+def runs_listed(runs: Sequence[Run]) -> dict[str, Any]:
+    """All runs, for the page's script."""
+    rows = []
+    for run in runs:
+        part = run["experiment"] or ""
+        setting = f"{run['row']}, {run['column']}" if part else run["method"]
+        if not part:
+            dials = {"r": run.config.get("rank"), "rho": run.config.get("rho")} if len(runs) <= 5000 else {}
+            setting += "".join(f", {name} = {value}" for name, value in dials.items() if value is not None)
+        rows.append(
+            {
+                "table": part + (" (small)" if run["scale"] == "small" else ""),
+                "setting": setting,
+                "task": run["task"],
+                "model": run["model"],
+                "seed": run.seed,
+                "status": run["status"],
+                "dev_best": _rounded(run.metric(f"validation/{run.main_metric}")),
+                "held_out": _rounded(run.metric(f"held_out/{run.main_metric}")),
+                "adapter": run.value("params", "adapter"),
+                "search, s": _rounded(run.value("time", "search_s"), 1),
+                "total, s": _rounded(run.value("time", "total_s"), 1),
+                "folder": _place(run.folder),
+            }
+        )
+    return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
+
+
+def runs_csv(runs: Sequence[Run]) -> str:
+    """Every run with all its numbers, for one's own calculations."""
+    parts = ("metrics", "params", "time", "memory")
+    names = {part: sorted({key for run in runs for key in run[part]}) for part in parts}
+    own = (
+        "experiment",
+        "scale",
+        "row",
+        "column",
+        "method",
+        "task",
+        "model",
+        "seed",
+        "status",
+        "config_hash",
+        "data_hash",
+    )
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    numbers = [(part, key) for part in parts for key in names[part]]
+    writer.writerow([*own, *(key if part == "metrics" else f"{part}/{key}" for part, key in numbers), "folder"])
+    for run in runs:
+        record = run.record
+        writer.writerow(
+            [*(record.get(key) for key in own), *(record[p].get(key) for p, key in numbers), _place(run.folder)]
+        )
+    return out.getvalue()
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _place(path: Path) -> str:
+    """A path as short as it is clear: below the folder where the command was given, without it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _script_safe(content: object) -> Markup:
+    """JSON that ends no script element, whatever the names in it."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
+    """Folders of runs, and where the report goes, as the command line of `report.py` gives them.
+
+    Raises:
+        UserError: every argument that cannot be right.
+    """
+    folders, output, problems = [], Path("outputs/report"), []
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if not given or Path(argument).is_dir():
+            folders.append(Path(argument).expanduser())
+        elif key == "output" and value:
+            output = Path(value).expanduser()
+        else:
+            problems.append(f"{argument}: report.py takes folders of runs and output=<folder>, nothing else")
+    if not folders and not problems:
+        problems.append("no folder of runs given: python report.py outputs output=<folder>")
+    if output.exists() and not output.is_dir():
+        problems.append(f"output={output} is not a folder")
+    if problems:
+        raise UserError(problems)
+    return folders, output

@@ -1,0 +1,227 @@
+"""The pictures that the report's page shows of a table."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from diffora.results import charts
+from diffora.results.charts import Interval, Line
+from diffora.results.comparisons import Comparison, Curve, curves_of
+from diffora.results.figures import short_names
+from diffora.results.grids import comparisons_grid, main_grid, measures_grid
+from diffora.results.runs import Run
+from diffora.results.statistics import Stability, finite, spread, stability
+from diffora.results.tables import Cell, Table
+
+LINES = 2 * charts.COLOURS  # of a chart
+INTERVALS = 30  # of a forest plot
+SEEDS = 10  # whose pictures are shown
+MOMENTS = 25  # of a trajectory
+
+
+@dataclass(frozen=True)
+class Dams:
+    """The selections of one setting: how often each module was selected, each seed's, and how the search got there."""
+
+    row: str
+    column: str
+    frequency: Markup
+    seeds: list[tuple[int, Markup]]
+    trajectory: list[Markup]
+    types: list[tuple[int, str]]
+    stability: Stability | None
+
+
+class View:
+    """A table as the page shows it."""
+
+    def __init__(self, table: Table, found: Sequence[Comparison], charted: bool, pictures: int) -> None:
+        self.table = table
+        self.main = main_grid(table)
+        self.best = best_cells(table)
+        self.measures = measures_grid(table)
+        self.comparisons = comparisons_grid(table, found) if found else None
+        self.forests, self.forest_note = forests(found)
+        self.curves = dial_charts(table)
+        self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
+        chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first["selection"]]
+        self.dams = [dams(row, column, cell) for row, column, cell in chosen[: max(0, pictures)]]
+        self.dams_left_out = len(chosen) - len(self.dams)
+
+
+def _shown(table: Table) -> Iterable[tuple[tuple[str, str], Cell]]:
+    for column in table.columns:
+        for row in table.rows:
+            if cell := table.cells.get((row, column.name)):
+                yield (row, column.name), cell
+
+
+def best_cells(table: Table) -> set[tuple[str, str]]:
+    """The rows with the best mean, a column each."""
+    best = set()
+    for column in table.columns:
+        key = column.compared
+        sign = 1 if column.maximise else -1
+        means = {
+            row: sign * s.mean
+            for (row, name), cell in _shown(table)
+            if name == column.name and (s := spread(cell.by_seed(key).values()))
+        }
+        if len(means) > 1:
+            best.add((max(means, key=means.__getitem__), column.title))
+    return best
+
+
+def forests(found: Sequence[Comparison]) -> tuple[list[tuple[str, Markup]], str]:
+    """Differences to the baselines of about equal size, or to all where there is none such; a plot for each column."""
+    plain = [c for c in found if not c.variant]
+    fair = [c for c in plain if c.fair]
+    plots, cut = [], 0
+    for column in dict.fromkeys(c.column for c in plain):
+        here = [c for c in fair or plain if c.column == column]
+        lines = [
+            Interval(f"{c.ours} \N{MINUS SIGN} {c.baseline}", c.dev_best.mean, c.dev_best.low, c.dev_best.high)
+            for c in here
+        ]
+        cut += max(0, len(lines) - INTERVALS)
+        better = "points" if column.factor("validation/x") != 1 else "difference"
+        label = f"{better}, right of 0 is better" + ("" if column.maximise else " (less of the metric)")
+        if lines:
+            plots.append((column.title, charts.forest(lines[:INTERVALS], label)))
+    note = "baselines of about equal size (± 10 % of the parameters)" if fair else "no baseline is of about equal size"
+    return plots, note + (f"; {cut} more in the table" if cut else "")
+
+
+def dial_charts(table: Table) -> list[tuple[str, Markup, list[tuple[int, str]]]]:
+    """The metric against rho and against the rank: mean and standard deviation over seeds."""
+    grouped: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+    for curve in curves_of(table):
+        grouped[curve.column.title, curve.dial].append(curve)
+    names = list(dict.fromkeys(curve.name for curves in grouped.values() for curve in curves))
+    found = []
+    for (column, dial), curves in grouped.items():
+        curves = curves[:LINES]
+        lines = []
+        for curve in curves:
+            points = [(x, s.mean) for x, s in curve.points]
+            bars = [s.std or 0.0 for _, s in curve.points]
+            lines.append(Line(curve.name, names.index(curve.name), points, bars))
+        legend = [(line.colour, line.name) for line in lines]
+        found.append((f"{column} against {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
+    return found
+
+
+def training_charts(table: Table) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
+    """Metric, training loss and generalisation gap by epoch, means over the seeds, as far as all of them went."""
+    rows = table.rows[:LINES]
+    found = []
+    used: set[str] = set()
+    for column in table.columns:
+        histories = {
+            row: [run.history for run in cell.runs.values()]
+            for row in rows
+            if (cell := table.cells.get((row, column.name)))
+        }
+        metric = next((key for key in column.metrics if key.startswith("validation")), None)
+        wanted = [(metric, metric), ("train/loss", "training loss"), ("generalisation_gap", "generalisation gap")]
+        for key, label in wanted:
+            if key is None:
+                continue
+            lines = []
+            for row, epochs in histories.items():
+                if points := _means(epochs, key, column.factor(key)):
+                    lines.append(Line(row, rows.index(row), points))
+                    used.add(row)
+            if lines:
+                found.append((f"{column.name}: {label}", charts.line_chart(lines, "epoch", str(label))))
+    note = f"the first {LINES} of {len(table.rows)} rows" if len(table.rows) > LINES else ""
+    return found, [(rows.index(row), row) for row in rows if row in used], note
+
+
+def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float) -> list[tuple[float, float]]:
+    points = []
+    for number, epochs in enumerate(zip(*histories, strict=False), 1):
+        values = [value for epoch in epochs if (value := finite(epoch.get(key))) is not None]
+        if len(values) == len(histories):
+            points.append((float(number), factor * sum(values) / len(values)))
+    return points
+
+
+def dams(row: str, column: str, cell: Cell) -> Dams:
+    """What the seeds of a setting selected."""
+    files = {seed: found for seed, run in sorted(cell.runs.items()) if (found := _selection(run)) is not None}
+    masks = [mask for mask, _, _ in files.values()]
+    types = next((types for _, types, _ in files.values()), [])
+    if not masks or any(mask.shape != masks[0].shape for mask in masks):
+        return Dams(row, column, Markup(), [], [], [], None)
+    labels = short_names(types)
+    stacked = np.array(masks)
+    uniform = 1 / len(types)
+    seeds = []
+    for seed, (mask, _, gamma_bar) in list(files.items())[:SEEDS]:
+        values = mask.astype(float).tolist() if gamma_bar is None else gamma_bar
+        centre = 0.0 if gamma_bar is None else uniform
+        seeds.append((seed, charts.heatmap(values, [], mask.tolist(), centre, cell=15)))
+    by_layer = cell.first["selection"].get("k") is not None
+    return Dams(
+        row,
+        column,
+        charts.heatmap(stacked.mean(0).tolist(), labels),
+        seeds,
+        trajectory_charts(cell, labels),
+        list(enumerate(labels)),
+        stability(stacked, by_layer),
+    )
+
+
+def _selection(run: Run) -> tuple[np.ndarray, list[str], list[list[float]] | None] | None:
+    """(mask, types, relaxed DAM where there was a search) of a run; None where its file is not there or not right."""
+    content = run.read("selection.json")
+    try:
+        types, selected = list(content["types"]), content["selected"]
+        mask = np.array([[name in layer for name in types] for layer in selected], dtype=bool)
+        gamma_bar = content.get("gamma_bar")
+        if gamma_bar is not None and np.array(gamma_bar, dtype=float).shape != mask.shape:
+            return None
+        return (mask, [str(name) for name in types], gamma_bar) if mask.ndim == 2 and mask.size else None
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
+    """The relaxed DAM over the rounds of the search: a chart for each layer, the seeds faint and their mean."""
+    paths = []
+    for run in list(cell.runs.values())[:SEEDS]:
+        content = run.read("trajectory.json")
+        try:
+            rounds, values = np.array(content["rounds"], float), np.array(content["gamma_bar"], float)
+        except (TypeError, KeyError, ValueError):
+            continue
+        if values.ndim == 3 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
+            at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))
+            paths.append((rounds[at], values[at]))
+    if not paths or any(path[1].shape != paths[0][1].shape for path in paths):
+        return []
+    rounds, mean = paths[0][0].tolist(), np.mean([values for _, values in paths], axis=0)
+    found = []
+    for layer in range(mean.shape[1]):
+        lines = []
+        for j, name in enumerate(types):
+            if len(paths) > 1:
+                lines += [Line(name, j, list(zip(at.tolist(), v[:, layer, j].tolist(), strict=True)), faint=True)
+                          for at, v in paths]  # fmt: skip
+            lines.append(Line(name, j, list(zip(rounds, mean[:, layer, j].tolist(), strict=True))))
+        found.append(
+            charts.line_chart(
+                lines,
+                f"layer {layer + 1}: round",
+                "\N{GREEK SMALL LETTER GAMMA}\N{COMBINING MACRON}",
+                width=250,
+                height=170,
+            )
+        )
+    return found

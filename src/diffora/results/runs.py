@@ -1,0 +1,211 @@
+"""Finished and unfinished runs, gathered from their folders: tens of thousands in seconds."""
+
+import functools
+import gc
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffora.config import NOT_IN_HASH
+from diffora.errors import UserError
+from diffora.results.record import NAME
+from diffora.results.statistics import finite
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had
+INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A record and where it lies.
+
+    Attributes:
+        folder: the run directory.
+        record: ``run.json`` without the history.
+        setting: the configuration without seed, place and what changes no result: one text for all seeds of a setting.
+        written: when the record was written, seconds since the epoch.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    setting: str
+    written: float
+
+    def __getitem__(self, key: str) -> Any:
+        return self.record.get(key)
+
+    @property
+    def seed(self) -> int:
+        return int(self.record["seed"])
+
+    def value(self, part: str, key: str) -> float | None:
+        """A number such as ``("params", "adapter")``; None where it is not there."""
+        return finite(self.record[part].get(key))
+
+    def metric(self, key: str) -> float | None:
+        return self.value("metrics", key)
+
+    @property
+    def main_metric(self) -> str:
+        """The task's main metric; old records do not say, and have it first."""
+        if isinstance(name := self["main_metric"], str):
+            return name
+        names = [key.partition("/")[2] for key in self.record["metrics"] if key.startswith("validation/")]
+        return next((name for name in names if name != "loss"), "accuracy")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The setting as ``{"finetune.lr": 0.001, …}``, without the task's recipe: what it says is used elsewhere."""
+        return config_of(self.setting)
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run's folder; None where it is missing or broken."""
+        try:
+            return json.loads((self.folder / name).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs of the fine-tuning, read again from the file."""
+        found = (self.read(NAME) or {}).get("history")
+        return [epoch for epoch in found if isinstance(epoch, dict)] if isinstance(found, list) else []
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All runs below some folders, and the files that are none, with the reason."""
+
+    runs: list[Run]
+    broken: list[tuple[Path, str]]
+
+
+def gather(folders: Iterable[Path | str]) -> Gathered:
+    """Read every ``run.json`` below the folders. Dry runs are left out.
+
+    Raises:
+        UserError: a folder that is not there, or no run.json in any of them.
+    """
+    roots = [Path(folder) for folder in folders]
+    if missing := [root for root in roots if not root.is_dir()]:
+        raise UserError([f"{root} is not a folder" for root in missing])
+    runs, broken = [], []
+    files = sorted({file for root in roots for file in _records(os.path.realpath(root))})
+    collecting = gc.isenabled()
+    gc.disable()  # it would pass over a million objects again and again, all of which stay
+    for file in files:
+        path = Path(file)
+        try:
+            found = _read(path)
+        except (OSError, ValueError, TypeError) as error:
+            broken.append((path, str(error)))
+            continue
+        if found is not None:
+            runs.append(found)
+    if collecting:
+        gc.enable()
+    if not files:
+        places = ", ".join(map(str, roots))
+        raise UserError(f"no {NAME} below {places}: give the folder of a run or sweep, as python train.py names it")
+    return Gathered(runs, broken)
+
+
+def _records(root: str) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(root):
+        if NAME in files:
+            subfolders[:] = [name for name in subfolders if name not in INSIDE]
+            yield os.path.join(folder, NAME)
+
+
+def _read(file: Path) -> Run | None:
+    """The run, or None for a dry run.
+
+    Raises:
+        ValueError: not a record.
+    """
+    with open(file, "rb") as stream:
+        content = stream.read()
+        written = os.fstat(stream.fileno()).st_mtime
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a record: no JSON object")
+    if wrong := [key for key in ("method", "task", "model", "status") if not isinstance(record.get(key), str)]:
+        raise ValueError(f"not a record: {', '.join(wrong)} must be text")
+    if not isinstance(record.get("seed"), int):
+        raise ValueError("not a record: seed must be a whole number")
+    if record["status"] == "dry_run":
+        return None
+    record.pop("history", None)  # most of the file; read again for the few that are drawn
+    for part in ("metrics", "params", "time", "memory", "selection"):
+        if not isinstance(record.get(part), dict):
+            record[part] = {}
+    return Run(file.parent, record, _setting(file.parent, record), written)
+
+
+def _setting(folder: Path, record: Mapping[str, Any]) -> str:
+    """What a run's seeds have in common, as text, for YAML takes a hundred times as long."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return sys.intern(f"method:\n  name: {json.dumps(record['method'])}\nmodel: {json.dumps(record['model'])}\n")
+    text = re.sub(rf"\n +(draw|projection_prng_key): {record['seed']}(?=\n)", "", text)  # they follow the seed
+    dropped = (*NOT_IN_HASH, "seed")
+    return sys.intern("\n".join(block for block in _blocks(text) if block.partition(":")[0] not in dropped))
+
+
+def _blocks(text: str) -> list[str]:
+    """A YAML mapping cut at its top-level keys."""
+    return re.split(r"\n(?=[^\s-])", text.rstrip("\n"))
+
+
+@functools.lru_cache(maxsize=4096)
+def config_of(setting: str) -> dict[str, Any]:
+    """The flat configuration behind a setting's text."""
+    flat: dict[str, Any] = {}
+    for block in _blocks(setting):
+        flat |= _flat_block(block)
+    return flat
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat_block(block: str) -> dict[str, Any]:
+    """Most settings share most of their blocks, so each is parsed once."""
+    try:
+        content = yaml.load(block, Loader=LOADER)
+    except yaml.YAMLError:
+        return {}
+    return dict(_leaves(content, "")) if isinstance(content, dict) else {}
+
+
+def _leaves(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if key == "task.recipe":
+            continue
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which settings differ, shortest first, each group of keys that always agree once."""
+    keys = sorted({key for config in configs for key in config}, key=lambda key: (key.count("."), len(key), key))
+    seen: set[tuple[str, ...]] = set()
+    found = []
+    for key in keys:
+        values = tuple(json.dumps(config.get(key), sort_keys=True, default=str) for config in configs)
+        if len(set(values)) > 1 and values not in seen:
+            seen.add(values)
+            found.append(key)
+    return found

@@ -1,0 +1,119 @@
+"""What repeated runs tell: means with their spread, differences paired over seeds, how far selections agree."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None for a single value) of n values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Of values, or None where there are none."""
+    values = list(values)
+    n = len(values)
+    if not n:
+        return None
+    mean = math.fsum(values) / n
+    return Spread(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None, n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over n pairs, its 95 % interval by Student's t and the p of no difference.
+
+    Interval and p are None for one pair, and where all differences are the same: t has nothing to go by then.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Mean of ours less theirs over the seeds that both have; None where there is none."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    found = spread(ours[seed] - theirs[seed] for seed in seeds)
+    if found is None:
+        return None
+    mean, n = found.mean, found.n
+    if found.std is None or found.std < 1e-9:
+        return Difference(mean, None, None, None, n)
+    from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats has it, too, and takes a second to import
+
+    error = found.std / math.sqrt(n)
+    half = error * float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    return Difference(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of the p values of several comparisons, in their order."""
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Mean Jaccard index over all pairs of n selections; mean and central 95 % of the same by chance."""
+
+    jaccard: float
+    chance: float
+    low: float
+    high: float
+    n: int
+
+
+def stability(masks: np.ndarray, by_layer: bool, draws: int = 1000) -> Stability | None:
+    """How far selections agree, beside as many that are drawn by chance with the same sizes.
+
+    Args:
+        masks: boolean, selections x L x N.
+        by_layer: whether the sizes are those of each layer, or of the whole selection.
+        draws: how often all of them are drawn.
+    """
+    n = len(masks)
+    if n < 2:
+        return None
+    flat = masks if by_layer else masks.reshape(n, 1, -1)
+    keys = np.random.default_rng(0).random((draws, *flat.shape))
+    drawn = keys.argsort(-1) < flat.sum(-1, keepdims=True)
+    by_chance = _mean_jaccard(drawn.reshape(draws, n, -1))
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(by_chance, [tail, 1 - tail])
+    found = _mean_jaccard(masks.reshape(1, n, -1))
+    return Stability(float(found[0]), float(by_chance.mean()), float(low), float(high), n)
+
+
+def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
+    """Over all pairs of the second axis: draws x selections x modules to draws. Two empty selections agree."""
+    flags = masks.astype(np.float32)
+    both = flags @ flags.transpose(0, 2, 1)
+    sizes = flags.sum(-1)
+    either = sizes[:, :, None] + sizes[:, None, :] - both
+    index = np.divide(both, either, out=np.ones_like(both), where=either > 0)
+    first, second = np.triu_indices(masks.shape[1], 1)
+    mean: np.ndarray = index[:, first, second].mean(-1)
+    return mean
+
+
+def finite(value: object) -> float | None:
+    """A number of a record as a float, or None for all else: files of other hands may hold anything."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

@@ -1,0 +1,284 @@
+"""Runs as tables: one for each experiment, in its paper's layout, and one for each task and backbone of all others.
+
+All else of the report is read off these: comparisons and curves, grids of text, pictures, the page.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from diffora.config import conf_dir
+from diffora.results.runs import LOADER, Run, differing
+from diffora.results.statistics import Spread, spread
+
+FEW = 5  # seeds, with less of which a table says so
+ROWS = 60  # of a table of runs that belong to no experiment: the best of them
+SCORES = ("validation", "held_out", "last", "train", "choice")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task with its backbone.
+
+    Attributes:
+        name: as the experiment calls it.
+        metrics: keys of a record's metrics.
+        percent: whether scores are shown in per cent.
+        maximise: whether more is better.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    percent: bool
+    maximise: bool
+
+    @property
+    def title(self) -> str:
+        """The column's name and what its figures are."""
+        short = [key.removeprefix("validation/").removeprefix("update/") for key in self.metrics]
+        return f"{self.name}, {'/'.join(short)}"
+
+    @property
+    def compared(self) -> str:
+        """The metric in which rows are compared: the first score."""
+        return next((key for key in self.metrics if key.startswith("validation")), self.metrics[0])
+
+    def factor(self, key: str) -> float:
+        """What a metric's values are multiplied with to be shown."""
+        official = key.partition("/")[0].removesuffix("_mismatched")
+        return 100.0 if self.percent and (official in SCORES or key == "generalisation_gap") else 1.0
+
+    def held_out(self) -> tuple[str, ...]:
+        """The keys of the same metrics where the epoch was chosen on other rows; none for what is no score."""
+        keys = [key for key in self.metrics if key.startswith("validation/")]
+        return tuple(key.replace("validation/", "held_out/", 1) for key in keys)
+
+
+@dataclass
+class Cell:
+    """The runs of one row in one column, by seed."""
+
+    runs: dict[int, Run]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[min(self.runs)]
+
+    def by_seed(self, key: str, factor: float = 1.0) -> dict[int, float]:
+        """A metric of each run that has it."""
+        found = {seed: run.metric(key) for seed, run in sorted(self.runs.items())}
+        return {seed: factor * value for seed, value in found.items() if value is not None}
+
+    def spread(self, part: str, key: str) -> Spread | None:
+        """Of any number of the records."""
+        values = [run.value(part, key) for run in self.runs.values()]
+        return spread(value for value in values if value is not None)
+
+    def span(self, key: str) -> str:
+        """A count of parameters, from the least to the most."""
+        values = sorted({int(v) for run in self.runs.values() if (v := run.value("params", key)) is not None})
+        return " to ".join(f"{v:,}" for v in dict.fromkeys((values[0], values[-1]))) if values else ""
+
+    @property
+    def searched(self) -> bool:
+        """Whether this is DiffoRA itself: modules selected by its search."""
+        return self.first["method"] == "diffora" and self.first["selection"].get("selector", "search") == "search"
+
+
+@dataclass
+class Table:
+    """Rows (methods and settings) by columns (tasks).
+
+    Attributes:
+        name: of its files.
+        title: what it is.
+        columns: in order.
+        rows: their names, in order.
+        cells: by (row, column name), where there are runs.
+        paper: the paper's figures by row, as text: ``params`` and columns of its own.
+        notes: what a reader has to know, doubtful runs first.
+    """
+
+    name: str
+    title: str
+    columns: list[Column]
+    rows: list[str]
+    cells: dict[tuple[str, str], Cell]
+    paper: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def cells_of(self, row: str) -> list[Cell]:
+        return [self.cells[row, column.name] for column in self.columns if (row, column.name) in self.cells]
+
+    @property
+    def ours(self) -> list[str]:
+        """The rows whose method a paper argues for: DiffoRA's, or RM-LoRA's where there are none."""
+        of = {row: cells[0] for row in self.rows if (cells := self.cells_of(row))}
+        found = [row for row, cell in of.items() if cell.searched]
+        return found or [row for row, cell in of.items() if cell.first["method"] == "rm_lora"]
+
+    @property
+    def our_name(self) -> str:
+        """What the method of `ours` is called."""
+        return "DiffoRA" if any(cell.searched for row in self.ours for cell in self.cells_of(row)) else "RM-LoRA"
+
+
+# --- from runs to tables ---
+
+
+def tables_of(runs: Sequence[Run]) -> list[Table]:
+    """Tables of all completed runs, experiments first."""
+    of_experiments: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    others: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        if run["status"] != "completed":
+            continue
+        if all(isinstance(run[key], str) for key in ("experiment", "row", "column")):
+            of_experiments[run["experiment"], str(run["scale"] or "paper")].append(run)
+        else:
+            others[run["task"], run["model"]].append(run)
+    found = [_experiment(*key, of_experiments[key]) for key in sorted(of_experiments)]
+    found += [_found(*key, others[key]) for key in sorted(others)]
+    for name, again in _repeats([table.name for table in found]):
+        found[again].name = f"{name}-{again}"
+    return found
+
+
+def _repeats(names: list[str]) -> list[tuple[str, int]]:
+    """Names that occurred before, and where they do again."""
+    return [(name, i) for i, name in enumerate(names) if name in names[:i]]
+
+
+def _experiment(name: str, scale: str, runs: list[Run]) -> Table:
+    """The table of ``conf/experiment/<name>.yaml``; runs of rows and columns that it has not come last."""
+    spec = specification(name)
+    notes: list[str] = []
+    if spec is None:
+        notes.append(f"conf/experiment has no table {name}: rows and columns as they were found, no figures of a paper")
+        spec = {}
+    rows = [row for row in spec.get("rows") or [] if isinstance(row, dict)]
+    planned = {str(key): value or {} for key, value in ((spec.get("columns") or {}).get(scale) or {}).items()}
+    row_names = list(dict.fromkeys([*(str(row.get("name")) for row in rows), *(run["row"] for run in runs)]))
+    column_names = list(dict.fromkeys([*planned, *(run["column"] for run in runs)]))
+    cells = _cells(runs, lambda run: (run["row"], run["column"]), notes)
+    present = [name for name in row_names if any((name, column) in cells for column in column_names)]
+    columns = []
+    for column in column_names:
+        here = [cell for (_, of), cell in cells.items() if of == column]
+        plan = planned.get(column, {})
+        percent = plan.get("percent") if plan.get("percent") is not None else spec.get("percent", False)
+        if here:
+            columns.append(_column(column, here, bool(percent), plan.get("metrics")))
+    paper = {
+        str(row["name"]): {str(key): str(value) for key, value in row["paper"].items()}
+        for row in rows
+        if isinstance(row.get("paper"), dict)
+    }
+    if absent := [name for name in row_names if name not in present]:
+        notes.append(f"no runs yet: {'; '.join(absent)}")
+    title = str(spec.get("title") or name) + (f" ({scale} scale)" if scale != "paper" else "")
+    names = row_names if paper else present
+    return _remarked(Table(f"{slug(name)}-{slug(scale)}", title, columns, names, cells, paper, notes))
+
+
+def _found(task: str, model: str, runs: list[Run]) -> Table:
+    """The table of runs that belong to no experiment: a row for each setting, the best first."""
+    notes: list[str] = []
+    cells = _cells(runs, lambda run: (f"{run['method']}\n{run.setting}", task), notes)
+    column = _column(task, list(cells.values()), False, None)
+    sign = 1 if column.maximise else -1
+
+    def rank(cell: Cell) -> float:
+        found = spread(cell.by_seed(column.metrics[0]).values())
+        return sign * found.mean if found else float("-inf")
+
+    best = sorted(cells.values(), key=rank, reverse=True)
+    if len(best) > ROWS:
+        notes.append(f"{len(best)} settings, of which the {ROWS} best are shown; all are in the list of runs")
+    best = best[:ROWS]
+    names = _labels(best)
+    of = {(name, task): cell for name, cell in zip(names, best, strict=True)}
+    return _remarked(Table(f"runs-{slug(task)}-{slug(model)}", f"{task} with {model}", [column], names, of, {}, notes))
+
+
+def specification(name: str) -> dict[str, Any] | None:
+    """The ``hydra.sweeper`` section of an experiment's file, or None where there is none."""
+    file = conf_dir() / "experiment" / f"{name}.yaml"
+    if not re.fullmatch(r"[\w.-]+", name) or not file.is_file():
+        return None
+    content = yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER) or {}
+    section = (content.get("hydra") or {}).get("sweeper")
+    return section if isinstance(section, dict) else None
+
+
+def _cells(runs: list[Run], key: Callable[[Run], tuple[str, str]], notes: list[str]) -> dict[tuple[str, str], Cell]:
+    """One run for each seed: the newest, of the setting that was run last."""
+    of: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
+        of[key(run)].append(run)
+    cells, repeated = {}, 0
+    for place, there in of.items():
+        same = [run for run in there if run.setting == there[-1].setting]
+        if len(same) < len(there):
+            changed = differing([run.config for run in there])
+            which = f" ({', '.join(changed[:4])})" if changed else ""
+            notes.append(f"{', '.join(place)}: {len(there) - len(same)} runs of other settings{which} left out")
+        cells[place] = Cell({run.seed: run for run in same})
+        repeated += len(same) - len(cells[place].runs)
+    if repeated:
+        notes.append(f"{repeated} runs were made again later with the same setting and seed; the later ones count")
+    return cells
+
+
+def _column(name: str, cells: list[Cell], percent: bool, metrics: Any) -> Column:
+    first = max(cells, key=lambda cell: len(cell.runs)).first
+    keys = tuple(map(str, metrics)) if isinstance(metrics, list) and metrics else (f"validation/{first.main_metric}",)
+    return Column(name, keys, percent, first["maximise"] is not False)
+
+
+def _labels(cells: list[Cell]) -> list[str]:
+    """A name for each setting: the method, its rank, and what it differs in from the others of the method."""
+    names = [""] * len(cells)
+    of: dict[str, list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        of[cell.first["method"]].append(i)
+    for method, members in of.items():
+        configs = [cells[i].first.config for i in members]
+        keys = [key for key in differing(configs) if key != "rank"]
+        for i, config in zip(members, configs, strict=True):
+            parts = [method] + ([f"r = {config['rank']}"] if config.get("rank") else [])
+            parts += [f"{key}={config.get(key)}" for key in keys[:6]]
+            names[i] = ", ".join(parts)
+    seen: dict[str, int] = defaultdict(int)
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name} #{seen[name]}"
+    return names
+
+
+def _remarked(table: Table) -> Table:
+    """The table with notes on what its runs do not have in common."""
+    for column in table.columns:
+        cells = {row: cell for row in table.rows if (cell := table.cells.get((row, column.name)))}
+        data = {run["data_hash"] for cell in cells.values() for run in cell.runs.values()} - {None}
+        if len(data) > 1:
+            table.notes.append(f"{column.name}: the runs are on {len(data)} different versions of the data")
+        sizes = sorted({len(cell.runs) for cell in cells.values()})
+        if sizes and sizes[0] < FEW:
+            least = f"{sizes[0]} seed{'s' if sizes[0] > 1 else ''}"
+            table.notes.append(f"{column.name}: some rows have {least} only: intervals are wide, or there are none")
+    models = sorted({run["model"] for cell in table.cells.values() for run in cell.runs.values()})
+    if table.paper:
+        table.notes.append(
+            f"paper: as printed, on the paper's backbone and data; all else: {', '.join(models)}, our runs"
+        )
+    return table
+
+
+def slug(text: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

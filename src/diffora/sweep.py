@@ -1,0 +1,161 @@
+"""What a sweep consists of: the rows x columns x seeds of an experiment's table, or every combination of values.
+
+`hydra_plugins.diffora_table` runs it. The tables are files in ``conf/experiment/``.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from diffora.errors import UserError
+
+
+@dataclass
+class Row:
+    """A method and its settings."""
+
+    name: str = ""
+    set: list[str] = field(default_factory=list)  # overrides; they go before the column's
+    small: list[str] | None = None  # in their place at scale=small
+    columns: dict[str, list[str]] = field(default_factory=dict)  # further ones, for one column
+    paper: dict[str, Any] | None = None  # what the paper has: params, and a figure for each column; null: a control
+
+
+@dataclass
+class Column:
+    """A task and its backbone."""
+
+    set: list[str] = field(default_factory=list)
+    metrics: list[str] | None = None  # that the paper's figures are of; null: the task's main one on validation rows
+    percent: bool | None = None  # null: as the table
+
+
+@dataclass
+class Table:
+    """The ``hydra.sweeper`` section of an experiment; seeds and columns by scale."""
+
+    _target_: str = "hydra_plugins.diffora_table.TableSweeper"
+    title: str | None = None
+    percent: bool = False  # the paper's figures are in per cent, the metrics are shares
+    seeds: dict[str, list[int]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    columns: dict[str, dict[str, Column]] = field(default_factory=dict)
+
+
+def table_of(node: DictConfig) -> Table:
+    """The table in a composed configuration. What is interpolated in its overrides stays for each run to resolve."""
+    content: Any = OmegaConf.to_container(node, resolve=False)
+    rows = [Row(**row) for row in content.pop("rows", [])]
+    columns = {
+        scale: {name: Column(**column) for name, column in named.items()}
+        for scale, named in content.pop("columns", {}).items()
+    }
+    return Table(**content, rows=rows, columns=columns)
+
+
+def parse(overrides: Sequence[str], config_loader: Any = None) -> list[Override]:
+    """Overrides as Hydra reads them."""
+    return OverridesParser.create(config_loader=config_loader).parse_overrides(list(overrides))
+
+
+def values(override: Override) -> list[str]:
+    """What an override gives its key, one value or several, each as it is written."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line} gives no list of values: it needs hydra/sweeper=optuna")
+    return list(override.sweep_string_iterator())
+
+
+def combinations(given: Iterable[Override]) -> list[tuple[str, ...]]:
+    """The overrides of each run of a plain sweep: every combination of the values given."""
+    lines = {o.get_key_element(): [_line(o, value) for value in values(o)] for o in given}
+    return list(product(*lines.values()))
+
+
+def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) -> dict[str, tuple[str, ...]]:
+    """The overrides of a table's runs by the names of their folders: for each seed, row and column.
+
+    What is given goes before what the table says of the same key.
+
+    ``task=`` takes the place of all columns, ``method=`` of all rows, ``seed=`` of the seeds; ``cell.row=`` and
+    ``cell.column=`` choose among them.
+
+    Raises:
+        UserError: a row or column that is not there, or several values for another key.
+    """
+    by_key = {o.key_or_group: o for o in given}
+    rows, columns = list(table.rows), dict(table.columns.get(scale, {}))
+    seeds = list(map(str, table.seeds.get(scale, [])))
+    if "method" in by_key:
+        rows = [Row(name=method, set=[f"method={method}"]) for method in values(by_key.pop("method"))]
+    if "task" in by_key:
+        columns = {task: Column(set=[f"task={task}"]) for task in values(by_key.pop("task"))}
+    if "seed" in by_key:
+        seeds = values(by_key.pop("seed"))
+    if "cell.row" in by_key:
+        rows = _chosen(by_key.pop("cell.row"), {row.name: row for row in rows})
+    if "cell.column" in by_key:
+        there = {name: (name, column) for name, column in columns.items()}
+        columns = dict(_chosen(by_key.pop("cell.column"), there))
+    for override in by_key.values():
+        if len(values(override)) > 1:
+            raise UserError(
+                f"{override.input_line}: rows, columns and seeds are what experiment={experiment} goes through; only "
+                "method=, task=, seed=, cell.row= and cell.column= may have several values"
+            )
+    if not (rows and columns and seeds):
+        raise UserError(f"experiment={experiment} has no runs at scale={scale}")
+
+    found: dict[str, tuple[str, ...]] = {}
+    for seed, row, (name, column) in product(seeds, rows, columns.items()):
+        of_row = row.small if scale == "small" and row.small is not None else row.set
+        lines = {o.key_or_group: o.input_line for o in parse([*column.set, *of_row, *row.columns.get(name, [])])}
+        lines |= {key: o.input_line for key, o in by_key.items()}
+        lines |= {"experiment": f"experiment={experiment}", "seed": f"seed={seed}"}
+        lines |= {f"cell.{key}": f"cell.{key}={quoted(text)}" for key, text in (("row", row.name), ("column", name))}
+        lines["cell.experiment"] = f"cell.experiment={experiment}"
+        folder = f"{slug(row.name)}-{slug(name)}-seed{seed}"
+        if folder in found:
+            raise UserError(f"experiment={experiment}: two rows or columns have the same folder, {folder}")
+        found[folder] = tuple(filter(None, lines.values()))
+    return found
+
+
+def _line(override: Override, value: str) -> str:
+    if override.is_delete():
+        assert override.input_line is not None
+        return override.input_line
+    return f"{override.get_key_element()}={value}"
+
+
+def _chosen(override: Override, there: dict[str, Any]) -> list[Any]:
+    names = [_plain(value) for value in values(override)]
+    if unknown := [name for name in names if name not in there]:
+        raise UserError(f"{override.key_or_group}={', '.join(unknown)} is not one of: {'; '.join(there)}")
+    return [there[name] for name in names]
+
+
+def _plain(value: str) -> str:
+    """A value without quotes and escapes."""
+    return str(parse([f"key={value}"])[0].value())
+
+
+def quoted(value: object) -> str:
+    """A text as the value of an override."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def slug(text: str) -> str:
+    """A name as a part of a folder's: lower case, letters, digits and dots, all else as dashes."""
+    spelt = text.lower().replace("\N{GREEK SMALL LETTER RHO}", "rho")
+    ascii_only = unicodedata.normalize("NFKD", spelt).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9._]+", "-", ascii_only).strip("-.")

@@ -1,0 +1,175 @@
+"""Hydra's sweeper for this project: tables of experiments and plain sweeps, which survive failed runs.
+
+All configurations are checked before the first run starts; what is complete already is left out; what fails is listed
+at the end, with exit status 1. Runs go to whatever launcher is configured.
+"""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from diffora.errors import UserError
+from diffora.sweep import Table, cells, combinations, parse, quoted, table_of, values
+
+ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
+
+SHOWN = 20  # of the problems that are found before anything starts
+
+Jobs = dict[Path, tuple[str, ...]]  # the overrides of each run, by its folder
+
+
+class TableSweeper(Sweeper):
+    """Runs what `diffora.sweep` says that a sweep consists of."""
+
+    def __init__(self, **table: Any) -> None:
+        pass  # the table is that of each experiment= that the command names
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.loader, self.command = hydra_context.config_loader, config
+        self.runner = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run what the overrides on the command line ask for.
+
+        Raises:
+            UserError: everything that is wrong with any configuration, before anything runs; or the runs that failed.
+        """
+        jobs = self.jobs(arguments)
+        missing = self.missing(jobs)
+        done = len(jobs) - len(missing)
+        places = ", ".join(dict.fromkeys(str(folder.parent) for folder in jobs))
+        print(f"runs: {len(jobs)} in {places}, {done} complete", flush=True)
+        if self.command.dry_run:
+            for folder, overrides in missing.items():
+                print(f"  {folder.name}: {' '.join(overrides)}")
+            return
+        if failed := self.launch(missing):
+            again = "the same command"
+            if "resume=true" not in next(iter(missing.values())):
+                again += f" with resume=true hydra.sweep.dir={self.command.hydra.sweep.dir}"
+            raise UserError(
+                [f"{len(failed)} of {len(missing)} runs failed; {again} does what is missing"]
+                + [f"{folder}: {message}" for folder, message in failed.items()]
+            )
+        print(f"\nall {len(jobs)} runs are complete", flush=True)
+
+    def jobs(self, arguments: Sequence[str]) -> Jobs:
+        """All runs, complete ones too."""
+        given = parse(arguments, self.loader)
+        for override in given:
+            if override.key_or_group in ("scale", "dry_run") and len(values(override)) > 1:
+                raise UserError(f"{override.input_line}: a sweep takes one value of it")
+        experiments = [value for o in given if o.key_or_group == "experiment" for value in values(o)]
+        others = [o for o in given if o.key_or_group != "experiment"]
+        resuming = () if any(o.key_or_group == "resume" for o in given) else ("resume=true",)
+        elsewhere = any(line.startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
+        place = Path(self.command.hydra.sweep.dir)
+        found: Jobs = {}
+        for experiment in experiments or [""]:
+            choice = (f"experiment={experiment}",) if experiment else ()
+            table = table_of(self.compose(choice).hydra.sweeper)
+            if not table.rows:
+                for number, overrides in enumerate(combinations(others), len(found)):
+                    cfg = self.compose((*choice, *overrides))
+                    with open_dict(cfg.hydra.job):
+                        cfg.hydra.job.num = number
+                    folder = place / cfg.hydra.sweep.subdir
+                    if folder in found:
+                        raise UserError(f"hydra.sweep.subdir gives two runs one folder: {folder}")
+                    found[folder] = (*choice, *overrides)
+                continue
+            if not elsewhere:
+                place = Path(f"outputs/{experiment}-{self.command.scale}")
+                self.command.hydra.sweep.dir = str(place)
+            for name, overrides in cells(others, table, experiment, self.command.scale).items():
+                found[place / name] = (*overrides, *resuming)
+        return found
+
+    def compose(self, overrides: tuple[str, ...]) -> DictConfig:
+        """A run's configuration, until the next call.
+
+        Hydra takes a third of a second for one, so that runs which differ in nothing but the seed share it.
+        """
+        setting, seed = _apart(overrides)
+        if setting not in self.composed:
+            self.composed[setting] = self.loader.load_sweep_config(self.command, list(setting))
+        cfg = self.composed[setting]
+        for override in parse(seed):
+            cfg.seed = override.value()
+        return cfg
+
+    def missing(self, jobs: Jobs) -> Jobs:
+        """The runs that are not complete yet, once all configurations are found to be right."""
+        from diffora.cli import composition_problems, import_run
+
+        import_run()
+        from diffora.experiment import check
+        from diffora.results.rundir import finished
+
+        found: Jobs = {}
+        checked: set[tuple[str, ...]] = set()
+        problems: dict[str, None] = {}  # each once, in their order
+        for folder, overrides in jobs.items():
+            try:
+                cfg = self.compose(overrides)
+            except (HydraException, OmegaConfBaseException):
+                problems |= dict.fromkeys(composition_problems(list(overrides)))
+                continue
+            with open_dict(cfg):
+                cfg.pop("hydra", None)
+            try:
+                if not checked.issuperset(_apart(overrides)):
+                    check(cfg)
+                    checked.update(_apart(overrides))
+                if finished(cfg, folder) is None:
+                    found[folder] = overrides
+            except UserError as error:
+                problems |= dict.fromkeys(error.problems)
+        if len(problems) > SHOWN:
+            problems = dict.fromkeys([*list(problems)[:SHOWN], f"and {len(problems) - SHOWN} more"])
+        if problems:
+            raise UserError(list(problems))
+        return found
+
+    def launch(self, jobs: Jobs) -> dict[Path, str]:
+        """Why each of the runs that did not complete did not. What counts is what is written in its folder."""
+        from diffora.results.record import read_record
+
+        batch = [
+            [*overrides, f"hydra.sweep.dir={quoted(folder.parent)}", f"hydra.sweep.subdir={quoted(folder.name)}"]
+            for folder, overrides in jobs.items()
+        ]
+        lost = "it did not end"
+        try:
+            returned = list(self.runner.launch(batch, initial_job_idx=0)) if batch else []
+        except Exception as error:  # where a launcher's worker died; of the others the folders tell
+            returned, lost = [], f"{type(error).__name__}: {error}"
+        failed = {}
+        for folder, job in zip_longest(jobs, returned):
+            record = read_record(folder) or {}
+            if record.get("status") == "completed":
+                continue
+            if job is not None and job.status == JobStatus.FAILED:
+                failed[folder] = str(job._return_value)  # `return_value` would raise it
+            else:
+                failed[folder] = record.get("error") or lost
+        return failed
+
+
+def _apart(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the setting, the seed)"""
+    seed = tuple(line for line in overrides if line.startswith("seed="))
+    return tuple(line for line in overrides if line not in seed), seed
