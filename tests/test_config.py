@@ -112,7 +112,10 @@ def messages(cfg, *overrides):
         ("method.shared_rank=0", "method.shared_rank=0"),
         ("method.weight_sharing=maybe", "method.weight_sharing='maybe' must be true or false"),
         ("method.selection=nowhere.json", "no selection file at nowhere.json"),
-        ("method.selector=magic", "method.selector='magic' must be 'search' or 'attribution' or 'gradient' or 'activation' or 'random'"),
+        (
+            "method.selector=magic",
+            "method.selector='magic' must be 'search' or 'attribution' or 'gradient' or 'activation' or 'random'",
+        ),
         ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
         ("method.scope=row", "method.scope='row' must be 'layer' or 'global'"),
         ("method.budget=0", "method.budget=0 must be a number of parameters above 0"),
