@@ -30,6 +30,9 @@ PATHS = ("default", "plain", "added", "folded", "alone")
 METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=1"]
 
 
+_no_peers = property(lambda layer: None, lambda layer, peers: None)
+
+
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """With the layers on a path."""
@@ -41,7 +44,7 @@ def path(name: str) -> Iterator[None]:
         ],
         "added": [mock.patch.object(fused, "FOLD_FROM", math.inf)],
         "folded": [mock.patch.object(fused, "FOLD_FROM", 0.0)],
-        "alone": [mock.patch.object(LowRankLinear, "peers", property(lambda layer: None, lambda layer, peers: None))],
+        "alone": [mock.patch.object(LowRankLinear, "peers", _no_peers, create=True)],
     }[name]
     for patch in patches:
         patch.start()
