@@ -1,6 +1,6 @@
 """Does a run come out the same with each of the low-rank layer's paths? A task with a path on and off, over seeds.
 
-    python -m benchmarks.paths [--seeds 0 1 2] task=mrpc task.path=<folder> model=minilm model.path=<folder>
+    python -m benchmarks.paths [--seeds 0 1 2] -- task=mrpc task.path=<folder> model=minilm model.path=<folder>
 
 Paths: ``plain``, the formula in plain operations and torch's own dropout; ``added`` and ``folded``, the fused layer
 with the update always beside, or where it can be inside, the weight; ``alone``, each layer by itself; ``default``,

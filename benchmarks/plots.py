@@ -316,6 +316,18 @@ def picture_run(run: Result) -> Figure:
 
 # --- the page ---
 
+
+def paths(found: Result) -> str:
+    metrics = found["summary"]
+    rows = [
+        [f"`{name}`", *(f"{value[name]['mean']:.4f} ± {value[name]['std']:.4f}" for value in metrics.values())]
+        for name in next(iter(metrics.values()))
+    ]
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in found["runs"]}))
+    return f"Seeds {seeds}, mean ± standard deviation:\n\n{table(['path', *metrics], rows)}"
+
+
+SOURCES = ("step", "run", "scale", "paths")
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ratios": ("step", ratios),
     "steps": ("step", steps),
@@ -324,6 +336,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "exponents": ("scale", exponents),
     "startup": ("run", startup),
     "run": ("run", whole),
+    "paths": ("paths", paths),
 }
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {
     "performance_steps": ("step", picture_steps, "a step of each contender over the floor's, by shape"),
@@ -339,7 +352,7 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
 
     Args:
         page: Markdown with a place for each.
-        results: ``step``, ``run`` and ``scale``; None for what has not been measured.
+        results: by the names in `SOURCES`; None for what has not been measured.
 
     Raises:
         ValueError: the page has no place for a table or picture, or several.
@@ -347,7 +360,7 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
     content = {"machine": machine(results)}
     for name, (source, make) in TABLES.items():
         result = results[source]
-        content[name] = f"*Not measured yet: `make bench-{source}`.*" if result is None else make(result)
+        content[name] = f"*Not measured yet: `python -m benchmarks.{source}`.*" if result is None else make(result)
     for name, (source, _, what) in PICTURES.items():
         content[name] = "" if results[source] is None else f"![{what}](images/{name}.png)"
     for name, text in content.items():
@@ -362,7 +375,7 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
 def main() -> None:
     from benchmarks.common import read
 
-    results = {name: read(name) for name in ("step", "run", "scale")}
+    results = {name: read(name) for name in SOURCES}
     for name, (source, draw, _) in PICTURES.items():
         if results[source] is not None:
             draw(results[source]).savefig(IMAGES / f"{name}.png", dpi=130)

@@ -123,7 +123,7 @@ def test_exponents_are_those_of_power_laws():
 
 @pytest.fixture(scope="module")
 def results():
-    """Small results of all three benchmarks; the whole run is made up, its processes are tested below."""
+    """Small results of all benchmarks; the whole run is made up, its processes are tested below."""
     every, shapes = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "in_own_processes", lambda function, jobs: [function(*job) for job in jobs])
@@ -145,13 +145,15 @@ def results():
         "wall_s": {side: common.spread([3.0, 4.0]) for side in sides},
         "parts": sides,
     }
-    return json.loads(json.dumps({"step": of_step, "run": of_run, "scale": of_scale}))
+    metrics = {"accuracy": {"plain": {"mean": 0.7, "std": 0.1}, "added": {"mean": 0.8, "std": 0.1}}}
+    of_paths = common.header() | {"summary": metrics, "runs": [{"seed": 0}, {"seed": 1}]}
+    return json.loads(json.dumps({"step": of_step, "run": of_run, "scale": of_scale, "paths": of_paths}))
 
 
 def test_results_have_every_headline(results):
     found = results["step"]["ratios"]
-    of_memory = {"search_memory/peft_memory", "search_memory_alternating/peft_memory"}
-    assert set(plots.TARGETS) - {"run/hf_trainer"} <= set(found)
+    of_memory = {name for name in step.MEMORY_PAIRS if name.startswith("search_memory")}
+    assert {name for name in plots.TARGETS if not name.startswith("run/")} <= set(found)
     for name, value in found.items():
         assert value.keys() == {"median", "q1", "q3", "rounds"}, name
         assert value["rounds"] == (1 if name.split("@")[0] in of_memory else 2), name
@@ -173,7 +175,7 @@ def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
     assert "Not measured yet" not in full
     assert all(f"images/{name}.png" in full for name in plots.PICTURES)
     assert plots.refresh(full, results) == full
-    empty = plots.refresh(full, dict.fromkeys(("step", "run", "scale")))
+    empty = plots.refresh(full, dict.fromkeys(plots.SOURCES))
     assert empty.count("Not measured yet") == len(plots.TABLES) and "images/" not in empty
     for name, (source, draw, _) in plots.PICTURES.items():
         draw(results[source]).savefig(tmp_path / f"{name}.png")
@@ -182,7 +184,7 @@ def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
 
 
 def test_the_page_is_up_to_date_with_the_results_that_are_there():
-    there = {name: common.read(name) for name in ("step", "run", "scale")}
+    there = {name: common.read(name) for name in plots.SOURCES}
     assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
 
 
