@@ -155,6 +155,8 @@ def test_results_have_every_headline(results):
     of_memory = {name for name in step.MEMORY_PAIRS if name.startswith("search_memory")}
     assert {name for name in plots.TARGETS if not name.startswith("run/")} <= set(found)
     for name, value in found.items():
+        if name.startswith("run/"):
+            continue  # of the whole runs that were measured last
         assert value.keys() == {"median", "q1", "q3", "rounds"}, name
         assert value["rounds"] == (1 if name.split("@")[0] in of_memory else 2), name
     assert found["finetune/peft"] == found["finetune/peft@minilm_16x64"]

@@ -35,6 +35,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[1])
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of torch's own class, or stands for one where only memory is counted.
+
+    A quantised kind has a class of its own, and one that is computed (parametrised, pruned) is no parameter.
+    """
+    return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear module as (out, in), a view.
 
@@ -44,7 +52,7 @@ def weight_of(module: nn.Module) -> Tensor:
     weight: Any = module.weight
     transposed = is_conv1d(module)
     # Quantised weights are packed, integers or a tensor class of their own; float8 needs a scale beside it.
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS
+    plain = is_plain(weight) and weight.dtype in FLOATS
     if not plain or tuple(weight.shape if transposed else weight.shape[::-1]) != features(module):
         raise UserError(
             f"the weight of a {type(module).__name__} is quantised and cannot be read or changed: load the backbone "

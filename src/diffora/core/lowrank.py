@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffora.core.fused import Member, lowrank_linear
-from diffora.core.linear import FLOATS, features, is_conv1d, weight_of
+from diffora.core.linear import FLOATS, features, is_conv1d, is_plain, weight_of
 from diffora.core.peers import Peers
 
 
@@ -173,7 +173,7 @@ class LowRankLinear(nn.Module):
         weight, bias = own.get("weight"), own.get("bias")
         return (
             (type(base) is nn.Linear or self._transposed)
-            and type(weight) in (nn.Parameter, Tensor)  # not computed, and no quantised kind of its own
+            and is_plain(weight)
             and weight.dtype in FLOATS
             and not weight.requires_grad
             and "bias" in own
