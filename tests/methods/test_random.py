@@ -8,12 +8,11 @@ import torch
 from conftest import TYPES
 from torch import nn
 
-from diffora.core.dam import adapter_parameters
+from diffora.core.dam import adapter_parameters, draw_of_same_size
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.experiment import check
-from diffora.methods.random import same_size
 
 SMALL, LARGE = (8, 8), (8, 32)
 
@@ -26,7 +25,7 @@ def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likel
     size = adapter_parameters(shapes, mask, 4, shared_rank)
     counts: Counter[tuple[bool, ...]] = Counter()
     for seed in range(400):
-        drawn = same_size(shapes, mask, "layer", 4, shared_rank, seed)
+        drawn = draw_of_same_size(shapes, mask, "layer", 4, shared_rank, seed)
         assert drawn.sum(1).tolist() == [2, 2] and adapter_parameters(shapes, drawn, 4, shared_rank) == size
         counts[tuple(drawn.flatten().tolist())] += 1
     expected = 400 / ways
@@ -36,15 +35,15 @@ def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likel
 def test_globally_the_layers_may_differ_in_number():
     shapes = [[SMALL] * 3] * 2
     mask = torch.tensor([[True, True, True], [False, False, False]])
-    sizes = {same_size(shapes, mask, "global", 4, None, seed).sum(1).tolist()[0] for seed in range(40)}
+    sizes = {draw_of_same_size(shapes, mask, "global", 4, None, seed).sum(1).tolist()[0] for seed in range(40)}
     assert sizes == {0, 1, 2, 3}
 
 
 def test_a_size_that_chance_does_not_find_is_said_to_be(monkeypatch):
-    monkeypatch.setattr("diffora.methods.random.DRAWS", 1)
+    monkeypatch.setattr("diffora.core.dam.DRAWS", 1)
     shapes = [[SMALL, LARGE]] * 8
     mask = torch.tensor([[False, True]] * 8)
-    assert same_size(shapes, mask, "layer", 4, None, 1) is None
+    assert draw_of_same_size(shapes, mask, "layer", 4, None, 1) is None
 
 
 def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):

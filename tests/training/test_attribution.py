@@ -26,7 +26,8 @@ def make(deberta):
         layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6)
         model.to(dtype)
         settings = SearchSettings(**SETTINGS | changes)
-        module = AttributionModule(model, layers, TYPES, small_task(), settings, 0, rounds, score_batches).to(dtype)
+        arguments = model, layers, TYPES, small_task(), settings, 0
+        module = AttributionModule(*arguments, rounds=rounds, score_batches=score_batches).to(dtype)
         return module
 
     return build

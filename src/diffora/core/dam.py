@@ -10,6 +10,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+DRAWS = 20_000
+"""Of which `draw_of_same_size` takes the first that fits."""
+
 
 def relax(gamma: Tensor) -> Tensor:
     """Eq. 11: softmax over each layer's row. ``gamma`` and the result are L x N; every row sums to 1."""
@@ -110,6 +113,35 @@ def adapter_parameters(
     if shared_rank is not None:
         total += sum(shared_rank * sum(shape) for _, shape in shared)
     return total
+
+
+def draw_of_same_size(
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    mask: Tensor,
+    scope: str,
+    rank: int,
+    shared_rank: int | None,
+    seed: int,
+) -> Tensor | None:
+    """A selection by chance of exactly as many adapter parameters as ``mask`` has, or None where none was found.
+
+    Each selection of that size, with as many modules (scope ``layer``: in each layer), is equally likely.
+
+    Args:
+        shapes: L x N pairs (in_features, out_features).
+        mask: boolean L x N.
+        scope: ``layer`` or ``global``.
+        rank: r of the selected modules.
+        shared_rank: r_s of the pairs that the others share; None where these are frozen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted = adapter_parameters(shapes, mask, rank, shared_rank)
+    for _ in range(DRAWS):
+        keys = torch.rand(mask.shape if scope == "layer" else (1, mask.numel()), generator=generator)
+        drawn = mask.view(keys.shape).gather(-1, keys.argsort(dim=-1)).view(mask.shape)
+        if adapter_parameters(shapes, drawn, rank, shared_rank) == wanted:
+            return drawn
+    return None
 
 
 def largest_rank(

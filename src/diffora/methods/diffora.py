@@ -54,6 +54,6 @@ class DiffoRA(Selecting):
             return chosen
         if self.selection is not None:
             row = torch.tensor([name in self.selection for name in grid.types])
-            made = {"selector": "given", "k": len(self.selection), "rho": self.rho, "seed": seed}
+            made = {"selector": "given", "k": int(row.sum()), "rho": self.rho, "seed": seed}
             return Selection.from_mask(grid, row.expand(grid.n_layers, -1), method=self.name, **made)
         return self.by_chance(grid, seed) if self.selector == "random" else find(self.selector)

@@ -1,6 +1,6 @@
 """Stage 1 in another way: train a LoRA on every module, then ask what each of them has done for the validation loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.hypergradient import first_order
-from diffora.core.lowrank import LowRankLinear
 from diffora.core.scores import gate_path
 from diffora.core.split import divided
-from diffora.tasks.base import Batch, Task
-from diffora.training.search import SearchModule, SearchSettings
+from diffora.tasks.base import Batch
+from diffora.training.search import SearchModule
 
 POINTS = 4
 
@@ -25,9 +24,9 @@ class AttributionModule(SearchModule):
     modules by integrated gradients (`diffora.core.scores.gate_path`).
 
     Args:
+        of_search: what `SearchModule` takes.
         rounds: of training.
         score_batches: at most so many search-valid batches are scored.
-        others: as of `SearchModule`.
 
     Attributes:
         scores: L x N, once the stage is over: how much of the validation loss each module's adapter takes away. They
@@ -36,21 +35,11 @@ class AttributionModule(SearchModule):
 
     scores: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Sequence[LowRankLinear]],
-        types: Sequence[str],
-        task: Task,
-        settings: SearchSettings,
-        seed: int,
-        rounds: int,
-        score_batches: int,
-    ) -> None:
-        super().__init__(model, layers, types, task, settings, seed)
+    def __init__(self, *of_search: Any, rounds: int, score_batches: int) -> None:
+        super().__init__(*of_search)
         nn.init.ones_(self.gamma)
         self.rounds, self.score_batches = rounds, score_batches
-        self._sum, self._terms = torch.zeros(len(layers), len(types)), 0.0
+        self._sum, self._terms = torch.zeros_like(self.gamma.detach()), 0.0
 
     def gates(self, gamma: Tensor) -> Tensor:
         """As they are given: there is no relaxation."""

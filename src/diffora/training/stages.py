@@ -180,7 +180,7 @@ def search(
     bilevel = selector == "search"
     module = SearchModule(*arguments)
     if not bilevel:
-        module = AttributionModule(*arguments, s.epochs, cfg.method.score_batches)
+        module = AttributionModule(*arguments, rounds=s.epochs, score_batches=cfg.method.score_batches)
     data = SearchData(
         parts.train.encoded,
         (parts.collate, parts.collate_eval),
