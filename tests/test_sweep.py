@@ -69,6 +69,12 @@ def test_what_is_given_replaces_seeds_columns_rows_or_chooses_among_them(given, 
     assert list(expand(*given)) == names
 
 
+def test_a_task_that_the_table_has_comes_with_its_settings():
+    jobs = expand("task=squad,mrpc", "seed=0", "cell.row='ρ = 0.2'")
+    assert list(jobs) == ["rho-0.2-squad-seed0", "rho-0.2-mrpc-seed0"]
+    assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-mrpc-seed0"]
+
+
 def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_resolve():
     jobs = expand("task=mrpc", "task.path='data/${task.name}'", "model=minilm", "rank=9", "finetune.epochs=1")
     assert len(jobs) == 2 * 3
@@ -168,6 +174,12 @@ def test_a_failed_run_does_not_stop_the_others_and_the_same_command_does_what_is
     cell = {key: record[key] for key in ("experiment", "row", "column", "scale", "seed")}
     expected = ("table4_sample_rate", "ρ = 0.4", "digits", "small", 1)
     assert tuple(cell.values()) == expected
+
+
+def test_runs_that_failed_alike_are_told_once(sweep):
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS, fails=NAMES)
+    assert caught.value.problems[1:] == [f"{FOLDER / NAMES[0]} and 1 more: no luck"]
 
 
 def test_other_settings_are_not_mixed_in(sweep):

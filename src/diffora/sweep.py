@@ -85,8 +85,8 @@ def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) 
 
     What is given goes before what the table says of the same key.
 
-    ``task=`` takes the place of all columns, ``method=`` of all rows, ``seed=`` of the seeds; ``cell.row=`` and
-    ``cell.column=`` choose among them.
+    ``task=`` takes the place of all columns, but one that has this task comes with its settings; ``method=`` takes the
+    place of all rows, ``seed=`` of the seeds; ``cell.row=`` and ``cell.column=`` choose among them.
 
     Raises:
         UserError: a row or column that is not there, or several values for another key.
@@ -97,14 +97,15 @@ def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) 
     if "method" in by_key:
         rows = [Row(name=method, set=[f"method={method}"]) for method in values(by_key.pop("method"))]
     if "task" in by_key:
-        columns = {task: Column(set=[f"task={task}"]) for task in values(by_key.pop("task"))}
+        tasks = values(by_key.pop("task"))
+        there = {task: {n: c for n, c in columns.items() if f"task={task}" in c.set} for task in tasks}
+        columns = {n: c for task in tasks for n, c in (there[task] or {task: Column(set=[f"task={task}"])}).items()}
     if "seed" in by_key:
         seeds = values(by_key.pop("seed"))
     if "cell.row" in by_key:
         rows = _chosen(by_key.pop("cell.row"), {row.name: row for row in rows})
     if "cell.column" in by_key:
-        there = {name: (name, column) for name, column in columns.items()}
-        columns = dict(_chosen(by_key.pop("cell.column"), there))
+        columns = dict(_chosen(by_key.pop("cell.column"), {item[0]: item for item in columns.items()}))
     for override in by_key.values():
         if len(values(override)) > 1:
             raise UserError(

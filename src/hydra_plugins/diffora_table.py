@@ -60,9 +60,15 @@ class TableSweeper(Sweeper):
             again = "the same command"
             if "resume=true" not in next(iter(missing.values())):
                 again += f" with resume=true hydra.sweep.dir={self.command.hydra.sweep.dir}"
+            alike: dict[str, list[Path]] = {}
+            for folder, message in failed.items():
+                alike.setdefault(message, []).append(folder)
             raise UserError(
                 [f"{len(failed)} of {len(missing)} runs failed; {again} does what is missing"]
-                + [f"{folder}: {message}" for folder, message in failed.items()]
+                + [
+                    f"{folder}{f' and {len(others)} more' if others else ''}: {message}"
+                    for message, (folder, *others) in alike.items()
+                ]
             )
         print(f"\nall {len(jobs)} runs are complete", flush=True)
 
