@@ -20,6 +20,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.experiment import check, run
 from diffora.results.record import read_record
+from diffora.results.rundir import account
 from diffora.training.loggers import Loggers
 
 RECORD_KEYS = {
@@ -259,7 +260,6 @@ def test_a_budget_chooses_the_rank_and_a_file_keeps_it(cfg, short, tmp_path, mor
     ],
 )
 def test_a_budget_that_is_too_small_is_refused_before_the_search(cfg, short, tmp_path, monkeypatch, overrides, least):
-    from diffora.errors import UserError
     from diffora.training.search import SearchModule
 
     if "method=random" in overrides:
@@ -304,16 +304,27 @@ def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path, selector
 
 
 def test_another_configuration_does_not_resume(whole, cfg, quick):
-    from diffora.errors import UserError
-
     with pytest.raises(UserError, match=r"finetune\.lr: "):
         run(cfg(*quick, "resume=true", "finetune.lr=1e-4"), whole.folder)
     with pytest.raises(UserError, match="holds a run"):
         run(cfg(*quick), whole.folder)
 
 
+def test_two_processes_do_not_write_to_one_run(cfg, tmp_path):
+    other = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", other, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match="another process"), account(cfg(), tmp_path, {"status": "running"}):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        process.kill()
+    with account(cfg(), tmp_path, {"status": "running"}):
+        assert read_record(tmp_path)["status"] == "running"
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(cfg, quick, tmp_path, monkeypatch):
-    from diffora.errors import UserError
     from diffora.tasks.glue import GlueTask
 
     calls, loss = [0], GlueTask.loss

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from diffora import config
@@ -51,12 +52,22 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Keep the account of a run: its configuration, its log, and how it ended if it did not end well."""
+    """Keep the account of a run: its configuration, its log, and how it ended if it did not end well.
+
+    Raises:
+        UserError: another process is at work in the folder.
+    """
     from diffora.training.stages import is_main
 
     if not is_main():
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is at work there") from error
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_record(folder, record)
     handler = logging.FileHandler(folder / "run.log")
@@ -74,3 +85,4 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+        lock.release()
