@@ -72,13 +72,14 @@ def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
         check(cfg(*overrides, "method.budget=100k"))
 
 
-def test_a_list_of_modules_is_selected_in_every_layer(cfg, deberta):
+@pytest.mark.parametrize("given", ["output.dense,attention.self.key_proj", "key,ffn_output", "key,output.dense"])
+def test_a_list_of_modules_or_parts_is_selected_in_every_layer(cfg, deberta, given):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     base = ["method=diffora", "task=paraphrase", "model=tiny"]
-    method, _ = check(cfg(*base, "method.selection=[output.dense,attention.self.key_proj]"))
+    method, _ = check(cfg(*base, f"method.selection=[{given}]"))
     method.check(nn.Module(), grid)
     selection = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
     assert selection.selected == [["attention.self.key_proj", "output.dense"]] * grid.n_layers
     method, _ = check(cfg(*base, "method.selection=[output]"))
-    with pytest.raises(UserError, match="names output; a layer has attention"):
+    with pytest.raises(UserError, match=r"names output; a layer has attention.*, or, by their parts, .*key"):
         method.check(nn.Module(), grid)

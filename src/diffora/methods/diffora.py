@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffora.core.grid import Grid
+from diffora.core.parts import part_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
@@ -19,7 +20,8 @@ class DiffoRA(Selecting):
     """Algorithm 1. With ``method.selection`` stage 1 is left out and that selection is used as it is.
 
     Attributes:
-        selection: a selection file, or a list of module types to select in every layer.
+        selection: a selection file, or a list of what to select in every layer: module types, or the parts they play
+            (`diffora.core.parts`).
         selector: the search, or another criterion in its place (`diffora.core.scores`).
         score_batches: over how many batches of search rows ``attribution``, ``gradient`` and ``activation`` are taken.
     """
@@ -44,8 +46,13 @@ class DiffoRA(Selecting):
     def check(self, model: nn.Module, grid: Grid) -> None:
         if self.selection is None:
             super().check(model, grid)
-        elif unknown := set(self.selection if isinstance(self.selection, list) else ()) - set(grid.types):
-            raise UserError(f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(grid.types)}")
+        elif isinstance(self.selection, list):
+            parts = [part for part in map(part_of, grid.types) if part]
+            if unknown := set(self.selection).difference(grid.types, parts):
+                raise UserError(
+                    f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(grid.types)}"
+                    + (f", or, by their parts, {', '.join(dict.fromkeys(parts))}" if parts else "")
+                )
 
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
         if isinstance(self.selection, str):
@@ -53,7 +60,7 @@ class DiffoRA(Selecting):
             chosen.check_fits(grid, self.selection)
             return chosen
         if self.selection is not None:
-            row = torch.tensor([name in self.selection for name in grid.types])
+            row = torch.tensor([name in self.selection or part_of(name) in self.selection for name in grid.types])
             made = {"selector": "given", "k": int(row.sum()), "rho": self.rho, "seed": seed}
             return Selection.from_mask(grid, row.expand(grid.n_layers, -1), method=self.name, **made)
         return self.by_chance(grid, seed) if self.selector == "random" else find(self.selector)
