@@ -9,6 +9,7 @@ from conftest import REPO
 from omegaconf import OmegaConf
 
 from diffora.config import conf_dir
+from diffora.sweep import cells, table_of
 
 sys.path.insert(0, str(REPO / "scripts"))
 import costs
@@ -35,6 +36,13 @@ def test_estimates_are_of_the_runs_in_their_block(commands, estimate):
     assert int(re.match(r"Estimate: ([\d,]+) run", estimate)[1]) == sum(
         len(costs.job_overrides(line)) for line in lines
     )
+
+
+def test_the_whole_small_set_has_as_many_runs_as_the_page_says():
+    [experiments] = re.findall(r"scale=small experiment=(\S+)", PAGE)
+    tables = {name: OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml") for name in experiments.split(",")}
+    runs = sum(len(cells([], table_of(t.hydra.sweeper), name, "small")) for name, t in tables.items())
+    assert f"\n{runs} runs; " in PAGE
 
 
 def test_operations_of_a_step_are_those_of_its_products(cfg):

@@ -204,6 +204,34 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert not FOLDER.exists()
 
 
+def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(sweep, monkeypatch):
+    from diffora import cli
+
+    asked = []
+
+    def explain(overrides):
+        asked.append(overrides)
+        return []
+
+    monkeypatch.setattr(cli, "composition_problems", explain)
+    cells = ("experiment=table3_random", "scale=small", "cell.row='LoRA, r = 1','LoRA, r = 2'")
+    with pytest.raises(UserError, match=r"Could not override 'seed\.x'"):
+        sweep(*cells, "seed.x=choice(3)")
+    assert len(asked) == 1
+
+
+def test_a_list_of_one_value_is_that_value(sweep):
+    assert sweep(*CELLS, "finetune.lr=range(1,2)") == NAMES
+    assert OmegaConf.load(FOLDER / NAMES[0] / "config.yaml").finetune.lr == 1
+
+
+def test_a_setting_of_the_rows_own_method_is_written_with_two_plus_signs(sweep):
+    rows = ("experiment=table1_glue", "scale=small", "seed=0", "cell.column=digits", "cell.row='Houlsby, 8'")
+    assert sweep(*rows, "++method.size=3") == ["houlsby-8-digits-seed0"]
+    config = OmegaConf.load("outputs/table1_glue-small/houlsby-8-digits-seed0/config.yaml")
+    assert config.method.size == 3
+
+
 def test_a_dry_run_lists_the_runs_and_starts_none(sweep, capsys):
     assert sweep(*CELLS, "dry_run=true") == []
     out = capsys.readouterr().out
@@ -226,6 +254,16 @@ def test_several_tables_in_one_sweep(sweep):
                 "cell.row='LoRA, r = 2'")  # fmt: skip
     assert ran == ["lora-r-2-digits-seed0"] * 2
     assert {file.parts[1] for file in Path().glob("outputs/*/*/run.json")} == {
+        "table4_sample_rate-small",
+        "table3_random-small",
+    }
+
+
+def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
+    given = ("experiment=table4_sample_rate,table3_random,quickstart", "scale=small", "cell.column=digits", "seed=0")
+    sweep(*given, "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here", "dry_run=true")
+    sweep("experiment=table4_sample_rate,table3_random", *given[1:], "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here")
+    assert {file.parts[1] for file in Path().glob("here/*/*/run.json")} == {
         "table4_sample_rate-small",
         "table3_random-small",
     }

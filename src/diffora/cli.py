@@ -33,7 +33,13 @@ def command(main: Callable[[], object]) -> None:
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
             plugin = _missing_plugin(error)
-            fail(*([plugin] if plugin else composition_problems(overrides()) or [_short(error)]))
+            problems = [plugin] if plugin else composition_problems(overrides()) or [short(error)]
+            if {"-m", "--multirun"}.intersection(sys.argv) and "has no setting" in "".join(problems):
+                problems.append(
+                    "Hydra composes a sweep with the default method and task first: a setting that the sweep's own "
+                    "ones have, and those do not, is written with ++, as in ++method.size=8"
+                )
+            fail(*problems)
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
 
 
@@ -128,7 +134,7 @@ def composition_problems(given: list[str]) -> list[str]:
                         found.append(_no_such_key(key, compose("config", kept), unknown_key))
                         break
                     else:
-                        found.append(f"{line}: {_short(error)}")
+                        found.append(f"{line}: {short(error)}")
             kept += right[:1]
         try:
             check(compose("config", kept))
@@ -166,7 +172,7 @@ def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, Iterable[str
     return unknown(key, [*known, *map(str, cfg)])
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """The first lines of Hydra's messages, without its advice on how to force a key in."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(line for line in lines[:3] if not line.startswith("To append"))

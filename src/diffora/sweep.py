@@ -106,12 +106,15 @@ def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) 
         rows = _chosen(by_key.pop("cell.row"), {row.name: row for row in rows})
     if "cell.column" in by_key:
         columns = dict(_chosen(by_key.pop("cell.column"), {item[0]: item for item in columns.items()}))
-    for override in by_key.values():
-        if len(values(override)) > 1:
+    others = {}
+    for key, override in by_key.items():
+        value, *more = values(override)
+        if more:
             raise UserError(
                 f"{override.input_line}: rows, columns and seeds are what experiment={experiment} goes through; only "
                 "method=, task=, seed=, cell.row= and cell.column= may have several values"
             )
+        others[key] = _line(override, value)
     if not (rows and columns and seeds):
         raise UserError(f"experiment={experiment} has no runs at scale={scale}")
 
@@ -119,7 +122,7 @@ def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) 
     for seed, row, (name, column) in product(seeds, rows, columns.items()):
         of_row = row.small if scale == "small" and row.small is not None else row.set
         lines = {o.key_or_group: o.input_line for o in parse([*column.set, *of_row, *row.columns.get(name, [])])}
-        lines |= {key: o.input_line for key, o in by_key.items()}
+        lines |= others
         lines |= {"experiment": f"experiment={experiment}", "seed": f"seed={seed}"}
         lines |= {f"cell.{key}": f"cell.{key}={quoted(text)}" for key, text in (("row", row.name), ("column", name))}
         lines["cell.experiment"] = f"cell.experiment={experiment}"

@@ -24,6 +24,7 @@ from diffora.sweep import Table, cells, combinations, parse, quoted, table_of, v
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
 
 SHOWN = 20  # of the problems that are found before anything starts
+MANY = 20  # runs, to check which takes long enough to be announced
 
 Jobs = dict[Path, tuple[str, ...]]  # the overrides of each run, by its folder
 
@@ -48,6 +49,8 @@ class TableSweeper(Sweeper):
             UserError: everything that is wrong with any configuration, before anything runs; or the runs that failed.
         """
         jobs = self.jobs(arguments)
+        if len(jobs) > MANY:
+            print(f"checking {len(jobs)} runs", flush=True)
         missing = self.missing(jobs)
         done = len(jobs) - len(missing)
         places = ", ".join(dict.fromkeys(str(folder.parent) for folder in jobs))
@@ -73,35 +76,41 @@ class TableSweeper(Sweeper):
         print(f"\nall {len(jobs)} runs are complete", flush=True)
 
     def jobs(self, arguments: Sequence[str]) -> Jobs:
-        """All runs, complete ones too."""
+        """All runs, complete ones too.
+
+        A table has a folder of its own below ``outputs``, or is in the one that ``hydra.sweep.dir=`` names. Where
+        there are several experiments, each has a folder of its own there, too.
+        """
         given = parse(arguments, self.loader)
         for override in given:
             if override.key_or_group in ("scale", "dry_run") and len(values(override)) > 1:
                 raise UserError(f"{override.input_line}: a sweep takes one value of it")
-        experiments = [value for o in given if o.key_or_group == "experiment" for value in values(o)]
+        experiments = [value for o in given if o.key_or_group == "experiment" for value in values(o)] or [""]
         others = [o for o in given if o.key_or_group != "experiment"]
         resuming = () if any(o.key_or_group == "resume" for o in given) else ("resume=true",)
         elsewhere = any(line.startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
-        place = Path(self.command.hydra.sweep.dir)
+        there = Path(self.command.hydra.sweep.dir)
         found: Jobs = {}
-        for experiment in experiments or [""]:
+        for experiment in experiments:
             choice = (f"experiment={experiment}",) if experiment else ()
             table = table_of(self.compose(choice).hydra.sweeper)
-            if not table.rows:
-                for number, overrides in enumerate(combinations(others), len(found)):
-                    cfg = self.compose((*choice, *overrides))
-                    with open_dict(cfg.hydra.job):
-                        cfg.hydra.job.num = number
-                    folder = place / cfg.hydra.sweep.subdir
-                    if folder in found:
-                        raise UserError(f"hydra.sweep.subdir gives two runs one folder: {folder}")
-                    found[folder] = (*choice, *overrides)
+            name = f"{experiment}-{self.command.scale}" if table.rows else experiment
+            place = there / name if len(experiments) > 1 else there
+            if table.rows and not elsewhere:
+                place = Path("outputs") / name
+                self.command.hydra.sweep.dir = str(place)  # where Hydra leaves multirun.yaml
+            if table.rows:
+                for cell, overrides in cells(others, table, experiment, self.command.scale).items():
+                    found[place / cell] = (*overrides, *resuming)
                 continue
-            if not elsewhere:
-                place = Path(f"outputs/{experiment}-{self.command.scale}")
-                self.command.hydra.sweep.dir = str(place)
-            for name, overrides in cells(others, table, experiment, self.command.scale).items():
-                found[place / name] = (*overrides, *resuming)
+            for number, overrides in enumerate(combinations(others)):
+                cfg = self.compose((*choice, *overrides))
+                with open_dict(cfg.hydra.job):
+                    cfg.hydra.job.num = number
+                folder = place / cfg.hydra.sweep.subdir
+                if folder in found:
+                    raise UserError(f"hydra.sweep.subdir gives two runs one folder: {folder}")
+                found[folder] = (*choice, *overrides)
         return found
 
     def compose(self, overrides: tuple[str, ...]) -> DictConfig:
@@ -119,7 +128,7 @@ class TableSweeper(Sweeper):
 
     def missing(self, jobs: Jobs) -> Jobs:
         """The runs that are not complete yet, once all configurations are found to be right."""
-        from diffora.cli import composition_problems, import_run
+        from diffora.cli import composition_problems, import_run, short
 
         import_run()
         from diffora.experiment import check
@@ -127,12 +136,21 @@ class TableSweeper(Sweeper):
 
         found: Jobs = {}
         checked: set[tuple[str, ...]] = set()
+        impossible: set[tuple[str, ...]] = set()
+        explained: set[tuple[str, ...]] = set()  # which takes seconds, so that one task stands for all
         problems: dict[str, None] = {}  # each once, in their order
         for folder, overrides in jobs.items():
+            setting, _ = _apart(overrides)
+            if setting in impossible:
+                continue
             try:
                 cfg = self.compose(overrides)
-            except (HydraException, OmegaConfBaseException):
-                problems |= dict.fromkeys(composition_problems(list(overrides)))
+            except (HydraException, OmegaConfBaseException) as error:
+                impossible.add(setting)
+                kind = (str(error), *(line for line in setting if line.startswith("method=")))
+                if kind not in explained and len(problems) < SHOWN:
+                    problems |= dict.fromkeys(composition_problems(list(overrides)) or [short(error)])
+                explained.add(kind)
                 continue
             with open_dict(cfg):
                 cfg.pop("hydra", None)
