@@ -17,7 +17,7 @@ from diffora.experiment import check
 SMALL, LARGE = (8, 8), (8, 32)
 
 
-@pytest.mark.parametrize(("shared_rank", "ways"), [(None, 4), (2, 2)])
+@pytest.mark.parametrize(("shared_rank", "ways"), [(None, 3), (2, 1)])
 def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likely(shared_rank, ways):
     """Both large modules, and in each layer one of two small ones: or one shared pair more is needed."""
     shapes = [[SMALL, SMALL, LARGE]] * 2
@@ -36,14 +36,25 @@ def test_globally_the_layers_may_differ_in_number():
     shapes = [[SMALL] * 3] * 2
     mask = torch.tensor([[True, True, True], [False, False, False]])
     sizes = {draw_of_same_size(shapes, mask, "global", 4, None, seed).sum(1).tolist()[0] for seed in range(40)}
-    assert sizes == {0, 1, 2, 3}
+    assert sizes == {0, 1, 2}  # there is one with 3: itself
 
 
-def test_a_size_that_chance_does_not_find_is_said_to_be(monkeypatch):
-    monkeypatch.setattr("diffora.core.dam.DRAWS", 1)
+def test_where_no_other_has_its_size_modules_change_places_with_those_of_their_own(monkeypatch):
+    """Three types that are selected in every layer have no shared pairs: others will, unless they are as regular."""
+    monkeypatch.setattr("diffora.core.dam.DRAWS", 50)
+    shapes = [[SMALL, SMALL, SMALL, SMALL, LARGE, LARGE]] * 12
+    mask = torch.tensor([[True, True, True, False, False, False]] * 12)
+    drawn = [draw_of_same_size(shapes, mask, "layer", 4, 2, seed) for seed in range(5)]
+    assert len({str(d) for d in drawn}) == 5
+    for d in drawn:
+        assert d[:, :4].sum(1).eq(3).all() and not d[:, 4:].any()
+        assert adapter_parameters(shapes, d, 4, None) == adapter_parameters(shapes, mask, 4, None)
+
+
+def test_the_only_selection_of_its_size_is_said_to_be(monkeypatch):
+    monkeypatch.setattr("diffora.core.dam.DRAWS", 50)
     shapes = [[SMALL, LARGE]] * 8
-    mask = torch.tensor([[False, True]] * 8)
-    assert draw_of_same_size(shapes, mask, "layer", 4, None, 1) is None
+    assert draw_of_same_size(shapes, torch.tensor([[False, True]] * 8), "layer", 4, None, 1) is None
 
 
 def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DRAWS = 20_000
-"""Of which `draw_of_same_size` takes the first that fits."""
+"""Of which `draw_of_same_size` takes the first that fits exactly."""
 
 
 def relax(gamma: Tensor) -> Tensor:
@@ -123,9 +123,11 @@ def draw_of_same_size(
     shared_rank: int | None,
     seed: int,
 ) -> Tensor | None:
-    """A selection by chance of exactly as many adapter parameters as ``mask`` has, or None where none was found.
+    """A selection by chance of as many adapter parameters as ``mask`` has; None where there is none but ``mask``.
 
-    Each selection of that size, with as many modules (scope ``layer``: in each layer), is equally likely.
+    Each selection of exactly that size, with as many modules (scope ``layer``: in each layer), is equally likely. Where
+    none is found, as for a type that is selected in all layers and so has no shared pair, modules change places with
+    those of their own size only: their adapters are of the same size together, and only shared pairs may differ.
 
     Args:
         shapes: L x N pairs (in_features, out_features).
@@ -135,13 +137,27 @@ def draw_of_same_size(
         shared_rank: r_s of the pairs that the others share; None where these are frozen.
     """
     generator = torch.Generator().manual_seed(seed)
+    rows = mask if scope == "layer" else mask.view(1, -1)
+
+    def shuffled(flags: Tensor) -> Tensor:
+        return flags.gather(-1, torch.rand(flags.shape, generator=generator).argsort(dim=-1))
+
     wanted = adapter_parameters(shapes, mask, rank, shared_rank)
     for _ in range(DRAWS):
-        keys = torch.rand(mask.shape if scope == "layer" else (1, mask.numel()), generator=generator)
-        drawn = mask.view(keys.shape).gather(-1, keys.argsort(dim=-1)).view(mask.shape)
-        if adapter_parameters(shapes, drawn, rank, shared_rank) == wanted:
+        drawn = shuffled(rows).view(mask.shape)
+        if adapter_parameters(shapes, drawn, rank, shared_rank) == wanted and not drawn.equal(mask):
             return drawn
-    return None
+    sizes = torch.tensor([[sum(shape) for shape in row] for row in shapes]).view(rows.shape)
+    alike = [(row, sizes[row] == size) for row in range(len(rows)) for size in set(sizes[row].tolist())]
+    if all(rows[place].all() or not rows[place].any() for place in alike):
+        return None
+    drawn = mask
+    while drawn.equal(mask):
+        drawn = rows.clone()
+        for place in alike:
+            drawn[place] = shuffled(rows[place])
+        drawn = drawn.view(mask.shape)
+    return drawn
 
 
 def largest_rank(

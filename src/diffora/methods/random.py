@@ -1,15 +1,18 @@
 """Random selection: modules by chance, the same sharing as DiffoRA ([D] Table 3's control)."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from diffora.core.dam import DRAWS, draw_of_same_size
+from diffora.core.dam import adapter_parameters, draw_of_same_size
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class Random(Selecting):
         rank = self.rank if pattern.rank is None else pattern.rank
         mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
         if mask is None:
-            raise UserError(
-                f"method.like={self.like}: none of {DRAWS} draws has as many parameters as this selection, whose "
-                "modules are almost all large or almost all small; method.budget= compares at equal size by the rank"
+            raise UserError(f"method.like={self.like}: there is no other selection with as many parameters")
+        wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
+        if has != wanted:
+            log.warning(
+                f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other shared pairs"
             )
         made = {"selector": "random", "k": pattern.k, "rank": pattern.rank, "rho": self.rho, "seed": seed}
         return Selection.from_mask(grid, mask, method=self.name, **made)
