@@ -5,16 +5,18 @@
 
 What a subset of the modules is worth is the mean over seeds of the main metric of its own runs, those with a list as
 `method.selection`. A selector's choice with one seed stands at the percentile of the subset that it chose: the share
-of subsets that are worth less, equal ones counted half, so that chance is at 50. The runs that a selector's choice was
-fine-tuned in do not count here: its subset's do, the same for all selectors.
+of subsets that are worth less, equal ones counted half, so that chance is at 50. As subsets differ in parameters, it
+is also taken among those of equal size. The runs that a selector's choice was fine-tuned in do not count here: its
+subset's do, the same for all selectors.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 
 from diffora.files import write_text
 from diffora.results.figures import short_names
-from diffora.results.statistics import paired, spread, stability
+from diffora.results.statistics import paired, stability
 
 Subset = tuple[tuple[str, ...], ...]
 Run = Mapping[str, Any]
@@ -44,71 +46,104 @@ def percentile(values: Mapping[Subset, float], chosen: Subset) -> float:
     return 100 * (sum(v < mine for v in others) + 0.5 * sum(v == mine for v in others)) / len(others)
 
 
-def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, float], float | None]:
-    """(what each subset is worth, share of the variance of these means that is not seeds' noise; None for one seed)."""
-    found: dict[Subset, list[float]] = defaultdict(list)
+def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, dict[int, float]], dict[Subset, int]]:
+    """(each subset's metric by seed, with the seeds that all subsets have; each subset's adapter parameters).
+
+    Raises:
+        SystemExit: subsets are missing, so that selectors that chose them would be left out.
+    """
+    found: dict[Subset, dict[int, float]] = defaultdict(dict)
+    sizes: dict[Subset, int] = {}
     for run in runs:
         if run["selection"]["selector"] == "given":
-            found[subset_of(run)].append(run["metrics"][f"validation/{metric}"])
-    means = {subset: statistics.mean(values) for subset, values in found.items()}
-    noise = [statistics.variance(values) / len(values) for values in found.values() if len(values) > 1]
-    return means, 1 - statistics.mean(noise) / statistics.variance(means.values()) if noise else None
+            found[subset_of(run)][run["seed"]] = run["metrics"][f"validation/{metric}"]
+            sizes[subset_of(run)] = run["params"]["adapter"]
+    types = {name for subset in found for row in subset for name in row}
+    wanted = math.prod(math.comb(len(types), len(row)) for row in next(iter(found)))
+    seeds = set[int].intersection(*(set(by_seed) for by_seed in found.values()))
+    if len(found) < wanted or not seeds:
+        sys.exit(f"error: {len(found)} of {wanted} subsets, {len(seeds)} seeds of all of them: the sweep is not done")
+    return {subset: {seed: by_seed[seed] for seed in sorted(seeds)} for subset, by_seed in found.items()}, sizes
+
+
+def standing(chosen: Mapping[int, Subset], among: Callable[[Subset], Mapping[Subset, float]]) -> dict[str, Any]:
+    """Where a selector's choices, by seed, stand among others: mean percentile with interval, mean gain over those.
+
+    The interval is cut where no choice can stand.
+    """
+    at = {seed: percentile(among(subset), subset) for seed, subset in chosen.items()}
+    possible = [percentile(among(s), other) for s in chosen.values() for other in among(s)]
+    against = paired(at, dict.fromkeys(at, 50.0))
+    assert against is not None
+    return {
+        "percentile": 50 + against.mean,
+        "low": None if against.low is None else max(min(possible), 50 + against.low),
+        "high": None if against.high is None else min(max(possible), 50 + against.high),
+        "p": against.p,
+        "gain": statistics.mean(among(s)[s] - statistics.mean(among(s).values()) for s in chosen.values()),
+        "chosen": [[[list(row) for row in chosen[seed]], at[seed]] for seed in sorted(at)],
+    }
 
 
 def quality(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each selector, by row: percentiles with interval, gain over chance, share of the possible gain, stability."""
+    """For each selector, by row: where it stands among all subsets and among those of equal size; stability."""
     metric, sign = runs[0]["main_metric"], 1 if runs[0]["maximise"] else -1
-    means, reliability = landscape(runs, metric)
-    means = {subset: sign * value for subset, value in means.items()}
-    chance, best = statistics.mean(means.values()), max(means.values())
+    by_seed, sizes = landscape(runs, metric)
+    means = {subset: sign * statistics.mean(values.values()) for subset, values in by_seed.items()}
+    seeds = len(next(iter(by_seed.values())))
+    noise = [statistics.variance(values.values()) / seeds for values in by_seed.values()] if seeds > 1 else []
     rows: dict[str, dict[int, Subset]] = defaultdict(dict)
     for run in runs:
-        if run["selection"]["selector"] != "given" and subset_of(run) in means:
+        if run["selection"]["selector"] != "given":
             rows[run["row"]][run["seed"]] = subset_of(run)
+    groups: dict[int, dict[Subset, float]] = defaultdict(dict)
+    for subset, value in means.items():
+        groups[sizes[subset]][subset] = value
     result: dict[str, Any] = {
         "metric": metric,
         "subsets": len(means),
-        "seeds_of_a_subset": len({r["seed"] for r in runs if r["selection"]["selector"] == "given"}),
-        "chance": sign * chance,
-        "best": sign * best,
+        "seeds_of_a_subset": seeds,
+        "chance": sign * statistics.mean(means.values()),
+        "best": sign * max(means.values()),
         "worst": sign * min(means.values()),
-        "reliability": reliability,
+        "reliability": 1 - statistics.mean(noise) / statistics.variance(means.values()) if noise else None,
+        "sizes": [
+            [size, len(group), sign * statistics.mean(group.values()), sign * max(group.values())]
+            for size, group in sorted(groups.items())
+        ],
         "selectors": {},
         "worth": [[[list(row) for row in subset], sign * value] for subset, value in sorted(means.items())],
     }
     types = sorted({name for subset in means for row in subset for name in row})
-    for name, by_seed in rows.items():
-        at = {seed: percentile(means, subset) for seed, subset in by_seed.items()}
-        against = paired(at, dict.fromkeys(at, 50.0))
-        gains = spread(means[subset] - chance for subset in by_seed.values())
-        masks = np.array([[[t in row for t in types] for row in subset] for subset in by_seed.values()])
+    for name, chosen in rows.items():
+        masks = np.array([[[t in row for t in types] for row in subset] for subset in chosen.values()])
         alike = stability(masks, by_layer=True) if len(masks) > 1 else None
-        assert against is not None and gains is not None
+        overall = standing(chosen, lambda subset: means)
         result["selectors"][name] = {
-            "seeds": sorted(at),
-            "percentile": 50 + against.mean,
-            "low": None if against.low is None else max(0.0, 50 + against.low),
-            "high": None if against.high is None else min(100.0, 50 + against.high),
-            "p": against.p,
-            "gain": gains.mean,
-            "share": gains.mean / (best - chance),
+            "seeds": sorted(chosen),
+            **overall,
+            "share": overall["gain"] / (max(means.values()) - statistics.mean(means.values())),
+            "equal_size": standing(chosen, lambda subset: groups[sizes[subset]]),
             "jaccard": None if alike is None else alike.jaccard,
             "jaccard_chance": None if alike is None else alike.chance,
-            "chosen": [[[list(row) for row in by_seed[seed]], at[seed]] for seed in sorted(at)],
         }
     return result
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown."""
-    head = "selector", "seeds", "percentile, mean (95 %)", "gain over chance", "of the possible gain", "seeds agree"
+
+    def place(of: Mapping[str, Any]) -> str:
+        interval = "" if of["low"] is None else f" ({of['low']:.0f} to {of['high']:.0f})"
+        return f"{of['percentile']:.0f}{interval}"
+
+    head = "selector", "seeds", "percentile, mean (95 %)", "gain over chance", "of the possible gain"
+    head += "percentile at equal size", "gain there", "seeds agree"
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    order = sorted(found["selectors"].items(), key=lambda item: -item[1]["percentile"])
-    for name, s in order:
-        interval = "" if s["low"] is None else f" ({s['low']:.0f} to {s['high']:.0f})"
+    for name, s in sorted(found["selectors"].items(), key=lambda item: -item[1]["percentile"]):
         alike = "" if s["jaccard"] is None else f"{s['jaccard']:.2f} (chance {s['jaccard_chance']:.2f})"
-        cells = [name, str(len(s["seeds"])), f"{s['percentile']:.0f}{interval}", f"{s['gain']:+.4f}"]
-        cells += [f"{s['share']:.0%}", alike]
+        cells = [name, str(len(s["seeds"])), place(s), f"{s['gain']:+.4f}", f"{s['share']:.0%}"]
+        cells += [place(s["equal_size"]), f"{s['equal_size']['gain']:+.4f}", alike]
         lines.append(f"| {' | '.join(cells)} |")
     of_all = (
         f"{found['subsets']} subsets, {found['seeds_of_a_subset']} seeds each, {found['metric']}: "
@@ -116,7 +151,8 @@ def table(found: Mapping[str, Any]) -> str:
     )
     if found["reliability"] is not None:
         of_all += f" {found['reliability']:.0%} of the variance between their means is not noise of seeds."
-    return of_all + "\n\n" + "\n".join(lines)
+    by_size = "; ".join(f"{n} with {size:,} parameters, mean {mean:.3f}" for size, n, mean, _ in found["sizes"])
+    return f"{of_all}\nBy size: {by_size}.\n\n" + "\n".join(lines)
 
 
 def picture(found: Mapping[str, Any], file: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "scripts"))
 import selection_quality as script
 
-TYPES = "abcd"
+TYPES = "abcd"  # d is larger than the others
 SUBSETS = list(itertools.combinations(TYPES, 2))  # worth 0.0, 0.1, … 0.5, in this order
 
 
@@ -19,6 +19,7 @@ def run(folder, row, seed, chosen, metric, selector="given", maximise=True, stat
     folder.mkdir(parents=True)
     record = {"status": status, "row": row, "column": "paraphrase", "seed": seed, "main_metric": "accuracy"}
     record |= {"maximise": maximise, "metrics": {"validation/accuracy": metric}}
+    record |= {"params": {"adapter": 3 if "d" in chosen else 2}}
     record |= {"selection": {"selector": selector, "selected": [list(chosen)]}}
     (folder / "run.json").write_text(json.dumps(record))
 
@@ -43,10 +44,30 @@ def test_percentiles_gains_and_intervals(folder):
     assert best["percentile"] == pytest.approx(100 * 5.5 / 6) and best["jaccard"] == 1 and best["share"] == 1
     assert best["low"] is None  # no spread, no interval
     assert mixed["percentile"] == pytest.approx(50) and mixed["low"] < 50 < mixed["high"] and mixed["p"] > 0.9
+    # ab 0.0, ac 0.1, bc 0.3 are of one size, ad 0.2, bd 0.4, cd 0.5 of another: a choice is compared with its own
+    assert mixed["equal_size"]["percentile"] == pytest.approx(100 * (0.5 + 2.5 + 1.5 + 1.5) / 3 / 4)
+    assert best["equal_size"]["gain"] == pytest.approx(0.5 - (0.2 + 0.4 + 0.5) / 3)
+    assert [group[:2] for group in found["sizes"]] == [[2, 3], [3, 3]]
     assert mixed["gain"] == pytest.approx(0, abs=1e-9) and mixed["jaccard"] < 1
     assert found["reliability"] > 0.99
     text = script.table(found)
     assert text.index("| best |") < text.index("| mixed |") and "| 92 |" in text
+
+
+def test_an_interval_ends_where_no_choice_can_stand(folder):
+    for seed, subset in enumerate((SUBSETS[-1], SUBSETS[-1], SUBSETS[-2])):
+        run(folder, "good", seed, subset, 0.0, "search")
+    good = script.quality(script.completed(folder))["selectors"]["good"]
+    assert good["high"] == pytest.approx(100 * 5.5 / 6) and good["low"] < good["percentile"] < good["high"]
+
+
+def test_only_seeds_that_all_subsets_have_count_and_no_subset_may_be_missing(folder):
+    run(folder, "ab", 2, SUBSETS[0], 5.0)
+    assert script.quality(script.completed(folder))["worst"] == pytest.approx(0.0005)
+    for seed in (0, 1):
+        (folder / f"cd-{seed}" / "run.json").unlink()
+    with pytest.raises(SystemExit, match="5 of 6 subsets"):
+        script.quality(script.completed(folder))
 
 
 def test_chance_is_at_fifty_whatever_ties_there_are():
