@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TYPES = ("attention.self.query", "attention.self.key", "attention.self.value", "output.dense")
 LAYERS = 3
 
@@ -81,7 +83,8 @@ def made_run(
         gamma_bar = [[0.3 if name in row else 0.2 for name in TYPES] for row in selected]
         selector = "search" if method == "diffora" else "random"
         record["selection"] = {"selector": selector, "k": 2, "rank": None, "selected": selected}
-        selection = {"types": TYPES, "selected": selected, "gamma_bar": gamma_bar if method == "diffora" else None}
+        selection = {**record["selection"], "types": TYPES, "seed": seed}
+        selection["gamma_bar"] = gamma_bar if method == "diffora" else None
         (folder / "selection.json").write_text(json.dumps(selection))
         if method == "diffora":
             start = [[0.25] * len(TYPES)] * LAYERS
@@ -89,7 +92,7 @@ def made_run(
             (folder / "trajectory.json").write_text(json.dumps(trajectory))
         if method == "random":
             config += f"  draw: {seed}\n"
-    config += "".join(f"{key}: {json.dumps(value)}\n" for key, value in (settings or {}).items())
+    config += yaml.safe_dump(settings, sort_keys=False) if settings else ""
     (folder / "config.yaml").write_text(config)
     (folder / "run.json").write_text(json.dumps(record | changes))
     return folder

@@ -96,6 +96,28 @@ def test_controls_are_rows_of_every_table_that_has_diffora(name):
             assert {"method=random", "method=lora"} & set(row.set)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_like_rows_that_select_with_the_same_settings(name):
+    """The same rank and sharing; the method alone is another."""
+    there = {row.name: row for row in TABLES[name].rows}
+    for row in TABLES[name].rows:
+        if row.like is not None:
+            mine, pattern = (
+                {*r.set, *(r.small or []), *(line for lines in r.columns.values() for line in lines)}
+                for r in (row, there[row.like])
+            )
+            assert mine - {"method=random"} == pattern - {"method=diffora", "method.weight_sharing=true"}
+
+
+def test_every_table_of_glue_and_squad_has_random_selections_of_equal_size():
+    for name in PAPERS:
+        if name.startswith("table"):
+            rows = TABLES[name].rows
+            assert any(row.like for row in rows) or all(
+                "method.budget=1.32M" in r.set for r in rows if "random" in r.name
+            )
+
+
 def test_tables_with_claims_to_test_have_five_seeds_in_small():
     for name in ("table3_random", "table4_sample_rate", "table5_weight_sharing", "rm_table5_orthogonality"):
         assert len(TABLES[name].seeds["small"]) >= 5

@@ -69,6 +69,15 @@ def test_what_is_given_replaces_seeds_columns_rows_or_chooses_among_them(given, 
     assert list(expand(*given)) == names
 
 
+def test_a_row_like_another_finds_its_selections_by_column_and_seed():
+    table = Table(
+        seeds=TABLE.seeds, rows=[*TABLE.rows, Row("random", ["method=random"], like="ρ = 0.2")], columns=TABLE.columns
+    )
+    jobs = cells(parse(["seed=1"]), table, "some_table", "paper", Path("here"))
+    for column in ("rte", "squad"):
+        assert f"method.like='here/rho-0.2-{column}-seed1/selection.json'" in jobs[f"random-{column}-seed1"]
+
+
 def test_a_task_that_the_table_has_comes_with_its_settings():
     jobs = expand("task=squad,mrpc", "seed=0", "cell.row='ρ = 0.2'")
     assert list(jobs) == ["rho-0.2-squad-seed0", "rho-0.2-mrpc-seed0"]
@@ -230,6 +239,15 @@ def test_a_setting_of_the_rows_own_method_is_written_with_two_plus_signs(sweep):
     assert sweep(*rows, "++method.size=3") == ["houlsby-8-digits-seed0"]
     config = OmegaConf.load("outputs/table1_glue-small/houlsby-8-digits-seed0/config.yaml")
     assert config.method.size == 3
+
+
+def test_rows_that_take_their_size_from_others_come_after_all_of_these(sweep):
+    given = ("experiment=table5_weight_sharing", "scale=small", "seed=0,1", "cell.column=digits")
+    ran = sweep(*given, "cell.row=sharing,'random, sharing','LoRA, r = 2'")
+    assert ran == [
+        "sharing-digits-seed0", "lora-r-2-digits-seed0", "sharing-digits-seed1", "lora-r-2-digits-seed1",
+        "random-sharing-digits-seed0", "random-sharing-digits-seed1",
+    ]  # fmt: skip
 
 
 def test_a_dry_run_lists_the_runs_and_starts_none(sweep, capsys):

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +26,7 @@ class Row:
     set: list[str] = field(default_factory=list)  # overrides; they go before the column's
     small: list[str] | None = None  # in their place at scale=small
     columns: dict[str, list[str]] = field(default_factory=dict)  # further ones, for one column
+    like: str | None = None  # a row whose selections, of the same column and seed, say how many parameters this one has
     paper: dict[str, Any] | None = None  # what the paper has: params, and a figure for each column; null: a control
 
 
@@ -80,13 +82,18 @@ def combinations(given: Iterable[Override]) -> list[tuple[str, ...]]:
     return list(product(*lines.values()))
 
 
-def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) -> dict[str, tuple[str, ...]]:
+def cells(
+    given: Sequence[Override], table: Table, experiment: str, scale: str, place: Path = Path()
+) -> dict[str, tuple[str, ...]]:
     """The overrides of a table's runs by the names of their folders: for each seed, row and column.
 
     What is given goes before what the table says of the same key.
 
     ``task=`` takes the place of all columns, but one that has this task comes with its settings; ``method=`` takes the
     place of all rows, ``seed=`` of the seeds; ``cell.row=`` and ``cell.column=`` choose among them.
+
+    Args:
+        place: the folder of the sweep, where a row that is ``like`` another finds its selections.
 
     Raises:
         UserError: a row or column that is not there, or several values for another key.
@@ -126,7 +133,9 @@ def cells(given: Sequence[Override], table: Table, experiment: str, scale: str) 
         lines |= {"experiment": f"experiment={experiment}", "seed": f"seed={seed}"}
         lines |= {f"cell.{key}": f"cell.{key}={quoted(text)}" for key, text in (("row", row.name), ("column", name))}
         lines["cell.experiment"] = f"cell.experiment={experiment}"
-        folder = f"{slug(row.name)}-{slug(name)}-seed{seed}"
+        folder, pattern = (f"{slug(which)}-{slug(name)}-seed{seed}" for which in (row.name, row.like or ""))
+        if row.like is not None:
+            lines["method.like"] = f"method.like={quoted(place / pattern / 'selection.json')}"
         if folder in found:
             raise UserError(f"experiment={experiment}: two rows or columns have the same folder, {folder}")
         found[folder] = tuple(filter(None, lines.values()))

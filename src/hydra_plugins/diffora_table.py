@@ -100,7 +100,7 @@ class TableSweeper(Sweeper):
                 place = Path("outputs") / name
                 self.command.hydra.sweep.dir = str(place)  # where Hydra leaves multirun.yaml
             if table.rows:
-                for cell, overrides in cells(others, table, experiment, self.command.scale).items():
+                for cell, overrides in cells(others, table, experiment, self.command.scale, place).items():
                     found[place / cell] = (*overrides, *resuming)
                 continue
             for number, overrides in enumerate(combinations(others)):
@@ -169,7 +169,15 @@ class TableSweeper(Sweeper):
         return found
 
     def launch(self, jobs: Jobs) -> dict[Path, str]:
-        """Why each of the runs that did not complete did not. What counts is what is written in its folder."""
+        """Why each of the runs that did not complete did not. What counts is what is written in its folder.
+
+        Runs that take their size from other runs' selections start when these are done.
+        """
+        waiting = {folder: lines for folder, lines in jobs.items() if any(o.startswith("method.like=") for o in lines)}
+        first = {folder: lines for folder, lines in jobs.items() if folder not in waiting}
+        return self.launch_at_once(first) | self.launch_at_once(waiting)
+
+    def launch_at_once(self, jobs: Jobs) -> dict[Path, str]:
         from diffora.results.record import read_record
 
         batch = [

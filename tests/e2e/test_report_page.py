@@ -35,11 +35,20 @@ document.getElementById("more").click();
 seen.more = cells("#runs", 0).length;
 head("table.sortable", "dev_best").click();
 seen.table = cells("table.sortable", 3).map(parseFloat);
+for (const name of ["search", "total"]) for (const way of ["up", "down"]) {
+  head("table.sortable", name).click();
+  const at = heads("table.sortable").indexOf(head("table.sortable", name));
+  seen[name + way] = cells("table.sortable", at).slice(0, 6);  // of the first table
+}
 seen.title = document.querySelector("section h2").textContent;
 seen.fits = document.documentElement.scrollWidth <= window.innerWidth;
 document.body.dataset.seen = JSON.stringify(seen);
 }</script>
 """
+
+SEARCH = {("diffora", 2): 9000.0, ("diffora", 4): 23.0, ("random", 2): 0.0, ("random", 4): 0.0}
+SEARCH |= {("lora", 2): 0.0, ("lora", 4): 0.0}
+TOTAL = dict(zip(SEARCH, (9060.0, 119.0, 60.0, 1200.0, 45.0, 180.0), strict=True))
 
 
 def command(*arguments, expect=0):
@@ -58,7 +67,10 @@ def made(tmp_path_factory):
         for rank in (2, 4):
             for seed in range(20):
                 score = 0.7 + (i * 7 + seed * 3 + rank) % 11 / 100
-                made_run(folder / f"{method}{rank}-seed{seed}-", method, seed, score, settings={"rank": rank})
+                time = {"search_s": SEARCH[method, rank], "total_s": TOTAL[method, rank]}
+                made_run(
+                    folder / f"{method}{rank}-seed{seed}-", method, seed, score, settings={"rank": rank}, time=time
+                )
     for seed in range(5):
         made_run(folder / f"failed{seed}", seed=seed, status="failed", error="out of memory </script> <b>")
     (folder / "broken").mkdir()
@@ -113,6 +125,10 @@ def test_the_page_sorts_and_filters_in_a_browser(made, tmp_path):
     assert seen["failed"] == ["failed"] * 5
     means = seen["table"][:6]  # those of the first table
     assert means == sorted(means) and len(set(means)) > 3
+    assert seen["searchup"] == ["23 s", "2.5 h", "", "", "", ""]
+    assert seen["searchdown"] == ["2.5 h", "23 s", "", "", "", ""]  # what is empty comes last, either way
+    assert seen["totalup"] == ["45 s", "60 s", "119 s", "3 min", "20 min", "2.5 h"]
+    assert seen["totaldown"] == seen["totalup"][::-1]
     assert seen["title"] == "Which method is better here?"
     assert seen["fits"]  # wide tables scroll within themselves
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 COLOURS = 8  # of the page's style sheet: .c0 to .c7
+NAME = 56  # characters of a line of a forest plot
 
 Grid = Sequence[Sequence[float]]  # L x N
 
@@ -100,7 +101,7 @@ def forest(intervals: Sequence[Interval], x_label: str, width: int = 760) -> Mar
         return Markup()
     ends = [v for i in intervals for v in (i.mean, i.low, i.high) if v is not None]
     low, high = _widened(min(0.0, *ends), max(0.0, *ends), 0.04)
-    left, right, step = min(400, 40 + 6.4 * max(len(i.name) for i in intervals)), 14, 20
+    left, right, step = min(400, 40 + 6.4 * max(len(i.name) for i in intervals)), 14, 20  # `NAME` is what fits
     height = step * len(intervals) + 42
 
     def at(x: float) -> float:
@@ -129,20 +130,25 @@ def forest(intervals: Sequence[Interval], x_label: str, width: int = 760) -> Mar
 
 
 def heatmap(
-    values: Grid, rows: Sequence[str], frames: Sequence[Sequence[bool]] = (), centre: float = 0.0, cell: int = 30
+    values: Grid,
+    rows: Sequence[str],
+    frames: Sequence[Sequence[bool]] = (),
+    centre: float = 0.0,
+    most: float = 1.0,
+    cell: int = 30,
 ) -> Markup:
     """One column a layer, one row a module type.
 
     Args:
-        values: L x N. From ``centre`` upwards cells take one colour, downwards another, the farthest most of it.
+        values: L x N. From ``centre`` upwards cells take one colour, downwards another.
         rows: names of the N types; empty for a small picture without any words.
         frames: L x N, the cells to be framed.
+        most: the distance from ``centre`` at which a colour is strongest.
     """
     layers, types = len(values), len(values[0]) if values else 0
     left = 8 + 6.4 * max(map(len, rows)) if rows else 2
     high = cell * 0.72
     width, height = left + cell * layers + 2, high * types + (20 if rows else 2)
-    most = max((abs(v - centre) for row in values for v in row), default=0.0) or 1.0
     parts = [
         Markup('<svg class="heat" viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" role="img">').format(width, height, width)
     ]

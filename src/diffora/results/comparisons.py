@@ -8,7 +8,6 @@ from diffora.results.statistics import Difference, Spread, holm, paired, spread
 from diffora.results.tables import Cell, Column, Table
 
 EQUAL = 0.10  # adapters whose sizes differ by less are of about equal size
-PAIRS = 400  # comparisons of a table
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,20 @@ def compare(table: Table, column: Column, ours: str, baseline: str, variant: boo
     if (dev_best := difference(key)) is None:
         return None
     held_out = difference(key.replace("validation/", "held_out/", 1)) if key.startswith("validation/") else None
-    sizes = [found.mean for cell in (a, b) if (found := cell.spread("params", "adapter"))]
-    ratio = sizes[0] / sizes[1] if len(sizes) == 2 and sizes[1] else None
+    ratio = a.size / b.size if a.size is not None and b.size else None
     return Comparison(column, ours, baseline, dev_best, held_out, ratio, variant)
 
 
 def comparisons_of(table: Table) -> list[Comparison]:
-    """Each of our rows against each baseline, then our rows among each other; at most `PAIRS`."""
+    """In each column, each of our rows against each baseline, then our rows among each other."""
     ours = table.ours
     baselines = [row for row in table.rows if row not in ours]
     against = [(a, b, False) for a in ours for b in baselines] + [(a, b, True) for a, b in combinations(ours, 2)]
     pairs = [(column, *pair) for column in table.columns for pair in against]
-    found = [c for pair in pairs[:PAIRS] if (c := compare(table, *pair)) is not None]
+    found = [c for pair in pairs if (c := compare(table, *pair)) is not None]
     tested = [i for i, c in enumerate(found) if not c.variant and c.dev_best.p is not None]
     adjusted = dict(zip(tested, holm([found[i].dev_best.p or 0.0 for i in tested]), strict=True))
-    return [replace(c, p_holm=adjusted.get(i)) for i, c in enumerate(found)]
+    return [replace(c, p_holm=adjusted[i]) if i in adjusted else c for i, c in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,9 @@ def curves_of(table: Table) -> list[Curve]:
                 config = cell.first.config
                 if isinstance(config.get(dial), int | float):
                     same = {dial, f"search.{dial}"} if config.get(f"search.{dial}") == config[dial] else {dial}
-                    groups[repr(sorted((k, repr(v)) for k, v in config.items() if k not in same))].append(cell)
+                    # the selection whose size a draw has is another one at each value of a dial
+                    alike = {k: v if k != "method.like" else v is not None for k, v in config.items() if k not in same}
+                    groups[repr(sorted((k, repr(v)) for k, v in alike.items()))].append(cell)
             for members in groups.values():
                 values = {float(cell.first.config[dial]): cell for cell in members}
                 key = column.compared

@@ -1,10 +1,14 @@
-"""Grids of text as Markdown, LaTeX (booktabs) and CSV."""
+"""Grids of text as Markdown, LaTeX (booktabs) and CSV, and the numbers behind them as CSV."""
 
 import csv
 import io
 import re
+from collections.abc import Iterable, Mapping, Sequence
 
-from diffora.results.grids import Grid
+from diffora.results.comparisons import Comparison, verdict
+from diffora.results.grids import MEASURES, Grid
+from diffora.results.statistics import Difference
+from diffora.results.tables import Table
 
 LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
@@ -15,6 +19,7 @@ LATEX = {
     ">": "$>$",
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
     "\N{MINUS SIGN}": "$-$",
+    "\N{EN DASH}": "--",
     "\N{GREEK SMALL LETTER RHO}": r"$\rho$",
     "\N{GREEK SMALL LETTER LAMDA}": r"$\lambda$",
     "\N{GREEK CAPITAL LETTER DELTA}": r"$\Delta$",
@@ -52,8 +57,60 @@ def latex(grid: Grid) -> str:
 
 def comma_separated(grid: Grid) -> str:
     """With one line of column names."""
+    return _csv([grid.head, *grid.rows])
+
+
+def comparisons_csv(found: Iterable[Comparison]) -> str:
+    """Every comparison as numbers: differences and their intervals in the units of the table."""
+    return _records_csv(
+        {
+            "column": c.column.name,
+            "metric": c.column.compared,
+            "ours": c.ours,
+            "against": c.baseline,
+            "against is ours": c.variant,
+            **_difference_fields("dev_best", c.dev_best),
+            "p, Holm": c.p_holm,
+            **_difference_fields("held_out", c.held_out),
+            "parameters, ours/other": c.ratio,
+            "about equal size": c.fair,
+        }
+        for c in found
+    )
+
+
+def _difference_fields(name: str, found: Difference | None) -> dict[str, object]:
+    fields = ("mean", "low", "high", "p", "n")
+    return {f"{name} {field}": getattr(found, field, None) for field in fields} | {f"{name} verdict": verdict(found)}
+
+
+def costs_csv(table: Table) -> str:
+    """Mean and standard deviation of what the runs cost and how their updates are, in the units of the table."""
+    lines = []
+    for column in table.columns:
+        for row in table.rows:
+            if (cell := table.cells.get((row, column.name))) is None:
+                continue
+            line: dict[str, object] = {"method": row, "task": column.name, "runs": len(cell.runs)}
+            sizes = [("adapter parameters", "params", "adapter"), ("at inference", "params", "inference")]
+            for label, part, key in (*sizes, *MEASURES):
+                found = None if key == "search_s" and cell.reused else cell.spread(part, key)
+                factor = column.factor(key)
+                line[label] = found and found.mean * factor
+                line[f"{label}: std"] = None if found is None or found.std is None else found.std * factor
+            lines.append(line)
+    return _records_csv(lines)
+
+
+def _records_csv(records: Iterable[Mapping[str, object]]) -> str:
+    """Of records that all have the same keys, one at least."""
+    records = list(records)
+    return _csv([list(records[0]), *(list(record.values()) for record in records)])
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([grid.head, *grid.rows])
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,9 @@ from diffora import __version__
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.results.comparisons import Comparison, comparisons_of, verdict
-from diffora.results.formats import comma_separated, latex, markdown
-from diffora.results.grids import comparisons_grid, duration, main_grid, measures_grid, plus_minus, probability, signed
-from diffora.results.pictures import View
+from diffora.results.formats import comma_separated, comparisons_csv, costs_csv, latex, markdown
+from diffora.results.grids import duration, plus_minus, probability, search_time, signed
+from diffora.results.pictures import SEEDS, View
 from diffora.results.runs import Gathered, Run
 from diffora.results.statistics import Spread, spread
 from diffora.results.tables import FEW, Column, Table, tables_of
@@ -33,35 +34,51 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Pat
     """Write the report of some runs to a folder. Returns the files, the page first."""
     tables = tables_of(gathered.runs)
     found = {table.name: comparisons_of(table) for table in tables}
+    views = views_of(tables, found)
     files = [output / "index.html"]
-    for table in tables:
-        grids = [main_grid(table), measures_grid(table)]
-        grids += [comparisons_grid(table, found[table.name])] if found[table.name] else []
+    for table, view in zip(tables, views, strict=True):
+        grids = [grid for grid in (view.main, view.measures, view.comparisons) if grid]
         place = output / "tables" / table.name
         for suffix, form in ((".md", markdown), (".tex", latex)):
             files.append(place.with_name(place.name + suffix))
             write_text(files[-1], "\n".join(map(form, grids)))
-        for grid, kind in zip(grids, ("", "-cost", "-comparisons"), strict=False):
+        numbers = {"": comma_separated(grids[0]), "-cost": costs_csv(table)}
+        numbers |= {"-comparisons": comparisons_csv(found[table.name])} if found[table.name] else {}
+        for kind, text in numbers.items():
             files.append(place.with_name(f"{place.name}{kind}.csv"))
-            write_text(files[-1], comma_separated(grid))
+            write_text(files[-1], text)
     files.append(output / "runs.csv")
     write_text(files[-1], runs_csv(gathered.runs))
-    write_text(files[0], page(gathered, tables, found, folders))
+    outdated = _tables_of_page(files[0]) - set(files)
+    write_text(files[0], page(gathered, views, found, folders))
+    for file in outdated:
+        file.unlink(missing_ok=True)
     return files
 
 
+def _tables_of_page(page: Path) -> set[Path]:
+    """The files that an earlier report wrote beside its page."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
+    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")
+    return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
+
+
+def views_of(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[View]:
+    """What the page shows of each table, the first with curves and pictures."""
+    views: list[View] = []
+    for i, table in enumerate(tables):
+        pictures = PICTURED - sum(len(view.dams) for view in views)
+        views.append(View(table, found[table.name], charted=i < CHARTED, pictures=pictures))
+    return views
+
+
 def page(
-    gathered: Gathered,
-    tables: Sequence[Table],
-    found: Mapping[str, Sequence[Comparison]],
-    folders: Sequence[Path],
+    gathered: Gathered, views: Sequence[View], found: Mapping[str, Sequence[Comparison]], folders: Sequence[Path]
 ) -> str:
     """The HTML page."""
-    pictured = 0
-    views = []
-    for i, table in enumerate(tables):
-        views.append(view := View(table, found[table.name], charted=i < CHARTED, pictures=PICTURED - pictured))
-        pictured += len(view.dams)
+    tables = [view.table for view in views]
+    pictured = sum(len(view.dams) for view in views)
     left_out = sum(view.dams_left_out for view in views)
     remarks = []
     if left_out:
@@ -93,6 +110,7 @@ def page(
         remarks=remarks,
         runs=_script_safe(runs_listed(gathered.runs)),
         few=FEW,
+        n_seeds=SEEDS,
     )
 
 
@@ -130,6 +148,7 @@ def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -
     """For each column of each table the best row, and our best against the best baseline."""
     lines = []
     for table in tables:
+        our_rows = set(table.ours)
         for column in table.columns:
             key = column.compared
             sign = 1 if column.maximise else -1
@@ -141,8 +160,8 @@ def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -
             if not means:
                 continue
             order = sorted(means, key=lambda row: -sign * means[row].mean)
-            ours = next((row for row in order if row in table.ours), None)
-            baseline = next((row for row in order if row not in table.ours), None)
+            ours = next((row for row in order if row in our_rows), None)
+            baseline = next((row for row in order if row not in our_rows), None)
             compared = [c for c in found[table.name] if (c.column, c.ours, c.baseline) == (column, ours, baseline)]
             lines.append(
                 {
@@ -150,8 +169,9 @@ def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -
                     "column": column.title,
                     "ours": ours and _named(table, column, ours, means[ours], key),
                     "baseline": baseline and _named(table, column, baseline, means[baseline], key),
-                    "chosen": sum(row in means for row in table.ours),
+                    "chosen": sum(row in means for row in our_rows),
                     "comparison": compared[0] if compared else None,
+                    "common": _common_means(table, compared[0]) if compared else "",
                     "p": probability(compared[0].dev_best.p) if compared else "",
                     "difference": signed(compared[0].dev_best) if compared else "",
                     "verdict": verdict(compared[0].dev_best) if compared else "",
@@ -161,6 +181,17 @@ def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -
     return lines
 
 
+def _common_means(table: Table, c: Comparison) -> str:
+    """Both means over the seeds of a comparison, where either row has further ones."""
+    key = c.column.compared
+    values = [table.cells[row, c.column.name].by_seed(key) for row in (c.ours, c.baseline)]
+    common = values[0].keys() & values[1].keys()
+    if values[0].keys() == values[1].keys():
+        return ""
+    means = [spread(of[seed] for seed in common) for of in values]
+    return " and ".join(plus_minus(mean, c.column.factor(key)) for mean in means)
+
+
 def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> dict[str, str]:
     cell = table.cells[row, column.name]
     return {
@@ -168,7 +199,7 @@ def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> di
         "mean": plus_minus(mean, column.factor(key)),
         "n": str(mean.n),
         "parameters": cell.span("adapter"),
-        "search": duration(cell.spread("time", "search_s")),
+        "search": search_time(cell),
         "total": duration(cell.spread("time", "total_s")),
     }
 

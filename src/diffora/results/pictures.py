@@ -25,7 +25,12 @@ MOMENTS = 25  # of a trajectory
 
 @dataclass(frozen=True)
 class Dams:
-    """The selections of one setting: how often each module was selected, each seed's, and how the search got there."""
+    """The selections of one setting: how often each module was selected, each seed's, and how the search got there.
+
+    Attributes:
+        single: where all seeds have one and the same selection, how they came by it: ``given`` or ``reused``.
+        scale: the distance of a relaxed DAM's entries from 1/N at which colours are strongest; None without any.
+    """
 
     row: str
     column: str
@@ -34,6 +39,8 @@ class Dams:
     trajectory: list[Markup]
     types: list[tuple[int, str]]
     stability: Stability | None
+    single: str
+    scale: float | None
 
 
 class View:
@@ -45,12 +52,14 @@ class View:
         self.best = best_cells(table)
         self.measures = measures_grid(table)
         self.comparisons = comparisons_grid(table, found) if found else None
-        self.forests, self.forest_note = forests(found)
-        self.curves = dial_charts(table)
+        self.forests, self.forest_names, self.forest_note = forests(table, found)
+        self.n_comparisons = len(found)
+        self.curves, self.curves_note = dial_charts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
         chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first["selection"]]
-        self.dams = [dams(row, column, cell) for row, column, cell in chosen[: max(0, pictures)]]
-        self.dams_left_out = len(chosen) - len(self.dams)
+        drawn = chosen[: max(0, pictures)]
+        self.dams = [shown for row, column, cell in drawn if (shown := dams(row, column, cell))]
+        self.dams_left_out = len(chosen) - len(drawn)
 
 
 def _shown(table: Table) -> Iterable[tuple[tuple[str, str], Cell]]:
@@ -61,9 +70,9 @@ def _shown(table: Table) -> Iterable[tuple[tuple[str, str], Cell]]:
 
 
 def best_cells(table: Table) -> set[tuple[str, str]]:
-    """The rows with the best mean, a column each."""
+    """The rows with the best mean, one for each column whose rows have the same seeds."""
     best = set()
-    for column in table.columns:
+    for column in filter(table.same_seeds, table.columns):
         key = column.compared
         sign = 1 if column.maximise else -1
         means = {
@@ -76,15 +85,24 @@ def best_cells(table: Table) -> set[tuple[str, str]]:
     return best
 
 
-def forests(found: Sequence[Comparison]) -> tuple[list[tuple[str, Markup]], str]:
-    """Differences to the baselines of about equal size, or to all where there is none such; a plot for each column."""
+def forests(table: Table, found: Sequence[Comparison]) -> tuple[list[tuple[str, Markup]], list[tuple[str, str]], str]:
+    """Differences to the baselines of about equal size, or to all where there is none such; a plot for each column.
+
+    Returns:
+        (plots with their titles, names that were too long with what stands for them, a note)
+    """
     plain = [c for c in found if not c.variant]
     fair = [c for c in plain if c.fair]
+    rows = list(dict.fromkeys(row for c in fair or plain for row in (c.ours, c.baseline)))
+    long = any(len(c.ours) + len(c.baseline) + 3 > charts.NAME for c in fair or plain)
+    names = {row: f"[{table.rows.index(row) + 1}]" if long else row for row in rows}
     plots, cut = [], 0
     for column in dict.fromkeys(c.column for c in plain):
         here = [c for c in fair or plain if c.column == column]
         lines = [
-            Interval(f"{c.ours} \N{MINUS SIGN} {c.baseline}", c.dev_best.mean, c.dev_best.low, c.dev_best.high)
+            Interval(
+                f"{names[c.ours]} \N{MINUS SIGN} {names[c.baseline]}", c.dev_best.mean, c.dev_best.low, c.dev_best.high
+            )
             for c in here
         ]
         cut += max(0, len(lines) - INTERVALS)
@@ -93,16 +111,17 @@ def forests(found: Sequence[Comparison]) -> tuple[list[tuple[str, Markup]], str]
         if lines:
             plots.append((column.title, charts.forest(lines[:INTERVALS], label)))
     note = "baselines of about equal size (± 10 % of the parameters)" if fair else "no baseline is of about equal size"
-    return plots, note + (f"; {cut} more in the table" if cut else "")
+    key = sorted(((short, row) for row, short in names.items()), key=lambda named: table.rows.index(named[1]))
+    return plots, key if long else [], note + (f"; {cut} more are not drawn" if cut else "")
 
 
-def dial_charts(table: Table) -> list[tuple[str, Markup, list[tuple[int, str]]]]:
-    """The metric against rho and against the rank: mean and standard deviation over seeds."""
+def dial_charts(table: Table) -> tuple[list[tuple[str, Markup, list[tuple[int, str]]]], str]:
+    """The metric against rho and against the rank: mean and standard deviation over seeds. Charts, and a note."""
     grouped: dict[tuple[str, str], list[Curve]] = defaultdict(list)
     for curve in curves_of(table):
         grouped[curve.column.title, curve.dial].append(curve)
     names = list(dict.fromkeys(curve.name for curves in grouped.values() for curve in curves))
-    found = []
+    found, cut = [], sum(max(0, len(curves) - LINES) for curves in grouped.values())
     for (column, dial), curves in grouped.items():
         curves = curves[:LINES]
         lines = []
@@ -112,7 +131,7 @@ def dial_charts(table: Table) -> list[tuple[str, Markup, list[tuple[int, str]]]]
             lines.append(Line(curve.name, names.index(curve.name), points, bars))
         legend = [(line.colour, line.name) for line in lines]
         found.append((f"{column} against {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
-    return found
+    return found, f"{cut} more lines are not drawn" if cut else ""
 
 
 def training_charts(table: Table) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
@@ -151,21 +170,28 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
     return points
 
 
-def dams(row: str, column: str, cell: Cell) -> Dams:
-    """What the seeds of a setting selected."""
-    files = {seed: found for seed, run in sorted(cell.runs.items()) if (found := _selection(run)) is not None}
-    masks = [mask for mask, _, _ in files.values()]
-    types = next((types for _, types, _ in files.values()), [])
-    if not masks or any(mask.shape != masks[0].shape for mask in masks):
-        return Dams(row, column, Markup(), [], [], [], None)
-    labels = short_names(types)
-    stacked = np.array(masks)
-    uniform = 1 / len(types)
+def dams(row: str, column: str, cell: Cell) -> Dams | None:
+    """What the seeds of a setting selected; None where their files do not say, or do not go together."""
+    files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
+    if len({(found.mask.shape, *found.types) for found in files.values()}) != 1:
+        return None
+    types = next(iter(files.values())).types
+    labels, uniform = short_names(types), 1 / len(types)
+    stacked = np.array([found.mask for found in files.values()])
+    # What was taken from one search several times agrees with itself and says nothing of other seeds.
+    of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
+    given = cell.first["selection"].get("selector") == "given"
+    single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
+    relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
+    scale = max((float(np.abs(values - uniform).max()) for values in relaxed), default=None)
     seeds = []
-    for seed, (mask, _, gamma_bar) in list(files.items())[:SEEDS]:
-        values = mask.astype(float).tolist() if gamma_bar is None else gamma_bar
-        centre = 0.0 if gamma_bar is None else uniform
-        seeds.append((seed, charts.heatmap(values, [], mask.tolist(), centre, cell=15)))
+    for seed, found in list(files.items())[: 0 if single else SEEDS]:
+        if found.gamma_bar is None:
+            picture = charts.heatmap(found.mask.astype(float).tolist(), [], found.mask.tolist(), cell=15)
+        else:
+            values = found.gamma_bar.tolist()
+            picture = charts.heatmap(values, [], found.mask.tolist(), uniform, scale or 1.0, cell=15)
+        seeds.append((seed, picture))
     by_layer = cell.first["selection"].get("k") is not None
     return Dams(
         row,
@@ -174,20 +200,39 @@ def dams(row: str, column: str, cell: Cell) -> Dams:
         seeds,
         trajectory_charts(cell, labels),
         list(enumerate(labels)),
-        stability(stacked, by_layer),
+        None if single else stability(np.array(list(of.values())), by_layer),
+        single,
+        None if single else scale,
     )
 
 
-def _selection(run: Run) -> tuple[np.ndarray, list[str], list[list[float]] | None] | None:
-    """(mask, types, relaxed DAM where there was a search) of a run; None where its file is not there or not right."""
+@dataclass(frozen=True)
+class _Selected:
+    """A run's selection: of which seed's search or draw it is, boolean L x N, the N types, the relaxed DAM if any."""
+
+    seed: int
+    mask: np.ndarray
+    types: list[str]
+    gamma_bar: np.ndarray | None
+
+
+def _selection(run: Run, cell: Cell) -> _Selected | None:
+    """From the run's file, or from the records of its cell where that is not there; None where neither is right."""
     content = run.read("selection.json")
     try:
-        types, selected = list(content["types"]), content["selected"]
+        if content is None:
+            layers = [layer for other in cell.runs.values() for layer in other["selection"]["selected"]]
+            types = run.config.get("model.candidates") or sorted({name for layer in layers for name in layer})
+            content = {"selected": run["selection"]["selected"], "types": types}
+        types, selected = [str(name) for name in content["types"]], content["selected"]
         mask = np.array([[name in layer for name in types] for layer in selected], dtype=bool)
         gamma_bar = content.get("gamma_bar")
-        if gamma_bar is not None and np.array(gamma_bar, dtype=float).shape != mask.shape:
+        relaxed = None if gamma_bar is None else np.array(gamma_bar, dtype=float)
+        if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
-        return (mask, [str(name) for name in types], gamma_bar) if mask.ndim == 2 and mask.size else None
+        draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like a file has the run's seed
+        of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
+        return _Selected(of, mask, types, relaxed)
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
 
@@ -195,7 +240,7 @@ def _selection(run: Run) -> tuple[np.ndarray, list[str], list[list[float]] | Non
 def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
     """The relaxed DAM over the rounds of the search: a chart for each layer, the seeds faint and their mean."""
     paths = []
-    for run in list(cell.runs.values())[:SEEDS]:
+    for run in cell.runs.values():
         content = run.read("trajectory.json")
         try:
             rounds, values = np.array(content["rounds"], float), np.array(content["gamma_bar"], float)
@@ -213,7 +258,7 @@ def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
         for j, name in enumerate(types):
             if len(paths) > 1:
                 lines += [Line(name, j, list(zip(at.tolist(), v[:, layer, j].tolist(), strict=True)), faint=True)
-                          for at, v in paths]  # fmt: skip
+                          for at, v in paths[:SEEDS]]  # fmt: skip
             lines.append(Line(name, j, list(zip(rounds, mean[:, layer, j].tolist(), strict=True))))
         found.append(
             charts.line_chart(

@@ -2,24 +2,34 @@
 
 import functools
 import gc
+import hashlib
 import json
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffora.config import NOT_IN_HASH
+from diffora.config import NOT_IN_HASH, short_name
 from diffora.errors import UserError
 from diffora.results.record import NAME
 from diffora.results.statistics import finite
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had
 INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
+NO_SETTING = (*NOT_IN_HASH, "seed", "predict")
+TEXTS = ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash")  # of a record, or null
+
+# Lines of a block of config.yaml, each with the deeper lines that continue a long value.
+PATH = re.compile(r"\n  path: (.*(?:\n   +.*)*)")
+MACHINE = re.compile(r"\n  (?:accelerator|devices|strategy|deterministic|gradient_checkpointing|num_workers): .*")
+LIKE = re.compile(r"\n  like: (?!null\n|null$)(.*(?:\n   +.*)*)")
+FOLLOWER = re.compile(r"\n( +)(draw|projection_prng_key|selection): (?!null\n|null$|\[)(.*(?:\n\1 +.*)*)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +39,8 @@ class Run:
     Attributes:
         folder: the run directory.
         record: ``run.json`` without the history.
-        setting: the configuration without seed, place and what changes no result: one text for all seeds of a setting.
+        setting: the configuration without seed, place, machine and what changes no result: one text for all seeds of a
+            setting.
         written: when the record was written, seconds since the epoch.
     """
 
@@ -114,7 +125,7 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     if not files:
         places = ", ".join(map(str, roots))
         raise UserError(f"no {NAME} below {places}: give the folder of a run or sweep, as python train.py names it")
-    return Gathered(runs, broken)
+    return Gathered(_followers_told(runs), broken)
 
 
 def _records(root: str) -> Iterator[str]:
@@ -141,6 +152,8 @@ def _read(file: Path) -> Run | None:
         raise ValueError("not a record: no JSON object")
     if wrong := [key for key in ("method", "task", "model", "status") if not isinstance(record.get(key), str)]:
         raise ValueError(f"not a record: {', '.join(wrong)} must be text")
+    if wrong := [key for key in TEXTS if not isinstance(record.get(key), str | None)]:
+        raise ValueError(f"not a record: {', '.join(wrong)} must be text or null")
     if not isinstance(record.get("seed"), int):
         raise ValueError("not a record: seed must be a whole number")
     if record["status"] == "dry_run":
@@ -158,9 +171,84 @@ def _setting(folder: Path, record: Mapping[str, Any]) -> str:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return sys.intern(f"method:\n  name: {json.dumps(record['method'])}\nmodel: {json.dumps(record['model'])}\n")
-    text = re.sub(rf"\n +(draw|projection_prng_key): {record['seed']}(?=\n)", "", text)  # they follow the seed
-    dropped = (*NOT_IN_HASH, "seed")
-    return sys.intern("\n".join(block for block in _blocks(text) if block.partition(":")[0] not in dropped))
+    blocks = []
+    for block in _blocks(text):
+        name = block.partition(":")[0]
+        if name not in NO_SETTING:
+            own = {"task": record.get("data_hash"), "method": record["seed"]}.get(name)
+            blocks.append(_placeless(block, own))
+    return sys.intern("\n".join(blocks))
+
+
+@functools.lru_cache(maxsize=4096)
+def _placeless(block: str, own: str | int | None) -> str:
+    """A block that is the same on every machine.
+
+    Data are known by their hash, a model by the last part of its path, and the selections that ``method.like`` names,
+    one for each seed, by their run's folder without seed, number and time.
+
+    Args:
+        own: the hash of the run's data for ``task:``, its seed for ``method:``.
+    """
+    if block.startswith("task:"):
+        return PATH.sub(f"\n  data: {json.dumps(str(own)[:8])}", block) if own else block
+    if block.startswith("method:"):
+        return LIKE.sub(lambda line: f"\n  like: {json.dumps(_pattern(line[1], own))}", block)
+    if block.startswith("model:"):
+        return PATH.sub(lambda line: f"\n  path: {short_name(line[1])}", block)
+    return MACHINE.sub("", block) if block.startswith("trainer:") else block
+
+
+def _pattern(path: str, seed: str | int | None) -> str:
+    """The folder of a selection file, as runs and sweeps name it, without what differs between seeds."""
+    folder = re.split(r"[/\\]", path.strip("'\""))[-2:][0]
+    return re.sub(rf"^\d+-|(?<=seed){seed}(?!\d)|-\d{{8}}-\d{{6}}$", "", folder)
+
+
+def _followers_told(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with ``seed`` in their settings for a draw or a selection that follows the seed.
+
+    A run's own files do not say whether ``draw: 0`` was given or is that of seed 0. The runs that differ in nothing
+    else do: what several seeds have was given, and so was the only one that is a seed's own.
+    """
+    told = list(runs)
+    groups: dict[tuple[str, ...], list[tuple[int, re.Match[str], int | None, str]]] = defaultdict(list)
+    for i, run in enumerate(runs):
+        if line := FOLLOWER.search(run.setting):
+            seed, value, made = _origin(run, line[2], line[3])
+            alike = (run.setting[: line.start()], run.setting[line.end() :], made)
+            place = tuple(str(run[key]) for key in ("experiment", "scale", "row", "column", "task", "model"))
+            groups[alike + place].append((i, line, seed, value))
+    for (before, after, made, *_), members in groups.items():
+        seeds = defaultdict(set)
+        for i, _, seed, value in members:
+            seeds[seed, value].add(runs[i].seed)
+        following = {of for of, found in seeds.items() if found == {of[0]}}
+        if len(following) == 1 < len(seeds):
+            following = set()
+        for i, line, seed, value in members:
+            text = f"seed {made}".rstrip() if (seed, value) in following else value
+            setting = f"{before}\n{line[1]}{line[2]}: {json.dumps(text) if made else text}{after}"
+            told[i] = replace(runs[i], setting=sys.intern(setting))
+    return told
+
+
+def _origin(run: Run, key: str, value: str) -> tuple[int | None, str, str]:
+    """Of a draw or a selection file: the seed that it is of, what tells it from others, and a selection's making."""
+    if key != "selection":
+        return (int(value) if value.isdecimal() else None), value, ""
+    found = run.read("selection.json")
+    found = found if isinstance(found, dict) else run["selection"]
+    if "selected" not in found:
+        return None, value, ""
+    config = found.get("config")
+    making = [found.get("selector"), found.get("rho"), config.get("search") if isinstance(config, dict) else None]
+    seed = found.get("seed")
+    return seed if isinstance(seed, int) else None, _digest([found["selected"], found.get("rank")]), _digest(making)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def _blocks(text: str) -> list[str]:

@@ -3,9 +3,10 @@
 All else of the report is read off these: comparisons and curves, grids of text, pictures, the page.
 """
 
+import functools
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,9 @@ from diffora.results.statistics import Spread, spread
 
 FEW = 5  # seeds, with less of which a table says so
 ROWS = 60  # of a table of runs that belong to no experiment: the best of them
+LISTED = 20  # items of a note
 SCORES = ("validation", "held_out", "last", "train", "choice")
+NO_SCORES = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Column:
 
     def factor(self, key: str) -> float:
         """What a metric's values are multiplied with to be shown."""
-        official = key.partition("/")[0].removesuffix("_mismatched")
-        return 100.0 if self.percent and (official in SCORES or key == "generalisation_gap") else 1.0
+        part, _, name = (self.compared if key == "generalisation_gap" else key).partition("/")
+        score = part.removesuffix("_mismatched") in SCORES and name not in NO_SCORES
+        return 100.0 if self.percent and score else 1.0
 
     def held_out(self) -> tuple[str, ...]:
         """The keys of the same metrics where the epoch was chosen on other rows; none for what is no score."""
@@ -63,6 +67,7 @@ class Cell:
     """The runs of one row in one column, by seed."""
 
     runs: dict[int, Run]
+    _numbers: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def first(self) -> Run:
@@ -70,13 +75,23 @@ class Cell:
 
     def by_seed(self, key: str, factor: float = 1.0) -> dict[int, float]:
         """A metric of each run that has it."""
-        found = {seed: run.metric(key) for seed, run in sorted(self.runs.items())}
-        return {seed: factor * value for seed, value in found.items() if value is not None}
+        return {seed: factor * value for seed, value in self._values("metrics", key).items()}
 
     def spread(self, part: str, key: str) -> Spread | None:
         """Of any number of the records."""
-        values = [run.value(part, key) for run in self.runs.values()]
-        return spread(value for value in values if value is not None)
+        return spread(self._values(part, key).values())
+
+    def _values(self, part: str, key: str) -> dict[int, float]:
+        if (part, key) not in self._numbers:  # asked for again with every row that this one is compared with
+            found = {seed: run.value(part, key) for seed, run in sorted(self.runs.items())}
+            self._numbers[part, key] = {seed: value for seed, value in found.items() if value is not None}
+        return self._numbers[part, key]
+
+    @functools.cached_property
+    def size(self) -> float | None:
+        """Adapter parameters, the mean over the seeds."""
+        found = self.spread("params", "adapter")
+        return found.mean if found else None
 
     def span(self, key: str) -> str:
         """A count of parameters, from the least to the most."""
@@ -87,6 +102,12 @@ class Cell:
     def searched(self) -> bool:
         """Whether this is DiffoRA itself: modules selected by its search."""
         return self.first["method"] == "diffora" and self.first["selection"].get("selector", "search") == "search"
+
+    @property
+    def reused(self) -> bool:
+        """Whether the modules were searched or scored, but in other runs than these."""
+        taken = isinstance(self.first.config.get("method.selection"), str)
+        return taken and self.first["selection"].get("selector") not in ("random", "given")
 
 
 @dataclass
@@ -112,7 +133,16 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def cells_of(self, row: str) -> list[Cell]:
-        return [self.cells[row, column.name] for column in self.columns if (row, column.name) in self.cells]
+        return [cell for cell in self.across(row) if cell is not None]
+
+    def across(self, row: str) -> list[Cell | None]:
+        """One for each column."""
+        return [self.cells.get((row, column.name)) for column in self.columns]
+
+    def same_seeds(self, column: Column) -> bool:
+        """Whether the rows of a column have values of the same seeds, so that their means can be ranked."""
+        here = [cell.by_seed(column.compared) for (_, name), cell in self.cells.items() if name == column.name]
+        return len({frozenset(values) for values in here if values}) == 1
 
     @property
     def ours(self) -> list[str]:
@@ -131,21 +161,24 @@ class Table:
 
 
 def tables_of(runs: Sequence[Run]) -> list[Table]:
-    """Tables of all completed runs, experiments first."""
+    """Tables of all completed runs, experiments first. Of the other runs it is noted how many there are."""
     of_experiments: dict[tuple[str, str], list[Run]] = defaultdict(list)
     others: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        if run["status"] != "completed":
-            continue
         if all(isinstance(run[key], str) for key in ("experiment", "row", "column")):
             of_experiments[run["experiment"], str(run["scale"] or "paper")].append(run)
         else:
             others[run["task"], run["model"]].append(run)
-    found = [_experiment(*key, of_experiments[key]) for key in sorted(of_experiments)]
-    found += [_found(*key, others[key]) for key in sorted(others)]
+    found = [_experiment(*key, *parts) for key in sorted(of_experiments) if (parts := _parted(of_experiments[key]))[0]]
+    found += [_found(*key, *parts) for key in sorted(others) if (parts := _parted(others[key]))[0]]
     for name, again in _repeats([table.name for table in found]):
         found[again].name = f"{name}-{again}"
     return found
+
+
+def _parted(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The completed runs, and the others."""
+    return [r for r in runs if r["status"] == "completed"], [r for r in runs if r["status"] != "completed"]
 
 
 def _repeats(names: list[str]) -> list[tuple[str, int]]:
@@ -153,7 +186,7 @@ def _repeats(names: list[str]) -> list[tuple[str, int]]:
     return [(name, i) for i, name in enumerate(names) if name in names[:i]]
 
 
-def _experiment(name: str, scale: str, runs: list[Run]) -> Table:
+def _experiment(name: str, scale: str, runs: list[Run], unfinished: list[Run]) -> Table:
     """The table of ``conf/experiment/<name>.yaml``; runs of rows and columns that it has not come last."""
     spec = specification(name)
     notes: list[str] = []
@@ -164,7 +197,9 @@ def _experiment(name: str, scale: str, runs: list[Run]) -> Table:
     planned = {str(key): value or {} for key, value in ((spec.get("columns") or {}).get(scale) or {}).items()}
     row_names = list(dict.fromkeys([*(str(row.get("name")) for row in rows), *(run["row"] for run in runs)]))
     column_names = list(dict.fromkeys([*planned, *(run["column"] for run in runs)]))
-    cells = _cells(runs, lambda run: (run["row"], run["column"]), notes)
+    cells = _cells(runs, _place, notes)
+    missing = _missing(unfinished, cells, _place)
+    notes += _note("not completed", [f"{', '.join(place)}: {what}" for place, what in missing.items()])
     present = [name for name in row_names if any((name, column) in cells for column in column_names)]
     columns = []
     for column in column_names:
@@ -178,17 +213,27 @@ def _experiment(name: str, scale: str, runs: list[Run]) -> Table:
         for row in rows
         if isinstance(row.get("paper"), dict)
     }
-    if absent := [name for name in row_names if name not in present]:
+    begun = {row for row, _ in missing}
+    if absent := [name for name in row_names if name not in present and name not in begun]:
         notes.append(f"no runs yet: {'; '.join(absent)}")
     title = str(spec.get("title") or name) + (f" ({scale} scale)" if scale != "paper" else "")
     names = row_names if paper else present
     return _remarked(Table(f"{slug(name)}-{slug(scale)}", title, columns, names, cells, paper, notes))
 
 
-def _found(task: str, model: str, runs: list[Run]) -> Table:
+def _place(run: Run) -> tuple[str, str]:
+    """Row and column of a run of an experiment."""
+    return run["row"], run["column"]
+
+
+def _found(task: str, model: str, runs: list[Run], unfinished: list[Run]) -> Table:
     """The table of runs that belong to no experiment: a row for each setting, the best first."""
     notes: list[str] = []
-    cells = _cells(runs, lambda run: (f"{run['method']}\n{run.setting}", task), notes)
+
+    def place(run: Run) -> tuple[str, str]:
+        return f"{run['method']}\n{run.setting}", task
+
+    cells = _cells(runs, place, notes)
     column = _column(task, list(cells.values()), False, None)
     sign = 1 if column.maximise else -1
 
@@ -198,10 +243,19 @@ def _found(task: str, model: str, runs: list[Run]) -> Table:
 
     best = sorted(cells.values(), key=rank, reverse=True)
     if len(best) > ROWS:
-        notes.append(f"{len(best)} settings, of which the {ROWS} best are shown; all are in the list of runs")
+        notes.append(
+            f"{len(best)} settings, of which the {ROWS} best are shown; all are in the list of runs. The comparisons, "
+            "and the counts on top of the page, are of these alone: of the best that was run"
+        )
     best = best[:ROWS]
     names = _labels(best)
     of = {(name, task): cell for name, cell in zip(names, best, strict=True)}
+    missing = _missing(unfinished, cells, place)
+    named = {id(cell): name for name, cell in zip(names, best, strict=True)}
+    shown = {named[id(cell)]: missing[of] for of, cell in cells.items() if of in missing and id(cell) in named}
+    notes += _note("not completed", [f"{name}: {what}" for name, what in shown.items()])
+    if alone := missing.keys() - cells.keys():
+        notes.append(f"{len(alone)} more settings have no completed run")
     return _remarked(Table(f"runs-{slug(task)}-{slug(model)}", f"{task} with {model}", [column], names, of, {}, notes))
 
 
@@ -224,14 +278,38 @@ def _cells(runs: list[Run], key: Callable[[Run], tuple[str, str]], notes: list[s
     for place, there in of.items():
         same = [run for run in there if run.setting == there[-1].setting]
         if len(same) < len(there):
-            changed = differing([run.config for run in there])
-            which = f" ({', '.join(changed[:4])})" if changed else ""
-            notes.append(f"{', '.join(place)}: {len(there) - len(same)} runs of other settings{which} left out")
-        cells[place] = Cell({run.seed: run for run in same})
+            changed = differing([run.config for run in there]) or ["task.recipe"]
+            which = ", ".join(changed[:4])
+            notes.append(f"{', '.join(place)}: {len(there) - len(same)} runs of other settings ({which}) left out")
+        cells[place] = Cell(dict(sorted({run.seed: run for run in same}.items())))
         repeated += len(same) - len(cells[place].runs)
     if repeated:
         notes.append(f"{repeated} runs were made again later with the same setting and seed; the later ones count")
     return cells
+
+
+def _missing(
+    unfinished: list[Run], cells: Mapping[tuple[str, str], Cell], key: Callable[[Run], tuple[str, str]]
+) -> dict[tuple[str, str], str]:
+    """What became of the seeds that have no completed run, by cell, in words."""
+    last: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for run in sorted(unfinished, key=lambda run: run.written):
+        place = key(run)
+        if place not in cells or run.seed not in cells[place].runs:
+            last[place][run.seed] = run["status"]
+    return {
+        place: ", ".join(
+            f"{count} {'more ' * (place in cells)}seed{'s' * (count > 1)} {status}"
+            for status, count in Counter(statuses.values()).items()
+        )
+        for place, statuses in last.items()
+    }
+
+
+def _note(what: str, items: Sequence[str]) -> list[str]:
+    """One note for all items, or none."""
+    more = f"; and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return [f"{what}: {'; '.join(items[:LISTED])}{more}"] if items else []
 
 
 def _column(name: str, cells: list[Cell], percent: bool, metrics: Any) -> Column:
@@ -251,7 +329,8 @@ def _labels(cells: list[Cell]) -> list[str]:
         keys = [key for key in differing(configs) if key != "rank"]
         for i, config in zip(members, configs, strict=True):
             parts = [method] + ([f"r = {config['rank']}"] if config.get("rank") else [])
-            parts += [f"{key}={config.get(key)}" for key in keys[:6]]
+            searches = bool(cells[i].first["selection"])
+            parts += [f"{key}={config.get(key)}" for key in keys[:6] if searches or not key.startswith("search.")]
             names[i] = ", ".join(parts)
     seen: dict[str, int] = defaultdict(int)
     for i, name in enumerate(names):
@@ -267,18 +346,31 @@ def _remarked(table: Table) -> Table:
         data = {run["data_hash"] for cell in cells.values() for run in cell.runs.values()} - {None}
         if len(data) > 1:
             table.notes.append(f"{column.name}: the runs are on {len(data)} different versions of the data")
-        sizes = sorted({len(cell.runs) for cell in cells.values()})
+        counts = {row: (len(cell.by_seed(column.compared)), len(cell.runs)) for row, cell in cells.items()}
+        lacking = [f"{row} ({runs - n} of {runs} runs)" for row, (n, runs) in counts.items() if n < runs]
+        table.notes += _note(f"{column.name}: no finite {column.compared.partition('/')[2]}", lacking)
+        sizes = sorted({n for n, _ in counts.values() if n})
         if sizes and sizes[0] < FEW:
             least = f"{sizes[0]} seed{'s' if sizes[0] > 1 else ''}"
             table.notes.append(f"{column.name}: some rows have {least} only: intervals are wide, or there are none")
+        if sizes and not table.same_seeds(column):
+            table.notes.append(
+                f"{column.name}: the rows have different seeds: their means are not to be ranked, and none is bold; "
+                "differences are over common seeds"
+            )
     models = sorted({run["model"] for cell in table.cells.values() for run in cell.runs.values()})
     if table.paper:
         table.notes.append(
             f"paper: as printed, on the paper's backbone and data; all else: {', '.join(models)}, our runs"
+        )
+    if any("/" in figures.get("params", "") for figures in table.paper.values()):
+        table.notes.append(
+            "parameters, paper: trained/at inference, in [R] Table 1 with the head; our adapter is what is trained, "
+            "without the head, and what it needs at inference is beside its cost"
         )
     return table
 
 
 def slug(text: str) -> str:
     """A name as part of a file's."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-.") or "x"
