@@ -149,6 +149,7 @@ def sweep(tmp_path, monkeypatch, capsys):
 
         def run(cfg):
             folder = Path(HydraConfig.get().runtime.output_dir)
+            assert HydraConfig.get().job.num == len(ran)
             ran.append(folder.name)
             record = new_record(cfg, None)
             write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -175,9 +175,10 @@ class TableSweeper(Sweeper):
         """
         waiting = {folder: lines for folder, lines in jobs.items() if any(o.startswith("method.like=") for o in lines)}
         first = {folder: lines for folder, lines in jobs.items() if folder not in waiting}
-        return self.launch_at_once(first) | self.launch_at_once(waiting)
+        return self.launch_at_once(first, 0) | self.launch_at_once(waiting, len(first))
 
-    def launch_at_once(self, jobs: Jobs) -> dict[Path, str]:
+    def launch_at_once(self, jobs: Jobs, number: int) -> dict[Path, str]:
+        """Give runs to the launcher, the first of them with this job number: the time of job 0 includes the start."""
         from diffora.results.record import read_record
 
         batch = [
@@ -186,7 +187,7 @@ class TableSweeper(Sweeper):
         ]
         lost = "it did not end"
         try:
-            returned = list(self.runner.launch(batch, initial_job_idx=0)) if batch else []
+            returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
         except Exception as error:  # where a launcher's worker died; of the others the folders tell
             returned, lost = [], f"{type(error).__name__}: {error}"
         failed = {}
