@@ -1,0 +1,65 @@
+"""What the script says of a search whose place among random selections is known."""
+
+import json
+import sys
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "scripts"))
+import selection_draws as script
+
+
+def run(folder, row, seed, metric, maximise=True, parameters=100, status="completed"):
+    folder = folder / f"{row}-{seed}"
+    folder.mkdir(parents=True)
+    record = {"status": status, "row": row, "column": "cola", "seed": seed, "main_metric": "matthews"}
+    record |= {"metrics": {"validation/matthews": metric, "held_out/matthews": metric / 2}, "maximise": maximise}
+    (folder / "run.json").write_text(json.dumps(record | {"params": {"adapter": parameters}}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in range(3):
+        run(tmp_path, "search", seed, (0.25, 0.1, 0.9)[seed])  # beats two of four; all but a tie of none; all
+        for draw in range(4):
+            run(tmp_path, f"draw {draw}", seed, 0.1 * (draw + 1))
+    run(tmp_path, "draw 9", 0, 9.0, status="failed")
+    run(tmp_path, "draw 1", 3, 0.5)  # a seed whose search is not done
+    return tmp_path
+
+
+def test_places_and_gains_by_seed(folder):
+    [seeds] = script.places(script.completed(folder)).values()
+    assert [script.percentile(one, "validation") for one in seeds] == pytest.approx([50, 12.5, 100])
+    place, gain = script.over_seeds(seeds, "validation")
+    assert place.n == 3 and 50 + place.mean == pytest.approx(162.5 / 3)
+    assert gain.mean == pytest.approx((0.25 + 0.1 + 0.9) / 3 - 0.25) and gain.low < gain.mean < gain.high
+    text = script.table({"cola": seeds})
+    assert "| cola | 0 | 100 | 4 | 0.250 ± 0.129 | 0.400 | 0.250 | 50 |" in text
+    assert "- cola, validation matthews, 3 seeds: percentile 54 (0 to 100), gain +0.1667" in text
+
+
+def test_where_less_is_better_the_least_stands_highest(tmp_path):
+    run(tmp_path, "search", 0, 2.0, maximise=False)
+    for draw in range(2):
+        run(tmp_path, f"draw {draw}", 0, 3.0 + draw, maximise=False, parameters=90 + draw)
+    [seeds] = script.places(script.completed(tmp_path)).values()
+    assert script.percentile(seeds[0], "validation") == 100
+    text = script.table({"chat": seeds})
+    assert "| 100 (90 to 91) | 2 |" in text and "gain +1.5000" in text
+
+
+def test_the_page_gets_table_and_picture(folder, tmp_path, monkeypatch, capsys):
+    docs = tmp_path / "docs"
+    for place in ("images", "data"):
+        (docs / place).mkdir(parents=True)
+    page = docs / "selection.md"
+    page.write_text("before\n<!-- begin selection_draws -->\nold\n<!-- end selection_draws -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["script", str(folder), "--page", str(page)])
+    script.main()
+    assert "old" not in page.read_text() and "| cola | 2 |" in page.read_text()
+    assert (docs / "images/selection_draws.png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["script", str(docs)])
+    with pytest.raises(SystemExit, match="no finished search"):
+        script.main()
