@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUNS ?= outputs
 BIN := $(VENV)/bin
-SOURCES := train.py report.py src tests scripts benchmarks
+SOURCES := train.py evaluate.py report.py src tests scripts benchmarks
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -11,7 +11,7 @@ help: ## what there is to make
 venv: $(VENV)/.ready ## the environment in .venv, with the versions in constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	@echo "making the environment in $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

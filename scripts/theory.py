@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -613,7 +613,7 @@ def main(given: argparse.Namespace) -> None:
         print(f"{name}: {time.process_time() - start:.0f} s of one core", flush=True)
     packages = ("torch", "numpy", "diffora")
     content["versions"] = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     data.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
     write_text(data, f"{{\n{lines}\n}}\n")
