@@ -32,7 +32,7 @@ def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
         values = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         at = found[run["column"], run["seed"]]
         at |= {"metric": run["main_metric"], "sign": 1 if run["maximise"] else -1, "seed": run["seed"]}
-        if run["row"] == "search":
+        if run["method"] == "diffora":
             at |= {"search": values, "parameters": run["params"]["adapter"]}
         else:
             at["draws"].append({"row": run["row"], "parameters": run["params"]["adapter"], **values})

@@ -13,7 +13,8 @@ import selection_draws as script
 def run(folder, row, seed, metric, maximise=True, parameters=100, status="completed"):
     folder = folder / f"{row}-{seed}"
     folder.mkdir(parents=True)
-    record = {"status": status, "row": row, "column": "cola", "seed": seed, "main_metric": "matthews"}
+    method = "diffora" if row == "search" else "random"
+    record = {"status": status, "method": method, "row": row, "column": "cola", "seed": seed, "main_metric": "matthews"}
     record |= {"metrics": {"validation/matthews": metric, "held_out/matthews": metric / 2}, "maximise": maximise}
     (folder / "run.json").write_text(json.dumps(record | {"params": {"adapter": parameters}}))
 
