@@ -19,7 +19,7 @@ from diffora.errors import UserError
 from diffora.results import charts, page, pictures, tables
 from diffora.results.comparisons import comparisons_of, curves_of, verdict
 from diffora.results.formats import comma_separated, comparisons_csv, latex, markdown
-from diffora.results.grids import PAIRS, Grid, comparisons_grid, main_grid, measures_grid
+from diffora.results.grids import PAIRS, Grid, comparisons_grid, main_grid, measures_grid, signed
 from diffora.results.runs import Run, config_of, differing, gather
 from diffora.results.statistics import Difference, Spread, holm, paired, spread, stability
 from diffora.results.tables import Column, specification, tables_of
@@ -824,3 +824,9 @@ def test_folders_of_runs_are_alike_but_for_seed_number_and_time(tmp_path, folder
     run = made_run(tmp_path / "run", "random", 12)
     (run / "config.yaml").write_text(f"seed: 12\nmethod:\n  name: random\n  like: outputs/{folder}/selection.json\n")
     assert gather([tmp_path]).runs[0].config["method.like"] == "diffora-mrpc-tiny-seed"
+
+
+def test_a_difference_has_as_many_digits_as_its_interval_needs():
+    assert signed(Difference(0.0, -0.7346, 0.7346, 1.0, 5)) == "+0.00 (-0.73 to +0.73)"
+    assert signed(Difference(0.03, -0.09, 0.12, 0.5, 3)) == "+0.0300 (-0.0900 to +0.1200)"
+    assert signed(Difference(1.2, None, None, None, 1)) == "+1.20"

@@ -190,7 +190,8 @@ def signed(found: Difference | None) -> str:
     """A difference with its interval."""
     if found is None:
         return ""
-    digits = 2 if abs(found.mean) >= 0.1 else 4
+    largest = max(abs(value) for value in (found.mean, found.low, found.high) if value is not None)
+    digits = 2 if largest >= 0.5 else 4  # points in the hundredths; shares and correlations finer
     interval = f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})" if found.low is not None else ""
     return Figure(f"{found.mean:+.{digits}f}{interval}", found.mean)
 
