@@ -109,7 +109,7 @@ def picture(columns: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> N
         axes.set_xlabel("seed")
         axes.set_ylabel(seeds[0]["metric"])
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, dpi=110)
 
 
