@@ -164,6 +164,7 @@ def test_parts_of_a_batch_change_nothing(criterion):
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_exactly_and_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

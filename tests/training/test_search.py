@@ -258,7 +258,7 @@ def run_worker(processes: int, folder: Path, update: str) -> list[dict]:
     return [json.loads((folder / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
+@pytest.mark.parametrize("update", ["alternating", pytest.param("simultaneous", marks=pytest.mark.slow)])
 def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp_path, update):
     one, (first, second) = run_worker(1, tmp_path, update)[0], run_worker(2, tmp_path, update)
     assert len(one["gamma"]) == len(first["gamma"]) >= 6
@@ -269,6 +269,7 @@ def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp
     torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_attribute_as_one_does(tmp_path):
     one, (first, second) = run_worker(1, tmp_path, "attribution")[0], run_worker(2, tmp_path, "attribution")
     assert first["scores"] == second["scores"] and first["weights"] == second["weights"]
