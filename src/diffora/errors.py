@@ -50,6 +50,11 @@ def reason(error: OSError) -> str:
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
+def place(error: OSError) -> str | None:
+    """The file that an exception of the system is about, where it says so."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An exception and those that it was raised from, or while handling."""
     seen: list[BaseException] = []
@@ -105,8 +110,7 @@ def explained(error: BaseException, advice: str = "") -> UserError | None:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return UserError("the system allows no more threads or processes (ulimit -u)")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
-        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None
-        return UserError(f"{place}: {reason(error)}" if place else f"the system refused an operation: {reason(error)}")
+        return UserError(f"{place(error) or 'the system refused an operation'}: {reason(error)}")
     return None
 
 

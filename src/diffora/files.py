@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from diffora.errors import SPACE, UserError, WriteError, chain, reason
+from diffora.errors import SPACE, UserError, WriteError, chain, place, reason
 
 MOST_JSON = 256 * 2**20
 """Bytes of the largest JSON file that is read."""
@@ -89,7 +89,7 @@ def _read_text(path: Path, most: int) -> str:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if len(content) > most:
         raise UserError(f"{path} is too large: at most {most // 2**20} MB are read")
     try:
@@ -168,10 +168,10 @@ def check_writable(folder: Path) -> None:
         WriteError: they cannot.
     """
     folder = Path(folder)
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    scratch = place / f".probe.{os.getpid()}-{_host()}.part"
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    scratch = there / f".probe.{os.getpid()}-{_host()}.part"
     try:
         _create(scratch)
         with open(scratch, "wb") as file:
@@ -283,11 +283,11 @@ def _write_error(error: Exception, path: Path, scratch: Path) -> WriteError | No
     for link in chain(error):
         if (refused := _system_error(link, scratch)) is None:
             continue
-        place = refused.filename
-        if place is None:  # of an open file: reading may fail in other ways
+        where = place(refused)
+        if where is None:  # of an open file: reading may fail in other ways
             ours = refused.errno in SPACE | {errno.EIO, errno.EROFS, errno.ESTALE}
         else:
-            ours = isinstance(place, str) and (place == str(scratch) or path.is_relative_to(place))
+            ours = where == str(scratch) or path.is_relative_to(where)
         if ours:
             return _failure(path, reason(refused), refused.errno)
     return None

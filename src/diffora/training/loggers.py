@@ -14,7 +14,7 @@ from uuid import uuid4
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from diffora.core.selection import Selection
-from diffora.errors import UserError, reason
+from diffora.errors import UserError, place, reason
 from diffora.files import write_text
 from diffora.results.figures import dam_heatmap
 
@@ -176,8 +176,8 @@ class Guarded(Logger):
 def _why(error: BaseException) -> str:
     """The reason of a failure in one line, without W&B's key."""
     text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, OSError) and isinstance(error.filename, str):
-        text = f"{error.filename}: {text}"
+    if isinstance(error, OSError) and (file := place(error)):
+        text = f"{file}: {text}"
     for key in filter(None, (_key(), os.environ.get("WANDB_API_KEY"))):
         text = text.replace(key, "…")
     return text
@@ -214,12 +214,11 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
             "name": folder.name,
             "config": config,
             "dir": str(folder),
-            "id": known if re.fullmatch(r"[\w-]{1,64}", known) else uuid4().hex[:8],
+            "id": known if re.fullmatch(r"[\w-]{1,64}", known) else _new_id(),
             "resume": "allow",
             "job_type": "run",
             "settings": wandb.Settings(console="off", init_timeout=60, **limits),
         }
-        write_text(identity, str(settings["id"]))
     except Exception as error:
         log.warning(f"W&B cannot begin, the run goes on without it: {_why(error)}")
         return None
@@ -228,12 +227,18 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
             with _no_questions():
                 wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
             wandb.define_metric("search/*", step_metric="trainer/global_step")
+            write_text(identity, str(settings["id"]))
             return WandbLogger(save_dir=folder, project=choice["project"])
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
             then = offline if mode == "online" else "the run goes on without it"
             log.warning(f"W&B cannot begin {mode}: {_why(error)}; {then}")
+            settings["id"] = _new_id()  # the one that failed counts as in use
     return None
+
+
+def _new_id() -> str:
+    return uuid4().hex[:8]
 
 
 FINISH_S = 600
