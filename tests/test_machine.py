@@ -159,7 +159,7 @@ def test_scratch_files_of_dead_processes_go_and_those_of_live_ones_and_other_mac
     dead = 2**22 + 1  # above the largest that Linux gives
     days = 2 * 86400
     gone = [left_by(dead, None), left_by(10**30, None), left_by(dead, "far-away", days), left_by(1, None, days)]
-    there = [left_by(os.getppid(), None), left_by(dead, "far-away"), tmp_path / ".notes.part"]
+    there = [left_by(os.getppid(), None), left_by(dead, "elsewhere"), tmp_path / ".notes.part"]
     (tmp_path / ".notes.part").touch()
     (tmp_path / ".a.1.part").mkdir()
     remove_leftovers(tmp_path)
@@ -344,27 +344,33 @@ def test_a_run_with_broken_settings_does_not_resume_and_says_so(cfg, tmp_path, c
         run(cfg(*LORA, "resume=true"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "broken", [{"search.json": "[]"}, {"search.json": '{"seconds": "x"}'}, {"selection.json": "{"}, {"run.json": "[]"}]
-)
-def test_a_search_with_broken_files_goes_on_from_its_checkpoints(cfg, quick, tmp_path, monkeypatch, caplog, broken):
+def test_a_search_with_broken_files_goes_on_from_its_checkpoints(cfg, quick, tmp_path, monkeypatch, caplog):
     short = [*quick, "task.train_rows=64", "search.epochs=1", "search.batch_size=8", "finetune.epochs=1"]
 
     def stopped(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "finetune", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(cfg(*short), tmp_path)
-        before = (tmp_path / "selection.json").read_text()
+    monkeypatch.setattr(experiment, "finetune", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg(*short), tmp_path)
+    before = (tmp_path / "selection.json").read_text()
+    monkeypatch.delattr("diffora.training.search.SearchModule.training_step")  # nothing is searched again
+    for broken in ({"search.json": "[]"}, {"selection.json": "{", "run.json": "[]"}):
         for name, content in broken.items():
             (tmp_path / name).write_text(content)
-        monkeypatch.delattr("diffora.training.search.SearchModule.training_step")  # nothing is searched again
         with pytest.raises(KeyboardInterrupt):
             run(cfg(*short, "resume=true"), tmp_path)
-    assert (tmp_path / "selection.json").read_text() == before
-    assert all(str(tmp_path / name) in caplog.text for name in broken)
+        assert (tmp_path / "selection.json").read_text() == before
+        assert all(str(tmp_path / name) in caplog.text for name in broken)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"seconds": "x"}', '{"seconds": -1}', '{"seconds": NaN}', "[" * 9000]
+)
+def test_broken_search_files_are_named(tmp_path, content):
+    (tmp_path / "search.json").write_text(content)
+    with pytest.raises(UserError, match=r"search\.json"):
+        stages._seconds(tmp_path / "search.json")
 
 
 # --- memory ---
