@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import stat
 import sys
 import time
@@ -25,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from diffora import cli, experiment
 from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.experiment import run
-from diffora.files import atomic, check_writable, kept, remove_leftovers, write_text
+from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
 from diffora.results.record import missing_files, read_record, why_broken
 from diffora.results.rundir import account
 from diffora.tasks.glue import GlueTask
+from diffora.tasks.tokenise import Collator
 from diffora.training import stages
 from diffora.training.launch import launch_problems
 
@@ -136,6 +138,27 @@ def test_what_the_system_refuses_is_said_in_words_and_leaves_nothing(tmp_path, m
     assert str(caught.value).startswith(f"{tmp_path / 'new' / 'file'} cannot be written: ")
     assert isinstance(caught.value, OSError) and caught.value.strerror in words + "; the disk reports an " + words
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_folder_of_files_is_complete_or_absent(tmp_path, mask):
+    def write(size):
+        with atomic_folder(tmp_path / "model") as scratch:
+            (scratch / "config.json").write_text("{}")
+            save_file({"w": torch.zeros(size)}, scratch / "model.safetensors")
+
+    before = os.umask(mask)
+    try:
+        write(10)
+        write(20)
+        with largest_file(50_000), pytest.raises(WriteError, match=r"model cannot be written.*ulimit"):
+            write(100_000)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert len(load_file(tmp_path / "model/model.safetensors")["w"]) == 20
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()} == {0o666 & ~mask}
 
 
 def test_other_failures_while_writing_are_left_as_they_are(tmp_path):
@@ -433,6 +456,15 @@ def test_memory_that_runs_out_anywhere_in_a_run_is_one_message(cfg, tmp_path, mo
         return
     with pytest.raises(UserError, match=f"out of memory, 4 TiB.*{words}"):
         run(cfg(*LORA), tmp_path / "run")
+
+
+def test_a_process_that_loads_batches_and_is_killed_is_one_message(cfg, tmp_path, monkeypatch):
+    def killed(self, rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Collator, "__call__", killed)
+    with pytest.raises(UserError, match=r"a process that loads batches was killed.*trainer\.num_workers=0"):
+        run(cfg(*LORA, "trainer.num_workers=1"), tmp_path / "run")
 
 
 def test_memory_that_runs_out_in_prediction_names_the_batch(cfg, monkeypatch):

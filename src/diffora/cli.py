@@ -26,6 +26,10 @@ def command(main: Callable[[], object]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written, its disk full, is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail("the current folder was removed: change to another one")
+    try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:

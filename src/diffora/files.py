@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -136,9 +137,7 @@ def atomic(path: Path) -> Iterator[Path]:
         remove_leftovers(path.parent)
         mode = _create(scratch)
         yield scratch
-        with open(scratch, "rb+") as file:
-            os.chmod(scratch, mode)  # safetensors, like tempfile, makes files that only their owner can read
-            os.fsync(file.fileno())
+        _finish(scratch, mode)
         _check_kept(path)
         os.replace(scratch, path)
         _sync(path.parent)
@@ -149,6 +148,39 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of ``path`` when the block ends well: `atomic` for a folder of files.
+
+    Raises:
+        WriteError: as `atomic`.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{_host()}.part")
+    try:
+        _check_kept(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        _remove(scratch)
+        scratch.mkdir()
+        mode = _create(scratch / ".mode")
+        (scratch / ".mode").unlink()
+        yield scratch
+        for place in filter(Path.is_file, scratch.rglob("*")):
+            _finish(place, mode)
+        _check_kept(path)
+        _remove(path)
+        os.replace(scratch, path)
+        _sync(path.parent)
+    except Exception as error:
+        if (failure := _write_error(error, path, scratch)) is None:
+            raise
+        raise failure from error
+    finally:
+        with suppress(OSError):
+            _remove(scratch)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -214,11 +246,11 @@ def remove_leftovers(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = LEFTOVER.fullmatch(entry.name)
-            if match is None or not entry.is_file(follow_symlinks=False):
+            if match is None or entry.is_symlink():
                 continue
             dead = match["host"] == _host() and not _alive(int(match["pid"]))
             if dead or time.time() - entry.stat().st_mtime > DAY:
-                Path(entry.path).unlink(missing_ok=True)
+                _remove(Path(entry.path))
 
 
 LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)(?:-(?P<host>.*))?\.part")
@@ -248,6 +280,21 @@ def _create(scratch: Path) -> int:
         return stat.S_IMODE(os.fstat(descriptor).st_mode)
     finally:
         os.close(descriptor)
+
+
+def _finish(file: Path, mode: int) -> None:
+    """Give a written file its permissions, and have it on the disk."""
+    with open(file, "rb+") as stream:
+        os.chmod(file, mode)  # safetensors, like tempfile, makes files that only their owner can read
+        os.fsync(stream.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
@@ -287,7 +334,7 @@ def _write_error(error: Exception, path: Path, scratch: Path) -> WriteError | No
         if where is None:  # of an open file: reading may fail in other ways
             ours = refused.errno in SPACE | {errno.EIO, errno.EROFS, errno.ESTALE}
         else:
-            ours = where == str(scratch) or path.is_relative_to(where)
+            ours = Path(where).is_relative_to(scratch) or path.is_relative_to(where)
         if ours:
             return _failure(path, reason(refused), refused.errno)
     return None
@@ -301,7 +348,7 @@ def _system_error(error: BaseException, scratch: Path) -> OSError | None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and re.search(r"inline_container|iostream error", str(error)):
         try:  # torch.save does not say why; writing more does
-            with open(scratch, "ab") as file:
+            with open(scratch / "probe" if scratch.is_dir() else scratch, "ab") as file:
                 file.write(bytes(2**16))
                 file.flush()
                 os.fsync(file.fileno())

@@ -120,7 +120,8 @@ def _record_failure(folder: Path, record: dict[str, Any], error: BaseException) 
         record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
         write_record(folder, record)
     except Exception as second:
-        log.warning(f"how the run ended is not in its record: {second}")
+        if str(second) != str(error):
+            log.warning(f"how the run ended is not in its record: {second}")
 
 
 @contextmanager
