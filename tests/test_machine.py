@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -28,7 +29,7 @@ from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.experiment import run
 from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
 from diffora.results.record import missing_files, read_record, why_broken
-from diffora.results.rundir import account
+from diffora.results.rundir import account, finished
 from diffora.tasks.glue import GlueTask
 from diffora.tasks.tokenise import Collator
 from diffora.training import stages
@@ -136,6 +137,8 @@ def test_what_the_system_refuses_is_said_in_words_and_leaves_nothing(tmp_path, m
         write_text(tmp_path / "new" / "file", "text")
     monkeypatch.undo()
     assert str(caught.value).startswith(f"{tmp_path / 'new' / 'file'} cannot be written: ")
+    sent = pickle.loads(pickle.dumps(caught.value))  # as a sweep's workers send it
+    assert type(sent) is WriteError and sent.problems == caught.value.problems == [str(sent)]
     assert isinstance(caught.value, OSError) and caught.value.strerror in words + "; the disk reports an " + words
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -355,6 +358,16 @@ def test_no_record_is_not_a_broken_one(tmp_path):
     assert read_record(tmp_path) is None and why_broken(tmp_path) is None
     (tmp_path / "run.json").mkdir()
     assert read_record(tmp_path) is None and "folder" in why_broken(tmp_path)
+
+
+def test_a_broken_record_beside_checkpoints_is_not_overwritten_unasked(cfg, tmp_path, caplog):
+    (tmp_path / "run.json").write_text("{}")
+    assert finished(cfg(*LORA), tmp_path) is None and finished(cfg(*LORA, "resume=true"), tmp_path) is None
+    write_text(tmp_path / "checkpoints" / "finetune-0001-0.ckpt", "")
+    assert finished(cfg(*LORA, "resume=true"), tmp_path) is None
+    assert caplog.text.count("run.json is not the record of a run") == 3
+    with pytest.raises(UserError, match=r"run\.json is not the record.*it has checkpoints: continue with resume=true"):
+        finished(cfg(*LORA), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b"a: *b", b"- 1", None])

@@ -194,19 +194,20 @@ def test_runs_that_failed_alike_are_told_once(sweep):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", b"[" * 5000, b'{"status": 5}'])
-def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, caplog):
+def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, capsys):
     """C: run.json that is [], {} or not UTF-8 stopped a whole sweep"""
     sweep(*CELLS)
     (FOLDER / NAMES[0] / "run.json").write_bytes(content)
     assert sweep(*CELLS) == NAMES[:1]
-    assert str(FOLDER / NAMES[0] / "run.json") in caplog.text
+    assert f"{FOLDER / NAMES[0] / 'run.json'}" in "".join(capsys.readouterr())
 
 
-def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, caplog):
+def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
     sweep(*CELLS)
     (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
     assert sweep(*CELLS) == NAMES[1:]
-    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in caplog.text
+    said = "".join(capsys.readouterr())
+    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in said
 
 
 def test_a_place_where_no_run_can_be_written_is_named(sweep):

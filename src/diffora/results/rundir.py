@@ -25,7 +25,9 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
     """
     old = read_record(folder)
-    if old is None and cfg.resume and (broken := why_broken(folder)):
+    if old is None and (broken := why_broken(folder)):
+        if not cfg.resume and any((folder / "checkpoints").glob("*.ckpt")):
+            raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
         log.warning(f"{broken}; going on without it")
     if old is None or old["status"] == "dry_run":
         return None
