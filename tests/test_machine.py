@@ -315,6 +315,21 @@ def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(cfg, t
     assert "the disk is full" in caplog.text and read_record(tmp_path)["status"] == "running"
 
 
+def test_a_log_that_does_not_fit_changes_nothing(cfg, tmp_path, monkeypatch):
+    def work(error):
+        with account(cfg(), tmp_path, {"status": "running"}):
+            logging.getLogger("diffora").warning("a line")
+            if error:
+                raise error
+
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # as the command does
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    work(None)
+    with pytest.raises(ZeroDivisionError):
+        work(ZeroDivisionError("the first"))
+    assert read_record(tmp_path)["error"] == "the first"
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_costs_a_warning(cfg, tmp_path, monkeypatch, recwarn, caplog, number):
     import fcntl

@@ -109,7 +109,8 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
         finally:
             if handler is not None:
                 logging.getLogger().removeHandler(handler)
-                handler.close()
+                with suppress(OSError):  # its last lines do not fit on the disk
+                    handler.close()
 
 
 ADVICE = "try a smaller batch_size, rank or model, or a machine with more memory"
