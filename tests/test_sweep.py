@@ -156,6 +156,7 @@ def sweep(tmp_path, monkeypatch, capsys):
             if folder.name in fails:
                 write_record(folder, record | {"status": "failed", "error": "no luck"})
                 raise RuntimeError("no luck")
+            write_text(folder / "adapter" / "adapter_config.json", "{}")
             write_record(folder, record | {"status": "completed"})
 
         GlobalHydra.instance().clear()
@@ -190,6 +191,29 @@ def test_runs_that_failed_alike_are_told_once(sweep):
     with pytest.raises(UserError) as caught:
         sweep(*CELLS, fails=NAMES)
     assert caught.value.problems[1:] == [f"{FOLDER / NAMES[0]} and 1 more: no luck"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", b"[" * 5000, b'{"status": 5}'])
+def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, capsys):
+    """C: run.json that is [], {} or not UTF-8 stopped a whole sweep"""
+    sweep(*CELLS)
+    (FOLDER / NAMES[0] / "run.json").write_bytes(content)
+    assert sweep(*CELLS) == NAMES[:1]
+    assert f"{FOLDER / NAMES[0] / 'run.json'}" in "".join(capsys.readouterr())
+
+
+def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
+    sweep(*CELLS)
+    (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
+    assert sweep(*CELLS) == NAMES[1:]
+    said = "".join(capsys.readouterr())
+    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in said
+
+
+def test_a_place_where_no_run_can_be_written_is_named(sweep):
+    Path("file").touch()
+    with pytest.raises(UserError, match="a part of this path is a file"):
+        sweep(*CELLS, "hydra.sweep.dir=file/here")
 
 
 def test_other_settings_are_not_mixed_in(sweep):

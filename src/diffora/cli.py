@@ -1,6 +1,7 @@
 """Around `train.py`: one clear message for what the user can mend, a traceback only with ``debug=…``."""
 
 import gc
+import logging
 import os
 import re
 import sys
@@ -11,26 +12,39 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from diffora.config import RULES, conf_dir, unknown_key  # its resolvers must be there before Hydra resolves
-from diffora.errors import UserError
+from diffora.errors import UserError, explained
 
 
 def command(main: Callable[[], object]) -> None:
     """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
+    for stream in (sys.stdout, sys.stderr):  # None or another kind where a program or a test has replaced it
+        with suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal
     if any(argument.startswith("debug=") for argument in sys.argv):
         main()
         return
+    logging.raiseExceptions = False  # a log that cannot be written, its disk full, is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail("the current folder was removed: change to another one")
+    try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         fail(
             "interrupted; the same command continues with resume=true and the same hydra.run.dir (a sweep: "
             "hydra.sweep.dir); a table of an experiment= continues without them",
             status=130,
         )
+    except BrokenPipeError:  # whoever read our output has gone, as in `| head`
+        fail("the output was closed; a run continues with resume=true and the same hydra.run.dir", status=141)
     except UserError as error:
         fail(*error.problems)
     except Exception as error:
+        if told := explained(error):
+            fail(*told.problems)
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
             plugin = _missing_plugin(error)
             problems = [plugin] if plugin else composition_problems(overrides()) or [short(error)]
@@ -87,10 +101,15 @@ def import_run() -> None:
 
 def fail(*problems: str, status: int = 1) -> NoReturn:
     """Print messages to stderr and exit."""
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # closed or full: what is left goes nowhere, so that Python does not try again at its end
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(status)
 
 

@@ -14,7 +14,7 @@ from diffora import config, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
-from diffora.files import write_text
+from diffora.files import check_writable, write_text
 from diffora.results import terminal
 from diffora.results.record import read_record
 from diffora.tasks.base import Outputs, Split, Task, get_task
@@ -159,6 +159,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
         UserError: whatever is wrong with data, model or adapter.
     """
     cfg, began = request.cfg, time.time()
+    check_writable(request.output)
     quiet_libraries()
     task = get_task(cfg.task)
     names = request.splits or task.validation_splits

@@ -17,12 +17,14 @@ from torch import nn
 
 from diffora import START, config, models
 from diffora.core.selection import Selection
-from diffora.errors import UserError
+from diffora.errors import UserError, machine_limits
 from diffora.export import Origin
+from diffora.files import check_writable
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
-from diffora.results.record import new_record, peaks, reset_peaks, write_record
+from diffora.results.record import missing_files, new_record, peaks, reset_peaks, result_files, write_record
 from diffora.tasks.base import Task, get_task
+from diffora.training.launch import launch_problems
 from diffora.training.loggers import Loggers
 from diffora.training.predict import predict
 from diffora.training.stages import Parts, find_selection, finetune, is_main, quiet_libraries, warm_start
@@ -78,15 +80,19 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     if cfg.dry_run:
         from diffora.dryrun import dry_run
 
-        return Result(folder, dry_run(cfg, method, task, folder), None, None)
+        with machine_limits():
+            return Result(folder, dry_run(cfg, method, task, folder), None, None)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
         terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
+    if is_main():
+        check_writable(folder)
     quiet_libraries()
     reset_peaks()
     L.seed_everything(cfg.seed, verbose=False)
-    parts = Parts.load(cfg, folder, task)
-    method.check(parts.model, parts.grid)
+    with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
+        parts = Parts.load(cfg, folder, task)
+        method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())
@@ -129,6 +135,7 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
             Selection.load(Path(path))
         except UserError as error:
             found += error.problems
+    found += launch_problems(os.environ, cfg.trainer.devices)
     if found:
         raise UserError(found)
     return method, task
@@ -176,20 +183,28 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
         }
         if is_main():
-            write_predictions(parts)
-        record["status"] = "completed"
+            record["files"] = result_files(folder, record)
+            record["files"] += write_predictions(parts)
+            if lost := missing_files(folder, record):
+                raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
+            write_record(folder, record | {"status": "completed"})
+        record["status"] = "completed"  # from here on, nothing that fails makes a failed run of it
+        failed = False
         if is_main():
-            write_record(folder, record)
             loggers.summary(record)
             terminal.print_result(record, parts.task, folder)
-        failed = False
         return Result(folder, record, parts.model, selection)
     finally:
         loggers.finish(failed)
 
 
-def write_predictions(parts: Parts) -> None:
-    """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``."""
+def write_predictions(parts: Parts) -> list[str]:
+    """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``.
+
+    Returns:
+        The files, relative to the run directory.
+    """
+    written: list[Path] = []
     for name, split in parts.test.items():
         rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
         try:
@@ -200,3 +215,5 @@ def write_predictions(parts: Parts) -> None:
             continue
         for file in files:
             log.info(f"predictions for {name}: {file}")
+        written += files
+    return [file.relative_to(parts.folder).as_posix() for file in written]

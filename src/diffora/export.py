@@ -14,7 +14,7 @@ from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear
 from diffora.core.peers import Peers
 from diffora.errors import UserError
-from diffora.files import atomic, write_text
+from diffora.files import atomic, atomic_folder, write_text
 from diffora.models import drawn_modules, freeze_backbone, head_modules
 from diffora.tasks.base import Task
 
@@ -192,7 +192,8 @@ base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="fl
 
 def export_model(model: nn.Module, folder: Path) -> None:
     """Write a whole transformers model (full fine-tuning) with `save_pretrained`."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    with atomic_folder(folder) as scratch:
+        model.save_pretrained(scratch)  # type: ignore[operator]
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from diffora.core.dropout import use_cheap_dropout
-from diffora.errors import UserError
+from diffora.errors import UserError, out_of_memory
 from diffora.hub import why_unreachable
 from diffora.tasks.base import Task
 
@@ -295,6 +295,8 @@ def _readable(path: str, local: bool) -> Iterator[dict[str, bool]]:
     try:
         yield {"local_files_only": local or unreachable is not None}
     except Exception as error:
+        if shortage := out_of_memory(error):
+            raise UserError(f"model.path={path}: {shortage}; try model.dtype=bfloat16 or a smaller model") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if local:
             raise UserError(f"model.path={path} cannot be read as a transformers model: {reason}") from error

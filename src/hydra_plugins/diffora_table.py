@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from diffora.errors import UserError
+from diffora.errors import UserError, explained
 from diffora.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
@@ -179,7 +179,7 @@ class TableSweeper(Sweeper):
 
     def launch_at_once(self, jobs: Jobs, number: int) -> dict[Path, str]:
         """Give runs to the launcher, the first of them with this job number: the time of job 0 includes the start."""
-        from diffora.results.record import read_record
+        from diffora.results.record import missing_files, read_record
 
         batch = [
             [*overrides, f"hydra.sweep.dir={quoted(folder.parent)}", f"hydra.sweep.subdir={quoted(folder.name)}"]
@@ -189,11 +189,11 @@ class TableSweeper(Sweeper):
         try:
             returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
         except Exception as error:  # where a launcher's worker died; of the others the folders tell
-            returned, lost = [], f"{type(error).__name__}: {error}"
+            returned, lost = [], str(explained(error) or f"{type(error).__name__}: {error}")
         failed = {}
         for folder, job in zip_longest(jobs, returned):
             record = read_record(folder) or {}
-            if record.get("status") == "completed":
+            if record.get("status") == "completed" and not missing_files(folder, record):
                 continue
             if job is not None and job.status == JobStatus.FAILED:
                 failed[folder] = str(job._return_value)  # `return_value` would raise it

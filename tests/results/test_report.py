@@ -371,6 +371,44 @@ def test_old_and_strange_records_do_no_harm(tmp_path):
     assert len(gathered.runs) == 4
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", b"[]"),
+        ("run.json", b"{}"),
+        ("run.json", b'{"status": "\xff"}'),
+        ("run.json", b"[" * 5000 + b"]" * 5000),
+        ("run.json", b'{"method": "lora", "task": "t", "model": "m", "seed": 1e999, "status": "completed"}'),
+        ("selection.json", b"[" * 5000),
+        ("selection.json", b'{"selected": 5, "types": ["a"]}'),
+        ("trajectory.json", b"\xff"),
+        ("trajectory.json", b'{"types": [], "rounds": 1e308, "gamma_bar": [[[1.0]], [[1.0]]]}'),
+        ("config.yaml", b"\xff: ["),
+    ],
+)
+def test_a_broken_file_stops_no_report(tmp_path, file, content):
+    """C: broken records, JSON nested 5,000 levels deep"""
+    for seed in range(2):
+        made_run(tmp_path / f"{seed}", "diffora", seed, settings={"rank": 4, "rho": 0.5})
+    (tmp_path / "1" / file).write_bytes(content)
+    gathered = gather([tmp_path])
+    html = page.write(gathered, tmp_path / "out", [tmp_path])[0].read_text()
+    if file == "run.json":
+        assert [path for path, _ in gathered.broken] == [tmp_path / "1" / file]
+        assert "unreadable" in html
+    else:
+        assert len(gathered.runs) == 2 and not gathered.broken
+
+
+def test_numbers_too_large_to_square_are_left_out(tmp_path):
+    for seed, metric in enumerate((1e308, -(10**40), 0.5)):
+        made_run(tmp_path / f"{seed}", "lora", seed, metrics={"validation/accuracy": metric, "best_epoch": 1e308})
+        record = json.loads((tmp_path / f"{seed}" / "run.json").read_text())
+        record["history"][0]["generalisation_gap"] = metric
+        (tmp_path / f"{seed}" / "run.json").write_text(json.dumps(record))
+    page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
+
+
 # --- as text, pictures and a page ---
 
 

@@ -246,7 +246,7 @@ def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
             rounds, values = np.array(content["rounds"], float), np.array(content["gamma_bar"], float)
         except (TypeError, KeyError, ValueError):
             continue
-        if values.ndim == 3 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
+        if values.ndim == 3 and rounds.ndim == 1 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
             at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))
             paths.append((rounds[at], values[at]))
     if not paths or any(path[1].shape != paths[0][1].shape for path in paths):

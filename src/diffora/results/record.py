@@ -5,16 +5,21 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from omegaconf import DictConfig
 
 from diffora.config import config_hash
-from diffora.files import write_text
+from diffora.errors import UserError, reason
+from diffora.files import read_json, write_text
 
 NAME = "run.json"
+WEIGHTS = ("adapter", "model")
+"""Folders of a run, one of which holds what was trained."""
 PACKAGES = ("diffora", "torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core", "numpy")
 
 
@@ -48,12 +53,70 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a run directory, or None."""
+    """The record in a run directory; None where there is none or a broken one (see `why_broken`)."""
     try:
-        content: dict[str, Any] = json.loads((folder / NAME).read_text())
-        return content
-    except (OSError, json.JSONDecodeError):
+        return _checked(read_json(folder / NAME))
+    except (OSError, UserError):
         return None
+
+
+def why_broken(folder: Path) -> str | None:
+    """Why the ``run.json`` of a folder is no record, with its name; None where it is one, or is not there."""
+    try:
+        _checked(read_json(folder / NAME))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{folder / NAME}: {reason(error)}"
+    except UserError as error:
+        message = str(error)
+        return message if str(folder) in message else f"{folder / NAME} is not the record of a run: {message}"
+    return None
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A record with the fields that resuming, sweeps and the last table rely on.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(record, dict):
+        raise UserError("it is not a JSON object")
+    wanted: dict[str, type | UnionType] = {"status": str}
+    if record.get("status") == "completed":
+        wanted |= dict.fromkeys(("method", "task", "model", "config_hash"), str)
+        wanted |= {"metrics": dict, "params": dict, "time": dict, "memory": dict}
+    optional = {"config_hash": str, "error": str, "selection": dict, "classes": list, "files": list}
+    wrong = [key for key, kind in wanted.items() if not isinstance(record.get(key), kind)]
+    wrong += [key for key, kind in optional.items() if not isinstance(record.get(key), kind | None)]
+    if not all(isinstance(name, str) for key in ("classes", "files") for name in record.get(key) or ()):
+        wrong.append("classes or files")
+    if wrong:
+        raise UserError(f"{', '.join(dict.fromkeys(wrong))} is missing or of the wrong kind")
+    return record
+
+
+def result_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The files that a run's result consists of, relative to its folder: settings, selection, weights."""
+    weights = [file for name in WEIGHTS for file in sorted((folder / name).glob("*")) if file.name != "README.md"]
+    chosen = ["selection.json"] if record.get("selection") else []
+    return ["config.yaml", *chosen, *(file.relative_to(folder).as_posix() for file in weights)]
+
+
+def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """What is missing of the result that a record speaks of; empty where all of it is there.
+
+    A record without a list of files, of an earlier version, wants settings and some weights.
+    """
+    names = record.get("files")
+    found = [name for name in names or ["config.yaml"] if not _has_content(folder / name)]
+    if names is None and not any(_has_content(file) for name in WEIGHTS for file in (folder / name).glob("*")):
+        found.append(" or ".join(f"{name}/" for name in WEIGHTS))
+    return found
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def git_commit() -> str | None:

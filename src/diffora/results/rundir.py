@@ -1,8 +1,9 @@
 """The run directory: what it may hold already, and the account of a run that is kept in it."""
 
+import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from diffora import config
-from diffora.errors import UserError
-from diffora.files import write_text
-from diffora.results.record import peaks, read_record, write_record
+from diffora.errors import UserError, explained, reason
+from diffora.files import kept, read_yaml, remove_leftovers, write_text
+from diffora.results.record import missing_files, peaks, read_record, why_broken, write_record
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,10 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
     """
     old = read_record(folder)
+    if old is None and (broken := why_broken(folder)):
+        if not cfg.resume and any((folder / "checkpoints").glob("*.ckpt")):
+            raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
+        log.warning(f"{broken}; going on without it")
     if old is None or old["status"] == "dry_run":
         return None
     if not cfg.resume:
@@ -33,10 +38,8 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
                 "hydra.run.dir"
             )
         return None
-    if old["config_hash"] != config.config_hash(cfg):
-        before = OmegaConf.load(folder / "config.yaml")
-        assert isinstance(before, DictConfig)
-        changed = config.differences(config.plain(before), config.plain(cfg))
+    if old.get("config_hash") != config.config_hash(cfg):
+        changed = config.differences(_settings(folder), config.plain(cfg))
         raise UserError(
             [
                 f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
@@ -46,43 +49,119 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         )
     if old["status"] != "completed":
         return None
+    if lost := missing_files(folder, old):
+        log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")
+        return None
     log.info(f"{folder} is complete already")
     return old
+
+
+UNKNOWN = "a run whose settings are unknown cannot be continued: remove its folder, or choose another one"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run was started with.
+
+    Raises:
+        UserError: its ``config.yaml`` is missing or broken.
+    """
+    file = folder / "config.yaml"
+    try:
+        content = read_yaml(file)
+    except FileNotFoundError:
+        content = None
+    except UserError as error:
+        raise UserError(f"{error}; {UNKNOWN}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is missing or holds no settings; {UNKNOWN}")
+    return {str(key): value for key, value in content.items()}
 
 
 @contextmanager
 def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
     """Keep the account of a run: its configuration, its log, and how it ended if it did not end well.
 
+    Failures of the machine leave the block as a `UserError` that says what they are.
+
     Raises:
-        UserError: another process is at work in the folder.
+        UserError: another process is at work in the folder, or it cannot be written to.
     """
     from diffora.training.stages import is_main
 
     if not is_main():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with kept(folder), _locked(folder):
+        for place in [folder, *filter(Path.is_dir, folder.iterdir())]:
+            remove_leftovers(place)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_record(folder, record)
+        handler = _log_to(folder / "run.log")
+        try:
+            yield
+        except BaseException as error:
+            told = explained(error, ADVICE)
+            if record["status"] != "completed":
+                _record_failure(folder, record, told or error)
+            if told is None or told is error:
+                raise
+            raise told from error
+        finally:
+            if handler is not None:
+                logging.getLogger().removeHandler(handler)
+                with suppress(OSError):  # its last lines do not fit on the disk
+                    handler.close()
+
+
+ADVICE = "try a smaller batch_size, rank or model, or a machine with more memory"
+
+
+def _record_failure(folder: Path, record: dict[str, Any], error: BaseException) -> None:
+    """Write how a run ended. If that fails too, the first failure is the one to be told."""
+    record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    try:
+        record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
+        write_record(folder, record)
+    except Exception as second:
+        if str(second) != str(error):
+            log.warning(f"how the run ended is not in its record: {second}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; a lock that a dead process left behind does not matter.
+
+    Raises:
+        UserError: another process has it.
+    """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is at work there") from error
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_record(folder, record)
-    handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work there") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise UserError(f"{folder / '.lock'} cannot be written: {reason(error)}") from error
+        log.warning(f"{folder}: this file system has no locks; see to it that no other process works there")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a lock that is lost at the end has done its work
+            lock.release()
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def _log_to(file: Path) -> logging.Handler | None:
+    """Let all messages go to a file, too."""
     if logging.getLogger("diffora").level == logging.NOTSET:  # used as a library, without Hydra's logging
         logging.getLogger("diffora").setLevel(logging.INFO)
     try:
-        yield
-    except BaseException as error:
-        record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
-        write_record(folder, record)
-        raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-        lock.release()
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        log.warning(f"{file} cannot be written: {reason(error)}")
+        return None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler

@@ -17,6 +17,7 @@ import yaml
 
 from diffora.config import NOT_IN_HASH, short_name
 from diffora.errors import UserError
+from diffora.files import read_json
 from diffora.results.record import NAME
 from diffora.results.statistics import finite
 
@@ -79,14 +80,15 @@ class Run:
     def read(self, name: str) -> Any:
         """A JSON file of the run's folder; None where it is missing or broken."""
         try:
-            return json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError):
+            return read_json(self.folder / name)
+        except (OSError, UserError):
             return None
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The epochs of the fine-tuning, read again from the file."""
-        found = (self.read(NAME) or {}).get("history")
+        record = self.read(NAME)  # which may have changed since
+        found = record.get("history") if isinstance(record, dict) else None
         return [epoch for epoch in found if isinstance(epoch, dict)] if isinstance(found, list) else []
 
 

@@ -113,8 +113,12 @@ def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
     return mean
 
 
+LARGEST = sys.float_info.max**0.25
+"""Of a record's numbers: with larger ones, squares and sums of squares would overflow."""
+
+
 def finite(value: object) -> float | None:
     """A number of a record as a float, or None for all else: files of other hands may hold anything."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     return None

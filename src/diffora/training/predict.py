@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffora.errors import UserError
+from diffora.errors import UserError, out_of_memory
 from diffora.models import AUTOCAST
 from diffora.tasks.base import Collate, Outputs, Split, Task
 from diffora.training.data import whole_loader
@@ -28,17 +28,22 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
     device = device_of(trainer.accelerator)
     dtype = AUTOCAST.get(trainer.precision)
     home, training = next(model.parameters()).device, model.training
-    model.to(device).eval()
     loader = whole_loader(split.encoded, collate, batch_size, trainer.num_workers)
     found: list[Outputs] = []
     try:
+        model.to(device).eval()
         for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 output = model(**task.inputs(batch))
             found.append(task.outputs(output, batch))  # which stay there, so that a GPU is not waited for
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory with batches of {batch_size} rows; try batch_size={batch_size // 2}") from error
+    except Exception as error:
+        if (shortage := out_of_memory(error)) is None:
+            raise
+        advice = f" with batches of {batch_size} rows"
+        if batch_size > 1:
+            advice += f"; try batch_size={batch_size // 2}"
+        raise UserError(shortage + (advice if shortage.startswith("out of memory") else "")) from error
     finally:
         model.to(home).train(training)
     outputs = {key: torch.cat([part[key] for part in found]).cpu() for key in found[0]}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from diffora.core.dam import relax
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
-from diffora.errors import UserError
-from diffora.files import atomic, write_text
+from diffora.errors import UserError, out_of_memory
+from diffora.files import atomic, read_json, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
@@ -127,8 +128,13 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     assert isinstance(method, Selecting)
     file, seconds = folder / "selection.json", folder / "search.json"
     if cfg.resume and file.is_file() and seconds.is_file():
-        log.info(f"{selector}: finished already, using {file}")
-        return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
+        try:
+            found, elapsed = Selection.load(file), _seconds(seconds)
+        except UserError as error:
+            log.warning(f"{error}; {selector}: going on from its checkpoints")
+        else:
+            log.info(f"{selector}: finished already, using {file}")
+            return found, elapsed
 
     split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
 
@@ -152,6 +158,19 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
         found.save(file)
         write_text(seconds, json.dumps({"seconds": elapsed}) + "\n")  # last: says that all of it is there
     return found, elapsed
+
+
+def _seconds(file: Path) -> float:
+    """How long a finished search took, from its ``search.json``.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    content = read_json(file)
+    seconds = content.get("seconds") if isinstance(content, dict) else None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise UserError(f"{file} does not say how many seconds the search took")
+    return float(seconds)
 
 
 def search(
@@ -410,13 +429,18 @@ def fit(
             f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {settings.lr:g})"
             + (" or trainer.precision=32-true" if t.precision != "32-true" else "")
         ) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(
-            f"{stage}: out of memory at {stage}.batch_size={settings.batch_size}; "
-            f"{stage}.accumulate={2 * settings.accumulate} halves the memory of a step and keeps the batch"
-        ) from error
     except SystemExit as error:  # what Lightning makes of ctrl-C
         raise KeyboardInterrupt from error
+    except Exception as error:
+        if (shortage := out_of_memory(error)) is None:
+            raise
+        advice = ""
+        if shortage.startswith("out of memory"):
+            advice = (
+                f" at {stage}.batch_size={settings.batch_size}; {stage}.accumulate={2 * settings.accumulate} halves "
+                "the memory of a step and keeps the batch"
+            )
+        raise UserError(f"{stage}: {shortage}{advice}") from error
     if parts.first_step_at is None:
         parts.first_step_at = module.first_step_at
 

@@ -1,0 +1,82 @@
+"""Whether the environment says consistently which of how many processes this one is."""
+
+from collections.abc import Iterator, Mapping
+
+COUNTS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_PROCID",
+)
+TORCHRUN = "start the processes with `torchrun --nproc-per-node=N train.py …`"
+
+
+def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator[str]:
+    """What of the variables that torchrun and SLURM set cannot be right.
+
+    Lightning believes them. A process that takes itself for rank 1 writes no results, and one that takes itself for one
+    of several waits for the others or trains alone, as they do.
+
+    Args:
+        devices: ``trainer.devices``.
+    """
+    given = {name: environment[name] for name in COUNTS if name in environment}
+    wrong = {name: value for name, value in given.items() if not (value.isascii() and value.isdecimal())}
+    for name, value in wrong.items():
+        yield f"the environment variable {name}={value} must be a whole number; unset it, or {TORCHRUN}"
+    if wrong:
+        return
+    counts = {name: int(value) for name, value in given.items()}
+    if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "LOCAL_RANK"} & counts.keys():
+        yield from _torchrun(counts, devices, "TORCHELASTIC_RUN_ID" in environment)
+    elif environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # there Lightning starts processes itself
+        yield from _slurm(counts, devices, "SLURM_STEP_NUM_TASKS" in environment)
+    elif rank := counts.get("SLURM_PROCID"):
+        yield f"SLURM_PROCID={rank} in an interactive job: only its first task can start train.py"
+
+
+def _torchrun(counts: Mapping[str, int], devices: object, by_torchrun: bool) -> Iterator[str]:
+    ranks = {name: counts[name] for name in ("RANK", "LOCAL_RANK") if name in counts}
+    said = ", ".join(f"{name}={value}" for name, value in ranks.items())
+    world, highest = counts.get("WORLD_SIZE"), max(ranks.values(), default=0)
+    if by_torchrun and (missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in counts]):
+        yield f"TORCHELASTIC_RUN_ID is set without {', '.join(missing)}: {TORCHRUN}, or unset it"
+    elif world is None:
+        if highest > 0 or devices != 1:  # rank 0 of one process is what it is anyway
+            yield f"{said} is set without WORLD_SIZE: {TORCHRUN}, or unset it"
+    elif highest >= world:
+        yield f"{said} must be less than WORLD_SIZE={world}: {TORCHRUN}, or unset them"
+    elif world > 1 and "LOCAL_RANK" not in counts:
+        yield f"{said} and WORLD_SIZE={world} are set without LOCAL_RANK: {TORCHRUN}, or unset them"
+    else:
+        yield from _as_many(world, devices, "WORLD_SIZE")
+
+
+def _slurm(counts: Mapping[str, int], devices: object, by_srun: bool) -> Iterator[str]:
+    tasks, rank = counts.get("SLURM_NTASKS"), counts.get("SLURM_PROCID", 0)
+    if tasks is None:
+        if rank > 0:
+            yield f"SLURM_PROCID={rank} is set without SLURM_NTASKS: start the processes with srun, or unset it"
+    elif rank >= max(tasks, 1):
+        yield f"SLURM_PROCID={rank} must be less than SLURM_NTASKS={tasks}: start the processes with srun"
+    elif tasks > 1 and not by_srun:
+        yield (
+            f"SLURM_NTASKS={tasks}, but srun did not start this process. For {tasks} processes: `srun "
+            f"--ntasks-per-node={tasks} python train.py trainer.devices={tasks} …`; for one: `env -u SLURM_NTASKS "
+            "python train.py …`"
+        )
+    elif tasks > 1 and "SLURM_NTASKS_PER_NODE" not in counts:
+        yield f"SLURM_NTASKS={tasks} without SLURM_NTASKS_PER_NODE: start with `srun --ntasks-per-node={tasks} …`"
+    else:
+        yield from _as_many(tasks, devices, "SLURM_NTASKS")
+
+
+def _as_many(processes: int, devices: object, variable: str) -> Iterator[str]:
+    """Each process has one device. With one device in all, each would train by itself, and all but one in vain."""
+    if type(devices) is int and processes > 1 and devices != processes:
+        yield (
+            f"trainer.devices={devices} must be {processes}, the number of processes that were started ({variable}): "
+            "each has one device"
+        )
