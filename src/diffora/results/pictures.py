@@ -233,7 +233,7 @@ def _selection(run: Run, cell: Cell) -> _Selected | None:
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like a file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
         return _Selected(of, mask, types, relaxed)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -244,7 +244,7 @@ def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
         content = run.read("trajectory.json")
         try:
             rounds, values = np.array(content["rounds"], float), np.array(content["gamma_bar"], float)
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             continue
         if values.ndim == 3 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
             at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))

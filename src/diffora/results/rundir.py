@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora import config
 from diffora.errors import UserError
-from diffora.files import write_text
+from diffora.files import read_yaml, write_text
 from diffora.results.record import peaks, read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,8 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             )
         return None
     if old["config_hash"] != config.config_hash(cfg):
-        before = OmegaConf.load(folder / "config.yaml")
-        assert isinstance(before, DictConfig)
-        changed = config.differences(config.plain(before), config.plain(cfg))
+        before = read_yaml(folder / "config.yaml")
+        changed = config.differences(before if isinstance(before, dict) else {}, config.plain(cfg))
         raise UserError(
             [
                 f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "

@@ -1,7 +1,6 @@
 """What repeated runs tell: means with their spread, differences paired over seeds, how far selections agree."""
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,7 +113,10 @@ def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
 
 
 def finite(value: object) -> float | None:
-    """A number of a record as a float, or None for all else: files of other hands may hold anything."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    """A number of a record as a float, or None for all else: files of other hands may hold anything.
+
+    Beyond 1e100 a number is no result, and its square would overflow.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100:
         return float(value)
     return None

@@ -24,7 +24,7 @@ from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.files import atomic, write_text
+from diffora.files import atomic, read_json, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
@@ -128,7 +128,10 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     file, seconds = folder / "selection.json", folder / "search.json"
     if cfg.resume and file.is_file() and seconds.is_file():
         log.info(f"{selector}: finished already, using {file}")
-        return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
+        spent = found.get("seconds") if isinstance(found := read_json(seconds), dict) else None
+        if not isinstance(spent, int | float):
+            raise UserError(f'{seconds} must hold {{"seconds": <number>}}; remove it, and the search is made again')
+        return Selection.load(file), float(spent)
 
     split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
 
