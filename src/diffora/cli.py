@@ -88,10 +88,15 @@ def import_run() -> None:
 def fail(*problems: str, status: int = 1) -> NoReturn:
     """Print messages to stderr and exit."""
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {_visible(problem)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(status)
+
+
+def _visible(text: str) -> str:
+    """A message without control characters, which steer a terminal: it may quote somebody else's file."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 def overrides() -> list[str]:

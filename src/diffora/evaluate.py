@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
 from diffora import config, models
@@ -191,7 +191,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     """
     try:
         return _evaluate(request)
-    except ConfigKeyError as error:
+    except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
         section = key.partition(".")[0]
         raise UserError(f"the run's settings have no {key}: choose the section anew with {section}=<name>") from error
