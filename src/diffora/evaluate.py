@@ -252,10 +252,10 @@ def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> t
 
 def _check_classes(request: Request, task: Task) -> None:
     """Refuse data that number the classes in another way than those the run was trained on."""
-    record = read_record(request.weights.parent) or {}
-    trained, names = record.get("classes"), task.head().get("id2label")
-    if trained and names and list(names.values()) != trained:
+    record = read_record(request.weights.parent)
+    trained, names = record.get("classes") if isinstance(record, dict) else None, task.head().get("id2label")
+    if names and isinstance(trained, list) and trained and list(names.values()) != trained:
         raise UserError(
-            f"the run was trained on the classes {', '.join(trained[:10])} ({len(trained)}), in this order; "
+            f"the run was trained on the classes {', '.join(map(str, trained[:10]))} ({len(trained)}), in this order; "
             f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
         )

@@ -15,16 +15,13 @@ from typing import Any
 
 from diffora.config import NOT_IN_HASH, short_name
 from diffora.errors import UserError
-from diffora.files import MOST_YAML, parse_yaml, read_json, read_text
+from diffora.files import MOST_DEPTH, MOST_YAML, parse_yaml, read_json, read_text
 from diffora.results.record import NAME
 from diffora.results.statistics import finite
 
 INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
 NO_SETTING = (*NOT_IN_HASH, "seed", "predict")
 TEXTS = ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash")  # of a record, or null
-
-# Aliases, tags and deep nesting in YAML, and now and then something harmless: what is worth a slow look at a file.
-DOUBTFUL = re.compile(r"(?:^|[\s,:\[{?-])[&*!]\S|[\[{]\s*[\[{]\s*[\[{]|^[ ?-]{80}", re.MULTILINE)
 
 # Lines of a block of config.yaml, each with the deeper lines that continue a long value.
 PATH = re.compile(r"\n  path: (.*(?:\n   +.*)*)")
@@ -81,13 +78,14 @@ class Run:
         """A JSON file of the run's folder; None where it is missing or broken."""
         try:
             return read_json(self.folder / name)
-        except (FileNotFoundError, UserError):
+        except (OSError, UserError):
             return None
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The epochs of the fine-tuning, read again from the file."""
-        found = (self.read(NAME) or {}).get("history")
+        record = self.read(NAME)  # which may have changed since
+        found = record.get("history") if isinstance(record, dict) else None
         return [epoch for epoch in found if isinstance(epoch, dict)] if isinstance(found, list) else []
 
 
@@ -168,7 +166,7 @@ def _setting(folder: Path, record: Mapping[str, Any]) -> str:
         text = read_text(file, MOST_YAML)
     except FileNotFoundError:
         return sys.intern(f"method:\n  name: {json.dumps(record['method'])}\nmodel: {json.dumps(record['model'])}\n")
-    if DOUBTFUL.search(text):
+    if _doubtful(text):
         parse_yaml(text, file)
     blocks = []
     for block in _blocks(text):
@@ -177,6 +175,13 @@ def _setting(folder: Path, record: Mapping[str, Any]) -> str:
             own = {"task": record.get("data_hash"), "method": record["seed"]}.get(name)
             blocks.append(_placeless(block, own))
     return sys.intern("\n".join(blocks))
+
+
+def _doubtful(text: str) -> bool:
+    """Whether YAML may have aliases, tags or deep nesting, so that it is worth the time to parse all of it."""
+    marked = ("&" in text or "!" in text) and re.search(r"(?:^|[\s,:\[{?-])[&!]\S", text)
+    deep = text.count("[") + text.count("{") > MOST_DEPTH or "\n" + " " * 80 in text or "- " * 9 in text
+    return bool(marked) or deep
 
 
 @functools.lru_cache(maxsize=4096)
