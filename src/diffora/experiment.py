@@ -3,6 +3,7 @@
 Everything flows one way. From the search to the fine-tuning stage crosses the `Selection` and nothing else.
 """
 
+import copy
 import logging
 import os
 import time
@@ -98,7 +99,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
 
 def _named(cfg: DictConfig) -> DictConfig:
     """The configuration with the names of its cell as they were given: ``${…}`` in them is text."""
-    cfg = cfg.copy()
+    cfg = copy.deepcopy(cfg)
     if isinstance(cell := cfg.get("cell"), DictConfig):
         names = OmegaConf.to_container(cell, resolve=False)
         assert isinstance(names, dict)
