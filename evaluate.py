@@ -6,6 +6,7 @@
   python evaluate.py adapter=<folder> model=minilm task=mrpc             an adapter that lies somewhere else
 
 Also: output=<folder> batch_size=64 split=[a,b] and any task.…=, model.…=, trainer.…= of `python train.py`.
+Classes of your own are named anew: task._target_=my_module.MyTask, method._target_=my_module.MyMethod.
 Results go to evaluation-<time>/ in the run directory unless output= says otherwise.
 """
 

@@ -103,7 +103,7 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
     """Print messages to stderr and exit."""
     with suppress(OSError):
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {_visible(problem)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -111,6 +111,11 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(status)
+
+
+def _visible(text: str) -> str:
+    """A message without control characters, which steer a terminal: it may quote somebody else's file."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 def overrides() -> list[str]:

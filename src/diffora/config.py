@@ -160,8 +160,8 @@ def _leaves(node: DictConfig, prefix: str, found: list[str]) -> Iterator[tuple[s
             continue
         if OmegaConf.is_interpolation(node, str(name)):
             source = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index]
-            if "task.recipe." not in source:
-                continue  # the value of another key, which is checked under its own name
+            if "task.recipe." not in source and not (isinstance(value, str) and "${" in value):
+                continue  # the value of another key, which is checked under its own name; text with ${ is no such
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{key}.", found)
         else:

@@ -3,27 +3,31 @@
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
 from diffora import config, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
-from diffora.files import check_writable, write_text
+from diffora.files import check_writable, read_yaml, write_text
 from diffora.results import terminal
 from diffora.results.record import read_record
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.training.predict import predict
 from diffora.training.stages import quiet_libraries
+from diffora.trust import class_at, literal, settings
 
 log = logging.getLogger(__name__)
 
-OWN = ("run", "adapter", "split", "output", "batch_size")
+OWN = ("run", "adapter", "split", "output", "batch_size", "method._target_")
+SECTIONS = ("task", "model", "trainer")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Request:
         splits: names at the source; None for the task's validation splits.
         output: where metrics and predictions go.
         batch_size: rows per batch.
+        method: the class that adapts the backbone, where the user named it.
     """
 
     cfg: DictConfig
@@ -43,6 +48,7 @@ class Request:
     splits: tuple[str, ...] | None
     output: Path
     batch_size: int
+    method: str | None = None
 
 
 def read_request(arguments: list[str]) -> Request:
@@ -67,13 +73,13 @@ def read_request(arguments: list[str]) -> Request:
         name, value = parsed.key_or_group, parsed.value()
         if name in OWN:
             own[name] = value
-        elif name in ("task", "model", "trainer"):
+        elif name in SECTIONS:
             choices.append(argument)
-        elif name.split(".")[0] in ("task", "model", "trainer"):
+        elif name.split(".")[0] in SECTIONS:
             values[name] = value
         else:
             hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
-            problems.append(f"{config.unknown_key(name, [*OWN, 'task', 'model', 'trainer'])}{hint}")
+            problems.append(f"{config.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
     if not (isinstance(size := own.get("batch_size", 64), int) and size >= 1):
@@ -84,25 +90,50 @@ def read_request(arguments: list[str]) -> Request:
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
     cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
     cfg = _override(cfg, choices if "run" in own else [], values)
-    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer."))]:
+    named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
+    class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
+    if problems := list(_wrong_groups(cfg)):
+        raise UserError(problems)
+    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
         raise UserError(problems)
     output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
     names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
-    return Request(cfg, weights, names, output, size)
+    return Request(cfg, weights, names, output, size, own.get("method._target_"))
 
 
 def _of_run(folder: Path) -> tuple[DictConfig, Path]:
-    if not (folder / "config.yaml").is_file():
+    """The settings that a run's folder holds, which somebody else may have written, and its weights."""
+    file = folder / "config.yaml"
+    if not file.is_file():
         raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
     weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
     if not weights:
         raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = settings(read_yaml(file), file, SECTIONS)
+    if "trust_remote_code" in cfg.model:
+        cfg.model.trust_remote_code = False  # the user's to say, not the file's
     return cfg, weights[0]
+
+
+def _wrong_groups(cfg: DictConfig) -> Iterator[str]:
+    """What is a single value and should be a group of settings, or the other way round."""
+    for section in SECTIONS:
+        for name in cfg[section]:
+            key, value = f"{section}.{name}", cfg[section][name]
+            if key in config.RULES and isinstance(value, DictConfig):
+                yield f"{key} must be {config.RULES[key][1]}, not a group of settings"
+            elif any(rule.startswith(f"{key}.") for rule in config.RULES) and not isinstance(value, DictConfig | None):
+                yield f"{key}={value!r} must be a group of settings"
+    for key in ("task.name", "model.path"):
+        if not isinstance(OmegaConf.select(cfg, key), str):
+            yield f"{key} must be text"
+    if not isinstance(OmegaConf.select(cfg, "task.recipe"), DictConfig):
+        yield "task.recipe must be a group of settings"
+    elif not isinstance(OmegaConf.select(cfg, "task.recipe.of"), DictConfig | None):
+        yield "task.recipe.of must be a group of settings"
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
@@ -156,15 +187,24 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
         Metrics by split; splits without labels have none.
 
     Raises:
-        UserError: whatever is wrong with data, model or adapter.
+        UserError: whatever is wrong with settings, data, model or adapter.
     """
+    try:
+        return _evaluate(request)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        section = key.partition(".")[0]
+        raise UserError(f"the run's settings have no {key}: choose the section anew with {section}=<name>") from error
+
+
+def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     cfg, began = request.cfg, time.time()
     check_writable(request.output)
     quiet_libraries()
     task = get_task(cfg.task)
     names = request.splits or task.validation_splits
     rows = {name: task.load_split(name) for name in names}
-    model, processor = load_trained(cfg, request.weights)
+    model, processor = load_trained(cfg, request.weights, request.method)
     _check_classes(request, task)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
@@ -188,23 +228,24 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     return found
 
 
-def load_trained(cfg: DictConfig, weights: Path) -> tuple[nn.Module, Any]:
+def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> tuple[nn.Module, Any]:
     """A trained model and its tokenizer or image processor.
 
     Args:
         cfg: sections ``task`` and ``model``.
         weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
+        method: as in `load_adapter`.
     """
     task = get_task(cfg.task)
     section = cfg.model
     whole = (weights / "config.json").is_file()
     if whole:
-        section = OmegaConf.merge(cfg.model, {"path": str(weights)})
+        section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
     model = models.load_model(section, task)
     processor = task.processor(cfg.model)
     models.set_padding(model, processor)
     if not whole:
-        load_adapter(model, weights)
+        load_adapter(model, weights, method)
     elif fresh := getattr(model, "fresh_modules", ()):
         raise UserError(f"{weights} has no {fresh[0]}: it was trained for another kind of task")
     return model.eval(), processor
@@ -212,10 +253,10 @@ def load_trained(cfg: DictConfig, weights: Path) -> tuple[nn.Module, Any]:
 
 def _check_classes(request: Request, task: Task) -> None:
     """Refuse data that number the classes in another way than those the run was trained on."""
-    record = read_record(request.weights.parent) or {}
-    trained, names = record.get("classes"), task.head().get("id2label")
-    if trained and names and list(names.values()) != trained:
+    record = read_record(request.weights.parent)
+    trained, names = record.get("classes") if isinstance(record, dict) else None, task.head().get("id2label")
+    if names and isinstance(trained, list) and trained and list(names.values()) != trained:
         raise UserError(
-            f"the run was trained on the classes {', '.join(trained[:10])} ({len(trained)}), in this order; "
+            f"the run was trained on the classes {', '.join(map(str, trained[:10]))} ({len(trained)}), in this order; "
             f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
         )

@@ -3,6 +3,7 @@
 Everything flows one way. From the search to the fine-tuning stage crosses the `Selection` and nothing else.
 """
 
+import copy
 import logging
 import os
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -28,6 +29,7 @@ from diffora.training.launch import launch_problems
 from diffora.training.loggers import Loggers
 from diffora.training.predict import predict
 from diffora.training.stages import Parts, find_selection, finetune, is_main, quiet_libraries, warm_start
+from diffora.trust import class_at, literal
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             written to ``folder``.
     """
     began = time.time() if began is None else began
+    cfg = _named(cfg)
     method, task = check(cfg)
     if cfg.dry_run:
         from diffora.dryrun import dry_run
@@ -100,19 +103,26 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         return execute(parts, method, record, began)
 
 
+def _named(cfg: DictConfig) -> DictConfig:
+    """The configuration with the names of its cell as they were given: ``${…}`` in them is text."""
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cell := cfg.get("cell"), DictConfig):
+        names = OmegaConf.to_container(cell, resolve=False)
+        assert isinstance(names, dict)
+        cfg.cell = {key: literal(name) if isinstance(name, str) else name for key, name in names.items()}
+    return cfg
+
+
 def check(cfg: DictConfig) -> tuple[Method, Task]:
     """Find every mistake in a configuration before anything is loaded.
 
     Raises:
         UserError: all of them.
     """
-    from hydra.utils import get_class
-
     found = config.problems(cfg)
     method: Any = None
     try:
-        kind: Any = get_class(cfg.method._target_)
-        method = kind.from_config(cfg)
+        method = class_at(cfg.method.get("_target_"), Method, "method._target_").from_config(cfg)
     except UserError as error:
         found += error.problems
     except OmegaConfBaseException:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
 from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear
 from diffora.core.peers import Peers
 from diffora.errors import UserError
-from diffora.files import atomic, atomic_folder, write_text
+from diffora.files import atomic, atomic_folder, read_json, write_text
 from diffora.models import drawn_modules, freeze_backbone, head_modules
 from diffora.tasks.base import Task
+from diffora.trust import check_peft_adapter, class_at, settings
 
 SHARING = "sharing.json"
 ADAPT = "diffora.json"
@@ -196,18 +198,20 @@ def export_model(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(scratch)  # type: ignore[operator]
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, folder: Path, method: str | None = None) -> None:
     """Put an exported adapter on a backbone, in place, with the sharing between layers restored.
 
     Args:
         model: the pretrained backbone with a head, without low-rank layers.
         folder: the ``adapter/`` of a run.
+        method: dotted path of the `Method` that adapts the model, where it is none of this project: what the folder
+            itself says is not imported.
 
     Raises:
         UserError: missing or unreadable files, or an adapter of another model.
     """
     if (folder / ADAPT).is_file():
-        _load_weights(model, folder)
+        _load_weights(model, folder, method)
     elif (folder / SHARING).is_file():
         _load_pairs(model, folder)
     elif (folder / "adapter_config.json").is_file():
@@ -216,29 +220,65 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no adapter_config.json")
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    from hydra.utils import get_class
-    from omegaconf import OmegaConf
+def _load_weights(model: nn.Module, folder: Path, method: str | None) -> None:
     from safetensors.torch import load_file
 
     from diffora.core.grid import find_grid
     from diffora.core.selection import Selection
+    from diffora.methods.base import Method
 
+    cfg = _how_to_adapt(folder / ADAPT)
+    named = (method, None) if method else (cfg.method.get("_target_"), folder / ADAPT)
+    kind = class_at(named[0], Method, "method._target_", named[1])
     try:
-        cfg: Any = OmegaConf.create(json.loads((folder / ADAPT).read_text()))
+        settled = kind.from_config(cfg)
+    except UserError as error:
+        raise UserError([f"{folder / ADAPT}: {problem}" for problem in error.problems]) from None
+    try:
         tensors = load_file(folder / "weights.safetensors")
     except Exception as error:
         raise UserError(f"{folder} is not an adapter of this project: {error}") from None
-    kind: Any = get_class(cfg.method._target_)
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)  # as the run did: what a method draws and never trains is not in the file
-        kind.from_config(cfg).adapt(model, grid, selection, cfg.seed)
+        settled.adapt(model, grid, selection, cfg.seed)
     _fill(model, tensors, folder)
     if absent := [name for name, p in model.named_parameters() if p.requires_grad and name not in tensors]:
         raise UserError(f"{folder} does not fit this model: it has no {absent[0]} (and {len(absent) - 1} more)")
+
+
+def _how_to_adapt(file: Path) -> Any:
+    """The settings in ``diffora.json``, which somebody else may have written.
+
+    Raises:
+        UserError: everything that cannot be right in it, but for the method's own settings.
+    """
+    content = read_json(file)
+    values = ("rank", "rho", "finetune", "seed", "selection")
+    cfg = settings(content, file, ("method", "model"), values)
+    problems = []
+    if not isinstance(cfg.get("finetune", {}), Mapping | DictConfig):
+        problems.append(f"finetune={cfg.finetune!r} must be a group of settings")
+    if not isinstance(seed := cfg.get("seed"), int) or not 0 <= seed < 2**63:
+        problems.append(f"seed={seed!r} must be a whole number of at least 0")
+    name = cfg.get("selection")
+    if name is not None and not (isinstance(name, str) and Path(name).name == name):
+        problems.append(f"selection={name!r} must be the name of a file beside it, or null")
+    if not isinstance(cfg.method.get("name"), str):
+        problems.append("method.name must be text")
+    for key, fits in (("name", str), ("layer", str | None), ("candidates", ListConfig | None)):
+        if key not in cfg.model or not isinstance(cfg.model[key], fits):
+            problems.append(f"model.{key}={cfg.model.get(key)!r} must be {'a list' if key == 'candidates' else 'text'}")
+    if not isinstance(roles := cfg.model.get("roles"), DictConfig | None):
+        problems.append(f"model.roles={roles!r} must be a group of settings")
+    texts = [] if problems else [*(cfg.model.candidates or ()), *(roles or {}).values()]
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        problems.append(f"model.candidates and model.roles must hold names of modules, not {strange[0]!r}")
+    if problems:
+        raise UserError([f"{file}: {problem}" for problem in problems])
+    return cfg
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -255,8 +295,8 @@ def _load_pairs(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        groups = json.loads((folder / SHARING).read_text())
+        config = read_json(folder / "adapter_config.json")
+        groups = read_json(folder / SHARING)
         tensors = load_file(folder / "adapter_model.safetensors")
     except Exception as error:
         raise UserError(f"{folder} is not an adapter of this project: {error}") from None
@@ -291,6 +331,7 @@ def _load_with_peft(model: nn.Module, folder: Path) -> None:
     """What PEFT injects into a model; its own errors are of many kinds."""
     from peft import PeftConfig, PeftModel
 
+    check_peft_adapter(folder)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:

@@ -33,7 +33,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         UserError: the file cannot be read, is too large, is nested too deeply or is not JSON in UTF-8.
     """
-    text = _read_text(Path(path), MOST_JSON)
+    text = read_text(Path(path), MOST_JSON)
     try:
         content = json.loads(text)
     except RecursionError:
@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         UserError: the file cannot be read, is too large, is nested too deeply, has aliases or is not YAML in UTF-8.
     """
-    return parse_yaml(_read_text(Path(path), MOST_YAML), path)
+    return parse_yaml(read_text(Path(path), MOST_YAML), path)
 
 
 def parse_yaml(text: str, path: Path) -> Any:
@@ -83,8 +83,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_text(path: Path, most: int) -> str:
+def read_text(path: Path, most: int) -> str:
+    """The text of a file of at most ``most`` bytes; it raises what `read_json` does."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe might never end
+            raise UserError(f"{path} is not a regular file")
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except FileNotFoundError:

@@ -80,6 +80,8 @@ class Method:
     """
 
     name: ClassVar[str]
+    required: ClassVar[tuple[str, ...]] = ("adapt",)
+    """Methods that every subclass must define."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":

@@ -6,7 +6,6 @@ PEFT is imported where it is used, since that takes seconds.
 import contextlib
 import dataclasses
 import difflib
-import importlib
 import inspect
 import io
 import itertools
@@ -31,6 +30,7 @@ from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_te
 from diffora.files import atomic, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.models import head_modules
+from diffora.trust import object_in
 
 ADAPTER = "default"
 Pair = tuple[str, Tensor, Tensor, float]
@@ -47,6 +47,8 @@ OURS = {
     "peft_type": "the class says it",
     "inference_mode": "the adapter is there to be trained",
     "base_model_name_or_path": "model.path says it",
+    "megatron_config": "it is for models of Megatron, and has PEFT import a module that it names",
+    "megatron_core": "it is for models of Megatron, and has PEFT import a module that it names",
 }
 REFUSED = {
     "AdaLoraConfig": "its ranks are allotted while it is trained, which method=adalora does",
@@ -308,15 +310,13 @@ def _find_class(path: Any, key: str) -> Any:
     name = str(path).rpartition(".")[2]
     if not re.fullmatch(r"peft(\.\w+)+", str(path)):
         raise UserError(f"{key}._target_={path} must be a configuration class of PEFT, such as peft.LoraConfig")
-    try:
-        found: Any = getattr(importlib.import_module(str(path).rpartition(".")[0]), name)
-    except (ImportError, AttributeError):
+    found = object_in("peft", path)
+    if found is None:
         there = [n for n, o in vars(peft).items() if n.endswith("Config") and inspect.isclass(o)]
         near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(f'peft.{n}' for n in near)}?" if near else ""
-        raise UserError(f"{key}._target_={path} does not exist in PEFT{hint}") from None
-    inside = inspect.isclass(found) and found.__module__.partition(".")[0] == "peft"
-    if not inside or not dataclasses.is_dataclass(found):
+        raise UserError(f"{key}._target_={path} does not exist in PEFT{hint}")
+    if not inspect.isclass(found) or not dataclasses.is_dataclass(found):
         raise UserError(f"{key}._target_={path} is not a configuration class of PEFT")
     return found
 

@@ -65,19 +65,19 @@ def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
     axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
-    axes.set_yticks(range(len(types)), types)
+    axes.set_yticks(range(len(types)), types, parse_math=False)  # names may come from a file: no formulas
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if known:
-        label = r"$\bar\gamma$" if selection.gamma_bar else f"{selection.selector}, normalised"
+        label = r"$\bar\gamma$" if selection.gamma_bar else selection.selector.replace("$", r"\$") + ", normalised"
         bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
         bar.outline.set_visible(False)
     if not title:
         own = sum(map(len, selection.selected))
         size = f"{own} of {layers * len(types)}" if selection.k is None else f"K = {selection.k}"
         title = f"{selection.method}, selector {selection.selector}, {size}\nframed modules get a LoRA of their own"
-    axes.set_title(title, size=10)
+    axes.set_title(title, size=10, parse_math=False)
     return _png(figure)
 
 

@@ -6,13 +6,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffora.results.comparisons import Comparison, verdict
-from diffora.results.grids import MEASURES, Grid
+from diffora.results.grids import MEASURES, Figure, Grid
 from diffora.results.statistics import Difference
 from diffora.results.tables import Table
+
+FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
+                "\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+"""How a text begins that a spreadsheet would compute."""
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     "\\": r"\textbackslash{}",
+    "[": "{[}",  # after the end of a row, [ and * would belong to it
+    "*": "{*}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": "$<$",
@@ -57,7 +64,7 @@ def latex(grid: Grid) -> str:
 
 def comma_separated(grid: Grid) -> str:
     """With one line of column names."""
-    return _csv([grid.head, *grid.rows])
+    return csv_of([grid.head, *grid.rows])
 
 
 def comparisons_csv(found: Iterable[Comparison]) -> str:
@@ -105,13 +112,23 @@ def costs_csv(table: Table) -> str:
 def _records_csv(records: Iterable[Mapping[str, object]]) -> str:
     """Of records that all have the same keys, one at least."""
     records = list(records)
-    return _csv([list(records[0]), *(list(record.values()) for record in records)])
+    return csv_of([list(records[0]), *(list(record.values()) for record in records)])
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
+def csv_of(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV. A text that a spreadsheet would take for a formula gets an apostrophe in front, and is shown."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows([_shown(cell) for cell in row] for row in rows)
     return out.getvalue()
+
+
+def _shown(cell: object) -> object:
+    if cell is None or isinstance(cell, bool | int | float | Figure):
+        return cell
+    text = str(cell)
+    if text.lstrip(" ").startswith(FORMULA) and not NUMBER.fullmatch(text):
+        text = f"'{text}"
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # a lone one ends a row for some readers
 
 
 def _pipes(cells: object) -> str:

@@ -1,7 +1,5 @@
 """The report's files: one page that needs neither server nor network, and its tables as text."""
 
-import csv
-import io
 import json
 import os
 import re
@@ -18,7 +16,7 @@ from diffora import __version__
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.results.comparisons import Comparison, comparisons_of, verdict
-from diffora.results.formats import comma_separated, comparisons_csv, costs_csv, latex, markdown
+from diffora.results.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
 from diffora.results.grids import duration, plus_minus, probability, search_time, signed
 from diffora.results.pictures import SEEDS, View
 from diffora.results.runs import Gathered, Run
@@ -252,16 +250,12 @@ def runs_csv(runs: Sequence[Run]) -> str:
         "config_hash",
         "data_hash",
     )
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     numbers = [(part, key) for part in parts for key in names[part]]
-    writer.writerow([*own, *(key if part == "metrics" else f"{part}/{key}" for part, key in numbers), "folder"])
-    for run in runs:
-        record = run.record
-        writer.writerow(
-            [*(record.get(key) for key in own), *(record[p].get(key) for p, key in numbers), _place(run.folder)]
-        )
-    return out.getvalue()
+    head = [*own, *(key if part == "metrics" else f"{part}/{key}" for part, key in numbers), "folder"]
+    rows = (
+        [*(run[key] for key in own), *(run[part].get(key) for part, key in numbers), _place(run.folder)] for run in runs
+    )
+    return csv_of([head, *rows])
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:

@@ -227,14 +227,22 @@ def _selection(run: Run, cell: Cell) -> _Selected | None:
         types, selected = [str(name) for name in content["types"]], content["selected"]
         mask = np.array([[name in layer for name in types] for layer in selected], dtype=bool)
         gamma_bar = content.get("gamma_bar")
-        relaxed = None if gamma_bar is None else np.array(gamma_bar, dtype=float)
+        relaxed = None if gamma_bar is None else _numbers(gamma_bar)
         if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like a file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
         return _Selected(of, mask, types, relaxed)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
+
+
+def _numbers(content: Any) -> np.ndarray:
+    """Lists of numbers as an array. Raises a ValueError unless all can be drawn: finite, and no larger than 1e100."""
+    values = np.array(content, dtype=float)
+    if not (np.abs(values) <= 1e100).all():
+        raise ValueError("not all are finite")
+    return values
 
 
 def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
@@ -243,8 +251,8 @@ def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
     for run in cell.runs.values():
         content = run.read("trajectory.json")
         try:
-            rounds, values = np.array(content["rounds"], float), np.array(content["gamma_bar"], float)
-        except (TypeError, KeyError, ValueError):
+            rounds, values = _numbers(content["rounds"]), _numbers(content["gamma_bar"])
+        except (TypeError, KeyError, ValueError, OverflowError):
             continue
         if values.ndim == 3 and rounds.ndim == 1 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
             at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))

@@ -13,15 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffora.config import NOT_IN_HASH, short_name
 from diffora.errors import UserError
-from diffora.files import read_json
+from diffora.files import MOST_DEPTH, MOST_YAML, parse_yaml, read_json, read_text
 from diffora.results.record import NAME
 from diffora.results.statistics import finite
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had
 INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
 NO_SETTING = (*NOT_IN_HASH, "seed", "predict")
 TEXTS = ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash")  # of a record, or null
@@ -117,8 +114,8 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
         path = Path(file)
         try:
             found = _read(path)
-        except (OSError, ValueError, TypeError) as error:
-            broken.append((path, str(error)))
+        except (OSError, UserError) as error:
+            broken.append((path, str(error).removeprefix(f"{path} ")))
             continue
         if found is not None:
             runs.append(found)
@@ -141,23 +138,18 @@ def _read(file: Path) -> Run | None:
     """The run, or None for a dry run.
 
     Raises:
-        ValueError: not a record.
+        UserError: not a record, or a config.yaml beside it that cannot be read.
     """
-    with open(file, "rb") as stream:
-        content = stream.read()
-        written = os.fstat(stream.fileno()).st_mtime
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    written = os.stat(file).st_mtime
+    record = read_json(file)
     if not isinstance(record, dict):
-        raise ValueError("not a record: no JSON object")
+        raise UserError("not a record: no JSON object")
     if wrong := [key for key in ("method", "task", "model", "status") if not isinstance(record.get(key), str)]:
-        raise ValueError(f"not a record: {', '.join(wrong)} must be text")
+        raise UserError(f"not a record: {', '.join(wrong)} must be text")
     if wrong := [key for key in TEXTS if not isinstance(record.get(key), str | None)]:
-        raise ValueError(f"not a record: {', '.join(wrong)} must be text or null")
+        raise UserError(f"not a record: {', '.join(wrong)} must be text or null")
     if not isinstance(record.get("seed"), int):
-        raise ValueError("not a record: seed must be a whole number")
+        raise UserError("not a record: seed must be a whole number")
     if record["status"] == "dry_run":
         return None
     record.pop("history", None)  # most of the file; read again for the few that are drawn
@@ -169,10 +161,13 @@ def _read(file: Path) -> Run | None:
 
 def _setting(folder: Path, record: Mapping[str, Any]) -> str:
     """What a run's seeds have in common, as text, for YAML takes a hundred times as long."""
+    file = folder / "config.yaml"
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        text = read_text(file, MOST_YAML)
+    except FileNotFoundError:
         return sys.intern(f"method:\n  name: {json.dumps(record['method'])}\nmodel: {json.dumps(record['model'])}\n")
+    if _doubtful(text):
+        parse_yaml(text, file)
     blocks = []
     for block in _blocks(text):
         name = block.partition(":")[0]
@@ -180,6 +175,13 @@ def _setting(folder: Path, record: Mapping[str, Any]) -> str:
             own = {"task": record.get("data_hash"), "method": record["seed"]}.get(name)
             blocks.append(_placeless(block, own))
     return sys.intern("\n".join(blocks))
+
+
+def _doubtful(text: str) -> bool:
+    """Whether YAML may have aliases, tags or deep nesting, so that it is worth the time to parse all of it."""
+    marked = ("&" in text or "!" in text) and re.search(r"(?:^|[\s,:\[{?-])[&!]\S", text)
+    deep = text.count("[") + text.count("{") > MOST_DEPTH or "\n" + " " * 80 in text or "- " * 9 in text
+    return bool(marked) or deep
 
 
 @functools.lru_cache(maxsize=4096)
@@ -271,8 +273,8 @@ def config_of(setting: str) -> dict[str, Any]:
 def _flat_block(block: str) -> dict[str, Any]:
     """Most settings share most of their blocks, so each is parsed once."""
     try:
-        content = yaml.load(block, Loader=LOADER)
-    except yaml.YAMLError:
+        content = parse_yaml(block, Path("config.yaml"))
+    except UserError:
         return {}
     return dict(_leaves(content, "")) if isinstance(content, dict) else {}
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from diffora.config import conf_dir
-from diffora.results.runs import LOADER, Run, differing
+from diffora.errors import UserError
+from diffora.files import read_yaml
+from diffora.results.runs import Run, differing
 from diffora.results.statistics import Spread, spread
 
 FEW = 5  # seeds, with less of which a table says so
@@ -188,10 +188,14 @@ def _repeats(names: list[str]) -> list[tuple[str, int]]:
 
 def _experiment(name: str, scale: str, runs: list[Run], unfinished: list[Run]) -> Table:
     """The table of ``conf/experiment/<name>.yaml``; runs of rows and columns that it has not come last."""
-    spec = specification(name)
     notes: list[str] = []
+    try:
+        spec = specification(name)
+        why = "" if spec else f"conf/experiment has no table {name}"
+    except UserError as error:
+        spec, why = None, str(error)
     if spec is None:
-        notes.append(f"conf/experiment has no table {name}: rows and columns as they were found, no figures of a paper")
+        notes.append(f"{why}: rows and columns as they were found, no figures of a paper")
         spec = {}
     rows = [row for row in spec.get("rows") or [] if isinstance(row, dict)]
     planned = {str(key): value or {} for key, value in ((spec.get("columns") or {}).get(scale) or {}).items()}
@@ -264,8 +268,9 @@ def specification(name: str) -> dict[str, Any] | None:
     file = conf_dir() / "experiment" / f"{name}.yaml"
     if not re.fullmatch(r"[\w.-]+", name) or not file.is_file():
         return None
-    content = yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER) or {}
-    section = (content.get("hydra") or {}).get("sweeper")
+    content = read_yaml(file)
+    hydra = content.get("hydra") if isinstance(content, dict) else None
+    section = hydra.get("sweeper") if isinstance(hydra, dict) else None
     return section if isinstance(section, dict) else None
 
 

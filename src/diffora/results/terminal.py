@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffora.core.grid import Grid
@@ -57,10 +58,10 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
 
 def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
     """Metrics of each split, and the files."""
-    table = Table(title=f"{account['task']['name']}, {account['seconds']:.1f} s")
+    table = Table(title=escape(f"{account['task']['name']}, {account['seconds']:.1f} s"))
     table.add_column("")
     for split in account["metrics"]:
-        table.add_column(split, justify="right")
+        table.add_column(escape(split), justify="right")
     table.add_row("rows", *(f"{n:,}" for n in account["rows"].values()))
     names = list(dict.fromkeys(name for scores in account["metrics"].values() for name in scores))
     for name in names:
@@ -70,7 +71,7 @@ def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
     console.print(table)
     if not names:
         console.print("no labels: predictions only")
-    console.print(*files, sep="\n", soft_wrap=True, highlight=False)
+    console.print(*files, sep="\n", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | None, method: Any) -> None:

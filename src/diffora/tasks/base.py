@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.trust import class_at, literal
 
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -93,6 +94,8 @@ class Task:
     """Labelled evaluation splits as the source names them, the official one first."""
     test_splits: tuple[str, ...] = ("test",)
     """Splits that ``predict=true`` predicts, as the source names them."""
+    required: ClassVar[tuple[str, ...]] = ("load", "encode", "collate", "score")
+    """Methods that every subclass must define."""
 
     name: str
     metrics: tuple[str, ...]
@@ -256,14 +259,12 @@ def get_task(cfg: Any) -> Task:
     """The task of a composed configuration's ``task`` section.
 
     Raises:
-        UserError: every impossible setting.
+        UserError: no class at ``_target_`` that can be used, or every impossible setting.
     """
-    from hydra.utils import get_class
-
+    kind = class_at(cfg.get("_target_"), Task, "task._target_")
     if cfg.get("path"):  # the shell leaves a ~ behind = as it is
         cfg = cfg.copy()
-        cfg.path = str(Path(cfg.path).expanduser())
-    kind: Any = get_class(cfg._target_)
+        cfg.path = literal(str(Path(cfg.path).expanduser()))
     task: Task = kind(cfg)
     if problems := list(task.problems()):
         raise UserError(problems)

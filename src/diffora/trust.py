@@ -1,0 +1,214 @@
+"""What a file may name: the class behind a ``_target_``, and settings that somebody else may have written.
+
+Whoever types a command, or writes in ``conf/``, may name any class. A file that arrived (a run's ``config.yaml``, an
+adapter's ``diffora.json``) may name classes of this package only, and nothing in it is resolved.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffora.config import conf_dir
+from diffora.errors import UserError
+from diffora.files import read_json
+
+PACKAGE = "diffora"
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+
+
+# --- classes ---
+
+
+def class_at(target: Any, base: Any, key: str, file: Path | None = None) -> Any:
+    """The subclass of ``base`` at a dotted path.
+
+    Args:
+        target: ``module.Class``.
+        base: `Task` or `Method`; ``base.required`` names what a subclass must define.
+        key: where the path was given, such as ``task._target_``, for messages.
+        file: the file that the path comes from, where somebody else may have written it: only classes of this package
+            are looked up then. None for what the user typed or has in ``conf/``.
+
+    Raises:
+        UserError: there is no such class, or it is none that can be used.
+    """
+    kind = base.__name__
+    if file is not None:
+        found = object_in(PACKAGE, target)
+        if not _is_complete(found, base):
+            raise UserError(
+                f"{file}: {key}={_path(target)} is not a {kind} of this project{_nearest(target, key)}. A file may "
+                "not name other code, so nothing was imported. A class that you trust you can name on the command "
+                f"line: {key}=<module>.<class>"
+            )
+        return found
+    name, _, attribute = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    if not (name and attribute and all(name.split("."))):
+        raise UserError(f"{key}={_path(target)} must be the dotted path of a {kind}, as in module.Class")
+    module = _imported(name, target, key)
+    found = getattr(module, attribute, None)
+    if found is None:
+        there = [n for n, o in vars(module).items() if inspect.isclass(o) and issubclass(o, base) and o is not base]
+        hint = f"; it has {', '.join(there)}" if there else ""
+        raise UserError(f"{key}={target}: {name} has no {attribute}{hint}{_nearest(target, key)}")
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise UserError(
+            f"{key}={target} is not a subclass of {base.__module__}.{kind}, which it must be{_nearest(target, key)}"
+        )
+    if not _is_complete(found, base):
+        missing = [member for member in base.required if getattr(found, member) is getattr(base, member)]
+        raise UserError(f"{key}={target} does not define {', '.join(missing)}, which every {kind} must")
+    return found
+
+
+def object_in(package: str, target: Any) -> Any:
+    """What is at a dotted path inside an installed package; None if nothing is, or if it is no class or function of it.
+
+    The text and the package's own files decide whether there is such a module, before anything of it is imported.
+    """
+    if not (isinstance(target, str) and NAME.fullmatch(target) and target.startswith(f"{package}.")):
+        return None
+    name, _, attribute = target.rpartition(".")
+    home = Path(str(import_module(package).__file__)).parent
+    place = home.joinpath(*name.split(".")[1:])
+    files = [place / "__init__.py"] if place == home else [place / "__init__.py", place.with_name(f"{place.name}.py")]
+    if not any(file.is_file() for file in files):
+        return None
+    module = import_module(name)
+    if Path(str(module.__file__)) not in files:
+        return None
+    found = getattr(module, attribute, None)
+    return found if str(getattr(found, "__module__", "")).partition(".")[0] == package else None
+
+
+def _imported(name: str, target: str, key: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{key}={target}: Python finds no module {error.name}{_nearest(target, key)}. A module of your own "
+                f"must be on Python's path: PYTHONPATH=<its folder> python {Path(sys.argv[0]).name or 'train.py'} …"
+            ) from error
+        reason: BaseException = error
+    except (Exception, SystemExit) as error:  # whatever the user's own module does
+        reason = error
+    words = " ".join(str(reason).split())
+    raise UserError(f"{key}={target}: importing {name} fails with {type(reason).__name__}: {words}") from reason
+
+
+def _is_complete(found: Any, base: Any) -> bool:
+    return (
+        inspect.isclass(found)
+        and issubclass(found, base)
+        and not any(getattr(found, member) is getattr(base, member) for member in base.required)
+    )
+
+
+def _nearest(target: Any, key: str) -> str:
+    """Which class that comes with this project may have been meant, in words."""
+    files = (conf_dir() / key.partition(".")[0]).glob("*.yaml")
+    texts = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    there = dict.fromkeys(re.findall(rf"^ *_target_: ({PACKAGE}\.\S+)$", texts, re.MULTILINE))
+    of = {path.rpartition(".")[2]: path for path in sorted(there)}
+    near = get_close_matches(str(target).rpartition(".")[2], of, n=1, cutoff=0.7)
+    return f" (did you mean {of[near[0]]}?)" if near and of[near[0]] != target else ""
+
+
+# --- settings ---
+
+
+def literal(text: str) -> str:
+    r"""A text as OmegaConf must be given it to keep it as it is: ``${x}`` becomes ``\${x}``."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
+def settings(content: Any, file: Path, sections: Sequence[str], values: Sequence[str] = ()) -> DictConfig:
+    """A configuration of some keys of a file, in which every text stays as it is: nothing is ever resolved.
+
+    Args:
+        content: what `read_yaml` or `read_json` found in the file.
+        file: for messages.
+        sections: the groups of settings to take; they must be there.
+        values: other keys to take where they are there.
+
+    Raises:
+        UserError: every section that is missing or no group of settings, every value that no setting can have.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold groups of settings: {', '.join(sections)}")
+    problems = []
+    for name in sections:
+        if name not in content:
+            problems.append(f"{file}: the section {name} is missing")
+        elif not isinstance(content[name], dict):
+            problems.append(f"{file}: {name}={_shown(content[name])} must be a group of settings")
+    if problems:
+        raise UserError(problems)
+    names = [*sections, *(name for name in values if name in content)]
+    plain = {name: _literals(content[name], name, file, problems) for name in names}
+    if problems:
+        raise UserError(problems)
+    return OmegaConf.create(plain)
+
+
+def _literals(value: Any, key: str, file: Path, problems: list[str]) -> Any:
+    if isinstance(value, dict):
+        if strange := [name for name in value if not isinstance(name, str | int)]:
+            problems.append(f"{file}: {key} has the key {_shown(strange[0])}, which must be text")
+            return {}
+        return {name: _literals(item, f"{key}.{name}", file, problems) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literals(item, f"{key}[{i}]", file, problems) for i, item in enumerate(value)]
+    if isinstance(value, str) and value != "???":
+        return literal(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    problems.append(f"{file}: {key}={_shown(value)} must be text, a number, true, false or null")
+    return None
+
+
+def _path(target: Any) -> str:
+    """A dotted path in a message; what only looks like another path is told apart."""
+    ordinary = isinstance(target, str) and len(target) <= 80 and target.isascii() and target.isprintable()
+    return target if ordinary else _shown(target)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, not at any length."""
+    text = "null" if value is None else ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# --- adapters of PEFT ---
+
+LOADS_MORE = {
+    "XLORA": "it loads other adapters from places that it names",
+    "SHADOW": "it loads a second model from a place that it names",
+}
+
+
+def check_peft_adapter(folder: Path) -> None:
+    """Refuse an adapter of PEFT that would have PEFT import a module, unpickle a file or load from elsewhere.
+
+    Raises:
+        UserError: what is wrong with ``adapter_config.json``, or its weights are not in safetensors.
+    """
+    file = folder / "adapter_config.json"
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(kind := content.get("peft_type"), str):
+        raise UserError(f"{file} is not the configuration of an adapter: it must have peft_type, such as LORA")
+    if reason := LOADS_MORE.get(kind.upper()):
+        raise UserError(f"{file}: peft_type={kind} is not loaded: {reason}")
+    if content.get("megatron_config") or content.get("megatron_core") not in (None, "megatron.core"):
+        raise UserError(f"{file}: megatron_config and megatron_core name a module to import, which a file may not")
+    if not (folder / "adapter_model.safetensors").is_file():
+        other = "; adapter_model.bin is a pickle, which can run code" if (folder / "adapter_model.bin").exists() else ""
+        raise UserError(f"{folder} has no adapter_model.safetensors, the only format of weights that is read{other}")
