@@ -74,7 +74,7 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
         assert searched is not None
         fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha)
+        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
         return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}

@@ -173,7 +173,7 @@ def search(
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, s.rank, None, alpha)
+    attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
     arguments = model, layers, grid.types, parts.task, settings, cfg.seed
