@@ -1,5 +1,6 @@
 """From a trained model to files that others load: a PEFT adapter, or a whole transformers model."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from diffora.core.linear import features, is_conv1d, is_linear
 from diffora.core.lowrank import LowRankLinear, freeze_rest, places_of
 from diffora.core.peers import Peers
 from diffora.errors import UserError
-from diffora.files import write_text
+from diffora.files import read_json, write_text
 from diffora.manifest import MANIFEST, read_manifest, write_manifest
 from diffora.models import drawn_modules, freeze_backbone, head_modules
 from diffora.pairs import CONFIG, EXACT, WEIGHTS, StoredPairs, equal_groups, pad_and_fold, read_tensors, write_tensors
@@ -241,16 +242,14 @@ def load_adapter(model: nn.Module, folder: Path, *, freeze: bool = True) -> None
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
+    manifest: dict[str, Any] | None = None
+    with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
+        manifest = read_manifest(folder)
     if (folder / ADAPT).is_file():
-        _load_weights(model, folder)
+        _load_weights(model, folder, manifest)
         for head in head_modules(model) if freeze else ():
             model.get_submodule(head).requires_grad_(False)
-        return
-    try:
-        manifest = read_manifest(folder)
-    except FileNotFoundError:
-        manifest = {}
-    if "modules" in manifest:
+    elif manifest is not None and "modules" in manifest:
         _load_pairs(model, folder, manifest)
         if freeze:
             freeze_rest(model)
@@ -261,12 +260,12 @@ def load_adapter(model: nn.Module, folder: Path, *, freeze: bool = True) -> None
         )
     elif (folder / CONFIG).is_file():
         _load_with_peft(model, folder)
-        _take_labels(model, manifest, folder)
+        _take_labels(model, manifest or {}, folder)
     else:
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no {CONFIG}")
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
+def _load_weights(model: nn.Module, folder: Path, manifest: Mapping[str, Any] | None) -> None:
     from hydra.utils import get_class
     from omegaconf import OmegaConf
 
@@ -274,16 +273,16 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     from diffora.core.selection import Selection
 
     try:
-        cfg: Any = OmegaConf.create(json.loads((folder / ADAPT).read_text()))
+        cfg: Any = OmegaConf.create(read_json(folder / ADAPT))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder} is not an adapter of this project: {error}") from None
-    try:
-        manifest = read_manifest(folder)
-    except FileNotFoundError:
+    if manifest is None:
         raise UserError(
             f"{folder} has no {MANIFEST}: copy the whole folder from the run. Adapters of earlier versions, which had "
             "none, are not read any more: make the run again"
-        ) from None
+        )
     tensors = read_tensors(folder / "weights.safetensors")
     kind: Any = get_class(cfg.method._target_)
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
