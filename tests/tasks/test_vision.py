@@ -633,7 +633,7 @@ def test_the_adapter_loads_with_plain_peft(cfg, tmp_path):
     base = AutoModelForImageClassification.from_pretrained(TINY, num_labels=5)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     task = get_task(c.task)
-    torch.testing.assert_close(logits_of(loaded, task), logits_of(result.model, task), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_of(loaded, task), logits_of(result.model, task), atol=1e-5, rtol=1e-5)
 
 
 def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
