@@ -35,6 +35,7 @@ def compose_cfg(*overrides: str):
         return compose("config", list(overrides))
 
 
+LAYER = "deberta.encoder.layer"
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
 
@@ -240,6 +241,25 @@ def test_an_adapter_of_another_model_is_refused(trained, deberta):
         load_adapter(deberta(layers=1), folder / "adapter")
 
 
+def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deberta, tmp_path, caplog):
+    def shared() -> nn.Module:
+        model = deberta()
+        first, second = model.deberta.encoder.layer
+        second.output.dense = first.output.dense
+        return model
+
+    model, again = shared(), shared()
+    attach(model, [[f"{LAYER}.0.output.dense"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    nn.init.normal_(model.get_submodule(f"{LAYER}.1.output.dense").lora_bt)
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    assert f"{LAYER}.0.output.dense stands at {LAYER}.1.output.dense too" in caplog.text
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        torch.testing.assert_close(again.eval()(**inputs()).logits, expected)
+        assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
+
+
 # --- damaged and strange files ---
 
 
@@ -343,7 +363,6 @@ def test_the_base_model_may_be_renamed(exported, tmp_path):
         load_adapter(small_deberta(), folder)
 
 
-LAYER = "deberta.encoder.layer"
 OWN, SHARED, OTHER = (f"{LAYER}.{place}" for place in ("0.output.dense", f"0.{TYPES[1]}", "1.intermediate.dense"))
 
 

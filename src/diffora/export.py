@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ def export_adapter(
     if not kept:  # all pruned: PEFT wants at least one module
         name, lora_a, lora_bt, scale = everything[0]
         kept = {name: (torch.zeros(1, lora_a.shape[1]), torch.zeros(1, lora_bt.shape[1]), scale)}
+    for name, others in _elsewhere(model, kept):
+        log.warning(f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: load with load_adapter")
     groups = equal_groups(kept, shared)
     tensors, exact = pad_and_fold(kept, groups)
     tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(model).items()}
@@ -97,6 +99,19 @@ def export_adapter(
     write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
     content = {"modules": modules, "shared": groups, "heads": heads, "labels": labels_of(origin.arguments)}
     write_manifest(folder, [CONFIG, WEIGHTS, *([EXACT] if exact else [])], content)
+
+
+def _elsewhere(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Adapted modules that have other places in the model, which PEFT, going by names, does not see."""
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
+
+    def spot(place: str) -> tuple[int, str]:
+        parent, _, last = place.rpartition(".")
+        return id(modules[parent]), last
+
+    for name in names:
+        if others := [place for place in places[id(modules[name])] if spot(place) != spot(name)]:
+            yield name, others
 
 
 def labels_of(arguments: Mapping[str, Any]) -> list[str] | None:

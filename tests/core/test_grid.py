@@ -238,6 +238,17 @@ def test_a_module_under_two_names_in_a_layer_is_one_candidate():
     assert "layers.0.k is the same module as another one" in said
 
 
+def test_a_module_that_several_layers_share_is_adapted_once_or_not_at_all():
+    layers = stack(*[["q", "k"]] * 12)
+    layers[11].q = layers[10].q
+    said = message(holding(layers=layers))
+    assert "layers.11.q is the same module as layers.10.q: leave q out" in said
+    assert find_grid(holding(layers=layers), candidates=["k"]).n_layers == 12
+    assert find_grid(holding(layers=layers), layer="layers.[10]").types == ("q", "k")
+    repeated = stack(["q"])[0]
+    assert find_grid(holding(layers=nn.ModuleList([repeated] * 6))).names == (("layers.0.q",),)  # one layer, six times
+
+
 def test_a_model_without_layers_says_so():
     assert "this model has no numbered layers" in message(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 

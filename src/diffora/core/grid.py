@@ -115,6 +115,8 @@ def find_grid(
         problems += [f"model.roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
     if problems:
         raise UserError([*problems, _hint(model, stack.pattern, candidates)])
+    if problems := list(_shared(rows, candidates)):
+        raise UserError(problems)
     everywhere = [path for path in rows[0][1] if all(path in linear for _, linear in rows)]
     return Grid(
         types=tuple(candidates),
@@ -183,6 +185,20 @@ def _problems(
         elif missing:
             names = ", ".join(rows[i][0].rpartition(".")[2] for i in missing)
             yield f"{layer}.{path} is missing in layer(s) {names}"
+
+
+def _shared(rows: Sequence[tuple[str, Mapping[str, nn.Module]]], candidates: Sequence[str]) -> Iterator[str]:
+    """Candidates that are one module in several layers, which can have one update only."""
+    for path in candidates:
+        first: dict[int, str] = {}
+        for place, linear in rows:
+            other = first.setdefault(id(linear[path]), place)
+            if other != place:
+                yield (
+                    f"{place}.{path} is the same module as {other}.{path}: leave {path} out of the candidates, or name "
+                    "in model.layer one of the layers that share it, as [0] in place of *"
+                )
+                break
 
 
 def _has(model: nn.Module, name: str) -> bool:
