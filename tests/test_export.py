@@ -1,5 +1,6 @@
 """Export equals the model in memory, with adapters that are not zero."""
 
+import copy
 import json
 import random
 import re
@@ -404,6 +405,11 @@ def changed(content: dict, path: str, value) -> None:
         ("shared", [[f"{LAYER}.0.{TYPES[0]}", OWN]], "share a pair in manifest.json, but their A and B differ"),
         ("heads", "classifier", "heads='classifier' must be a list"),
         ("heads", ["pooler"], "it has base_model.model.classifier"),
+        ("heads", ["pooler", "classifier", "deberta.embeddings"], "embeddings.LayerNorm.bias is missing in the file"),
+        (f"modules/{OWN}/scale", 10**400, "must be a number above 0"),
+        (f"modules/{OWN}/scale", 1e-300, "must be a number above 0"),
+        ("labels", "ab", "labels='ab' must be a list"),
+        ("files", {"a\0.b": "0"}, "no digests of files beside it"),
         ("heads", ["pooler", "classifier", "nope"], "does not fit this model, which has no nope"),
         ("files", {"../../x": "0"}, "no digests of files beside it"),
         ("files", [], "no digests of files beside it"),
@@ -427,6 +433,17 @@ def test_what_cannot_be_right_in_a_manifest_is_said(path, value, said, exported,
     with pytest.raises(UserError) as error:
         load_adapter(model, folder)
     assert said in str(error.value)
+    assert not list(lowrank_layers(model))
+
+
+def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
+    """MRPC's adapter on a model for three classes: the pooler would have been filled in."""
+    model = small_deberta()
+    model.classifier = nn.Linear(16, 3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"classifier\.weight is \(2, 16\) in the file and \(3, 16\) in the model"):
+        load_adapter(model, str(exported["pairs"]))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not list(lowrank_layers(model))
 
 

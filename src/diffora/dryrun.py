@@ -1,5 +1,6 @@
 """``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
 
+import itertools
 import logging
 import time
 from bisect import bisect_right
@@ -33,6 +34,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     """
     model = models.meta_model(cfg.model, task)
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    models.check_outside_head(model, itertools.chain(*grid.names))
     asked: list[str] = []
 
     def stand_in(selector: str) -> Selection:

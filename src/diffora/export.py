@@ -17,7 +17,7 @@ from diffora.core.peers import Peers
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
 from diffora.manifest import MANIFEST, read_manifest, write_manifest
-from diffora.models import drawn_modules, freeze_backbone, head_modules
+from diffora.models import check_outside_head, drawn_modules, freeze_backbone, head_modules
 from diffora.pairs import CONFIG, EXACT, WEIGHTS, StoredPairs, equal_groups, pad_and_fold, read_tensors, write_tensors
 from diffora.tasks.base import Task
 
@@ -68,6 +68,7 @@ def export_adapter(
     if not kept:  # all pruned: PEFT wants at least one module
         name, lora_a, lora_bt, scale = everything[0]
         kept = {name: (torch.zeros(1, lora_a.shape[1]), torch.zeros(1, lora_bt.shape[1]), scale)}
+    check_outside_head(model, kept)
     for name, others in _elsewhere(model, kept):
         log.warning(f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: load with load_adapter")
     groups = equal_groups(kept, shared)
@@ -242,7 +243,7 @@ def export_model(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)  # type: ignore[operator]
 
 
-def load_adapter(model: nn.Module, folder: Path, *, freeze: bool = True) -> None:
+def load_adapter(model: nn.Module, folder: Path | str, *, freeze: bool = True) -> None:
     """Put an exported adapter on a backbone, in place, with ranks, scales and sharing as they were trained.
 
     What was trained, but for the head, requires gradients afterwards, so that training can go on. PEFT's own layers are
@@ -257,6 +258,7 @@ def load_adapter(model: nn.Module, folder: Path, *, freeze: bool = True) -> None
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
+    folder = Path(folder)
     manifest: dict[str, Any] | None = None
     with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
         manifest = read_manifest(folder)
@@ -340,12 +342,22 @@ def _load_pairs(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> 
         raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])
     _check_heads(model, [*pairs.heads, *whole], folder)
     _take_labels(model, manifest, folder)
+    states = {}
     for name in [*pairs.heads, *whole]:
         prefix = f"base_model.model.{name}." + ("base_layer." if name in whole else "")
         state = {key.removeprefix(prefix): value for key, value in pairs.tensors.items() if key.startswith(prefix)}
-        if absent := modules[name].state_dict().keys() - state.keys():
-            raise UserError(f"{folder} does not fit this model: it has no {name}.{min(absent)}")
-        _fill(modules[name], state, folder)
+        needed = {key: tuple(value.shape) for key, value in modules[name].state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        problems += [
+            f"{name}.{key} is {given.get(key, 'missing')} in the file and {needed.get(key, 'missing')} in the model"
+            for key in sorted(needed.keys() | given.keys())
+            if needed.get(key) != given.get(key) and not (name in pairs.modules and key.startswith("lora_"))
+        ]
+        states[name] = state
+    if problems:
+        raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])
+    for name, state in states.items():
+        modules[name].load_state_dict(state)
     first = {name: group[0] for group in pairs.groups for name in group}
     parameters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     peers = Peers()
@@ -372,13 +384,15 @@ def _take_labels(model: nn.Module, manifest: Mapping[str, Any], folder: Path) ->
     names = getattr(config, "id2label", None)
     if not labels or not names:
         return
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{folder / MANIFEST}: labels={labels!r} must be a list of class names")
     theirs = [str(names[i]) for i in sorted(names)]
     if theirs == [f"LABEL_{i}" for i in range(len(labels))]:
         config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
     elif theirs != labels:
         raise UserError(
-            f"{folder} was trained on the classes {', '.join(map(str, labels[:10]))} ({len(labels)}), in this order; "
+            f"{folder} was trained on the classes {', '.join(labels[:10])} ({len(labels)}), in this order; "
             f"the model's are {', '.join(theirs[:10])} ({len(theirs)}): give it the adapter's id2label and label2id"
         )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from diffora.files import file_digest, read_json, write_text
 MANIFEST = "manifest.json"
 MOVABLE = ("base_model_name_or_path", "revision", "base_model")
 """Keys of JSON files that are outside the digests: whoever moves or publishes an adapter has to change them."""
+NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
+"""Names of files beside the manifest."""
 
 
 def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any]) -> None:
@@ -36,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     content = read_json(file)
     files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not all(Path(name).name == name for name in files):
+    if not isinstance(files, dict) or not all(map(NAME.fullmatch, files)):
         raise UserError(f"{file} is not the manifest of an adapter: it has no digests of files beside it")
     if content.pop("sha256", None) != _digest_of(content):
         raise UserError(f"{file} is damaged or was edited: it does not have the digest that was written into it")

@@ -10,7 +10,6 @@ power of two gives B back to the bit. Another scale rounds, so that ``exact.safe
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
         rank, scale, dropout = entry.get("rank"), entry.get("scale"), entry.get("dropout")
         if not (_is_number(rank) and isinstance(rank, int) and rank >= 1):
             yield f"modules.{name}.rank={rank!r} must be a whole number of at least 1"
-        if not (_is_number(scale) and 0 < scale < math.inf):
+        if not (_is_number(scale) and 1e-38 < scale < 1e38):  # what float32 holds
             yield f"modules.{name}.scale={scale!r} must be a number above 0"
         if not (_is_number(dropout) and 0 <= dropout < 1):
             yield f"modules.{name}.dropout={dropout!r} must be a rate in [0, 1)"
@@ -194,21 +193,23 @@ def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{', '.join(group)} share a pair, but not its rank, scale and dropout"
 
 
-def retie(model: nn.Module, folder: Path, adapter: str = "default") -> None:
-    """Make the modules that share a pair share it again in a model that plain PEFT loaded, in place.
+def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> None:
+    """Make the modules that share a pair share it again in a `peft.PeftModel`, in place.
 
     PEFT gives each module a copy, so that they drift apart when training goes on. Call this right after
     ``PeftModel.from_pretrained(base, folder, is_trainable=True)`` and before the optimiser is made.
     ``save_pretrained`` then works as ever, and keeps the copies equal.
 
     Args:
-        model: PEFT's model, or one that transformers put the adapter into.
+        model: the `PeftModel`. What transformers itself puts an adapter into (`AutoModel.from_pretrained(folder)`)
+            cannot be saved with shared weights, and is refused.
         folder: the adapter's, with its ``manifest.json``.
         adapter: PEFT's name for it.
 
     Raises:
         UserError: the folder does not say which modules share, or it is not the adapter of this model.
     """
+    folder = Path(folder)
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:
@@ -217,11 +218,11 @@ def retie(model: nn.Module, folder: Path, adapter: str = "default") -> None:
     layers: dict[str, Any] = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if adapter in getattr(module, "lora_A", ())
+        if name.startswith("base_model.model.") and adapter in getattr(module, "lora_A", ())
     }
     for group in pairs.groups:
         if missing := [name for name in group if name not in layers]:
-            raise UserError(f"this model has no {adapter} adapter of PEFT's at {missing[0]}: is {folder} loaded?")
+            raise UserError(f"this is no PeftModel with the adapter {adapter} at {missing[0]}: is {folder} loaded?")
         for matrix in ("lora_A", "lora_B"):
             first, *others = (getattr(layers[name], matrix)[adapter] for name in group)
             for name, other in zip(group[1:], others, strict=True):

@@ -87,6 +87,7 @@ class Parts:
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
         grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+        models.check_outside_head(model, itertools.chain(*grid.names))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
         processor = task.processor(cfg.model)
