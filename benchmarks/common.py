@@ -168,7 +168,7 @@ class Search:
 
     def __init__(self, model: nn.Module, grid: Grid, shape: Shape, joint: bool) -> None:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-        layers: Any = attach(model, grid.names, everything, shape.rank, None, ALPHA)
+        layers: Any = attach(model, grid.names, everything, shape.rank, None, ALPHA, freeze=False)
         fill(model)
         settings = SearchSettings(lr=LR, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=None, accumulate=1)
         task = get_task(OmegaConf.load(REPO / "conf" / "task" / "mrpc.yaml"))
@@ -263,7 +263,7 @@ def diffora(model: nn.Module, shape: Shape) -> Contender:
     model = own(model)
     grid = shape.grid(model)
     selected = torch.tensor([[column < grid.n_types // 2 for column in range(grid.n_types)]] * grid.n_layers)
-    attach(model, grid.names, selected, shape.rank, 2, ALPHA)
+    attach(model, grid.names, selected, shape.rank, 2, ALPHA, freeze=False)
     fill(model)
     return Contender(model.to(shape.device), shape)
 

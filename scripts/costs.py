@@ -107,7 +107,7 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-        return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha)
+        return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
     by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # type: ignore[attr-defined]  # noqa: E731
     method.adapt(model, grid, method.select(grid, cfg.seed, by_chance), cfg.seed)
     return task, model, None

@@ -311,7 +311,7 @@ def test_the_second_order_gradient_of_gamma_against_finite_differences():
     model = random_model("gpt2", "AutoModelForSequenceClassification", pad_token_id=PAD, **off)
     models.freeze_backbone(model)
     grid = find_grid(model)
-    layers = attach(model, grid.names, torch.ones(2, 4, dtype=torch.bool), 2, None, alpha=4)
+    layers = attach(model, grid.names, torch.ones(2, 4, dtype=torch.bool), 2, None, alpha=4, freeze=False)
     for row in layers:
         for layer in row:
             nn.init.normal_(layer.lora_bt, std=0.3)

@@ -54,7 +54,7 @@ class Stand:
             models.checkpoint_activations(model)
         grid = find_grid(model, self.cfg.model.layer, self.cfg.model.candidates)
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-        return model.train(), attach(model, grid.names, everything, 4, None, alpha=8)
+        return model.train(), attach(model, grid.names, everything, 4, None, alpha=8, freeze=False)
 
     def batch(self) -> dict[str, torch.Tensor]:
         """As `Task.dummy`, but of the kind that is usual: with several sequences in a row, or with padding."""

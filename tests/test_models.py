@@ -48,7 +48,7 @@ def test_counts_count_shared_parameters_once(deberta):
     assert backbone + before["head"] == sum(p.numel() for p in model.parameters())
     assert before["adapter"] == 0 and before["trainable"] == before["head"]
     grid = find_grid(model, "encoder.layer.*", TYPES)
-    attach(model, grid.names, torch.zeros(2, 6, dtype=torch.bool), 2, 1, alpha=1)
+    attach(model, grid.names, torch.zeros(2, 6, dtype=torch.bool), 2, 1, alpha=1, freeze=False)
     after = models.count_parameters(model)
     assert after["adapter"] == 4 * 32 + 2 * 48
     assert after["head"] == before["head"] and after["trainable"] == after["adapter"] + after["head"]

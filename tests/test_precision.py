@@ -35,7 +35,16 @@ def adapted(composed, task):
     torch.manual_seed(0)
     model = models.load_model(composed.model, task)
     grid = find_grid(model)
-    attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 4, None, 8, dropout=0.1)
+    attach(
+        model,
+        grid.names,
+        torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool),
+        4,
+        None,
+        8,
+        dropout=0.1,
+        freeze=False,
+    )
     for _, layer in lowrank_layers(model):
         torch.nn.init.normal_(layer.lora_bt, std=0.05)
     return model.train()

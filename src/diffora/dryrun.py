@@ -1,5 +1,6 @@
 """``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
 
+import itertools
 import logging
 import time
 from bisect import bisect_right
@@ -33,6 +34,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     """
     model = models.meta_model(cfg.model, task)
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    models.check_outside_head(model, itertools.chain(*grid.names))
     asked: list[str] = []
 
     def stand_in(selector: str) -> Selection:
@@ -74,7 +76,7 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
         assert searched is not None
         fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha)
+        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
         return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}

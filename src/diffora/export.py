@@ -1,8 +1,9 @@
 """From a trained model to files that others load: a PEFT adapter, or a whole transformers model."""
 
+import contextlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
-from diffora.core.linear import is_conv1d
-from diffora.core.lowrank import LowRankLinear
+from diffora.core.linear import features, is_conv1d, is_linear
+from diffora.core.lowrank import LowRankLinear, freeze_rest, places_of
 from diffora.core.peers import Peers
 from diffora.errors import UserError
-from diffora.files import atomic, atomic_folder, read_json, write_text
-from diffora.models import drawn_modules, freeze_backbone, head_modules
+from diffora.files import atomic_folder, read_json, write_text
+from diffora.manifest import MANIFEST, read_manifest, write_manifest
+from diffora.models import check_outside_head, drawn_modules, freeze_backbone, head_modules
+from diffora.pairs import CONFIG, EXACT, WEIGHTS, StoredPairs, equal_groups, pad_and_fold, read_tensors, write_tensors
 from diffora.tasks.base import Task
 from diffora.trust import check_peft_adapter, class_at, settings
 
-SHARING = "sharing.json"
+log = logging.getLogger(__name__)
+
 ADAPT = "diffora.json"
 
 
@@ -50,50 +54,73 @@ Pairs = Iterable[tuple[str, Tensor, Tensor, float]]
 def export_adapter(
     model: nn.Module, folder: Path, origin: Origin, pairs: Pairs, shared: Sequence[list[str]] = ()
 ) -> None:
-    """Write low-rank updates and head as a LoRA adapter that plain `peft.PeftModel.from_pretrained` loads.
+    """Write low-rank updates and head as a LoRA adapter that PEFT and other programs load (`diffora.pairs`).
 
-    Every module is named in full and has its own rank and alpha, since names like ``output.dense`` match more than is
-    meant. Modules that share a pair get a copy each, so inference is exact; which ones did stands in ``sharing.json``.
+    Modules are named in full, since names like ``output.dense`` match more than is meant.
 
     Args:
         model: whose head goes along.
-        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        folder: where the files go.
         origin: for the configuration and the card.
         pairs: the updates; modules whose rank came down to 0 are left out.
         shared: groups of modules that share one pair.
     """
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    scales: dict[str, tuple[int, float]] = {}
     everything = list(pairs)
-    if not any(len(lora_a) for _, lora_a, _, _ in everything):  # all pruned: PEFT wants at least one module
-        name, lora_a, lora_bt, scaling = everything[0]
-        everything = [(name, lora_a.new_zeros(1, lora_a.shape[1]), lora_bt.new_zeros(1, lora_bt.shape[1]), scaling)]
-    for name, lora_a, lora_bt, scaling in everything:
-        if len(lora_a):
-            place = f"base_model.model.{name}"
-            tensors[f"{place}.lora_A.weight"] = lora_a.detach().cpu().clone()
-            tensors[f"{place}.lora_B.weight"] = lora_bt.detach().T.cpu().clone(memory_format=torch.contiguous_format)
-            scales[name] = len(lora_a), scaling
+    kept = {name: (a.detach().cpu(), bt.detach().cpu(), scale) for name, a, bt, scale in everything if len(a)}
+    if not kept:  # all pruned: PEFT wants at least one module
+        name, lora_a, lora_bt, scale = everything[0]
+        kept = {name: (torch.zeros(1, lora_a.shape[1]), torch.zeros(1, lora_bt.shape[1]), scale)}
+    check_outside_head(model, kept)
+    for name, others in _elsewhere(model, kept):
+        log.warning(f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: load with load_adapter")
+    groups = equal_groups(kept, shared)
+    tensors, exact = pad_and_fold(kept, groups)
     tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(model).items()}
     alone = []
     for name in drawn_modules(model):
         base, inner = model.get_submodule(name), ""
-        if name in scales:  # beside its update, where PEFT looks for it
+        if name in kept:  # beside its update, where PEFT looks for it
             base, inner = getattr(base, "base", None) or base.base_layer, "base_layer."  # type: ignore[assignment]
         else:
             alone.append(name)
         weights = {key: value.detach().cpu().clone() for key, value in base.state_dict().items()}
         tensors |= {f"base_model.model.{name}.{inner}{key}": value for key, value in weights.items()}
-    with atomic(folder / "adapter_model.safetensors") as scratch:
-        save_file(tensors, scratch, metadata={"format": "pt"})
-    write_text(folder / SHARING, json.dumps([names for names in shared if len(names) > 1], indent=1) + "\n")
-    config = adapter_config(scales, head_modules(model) + alone, origin)
-    adapted = (part for name in scales for part in model.get_submodule(name).modules())
+    heads = head_modules(model) + alone
+    config = adapter_config(list(kept), max(len(a) for a, _, _ in kept.values()), heads, origin)
+    layers = {name: model.get_submodule(name) for name in kept}
+    adapted = (part for layer in layers.values() for part in layer.modules())
     config["fan_in_fan_out"] = any(map(is_conv1d, adapted))  # how the backbone keeps weights; A and B are as ever
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
-    write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
+    modules = {}
+    for name, (lora_a, _, scale) in kept.items():
+        layer = layers[name]
+        dropout = layer.dropout if isinstance(layer, LowRankLinear) else 0.0
+        modules[name] = {"rank": len(lora_a), "scale": scale, "dropout": dropout}
+    write_tensors(folder / WEIGHTS, tensors)
+    if exact:
+        write_tensors(folder / EXACT, exact)
+    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
+    content = {"modules": modules, "shared": groups, "heads": heads, "labels": labels_of(origin.arguments)}
+    write_manifest(folder, [CONFIG, WEIGHTS, *([EXACT] if exact else [])], content)
+
+
+def _elsewhere(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Adapted modules that have other places in the model, which PEFT, going by names, does not see."""
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
+
+    def spot(place: str) -> tuple[int, str]:
+        parent, _, last = place.rpartition(".")
+        return id(modules[parent]), last
+
+    for name in names:
+        if others := [place for place in places[id(modules[name])] if spot(place) != spot(name)]:
+            yield name, others
+
+
+def labels_of(arguments: Mapping[str, Any]) -> list[str] | None:
+    """The class names in a head's entries of the configuration, in order of their numbers."""
+    names = arguments.get("id2label")
+    return None if names is None else [str(names[i]) for i in sorted(names)]
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,14 +140,11 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
         folder: where ``diffora.json`` (how to adapt) and ``weights.safetensors`` (what was trained) go.
         origin: whose configuration says how to adapt.
     """
-    from safetensors.torch import save_file
-
     trained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     for name in drawn_modules(model):
         drawn = model.get_submodule(name).state_dict(prefix=f"{name}.")
         trained |= {key: value.detach().cpu().clone() for key, value in drawn.items()}
-    with atomic(folder / "weights.safetensors") as scratch:
-        save_file(trained | head_tensors(model), scratch, metadata={"format": "pt"})
+    write_tensors(folder / "weights.safetensors", trained | head_tensors(model))
     sections = ("method", "rank", "rho", "finetune", "seed", "model")
     content = {key: origin.config[key] for key in sections if key in origin.config}
     selected = origin.record["selection"]
@@ -129,24 +153,26 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
         write_text(folder / selected["file"], (folder.parent / selected["file"]).read_text())
     write_text(folder / ADAPT, json.dumps({"base_model": origin.base_model, **content}, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
+    files = ["weights.safetensors", ADAPT, *([content["selection"]] if selected else [])]
+    write_manifest(folder, files, {"labels": labels_of(origin.arguments)})
 
 
-def adapter_config(scales: Mapping[str, tuple[int, float]], heads: list[str], origin: Origin) -> dict[str, Any]:
-    """The content of PEFT's ``adapter_config.json`` for updates of (rank, s) by module; PEFT's s is alpha / rank."""
-    exact = {f"^{re.escape(name)}": pair for name, pair in scales.items()}
-    rank, scaling = next(iter(scales.values()))
+def adapter_config(names: Sequence[str], rank: int, heads: list[str], origin: Origin) -> dict[str, Any]:
+    """The content of PEFT's ``adapter_config.json`` for updates of one rank and the scale 1."""
     return {
         "peft_type": "LORA",
         "task_type": origin.task.peft_type,
         "base_model_name_or_path": origin.base_model,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": scaling * rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(scales),
-        "rank_pattern": {pattern: rank for pattern, (rank, _) in exact.items()},
-        "alpha_pattern": {pattern: scaling * rank for pattern, (rank, scaling) in exact.items()},
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": list(names),
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "modules_to_save": heads or None,
     }
 
@@ -160,19 +186,24 @@ from diffora.export import load_adapter
 load_adapter(base, Path("path/to/this/folder"))"""
 
 
-def card(origin: Origin, how_to_load: str) -> str:
-    """Model card with what to type to load the adapter onto ``base``."""
+def card(origin: Origin, how_to_load: str, groups: Sequence[Sequence[str]] = ()) -> str:
+    """Model card with what to type to load the adapter onto ``base``, and to train on with modules that share."""
     record, task = origin.record, origin.task
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())
-    names = origin.arguments.get("id2label")
-    arguments = {key: value for key, value in origin.arguments.items() if key not in ("id2label", "label2id")}
-    if names is not None:
-        arguments = {"num_labels": len(names)} | arguments
-    head = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    labels, lines = labels_of(origin.arguments), [f"from transformers import {task.model_class}", ""]
+    arguments = {key: repr(v) for key, v in origin.arguments.items() if key not in ("id2label", "label2id")}
+    if labels is not None:
+        lines.append(f"names = {labels!r}")
+        named = {"id2label": "dict(enumerate(names))", "label2id": "{name: i for i, name in enumerate(names)}"}
+        arguments = {key: value for key, value in arguments.items() if key != "num_labels"} | named
+    head = "".join(f", {key}={value}" for key, value in arguments.items())
+    lines += [f'base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="float32")', how_to_load]
+    code = "\n".join(lines)
     library = "peft" if how_to_load is LOAD_WITH_PEFT else "diffora"
+    # A folder of this machine is no model that the hub knows, and its pages break on one.
+    base = "" if Path(origin.base_model).is_absolute() else f"base_model: {origin.base_model}\n"
     return f"""---
-base_model: {origin.base_model}
-library_name: {library}
+{base}library_name: {library}
 tags: [{record["method"]}, {record["task"]}]
 ---
 # {record["method"]} adapter for {task.name}
@@ -184,12 +215,29 @@ tags: [{record["method"]}, {record["task"]}]
 {scores}
 
 ```python
-from transformers import {task.model_class}
-
-base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="float32")
-{how_to_load}
+{code}
 ```
-{task.usage}"""
+{task.usage}{TRAIN_ON.format(sum(map(len, groups)), len(groups)) if groups else ""}"""
+
+
+TRAIN_ON = """
+## Training on
+
+{0} modules share {1} pairs of A and B. Plain PEFT gives each module a copy of its pair: predictions are the same, but
+the copies drift apart when training goes on. To keep them one, load the adapter in this way instead, before the
+optimiser is made:
+
+```python
+from pathlib import Path
+from diffora.pairs import retie
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)
+retie(model, Path("path/to/this/folder"))
+```
+
+Or load the adapter with `diffora.export.load_adapter(base, Path("path/to/this/folder"))`, which restores ranks, scales
+and sharing exactly as they were trained.
+"""
 
 
 def export_model(model: nn.Module, folder: Path) -> None:
@@ -198,30 +246,48 @@ def export_model(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(scratch)  # type: ignore[operator]
 
 
-def load_adapter(model: nn.Module, folder: Path, method: str | None = None) -> None:
-    """Put an exported adapter on a backbone, in place, with the sharing between layers restored.
+def load_adapter(model: nn.Module, folder: Path | str, method: str | None = None, *, freeze: bool = True) -> None:
+    """Put an exported adapter on a backbone, in place, with ranks, scales and sharing as they were trained.
+
+    What was trained, but for the head, requires gradients afterwards, so that training can go on. PEFT's own layers are
+    loaded for inference.
 
     Args:
         model: the pretrained backbone with a head, without low-rank layers.
-        folder: the ``adapter/`` of a run.
+        folder: the ``adapter/`` of a run, or an adapter that PEFT wrote.
         method: dotted path of the `Method` that adapts the model, where it is none of this project: what the folder
             itself says is not imported.
+        freeze: freeze everything else. The head too: to train it, call ``model.classifier.requires_grad_(True)``
+            afterwards. False leaves it as it is; where the folder has no low-rank pairs, the head is trainable then.
 
     Raises:
-        UserError: missing or unreadable files, or an adapter of another model.
+        UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
+    folder = Path(folder)
+    manifest: dict[str, Any] | None = None
+    with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
+        manifest = read_manifest(folder)
     if (folder / ADAPT).is_file():
-        _load_weights(model, folder, method)
-    elif (folder / SHARING).is_file():
-        _load_pairs(model, folder)
-    elif (folder / "adapter_config.json").is_file():
+        _load_weights(model, folder, manifest, method)
+        for head in head_modules(model) if freeze else ():
+            model.get_submodule(head).requires_grad_(False)
+    elif manifest is not None and "modules" in manifest:
+        _load_pairs(model, folder, manifest)
+        if freeze:
+            freeze_rest(model)
+    elif (folder / "sharing.json").is_file():
+        raise UserError(
+            f"{folder} was written by an earlier version of this project (sharing.json), whose adapters are not read "
+            "any more: make the run again, or delete sharing.json to load a plain PEFT adapter, without sharing"
+        )
+    elif (folder / CONFIG).is_file():
         _load_with_peft(model, folder)
+        _take_labels(model, manifest or {}, folder)
     else:
-        raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no adapter_config.json")
+        raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no {CONFIG}")
 
 
-def _load_weights(model: nn.Module, folder: Path, method: str | None) -> None:
-    from safetensors.torch import load_file
+def _load_weights(model: nn.Module, folder: Path, manifest: Mapping[str, Any] | None, method: str | None) -> None:
 
     from diffora.core.grid import find_grid
     from diffora.core.selection import Selection
@@ -234,10 +300,12 @@ def _load_weights(model: nn.Module, folder: Path, method: str | None) -> None:
         settled = kind.from_config(cfg)
     except UserError as error:
         raise UserError([f"{folder / ADAPT}: {problem}" for problem in error.problems]) from None
-    try:
-        tensors = load_file(folder / "weights.safetensors")
-    except Exception as error:
-        raise UserError(f"{folder} is not an adapter of this project: {error}") from None
+    if manifest is None:
+        raise UserError(
+            f"{folder} has no {MANIFEST}: copy the whole folder from the run. Adapters of earlier versions, which had "
+            "none, are not read any more: make the run again"
+        )
+    tensors = read_tensors(folder / "weights.safetensors")
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)
@@ -245,6 +313,7 @@ def _load_weights(model: nn.Module, folder: Path, method: str | None) -> None:
         torch.manual_seed(cfg.seed)  # as the run did: what a method draws and never trains is not in the file
         settled.adapt(model, grid, selection, cfg.seed)
     _fill(model, tensors, folder)
+    _take_labels(model, manifest, folder)
     if absent := [name for name, p in model.named_parameters() if p.requires_grad and name not in tensors]:
         raise UserError(f"{folder} does not fit this model: it has no {absent[0]} (and {len(absent) - 1} more)")
 
@@ -291,58 +360,109 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         raise UserError(f"{folder} does not fit this model, which has no {strange[0]} (and {len(strange) - 1} more)")
 
 
-def _load_pairs(model: nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    try:
-        config = read_json(folder / "adapter_config.json")
-        groups = read_json(folder / SHARING)
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except Exception as error:
-        raise UserError(f"{folder} is not an adapter of this project: {error}") from None
-    modules = dict(model.named_modules())
-    heads = config["modules_to_save"] or []
-    if missing := [name for name in [*config["target_modules"], *heads] if name not in modules]:
+def _load_pairs(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
+    pairs = StoredPairs.read(folder, manifest)
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
+    if missing := [name for name in [*pairs.modules, *pairs.heads] if name not in modules]:
         raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
-    whole = [name for name in config["target_modules"] if f"base_model.model.{name}.base_layer.weight" in tensors]
-    _check_heads(model, [*heads, *whole], folder)
-    first = {name: names[0] for names in groups for name in names}
-    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    problems, whole = [], []
+    for name in pairs.modules:
+        base, (lora_a, folded) = modules[name], pairs.padded(name)
+        if not is_linear(base):
+            hint = " and has low-rank layers already" if isinstance(base, LowRankLinear) else ""
+            problems.append(f"{name} is a {type(base).__name__}{hint}")
+        elif (found := (lora_a.shape[1], folded.shape[1])) != features(base):
+            problems.append(f"{name} maps {features(base)[0]} to {features(base)[1]} features, A and B {found}")
+        whole += [name] if any(key.startswith(f"base_model.model.{name}.base_layer.") for key in pairs.tensors) else []
+    if problems:
+        raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])
+    _check_heads(model, [*pairs.heads, *whole], folder)
+    _take_labels(model, manifest, folder)
+    states = {}
+    for name in [*pairs.heads, *whole]:
+        prefix = f"base_model.model.{name}." + ("base_layer." if name in whole else "")
+        state = {key.removeprefix(prefix): value for key, value in pairs.tensors.items() if key.startswith(prefix)}
+        needed = {key: tuple(value.shape) for key, value in modules[name].state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        problems += [
+            f"{name}.{key} is {given.get(key, 'missing')} in the file and {needed.get(key, 'missing')} in the model"
+            for key in sorted(needed.keys() | given.keys())
+            if needed.get(key) != given.get(key) and not (name in pairs.modules and key.startswith("lora_"))
+        ]
+        states[name] = state
+    if problems:
+        raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])
+    for name, state in states.items():
+        modules[name].load_state_dict(state)
+    first = {name: group[0] for group in pairs.groups for name in group}
+    parameters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     peers = Peers()
-    for name in config["target_modules"]:
-        place = f"base_model.model.{name}"
+    for name, (rank, scale, dropout) in pairs.modules.items():
         source = first.get(name, name)
-        if source not in pairs:
-            lora_b = tensors[f"{place}.lora_B.weight"]
-            pairs[source] = nn.Parameter(tensors[f"{place}.lora_A.weight"]), nn.Parameter(lora_b.T.contiguous())
-        base = f"{place}.base_layer."
-        _fill(modules[name], {k.removeprefix(base): v for k, v in tensors.items() if k.startswith(base)}, folder)
-        alpha = config["alpha_pattern"][f"^{re.escape(name)}"]
-        layer = LowRankLinear(modules[name], *pairs[source], alpha, config["lora_dropout"])
+        if source not in parameters:
+            lora_a, lora_bt = pairs.pair(source)
+            device = modules[name].weight.device
+            parameters[source] = nn.Parameter(lora_a.to(device)), nn.Parameter(lora_bt.to(device))
+        layer = LowRankLinear(modules[name], *parameters[source], alpha=scale * rank, dropout=dropout)
+        layer.scaling = scale  # to the bit
         layer.peers = peers
-        model.set_submodule(name, layer)
-    for head in heads:
-        prefix = f"base_model.model.{head}."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        _fill(model.get_submodule(head), state, folder)
+        for place in places[id(modules[name])]:
+            model.set_submodule(place, layer)
+
+
+def _take_labels(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Name the model's classes as the adapter's, unless it has names of its own.
+
+    Raises:
+        UserError: it has other names, or the same in another order.
+    """
+    labels, config = manifest.get("labels"), getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    if not labels or not names:
+        return
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{folder / MANIFEST}: labels={labels!r} must be a list of class names")
+    theirs = [str(names[i]) for i in sorted(names)]
+    if theirs == [f"LABEL_{i}" for i in range(len(labels))]:
+        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
+    elif theirs != labels:
+        raise UserError(
+            f"{folder} was trained on the classes {', '.join(labels[:10])} ({len(labels)}), in this order; "
+            f"the model's are {', '.join(theirs[:10])} ({len(theirs)}): give it the adapter's id2label and label2id"
+        )
 
 
 def _load_with_peft(model: nn.Module, folder: Path) -> None:
     """What PEFT injects into a model; its own errors are of many kinds."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     check_peft_adapter(folder)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise UserError(f"{folder} is a prompt ({config.peft_type.value}), which is not part of the model")
+        if getattr(config, "lora_alpha", 1) <= 0:
+            raise UserError(f"{folder / CONFIG}: lora_alpha={config.lora_alpha} must be above 0")
         _check_heads(model, config.modules_to_save or [], folder)
-        PeftModel.from_pretrained(model, str(folder))
+        there = dict(model.named_modules())
+        peft = PeftModel.from_pretrained(model, str(folder))
+        expected = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
     except UserError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"{folder} does not fit this model: {reason}") from error
+    if not (folder / WEIGHTS).is_file():  # PEFT's older format
+        return
+    tensors = read_tensors(folder / WEIGHTS)
+    if absent := sorted(expected - tensors.keys()):
+        raise UserError(f"{folder / WEIGHTS} does not fit this model: no {absent[0]} (and {len(absent) - 1} more)")
+    places = {key: key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    if strange := [key for key, place in places.items() if place not in there]:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit this model: no place for {strange[0]} (and {len(strange) - 1} more)"
+        )
 
 
 def _check_heads(model: nn.Module, saved: Sequence[str], folder: Path) -> None:

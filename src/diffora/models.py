@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,20 @@ def head_modules(model: nn.Module) -> list[str]:
     if isinstance(pooler := getattr(model, "fresh_pooler", None), str):
         names.append(pooler)
     return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def check_outside_head(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to adapt the head's modules where the head is trained whole: no file format holds both.
+
+    Raises:
+        UserError: names the module and what to set.
+    """
+    inside = tuple(f"{head}." for head in head_modules(model))
+    if both := [name for name in names if f"{name}.".startswith(inside)]:
+        raise UserError(
+            f"{both[0]} is part of the head, which is trained whole: leave it out of model.candidates, or adapt it in "
+            "place of training it, task.train_head=false"
+        )
 
 
 def drawn_modules(model: nn.Module) -> list[str]:

@@ -204,6 +204,51 @@ def test_experts_and_their_router_are_not_candidates_by_themselves(as_parameters
     assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # for who wants it
 
 
+def test_what_is_left_out_of_the_layers_is_named(caplog):
+    """B15: attention was left out without a word, since `nn.MultiheadAttention` calls no linear layers."""
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
+    net.layers[1].norm1.extra = nn.Embedding(3, 4)  # which is no matrix to multiply with
+    grid = find_grid(net)
+    assert grid.types == ("linear1", "linear2")
+    assert grid.left_out == ("layers.*.self_attn.in_proj_weight", "layers.*.self_attn.out_proj.weight")
+    (line,) = caplog.messages
+    assert line.startswith("left out of the grid") and all(name in line for name in grid.left_out)
+    caplog.clear()
+    assert find_grid(net, candidates=["linear1"]).left_out == grid.left_out and not caplog.messages  # as asked for
+
+
+def test_matrices_of_any_kind_and_small_stacks_beside_the_large_one_are_named(caplog):
+    text, image = stack(*[["q"]] * 20), stack(["q"])
+    for i, layer in enumerate(text):
+        layer.table, layer.scale = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(1, 1, 5))
+        layer.conv, layer.name = nn.Conv1d(2, 2, 3), f"{i}"
+    assert find_grid(holding(text=text, image=image)).left_out == ("text.*.table", "image.*")
+    assert len(caplog.messages) == 1
+    assert find_grid(holding(text=text, image=image), layer="text.*").left_out == ("text.*.table",)
+    caplog.clear()
+    assert find_grid(holding(layers=stack(*[["q", "k"]] * 3))).left_out == () and not caplog.messages
+
+
+def test_a_module_under_two_names_in_a_layer_is_one_candidate():
+    layers = stack(*[["q", "k"]] * 2)
+    for layer in layers:
+        layer.k = layer.q
+    assert find_grid(holding(layers=layers)).types == ("q",)
+    said = message(holding(layers=layers), layer="layers.*", candidates=["q", "k"])
+    assert "layers.0.k is the same module as another one" in said
+
+
+def test_a_module_that_several_layers_share_is_adapted_once_or_not_at_all():
+    layers = stack(*[["q", "k"]] * 12)
+    layers[11].q = layers[10].q
+    said = message(holding(layers=layers))
+    assert "layers.11.q is the same module as layers.10.q: leave q out" in said
+    assert find_grid(holding(layers=layers), candidates=["k"]).n_layers == 12
+    assert find_grid(holding(layers=layers), layer="layers.[10]").types == ("q", "k")
+    repeated = stack(["q"])[0]
+    assert find_grid(holding(layers=nn.ModuleList([repeated] * 6))).names == (("layers.0.q",),)  # one layer, six times
+
+
 def test_a_model_without_layers_says_so():
     assert "this model has no numbered layers" in message(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 

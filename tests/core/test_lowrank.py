@@ -318,6 +318,74 @@ def test_attach_without_sharing_leaves_the_unselected_alone():
     assert [name for name, _ in lowrank_layers(net)] == ["layers.0.q", "layers.2.q", "layers.2.f"]
 
 
+def test_attach_freezes_the_rest_and_nothing_that_was_attached_before():
+    """B16: of a fresh model everything stayed trainable."""
+    net, other = Net(), Net()
+    both = nn.ModuleDict({"net": net, "other": other, "head": nn.Linear(4, 2)})
+    first = attach(both, [[f"net.{name}" for name in row] for row in NAMES], MASK, 3, None, 6)
+    first[0][0].gate = nn.Parameter(torch.ones(3))
+    first[2][1].lora_a.requires_grad_(False)  # as LoRA-FA does
+    attach(both, [["other.layers.0.q"]], torch.ones(1, 1, dtype=torch.bool), 3, None, 6)
+    trained = {name for name, p in both.named_parameters() if p.requires_grad}
+    places = ["net.layers.0.q", "net.layers.2.q", "net.layers.2.f", "other.layers.0.q"]
+    expected = {f"{place}.{name}" for place in places for name in ("lora_a", "lora_bt")}
+    assert trained == expected - {"net.layers.2.f.lora_a"} | {"net.layers.0.q.gate"}
+    detach(both)
+    assert not any(p.requires_grad for p in both.parameters())
+
+
+def test_attach_leaves_the_rest_as_it_is_when_told_to():
+    net = Net()
+    attach(net, NAMES, MASK, 3, None, 6, freeze=False)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {f"layers.{i}.{n}.{p}" for i, n in ((0, "f"), (1, "q"), (1, "f")) for p in ("weight", "bias")}
+
+
+def test_a_module_in_two_places_is_adapted_in_both_and_taken_out_of_both():
+    net = Net()
+    net.layers[1]["q"] = net.layers[0]["q"]
+    x, before = torch.randn(2, 4), [name for name, _ in net.named_parameters(remove_duplicate=False)]
+    plain = net(x)
+    (layers,) = attach(net, [["layers.0.q"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    assert net.layers[1]["q"] is net.layers[0]["q"] is layers[0]
+    nn.init.normal_(layers[0].lora_bt)
+    adapted = net(x)
+    layers[0].merge()
+    torch.testing.assert_close(net(x), adapted)
+    detach(net)
+    torch.testing.assert_close(net(x), plain)
+    assert [name for name, _ in net.named_parameters(remove_duplicate=False)] == before
+
+
+@pytest.mark.parametrize(
+    ("names", "problems"),
+    [
+        (["layers.0.q", "layers.9.q", "nope"], ["layers.9.q is not a module", "nope is not a module"]),
+        (["layers.0.q", "layers.0"], ["layers.0 is a ModuleDict, not a linear layer"]),
+        (["layers.0.q", "layers.2.q"], ["layers.2.q is the same module as layers.0.q"]),
+        (["layers.0.q", "layers.1.f"], ["layers.1.f has a low-rank layer already"]),
+        (["layers.0.q", "layers.1.f.base"], ["layers.1.f.base has a low-rank layer already"]),
+    ],
+)
+def test_what_cannot_be_adapted_is_named_and_nothing_is_changed(names, problems):
+    net = Net()
+    net.layers[2]["q"] = net.layers[0]["q"]
+    attach(net, [["layers.1.f"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, freeze=False)
+    before = [(name, type(module)) for name, module in net.named_modules()]
+    with pytest.raises(UserError) as error:
+        attach(net, [names], torch.ones(1, len(names), dtype=torch.bool), 2, None, 4)
+    assert all(any(problem in line for line in error.value.problems) for problem in problems)
+    assert len(error.value.problems) == len(problems)
+    assert [(name, type(module)) for name, module in net.named_modules()] == before
+    assert net.layers[0]["f"].weight.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1), (6,)])
+def test_a_selection_of_another_grid_is_refused(shape):
+    with pytest.raises(UserError, match="selected is "):
+        attach(Net(), NAMES, torch.ones(shape, dtype=torch.bool), 2, None, 4)
+
+
 def test_fresh_updates_are_zero_and_detach_restores_the_model():
     net = Net()
     before, x = copy.deepcopy(net), torch.randn(2, 4)

@@ -9,7 +9,9 @@ import torch
 from conftest import REPO
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from diffora.core.lowrank import lowrank_layers
 from diffora.experiment import check
 
 README = (REPO / "README.md").read_text()
@@ -54,15 +56,20 @@ def test_there_are_commands():
     assert len(COMMANDS) > 10
 
 
-def test_library_snippet_runs(deberta):
-    snippet = re.search(r"```python\n(import torch\nfrom diffora.*?)```", README, re.DOTALL)[1]
-    snippet = snippet.replace("attention.self.query", "attention.self.query_proj").replace(
-        "attention.self.value", "attention.self.value_proj"
-    )
-    names = {"model": deberta()}
-    exec(snippet, names)
+def test_library_snippet_runs_as_printed_and_freezes_the_backbone(monkeypatch):
+    """B16, on a small model of the same architecture in place of the one from the hub."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = BertForSequenceClassification(BertConfig(vocab_size=50, **shape))
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda path, num_labels: small)
+    names: dict = {}
+    exec(re.search(r"```python\n(import torch\nfrom diffora.*?)```", README, re.DOTALL)[1], names)
     assert names["selected"].sum(-1).tolist() == [1, 1]
-    assert torch.is_tensor(names["selected"]) and any("lora_a" in n for n, _ in names["model"].named_parameters())
+    trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
+    assert len(trained) == 2 + 2 * len({layer.lora_a for _, layer in lowrank_layers(small)})
+    small(torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
+    assert {name for name, parameter in small.named_parameters() if parameter.grad is not None} == trained
 
 
 def test_pages_that_are_linked_exist():

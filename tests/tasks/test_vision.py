@@ -668,6 +668,15 @@ def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
         torch.testing.assert_close(logits_of(loaded, task), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_the_head_is_not_trained_and_adapted_at_once(cfg, tmp_path, dry):
+    """The run ended well, and its adapter could not be loaded by anybody."""
+    alone = ["model.layer=.", "model.candidates=[classifier]", f"dry_run={dry}"]
+    with pytest.raises(UserError, match=r"classifier is part of the head, .* task\.train_head=false"):
+        run(cfg(*QUICK, "method=lora", *alone), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_left_to_train_without_a_head(cfg, tmp_path):
     with pytest.raises(UserError, match="nothing"):
         run(cfg(*QUICK, "method=head_only", "task.train_head=false"), tmp_path / "run")

@@ -35,7 +35,7 @@ def decoder() -> torch.nn.Module:
     model.requires_grad_(False)
     model.trains_head = False
     grid = find_grid(model)
-    attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4)
+    attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4, freeze=False)
     for _, layer in lowrank_layers(model):
         torch.nn.init.normal_(layer.lora_bt, std=0.3)
     return model.double()

@@ -34,7 +34,7 @@ def main(folder: Path, update: str) -> None:
     torch.set_num_threads(1)
     model = small_deberta()
     grid = find_grid(model, "encoder.layer.*", TYPES)
-    layers = attach(model, grid.names, torch.ones(2, 3, dtype=torch.bool), 2, None, alpha=4)
+    layers = attach(model, grid.names, torch.ones(2, 3, dtype=torch.bool), 2, None, alpha=4, freeze=False)
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)

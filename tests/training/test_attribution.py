@@ -23,7 +23,7 @@ def make(deberta):
         model = deberta(dtype=dtype, dropout=dropout)
         grid = find_grid(model, "encoder.layer.*", TYPES)
         torch.manual_seed(0)
-        layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6)
+        layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6, freeze=False)
         model.to(dtype)
         settings = SearchSettings(**SETTINGS | changes)
         arguments = model, layers, TYPES, small_task(), settings, 0

@@ -36,7 +36,7 @@ def accuracy(logits, labels):
 def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     model = deberta(dropout=dropout)
     grid = find_grid(model, "encoder.layer.*", TYPES)
-    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout, freeze=False)
     adaptation = (adaptation or LowRankAdaptation)(model)
     settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
@@ -378,7 +378,7 @@ def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deber
         models.checkpoint_activations(model)
     grid = find_grid(model, "encoder.layer.*", TYPES)
     adapted = torch.tensor([[TYPES.index(name) >= TYPES.index(lowest) for name in TYPES]])
-    attach(model, grid.names[1:], adapted, 2, None, alpha=4)
+    attach(model, grid.names[1:], adapted, 2, None, alpha=4, freeze=False)
     graphs, kept, inside, calls = {}, WeakKeyDictionary(), ["loss"], Counter()
 
     def enter(module, args, name):

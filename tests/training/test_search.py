@@ -27,7 +27,7 @@ def make(deberta):
     def build(dtype=torch.float32, trainer=None, dropout=0.0, shared=False, **changes):
         model = deberta(dtype=dtype, dropout=dropout)
         grid = find_grid(model, "encoder.layer.*", TYPES)
-        layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6)
+        layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6, freeze=False)
         for row in layers:
             for layer in row:  # not zero, or there would be nothing to differentiate
                 torch.nn.init.normal_(layer.lora_bt, std=0.2)

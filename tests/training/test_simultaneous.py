@@ -95,7 +95,9 @@ def make(name="deberta-v2", kind="classes", dtype=torch.float64, trainer=None, c
     if checkpointing:
         checkpoint_activations(model)
     grid = find_grid(model)
-    layers = attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 3, None, alpha=6)
+    layers = attach(
+        model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 3, None, alpha=6, freeze=False
+    )
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.2)

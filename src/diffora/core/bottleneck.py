@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffora.core.linear import features
+from diffora.core.weights import AdaptedWeight
+from diffora.errors import UserError
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -47,6 +50,23 @@ class BottleneckLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's: some backbones look at the dtype of their linear layers' weights."""
+        """For backbones that look at the dtype of their linear layers' weights, and nothing but that.
+
+        Where the values are read, the bottleneck would be left out. torch's fused kernels for `nn.TransformerEncoder`
+        step aside when they meet this weight.
+        """
         weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        return weight if torch.compiler.is_compiling() else AdaptedWeight(weight, _no_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return bias
+
+
+def _no_weight() -> Tensor:
+    raise UserError(
+        "this model reads the weight of a linear layer with a bottleneck behind it and does not call the layer, which "
+        "would leave the bottleneck out: choose other modules"
+    )

@@ -1,6 +1,7 @@
 """The L x N grid of candidate modules (DiffoRA, section 4.1): L layers with the same N linear modules each."""
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,18 @@ from torch import nn
 
 from diffora.core.linear import features, is_linear
 from diffora.core.parts import guess_roles
-from diffora.core.stacks import Stack, all_candidates, linear_below, main_stack
+from diffora.core.stacks import (
+    MOST,
+    Stack,
+    all_candidates,
+    linear_below,
+    main_stack,
+    other_matrices,
+    other_stacks,
+)
 from diffora.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,8 @@ class Grid:
         shapes: L x N pairs (in_features, out_features).
         layers: L full names of the layers themselves.
         roles: modules of a layer, by the part they play (``attention_output``, ``ffn_output``, ``key``, ``value``).
+        left_out: what no grid of this model can hold or this one does not: matrices of the layers that belong to no
+            linear layer, and, where the layers were found and not given, other stacks of layers.
     """
 
     types: tuple[str, ...]
@@ -30,6 +43,7 @@ class Grid:
     shapes: tuple[tuple[tuple[int, int], ...], ...]
     layers: tuple[str, ...]
     roles: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -62,7 +76,8 @@ def find_grid(
     """Find the candidate modules of a backbone.
 
     What is not given is found: as layers the members of the large stack of numbered siblings, as candidates every
-    linear module in them, as roles those that the modules' names leave no doubt about.
+    linear module in them, as roles those that the modules' names leave no doubt about. A warning names what is left out
+    when the candidates are found.
 
     Args:
         model: any module that holds the repeated layers.
@@ -81,8 +96,14 @@ def find_grid(
     if layer == ".":
         return _without_layers(model, candidates or ())
     stack = main_stack(model, candidates) if layer is None else _stack_at(model, layer, candidates)
+    left_out = [*other_matrices(model, stack), *(other_stacks(model, stack) if layer is None else ())]
     if candidates is None:
         candidates = all_candidates(model, stack)
+        if left_out:
+            more = f" and {len(left_out) - MOST} more" if len(left_out) > MOST else ""
+            log.warning(
+                f"left out of the grid, as not linear layers or in another stack: {', '.join(left_out[:MOST])}{more}"
+            )
     rows = [
         (place, linear)
         for place, linear in zip(stack.layers, stack.linear, strict=True)
@@ -94,6 +115,8 @@ def find_grid(
         problems += [f"model.roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
     if problems:
         raise UserError([*problems, _hint(model, stack.pattern, candidates)])
+    if problems := list(_shared(rows, candidates)):
+        raise UserError(problems)
     everywhere = [path for path in rows[0][1] if all(path in linear for _, linear in rows)]
     return Grid(
         types=tuple(candidates),
@@ -101,6 +124,7 @@ def find_grid(
         shapes=tuple(tuple(features(linear[path]) for path in candidates) for _, linear in rows),
         layers=tuple(place for place, _ in rows),
         roles=guess_roles(everywhere) | dict(roles or {}),
+        left_out=tuple(left_out),
     )
 
 
@@ -151,13 +175,30 @@ def _problems(
     for path in candidates:
         strange = [name for place, linear in rows if path not in linear and _has(model, name := f"{place}.{path}")]
         missing = [i for i, (place, _) in enumerate(rows) if not _has(model, f"{place}.{path}")]
-        if strange:
+        if strange and is_linear(model.get_submodule(strange[0])):
+            where = strange[0]
+            yield f"{where} is the same module as another one in its layer: name it once, it is adapted in both places"
+        elif strange:
             yield f"{strange[0]} is a {type(model.get_submodule(strange[0])).__name__}, not a linear layer"
         elif len(missing) == len(rows):
             yield f"no linear layer matches {layer}.{path}"
         elif missing:
             names = ", ".join(rows[i][0].rpartition(".")[2] for i in missing)
             yield f"{layer}.{path} is missing in layer(s) {names}"
+
+
+def _shared(rows: Sequence[tuple[str, Mapping[str, nn.Module]]], candidates: Sequence[str]) -> Iterator[str]:
+    """Candidates that are one module in several layers, which can have one update only."""
+    for path in candidates:
+        first: dict[int, str] = {}
+        for place, linear in rows:
+            other = first.setdefault(id(linear[path]), place)
+            if other != place:
+                yield (
+                    f"{place}.{path} is the same module as {other}.{path}: leave {path} out of the candidates, or name "
+                    "in model.layer one of the layers that share it, as [0] in place of *"
+                )
+                break
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -11,16 +11,18 @@ quantised. The update is computed in the precision of x, or of autocast, from A 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffora.core.fused import Member, lowrank_linear
-from diffora.core.linear import FLOATS, features, is_conv1d, is_plain, weight_of
+from diffora.core.linear import FLOATS, features, is_conv1d, is_linear, is_plain, weight_of
 from diffora.core.peers import Peers
+from diffora.core.weights import AdaptedWeight
+from diffora.errors import UserError
 
 
 def add_lowrank(
@@ -86,6 +88,10 @@ class LowRankLinear(nn.Module):
     rows: tuple[Tensor, Tensor] | None
     split: int | None
     peers: Peers | None
+
+    # For transformers' `save_pretrained`: of a tensor that stands under several such names, one copy is saved. A and B
+    # may be shared, and the base layer's weight may be an embedding too.
+    _tied_weights_keys: ClassVar = {key: key for key in ("lora_a", "lora_bt", "base.weight", "base.bias")}
 
     def __init__(
         self, base: nn.Module, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
@@ -189,9 +195,33 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's: some backbones look at the dtype of their linear layers' weights."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        """W + Delta W as the base layer keeps its weight, for code that reads it instead of calling the layer.
+
+        Values are computed when an operation needs them (`AdaptedWeight`), and gradients reach A and B. Dropout on the
+        input of A has no place there. A quantised weight is returned as it is, without Delta W: nothing can be added.
+        """
+        weight: Any = self.base.weight
+        if self.merged or not (is_plain(weight) and weight.dtype in FLOATS):
+            found: Tensor = weight
+            return found
+        return self._whole_weight() if torch.compiler.is_compiling() else AdaptedWeight(weight, self._whole_weight)
+
+    def _whole_weight(self) -> Tensor:
+        if self.rows is not None or self.split is not None:
+            raise UserError(
+                "this model reads the weight of an adapted linear layer and does not call the layer, so that masks and "
+                "search.update=simultaneous cannot be applied to it"
+            )
+        weight: Any = self.base.weight
+        delta = self.delta()
+        whole: Tensor = weight + (delta.T if self._transposed else delta).to(weight.dtype)
+        return whole
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return bias
 
     def plain_pair(self) -> tuple[Tensor, Tensor]:
         """(A, B^T) of the same update without a gate, which is folded into B. Delta W = s B A.
@@ -215,19 +245,28 @@ class LowRankLinear(nn.Module):
     def merge(self) -> None:
         """Fold Delta W into the base weight; a second call changes nothing.
 
+        The base layer gets a new weight: the old one may belong to another module as well, as tied embeddings do.
+
         Raises:
-            UserError: the base weight is quantised.
+            UserError: the base weight is quantised, or computed from others (pruned, parametrised).
         """
         if not self.merged:
-            weight_of(self.base).add_(self.delta())
+            self._add_to_base(self.delta())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take Delta W out again. The weight returns to rounding; A and B must not have changed since `merge`."""
         if self.merged:
-            weight_of(self.base).sub_(self.delta())
+            self._add_to_base(-self.delta())
             self.merged = False
+
+    def _add_to_base(self, delta: Tensor) -> None:
+        weight = weight_of(self.base)
+        if "weight" not in self.base._parameters:
+            raise UserError("the weight of this linear layer is computed from others and cannot be changed")
+        new = (weight + delta).to(weight.dtype)
+        self.base.weight = nn.Parameter(new.T.contiguous() if self._transposed else new, requires_grad=False)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
@@ -250,22 +289,40 @@ def attach(
     shared_rank: int | None,
     alpha: float,
     dropout: float = 0.0,
+    *,
+    freeze: bool = True,
 ) -> list[list[LowRankLinear | None]]:
-    """Put low-rank layers in the grid's places (Algorithm 1, line 11), in place.
+    """Put low-rank layers in the grid's places (Algorithm 1, line 11), in place, and freeze the rest of the model.
 
     Selected modules get a pair of their own of the given rank. Unselected modules of one type (column) and shape
-    share one pair of ``shared_rank`` across layers, or stay as they are where it is None.
+    share one pair of ``shared_rank`` across layers, or stay as they are where it is None. A module that stands in
+    several places of the model is replaced in all of them.
+
+    Args:
+        freeze: freeze every parameter but those of low-rank layers. The head too: to train it, call
+            ``model.classifier.requires_grad_(True)`` afterwards. False leaves all ``requires_grad`` but those of the
+            adapted modules as they are.
 
     Returns:
         L x N, the new layers, None where a module was left alone.
+
+    Raises:
+        UserError: names that are not linear modules of the model, or are adapted already; nothing is changed then.
     """
+    rows = [list(row) for row in names]
+    if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
+        raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
+    _check_places([name for row in rows for name in row], modules)
+    if freeze:
+        freeze_rest(model)
     shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
     peers = Peers()
     result: list[list[LowRankLinear | None]] = []
-    for row, flags in zip(names, selected.tolist(), strict=True):
+    for row, flags in zip(rows, selected.tolist(), strict=True):
         layers: list[LowRankLinear | None] = []
         for column, (name, flag) in enumerate(zip(row, flags, strict=True)):
-            base = model.get_submodule(name)
+            base = modules[name]
             if flag:
                 pair = new_pair(base, rank)
             elif shared_rank is not None:
@@ -278,10 +335,47 @@ def attach(
                 continue
             layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout)
             layer.peers = peers
-            model.set_submodule(name, layer)
+            for place in places[id(base)]:
+                model.set_submodule(place, layer)
             layers.append(layer)
         result.append(layers)
     return result
+
+
+def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse names that no low-rank layer can take the place of."""
+    problems: list[str] = []
+    seen: dict[int, str] = {}
+    for name in names:
+        module = modules.get(name)
+        if module is None:
+            problems.append(f"{name} is not a module of this model")
+        elif any(isinstance(modules.get(place), LowRankLinear) for place in (name, name.rpartition(".")[0])):
+            problems.append(f"{name} has a low-rank layer already: detach(model) takes it out")
+        elif not is_linear(module):
+            problems.append(f"{name} is a {type(module).__name__}, not a linear layer that is called")
+        elif id(module) in seen:
+            problems.append(f"{name} is the same module as {seen[id(module)]}: name it once, both are adapted together")
+        else:
+            seen[id(module)] = name
+    if problems:
+        raise UserError(problems)
+
+
+def freeze_rest(model: nn.Module) -> None:
+    """Freeze every parameter of a model but those of low-rank layers themselves (A, B, gates), in place."""
+    adapters = {p for _, layer in lowrank_layers(model) for p in layer.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)
+
+
+def places_of(model: nn.Module) -> dict[int, list[str]]:
+    """Every full name of each module of a model, by the module's id. A module may stand in several places."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    return places
 
 
 def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -> None:
@@ -300,8 +394,11 @@ def set_split(layers: Iterable[Iterable[LowRankLinear]], split: int | None) -> N
 
 
 def detach(model: nn.Module) -> None:
-    """Take every low-rank layer out again and leave the (unmerged) base layers in their places, in place."""
-    for name, layer in list(lowrank_layers(model)):
+    """Take every low-rank layer out again and leave the (unmerged) base layers in their places, in place.
+
+    ``requires_grad`` stays as it is: what `attach` froze remains frozen.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
         layer.unmerge()
         model.set_submodule(name, layer.base)
 

@@ -96,6 +96,31 @@ def main_stack(model: nn.Module, candidates: Sequence[str] | None) -> Stack:
     return largest
 
 
+def other_stacks(model: nn.Module, stack: Stack) -> list[str]:
+    """Patterns of the outermost stacks beside the one that is adapted, such as a small second encoder."""
+    stacks = [other for other in find_stacks(model) if other.pattern != stack.pattern]
+    outer = [other for other in stacks if not any(another.holds(other) for another in (stack, *stacks))]
+    return [other.pattern for other in outer]
+
+
+def other_matrices(model: nn.Module, stack: Stack) -> list[str]:
+    """Matrices of the layers that no linear layer is called for, so that they cannot be candidates.
+
+    Such as those of `nn.MultiheadAttention`, which hands its weights to a function. Embeddings and convolutions are not
+    among them. By their names, with ``*`` for the layer's number.
+    """
+    found: dict[str, None] = {}
+    for place in stack.layers:
+        layer = model.get_submodule(place)
+        for name, parameter in layer.named_parameters():
+            owner = layer.get_submodule(_above(name))
+            if parameter.squeeze().ndim > 1 and not (
+                is_linear(owner) or isinstance(owner, nn.Embedding) or _is_conv(layer, name)
+            ):
+                found[f"{stack.pattern}.{name}"] = None
+    return list(found)
+
+
 def all_candidates(model: nn.Module, stack: Stack) -> list[str]:
     """Every linear module of a layer, where the layers are alike and have nothing else that could be adapted.
 

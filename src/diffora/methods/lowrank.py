@@ -158,4 +158,4 @@ class Everywhere(Method):
 
     def attach(self, model: nn.Module, grid: Grid) -> None:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-        attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout)
+        attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout, freeze=False)

@@ -26,10 +26,12 @@ from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors
-from diffora.files import atomic, write_text
+from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, labels_of
+from diffora.files import write_text
+from diffora.manifest import write_manifest
 from diffora.methods.base import Adaptation, Method
 from diffora.models import head_modules
+from diffora.pairs import CONFIG, WEIGHTS, write_tensors
 from diffora.trust import object_in
 
 ADAPTER = "default"
@@ -218,7 +220,6 @@ class PEFTAdaptation(Adaptation):
     def _export_as_it_is(self, folder: Path, origin: Origin) -> None:
         """In PEFT's own format for the tuner, with the head."""
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         # False: do not ask the hub whether the vocabulary has grown.
         tensors = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
@@ -232,10 +233,10 @@ class PEFTAdaptation(Adaptation):
             "modules_to_save": head_modules(self.model) or None,
         }
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        with atomic(folder / "adapter_model.safetensors") as scratch:
-            save_file(copies, scratch, metadata={"format": "pt"})
-        write_text(folder / "adapter_config.json", json.dumps(content, indent=1) + "\n")
+        write_tensors(folder / WEIGHTS, copies)
+        write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
         write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
+        write_manifest(folder, [CONFIG, WEIGHTS], {"labels": labels_of(origin.arguments)})
 
 
 def inject(model: nn.Module, config: Any) -> Any:

@@ -74,7 +74,8 @@ class Selecting(Method):
         if self.rank_elsewhere is None and not any(selection.selected):
             raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
         rank = self.rank if selection.rank is None else selection.rank
-        attach(model, grid.names, selection.mask(), rank, self.rank_elsewhere, self.alpha, self.dropout)
+        elsewhere = self.rank_elsewhere
+        attach(model, grid.names, selection.mask(), rank, elsewhere, self.alpha, self.dropout, freeze=False)
         return LowRankAdaptation(model, self.regulariser, self.mask, seed)
 
     @property

@@ -30,5 +30,5 @@ class ShareOnly(Method):
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         assert selection is not None
         rank = self.shared_rank
-        attach(model, grid.names, selection.mask(), rank, rank, self.alpha, self.dropout)
+        attach(model, grid.names, selection.mask(), rank, rank, self.alpha, self.dropout, freeze=False)
         return LowRankAdaptation(model)

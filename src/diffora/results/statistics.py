@@ -1,6 +1,7 @@
 """What repeated runs tell: means with their spread, differences paired over seeds, how far selections agree."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

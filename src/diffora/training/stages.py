@@ -88,6 +88,7 @@ class Parts:
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
         grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+        models.check_outside_head(model, itertools.chain(*grid.names))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
         processor = task.processor(cfg.model)
@@ -192,7 +193,7 @@ def search(
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, s.rank, None, alpha)
+    attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
     arguments = model, layers, grid.types, parts.task, settings, cfg.seed

@@ -1,0 +1,77 @@
+"""The ``manifest.json`` of an exported adapter: digests of its files, and what their formats have no place for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffora.errors import UserError
+from diffora.files import file_digest, read_json, write_text
+
+MANIFEST = "manifest.json"
+MOVABLE = ("base_model_name_or_path", "revision", "base_model")
+"""Keys of JSON files that are outside the digests: whoever moves or publishes an adapter has to change them."""
+NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
+"""Names of files beside the manifest."""
+
+
+def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, last of its files.
+
+    Args:
+        folder: the adapter's.
+        files: names of the files that `read_manifest` is to check.
+        content: further entries.
+    """
+    whole = {**content, "files": {name: _digest(folder / name) for name in files}}
+    write_text(folder / MANIFEST, json.dumps(whole | {"sha256": _digest_of(whole)}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter whose files are all there and as they were written.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        UserError: the manifest or one of its files is damaged, was changed, or is missing; it names all of them.
+    """
+    file = folder / MANIFEST
+    content = read_json(file)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(map(NAME.fullmatch, files)):
+        raise UserError(f"{file} is not the manifest of an adapter: it has no digests of files beside it")
+    if content.pop("sha256", None) != _digest_of(content):
+        raise UserError(f"{file} is damaged or was edited: it does not have the digest that was written into it")
+    problems = []
+    for name, digest in files.items():
+        try:
+            found = _digest(folder / name)
+        except FileNotFoundError:
+            problems.append(f"{folder / name} is missing, but {MANIFEST} lists it: copy the whole folder")
+        except UserError as error:
+            problems += error.problems
+        except OSError as error:
+            problems.append(f"{folder / name} cannot be read: {error.strerror or error}")
+        else:
+            if found != digest:
+                problems.append(
+                    f"{folder / name} is damaged or was changed after the export: its digest is not the one in "
+                    f"{MANIFEST}. Copy the folder from the run again"
+                )
+    if problems:
+        raise UserError(problems)
+    return content
+
+
+def _digest(file: Path) -> str:
+    if file.suffix != ".json":
+        return file_digest(file)
+    content = read_json(file)
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key not in MOVABLE}
+    return _digest_of(content)
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
