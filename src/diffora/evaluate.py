@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from diffora import config, models
+from diffora import config, digests, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
@@ -43,6 +43,8 @@ class Request:
     splits: tuple[str, ...] | None
     output: Path
     batch_size: int
+    own_backbone: bool = False
+    """Whether the command line names the backbone: then it need not be that of the run."""
 
 
 def read_request(arguments: list[str]) -> Request:
@@ -91,7 +93,8 @@ def read_request(arguments: list[str]) -> Request:
         raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
     names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
-    return Request(cfg, weights, names, output, size)
+    own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
+    return Request(cfg, weights, names, output, size, own_backbone)
 
 
 def _of_run(folder: Path) -> tuple[DictConfig, Path]:
@@ -165,6 +168,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights)
     _check_classes(request, task)
+    _check_backbone(request)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     found: dict[str, dict[str, float]] = {}
@@ -218,3 +222,19 @@ def _check_classes(request: Request, task: Task) -> None:
             f"the run was trained on the classes {', '.join(trained[:10])} ({len(trained)}), in this order; "
             f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
         )
+
+
+def _check_backbone(request: Request) -> None:
+    """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
+    whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
+    trained = None if whole else (read_record(request.weights.parent) or {}).get("backbone")
+    if not trained:
+        return
+    path = request.cfg.model.path
+    for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
+        if not request.own_backbone:
+            raise UserError(
+                f"{change} in {path} since the run was trained; bring them back, or say that you want this backbone: "
+                f"model.path={path}"
+            )
+        log.warning(f"{path} is not the backbone that the run was trained on: {change}")

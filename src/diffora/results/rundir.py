@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora import config
 from diffora.errors import UserError
-from diffora.files import write_text
+from diffora.files import read_yaml, write_text
 from diffora.results.record import peaks, read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -20,34 +20,50 @@ log = logging.getLogger(__name__)
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
 
+    Only settings are compared here, with those in the record. Checkpoints know what they were made with themselves:
+    `diffora.training.checkpoint.earlier`.
+
     Raises:
         UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
     """
-    old = read_record(folder)
-    if old is None or old["status"] == "dry_run":
-        return None
+    from diffora.training.checkpoint import has_work
+
+    old = read_record(folder) or {}
+    status = old.get("status")
     if not cfg.resume:
-        if old["status"] == "completed" or any((folder / "checkpoints").glob("*.ckpt")):
+        if status == "completed" or has_work(folder):
             raise UserError(
-                f"{folder} holds a run ({old['status']}) already: continue it with resume=true, or choose another "
-                "hydra.run.dir"
+                f"{folder} holds a run ({status or 'without a readable run.json'}) already: continue it with "
+                "resume=true, or choose another hydra.run.dir"
             )
         return None
+    if status == "dry_run" or "config_hash" not in old:
+        return None
     if old["config_hash"] != config.config_hash(cfg):
-        before = OmegaConf.load(folder / "config.yaml")
-        assert isinstance(before, DictConfig)
-        changed = config.differences(config.plain(before), config.plain(cfg))
         raise UserError(
             [
                 f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
                 "another folder with hydra.run.dir=, or hydra.sweep.dir= of a sweep:",
-                *changed,
+                *(_changed_settings(cfg, folder) or ["its run.json is the record of another run than its config.yaml"]),
             ]
         )
-    if old["status"] != "completed":
+    if status != "completed":
+        return None
+    if not any((folder / name).is_dir() for name in ("adapter", "model")):
+        log.warning(f"{folder}: run.json says that the run is complete, but there is no adapter/ or model/: going on")
         return None
     log.info(f"{folder} is complete already")
     return old
+
+
+def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
+    try:
+        before = read_yaml(folder / "config.yaml")
+    except FileNotFoundError:
+        return ["its config.yaml, which would say which, is gone"]
+    except UserError as error:
+        return [str(error)]
+    return config.differences(before if isinstance(before, dict) else {}, config.plain(cfg))
 
 
 @contextmanager
