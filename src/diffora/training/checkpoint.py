@@ -261,6 +261,7 @@ class Stage(L.LightningModule):
         self.begun = False
         """Whether all is restored and training has begun."""
         self._rng: list[dict[str, Any]] | None = None
+        self._restored: dict[str, int] | None = None
         self._watched: list[Tensor] = []
         self._rehearsed = False
 
@@ -311,6 +312,11 @@ class Stage(L.LightningModule):
         torch.manual_seed(self.seed * 1009 + self.global_rank)
         self.train()
         self._started = time.monotonic() - self.elapsed
+        if self._restored is not None:  # Lightning would pass over those that are missing
+            there = {"optimizer_states": self.trainer.optimizers, "lr_schedulers": self.trainer.lr_scheduler_configs}
+            for name, own in there.items():
+                if self._restored[name] != len(own):
+                    raise ValueError(f"it has {self._restored[name]} {name}, not {len(own)}")
 
     def on_train_start(self) -> None:
         self.begun = True
@@ -380,6 +386,7 @@ class Stage(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint["diffora"]
+        self._restored = {name: len(checkpoint[name]) for name in ("optimizer_states", "lr_schedulers")}
         self.recall(ours["memory"])
         self.elapsed = ours["elapsed"]
         self._started = time.monotonic() - self.elapsed
