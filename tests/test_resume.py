@@ -321,14 +321,16 @@ def test_evaluation_refuses_another_backbone_unless_it_is_named(place, tmp_path,
 # --- the same end, with any number of workers ---
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids="{} workers".format)
-def workers(request) -> str:
-    return f"trainer.num_workers={request.param}"
-
-
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_fine_tuning_ends_as_if_never_stopped(workers, tmp_path):
     """B10"""
-    overrides = [*LORA, "task.train_rows=48", "task.validation_rows=24", "finetune.epochs=3", workers]
+    overrides = [
+        *LORA,
+        "task.train_rows=48",
+        "task.validation_rows=24",
+        "finetune.epochs=3",
+        f"trainer.num_workers={workers}",
+    ]
     whole = run_of(*overrides, folder=tmp_path / "whole")
     stop(*overrides, folder=tmp_path / "part", batch=2)
     stop(*overrides, "resume=true", folder=tmp_path / "part", epoch=2)  # and once more
@@ -344,10 +346,9 @@ def test_fine_tuning_ends_as_if_never_stopped(workers, tmp_path):
     ],
     ids=["alternating", "simultaneous", "attribution"],
 )
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_search_ends_as_if_never_stopped(workers, module, more, tmp_path):
-    if workers.endswith("=1"):
-        pytest.skip("one worker or two: the same loader")
-    overrides = [*SEARCH, *more, workers]
+    overrides = [*SEARCH, *more, f"trainer.num_workers={workers}"]
     whole = run_of(*overrides, folder=tmp_path / "whole")
     stop(*overrides, folder=tmp_path / "part", module=module)
     resumed = run_of(*overrides, "resume=true", folder=tmp_path / "part")
