@@ -315,7 +315,12 @@ def test_evaluation_refuses_another_backbone_unless_it_is_named(place, tmp_path,
         assert len(caught.value.problems) == 1 and not (tmp_path / "out").exists()
         evaluate(read_request([*request, f"model.path={place / 'backbone'}"]))
         assert "is not the backbone that the run was trained on" in caplog.text
+    caplog.clear()
     evaluate(read_request([f"run={folder}", f"output={tmp_path / 'same'}"]))
+    assert "backbone" not in caplog.text
+    (folder / "run.json").write_text("[]")
+    evaluate(read_request([f"run={folder}", f"output={tmp_path / 'unknown'}"]))
+    assert "may not be the backbone that the run was trained on" in caplog.text
 
 
 # --- the same end, with any number of workers ---

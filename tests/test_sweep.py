@@ -156,6 +156,7 @@ def sweep(tmp_path, monkeypatch, capsys):
             if folder.name in fails:
                 write_record(folder, record | {"status": "failed", "error": "no luck"})
                 raise RuntimeError("no luck")
+            (folder / "adapter").mkdir(parents=True, exist_ok=True)
             write_record(folder, record | {"status": "completed"})
 
         GlobalHydra.instance().clear()

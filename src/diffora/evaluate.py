@@ -228,9 +228,11 @@ def _check_backbone(request: Request) -> None:
     """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
     whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
     trained = None if whole else (read_record(request.weights.parent) or {}).get("backbone")
-    if not trained:
-        return
     path = request.cfg.model.path
+    if not trained:
+        if not whole and not request.own_backbone:
+            log.warning(f"{path} may not be the backbone that the run was trained on: no run.json says which that was")
+        return
     for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
         if not request.own_backbone:
             raise UserError(

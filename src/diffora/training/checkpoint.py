@@ -313,7 +313,10 @@ class Stage(L.LightningModule):
         self.train()
         self._started = time.monotonic() - self.elapsed
         if self._restored is not None:  # Lightning would pass over those that are missing
-            there = {"optimizer_states": self.trainer.optimizers, "lr_schedulers": self.trainer.lr_scheduler_configs}
+            there: dict[str, Any] = {
+                "optimizer_states": self.trainer.optimizers,
+                "lr_schedulers": self.trainer.lr_scheduler_configs,
+            }
             for name, own in there.items():
                 if self._restored[name] != len(own):
                     raise ValueError(f"it has {self._restored[name]} {name}, not {len(own)}")
