@@ -234,6 +234,7 @@ def test_a_complete_run_without_its_adapter_goes_on(place, tmp_path):
         (lambda c: {"weights": 1}, "it has no epoch, global_step"),
         (lambda c: [1, 2], "it holds a list"),
         (lambda c: {k: v for k, v in c.items() if k != "made_with"}, "it has no made_with"),
+        (lambda c: c | {"made_with": {}}, "its made_with cannot be right"),
         (lambda c: {k: v for k, v in c.items() if k != "loops"}, "it has no loops"),
         (lambda c: c | {"diffora": {"rng": c["diffora"]["rng"], "memory": {}}}, "it has no elapsed"),
         (lambda c: c | {"diffora": c["diffora"] | {"memory": {}}}, "it has no 'history'"),
@@ -290,14 +291,15 @@ def test_what_a_search_left_is_taken_over_as_it_was_left_only(searched, tmp_path
     assert (folder / name).read_bytes() == (searched / name).read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"seconds": 1}'])
-def test_a_damaged_search_json_costs_nothing(searched, tmp_path, text):
+@pytest.mark.parametrize("how", [lambda t: "", lambda t: "[]", lambda t: t.replace('"seconds": ', '"seconds": 1')])
+def test_a_damaged_search_json_costs_nothing(searched, tmp_path, how):
     folder = Path(shutil.copytree(searched, tmp_path / "run"))
-    (folder / "search.json").write_text(text)
+    damage(folder / "search.json", how)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(SearchModule, "training_step")
         run_of(*SEARCH, "method.warm_start=true", "resume=true", folder=folder)
-    assert (folder / "selection.json").read_bytes() == (searched / "selection.json").read_bytes()
+    for name in ("selection.json", "search.json"):
+        assert (folder / name).read_bytes() == (searched / name).read_bytes()
 
 
 # --- evaluation ---

@@ -8,6 +8,7 @@ epoch (`diffora.training.data`). It also says what it was made with: settings, d
 (`diffora.digests.made_with`), and only a run with the same goes on from it (`earlier`).
 """
 
+import hashlib
 import json
 import logging
 import pickle
@@ -134,11 +135,18 @@ def _check_content(content: Any) -> None:
         "elapsed": isinstance(ours["elapsed"], int | float),
         "rng": isinstance(ours["rng"], list) and bool(ours["rng"]),
         "memory": isinstance(ours["memory"], dict),
-        "made_with": isinstance(content["made_with"], dict),
+        "made_with": _says_enough(content["made_with"]),
         "state_dict": isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
     }
     if wrong := [name for name, fine in right.items() if not fine]:
         raise ValueError(f"its {', '.join(wrong)} cannot be right")
+
+
+def _says_enough(made_with: Any) -> bool:
+    kinds = {"settings": dict, "data": str, "rows": dict, "backbone": dict | None}
+    return isinstance(made_with, dict) and all(
+        name in made_with and isinstance(made_with[name], kind) for name, kind in kinds.items()
+    )
 
 
 @dataclass
@@ -183,7 +191,7 @@ def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:
 
 
 SEARCH = "search.json"
-"""Written last by a search: its seconds, what it was made with, and the digests of the files that it left."""
+"""Written last by a search: its seconds, what it was made with, the digests of the files that it left, and its own."""
 LEFT = ("selection.json", "selection.safetensors")
 
 
@@ -191,7 +199,11 @@ def write_search(folder: Path, seconds: float, made_with: Mapping[str, Any]) -> 
     """Say that a search or score is finished."""
     files = {name: file_digest(folder / name) for name in LEFT if (folder / name).is_file()}
     content = {"seconds": seconds, "files": files, "made_with": made_with}
-    write_text(folder / SEARCH, json.dumps(content) + "\n")
+    write_text(folder / SEARCH, json.dumps(content | {"digest": _content_digest(content)}) + "\n")
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict[str, Any] | None]:
@@ -199,12 +211,14 @@ def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict
     file = folder / SEARCH
     try:
         content = read_json(file)
-        seconds, files, made = float(content["seconds"]), dict(content["files"]), dict(content["made_with"])
     except FileNotFoundError:
         return None, None
-    except (UserError, KeyError, TypeError, ValueError):
+    except UserError:
+        content = None
+    if not isinstance(content, dict) or content.pop("digest", None) != _content_digest(content):
         log.warning("%s is damaged: the search goes on from its checkpoint, or begins again", file)
         return None, None
+    seconds, files, made = content["seconds"], content["files"], content["made_with"]
     if not all((folder / name).is_file() for name in ("selection.json", *files)):
         return None, None
     for name, digest in files.items():
