@@ -20,9 +20,10 @@ from diffora.errors import UserError
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.results import terminal
-from diffora.results.record import new_record, write_record
+from diffora.results.record import new_record, read_record, write_record
 from diffora.tasks.base import Task
 from diffora.tasks.sources import first_line
+from diffora.training.checkpoint import has_work
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     terminal.print_dry_run(record, grid, selection, method)
     record["memory"] = {"estimate": _memory(cfg, task, model, grid if {"search", "attribution"} & set(asked) else None)}
     terminal.print_memory(record["memory"]["estimate"])
-    write_record(folder, record)
+    if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # a run's own record stays
+        write_record(folder, record)
     return record
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
-from diffora import config, models
+from diffora import config, digests, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
@@ -49,6 +49,9 @@ class Request:
     output: Path
     batch_size: int
     method: str | None = None
+    """Dotted path of the user's own method, where the command line names one."""
+    own_backbone: bool = False
+    """Whether the command line names the backbone: then it need not be that of the run."""
 
 
 def read_request(arguments: list[str]) -> Request:
@@ -101,7 +104,8 @@ def read_request(arguments: list[str]) -> Request:
         raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
     names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
-    return Request(cfg, weights, names, output, size, own.get("method._target_"))
+    own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
+    return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)
 
 
 def _of_run(folder: Path) -> tuple[DictConfig, Path]:
@@ -206,6 +210,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method)
     _check_classes(request, task)
+    _check_backbone(request)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     found: dict[str, dict[str, float]] = {}
@@ -260,3 +265,21 @@ def _check_classes(request: Request, task: Task) -> None:
             f"the run was trained on the classes {', '.join(map(str, trained[:10]))} ({len(trained)}), in this order; "
             f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
         )
+
+
+def _check_backbone(request: Request) -> None:
+    """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
+    whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
+    trained = None if whole else (read_record(request.weights.parent) or {}).get("backbone")
+    path = request.cfg.model.path
+    if not trained:
+        if not whole and not request.own_backbone:
+            log.warning(f"{path} may not be the backbone that the run was trained on: no run.json says which that was")
+        return
+    for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
+        if not request.own_backbone:
+            raise UserError(
+                f"{change} in {path} since the run was trained; bring them back, or say that you want this backbone: "
+                f"model.path={path}"
+            )
+        log.warning(f"{path} is not the backbone that the run was trained on: {change}")

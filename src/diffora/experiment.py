@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from diffora import START, config, models
+from diffora import START, config, digests, models
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.export import Origin
@@ -86,6 +86,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         with machine_limits():
             return Result(folder, dry_run(cfg, method, task, folder), None, None)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
+        check_unchanged(cfg, folder, done)
         terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     if is_main():
@@ -97,6 +98,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         parts = Parts.load(cfg, folder, task)
         method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    record["backbone"] = parts.backbone
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
@@ -111,6 +113,28 @@ def _named(cfg: DictConfig) -> DictConfig:
         assert isinstance(names, dict)
         cfg.cell = {key: literal(name) if isinstance(name, str) else name for key, name in names.items()}
     return cfg
+
+
+def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None:
+    """Compare a complete run with the data and the backbone that its settings name now.
+
+    What is not there any more is not compared, nor are data from the hub: that would need the network.
+
+    Raises:
+        UserError: they changed, so that the results are not theirs.
+    """
+    now: dict[str, Any] = {}
+    try:
+        now["backbone"] = digests.backbone(cfg.model.path)
+        if cfg.task.get("path") is not None:
+            now["data"] = get_task(cfg.task).load().data_hash
+    except UserError as error:
+        log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
+    old = {"data": done.get("data_hash"), "backbone": done.get("backbone")}
+    if changed := digests.changes(old, now):
+        raise UserError(
+            [f"{folder} is complete, but its results are not those of today's files; choose another folder:", *changed]
+        )
 
 
 def check(cfg: DictConfig) -> tuple[Method, Task]:

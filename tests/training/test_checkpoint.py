@@ -1,7 +1,10 @@
+import hashlib
+
 import pytest
 import torch
 
-from diffora.training.checkpoint import DigestCheckpointIO, _restore_rng, _rng_state, newest_checkpoint
+from diffora.errors import UserError
+from diffora.training.checkpoint import DigestCheckpointIO, _restore_rng, _rng_state, newest_checkpoint, prune
 
 
 def write(folder, *epochs):
@@ -35,6 +38,64 @@ def test_what_was_not_finished_is_not_taken(tmp_path):
     (tmp_path / "s-0002.ckpt").write_bytes(b"killed before the name was complete")
     (tmp_path / ".s-0002.ckpt.1.part").write_bytes(b"killed while writing")
     assert newest_checkpoint(tmp_path, "s")[1]["epoch"] == 1
+
+
+def epochs(folder):
+    return sorted(int(file.name[2:7].rstrip("-.")) for file in folder.glob("*.ckpt"))
+
+
+def damage(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_the_newest_two_good_ones_are_kept(tmp_path):
+    """In place of one that is damaged an older one stays, also beyond four digits and beside half a name."""
+    write(tmp_path, *range(1, 6))
+    prune(tmp_path, "s")
+    assert epochs(tmp_path) == [4, 5]
+    for file in tmp_path.glob("s-0005-*"):
+        damage(file)
+    (tmp_path / "s-0006.ckpt").write_bytes(b"killed before the name was complete")
+    (tmp_path / "s-0007-000000000000.ckpt").write_bytes(b"of another digest")
+    (tmp_path / "s-notes.ckpt").write_bytes(b"somebody else's")
+    write(tmp_path, 3)
+    prune(tmp_path, "s")
+    assert {file.name[:6] for file in tmp_path.iterdir()} == {f"s-000{n}" for n in range(3, 8)} | {"s-note"}
+    assert newest_checkpoint(tmp_path, "s")[1]["epoch"] == 4
+    write(tmp_path, 9999, 10000, 10001)
+    prune(tmp_path, "s")
+    assert sorted(file.name[:7] for file in tmp_path.iterdir()) == ["s-10000", "s-10001", "s-notes"]
+    assert newest_checkpoint(tmp_path, "s")[1]["epoch"] == 10001
+
+
+def test_an_epoch_that_is_written_again_takes_the_place_of_its_remains(tmp_path):
+    write(tmp_path, 1, 2, 20)
+    damage(next(tmp_path.glob("s-0002-*")))
+    (tmp_path / "s-0002.ckpt").write_bytes(b"killed before the name was complete")
+    write(tmp_path, 2)
+    assert epochs(tmp_path) == [1, 2, 20]
+
+
+def test_an_undamaged_file_that_is_no_checkpoint_is_named_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "evil").touch, ()
+
+    for content in (b"no zip", b"", Evil()):
+        file = tmp_path / "s-0001.ckpt"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        file = file.rename(tmp_path / f"s-0001-{digest}.ckpt")
+        with pytest.raises(UserError, match=f"{file.name} is not a checkpoint") as caught:
+            newest_checkpoint(tmp_path, "s")
+        assert len(caught.value.problems) == 1
+        file.unlink()
+    assert not (tmp_path / "evil").exists()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -1,5 +1,7 @@
 """Splits never leak, samplers are pure functions of (seed, stage, epoch), and a real Trainer drives them so."""
 
+import random
+
 import datasets
 import lightning.pytorch as L
 import numpy as np
@@ -17,9 +19,11 @@ from diffora.training.data import (
     BilevelDataset,
     EvalBatchSampler,
     FineTuneData,
+    LateLoader,
     LeakError,
     LengthGroupedBatchSampler,
     SearchData,
+    TrainingDataset,
     eval_loader,
     held_out_split,
     split_hash,
@@ -425,6 +429,52 @@ def test_trainer_sets_the_epoch_and_resume_replays_the_right_batches(make, worke
     fit(make(workers), tmp_path / "part", 2)
     resumed = fit(make(workers), tmp_path / "part", 3, resume=tmp_path / "part" / "last.ckpt")
     assert resumed.seen == {2: whole.seen[2]}
+
+
+@pytest.mark.parametrize("make", [fine_tune_data, search_data], ids=["fine-tune", "search"])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_order_is_that_of_the_epoch_no_matter_when_the_iterator_was_made(make, workers):
+    """B10: Lightning makes it, on a resume, before it knows the epoch."""
+
+    def rows(batch):
+        return batch["row"].tolist() if "row" in batch else batch["train"][0]["row"].tolist()
+
+    loader = make(workers).train_dataloader()
+    expected = at_epoch(make().train_dataloader().sampler, 2)
+    early = iter(loader)
+    loader.sampler.set_epoch(2)
+    seen = [rows(batch) for batch in early]
+    assert seen == [batch if isinstance(batch, list) else batch["train"][0] for batch in expected]
+    early = iter(loader)  # the same workers once more
+    loader.sampler.set_epoch(3)
+    assert [rows(batch) for batch in early] != seen
+
+
+class Noisy:
+    """A task's own collate function that draws from global random states."""
+
+    def __call__(self, rows):
+        return torch.tensor([np.random.rand(), random.random(), torch.rand(()).item()])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_worker_draws_depends_on_the_batch_alone(workers):
+    loader = LateLoader(
+        TrainingDataset(tokenised(40)),
+        sampler=LengthGroupedBatchSampler(lengths_of(40), 8, 0),
+        batch_size=None,
+        collate_fn=Noisy(),
+        num_workers=workers,
+        persistent_workers=True,
+    )
+
+    def drawn(epoch):
+        loader.sampler.set_epoch(epoch)
+        return torch.stack(list(loader))
+
+    first, second = drawn(0), drawn(1)
+    assert torch.equal(drawn(1), second) and torch.equal(drawn(0), first)
+    assert len(torch.cat([first, second]).unique()) == 2 * 5 * 3
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,33 +21,38 @@ log = logging.getLogger(__name__)
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
 
+    Only settings are compared here, with those in the record. Checkpoints know what they were made with themselves:
+    `diffora.training.checkpoint.earlier`.
+
     Raises:
         UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
     """
-    old = read_record(folder)
-    if old is None and (broken := why_broken(folder)):
-        if not cfg.resume and any((folder / "checkpoints").glob("*.ckpt")):
+    from diffora.training.checkpoint import has_work
+
+    old = read_record(folder) or {}
+    status = old.get("status")
+    if broken := None if old else why_broken(folder):
+        if not cfg.resume and has_work(folder):
             raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
         log.warning(f"{broken}; going on without it")
-    if old is None or old["status"] == "dry_run":
-        return None
     if not cfg.resume:
-        if old["status"] == "completed" or any((folder / "checkpoints").glob("*.ckpt")):
+        if status == "completed" or has_work(folder):
             raise UserError(
-                f"{folder} holds a run ({old['status']}) already: continue it with resume=true, or choose another "
-                "hydra.run.dir"
+                f"{folder} holds a run ({status or 'without a readable run.json'}) already: continue it with "
+                "resume=true, or choose another hydra.run.dir"
             )
         return None
-    if old.get("config_hash") != config.config_hash(cfg):
-        changed = config.differences(_settings(folder), config.plain(cfg))
+    if status == "dry_run" or "config_hash" not in old:
+        return None
+    if old["config_hash"] != config.config_hash(cfg):
         raise UserError(
             [
                 f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
                 "another folder with hydra.run.dir=, or hydra.sweep.dir= of a sweep:",
-                *changed,
+                *(_changed_settings(cfg, folder) or ["its run.json is the record of another run than its config.yaml"]),
             ]
         )
-    if old["status"] != "completed":
+    if status != "completed":
         return None
     if lost := missing_files(folder, old):
         log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")
@@ -59,22 +64,22 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 UNKNOWN = "a run whose settings are unknown cannot be continued: remove its folder, or choose another one"
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings that a run was started with.
+def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
+    """In which settings a run differs from its ``config.yaml``.
 
     Raises:
         UserError: its ``config.yaml`` is missing or broken.
     """
     file = folder / "config.yaml"
     try:
-        content = read_yaml(file)
+        before = read_yaml(file)
     except FileNotFoundError:
-        content = None
+        before = None
     except UserError as error:
         raise UserError(f"{error}; {UNKNOWN}") from None
-    if not isinstance(content, dict):
+    if not isinstance(before, dict):
         raise UserError(f"{file} is missing or holds no settings; {UNKNOWN}")
-    return {str(key): value for key, value in content.items()}
+    return config.differences(before, config.plain(cfg))
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""Encoded splits on disk: one arrow file each, named by a hash of all that it depends on, mapped into memory."""
+"""Encoded splits on disk: one arrow file each, named by a hash of all that it depends on, mapped into memory.
+
+The last 32 bytes of a file are a digest of its name and content, which is checked before anything of it is read. An
+arrow stream ends before them. One file, put in place at once: several runs may share a cache and write to it.
+"""
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,24 +15,23 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from diffora import digests
+from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic
 
 log = logging.getLogger(__name__)
 
 
-def default_cache_dir() -> Path:
-    """`$DIFFORA_CACHE`, or `~/.cache/diffora`."""
-    return Path(os.environ.get("DIFFORA_CACHE") or "~/.cache/diffora").expanduser()
+SEAL = 32
+"""Bytes of the digest at the end of a file."""
 
 
 def cached(
     kind: str,
     facts: dict[str, Any],
     write: Callable[[Path], None],
-    n_rows: int | None = None,
     cache_dir: str | Path | None = None,
-    last_example: int | None = None,
 ) -> datasets.Dataset:
     """Open the file that belongs to ``facts``; have it written first if it is not there or damaged.
 
@@ -37,8 +39,6 @@ def cached(
         kind: folder in the cache, and what the facts are about.
         facts: JSON-serialisable; everything that the content depends on, the format's version included.
         write: writes an arrow stream (see `arrow_writer`) to the path it is given.
-        n_rows: rows that the file must have, where that is known.
-        last_example: what ``example`` must be in the last row, where an example makes an unknown number of rows.
 
     Raises:
         UserError: the cache cannot be written.
@@ -47,18 +47,42 @@ def cached(
     file = Path(cache_dir or default_cache_dir()) / kind / f"{key}.arrow"
     if file.exists():
         try:
-            return _open(file, n_rows, last_example)
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            log.warning("discarding the damaged cache file %s (%s)", file, error)
+            if is_sealed(file):
+                return datasets.Dataset.from_file(str(file))
+            reason: Any = "its digest is not that of its content"
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = error
+        log.warning("making the damaged cache file %s anew (%s)", file, reason)
     try:
         with atomic(file) as scratch:
             write(scratch)
+            seal(scratch, file)
     except OSError as error:
         raise UserError(
             f"Cannot write the cache file {file}: {error.strerror or error}. "
             "Choose another folder with the environment variable DIFFORA_CACHE."
         ) from error
-    return _open(file, n_rows, last_example)
+    return datasets.Dataset.from_file(str(file))
+
+
+def seal(scratch: Path, file: Path) -> None:
+    """Append the digest to a file that was written at ``scratch`` and will be ``file``."""
+    digest = _seal(file, digests.of_file(scratch))
+    with open(scratch, "ab") as sink:
+        sink.write(digest)
+
+
+def is_sealed(file: Path) -> bool:
+    """Whether a file is as it was when it was sealed, under the same name."""
+    with open(file, "rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - SEAL))
+        end = stream.read()
+    return size >= SEAL and end == _seal(file, digests.of_file(file, tail=SEAL))
+
+
+def _seal(file: Path, digest: str) -> bytes:
+    return hashlib.sha256(f"{file.name} {digest}".encode()).digest()
 
 
 @contextmanager
@@ -71,16 +95,6 @@ def arrow_writer(file: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, 
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
         yield append
-
-
-def _open(file: Path, n_rows: int | None, last_example: int | None) -> datasets.Dataset:
-    """A stream that was cut between two chunks reads without an error, so its end is checked."""
-    dataset = datasets.Dataset.from_file(str(file))
-    if n_rows is not None and len(dataset) != n_rows:
-        raise ValueError(f"{len(dataset)} rows where {n_rows} were expected")
-    if last_example is not None and dataset["example"][-1] != last_example:
-        raise ValueError(f"it does not reach example {last_example}")
-    return dataset
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

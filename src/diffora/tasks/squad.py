@@ -123,7 +123,7 @@ class SquadTask(Task):
         def write(file: Path) -> None:
             self._write(file, rows, processor, frame, training)
 
-        return cached("windows", facts, write, last_example=len(rows) - 1)
+        return cached("windows", facts, write)
 
     def _write(self, file: Path, rows: datasets.Dataset, tokenizer: Any, frame: "Frame", training: bool) -> None:
         has_answers = "answers" in rows.column_names

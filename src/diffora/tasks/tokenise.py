@@ -69,7 +69,7 @@ def tokenise(
     def write(file: Path) -> None:
         _write(file, dataset, spec, tokenizer, max_length)
 
-    return cached("tokenised", facts, write, len(dataset), cache_dir)
+    return cached("tokenised", facts, write, cache_dir)
 
 
 def _write(

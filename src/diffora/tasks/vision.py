@@ -8,6 +8,7 @@ What a training image looks like is a function of (seed, stage, epoch, row).
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import warnings
@@ -31,8 +32,10 @@ from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.models import load_image_processor
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
-from diffora.tasks.cache import arrow_writer, cached, default_cache_dir
+from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal
 from diffora.tasks.sources import SUBSET_SEED, check_columns, check_folder, first_line, hub_splits
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
 IMAGES_AT_ONCE = 128  # bounds memory
@@ -240,12 +243,14 @@ def digests(source: Source) -> list[bytes]:
     n = len(source.images)
     known: Path | None = None
     if source.files:
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+        stats = [_identity(file) for file in source.files]
         key = hashlib.sha256(json.dumps([FORMAT_VERSION, n, stats]).encode()).hexdigest()
         known = default_cache_dir() / "images" / f"{key}.sha256"
-        if known.is_file() and known.stat().st_size == 32 * n:
-            content = known.read_bytes()
-            return [content[start : start + 32] for start in range(0, 32 * n, 32)]
+        if known.is_file():
+            if known.stat().st_size == 32 * n + SEAL and is_sealed(known):
+                content = known.read_bytes()
+                return [content[start : start + 32] for start in range(0, 32 * n, 32)]
+            log.warning("making the damaged cache file %s anew", known)
     found: list[bytes] = []
     chunks = pa.table({"image": source.images}).to_batches(max_chunksize=IMAGES_AT_ONCE)
     with ThreadPoolExecutor(_threads()) as pool:
@@ -255,12 +260,19 @@ def digests(source: Source) -> list[bytes]:
         try:
             with atomic(known) as scratch:
                 scratch.write_bytes(b"".join(found))
+                seal(scratch, known)
         except OSError as error:
             raise UserError(
                 f"Cannot write the cache file {known}: {error.strerror or error}. "
                 "Choose another folder with the environment variable DIFFORA_CACHE."
             ) from error
     return found
+
+
+def _identity(file: Path) -> tuple[Any, ...]:
+    """What is not the same when a file was written to or replaced; nobody can set a change time back."""
+    stat = file.stat()
+    return str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def content_hash(rows: datasets.Dataset) -> str:
@@ -620,7 +632,7 @@ class ImageTask(Task):
             "resize": processor.resize,
             "resample": processor.resample,
         }
-        return cached("images", facts, lambda file: write_pixels(file, rows, processor), len(rows))
+        return cached("images", facts, lambda file: write_pixels(file, rows, processor))
 
     def collate(self, processor: Preprocessing, training: bool) -> Collate:
         return ImageCollate(processor, Augment(**self.cfg.augment) if training else None)

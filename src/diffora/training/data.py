@@ -8,11 +8,12 @@ also where Lightning looks for `set_epoch`: it calls it at the start of each tra
 `loader.sampler`, not on `loader.batch_sampler`. The Trainer needs `use_distributed_sampler=False`: the
 samplers divide each batch among the processes themselves.
 
-When a run is resumed, though, loaders with workers begin to fetch before Lightning calls `set_epoch`:
-therefore the data modules start their samplers at the Trainer's epoch.
+A loader begins to fetch when the first batch is asked for, not when its iterator is made: on a resume Lightning makes
+the iterator before it knows the epoch.
 """
 
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -21,7 +22,7 @@ import datasets
 import lightning.pytorch as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from diffora.errors import UserError
 from diffora.tasks.base import Collate
@@ -125,7 +126,16 @@ class Drawn(list[int]):
 
 
 def look_up(dataset: datasets.Dataset, rows: Sequence[int]) -> dict[str, Any]:
-    """One list for each column of an encoded split, and the ``draw`` of a training batch."""
+    """One list for each column of an encoded split, and the ``draw`` of a training batch.
+
+    A worker's global random state becomes a function of the batch: a task's collate function may draw from it, and
+    what a worker did before, or which worker it is, must not matter. That of the run itself is in its checkpoints.
+    """
+    if isinstance(rows, Drawn) and get_worker_info() is not None:
+        seeds = np.random.SeedSequence((*rows.draw, *rows)).generate_state(3).tolist()
+        torch.manual_seed(seeds[0])
+        np.random.seed(seeds[1])
+        random.seed(seeds[2])
     found: dict[str, Any] = dataset[rows]
     return found | {"draw": rows.draw} if isinstance(rows, Drawn) else found
 
@@ -350,13 +360,15 @@ def _process() -> dict[str, Any]:
     return {"rank": 0, "world_size": 1}
 
 
-def _next_epoch(data: L.LightningDataModule) -> int:
-    """The epoch Lightning is about to pass to `set_epoch`; `trainer.current_epoch` lags behind it on a resume."""
-    return data.trainer.fit_loop.epoch_progress.current.processed if data.trainer else 0  # type: ignore[attr-defined]
+class LateLoader(DataLoader):
+    """Begins to fetch when the first batch is asked for, so that the epoch may be set after the iterator is made."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 def _loader(dataset: Any, sampler: Sampler, collate: Any, num_workers: int) -> DataLoader:
-    return DataLoader(
+    return LateLoader(
         dataset,
         sampler=sampler,
         batch_size=None,  # the sampler yields whole batches
@@ -421,7 +433,6 @@ class SearchData(L.LightningDataModule):
                 indices=indices,
                 # A small batch would weigh as much as a full one; but a split of less than a batch is all there is.
                 drop_last=len(indices) >= self.batch_size,
-                epoch=_next_epoch(self),
                 stream=stream,
                 **_process(),
             )
@@ -459,9 +470,7 @@ class FineTuneData(L.LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader:
-        sampler = LengthGroupedBatchSampler(
-            _lengths(self.train), self.batch_size, self.seed, epoch=_next_epoch(self), **_process()
-        )
+        sampler = LengthGroupedBatchSampler(_lengths(self.train), self.batch_size, self.seed, **_process())
         return _loader(TrainingDataset(self.train), sampler, self.collate[0], self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader]:

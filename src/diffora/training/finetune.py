@@ -256,6 +256,7 @@ class FineTuneModule(Stage):
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
+        self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])
 
 

@@ -3,11 +3,10 @@
 import itertools
 import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,29 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from diffora import config, models
+from diffora import config, digests, models
 from diffora.core.dam import relax
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError, out_of_memory
-from diffora.files import atomic, read_json, write_text
+from diffora.files import atomic, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
 from diffora.tasks.base import Collate, Split, Task
 from diffora.training.attribution import AttributionModule
-from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
+from diffora.training.checkpoint import (
+    Checkpoints,
+    DigestCheckpointIO,
+    Earlier,
+    NonFiniteLoss,
+    Stage,
+    continuing,
+    earlier,
+    newest_checkpoint,
+    write_search,
+)
 from diffora.training.data import (
     FineTuneData,
     LengthGroupedBatchSampler,
@@ -72,6 +81,9 @@ class Parts:
     collate: Collate
     collate_eval: Collate
     data_hash: str
+    backbone: dict[str, Any] | None
+    made_with: dict[str, Any]
+    earlier: Earlier = field(default_factory=Earlier)
     first_step_at: float | None = None
 
     @classmethod
@@ -79,7 +91,8 @@ class Parts:
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
-            UserError: whatever is wrong with data, model, grid or a given selection.
+            UserError: whatever is wrong with data, model, grid or a given selection; or, on a resume, what changed
+                since the run stopped.
         """
         rows = task.load()
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
@@ -92,6 +105,11 @@ class Parts:
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
         processor = task.processor(cfg.model)
+
+        backbone = digests.backbone(cfg.model.path)
+        n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
+        made_with = digests.made_with(cfg, rows.data_hash, n_rows, backbone)
+        before = earlier(folder, made_with) if cfg.resume else Earlier()
 
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
             return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
@@ -110,6 +128,9 @@ class Parts:
             collate=task.collate(processor, training=True),
             collate_eval=task.collate(processor, training=False),
             data_hash=rows.data_hash,
+            backbone=backbone,
+            made_with=made_with,
+            earlier=before,
         )
 
 
@@ -127,15 +148,10 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     """
     cfg, s, folder = parts.cfg, parts.cfg.search, parts.folder
     assert isinstance(method, Selecting)
-    file, seconds = folder / "selection.json", folder / "search.json"
-    if cfg.resume and file.is_file() and seconds.is_file():
-        try:
-            found, elapsed = Selection.load(file), _seconds(seconds)
-        except UserError as error:
-            log.warning(f"{error}; {selector}: going on from its checkpoints")
-        else:
-            log.info(f"{selector}: finished already, using {file}")
-            return found, elapsed
+    file = folder / "selection.json"
+    if parts.earlier.search is not None:
+        log.info(f"{selector}: finished already, using {file}")
+        return parts.earlier.search
 
     split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
 
@@ -157,21 +173,8 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     found = selection(scores)
     if is_main():
         found.save(file)
-        write_text(seconds, json.dumps({"seconds": elapsed}) + "\n")  # last: says that all of it is there
+        write_search(folder, elapsed, parts.made_with)  # last: says that all of it is there
     return found, elapsed
-
-
-def _seconds(file: Path) -> float:
-    """How long a finished search took, from its ``search.json``.
-
-    Raises:
-        UserError: the file is broken.
-    """
-    content = read_json(file)
-    seconds = content.get("seconds") if isinstance(content, dict) else None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-        raise UserError(f"{file} does not say how many seconds the search took")
-    return float(seconds)
 
 
 def search(
@@ -275,18 +278,24 @@ def warm_start(parts: Parts, selection: Selection) -> None:
     file = (Path(given) if given else parts.folder / "selection.json").with_suffix(".safetensors")
     if not file.is_file():
         raise UserError(f"method.warm_start=true needs {file}, which a search with method.warm_start=true leaves")
-    tensors, layers = load_file(file), dict(lowrank_layers(parts.model))
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors' own has no public base class
+        raise UserError(f"method.warm_start=true: {file} is damaged: {error}") from error
+    layers = dict(lowrank_layers(parts.model))
     for names, flags in zip(parts.grid.names, selection.mask().tolist(), strict=True):
-        for name, flag in zip(names, flags, strict=True):
-            if not flag:
-                continue
-            layer, lora_a = layers[name], tensors[f"{name}.lora_a"]
-            if len(lora_a) != layer.rank:
-                raise UserError(
-                    f"method.warm_start=true: the search had rank {len(lora_a)}, rank={layer.rank} does not"
-                )
-            layer.lora_a.data.copy_(lora_a)
-            layer.lora_bt.data.copy_(tensors[f"{name}.lora_bt"])
+        for name in itertools.compress(names, flags):
+            for key in ("lora_a", "lora_bt"):
+                own, found = getattr(layers[name], key), tensors.get(f"{name}.{key}")
+                if found is None or not found.isfinite().all():
+                    raise UserError(f"method.warm_start=true: {file} has no finite {name}.{key}")
+                if len(found) != len(own):
+                    raise UserError(
+                        f"method.warm_start=true: the search had rank {len(found)}, rank={len(own)} does not"
+                    )
+                if found.shape != own.shape:
+                    raise UserError(f"method.warm_start=true: {file}: {name}.{key} is of another model")
+                own.data.copy_(found)
 
 
 class DamPictures(L.Callback):
@@ -395,11 +404,13 @@ def fit(
     """
     t, settings = parts.cfg.trainer, parts.cfg[stage]
     folder = parts.folder / "checkpoints"
-    newest = newest_checkpoint(folder, stage) if parts.cfg.resume else None
+    newest = parts.earlier.checkpoints.pop(stage, None)
     if newest is not None:
         log.info(f"{stage}: continuing from {newest[0]}")
-        if module.restore_if_over(newest[1], settings.epochs):
-            return
+        with continuing(newest[0]):
+            module.check_state(newest[1]["state_dict"])
+            if module.restore_if_over(newest[1], settings.epochs):
+                return
     # Under trainer.deterministic torch also fills all memory that it hands out, to show who reads it before it is
     # written: a twentieth of a step. Where the user only wants to be warned, that is not asked for.
     torch.utils.deterministic.fill_uninitialized_memory = t.deterministic is True  # type: ignore[attr-defined]
@@ -410,7 +421,7 @@ def fit(
         precision=t.precision,
         deterministic=t.deterministic,
         logger=loggers or False,
-        callbacks=[*callbacks, Checkpoints(folder, stage)],
+        callbacks=[*callbacks, Checkpoints(folder, stage, parts.made_with)],
         plugins=[DigestCheckpointIO()],
         default_root_dir=parts.folder,
         use_distributed_sampler=False,
@@ -434,7 +445,10 @@ def fit(
         raise KeyboardInterrupt from error
     except Exception as error:
         if (shortage := out_of_memory(error)) is None:
-            raise
+            if newest is None or module.begun:
+                raise
+            with continuing(newest[0]):
+                raise
         advice = ""
         if shortage.startswith("out of memory"):
             advice = (

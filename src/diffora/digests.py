@@ -1,0 +1,205 @@
+"""What a result was made with: digests of files and of a backbone, and what changed between two runs."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from diffora import config
+from diffora.errors import UserError
+from diffora.files import atomic, read_json
+
+REMEMBERED_FROM = 64 * 2**20
+"""Bytes of a file from which its digest is remembered while the file stays as it is."""
+SAMPLED_FROM = 2 * 2**30
+"""Bytes of a weight file from which its digest covers its ends and a sample, not all of it."""
+SAMPLES, SAMPLE = 256, 2**16
+"""So many blocks of so many bytes make a sample, at equal distances."""
+ENDS = 2**20
+"""Bytes at either end that are always in a sample: a safetensors file's header, a pickled file's list of contents."""
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+SMALL = (
+    "config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Other files of a backbone that a result depends on."""
+
+
+# --- files ---
+
+
+def default_cache_dir() -> Path:
+    """`$DIFFORA_CACHE`, or `~/.cache/diffora`."""
+    return Path(os.environ.get("DIFFORA_CACHE") or "~/.cache/diffora").expanduser()
+
+
+def of_file(path: Path, tail: int = 0) -> str:
+    """sha256 of a file's content, less its last ``tail`` bytes, as hexadecimal digits.
+
+    The digest of a large file is remembered in the cache folder until the file's size, times or inode change. The
+    change time is among them, which no program can set back: only a fault of the disk itself goes unseen.
+    """
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, tail]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        memory = default_cache_dir() / "digests" / key
+        # A file that has just been written could be written again within one tick of the clock.
+        remembered = stat.st_size >= REMEMBERED_FROM and time.time() - stat.st_ctime > 2
+        if remembered:
+            with suppress(OSError, ValueError):
+                digest, check = memory.read_text().split()
+                if check == _check(key, digest):
+                    return digest
+        hasher, left = hashlib.sha256(), max(0, stat.st_size - tail)
+        while left and (block := file.read(min(left, 2**20))):
+            hasher.update(block)
+            left -= len(block)
+    digest = hasher.hexdigest()
+    if remembered:
+        with suppress(OSError), atomic(memory) as scratch:  # it is only a memory
+            scratch.write_text(f"{digest} {_check(key, digest)}\n")
+    return digest
+
+
+def _check(key: str, digest: str) -> str:
+    return hashlib.sha256(f"{key} {digest}".encode()).hexdigest()
+
+
+def _sample(path: Path) -> str:
+    """sha256 of a large file's size, its two ends, and blocks at equal distances."""
+    size = path.stat().st_size
+    hasher = hashlib.sha256(str(size).encode())
+    places = [(0, ENDS), *((size * i // SAMPLES, SAMPLE) for i in range(SAMPLES)), (max(0, size - ENDS), ENDS)]
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")  # a safetensors file begins with the length of its header
+        if ENDS < header < size and path.suffix == ".safetensors":
+            places.append((0, header + 8))
+        for place, length in places:
+            file.seek(place)
+            hasher.update(file.read(length))
+    return hasher.hexdigest()
+
+
+# --- backbones ---
+
+
+def backbone(path: str) -> dict[str, Any] | None:
+    """The identity of the backbone at ``model.path``; of a hub id, of its files in the local cache (no network).
+
+    Returns:
+        digest: of all files together; how: what it covers; files: the first digits of each file's digest. None where
+        the weights are not on this machine.
+    """
+    folder = _folder(path)
+    weights = [] if folder is None else list(_weights(folder))
+    if folder is None or not weights:
+        return None
+    others = [name for name in SMALL if (folder / name).is_file()] + sorted(file.name for file in folder.glob("*.py"))
+    files = {name: folder / name for name in (*weights, *others)}
+    sampled = [name for name, file in files.items() if file.stat().st_size >= SAMPLED_FROM]
+    found = {name: (_sample if name in sampled else of_file)(file) for name, file in files.items()}
+    how = "sha256 of all files"
+    if sampled:
+        how = f"sha256 of all files; of {', '.join(sampled)}: of header and sample"
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return {"digest": digest, "how": how, "files": {name: each[:16] for name, each in found.items()}}
+
+
+def _folder(path: str) -> Path | None:
+    from diffora.models import resolve
+
+    name, local = resolve(path)
+    if local:
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _weights(folder: Path) -> Iterator[str]:
+    """Names of the weight files that transformers takes from a model's folder, with the index of their parts."""
+    given = read_json(folder / "config.json")
+    given = given.get("transformers_weights") if isinstance(given, dict) else None
+    for name in [given] if isinstance(given, str) else WEIGHTS:
+        if not (folder / name).is_file():
+            continue
+        yield name
+        if name.endswith(".index.json"):
+            index = read_json(folder / name)
+            parts = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(parts, dict):
+                raise UserError(f"{folder / name} is not an index of weights: it has no weight_map")
+            yield from (part for part in sorted(set(map(str, parts.values()))) if (folder / part).is_file())
+        return
+
+
+# --- what a result was made with ---
+
+
+def made_with(
+    cfg: DictConfig, data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint or a search is made with, in plain containers, to compare with later (`changes`).
+
+    Args:
+        data: hash of the data.
+        rows: how many there are, by split.
+        backbone: what `backbone` returned.
+    """
+    settings = {key: value for key, value in config.plain(cfg).items() if key not in config.NOT_IN_HASH}
+    made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone}
+    plain: dict[str, Any] = json.loads(json.dumps(made))  # as it will be when it comes from a file
+    return plain
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two `made_with`, a line each. What is None or missing in one of them is not compared."""
+
+    def both(key: str) -> tuple[Any, Any] | None:
+        a, b = old.get(key), new.get(key)
+        return None if a is None or b is None or a == b else (a, b)
+
+    found = config.differences(*pair) if (pair := both("settings")) else []
+    if both("data"):
+        rows = config.differences(*pair) if (pair := both("rows")) else []
+        found.append(f"the data changed: {', '.join(rows) + ' rows' if rows else 'as many rows, with other content'}")
+    if pair := both("backbone"):
+        files = {line.partition(":")[0] for line in config.differences(*(each.get("files", {}) for each in pair))}
+        if files:
+            found.append(f"the backbone's files changed: {', '.join(sorted(files))}")
+        elif pair[0].get("digest") != pair[1].get("digest"):
+            found.append("the backbone's files changed")
+    return found
