@@ -22,6 +22,7 @@ from diffora.export import Origin
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
 from diffora.results.record import new_record, peaks, reset_peaks, write_record
+from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
 from diffora.training.loggers import Loggers
 from diffora.training.predict import predict
@@ -88,9 +89,13 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     parts = Parts.load(cfg, folder, task)
     method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    record["data"] = parts.data
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
+        if is_main():
+            for line in account_lines(parts.data):
+                log.warning(line)
         return execute(parts, method, record, began)
 
 

@@ -4,7 +4,6 @@ Rows are checked here one by one, before anything expensive starts, and all faul
 """
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from diffora.errors import UserError
+from diffora.tasks.account import Account, Accounts, note_ignored
+from diffora.tasks.lines import BadLine, json_lines, utf8
 from diffora.tasks.sources import check_columns, check_folder, find_file, first_line, hub_splits, more
-
-log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000  # bounds memory
 SHIFTS = (0, -1, 1, -2, 2)  # characters by which answer_start may be off and is put right
 FORMATS = ".parquet, .jsonl or SQuAD's own .json"
 TEXTS = ("id", "context", "question")
+KNOWN = ("title", "is_impossible", "plausible_answers")  # columns of SQuAD that nothing here needs
 SCHEMA = pa.schema(
     {**dict.fromkeys(TEXTS, pa.string()), "answers": pa.list_(pa.string()), "starts": pa.list_(pa.int32())}
 )
@@ -34,6 +34,7 @@ def read(
     path: str | None,
     files: dict[str, str | None],
     unanswerable: bool,
+    accounts: Accounts,
     labelled: bool = True,
 ) -> dict[str, pa.Table]:
     """Read and check splits.
@@ -44,6 +45,7 @@ def read(
         path: folder with the splits as files.
         files: the splits to read; the name of each one's file in ``path``, None to look for it.
         unanswerable: whether a question may have no answer.
+        accounts: gets what became of the rows of each split.
         labelled: whether all rows must have the column ``answers``.
 
     Returns:
@@ -72,8 +74,9 @@ def read(
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     tables = {}
     for split, (where, (names, rows)) in readers.items():
+        account = accounts[split] = Account()
         try:
-            tables[split] = _check(names, rows, where, problems, unanswerable, labelled)
+            tables[split] = _check(names, rows, where, problems, unanswerable, labelled, account)
         except (pa.ArrowException, OSError, ValueError) as error:
             problems.append(f"{where} cannot be read: {first_line(error)}")
     if problems:
@@ -122,22 +125,16 @@ def _peek(rows: Iterator[dict[str, Any]]) -> Reader:
 
 
 def _from_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"row {number} (counted from 1) is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} (counted from 1) is not a JSON object: {line.strip()[:60]}")
+    with file.open("rb") as lines:
+        for number, row in json_lines(lines):
+            if isinstance(row, BadLine):
+                raise ValueError(f"row {number} (counted from 1) {row}")
             yield row
 
 
 def _from_official(file: Path) -> Iterator[dict[str, Any]]:
     """The format of the official site: articles of paragraphs of questions; a row is a question."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(utf8(file))
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError("not SQuAD's format, an object with a list of articles as 'data'")
     for i, article in enumerate(content["data"], start=1):
@@ -178,6 +175,7 @@ def _check(
     problems: list[str],
     unanswerable: bool,
     labelled: bool,
+    account: Account,
 ) -> pa.Table:
     """The rows as a table of `SCHEMA`; meaningless when it added to ``problems``."""
     before = len(problems)
@@ -217,13 +215,12 @@ def _check(
     elif not unanswerable:
         for row_number in without:
             faults.add(row_number, "answers", [], "means a question without an answer, which task=squad_v2 takes")
+    account.read = number
     if moved:
-        log.warning(
-            "%s, row %d%s: answer_start is off by a character or two; moved to where the answer stands.",
-            file,
-            moved[0],
-            more(len(moved)),
+        account.change(
+            f"answer_start is off by a character or two, put right, first in row {moved[0]}", len(set(moved))
         )
+    note_ignored(account, [name for name in names if name not in (*TEXTS, "answers", *KNOWN)])
     problems += faults.messages()
     table = pa.Table.from_batches(batches, SCHEMA)
     return table if has_answers else table.select(TEXTS)

@@ -28,6 +28,8 @@ from diffora.files import atomic, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
+from diffora.tasks.account import Account
+from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Collate, Split, Task
 from diffora.training.attribution import AttributionModule
 from diffora.training.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, newest_checkpoint
@@ -56,7 +58,7 @@ def is_main() -> bool:
 
 @dataclass
 class Parts:
-    """What both stages of a run work on."""
+    """What both stages of a run work on; ``data`` is what became of the rows of each split (`Account.record`)."""
 
     cfg: DictConfig
     folder: Path
@@ -71,6 +73,7 @@ class Parts:
     collate: Collate
     collate_eval: Collate
     data_hash: str
+    data: dict[str, Any]
     first_step_at: float | None = None
 
     @classmethod
@@ -81,6 +84,12 @@ class Parts:
             UserError: whatever is wrong with data, model, grid or a given selection.
         """
         rows = task.load()
+        official = next(iter(rows.validation))
+        if len(rows.validation[official]) < 2:
+            raise UserError(
+                f"{rows.source}: the validation split has {len(rows.validation[official])} row; it needs at least 2, since "
+                "one half of it chooses the epoch and the other half reports it"
+            )
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
         model = models.load_model(cfg.model, task)
         task.check(model)
@@ -94,6 +103,11 @@ class Parts:
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
             return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
 
+        train = Split(rows.train, task.encode(rows.train, processor, training=True))
+        validation, test_splits = encoded(rows.validation), encoded(test)
+        if len(np.unique(examples_of(validation[official].encoded))) < 2:
+            raise UserError(f"{rows.source}: fewer than 2 validation rows are left within task.max_length; see above")
+        splits = {"train": train, **validation, **test_splits}
         return cls(
             cfg,
             folder,
@@ -102,12 +116,13 @@ class Parts:
             arguments=task.head() | models.set_padding(model, processor),
             backbone_parameters=models.backbone_parameters(model),
             grid=grid,
-            train=Split(rows.train, task.encode(rows.train, processor, training=True)),
-            validation=encoded(rows.validation),
-            test=encoded(test),
+            train=train,
+            validation=validation,
+            test=test_splits,
             collate=task.collate(processor, training=True),
             collate_eval=task.collate(processor, training=False),
             data_hash=rows.data_hash,
+            data={name: task.account(name, split).record() for name, split in splits.items()},
         )
 
 
@@ -131,6 +146,10 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
         return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
 
     split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
+    account = {"search": _search_account(parts, split).record()}
+    parts.data |= account
+    for line in account_lines(account):
+        log.warning(line)
 
     def selection(scores: Tensor) -> Selection:
         provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
@@ -152,6 +171,15 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
         found.save(file)
         write_text(seconds, json.dumps({"seconds": elapsed}) + "\n")  # last: says that all of it is there
     return found, elapsed
+
+
+def _search_account(parts: Parts, split: tuple[np.ndarray, np.ndarray]) -> Account:
+    """How many of the training examples the search uses."""
+    examples = examples_of(parts.train.encoded)
+    account = Account(len(np.unique(examples)))
+    used = len(np.unique(examples[np.concatenate(split)]))
+    account.drop(f"search.fraction={parts.cfg.search.fraction}", account.read - used)
+    return account
 
 
 def search(
