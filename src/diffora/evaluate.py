@@ -18,7 +18,7 @@ from diffora.files import write_text
 from diffora.results import terminal
 from diffora.results.record import NAME, read_record
 from diffora.tasks.account import lines as account_lines
-from diffora.tasks.base import Outputs, Split, Task, get_task
+from diffora.tasks.base import Outputs, Split, get_task
 from diffora.training.predict import predict
 from diffora.training.stages import quiet_libraries
 

@@ -394,7 +394,7 @@ def test_faults_in_folders(folders, tmp_path, task):
     (folders / "validation" / "fish").mkdir()
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "fish")
     first, second = problems(task(folders).load)
-    assert "bird: no image; looked for .bmp" in first
+    assert "bird: no image that Pillow can read by its extension; found nothing" in first
     assert "'fish' is no class of the training split, which has bird, cat, dog" in second
     shutil.rmtree(folders / "validation")
     assert "nothing for the split 'validation'" in problems(task(folders).load)[1]

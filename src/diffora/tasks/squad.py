@@ -99,9 +99,8 @@ class SquadTask(Task):
         return datasets.Dataset(self._read({split: file}, labelled=False)[split])
 
     def _read(self, files: dict[str, str | None], labelled: bool = True) -> dict[str, pa.Table]:
-        return squad_data.read(
-            self.name, self.cfg.hub, self.cfg.path, files, self.cfg.unanswerable, self.accounts, labelled
-        )
+        c = self.cfg
+        return squad_data.read(self.name, c.hub, c.path, files, c.unanswerable, labelled, self.accounts)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Windows, in the order of their rows; each row has at least one.

@@ -34,8 +34,8 @@ def read(
     path: str | None,
     files: dict[str, str | None],
     unanswerable: bool,
-    accounts: Accounts,
     labelled: bool = True,
+    accounts: Accounts | None = None,
 ) -> dict[str, pa.Table]:
     """Read and check splits.
 
@@ -45,8 +45,8 @@ def read(
         path: folder with the splits as files.
         files: the splits to read; the name of each one's file in ``path``, None to look for it.
         unanswerable: whether a question may have no answer.
-        accounts: gets what became of the rows of each split.
         labelled: whether all rows must have the column ``answers``.
+        accounts: gets what became of the rows of each split.
 
     Returns:
         A table for each split with the columns of `SCHEMA`; ``answers`` and ``starts``, the characters where they
@@ -74,7 +74,9 @@ def read(
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     tables = {}
     for split, (where, (names, rows)) in readers.items():
-        account = accounts[split] = Account()
+        account = Account()
+        if accounts is not None:
+            accounts[split] = account
         try:
             tables[split] = _check(names, rows, where, problems, unanswerable, labelled, account)
         except (pa.ArrowException, OSError, ValueError) as error:

@@ -85,11 +85,7 @@ class Parts:
         """
         rows = task.load()
         official = next(iter(rows.validation))
-        if len(rows.validation[official]) < 2:
-            raise UserError(
-                f"{rows.source}: the validation split has {len(rows.validation[official])} row; it needs at least 2, since "
-                "one half of it chooses the epoch and the other half reports it"
-            )
+        _check_halves(rows.source, len(rows.validation[official]))
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
         model = models.load_model(cfg.model, task)
         task.check(model)
@@ -105,8 +101,7 @@ class Parts:
 
         train = Split(rows.train, task.encode(rows.train, processor, training=True))
         validation, test_splits = encoded(rows.validation), encoded(test)
-        if len(np.unique(examples_of(validation[official].encoded))) < 2:
-            raise UserError(f"{rows.source}: fewer than 2 validation rows are left within task.max_length; see above")
+        _check_halves(rows.source, len(np.unique(examples_of(validation[official].encoded))))
         splits = {"train": train, **validation, **test_splits}
         return cls(
             cfg,
@@ -123,6 +118,15 @@ class Parts:
             collate_eval=task.collate(processor, training=False),
             data_hash=rows.data_hash,
             data={name: task.account(name, split).record() for name, split in splits.items()},
+        )
+
+
+def _check_halves(source: str, rows: int) -> None:
+    """Refuse a validation split too small for `held_out_split`, before any search."""
+    if rows < 2:
+        raise UserError(
+            f"{source}: a validation split of {rows} usable row{'' if rows == 1 else 's'} is too small: one half of it "
+            "chooses the epoch, the other half reports it, so it needs at least 2"
         )
 
 
