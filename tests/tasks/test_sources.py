@@ -342,7 +342,7 @@ def test_split_files_missing(tmp_path):
             b"sentence1,sentence2,label\na,b,1\na,b\nc\n",
             r"row 2 \(.*has 2 fields, the header has 3 \(and 1 more",
         ),
-        ("csv", b"sentence1,sentence2,label\n\xff\xfe,b,1\n", "cannot be read as .csv.*UTF8"),
+        ("csv", b"sentence1,sentence2,label\n\xff\xfe,b,1\n", "cannot be read as .csv: line 2: byte 0xff is not UTF-8"),
         ("csv", b"sentence1,sentence2,label\n", r"train\.csv: no rows"),
         ("jsonl", b"", r"train\.jsonl: no rows"),
         ("jsonl", b'{"sentence1": "a", "sentence2": "b", "label": 1}\n{"sent', "row 2 .* is not JSON"),
@@ -355,7 +355,7 @@ def test_split_files_missing(tmp_path):
         (
             "jsonl",
             b'{"sentence1": "a", "sentence2": "b", "label": "yes"}\n',
-            "row 1 .*'label': \"yes\" is not a number",
+            "row 1 .*'label': \"yes\" is not one of 0 ",
         ),
     ],
 )

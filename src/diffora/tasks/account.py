@@ -53,6 +53,7 @@ class Account:
         }
 
 
+Keys = pa.Array | pa.ChunkedArray
 Accounts = dict[str, Account]
 """An account for each split, by the split's name."""
 
@@ -73,11 +74,12 @@ def lines(records: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def note_ignored(account: Account, names: list[str]) -> None:
     """Say which columns of a source nothing reads."""
+    names = [name.strip() or "(without a name)" for name in names]
     if names:
         account.notes.append(f"columns ignored: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}")
 
 
-def note_overlap(accounts: Accounts, train: pa.ChunkedArray, keys: Callable[[str], pa.ChunkedArray]) -> None:
+def note_overlap(accounts: Accounts, train: Keys, keys: Callable[[str], Keys]) -> None:
     """Say of each split but ``train`` how many of its rows stand in the training rows too.
 
     Args:
@@ -86,4 +88,6 @@ def note_overlap(accounts: Accounts, train: pa.ChunkedArray, keys: Callable[[str
     """
     for name, account in accounts.items():
         if name != "train" and (found := pc.sum(pc.is_in(keys(name), train)).as_py()):
-            account.notes.append(f"{found:,} rows stand in the training rows too: scores on them are too good")
+            account.notes.append(
+                f"{found:,} of {account.used:,} rows stand among the training rows too: the score may be too high"
+            )

@@ -14,7 +14,7 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
     except (KeyError, TypeError, ValueError, RecursionError):  # what others have written there
         return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return names if names and isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def in_order(
@@ -36,7 +36,7 @@ def in_order(
     unknown = [name for name in trimmed if name not in places]
     if unknown:
         near = known_classes(unknown[0], known)
-        hint = f"; '{unknown[0]}' may be {near}: rename it" if near else ""
+        hint = f"; rename '{unknown[0]}' if {near} is meant" if near else ""
         problems.append(f"{what} {some(names)}; {others} {some(known)}{hint}.")
     elif len(set(trimmed)) < len(trimmed):
         problems.append(f"{what} {some(names)}: one of them stands there twice.")

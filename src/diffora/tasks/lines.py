@@ -81,15 +81,16 @@ def read_csv(
                     spanning.append((len(rows), begin, end))
             begin = end
     except csv.Error as error:
-        where = _place(len(rows) + 1, begin, header, lines[begin])
+        where, last = _place(len(rows) + 1, begin, reader.line_num, header, lines), reader.line_num
         if "end of data" in str(error):
-            n = len(lines) - begin
-            raise ValueError(f"{where}: a quote opens a field here that is never closed ({_many(n)}){_HINT}") from None
-        last = reader.line_num
-        over = f"; the field begins here and goes on to line {last}" if last - begin > 1 else ""
-        raise ValueError(
-            f"{where}: behind a field's closing quote there is neither a comma nor the end of the line{over}{_HINT}"
-        ) from None
+            what = (
+                f"a quote opens a field here that is never closed, over {last - begin:,} lines to the end of the file"
+            )
+        else:
+            what = "behind a field's closing quote there is neither a comma nor the end of the line"
+            if last - begin > 1:
+                what = f"a quote opens a field here that goes on to line {last}; there, {what}"
+        raise ValueError(f"{where}: {what}{_HINT}") from None
     if not header:
         raise ValueError("the file is empty, not even a header line")
     if ragged:
@@ -103,14 +104,15 @@ def read_csv(
     for number, begin, end in spanning:
         if (line := _swallowed(lines[begin : end - 1], header, is_record)) is not None:
             raise ValueError(
-                f"{_place(number, begin, header, lines[begin])}: the quoted field that begins here goes on to line "
-                f"{end}, and line {begin + 1 + line} in it looks like a row of its own{_HINT}"
+                f"{_place(number, begin, end, header, lines)}: a quote opens a field here that goes on to line {end}, "
+                f"but line {begin + 1 + line} by itself looks like a row{_HINT}. If all of that is one text, give the "
+                "rows as .jsonl or .parquet"
             )
     if spanning:
         longest = max(spanning, key=lambda span: span[2] - span[1])
         notes.append(
-            f"{len(rows):,} rows from {len(lines):,} lines: {len(spanning):,} rows have fields of several lines, the "
-            f"longest is row {longest[0]} with {longest[2] - longest[1]}"
+            f"{len(rows):,} rows from {len(lines):,} lines: {len(spanning):,} with fields of several lines, of which "
+            f"row {longest[0]:,} is the longest with {longest[2] - longest[1]:,} lines"
         )
     if blank:
         notes.append(f"{blank:,} blank line{'s' if blank > 1 else ''}")
@@ -129,17 +131,13 @@ def _check_separator(line: str, wanted: Sequence[str]) -> None:
             raise ValueError(f"its fields are separated by {name}; separate them by commas")
 
 
-def _place(row: int, line: int, header: Sequence[str], content: str) -> str:
-    """Row, line and, by the fields before the end of the line, column where a field of several lines begins."""
-    fields = next(csv.reader([content]), [])
-    column = f", column '{header[len(fields) - 1]}'" if 0 < len(fields) <= len(header) else ""
+def _place(row: int, begin: int, end: int, header: Sequence[str], lines: Sequence[str]) -> str:
+    """Row, line and, of a row of several lines, the column of the field that the first line does not end."""
     if not header:
-        return f"line {line + 1}, the header"
-    return f"row {row} (data rows, counted from 1; line {line + 1}){column}"
-
-
-def _many(lines: int) -> str:
-    return f"{lines} line{'s' if lines > 1 else ''} to the end of the file"
+        return f"line {begin + 1}, the header"
+    fields = next(csv.reader([lines[begin]]), [])
+    column = f", column '{header[len(fields) - 1]}'" if end - begin > 1 and 0 < len(fields) <= len(header) else ""
+    return f"row {row} (data rows, counted from 1; line {begin + 1}){column}"
 
 
 def _swallowed(
@@ -225,5 +223,5 @@ def _reason(error: Exception, line: bytes) -> str:
         return "is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         extra = error.msg == "Extra data"
-        return "is not JSON (several objects in one line)" if extra else f"is not JSON ({error.msg})"
+        return f"is not JSON ({'more than one object in the line' if extra else error.msg})"
     return f"is not JSON ({error})"

@@ -164,7 +164,9 @@ def _checked(spec: "TaskSpec", pieces: Pieces, accounts: list[Account], labelled
             there = dict.fromkeys(name for table in tables.values() for name in table.column_names)
             note_ignored(account, [name for name in there if name not in (*spec.text_columns, "label", "idx")])
     moved = [file for file, found in numberings.items() if found and found.moves]
-    if moved and (plain := [file for file, found in numberings.items() if found is None]):
+    everything = {file: piece.table for files in pieces.values() for file, piece in files.items()}
+    plain = [file for file, found in numberings.items() if found is None and not _by_name(spec, everything[file])]
+    if moved and plain:
         problems.append(
             f"{plain[0]}: its labels are numbers without names, while {moved[0]} numbers the classes in another order "
             f"than the task ({numberings[moved[0]]}); write the labels as names, so that both mean the same."
@@ -599,6 +601,13 @@ def _numbering(spec: "TaskSpec", table: pa.Table, file: str, problems: list[str]
     return None if places is None else Numbering(tuple(names), tuple(places))
 
 
+def _by_name(spec: "TaskSpec", table: pa.Table) -> bool:
+    """Whether the labels are names (and not numbers, for which there may be none)."""
+    if "label" not in table.column_names or table.num_rows == 0:
+        return False
+    return str(table.column("label")[0].as_py()).strip() in spec.label_names
+
+
 def _expected(spec: "TaskSpec") -> str:
     """What a label must be, in words."""
     if spec.is_regression:
@@ -672,10 +681,10 @@ def _check_names(
 
 
 def _nearest(spec: "TaskSpec", column: pa.ChunkedArray, right: pa.ChunkedArray) -> str:
-    """ "; did you mean …" for the first text that is no label."""
+    """Which name may be meant by the first text that is no label, to be put behind a message."""
     row = pc.index(pc.fill_null(right, True), False).as_py()
     near = known_classes(column[row].as_py(), spec.label_names) if row >= 0 else None
-    return f"; did you mean {near}?" if near else ""
+    return f"; perhaps {near} is meant" if near else ""
 
 
 def _check_index(column: pa.ChunkedArray, file: str, problems: list[str]) -> pa.ChunkedArray:

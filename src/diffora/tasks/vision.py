@@ -649,7 +649,7 @@ class ImageTask(Task):
         if strange := sorted(labels["validation"] - labels["train"]):  # after task.max_train_rows
             names = some([self.classes[i] for i in strange])
             self.accounts["validation"].notes.append(f"classes that no training row has: {names}")
-        keys = {"train": train.flatten_indices().data.column("digest"), "validation": validation.data.column("digest")}
+        keys = {"train": pa.array(train["digest"][:]), "validation": pa.array(validation["digest"][:])}
         note_overlap(self.accounts, keys["train"], keys.__getitem__)
 
     def expect(self, classes: Sequence[str]) -> None:
