@@ -79,7 +79,7 @@ class SquadTask(Task):
         train = subset(tables["train"], self.cfg.max_train_rows, self.accounts["train"])
         validation = tables["validation"]
         if several := pc.sum(pc.greater(pc.list_value_length(train.column("answers")), 1)).as_py():
-            self.accounts["train"].notes.append(f"{several:,} rows have several answers: the first is trained on")
+            self.accounts["train"].notes.append(f"rows with several answers, of which the first is trained on: {several:,}")
 
         def asked(name: str) -> pa.ChunkedArray:
             table = train if name == "train" else validation
@@ -96,7 +96,10 @@ class SquadTask(Task):
 
     def load_split(self, split: str) -> datasets.Dataset:
         file = self.cfg.get(f"{split}_file")
-        return datasets.Dataset(self._read({split: file}, labelled=False)[split])
+        loaded = self.accounts.copy()  # predict=true reads the validation split once more
+        rows = datasets.Dataset(self._read({split: file}, labelled=False)[split])
+        self.accounts |= loaded
+        return rows
 
     def _read(self, files: dict[str, str | None], labelled: bool = True) -> dict[str, pa.Table]:
         c = self.cfg

@@ -144,16 +144,14 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     """
     cfg, s, folder = parts.cfg, parts.cfg.search, parts.folder
     assert isinstance(method, Selecting)
+    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
+    parts.data["search"] = _search_account(parts, split).record()
+    for line in account_lines({"search": parts.data["search"]}):
+        log.warning(line)
     file, seconds = folder / "selection.json", folder / "search.json"
     if cfg.resume and file.is_file() and seconds.is_file():
         log.info(f"{selector}: finished already, using {file}")
         return Selection.load(file), float(json.loads(seconds.read_text())["seconds"])
-
-    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
-    account = {"search": _search_account(parts, split).record()}
-    parts.data |= account
-    for line in account_lines(account):
-        log.warning(line)
 
     def selection(scores: Tensor) -> Selection:
         provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
