@@ -127,6 +127,22 @@ def test_embedded_tasks_are_used_whole(cfg, task, model):
         assert account == Account(read=account.used) and account.read >= 20
 
 
+def test_other_splits_that_were_loaded_before_keep_their_accounts(cfg, tmp_path):
+    mrpc_files(tmp_path / "mrpc")
+    (tmp_path / "mrpc" / "train.parquet").rename(tmp_path / "mrpc" / "test.parquet")
+    mrpc_files(tmp_path / "mrpc")
+    (tmp_path / "chat").mkdir()
+    for split, n in (("train", 8), ("validation", 3), ("test", 40)):
+        rows = ({"prompt": f"{split} {i}", "completion": "yes"} for i in range(n))
+        (tmp_path / "chat" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for overrides in (["task=mrpc", "model=tiny"], ["task=chat", "model=tiny_llama"]):
+        task = get_task(cfg(*overrides, f"task.path={tmp_path / overrides[0].removeprefix('task=')}").task)
+        task.load_split("test")
+        rows = task.load()
+        sizes = {"train": len(rows.train), "validation": len(rows.validation["validation"]), "test": 40}
+        assert {name: account.read for name, account in task.accounts.items()} == sizes
+
+
 # --- in a run ---
 
 

@@ -253,6 +253,8 @@ def test_a_split_need_not_number_its_rows(tmp_path):
         ([0, None, 2, 3, 4], "row 2 (data rows, counted from 1), column 'idx': null is not"),
         (["a", "b", "c", "d", "e"], "column 'idx' holds string"),
         ([0.5, 1, 2, 3, 4], "column 'idx' holds double"),
+        ([[0], [1], [2], [3], [4]], "column 'idx' holds list"),
+        ([None] * 5, "row 1 (data rows, counted from 1), column 'idx': null is not"),
     ],
 )
 def test_wrong_numbers(tmp_path, numbers, expected):
@@ -260,6 +262,9 @@ def test_wrong_numbers(tmp_path, numbers, expected):
     with pytest.raises(UserError) as caught:
         load_split(MRPC, "test", tmp_path)
     assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
+    assert "which a submission quotes; without this column rows are numbered from 0" in caught.value.problems[0]
+    write(tmp_path, "validation", {**ROWS, "idx": numbers})
+    assert load_split(MRPC, "validation", tmp_path).column_names == ["sentence1", "sentence2", "label"]
     write_both(tmp_path, idx=numbers)
     assert len(load_rows(MRPC, tmp_path).train) == 5  # nothing asks for them in training
 

@@ -234,6 +234,11 @@ def test_faults_name_the_row(tmp_path, changes, message):
     assert problems(tmp_path, [row(0), row(1, **changes), row(2)]) == [where + message]
 
 
+def test_an_answer_to_an_impossible_question_is_a_contradiction(tmp_path):
+    [message] = problems(tmp_path, [row(0), row(1) | {"is_impossible": True}], unanswerable=True)
+    assert "row 2 (data rows, counted from 1), column 'answers'" in message and "is_impossible says" in message
+
+
 def test_all_faults_are_named_together_with_their_number(tmp_path):
     rows = [row(0, None), row(1, context=None), row(2, None), row(3, question=""), row(3)]
     found = problems(tmp_path, rows)

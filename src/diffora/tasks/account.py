@@ -1,10 +1,9 @@
 """What became of the rows of a split: how many were read, used, left out and changed, and why."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 
@@ -53,7 +52,6 @@ class Account:
         }
 
 
-Keys = pa.Array | pa.ChunkedArray
 Accounts = dict[str, Account]
 """An account for each split, by the split's name."""
 
@@ -79,15 +77,14 @@ def note_ignored(account: Account, names: list[str]) -> None:
         account.notes.append(f"columns ignored: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}")
 
 
-def note_overlap(accounts: Accounts, train: Keys, keys: Callable[[str], Keys]) -> None:
+def note_overlap(accounts: Accounts, keys: Mapping[str, Any]) -> None:
     """Say of each split but ``train`` how many of its rows stand in the training rows too.
 
     Args:
-        train: one key (text or bytes) for each training row; equal rows have equal keys.
-        keys: those of another split.
+        keys: for each split an arrow array of one key (text or bytes) for each row; equal rows have equal keys.
     """
     for name, account in accounts.items():
-        if name != "train" and (found := pc.sum(pc.is_in(keys(name), train)).as_py()):
+        if name in keys and name != "train" and (found := pc.sum(pc.is_in(keys[name], keys["train"])).as_py()):
             account.notes.append(
                 f"{found:,} of {account.used:,} rows stand among the training rows too: the score may be too high"
             )

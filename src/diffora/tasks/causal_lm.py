@@ -77,8 +77,9 @@ modules differ in rank; for servers that want one for all, merge first:
             accounts["train"].drop(f"taken for validation, task.validation_rows={len(validation)}", len(validation))
             accounts["validation"] = Account(len(validation))
         train = subset(train, self.cfg.max_train_rows, accounts["train"])
-        keys = {"train": conversations.row_keys(train), "validation": conversations.row_keys(validation)}
-        note_overlap(accounts, keys["train"], keys.__getitem__)
+        note_overlap(
+            accounts, {"train": conversations.row_keys(train), "validation": conversations.row_keys(validation)}
+        )
         return Rows(
             datasets.Dataset(train),
             {"validation": datasets.Dataset(validation)},

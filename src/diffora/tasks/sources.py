@@ -89,7 +89,7 @@ def load_rows(
     names = ("train", "validation", *spec.validation_splits[1:])
     accounts = {} if accounts is None else accounts
     accounts |= {name: Account() for name in names}
-    tables = dict(zip(names, _checked(spec, pieces, list(accounts.values())), strict=True))
+    tables = dict(zip(names, _checked(spec, pieces, [accounts[name] for name in names]), strict=True))
     tables["train"] = subset(tables["train"], max_train_rows, accounts["train"])
     _note_oddities(spec, tables, accounts)
     validation = {name: table for name, table in tables.items() if name != "train"}
@@ -198,7 +198,7 @@ def _note_oddities(spec: "TaskSpec", tables: dict[str, pa.Table], accounts: Acco
         texts = [tables[name].column(column).cast(pa.large_string()) for column in spec.text_columns]
         return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
 
-    note_overlap(accounts, texts_of("train"), texts_of)
+    note_overlap(accounts, {name: texts_of(name) for name in tables})
 
 
 def subset(table: pa.Table, max_rows: int | None, account: Account) -> pa.Table:

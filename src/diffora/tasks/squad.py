@@ -79,14 +79,15 @@ class SquadTask(Task):
         train = subset(tables["train"], self.cfg.max_train_rows, self.accounts["train"])
         validation = tables["validation"]
         if several := pc.sum(pc.greater(pc.list_value_length(train.column("answers")), 1)).as_py():
-            self.accounts["train"].notes.append(f"rows with several answers, of which the first is trained on: {several:,}")
+            self.accounts["train"].notes.append(
+                f"rows with several answers, of which the first is trained on: {several:,}"
+            )
 
-        def asked(name: str) -> pa.ChunkedArray:
-            table = train if name == "train" else validation
+        def asked(table: pa.Table) -> pa.ChunkedArray:
             texts = [table.column(column).cast(pa.large_string()) for column in ("context", "question")]
             return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
 
-        note_overlap(self.accounts, asked("train"), asked)
+        note_overlap(self.accounts, {"train": asked(train), "validation": asked(validation)})
         return Rows(
             train=datasets.Dataset(train),
             validation={"validation": datasets.Dataset(validation)},

@@ -136,7 +136,10 @@ def _from_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def _from_official(file: Path) -> Iterator[dict[str, Any]]:
     """The format of the official site: articles of paragraphs of questions; a row is a question."""
-    content = json.loads(utf8(file))
+    try:
+        content = json.loads(utf8(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError("not SQuAD's format, an object with a list of articles as 'data'")
     for i, article in enumerate(content["data"], start=1):
@@ -144,7 +147,7 @@ def _from_official(file: Path) -> Iterator[dict[str, Any]]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     row = {"id": question["id"], "context": paragraph["context"], "question": question["question"]}
-                    yield row | ({"answers": question["answers"]} if "answers" in question else {})
+                    yield row | {key: question[key] for key in ("answers", "is_impossible") if key in question}
         except (KeyError, TypeError) as error:
             raise ValueError(f"article {i} is not as in SQuAD's format, it lacks {error}") from error
 
@@ -202,6 +205,8 @@ def _check(
         if answers == ([], []):
             without.append(number)
         texts, starts = answers or ([], [])
+        if texts and row.get("is_impossible"):
+            faults.add(number, "answers", texts, "answers a question of which is_impossible says that it has no answer")
         if columns["context"][-1]:
             starts = _aligned(columns["context"][-1], texts, starts, number, faults, moved)
         columns["answers"].append(texts)

@@ -650,7 +650,7 @@ class ImageTask(Task):
             names = some([self.classes[i] for i in strange])
             self.accounts["validation"].notes.append(f"classes that no training row has: {names}")
         keys = {"train": pa.array(train["digest"][:]), "validation": pa.array(validation["digest"][:])}
-        note_overlap(self.accounts, keys["train"], keys.__getitem__)
+        note_overlap(self.accounts, keys)
 
     def expect(self, classes: Sequence[str]) -> None:
         """Number the classes of all that is loaded as the trained model does."""
