@@ -448,6 +448,9 @@ def test_duplicate_columns(tmp_path):
     write(tmp_path, "validation", ROWS)
     (tmp_path / "train.csv").write_text("sentence1,sentence2,label,label\na,b,1,0\n")
     assert "2 columns are called 'label'" in problems(tmp_path)[0]
+    (tmp_path / "train.csv").rename(tmp_path / "test.csv")
+    with pytest.raises(UserError, match="2 columns are called 'label'"):
+        load_split(MRPC, "test", tmp_path)
 
 
 def test_text_of_wrong_type_or_null(tmp_path):

@@ -163,16 +163,16 @@ def _checked(spec: "TaskSpec", pieces: Pieces, accounts: list[Account], labelled
             account.notes += [note for piece in pieces_of_split.values() for note in piece.notes]
             there = dict.fromkeys(name for table in tables.values() for name in table.column_names)
             note_ignored(account, [name for name in there if name not in (*spec.text_columns, "label", "idx")])
+    if problems:
+        raise UserError(problems)
     moved = [file for file, found in numberings.items() if found and found.moves]
     everything = {file: piece.table for files in pieces.values() for file, piece in files.items()}
     plain = [file for file, found in numberings.items() if found is None and not _by_name(spec, everything[file])]
     if moved and plain:
-        problems.append(
+        raise UserError(
             f"{plain[0]}: its labels are numbers without names, while {moved[0]} numbers the classes in another order "
             f"than the task ({numberings[moved[0]]}); write the labels as names, so that both mean the same."
         )
-    if problems:
-        raise UserError(problems)
     return checked
 
 
@@ -524,8 +524,8 @@ def check_columns(names: Sequence[str], wanted: Sequence[str], file: str, proble
 
 def _unlabelled(table: pa.Table) -> bool:
     """Whether a table has no labels at all: no such column, or nothing or GLUE's -1 in every row."""
-    if "label" not in table.column_names:
-        return True
+    if table.column_names.count("label") != 1:
+        return "label" not in table.column_names
     try:
         values = pc.unique(table.column("label").cast(pa.string())).drop_null().to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -602,9 +602,7 @@ def _numbering(spec: "TaskSpec", table: pa.Table, file: str, problems: list[str]
 
 
 def _by_name(spec: "TaskSpec", table: pa.Table) -> bool:
-    """Whether the labels are names (and not numbers, for which there may be none)."""
-    if "label" not in table.column_names or table.num_rows == 0:
-        return False
+    """Whether the checked labels of a file are names, and not numbers."""
     return str(table.column("label")[0].as_py()).strip() in spec.label_names
 
 
