@@ -81,7 +81,7 @@ def test_conversations(cfg, tmp_path):
         assert (account.read, account.used) == (6, 4)
         nothing = "nothing to learn within task.max_length=64 (no turn of the assistant)"
         assert account.dropped == {"no text": 1, nothing: 1} and account.changed == {"cut at task.max_length=64": 1}
-        assert account.notes == ["columns ignored: source, tool_calls (in messages)"]
+        assert account.notes == ["5 blank lines", "columns ignored: source, tool_calls (in messages)"]
     validation = account_of(cfg(*chosen), "validation")
     assert "1 of 3 rows stand among the training rows too: the score may be too high" in validation.notes
     (tmp_path / "validation.jsonl").unlink()

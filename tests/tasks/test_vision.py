@@ -471,6 +471,12 @@ def test_folders_in_class_folders_are_read_through_links_and_circles(folders, ta
     assert sorted(names) == sorted([f"{i}.{('png', 'jpeg')[i % 2]}" for i in range(6)] * 2)
 
 
+def test_links_to_nothing_are_named(folders, task):
+    link = folders / "train" / "cat" / "z.png"
+    link.symlink_to(folders / "gone.png")
+    assert problems(task(folders).load) == [f"{link}: a link to a file that is not there."]
+
+
 def test_images_beside_the_class_folders_are_refused(folders, task):
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "train" / "lost.png")
     [message] = problems(task(folders).load)
@@ -535,6 +541,9 @@ def test_a_trained_model_decides_the_numbers(folders, tmp_path, task):
     t = task(parquet)
     t.expect(["dog", "bird", "cat"])
     assert t.load_split("validation")["label"][:] == [2] * 3 + [0] * 3 and t.head()["num_labels"] == 3
+    turned(parquet, "validation", ["0", "1"], [0] * 3 + [1] * 3)  # names like others: digits, for instance
+    assert "its classes are 0, 1; the run's are dog, bird, cat" in problems(t.load_split, "validation")[0]
+    turned(parquet, "validation", ["cat", "dog"], [0] * 3 + [1] * 3)
     t.expect(["dog", "bird"])
     assert "its classes are cat, dog; the run's are dog, bird" in problems(t.load_split, "validation")[0]
 

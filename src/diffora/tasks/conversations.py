@@ -98,15 +98,16 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str], acco
 def read_file(file: Path, problems: list[str], account: Account) -> pa.Table:
     """`read` for a .parquet or .jsonl file."""
     try:
-        return read(_lines(file) if file.suffix == ".jsonl" else _records(file), str(file), problems, account)
+        rows = _lines(file, account.notes) if file.suffix == ".jsonl" else _records(file)
+        return read(rows, str(file), problems, account)
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
         return SCHEMA.empty_table()
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as lines:
-        for number, row in json_lines(lines):
+        for number, row in json_lines(lines, notes):
             yield number, Fault("", row.shown, row.reason) if isinstance(row, BadLine) else row
 
 

@@ -18,20 +18,21 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
 
 
 def in_order(
-    names: Sequence[str], known: Sequence[str], what: str, others: str, problems: list[str]
+    names: Sequence[str], known: Sequence[str], what: str, others: str, problems: list[str], or_numbers: bool = False
 ) -> list[int] | None:
     """The place in ``known`` of each of some classes; None, and a problem, if one of them is not there.
 
-    Names are compared exactly, but for white space around them. Names that are all numbers ("0", "1") count as places.
+    Names are compared exactly, but for white space around them.
 
     Args:
         names: of the classes, in the order of their numbers.
         known: the classes that there are.
         what, others: how the two are introduced in the message, e.g. "its classes are" and "the task's are".
+        or_numbers: whether the names may also be the places themselves, "0", "1" and so on, as of unnamed classes.
     """
     trimmed = [name.strip() for name in names]
     places = {name: i for i, name in enumerate(known)}
-    if trimmed and not set(trimmed) & set(known):
+    if or_numbers and not set(trimmed) & set(known):
         places = {str(i): i for i in range(len(known))}
     unknown = [name for name in trimmed if name not in places]
     if unknown:

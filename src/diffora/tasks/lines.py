@@ -114,8 +114,7 @@ def read_csv(
             f"{len(rows):,} rows from {len(lines):,} lines: {len(spanning):,} with fields of several lines, of which "
             f"row {longest[0]:,} is the longest with {longest[2] - longest[1]:,} lines"
         )
-    if blank:
-        notes.append(f"{blank:,} blank line{'s' if blank > 1 else ''}")
+    note_blank(notes, blank)
     return header, rows
 
 
@@ -179,12 +178,14 @@ class BadLine(ValueError):
         super().__init__(f"{reason}: {self.shown}")
 
 
-def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, object or `BadLine`) for each line that is not blank."""
+def json_lines(lines: Iterable[bytes], notes: list[str] | None = None) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, object or `BadLine`) for each line that is not blank; ``notes`` gets how many are."""
+    blank = 0
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
+            blank += 1
             continue
         row: Any
         try:
@@ -195,6 +196,14 @@ def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
             yield number, row
         else:
             yield number, BadLine(_ARRAY if isinstance(row, list) else "is not a JSON object", line)
+    if notes is not None:
+        note_blank(notes, blank)
+
+
+def note_blank(notes: list[str], lines: int) -> None:
+    """Say how many lines are blank, if any are."""
+    if lines:
+        notes.append(f"{lines:,} blank line{'s' if lines > 1 else ''}")
 
 
 _ARRAY = "is not a JSON object but an array; write one object in each line, without [ ] and commas around"

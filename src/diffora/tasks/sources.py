@@ -25,7 +25,7 @@ from diffora.hub import why_unreachable
 from diffora.tasks.account import Account, Accounts, note_ignored, note_overlap
 from diffora.tasks.base import Rows
 from diffora.tasks.labels import class_names, in_order, known_classes
-from diffora.tasks.lines import BadLine, json_lines, read_csv, utf8
+from diffora.tasks.lines import BadLine, json_lines, note_blank, read_csv, utf8
 
 if TYPE_CHECKING:
     from diffora.tasks.glue import TaskSpec
@@ -424,8 +424,7 @@ def _read_jsonl(file: Path, spec: "TaskSpec", notes: list[str]) -> pa.Table:
         table = _parse_jsonl(content, spec, pa.string())  # names of classes
     if table is None or table.num_rows != full:
         raise ValueError(_first_json_fault(lines, spec) or f"{full} lines do not hold one JSON object each")
-    if blank := len(lines) - full:
-        notes.append(f"{blank:,} blank line{'s' if blank > 1 else ''}")
+    note_blank(notes, len(lines) - full)
     # Arrow adds the columns of an explicit schema even when no row has them.
     empty = [name for name in (*spec.text_columns, "label") if table.column(name).null_count == table.num_rows]
     if empty:
@@ -597,7 +596,7 @@ def _numbering(spec: "TaskSpec", table: pa.Table, file: str, problems: list[str]
     if spec.is_regression:
         problems.append(f"{where} holds classes ({', '.join(names[:10])}), expected {_expected(spec)}.")
         return None
-    places = in_order(names, spec.label_names, f"{where}: its classes are", "the task's are", problems)
+    places = in_order(names, spec.label_names, f"{where}: its classes are", "the task's are", problems, or_numbers=True)
     return None if places is None else Numbering(tuple(names), tuple(places))
 
 

@@ -55,6 +55,8 @@ def read(
     Raises:
         UserError: everything that is wrong, together.
     """
+    accounts = {} if accounts is None else accounts
+    accounts |= {split: Account() for split in files}
     problems: list[str] = []
     readers: dict[str, tuple[str, Reader]] = {}
     if path is None:
@@ -69,16 +71,13 @@ def read(
             if file is None:
                 continue
             try:
-                readers[split] = str(file), _open(file)
+                readers[split] = str(file), _open(file, accounts[split].notes)
             except (pa.ArrowException, OSError, ValueError) as error:
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     tables = {}
     for split, (where, (names, rows)) in readers.items():
-        account = Account()
-        if accounts is not None:
-            accounts[split] = account
         try:
-            tables[split] = _check(names, rows, where, problems, unanswerable, labelled, account)
+            tables[split] = _check(names, rows, where, problems, unanswerable, labelled, accounts[split])
         except (pa.ArrowException, OSError, ValueError) as error:
             problems.append(f"{where} cannot be read: {first_line(error)}")
     if problems:
@@ -99,11 +98,11 @@ def _names(split: str, unanswerable: bool) -> list[str]:
 # --- readers ---
 
 
-def _open(file: Path) -> Reader:
+def _open(file: Path, notes: list[str]) -> Reader:
     if file.suffix == ".parquet":
         return _from_table(pa.parquet.read_table(file))
     if file.suffix == ".jsonl":
-        return _peek(_from_lines(file))
+        return _peek(_from_lines(file, notes))
     if file.suffix == ".json":
         return _peek(_from_official(file))
     raise ValueError(f"files of question answering are {FORMATS}")
@@ -126,9 +125,9 @@ def _peek(rows: Iterator[dict[str, Any]]) -> Reader:
     return list(first), whole()
 
 
-def _from_lines(file: Path) -> Iterator[dict[str, Any]]:
+def _from_lines(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
-        for number, row in json_lines(lines):
+        for number, row in json_lines(lines, notes):
             if isinstance(row, BadLine):
                 raise ValueError(f"row {number} (counted from 1) {row}")
             yield row

@@ -153,6 +153,8 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
                 account.drop("hidden files", 1)
             elif file.suffix.lower() in extensions():
                 found.append(file)
+                if not file.is_file():
+                    problems.append(f"{file}: a link to a file that is not there.")
             else:
                 account.drop(f"no image: {file.suffix.lower() or file.name}", 1)
         return sorted(found)
@@ -175,7 +177,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
             problems.append(f"{folder / name}: no image that Pillow can read by its extension; found {present}.")
         files += found
         labels += [classes.index(name)] * len(found)
-    beside = images_among(entry for entry in folder.iterdir() if entry.is_file())
+    beside = images_among(entry for entry in folder.iterdir() if not entry.is_dir())
     if named and beside:
         shown = some([file.name for file in beside])
         problems.append(f"{folder}: images beside the class folders, where they have no class: {shown}.")
@@ -290,7 +292,9 @@ def renumbered(source: Source, classes: Sequence[str], others: str, problems: li
     if labels is not None and places != list(range(len(places))):
         labels = pa.chunked_array([pa.array(places, pa.int64()).take(labels.combine_chunks())])
         if source.listed:  # otherwise the numbers were ours
-            source.account.change(f"label numbers follow the class names, in another order than {others}", len(labels))
+            source.account.change(
+                f"label numbers follow the class names, whose order is {some(source.classes)}", len(labels)
+            )
     return replace(source, labels=labels, classes=list(classes))
 
 
