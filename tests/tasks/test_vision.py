@@ -356,7 +356,7 @@ def test_all_images_that_cannot_be_decoded_are_named(folders, task, monkeypatch)
     t = task(folders)
     found = problems(t.encode, t.load().train, SMALL, True)
     assert [Path(line.split(": ")[0]).name for line in found] == ["0.png", "1.jpeg", "2.png", "f.tiff"]
-    assert "no format that Pillow knows" in found[0] and "runcated" in found[1]
+    assert "no format that Pillow decodes" in found[0] and "runcated" in found[1]
     assert "nothing in place of an image" in found[2] and "floating-point" in found[3]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 9 x 12 is more than twice that
     assert "is too large" in problems(t.encode, t.load().validation["validation"], SMALL, False)[0]
@@ -441,20 +441,24 @@ def test_files_that_are_no_images_are_counted(folders, task):
     ):
         file.write_bytes(b"?")
     (cat / ".previews").mkdir()
+    (folders / "train" / ".cache").mkdir()
+    shutil.copy(cat / "0.png", folders / "train" / ".cache")
+    picture(9, 9).save(cat / "page.eps")
     shutil.copy(cat / "0.png", cat / ".previews")
     t = task(folders)
     rows = t.load()
     account = t.account("train", Split(rows.train, t.encode(rows.train, SMALL, True)))
-    assert len(rows.train) == 12 and (account.read, account.used) == (19, 12)
+    assert len(rows.train) == 12 and (account.read, account.used) == (21, 12)
     assert account.dropped == {
         "no image: .db": 1,
         "no image: .txt": 2,
         "no image: README": 1,
         "no image: .csv": 1,
-        "hidden files": 2,
+        "no image: .eps": 1,
+        "hidden files": 3,
     }
     [line] = lines({"train": account.record()})
-    assert line.startswith("train: 12 of 19 rows used; 1 left out (no image: .db); 2 left out (no image: .txt)")
+    assert line.startswith("train: 12 of 21 rows used; 3 left out (hidden files); 1 left out (no image: .db); ")
 
 
 def test_folders_in_class_folders_are_read_through_links_and_circles(folders, task, tmp_path):
@@ -469,6 +473,15 @@ def test_folders_in_class_folders_are_read_through_links_and_circles(folders, ta
     t = task(folders)
     names = [Path(file).name for file in t.load().train["file"][:]]
     assert sorted(names) == sorted([f"{i}.{('png', 'jpeg')[i % 2]}" for i in range(6)] * 2)
+
+
+def test_no_program_is_started_for_an_image(folders, task, monkeypatch):
+    """PostScript is a program: Pillow would hand it to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (folders / "train" / "cat" / "0.png").write_bytes(encoded(picture(9, 9), "eps"))
+    t = task(folders)
+    [message] = problems(t.encode, t.load().train, SMALL, True)
+    assert "0.png: cannot be decoded: it is in no format that Pillow decodes" in message
 
 
 def test_links_to_nothing_are_named(folders, task):

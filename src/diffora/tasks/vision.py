@@ -125,11 +125,21 @@ class Source:
     account: Account = field(default_factory=Account)
 
 
+# Pillow recognises these but cannot decode them itself: for EPS it starts Ghostscript, a program for programs.
+NOT_DECODED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in NOT_DECODED)
+
+
 @cache
 def extensions() -> frozenset[str]:
-    """Of the files that Pillow can decode."""
-    Image.init()
-    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Of files in these formats."""
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -147,7 +157,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
 
     def images_among(files: Iterable[Path]) -> list[Path]:
         found = []
-        for file in files:
+        for file in sorted(files):
             account.read += 1
             if any(part.startswith(".") for part in file.relative_to(folder).parts):
                 account.drop("hidden files", 1)
@@ -157,7 +167,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
                     problems.append(f"{file}: a link to a file that is not there.")
             else:
                 account.drop(f"no image: {file.suffix.lower() or file.name}", 1)
-        return sorted(found)
+        return found
 
     files: list[Path] = []
     labels: list[int] = []
@@ -177,6 +187,9 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
             problems.append(f"{folder / name}: no image that Pillow can read by its extension; found {present}.")
         files += found
         labels += [classes.index(name)] * len(found)
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name.startswith("."):
+            images_among(_files_below(entry))  # counted as hidden
     beside = images_among(entry for entry in folder.iterdir() if not entry.is_dir())
     if named and beside:
         shown = some([file.name for file in beside])
@@ -382,7 +395,7 @@ def decode(image: Mapping[str, Any] | None) -> Image.Image:
     content = _content(image)
     if not content:
         raise ValueError("nothing in place of an image")
-    opened = Image.open(io.BytesIO(content))
+    opened = Image.open(io.BytesIO(content), formats=formats())
     opened.load()
     several = _has_frames(opened)
     picture = ImageOps.exif_transpose(opened)
@@ -424,7 +437,7 @@ def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tup
         whole = decode(image)
         picture = shrink(whole, side, resample)
     except Image.UnidentifiedImageError:
-        return "cannot be decoded: it is in no format that Pillow knows"
+        return "cannot be decoded: it is in no format that Pillow decodes"
     except Image.DecompressionBombError as error:
         return f"is too large ({error}); make it smaller first"
     except Exception as error:  # Pillow's decoders have no common error for damaged files
@@ -447,7 +460,7 @@ def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessin
     }
     work = partial(_to_pixels, side=preprocessing.resize, resample=preprocessing.resample)
     faults: list[str] = []
-    Image.init()  # or the threads would load Pillow's formats at the same time
+    formats()  # or the threads would load Pillow's formats at the same time
     with (
         arrow_writer(file, pa.schema(types)) as append,
         ThreadPoolExecutor(_threads()) as pool,
