@@ -702,7 +702,9 @@ def test_names_of_a_selection_are_not_formulas_in_its_picture():
 
 def test_every_look_up_goes_through_one_module():
     """No other place imports by a name that it was given, unpickles, or lets OmegaConf or PyYAML read a file."""
-    pattern = r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"
+    pattern = (
+        r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"
+    )
     pattern += r"|yaml\.(load|unsafe|full)|weights_only=False|\bexec\(|(?<![.\w])eval\("
     allowed = {"trust.py": {"import_module"}, "files.py": {"yaml.load"}}
     for file in (REPO / "src" / "diffora").rglob("*.py"):

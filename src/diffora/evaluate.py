@@ -18,7 +18,8 @@ from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
 from diffora.files import check_writable, read_yaml, write_text
 from diffora.results import terminal
-from diffora.results.record import read_record
+from diffora.results.record import NAME, read_record
+from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.training.predict import predict
 from diffora.training.stages import quiet_libraries
@@ -206,13 +207,19 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     check_writable(request.output)
     quiet_libraries()
     task = get_task(cfg.task)
+    if (trained := (read_record(request.weights.parent) or {}).get("classes")) is not None:
+        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+            raise UserError(f"{request.weights.parent / NAME}: 'classes' is not a list of names")
+        task.expect(trained)
     names = request.splits or task.validation_splits
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method)
-    _check_classes(request, task)
     _check_backbone(request)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
+    data = {name: task.account(name, split).record() for name, split in splits.items()}
+    for line in account_lines(data):
+        log.warning(line)
     found: dict[str, dict[str, float]] = {}
     files: list[Path] = []
     for name, split in splits.items():
@@ -225,6 +232,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         "task": config.plain(cfg)["task"],
         "model": cfg.model.path,
         "rows": {name: len(split.rows) for name, split in splits.items()},
+        "data": data,
         "metrics": found,
         "seconds": round(time.time() - began, 3),
     }
@@ -254,17 +262,6 @@ def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> t
     elif fresh := getattr(model, "fresh_modules", ()):
         raise UserError(f"{weights} has no {fresh[0]}: it was trained for another kind of task")
     return model.eval(), processor
-
-
-def _check_classes(request: Request, task: Task) -> None:
-    """Refuse data that number the classes in another way than those the run was trained on."""
-    record = read_record(request.weights.parent)
-    trained, names = record.get("classes") if isinstance(record, dict) else None, task.head().get("id2label")
-    if names and isinstance(trained, list) and trained and list(names.values()) != trained:
-        raise UserError(
-            f"the run was trained on the classes {', '.join(map(str, trained[:10]))} ({len(trained)}), in this order; "
-            f"the data have {', '.join(list(names.values())[:10])} ({len(names)})"
-        )
 
 
 def _check_backbone(request: Request) -> None:

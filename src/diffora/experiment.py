@@ -24,6 +24,7 @@ from diffora.files import check_writable
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
 from diffora.results.record import missing_files, new_record, peaks, reset_peaks, result_files, write_record
+from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
 from diffora.training.launch import launch_problems
 from diffora.training.loggers import Loggers
@@ -98,10 +99,13 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         parts = Parts.load(cfg, folder, task)
         method.check(parts.model, parts.grid)
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
-    record["backbone"] = parts.backbone
+    record |= {"backbone": parts.backbone, "data": parts.data}
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
+        if is_main():
+            for line in account_lines(parts.data):
+                log.warning(line)
         return execute(parts, method, record, began)
 
 

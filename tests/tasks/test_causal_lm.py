@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from diffora import hub
 from diffora.errors import UserError
 from diffora.tasks import causal_lm, conversations
+from diffora.tasks.account import Account
 from diffora.tasks.base import Split, parts_of
 from diffora.tasks.causal_lm import IGNORED, CausalLMTask, Collator, best_fit, encode, pack, token_losses
 from diffora.training.data import examples_of, held_out_split, split_search
@@ -126,7 +127,7 @@ def rows_of(*rows) -> datasets.Dataset:
     """Rows as `Task.load` gives them; a list of texts is a conversation."""
     rows = [{"messages": turns_of(row)} if isinstance(row, list) else {"text": row} for row in rows]
     problems: list[str] = []
-    table = conversations.read(enumerate(rows, start=1), "test", problems)
+    table = conversations.read(enumerate(rows, start=1), "test", problems, Account())
     assert not problems
     return datasets.Dataset(table)
 
@@ -203,7 +204,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters():
 
 def test_a_template_that_refuses_is_quoted_with_the_row():
     table = conversations.read(
-        enumerate([{"messages": turns_of(["a", "b"])}, {"messages": turns_of(["a", "b"], "Be kind.")}], 1), "x", []
+        enumerate([{"messages": turns_of(["a", "b"])}, {"messages": turns_of(["a", "b"], "Be kind.")}], 1),
+        "x",
+        [],
+        Account(),
     )
     with pytest.raises(UserError, match=r"row 2: no system turns here"):
         encode(datasets.Dataset(table), byte_level(INST), 512, "completion")
@@ -219,13 +223,17 @@ def test_a_slow_tokenizer_and_a_length_beyond_the_model_are_refused():
 # --- length ---
 
 
-def test_an_answer_beyond_the_length_is_left_out_and_counted(caplog):
-    task = task_of(max_length=40)
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_answer_beyond_the_length_is_left_out_and_counted(packing):
+    task = task_of(max_length=40, packing=packing)
     rows = rows_of(["short", "answer"], ["long " * 200, "answer"], ["so so", "long " * 200])
-    encoded = task.encode(rows, byte_level(CHATML), training=False)
-    assert encoded["example"] == [0, 2]
+    encoded = task.encode(rows, byte_level(CHATML), training=True)
+    assert set(encoded["example"]) == {0, 2}
     assert max(encoded["length"]) == 40
-    assert "1 of 3 rows are left out: within task.max_length=40" in caplog.text
+    account = task.account("train", Split(rows, encoded))
+    assert (account.read, account.used) == (3, 2)
+    assert account.dropped == {"nothing to learn within task.max_length=40 (no turn of the assistant)": 1}
+    assert account.changed == {"cut at task.max_length=40": 1}
 
 
 def test_nothing_to_learn_at_all_is_an_error():

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
+from diffora.tasks.account import Account
 from diffora.tasks.conversations import conversation, cut_validation, read, read_file, rows_hash
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
@@ -30,12 +31,12 @@ def jsonl(file: Path, *rows) -> Path:
 
 @pytest.mark.parametrize("row", FORMS)
 def test_every_form_gives_the_same_turns(row):
-    assert conversation(row) == TURNS
+    assert conversation(row, {}) == TURNS
 
 
 def test_input_stands_below_the_instruction():
     row = {"instruction": "Translate.", "input": "ja", "output": "yes"}
-    assert conversation(row)[0]["content"] == "Translate.\n\nja"
+    assert conversation(row, {})[0]["content"] == "Translate.\n\nja"
 
 
 def test_parquet_and_jsonl_give_equal_rows(tmp_path):
@@ -43,7 +44,8 @@ def test_parquet_and_jsonl_give_equal_rows(tmp_path):
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     problems: list[str] = []
     tables = [
-        read_file(file, problems) for file in (jsonl(tmp_path / "train.jsonl", *rows), tmp_path / "train.parquet")
+        read_file(file, problems, Account())
+        for file in (jsonl(tmp_path / "train.jsonl", *rows), tmp_path / "train.parquet")
     ]
     assert problems == []
     assert tables[0].equals(tables[1])
@@ -53,7 +55,7 @@ def test_parquet_and_jsonl_give_equal_rows(tmp_path):
 
 def test_the_hash_tells_turns_apart():
     def of(*rows):
-        return rows_hash(read(enumerate(rows, 1), "x", []))
+        return rows_hash(read(enumerate(rows, 1), "x", [], Account()))
 
     one, two = {"prompt": "a", "completion": "b"}, {"prompt": "ab", "completion": ""}
     split = {"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "assistant", "content": "b"}]}
@@ -64,7 +66,7 @@ def test_the_hash_tells_turns_apart():
 # row in the file, what the message must say of it
 FAULTS = [
     ('{"text": "cut', "is not JSON"),
-    ("[1, 2]", "not an object"),
+    ("[1, 2]", "not a JSON object"),
     ({"question": "a", "answer": "b"}, "are its columns; expected messages, conversations, prompt"),
     ({"messages": []}, "column 'messages': [] has no turns"),
     ({"messages": "hello"}, "column 'messages': 'hello' is not a list of turns"),
@@ -84,7 +86,7 @@ FAULTS = [
 def test_a_bad_row_is_named_with_file_row_and_column(tmp_path, row, message):
     file = jsonl(tmp_path / "train.jsonl", FORMS[0], "", row, FORMS[2])
     problems: list[str] = []
-    read_file(file, problems)
+    read_file(file, problems, Account())
     assert len(problems) == 1
     assert problems[0].startswith(f"{file}, row 3 (data rows, counted from 1)")
     assert message in problems[0]
@@ -93,7 +95,7 @@ def test_a_bad_row_is_named_with_file_row_and_column(tmp_path, row, message):
 def test_all_faults_at_once_equal_ones_together(tmp_path):
     file = jsonl(tmp_path / "train.jsonl", *(row for row, _ in FAULTS), *(row for row, _ in FAULTS[:3]))
     problems: list[str] = []
-    read_file(file, problems)
+    read_file(file, problems, Account())
     assert len(problems) == len(
         {message for _, message in FAULTS} - {"null is not text", "column 'text': 3 is not text"}
     )
@@ -107,29 +109,29 @@ def test_files_that_cannot_be_read(tmp_path):
     jsonl(tmp_path / "blank.jsonl", {"text": ""}, {"text": " \n"})
     problems: list[str] = []
     for name in ("bad.parquet", "empty.jsonl", "latin.jsonl", "blank.jsonl"):
-        read_file(tmp_path / name, problems)
+        read_file(tmp_path / name, problems, Account())
     assert len(problems) == 4
     assert "cannot be read as .parquet" in problems[0]
     assert "no rows" in problems[1]
-    assert "row 1" in problems[2] and "is not JSON" in problems[2]
+    assert "row 1" in problems[2] and "is not UTF-8 (byte 0xe9)" in problems[2]
     assert "none of the 2 rows has any text" in problems[3]
 
 
 def test_empty_texts_are_left_out_and_row_numbers_stay():
-    table = read(enumerate([{"text": "a"}, {"text": ""}, {"text": "b"}], 1), "x", [])
+    table = read(enumerate([{"text": "a"}, {"text": ""}, {"text": "b"}], 1), "x", [], Account())
     assert table.column("number").to_pylist() == [1, 3]
 
 
 def test_columns_that_only_other_rows_have_do_not_count(tmp_path):
     rows = [{"text": "plain", "messages": None}, {"text": None, "messages": TURNS}]
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    table = read_file(tmp_path / "train.parquet", [])
+    table = read_file(tmp_path / "train.parquet", [], Account())
     assert table.column("text").to_pylist() == ["plain", ""]
     assert table.column("messages").to_pylist() == [[], TURNS]
 
 
 def test_validation_is_cut_the_same_way_in_every_run():
-    table = read(enumerate(({"text": f"t{i}"} for i in range(50)), 1), "x", [])
+    table = read(enumerate(({"text": f"t{i}"} for i in range(50)), 1), "x", [], Account())
     train, validation = cut_validation(table, 10)
     parts = [set(part.column("text").to_pylist()) for part in (train, validation)]
     assert len(parts[1]) == 10 and not parts[0] & parts[1] and len(parts[0] | parts[1]) == 50

@@ -253,6 +253,8 @@ def test_a_split_need_not_number_its_rows(tmp_path):
         ([0, None, 2, 3, 4], "row 2 (data rows, counted from 1), column 'idx': null is not"),
         (["a", "b", "c", "d", "e"], "column 'idx' holds string"),
         ([0.5, 1, 2, 3, 4], "column 'idx' holds double"),
+        ([[0], [1], [2], [3], [4]], "column 'idx' holds list"),
+        ([None] * 5, "row 1 (data rows, counted from 1), column 'idx': null is not"),
     ],
 )
 def test_wrong_numbers(tmp_path, numbers, expected):
@@ -260,6 +262,9 @@ def test_wrong_numbers(tmp_path, numbers, expected):
     with pytest.raises(UserError) as caught:
         load_split(MRPC, "test", tmp_path)
     assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
+    assert "which a submission quotes; without this column rows are numbered from 0" in caught.value.problems[0]
+    write(tmp_path, "validation", {**ROWS, "idx": numbers})
+    assert load_split(MRPC, "validation", tmp_path).column_names == ["sentence1", "sentence2", "label"]
     write_both(tmp_path, idx=numbers)
     assert len(load_rows(MRPC, tmp_path).train) == 5  # nothing asks for them in training
 
@@ -342,7 +347,7 @@ def test_split_files_missing(tmp_path):
             b"sentence1,sentence2,label\na,b,1\na,b\nc\n",
             r"row 2 \(.*has 2 fields, the header has 3 \(and 1 more",
         ),
-        ("csv", b"sentence1,sentence2,label\n\xff\xfe,b,1\n", "cannot be read as .csv.*UTF8"),
+        ("csv", b"sentence1,sentence2,label\n\xff\xfe,b,1\n", "cannot be read as .csv: line 2: byte 0xff is not UTF-8"),
         ("csv", b"sentence1,sentence2,label\n", r"train\.csv: no rows"),
         ("jsonl", b"", r"train\.jsonl: no rows"),
         ("jsonl", b'{"sentence1": "a", "sentence2": "b", "label": 1}\n{"sent', "row 2 .* is not JSON"),
@@ -355,7 +360,7 @@ def test_split_files_missing(tmp_path):
         (
             "jsonl",
             b'{"sentence1": "a", "sentence2": "b", "label": "yes"}\n',
-            "row 1 .*'label': \"yes\" is not a number",
+            "row 1 .*'label': \"yes\" is not one of 0 ",
         ),
     ],
 )
@@ -443,6 +448,9 @@ def test_duplicate_columns(tmp_path):
     write(tmp_path, "validation", ROWS)
     (tmp_path / "train.csv").write_text("sentence1,sentence2,label,label\na,b,1,0\n")
     assert "2 columns are called 'label'" in problems(tmp_path)[0]
+    (tmp_path / "train.csv").rename(tmp_path / "test.csv")
+    with pytest.raises(UserError, match="2 columns are called 'label'"):
+        load_split(MRPC, "test", tmp_path)
 
 
 def test_text_of_wrong_type_or_null(tmp_path):

@@ -1,7 +1,6 @@
 """Rows of question answering in every format; every malformed input with its message."""
 
 import json
-import logging
 from pathlib import Path
 
 import datasets
@@ -52,9 +51,9 @@ def write(folder: Path, name: str, rows: list[dict]) -> Path:
     return file
 
 
-def load(folder: Path | None, unanswerable: bool = False, labelled: bool = True, **files: str | None):
-    names = files or {"train": None}
-    return read("squad", "rajpurkar/squad", None if folder is None else str(folder), names, unanswerable, labelled)
+def load(folder: Path | None, unanswerable: bool = False, labelled: bool = True, accounts=None, **files: str | None):
+    names, path = files or {"train": None}, None if folder is None else str(folder)
+    return read("squad", "rajpurkar/squad", path, names, unanswerable, labelled, accounts)
 
 
 def problems(folder: Path, rows: list[dict], unanswerable: bool = False, name: str = "train.jsonl") -> list[str]:
@@ -144,12 +143,12 @@ def test_rows_without_answers_are_unlabelled(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 1, 2])
-def test_small_shifts_are_put_right(tmp_path, shift, caplog):
+def test_small_shifts_are_put_right_and_counted(tmp_path, shift):
     moved = {"text": ["中国"], "answer_start": [CONTEXT.index("中国") + shift]}
     write(tmp_path, "train.jsonl", [row(0), row(1, answers=moved)])
-    with caplog.at_level(logging.WARNING):
-        assert load(tmp_path)["train"]["starts"].to_pylist()[1] == [CONTEXT.index("中国")]
-    assert "row 2: answer_start is off by a character or two" in caplog.text
+    accounts = {}
+    assert load(tmp_path, accounts=accounts)["train"]["starts"].to_pylist()[1] == [CONTEXT.index("中国")]
+    assert accounts["train"].changed == {"answer_start is off by a character or two, put right, first in row 2": 1}
 
 
 def test_real_data(real_data):
@@ -235,6 +234,11 @@ def test_faults_name_the_row(tmp_path, changes, message):
     assert problems(tmp_path, [row(0), row(1, **changes), row(2)]) == [where + message]
 
 
+def test_an_answer_to_an_impossible_question_is_a_contradiction(tmp_path):
+    [message] = problems(tmp_path, [row(0), row(1) | {"is_impossible": True}], unanswerable=True)
+    assert "row 2 (data rows, counted from 1), column 'answers'" in message and "is_impossible says" in message
+
+
 def test_all_faults_are_named_together_with_their_number(tmp_path):
     rows = [row(0, None), row(1, context=None), row(2, None), row(3, question=""), row(3)]
     found = problems(tmp_path, rows)
@@ -268,7 +272,12 @@ def test_missing_and_renamed_columns(tmp_path, name):
     ("name", "content", "message"),
     [
         ("train.jsonl", '{"id": "1"\n', "cannot be read as .jsonl: row 1 (counted from 1) is not JSON"),
-        ("train.jsonl", "[1]\n", "cannot be read as .jsonl: row 1 (counted from 1) is not a JSON object: [1]"),
+        (
+            "train.jsonl",
+            "[1]\n",
+            "cannot be read as .jsonl: row 1 (counted from 1) is not a JSON object but an array; "
+            "write one object in each line, without [ ] and commas around: [1]",
+        ),
         (
             "train.json",
             "[]",

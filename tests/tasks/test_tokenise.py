@@ -67,12 +67,14 @@ def small_chunks(monkeypatch):
 
 def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
     done = tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
-    assert done.column_names == ["input_ids", "token_type_ids", "labels", "length", "row"]
+    assert done.column_names == ["input_ids", "token_type_ids", "labels", "length", "cut", "row"]
     for i, (row, source) in enumerate(zip(done, pairs, strict=True)):
         # As a batch of one: outside a batch, transformers takes an empty second text for none.
         alone = tokenizer([source["sentence1"]], [source["sentence2"]], truncation=True, max_length=16)
         assert [row["input_ids"]] == alone["input_ids"] and [row["token_type_ids"]] == alone["token_type_ids"]
         assert (row["labels"], row["row"], row["length"]) == (source["label"], i, len(row["input_ids"]))
+        whole = tokenizer([source["sentence1"]], [source["sentence2"]])["input_ids"][0]
+        assert row["cut"] == (len(whole) > 16)
     assert max(done["length"]) == 16  # the text is long enough for truncation to have happened
 
 

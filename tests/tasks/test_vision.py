@@ -22,6 +22,7 @@ from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.experiment import run
 from diffora.tasks import vision
+from diffora.tasks.account import lines
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.digits import ASKED, PRETRAINED, digits
 from diffora.tasks.vision import IMAGE, Augment, ImageCollate, Preprocessing, random_box
@@ -355,7 +356,7 @@ def test_all_images_that_cannot_be_decoded_are_named(folders, task, monkeypatch)
     t = task(folders)
     found = problems(t.encode, t.load().train, SMALL, True)
     assert [Path(line.split(": ")[0]).name for line in found] == ["0.png", "1.jpeg", "2.png", "f.tiff"]
-    assert "no format that Pillow knows" in found[0] and "runcated" in found[1]
+    assert "no format that Pillow decodes" in found[0] and "runcated" in found[1]
     assert "nothing in place of an image" in found[2] and "floating-point" in found[3]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 9 x 12 is more than twice that
     assert "is too large" in problems(t.encode, t.load().validation["validation"], SMALL, False)[0]
@@ -394,7 +395,7 @@ def test_faults_in_folders(folders, tmp_path, task):
     (folders / "validation" / "fish").mkdir()
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "fish")
     first, second = problems(task(folders).load)
-    assert "bird: no image; looked for .bmp" in first
+    assert "bird: no image that Pillow can read by its extension; found nothing" in first
     assert "'fish' is no class of the training split, which has bird, cat, dog" in second
     shutil.rmtree(folders / "validation")
     assert "nothing for the split 'validation'" in problems(task(folders).load)[1]
@@ -408,6 +409,190 @@ def test_faults_in_folders(folders, tmp_path, task):
     for split in ("train", "validation"):
         (tmp_path / "p" / f"{split}.parquet").write_bytes(b"PAR1?")
     assert all("cannot be read as .parquet" in line for line in problems(task(tmp_path / "p").load))
+
+
+# --- what is read, left out and numbered ---
+
+
+def test_every_extension_that_pillow_decodes_is_read(folders, task):
+    """B13: .jfif, and its neighbours: other letters' case, rarer formats."""
+    cat, content = folders / "train" / "cat", encoded(picture(9, 9, seed=5), "jpeg")
+    for name in ("a.jfif", "b.JPE", "c.Jpg"):
+        (cat / name).write_bytes(content)
+    for name, kind in (("d.ico", "ico"), ("e.tga", "tga"), ("f.pcx", "pcx"), ("g.dib", "dib"), ("h.qoi", "qoi")):
+        picture(16, 16, seed=6).save(cat / name, kind)
+    t = task(folders)
+    rows = t.load()
+    assert len(rows.train) == 12 + 8 and len(pixels(t, rows.train)) == 20
+    account = t.accounts["train"]
+    assert (account.read, account.used, account.dropped) == (20, 20, {})
+
+
+def test_files_that_are_no_images_are_counted(folders, task):
+    """B13: nothing is left out without a word."""
+    cat, dog = folders / "train" / "cat", folders / "train" / "dog"
+    for file in (
+        cat / "Thumbs.db",
+        cat / "a.txt",
+        dog / "b.TXT",
+        dog / ".hidden.png",
+        dog / "README",
+        folders / "train" / "x.csv",
+    ):
+        file.write_bytes(b"?")
+    (cat / ".previews").mkdir()
+    (folders / "train" / ".cache").mkdir()
+    shutil.copy(cat / "0.png", folders / "train" / ".cache")
+    picture(9, 9).save(cat / "page.eps")
+    shutil.copy(cat / "0.png", cat / ".previews")
+    t = task(folders)
+    rows = t.load()
+    account = t.account("train", Split(rows.train, t.encode(rows.train, SMALL, True)))
+    assert len(rows.train) == 12 and (account.read, account.used) == (21, 12)
+    assert account.dropped == {
+        "no image: .db": 1,
+        "no image: .txt": 2,
+        "no image: README": 1,
+        "no image: .csv": 1,
+        "no image: .eps": 1,
+        "hidden files": 3,
+    }
+    [line] = lines({"train": account.record()})
+    assert line.startswith("train: 12 of 21 rows used; 3 left out (hidden files); 1 left out (no image: .db); ")
+
+
+def test_folders_in_class_folders_are_read_through_links_and_circles(folders, task, tmp_path):
+    cat = folders / "train" / "cat"
+    (cat / "deep" / "er").mkdir(parents=True)
+    shutil.move(cat / "0.png", cat / "deep" / "er" / "0.png")
+    (cat / "folder.png").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(cat / "1.jpeg", tmp_path / "elsewhere")
+    (cat / "link").symlink_to(tmp_path / "elsewhere")
+    (cat / "deep" / "circle").symlink_to(cat)
+    t = task(folders)
+    names = [Path(file).name for file in t.load().train["file"][:]]
+    assert sorted(names) == sorted([f"{i}.{('png', 'jpeg')[i % 2]}" for i in range(6)] * 2)
+
+
+def test_no_program_is_started_for_an_image(folders, task, monkeypatch):
+    """PostScript is a program: Pillow would hand it to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (folders / "train" / "cat" / "0.png").write_bytes(encoded(picture(9, 9), "eps"))
+    t = task(folders)
+    [message] = problems(t.encode, t.load().train, SMALL, True)
+    assert "0.png: cannot be decoded: it is in no format that Pillow decodes" in message
+
+
+def test_links_to_nothing_are_named(folders, task):
+    link = folders / "train" / "cat" / "z.png"
+    link.symlink_to(folders / "gone.png")
+    assert problems(task(folders).load) == [f"{link}: a link to a file that is not there."]
+
+
+def test_images_beside_the_class_folders_are_refused(folders, task):
+    shutil.copy(folders / "train" / "cat" / "0.png", folders / "train" / "lost.png")
+    [message] = problems(task(folders).load)
+    assert message == f"{folders / 'train'}: images beside the class folders, where they have no class: lost.png."
+
+
+def test_the_first_of_several_frames_is_used_and_said(folders, task):
+    frames = [picture(9, 9, seed=i) for i in range(3)]
+    for name, kind in (("x.gif", "gif"), ("x.tiff", "tiff"), ("x.webp", "webp")):
+        frames[0].save(folders / "train" / "cat" / name, kind, save_all=True, append_images=frames[1:])
+    t = task(folders)
+    rows = t.load()
+    account = t.account("train", Split(rows.train, t.encode(rows.train, SMALL, True)))
+    assert account.changed == {"the first of several frames is used": 3} and account.used == 15
+    tiff = t.encode(rows.train, SMALL, True)[[Path(file).name for file in rows.train["file"][:]].index("x.tiff")]
+    assert tiff["pixels"] == vision.shrink(frames[0], 8, 2).tobytes() and tiff["cut"]
+
+
+def turned(folder: Path, split: str, names: list[str], labels: list) -> None:
+    """Give a split of `to_parquet` other labels and names for them (none: the labels as they are)."""
+    file = folder / f"{split}-00000-of-00001.parquet"
+    table = pa.parquet.read_table(file)
+    table = table.set_column(1, "label", pa.array(labels))
+    if names:
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        info = {"info": {"features": datasets.Features(features).to_dict()}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    else:
+        table = table.replace_schema_metadata(None)
+    pa.parquet.write_table(table, file)
+
+
+def test_numbers_follow_names_between_splits(folders, tmp_path, task):
+    """B4 for images: another order, fewer names, names as labels."""
+    expected = task(folders).load().data_hash
+    parquet = to_parquet(folders, tmp_path / "p")
+    turned(parquet, "validation", ["dog", "cat"], [1] * 3 + [0] * 3)
+    t = task(parquet)
+    assert t.load().data_hash == expected
+    assert list(t.accounts["validation"].changed.values()) == [6]
+    turned(parquet, "train", [], ["cat"] * 6 + ["dog"] * 6)
+    assert task(parquet).load().data_hash == expected
+    turned(parquet, "validation", [], ["cat"] * 3 + ["dog"] * 3)
+    t = task(parquet)
+    assert t.load().data_hash == expected and t.classes == ["cat", "dog"]
+    turned(parquet, "validation", [], ["dog"] * 6)
+    assert task(parquet).load_split("validation")["label"][:] == [1] * 6  # as train numbers them
+
+
+def test_names_that_the_training_split_lacks_are_refused(folders, tmp_path, task):
+    parquet = to_parquet(folders, tmp_path / "p")
+    turned(parquet, "validation", ["cat", "Dog"], [0] * 3 + [1] * 3)
+    [message] = problems(task(parquet).load)
+    assert "its classes are cat, Dog; " in message and "has cat, dog; rename 'Dog' if 'dog' is meant" in message
+    turned(parquet, "validation", [], [0] * 3 + [1] * 3)
+    turned(parquet, "train", [], ["cat"] * 6 + ["dog"] * 6)
+    assert "has names of classes as labels" in problems(task(parquet).load)[0]
+
+
+def test_a_trained_model_decides_the_numbers(folders, tmp_path, task):
+    parquet = to_parquet(folders, tmp_path / "p")
+    t = task(parquet)
+    t.expect(["dog", "bird", "cat"])
+    assert t.load_split("validation")["label"][:] == [2] * 3 + [0] * 3 and t.head()["num_labels"] == 3
+    turned(parquet, "validation", ["0", "1"], [0] * 3 + [1] * 3)  # names like others: digits, for instance
+    assert "its classes are 0, 1; the run's are dog, bird, cat" in problems(t.load_split, "validation")[0]
+    turned(parquet, "validation", ["cat", "dog"], [0] * 3 + [1] * 3)
+    t.expect(["dog", "bird"])
+    assert "its classes are cat, dog; the run's are dog, bird" in problems(t.load_split, "validation")[0]
+
+
+def test_a_later_split_is_numbered_as_the_first_was(folders, tmp_path, task):
+    parquet = to_parquet(folders, tmp_path / "p")
+    shutil.copy(parquet / "validation-00000-of-00001.parquet", parquet / "test-00000-of-00001.parquet")
+    turned(parquet, "test", ["dog", "cat"], [1] * 3 + [0] * 3)
+    t = task(parquet)
+    t.load()
+    assert t.load_split("test")["label"][:] == [0] * 3 + [1] * 3 and t.classes == ["cat", "dog"]
+
+
+def test_what_makes_a_result_doubtful_is_said(folders, task):
+    shutil.rmtree(folders / "validation" / "dog")
+    shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "cat" / "again.png")
+    t = task(folders)
+    t.load()
+    assert t.accounts["validation"].notes == [
+        "no image of these classes: dog",
+        "all images are of the same class: cat",
+        "1 of 4 rows stand among the training rows too: the score may be too high",
+    ]
+    t = task(folders, "task.max_train_rows=1")
+    t.load()
+    assert t.accounts["train"].dropped == {"task.max_train_rows=1": 11}
+    assert t.accounts["train"].notes[0].startswith("all images are of the same class: ")
+
+
+def test_shards_of_images_are_complete_and_of_one_set(folders, tmp_path, task):
+    parquet = to_parquet(folders, tmp_path / "p")
+    file = parquet / "train-00000-of-00001.parquet"
+    shutil.copy(file, parquet / "train-00000-of-00002.parquet")
+    assert "more than one file or set of shards for the split 'train'" in problems(task(parquet).load)[0]
+    file.unlink()
+    assert "shards of the split 'train' are missing: train-00001-of-00002.parquet" in problems(task(parquet).load)[0]
 
 
 # --- augmentation ---

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.tasks.account import Account, Accounts
+from diffora.tasks.labels import some
 from diffora.trust import class_at, literal
 
 Batch = dict[str, Tensor]
@@ -70,6 +72,7 @@ class Task:
 
     Attributes:
         name: the task's name in ``task=<name>``.
+        accounts: what `load` and `load_split` did with the rows of each split, by its name.
         metrics: what `score` returns besides ``loss``, in the order in which they are shown.
         main_metric: the one of them that chooses models.
     """
@@ -104,6 +107,7 @@ class Task:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.name = cfg.name
+        self.accounts: Accounts = {}
 
     # --- before training ---
 
@@ -151,6 +155,32 @@ class Task:
     def collate(self, processor: Any, training: bool) -> Collate:
         """What puts encoded rows together."""
         raise NotImplementedError
+
+    def account(self, name: str, split: Split) -> Account:
+        """What became of the rows of a split up to its encoded form.
+
+        Args:
+            name: the name by which it was loaded; "train", or as `Rows` has it, where `load` did.
+        """
+        account = self.accounts[name].copy() if name in self.accounts else Account(len(split.rows))
+        self.count_encoded(account, split)
+        return account
+
+    def count_encoded(self, account: Account, split: Split) -> None:
+        """Add to an account what `encode` left out or cut."""
+
+    def expect(self, classes: Sequence[str]) -> None:
+        """Prepare for a model that was trained on these classes, in this order; called before anything is loaded.
+
+        Raises:
+            UserError: the task has others.
+        """
+        names = self.head().get("id2label")
+        if names and list(names.values()) != list(classes):
+            raise UserError(
+                f"the run was trained on the classes {some(classes)}, in this order; task={self.name} has "
+                f"{some(list(names.values()))}"
+            )
 
     def check(self, model: Any) -> None:
         """Raise a UserError for a backbone that does not suit the task's settings."""

@@ -6,7 +6,6 @@ transformers keeps them apart. Validation is not packed, so that each conversati
 """
 
 import bisect
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,14 +23,13 @@ from tqdm.auto import tqdm
 
 from diffora.errors import UserError
 from diffora.tasks import conversations
+from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 from diffora.tasks.conversations import Turn
 from diffora.tasks.sources import check_folder, find_file, first_line, hub_splits, joint_hash, more, subset
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000
 PROGRESS_FROM_ROWS = 20_000
 IGNORED = -100  # torch's mark for a position without a label
@@ -72,9 +71,15 @@ modules differ in rank; for servers that want one for all, merge first:
     def load(self) -> Rows:
         tables, source = self.tables()
         train, validation = tables["train"], tables.get("validation")
+        accounts = self.accounts
         if validation is None:
             train, validation = conversations.cut_validation(train, self.cfg.validation_rows)
-        train = subset(train, self.cfg.max_train_rows)
+            accounts["train"].drop(f"taken for validation, task.validation_rows={len(validation)}", len(validation))
+            accounts["validation"] = Account(len(validation))
+        train = subset(train, self.cfg.max_train_rows, accounts["train"])
+        note_overlap(
+            accounts, {"train": conversations.row_keys(train), "validation": conversations.row_keys(validation)}
+        )
         return Rows(
             datasets.Dataset(train),
             {"validation": datasets.Dataset(validation)},
@@ -104,13 +109,19 @@ modules differ in rank; for servers that want one for all, merge first:
         check_folder(folder, "train and, where there is one, validation as .jsonl or .parquet")
         return folder
 
+    def _new_account(self, split: str) -> Account:
+        self.accounts[split] = Account()
+        return self.accounts[split]
+
     def _from_hub(self, names: dict[str, str]) -> dict[str, pa.Table]:
         c = self.cfg
         files = "<folder with train and validation as .jsonl or .parquet>"
         found = hub_splits(c.name, c.hub, c.hub_config, list(names.values()), files)
         problems: list[str] = []
         tables = {
-            ours: conversations.read(enumerate(found[theirs], start=1), f"{c.hub} {theirs}", problems)
+            ours: conversations.read(
+                enumerate(found[theirs], start=1), f"{c.hub} {theirs}", problems, self._new_account(ours)
+            )
             for ours, theirs in names.items()
         }
         if problems:
@@ -123,7 +134,7 @@ modules differ in rank; for servers that want one for all, merge first:
         for split in splits:
             names = [f"{split}.jsonl", f"{split}.parquet", f"{split}-00000-of-00001.parquet"]
             if (file := find_file(folder, split, names, problems)) is not None:
-                tables[split] = conversations.read_file(file, problems)
+                tables[split] = conversations.read_file(file, problems, self._new_account(split))
         if problems:
             raise UserError(problems)
         return tables
@@ -131,22 +142,24 @@ modules differ in rank; for servers that want one for all, merge first:
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Token ids, and which of them the loss counts.
 
-        Columns: input_ids and counted (lists; 1 for a label), length, row, example; packed also segments, the lengths
-        of the conversations in a row. The first token of a sequence never counts, since nothing precedes it.
+        Columns: input_ids and counted (lists; 1 for a label), length, row, example; begun and cut, how many rows of the
+        source begin here and how many of them are cut; packed also segments, the lengths of the conversations in a row.
+        The first token of a sequence never counts, since nothing precedes it.
         """
         encoded = encode(rows, processor, self.cfg.max_length, self.cfg.train_on)
-        lost = len(rows) - len(np.unique(encoded.data.column("example").to_numpy()))
-        if lost == len(rows):
+        if len(encoded) == 0:
             raise UserError(
                 f"none of the {len(rows)} rows has anything to learn within task.max_length={self.cfg.max_length}: "
                 + ("the assistant says nothing, or beyond it" if self.cfg.train_on == "completion" else "all are empty")
             )
-        if lost:
-            log.warning(
-                f"{lost} of {len(rows)} rows are left out: within task.max_length={self.cfg.max_length} they have "
-                "nothing to learn" + (" (no turn of the assistant)" if self.cfg.train_on == "completion" else "")
-            )
         return pack(encoded, self.cfg.max_length) if training and self.cfg.packing else encoded
+
+    def count_encoded(self, account: Account, split: Split) -> None:
+        c, table = self.cfg, split.encoded.data
+        begun, cut = (pc.sum(table.column(name)).as_py() or 0 for name in ("begun", "cut"))
+        nothing = " (no turn of the assistant)" if c.train_on == "completion" else ""
+        account.drop(f"nothing to learn within task.max_length={c.max_length}{nothing}", len(split.rows) - begun)
+        account.change(f"cut at task.max_length={c.max_length}", cut)
 
     def collate(self, processor: Any, training: bool) -> Collate:
         return Collator(processor.pad_token_id or 0, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
@@ -257,6 +270,7 @@ def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: st
 def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
     schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
+    schema |= {"begun": number, "cut": number}
     faults: list[str] = []
     done = 0
     with (
@@ -276,6 +290,7 @@ def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, 
                     continue
                 # What follows the first window of a conversation has lost its beginning; plain text goes on anywhere.
                 ends = len(ids) if not turns else min(len(ids), max_length)
+                kept = len(columns["length"])
                 for at in range(0, ends, max_length):
                     window = counted[at : at + max_length].copy()
                     window[0] = 0
@@ -284,6 +299,8 @@ def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, 
                         columns["counted"].append(window)
                         columns["length"].append(len(window))
                         columns["example"].append(start + i)
+                        columns["begun"].append(int(len(columns["begun"]) == kept))
+                        columns["cut"].append(int(ends < len(ids)))
             columns["row"] = list(range(done, done + len(columns["length"])))
             done += len(columns["length"])
             append(columns)
@@ -376,7 +393,7 @@ def pack(encoded: datasets.Dataset, max_length: int) -> datasets.Dataset:
 def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
     schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "segments": lists}
-    schema |= {"length": number, "row": number, "example": number}
+    schema |= {"length": number, "row": number, "example": number, "begun": number, "cut": number}
     lengths, examples = (encoded.data.column(name).to_numpy() for name in ("length", "example"))
     packs = best_fit(lengths, max_length)
     home: dict[int, int] = {}
@@ -395,6 +412,8 @@ def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int) -> Non
                 columns["segments"].append(rows["length"][own])
                 columns["length"].append(sum(rows["length"][own]))
                 columns["row"].append(start + at)
+                columns["begun"].append(sum(rows["begun"][own]))
+                columns["cut"].append(sum(rows["cut"][own]))
                 columns["example"].append(home[int(examples[members[0]])])
             append(columns)
 

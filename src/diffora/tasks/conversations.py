@@ -24,11 +24,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from diffora.errors import UserError
+from diffora.tasks.account import Account, note_ignored
+from diffora.tasks.lines import BadLine, json_lines
 from diffora.tasks.sources import SUBSET_SEED, content_hash, first_line, joint_hash, more
 
 Turn = dict[str, str]
 
 SPEAKERS = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output", "input"), ("text",))
+_TURN = ("role", "from", "content", "value")
 FORMS = "messages, conversations, prompt and completion, instruction and output, or text"
 SCHEMA = pa.schema(
     {
@@ -49,14 +53,16 @@ class Fault(ValueError):
         self.column, self.value, self.reason = column, value, reason
 
 
-def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str]) -> pa.Table:
+def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str], account: Account) -> pa.Table:
     """Check rows and bring them into the form of `SCHEMA`. Rows of empty text are left out.
 
     Args:
         rows: pairs of row number (from 1) and row; a row may be a `Fault`.
         source: file or split, for messages.
         problems: grows by one message for each kind of fault, with the first row that has it.
+        account: gets what became of the rows.
     """
+    ignored: dict[str, None] = {}
     faults: dict[tuple[str, str], list[Any]] = {}
     batches: list[pa.RecordBatch] = []
     waiting: list[dict[str, Any]] = []
@@ -66,7 +72,7 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str]) -> p
         try:
             if isinstance(row, Fault):
                 raise row
-            found = conversation(row)
+            found = conversation(row, ignored)
         except Fault as fault:
             faults.setdefault((fault.column, fault.reason), [number, fault.value, 0])[2] += 1
             continue
@@ -74,9 +80,13 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str]) -> p
             waiting.append({"number": number, "messages": found, "text": ""})
         elif found:
             waiting.append({"number": number, "messages": [], "text": found})
+        else:
+            account.drop("no text", 1)
         if len(waiting) == ROWS_AT_ONCE:
             batches.append(pa.RecordBatch.from_pylist(waiting, schema=SCHEMA))
             waiting = []
+    account.read = total
+    note_ignored(account, list(ignored))
     for (column, reason), (number, value, count) in faults.items():
         where = f"{source}, row {number} (data rows, counted from 1)" + (f", column '{column}'" if column else "")
         problems.append(f"{where}: {_show(value)} {reason}{more(count)}.")
@@ -85,26 +95,20 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str]) -> p
     return pa.Table.from_batches([*batches, pa.RecordBatch.from_pylist(waiting, schema=SCHEMA)], schema=SCHEMA)
 
 
-def read_file(file: Path, problems: list[str]) -> pa.Table:
+def read_file(file: Path, problems: list[str], account: Account) -> pa.Table:
     """`read` for a .parquet or .jsonl file."""
     try:
-        return read(_lines(file) if file.suffix == ".jsonl" else _records(file), str(file), problems)
+        rows = _lines(file, account.notes) if file.suffix == ".jsonl" else _records(file)
+        return read(rows, str(file), problems, account)
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
         return SCHEMA.empty_table()
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                shown = line.strip()[:60].decode(errors="replace")
-                # Without the place, which differs from line to line, equal faults are counted together.
-                yield number, Fault("", shown, f"is not JSON ({first_line(error).split(':')[0]})")
+        for number, row in json_lines(lines, notes):
+            yield number, Fault("", row.shown, row.reason) if isinstance(row, BadLine) else row
 
 
 def _records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -116,8 +120,11 @@ def _records(file: Path) -> Iterator[tuple[int, Any]]:
                 yield number, row
 
 
-def conversation(row: Any) -> list[Turn] | str:
+def conversation(row: Any, ignored: dict[str, None]) -> list[Turn] | str:
     """The turns of a row, or its plain text.
+
+    Args:
+        ignored: gets the names of columns, and of parts of turns, that are not read though there is something in them.
 
     Raises:
         Fault: it has none of the known forms, or something in it is not as it should be.
@@ -125,23 +132,25 @@ def conversation(row: Any) -> list[Turn] | str:
     if not isinstance(row, Mapping):
         raise Fault("", row, "is not an object with columns")
     row = {key: value for key, value in row.items() if value is not None}  # a column that only other rows have
-    for column in ("messages", "conversations"):
-        if column in row:
-            return _turns(row[column], column)
-    if "prompt" in row and "completion" in row:
-        return [*_said(row["prompt"], "prompt", "user"), *_said(row["completion"], "completion", "assistant")]
-    if "instruction" in row and "output" in row:
+    form = next((form for form in _FORMS if all(column in row for column in form[:2])), None)
+    if form is None:
+        raise Fault("", sorted(row), f"are its columns; expected {FORMS}")
+    ignored.update(dict.fromkeys(name for name in row if name not in form))
+    if form[0] in ("messages", "conversations"):
+        return _turns(row[form[0]], form[0], ignored)
+    if form[0] == "prompt":
+        said = _said(row["prompt"], "prompt", "user", ignored)
+        return [*said, *_said(row["completion"], "completion", "assistant", ignored)]
+    if form[0] == "instruction":
         asked = _text(row["instruction"], "instruction")
         if added := _text(row.get("input", ""), "input"):
             asked = f"{asked}\n\n{added}"
         return [_turn("user", asked), _turn("assistant", _text(row["output"], "output"))]
-    if "text" in row:
-        text = _text(row["text"], "text")
-        return text if text.strip() else ""
-    raise Fault("", sorted(row), f"are its columns; expected {FORMS}")
+    text = _text(row["text"], "text")
+    return text if text.strip() else ""
 
 
-def _turns(value: Any, column: str) -> list[Turn]:
+def _turns(value: Any, column: str, ignored: dict[str, None]) -> list[Turn]:
     if not isinstance(value, list | np.ndarray):
         raise Fault(column, value, "is not a list of turns")
     if not len(value):
@@ -154,11 +163,12 @@ def _turns(value: Any, column: str) -> list[Turn]:
         if role not in SPEAKERS:
             raise Fault(column, role, f"is not a role; known are {', '.join(SPEAKERS)}")
         turns.append(_turn(SPEAKERS[role], _text(content, column)))
+        ignored.update(dict.fromkeys(f"{key} (in {column})" for key, part in turn.items() if key not in _TURN and part))
     return turns
 
 
-def _said(value: Any, column: str, role: str) -> list[Turn]:
-    return _turns(value, column) if isinstance(value, list) else [_turn(role, _text(value, column))]
+def _said(value: Any, column: str, role: str, ignored: dict[str, None]) -> list[Turn]:
+    return _turns(value, column, ignored) if isinstance(value, list) else [_turn(role, _text(value, column))]
 
 
 def _turn(role: str, content: str) -> Turn:
@@ -200,6 +210,18 @@ def cut_validation(table: pa.Table, rows: int) -> tuple[pa.Table, pa.Table]:
     order = np.random.default_rng([SUBSET_SEED, 1]).permutation(table.num_rows)
     chosen, rest = np.sort(order[:rows]), np.sort(order[rows:])
     return table.take(pa.array(rest)), table.take(pa.array(chosen))
+
+
+def row_keys(table: pa.Table) -> pa.ChunkedArray:
+    """A text for each row of a table of `SCHEMA` that is equal where all that is said is equal."""
+    messages = table.column("messages").combine_chunks()
+    turns = messages.flatten()
+    mark, end = (pa.scalar(sign, pa.large_string()) for sign in "\x1f\x1e")
+    said = [pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content")]
+    ends = np.concatenate([[0], np.cumsum(pc.list_value_length(messages).to_numpy(zero_copy_only=False))])
+    lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pc.binary_join_element_wise(*said, mark))
+    text = table.column("text").combine_chunks().cast(pa.large_string())
+    return pc.binary_join_element_wise(pc.binary_join(lists, end), text, mark)
 
 
 def rows_hash(table: pa.Table) -> str:

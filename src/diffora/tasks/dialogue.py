@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from diffora.errors import UserError
 from diffora.tasks import paraphrase
+from diffora.tasks.account import Account
 from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.conversations import SCHEMA, Turn
 from diffora.tasks.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
@@ -116,6 +117,7 @@ class DialogueTask(CausalLMTask):
             )
             for name, rows in made.items()
         }
+        self.accounts |= {name: Account(len(rows)) for name, rows in made.items()}
         return tables, f"embedded:{self.name}"
 
     def load_split(self, split: str) -> datasets.Dataset:

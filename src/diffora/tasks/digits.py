@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffora.errors import UserError
+from diffora.tasks.account import Account
 from diffora.tasks.vision import IMAGE, ImageTask, Source
 
 PRETRAINED, ASKED = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
@@ -64,4 +65,5 @@ class DigitsTask(ImageTask):
         files = [{"bytes": b"P5 8 8 255\n" + image.tobytes(), "path": None} for image in images]
         labels = pa.chunked_array([pa.array(targets - ASKED[0], pa.int64())])
         where = [f"digits, {name}, row {i}" for i in range(1, len(files) + 1)]
-        return Source(name, pa.chunked_array([pa.array(files, IMAGE)]), where, labels, self.classes)
+        column = pa.chunked_array([pa.array(files, IMAGE)])
+        return Source(name, column, where, labels, self.classes, account=Account(len(files)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.tasks import glue_submission, sources
+from diffora.tasks.account import Account
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.tokenise import Collator, tokenise
 
@@ -116,14 +118,21 @@ class GlueTask(Task):
 
     def load(self) -> Rows:
         sizes = {key: self.cfg[key] for key in ("train_rows", "validation_rows") if key in self.cfg}
-        return sources.load_rows(self.spec, self.cfg.get("path"), self.cfg.max_train_rows, **sizes)
+        path, most = self.cfg.get("path"), self.cfg.max_train_rows
+        return sources.load_rows(self.spec, path, most, **sizes, accounts=self.accounts)
 
     def load_split(self, split: str) -> datasets.Dataset:
         sizes = {key: self.cfg[key] for key in ("validation_rows",) if key in self.cfg}
-        return sources.load_split(self.spec, split, self.cfg.get("path"), **sizes)
+        account = self.accounts[split] = Account()
+        return sources.load_split(self.spec, split, self.cfg.get("path"), **sizes, account=account)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         return tokenise(rows, self.spec, processor, self.cfg.max_length)
+
+    def count_encoded(self, account: Account, split: Split) -> None:
+        account.change(
+            f"cut at task.max_length={self.cfg.max_length}", pc.sum(split.encoded.data.column("cut")).as_py() or 0
+        )
 
     def collate(self, processor: Any, training: bool) -> Collate:
         return Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)

@@ -7,7 +7,6 @@ tokenizers without one, an end-of-text token after the context, so that a left-t
 
 import itertools
 import json
-import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +25,13 @@ from tqdm.auto import tqdm
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.tasks import squad_data, squad_metrics
+from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 from diffora.tasks.sources import content_hash, joint_hash, subset
 from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 500  # bounds memory
 WINDOWS_AT_ONCE = 2000  # the same, for rows of many windows
 
@@ -78,8 +76,18 @@ class SquadTask(Task):
 
     def load(self) -> Rows:
         tables = self._read({"train": self.cfg.train_file, "validation": self.cfg.validation_file})
-        train = subset(tables["train"], self.cfg.max_train_rows)
+        train = subset(tables["train"], self.cfg.max_train_rows, self.accounts["train"])
         validation = tables["validation"]
+        if several := pc.sum(pc.greater(pc.list_value_length(train.column("answers")), 1)).as_py():
+            self.accounts["train"].notes.append(
+                f"rows with several answers, of which the first is trained on: {several:,}"
+            )
+
+        def asked(table: pa.Table) -> pa.ChunkedArray:
+            texts = [table.column(column).cast(pa.large_string()) for column in ("context", "question")]
+            return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
+
+        note_overlap(self.accounts, {"train": asked(train), "validation": asked(validation)})
         return Rows(
             train=datasets.Dataset(train),
             validation={"validation": datasets.Dataset(validation)},
@@ -89,10 +97,14 @@ class SquadTask(Task):
 
     def load_split(self, split: str) -> datasets.Dataset:
         file = self.cfg.get(f"{split}_file")
-        return datasets.Dataset(self._read({split: file}, labelled=False)[split])
+        loaded = self.accounts.copy()  # predict=true reads the validation split once more
+        rows = datasets.Dataset(self._read({split: file}, labelled=False)[split])
+        self.accounts |= loaded
+        return rows
 
     def _read(self, files: dict[str, str | None], labelled: bool = True) -> dict[str, pa.Table]:
-        return squad_data.read(self.name, self.cfg.hub, self.cfg.path, files, self.cfg.unanswerable, labelled)
+        c = self.cfg
+        return squad_data.read(self.name, c.hub, c.path, files, c.unanswerable, labelled, self.accounts)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Windows, in the order of their rows; each row has at least one.
@@ -101,7 +113,8 @@ class SquadTask(Task):
             input_ids, token_type_ids (only from a tokenizer that makes them), start_positions and end_positions (where
             the rows have answers; the first answer's, or the null position), context_start and context_length (in
             tokens), null_position, char_start and char_end (of each context token in the context; not for training),
-            length, row, example.
+            length, row, example; cut (whether the question is longer than task.max_question_length) and lost (whether
+            no window has the whole answer), both in the first window of a row only.
         """
         cfg = self.cfg
         frame = Frame.of(processor)
@@ -135,9 +148,9 @@ class SquadTask(Task):
         types |= dict.fromkeys(("context_start", "context_length", "null_position"), pa.int32())
         if not training:
             types |= {"char_start": pa.list_(pa.int32()), "char_end": pa.list_(pa.int32())}
-        types |= dict.fromkeys(("length", "row", "example"), pa.int32())
+        types |= dict.fromkeys(("length", "row", "example"), pa.int32()) | {"cut": pa.bool_(), "lost": pa.bool_()}
         columns: dict[str, list[Any]] = {name: [] for name in types}
-        n_windows, lost = 0, 0
+        n_windows = 0
         with (
             arrow_writer(file, pa.schema(types)) as append,
             tqdm(total=len(rows), desc="tokenise", unit="row", disable=len(rows) < PROGRESS_FROM_ROWS) as bar,
@@ -155,15 +168,17 @@ class SquadTask(Task):
                     if has_answers and some["answers"][i]:
                         first = some["starts"][i][0]
                         answer = _span(begin, end, first, first + len(some["answers"][i][0]))
-                        lost += answer is None
-                    windows = frame.windows(
-                        question[: self.cfg.max_question_length], ids, self.cfg.max_length, self.cfg.doc_stride
-                    )
+                    longest = self.cfg.max_question_length
+                    windows = list(frame.windows(question[:longest], ids, self.cfg.max_length, self.cfg.doc_stride))
+                    whole = any(window.holds(answer) for window in windows)
+                    lost = bool(has_answers and some["answers"][i]) and not whole
                     for window in windows:
                         values = window.columns(answer)
                         kept = slice(window.first, window.first + window.context_length)
                         values |= {"char_start": begin[kept], "char_end": end[kept], "row": n_windows}
-                        values["example"] = start + i
+                        values |= {"example": start + i, "cut": False, "lost": False}
+                        if window.first == 0:
+                            values |= {"cut": len(question) > longest, "lost": lost}
                         for name, column in columns.items():
                             column.append(values[name])
                         n_windows += 1
@@ -172,8 +187,11 @@ class SquadTask(Task):
                         columns = {name: [] for name in types}
                 bar.update(len(questions))
             append(columns)
-        if lost:
-            log.warning("%d answers consist of characters that this tokenizer drops; taken for no answer", lost)
+
+    def count_encoded(self, account: Account, split: Split) -> None:
+        cut, lost = (pc.sum(split.encoded.data.column(name)).as_py() or 0 for name in ("cut", "lost"))
+        account.change(f"question cut at task.max_question_length={self.cfg.max_question_length}", cut)
+        account.change("no window has the whole answer: taken for unanswerable in the loss", lost)
 
     def collate(self, processor: Any, training: bool) -> Collate:
         return WindowCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
@@ -366,10 +384,14 @@ class Window:
     null_position: int
     first: int
 
+    def holds(self, answer: tuple[int, int] | None) -> bool:
+        """Whether the whole answer, given by its first and last token in the context, is in the window."""
+        return answer is not None and self.first <= answer[0] and answer[1] < self.first + self.context_length
+
     def columns(self, answer: tuple[int, int] | None) -> dict[str, Any]:
         """The window as a row; ``answer``: first and last token of it, counted in the context."""
         start = end = self.null_position
-        if answer and self.first <= answer[0] and answer[1] < self.first + self.context_length:
+        if answer is not None and self.holds(answer):
             start, end = (token - self.first + self.context_start for token in answer)
         return {
             "input_ids": self.input_ids,

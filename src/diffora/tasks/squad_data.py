@@ -4,7 +4,6 @@ Rows are checked here one by one, before anything expensive starts, and all faul
 """
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from diffora.errors import UserError
+from diffora.tasks.account import Account, Accounts, note_ignored
+from diffora.tasks.lines import BadLine, json_lines, utf8
 from diffora.tasks.sources import check_columns, check_folder, find_file, first_line, hub_splits, more
-
-log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000  # bounds memory
 SHIFTS = (0, -1, 1, -2, 2)  # characters by which answer_start may be off and is put right
 FORMATS = ".parquet, .jsonl or SQuAD's own .json"
 TEXTS = ("id", "context", "question")
+KNOWN = ("title", "is_impossible", "plausible_answers")  # columns of SQuAD that nothing here needs
 SCHEMA = pa.schema(
     {**dict.fromkeys(TEXTS, pa.string()), "answers": pa.list_(pa.string()), "starts": pa.list_(pa.int32())}
 )
@@ -35,6 +35,7 @@ def read(
     files: dict[str, str | None],
     unanswerable: bool,
     labelled: bool = True,
+    accounts: Accounts | None = None,
 ) -> dict[str, pa.Table]:
     """Read and check splits.
 
@@ -45,6 +46,7 @@ def read(
         files: the splits to read; the name of each one's file in ``path``, None to look for it.
         unanswerable: whether a question may have no answer.
         labelled: whether all rows must have the column ``answers``.
+        accounts: gets what became of the rows of each split.
 
     Returns:
         A table for each split with the columns of `SCHEMA`; ``answers`` and ``starts``, the characters where they
@@ -53,6 +55,8 @@ def read(
     Raises:
         UserError: everything that is wrong, together.
     """
+    accounts = {} if accounts is None else accounts
+    accounts |= {split: Account() for split in files}
     problems: list[str] = []
     readers: dict[str, tuple[str, Reader]] = {}
     if path is None:
@@ -67,13 +71,13 @@ def read(
             if file is None:
                 continue
             try:
-                readers[split] = str(file), _open(file)
+                readers[split] = str(file), _open(file, accounts[split].notes)
             except (pa.ArrowException, OSError, ValueError) as error:
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     tables = {}
     for split, (where, (names, rows)) in readers.items():
         try:
-            tables[split] = _check(names, rows, where, problems, unanswerable, labelled)
+            tables[split] = _check(names, rows, where, problems, unanswerable, labelled, accounts[split])
         except (pa.ArrowException, OSError, ValueError) as error:
             problems.append(f"{where} cannot be read: {first_line(error)}")
     if problems:
@@ -94,11 +98,11 @@ def _names(split: str, unanswerable: bool) -> list[str]:
 # --- readers ---
 
 
-def _open(file: Path) -> Reader:
+def _open(file: Path, notes: list[str]) -> Reader:
     if file.suffix == ".parquet":
         return _from_table(pa.parquet.read_table(file))
     if file.suffix == ".jsonl":
-        return _peek(_from_lines(file))
+        return _peek(_from_lines(file, notes))
     if file.suffix == ".json":
         return _peek(_from_official(file))
     raise ValueError(f"files of question answering are {FORMATS}")
@@ -121,23 +125,20 @@ def _peek(rows: Iterator[dict[str, Any]]) -> Reader:
     return list(first), whole()
 
 
-def _from_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"row {number} (counted from 1) is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} (counted from 1) is not a JSON object: {line.strip()[:60]}")
+def _from_lines(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    with file.open("rb") as lines:
+        for number, row in json_lines(lines, notes):
+            if isinstance(row, BadLine):
+                raise ValueError(f"row {number} (counted from 1) {row}")
             yield row
 
 
 def _from_official(file: Path) -> Iterator[dict[str, Any]]:
     """The format of the official site: articles of paragraphs of questions; a row is a question."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(utf8(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError("not SQuAD's format, an object with a list of articles as 'data'")
     for i, article in enumerate(content["data"], start=1):
@@ -145,7 +146,7 @@ def _from_official(file: Path) -> Iterator[dict[str, Any]]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     row = {"id": question["id"], "context": paragraph["context"], "question": question["question"]}
-                    yield row | ({"answers": question["answers"]} if "answers" in question else {})
+                    yield row | {key: question[key] for key in ("answers", "is_impossible") if key in question}
         except (KeyError, TypeError) as error:
             raise ValueError(f"article {i} is not as in SQuAD's format, it lacks {error}") from error
 
@@ -178,6 +179,7 @@ def _check(
     problems: list[str],
     unanswerable: bool,
     labelled: bool,
+    account: Account,
 ) -> pa.Table:
     """The rows as a table of `SCHEMA`; meaningless when it added to ``problems``."""
     before = len(problems)
@@ -202,6 +204,8 @@ def _check(
         if answers == ([], []):
             without.append(number)
         texts, starts = answers or ([], [])
+        if texts and row.get("is_impossible"):
+            faults.add(number, "answers", texts, "answers a question of which is_impossible says that it has no answer")
         if columns["context"][-1]:
             starts = _aligned(columns["context"][-1], texts, starts, number, faults, moved)
         columns["answers"].append(texts)
@@ -217,13 +221,12 @@ def _check(
     elif not unanswerable:
         for row_number in without:
             faults.add(row_number, "answers", [], "means a question without an answer, which task=squad_v2 takes")
+    account.read = number
     if moved:
-        log.warning(
-            "%s, row %d%s: answer_start is off by a character or two; moved to where the answer stands.",
-            file,
-            moved[0],
-            more(len(moved)),
+        account.change(
+            f"answer_start is off by a character or two, put right, first in row {moved[0]}", len(set(moved))
         )
+    note_ignored(account, [name for name in names if name not in (*TEXTS, "answers", *KNOWN)])
     problems += faults.messages()
     table = pa.Table.from_batches(batches, SCHEMA)
     return table if has_answers else table.select(TEXTS)

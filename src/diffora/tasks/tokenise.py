@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from diffora.tasks.glue import TaskSpec
 
-FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory, as does
 CHARACTERS_AT_ONCE = 1_000_000  # for unusually long rows: tokenizers take some 50 bytes for each before they truncate
 PROGRESS_FROM_ROWS = 20_000
@@ -46,7 +46,8 @@ def tokenise(
 
     Returns:
         One row per input row, in order: input_ids (int32 list), token_type_ids (int8 list, only from a
-        tokenizer that makes them), labels (where the rows have them), length (tokens), row (position in the split).
+        tokenizer that makes them), labels (where the rows have them), length (tokens), cut (whether the text is
+        longer), row (position in the split).
 
     Raises:
         UserError: a max_length that leaves no room for text or exceeds what the model can read.
@@ -80,7 +81,7 @@ def _write(
         types["token_type_ids"] = pa.list_(pa.int8())
     if "label" in dataset.column_names:
         types["labels"] = pa.float32() if spec.is_regression else pa.int64()
-    types |= {"length": pa.int32(), "row": pa.int32()}
+    types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
     with (
         arrow_writer(file, pa.schema(types)) as append,
         tqdm(total=len(dataset), desc="tokenise", unit="row", disable=len(dataset) < PROGRESS_FROM_ROWS) as bar,
@@ -95,9 +96,24 @@ def _write(
             if "label" in rows:
                 columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
+            columns["cut"] = _cut(encoded, texts, tokenizer, max_length)
             columns["row"] = range(start, end)
             append(columns)
             bar.update(end - start)
+
+
+def _cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
+    """Which of the encoded texts are longer than ``max_length`` tokens."""
+    cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # at most these
+    full = [i for i, may_be in enumerate(cut) if may_be]
+    if full and encoded.encodings is None:  # not a fast tokenizer, which would have kept what it cut off
+        whole = tokenizer(*([column[i] for i in full] for column in texts), truncation=False, verbose=False)
+        longer = [len(ids) > max_length for ids in whole["input_ids"]]
+    else:
+        longer = [bool(encoded.encodings[i].overflowing) for i in full]
+    for i, is_longer in zip(full, longer, strict=True):
+        cut[i] = is_longer
+    return cut
 
 
 def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:

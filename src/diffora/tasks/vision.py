@@ -14,8 +14,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,17 +31,18 @@ from tqdm.auto import tqdm
 from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.models import load_image_processor
+from diffora.tasks.account import Account, note_ignored, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal
-from diffora.tasks.sources import SUBSET_SEED, check_columns, check_folder, first_line, hub_splits
+from diffora.tasks.labels import in_order, known_classes, some
+from diffora.tasks.sources import SUBSET_SEED, check_columns, check_folder, first_line, hub_splits, split_files
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 IMAGES_AT_ONCE = 128  # bounds memory
 PROGRESS_FROM_IMAGES = 5000
 MOST_FAULTS = 20  # shown one by one
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # the type of the hub's image columns
 
 
@@ -113,6 +114,8 @@ class Source:
         labels: column of whole numbers, or None.
         classes: their names in the order of the labels, or None where the source has no names.
         files: whose sizes and times tell whether the content has changed; none for images made in memory.
+        listed: whether ``classes`` is a list that the source declares, and not only the names that occur in it.
+        account: what became of what was found.
     """
 
     name: str
@@ -121,6 +124,25 @@ class Source:
     labels: pa.ChunkedArray | None
     classes: list[str] | None
     files: Sequence[Path] = ()
+    listed: bool = True
+    account: Account = field(default_factory=Account)
+
+
+# Pillow recognises these but cannot decode them itself: for EPS it starts Ghostscript, a program for programs.
+NOT_DECODED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in NOT_DECODED)
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Of files in these formats."""
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -129,41 +151,83 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: list[str]) -> Source:
-    """The images in the class folders of a split; where they need no labels, they may lie in the folder itself."""
+    """The images in the class folders of a split; where they need no labels, they may lie in the folder itself.
 
-    def images_in(files: Iterable[Path]) -> list[Path]:
-        return sorted(file for file in files if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
+    Files of a class folder may lie in folders within it. Those that are no images by their extension, and hidden ones,
+    are counted and left out.
+    """
+    account = Account()
+
+    def images_among(files: Iterable[Path]) -> list[Path]:
+        found = []
+        for file in sorted(files):
+            account.read += 1
+            if any(part.startswith(".") for part in file.relative_to(folder).parts):
+                account.drop("hidden files", 1)
+            elif file.suffix.lower() in extensions():
+                found.append(file)
+                if not file.is_file():
+                    problems.append(f"{file}: a link to a file that is not there.")
+            else:
+                account.drop(f"no image: {file.suffix.lower() or file.name}", 1)
+        return found
 
     files: list[Path] = []
     labels: list[int] = []
     named = class_folders(folder)
     for name in named:
-        found = images_in((folder / name).rglob("*"))
+        there = list(_files_below(folder / name))
+        found = images_among(there)
         if name not in classes:
-            problems.append(f"{folder / name}: '{name}' is no class of the training split, which has {some(classes)}.")
+            close = known_classes(name, classes)
+            hint = f"; is it {close}?" if close else ""
+            problems.append(
+                f"{folder / name}: '{name}' is no class of the training split, which has {some(classes)}{hint}"
+            )
             continue
         if not found:
-            problems.append(f"{folder / name}: no image; looked for {', '.join(sorted(EXTENSIONS))}.")
+            present = some(sorted(file.name for file in there)) or "nothing"
+            problems.append(f"{folder / name}: no image that Pillow can read by its extension; found {present}.")
         files += found
         labels += [classes.index(name)] * len(found)
-    if not named:
-        files = images_in(folder.iterdir())
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name.startswith("."):
+            images_among(_files_below(entry))  # counted as hidden
+    beside = images_among(entry for entry in folder.iterdir() if not entry.is_dir())
+    if named and beside:
+        shown = some([file.name for file in beside])
+        problems.append(f"{folder}: images beside the class folders, where they have no class: {shown}.")
+    elif not named:
+        files = beside
         if labelled or not files:
             problems.append(f"{folder}: no class folders; images are looked for in {folder}/<class>/.")
     paths = [str(file) for file in files]
     images = _as_images(pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string()))
     numbers = pa.chunked_array([pa.array(labels, pa.int64())]) if named else None
-    return Source(str(folder), pa.chunked_array([images]), paths, numbers, list(classes), files)
+    return Source(str(folder), pa.chunked_array([images]), paths, numbers, list(classes), files, account=account)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links too; a link to a folder that it lies in is not followed in circles."""
+    inside: dict[str, frozenset[str]] = {}  # a folder's path: the true paths of those it lies in, and its own
+    for place, folders, files in os.walk(folder, followlinks=True):
+        above = inside.get(os.path.dirname(place), frozenset())
+        inside[place] = above | {os.path.realpath(place)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in inside[place]]
+        yield from (Path(place, name) for name in files)
 
 
 def open_parquet(folder: Path, split: str, problems: list[str]) -> datasets.Dataset | None:
     """A split in one file or several, as the hub stores them; None where there is none, or it cannot be read."""
-    patterns = [f"{split}.parquet", f"{split}-*-of-*.parquet", f"data/{split}-*-of-*.parquet"]
-    files = [str(file) for pattern in patterns for file in sorted(folder.glob(pattern))]
-    if not files:
+    place = folder if any(folder.glob(f"{split}[.-]*parquet")) else folder / "data"
+    if not any(place.glob(f"{split}[.-]*parquet")):
         there = sorted(entry.name for entry in folder.iterdir())
-        looked = f"looked for {split}/ with a folder for each class, and for {', '.join(patterns)}"
+        looked = f"looked for {split}/ with a folder for each class, {split}.parquet and {split}-00000-of-0000*.parquet"
         problems.append(f"{folder}: nothing for the split '{split}'; {looked}; found {some(there) or 'nothing'}.")
+        return None
+    before = len(problems)
+    files = [str(file) for file in split_files(place, split, problems, ("parquet",))]
+    if len(problems) > before:
         return None
     try:
         return datasets.Dataset.from_parquet(files, cache_dir=str(default_cache_dir() / "parquet"))
@@ -188,14 +252,24 @@ def read_table(
         images = pa.chunked_array(parts, IMAGE)
     if images.type != IMAGE:
         problems.append(f"{name}: column '{image}' holds {images.type}, expected images ({IMAGE}, or binary).")
-    if labels is not None and not pa.types.is_integer(labels.type):
-        problems.append(f"{name}: column '{label}' holds {labels.type}, expected whole numbers from 0.")
-    if len(problems) > before:
-        return None
     feature = found.features.get(label)
     classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    listed = classes is not None
+    if labels is not None and pa.types.is_dictionary(labels.type):
+        labels = labels.cast(labels.type.value_type)
+    if labels is not None and (pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)):
+        labels = pc.utf8_trim_whitespace(labels)  # names of the classes
+        classes = sorted(pc.unique(labels).drop_null().to_pylist())
+        labels = pc.index_in(labels, pa.array(classes, labels.type)).cast(pa.int64())
+    elif labels is not None and not pa.types.is_integer(labels.type):
+        problems.append(f"{name}: column '{label}' holds {labels.type}, expected whole numbers from 0 or class names.")
+    if len(problems) > before:
+        return None
+    account = Account(len(found))
+    note_ignored(account, [column for column in there if column not in columns])
     where = [f"{name}, row {i} (data rows, counted from 1), column '{image}'" for i in range(1, len(found) + 1)]
-    return Source(name, images, where, labels, classes, [Path(entry["filename"]) for entry in found.cache_files])
+    files = [Path(entry["filename"]) for entry in found.cache_files]
+    return Source(name, images, where, labels, classes, files, listed, account)
 
 
 def _as_images(content: pa.Array, paths: pa.Array) -> pa.Array:
@@ -219,9 +293,25 @@ def check(source: Source, n_classes: int, labelled: bool, problems: list[str]) -
     return source
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+def renumbered(source: Source, classes: Sequence[str], others: str, problems: list[str]) -> Source:
+    """The checked source with its labels numbered as in ``classes``; one of its classes that is not there is a problem.
+
+    Args:
+        others: where ``classes`` are from, for the message.
+    """
+    if source.classes is None or source.classes == list(classes):
+        return source
+    places = in_order(source.classes, classes, f"{source.name}: its classes are", others, problems)
+    if places is None:
+        return source
+    labels = source.labels
+    if labels is not None and places != list(range(len(places))):
+        labels = pa.chunked_array([pa.array(places, pa.int64()).take(labels.combine_chunks())])
+        if source.listed:  # otherwise the numbers were ours
+            source.account.change(
+                f"label numbers follow the class names, whose order is {some(source.classes)}", len(labels)
+            )
+    return replace(source, labels=labels, classes=list(classes))
 
 
 # --- rows: an image each, as bytes or path ---
@@ -317,8 +407,9 @@ def decode(image: Mapping[str, Any] | None) -> Image.Image:
     content = _content(image)
     if not content:
         raise ValueError("nothing in place of an image")
-    opened = Image.open(io.BytesIO(content))
+    opened = Image.open(io.BytesIO(content), formats=formats())
     opened.load()
+    several = _has_frames(opened)
     picture = ImageOps.exif_transpose(opened)
     if picture.mode.startswith("I"):  # greys of 16 bits; Pillow's own conversion clips them at 255
         values = np.asarray(picture)
@@ -331,7 +422,16 @@ def decode(image: Mapping[str, Any] | None) -> Image.Image:
         raise ValueError("its pixels are floating-point numbers on no known scale; save it with 8 bits a channel")
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    picture.info["frames left out"] = several
+    return picture
+
+
+def _has_frames(opened: Image.Image) -> bool:
+    try:
+        return bool(getattr(opened, "is_animated", False))
+    except Exception:  # the first frame is whole, what follows is not
+        return True
 
 
 def shrink(picture: Image.Image, side: int, resample: int) -> Image.Image:
@@ -343,17 +443,18 @@ def shrink(picture: Image.Image, side: int, resample: int) -> Image.Image:
     return picture.resize((width * side // short, height * side // short), Image.Resampling(resample))
 
 
-def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tuple[int, int, bytes] | str:
-    """(height, width, RGB bytes), or what is wrong."""
+def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tuple[int, int, bytes, bool] | str:
+    """(height, width, RGB bytes, whether there are further frames), or what is wrong."""
     try:
-        picture = shrink(decode(image), side, resample)
+        whole = decode(image)
+        picture = shrink(whole, side, resample)
     except Image.UnidentifiedImageError:
-        return "cannot be decoded: it is in no format that Pillow knows"
+        return "cannot be decoded: it is in no format that Pillow decodes"
     except Image.DecompressionBombError as error:
         return f"is too large ({error}); make it smaller first"
     except Exception as error:  # Pillow's decoders have no common error for damaged files
         return f"cannot be decoded: {str(error).strip() or type(error).__name__}"
-    return picture.height, picture.width, picture.tobytes()
+    return picture.height, picture.width, picture.tobytes(), whole.info["frames left out"]
 
 
 def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessing) -> None:
@@ -364,10 +465,14 @@ def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessin
     """
     labels = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
     types = {"pixels": pa.binary(), "height": pa.int32(), "width": pa.int32()}
-    types |= ({} if labels is None else {"labels": pa.int64()}) | {"length": pa.int32(), "row": pa.int32()}
+    types |= ({} if labels is None else {"labels": pa.int64()}) | {
+        "length": pa.int32(),
+        "row": pa.int32(),
+        "cut": pa.bool_(),
+    }
     work = partial(_to_pixels, side=preprocessing.resize, resample=preprocessing.resample)
     faults: list[str] = []
-    Image.init()  # or the threads would load Pillow's formats at the same time
+    formats()  # or the threads would load Pillow's formats at the same time
     with (
         arrow_writer(file, pa.schema(types)) as append,
         ThreadPoolExecutor(_threads()) as pool,
@@ -381,9 +486,10 @@ def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessin
             faults += [f"{where}: {image}." for where, image in named if isinstance(image, str)]
             if faults:
                 continue  # the others are only looked through
-            height, width, pixels = zip(*found, strict=True)
+            height, width, pixels, cut = zip(*found, strict=True)
             place = np.arange(start, start + len(found))
             columns = {"pixels": pixels, "height": height, "width": width, "length": np.ones_like(place), "row": place}
+            columns["cut"] = cut
             append(columns | ({} if labels is None else {"labels": labels[place]}))
     if more := len(faults[MOST_FAULTS:]):
         faults = [*faults[:MOST_FAULTS], f"… and {more} more such image{'s' if more > 1 else ''}."]
@@ -520,6 +626,8 @@ class ImageTask(Task):
         self.validation_splits = (cfg.get("validation_split", "validation"),)
         self.classes: list[str] | None = None
         """Names of the classes, once anything is loaded."""
+        self.reference: list[str] | None = None
+        """Names that later splits are numbered by: of the run whose model is used, or of what was loaded first."""
 
     # --- before training ---
 
@@ -543,17 +651,43 @@ class ImageTask(Task):
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def load(self) -> Rows:
-        train, validation = map(to_rows, self._checked(("train", *self.validation_splits), labelled=True))
+        sources = self._checked(("train", *self.validation_splits), labelled=True)
+        self.accounts |= {name: source.account for name, source in zip(("train", "validation"), sources, strict=True)}
+        train, validation = map(to_rows, sources)
         most = self.cfg.max_train_rows
         if most is not None and most < len(train):
+            self.accounts["train"].drop(f"task.max_train_rows={most}", len(train) - most)
             train = train.select(np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(train))[:most]))
+        self._note_oddities(train, validation)
         facts = [self.classes, content_hash(train), content_hash(validation)]
         data_hash = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return Rows(train, {"validation": validation}, data_hash, self.origin)
 
     def load_split(self, split: str) -> datasets.Dataset:
         [source] = self._checked((split,), labelled=False)
+        self.accounts[split] = source.account
         return to_rows(source)
+
+    def _note_oddities(self, train: datasets.Dataset, validation: datasets.Dataset) -> None:
+        """Say what makes a result doubtful, though nothing about the rows is wrong."""
+        assert self.classes is not None
+        labels = {"train": set(train["label"][:]), "validation": set(validation["label"][:])}
+        for name, found in labels.items():
+            if len(found) == 1:
+                self.accounts[name].notes.append(f"all images are of the same class: {self.classes[min(found)]}")
+        if strange := sorted(labels["validation"] - labels["train"]):  # after task.max_train_rows
+            names = some([self.classes[i] for i in strange])
+            self.accounts["validation"].notes.append(f"classes that no training row has: {names}")
+        keys = {"train": pa.array(train["digest"][:]), "validation": pa.array(validation["digest"][:])}
+        note_overlap(self.accounts, keys)
+
+    def expect(self, classes: Sequence[str]) -> None:
+        """Number the classes of all that is loaded as the trained model does."""
+        self.reference = list(classes)
+
+    def count_encoded(self, account: Account, split: Split) -> None:
+        several = pc.sum(split.encoded.data.column("cut")).as_py() or 0
+        account.change("the first of several frames is used", several)
 
     @property
     def origin(self) -> str:
@@ -589,7 +723,9 @@ class ImageTask(Task):
         return found
 
     def _checked(self, splits: Sequence[str], labelled: bool) -> list[Source]:
-        """The splits, checked but for what shows only when images are decoded.
+        """The splits, checked but for what shows only when images are decoded, numbered by one list of classes.
+
+        That is the list that `expect` was given or that was loaded before, else that of the first split that has one.
 
         Raises:
             UserError: everything that is wrong with them.
@@ -598,27 +734,46 @@ class ImageTask(Task):
         sources = [source for source in self.read(splits, labelled, problems) if source is not None]
         if problems:
             raise UserError(problems)
+        if self.reference is None and "train" not in splits and not all(source.listed for source in sources):
+            self._checked(("train",), labelled=True)  # whose names are numbered first
         named = [source for source in sources if source.classes is not None]
-        classes, declared = (named[0].classes if named else self.classes), self.cfg.get("num_labels")
-        for source in named[1:]:
-            if source.classes != classes:
-                order = f"{some(source.classes or [])}, in this order; {named[0].name} has {some(classes or [])}"
-                problems.append(f"{source.name}: its classes are {order}.")
+        unnamed = [source for source in sources if source.classes is None]
+        declared = self.cfg.get("num_labels")
+        classes, others = self.reference, "the run's are"
+        if classes is None and named:
+            classes, others = named[0].classes, f"{named[0].name} has"
+        if named and unnamed and not all(source.listed for source in named):
+            problems.append(
+                f"{named[0].name} has names of classes as labels, {unnamed[0].name} has numbers; give names."
+            )
+        elif named:
+            for source in unnamed:
+                source.account.notes.append(
+                    f"it does not name its classes: its numbers are taken as in {named[0].name}"
+                )
         if classes is None:
             if declared is None:
                 raise UserError(_NO_CLASSES)
             classes = [str(i) for i in range(declared)]
         elif declared not in (None, len(classes)):
             problems.append(f"task.num_labels={declared}: the data have {len(classes)} classes: {some(classes)}")
-        sources = [check(source, len(classes), labelled, problems) for source in sources]
+        before = len(problems)
+        sources = [check(source, len(source.classes or classes), labelled, problems) for source in sources]
+        if len(problems) == before:
+            sources = [renumbered(source, classes, others, problems) for source in sources]
         if labelled and not problems:
-            train, validation = (set(pc.unique(source.labels).to_pylist()) for source in sources)
-            if strange := sorted(validation - train):
-                names = some([classes[i] for i in strange])
-                problems.append(f"{sources[1].name}: images of classes that {sources[0].name} has none of: {names}")
+            found = [set(pc.unique(source.labels).to_pylist()) for source in sources]
+            for source, labels in zip(sources[1:], found[1:], strict=True):
+                if strange := sorted(labels - found[0]):
+                    names = some([classes[i] for i in strange])
+                    problems.append(f"{source.name}: images of classes that {sources[0].name} has none of: {names}")
+                if missing := sorted(found[0] - labels):
+                    source.account.notes.append(f"no image of these classes: {some([classes[i] for i in missing])}")
         if problems:
             raise UserError(problems)
         self.classes = classes
+        if named:
+            self.reference = classes
         return sources
 
     def processor(self, model: Any) -> Preprocessing:

@@ -28,6 +28,8 @@ from diffora.files import atomic, write_text
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
+from diffora.tasks.account import Account
+from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Collate, Split, Task
 from diffora.training.attribution import AttributionModule
 from diffora.training.checkpoint import (
@@ -66,7 +68,7 @@ def is_main() -> bool:
 
 @dataclass
 class Parts:
-    """What both stages of a run work on."""
+    """What both stages of a run work on; ``data`` is what became of the rows of each split (`Account.record`)."""
 
     cfg: DictConfig
     folder: Path
@@ -81,6 +83,7 @@ class Parts:
     collate: Collate
     collate_eval: Collate
     data_hash: str
+    data: dict[str, Any]
     backbone: dict[str, Any] | None
     made_with: dict[str, Any]
     earlier: Earlier = field(default_factory=Earlier)
@@ -95,6 +98,8 @@ class Parts:
                 since the run stopped.
         """
         rows = task.load()
+        official = next(iter(rows.validation))
+        _check_halves(rows.source, len(rows.validation[official]))
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
         model = models.load_model(cfg.model, task)
         task.check(model)
@@ -114,6 +119,10 @@ class Parts:
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
             return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
 
+        train = Split(rows.train, task.encode(rows.train, processor, training=True))
+        validation, test_splits = encoded(rows.validation), encoded(test)
+        _check_halves(rows.source, len(np.unique(examples_of(validation[official].encoded))))
+        splits = {"train": train, **validation, **test_splits}
         return cls(
             cfg,
             folder,
@@ -122,15 +131,25 @@ class Parts:
             arguments=task.head() | models.set_padding(model, processor),
             backbone_parameters=models.backbone_parameters(model),
             grid=grid,
-            train=Split(rows.train, task.encode(rows.train, processor, training=True)),
-            validation=encoded(rows.validation),
-            test=encoded(test),
+            train=train,
+            validation=validation,
+            test=test_splits,
             collate=task.collate(processor, training=True),
             collate_eval=task.collate(processor, training=False),
             data_hash=rows.data_hash,
             backbone=backbone,
             made_with=made_with,
             earlier=before,
+            data={name: task.account(name, split).record() for name, split in splits.items()},
+        )
+
+
+def _check_halves(source: str, rows: int) -> None:
+    """Refuse a validation split too small for `held_out_split`, before any search."""
+    if rows < 2:
+        raise UserError(
+            f"{source}: a validation split of {rows} usable row{'' if rows == 1 else 's'} is too small: one half of it "
+            "chooses the epoch, the other half reports it, so it needs at least 2"
         )
 
 
@@ -149,11 +168,13 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     cfg, s, folder = parts.cfg, parts.cfg.search, parts.folder
     assert isinstance(method, Selecting)
     file = folder / "selection.json"
+    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
+    parts.data["search"] = _search_account(parts, split).record()
+    for line in account_lines({"search": parts.data["search"]}):
+        log.warning(line)
     if parts.earlier.search is not None:
         log.info(f"{selector}: finished already, using {file}")
         return parts.earlier.search
-
-    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
 
     def selection(scores: Tensor) -> Selection:
         provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
@@ -175,6 +196,15 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
         found.save(file)
         write_search(folder, elapsed, parts.made_with)  # last: says that all of it is there
     return found, elapsed
+
+
+def _search_account(parts: Parts, split: tuple[np.ndarray, np.ndarray]) -> Account:
+    """How many of the training examples the search uses."""
+    examples = examples_of(parts.train.encoded)
+    account = Account(len(np.unique(examples)))
+    used = len(np.unique(examples[np.concatenate(split)]))
+    account.drop(f"search.fraction={parts.cfg.search.fraction}", account.read - used)
+    return account
 
 
 def search(
