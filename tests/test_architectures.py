@@ -18,7 +18,7 @@ from small import small_task
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 from torch import nn
 
-from diffora import models
+from diffora import compatibility, models
 from diffora.core.dam import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
@@ -213,7 +213,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
 
     expected = logits(model)
     ours = models.load_model(composed.model, task)
-    arguments = task.head() | models.set_padding(ours, processor)
+    arguments = task.head() | compatibility.match_processor(ours, processor)
     load_adapter(ours, tmp_path / "run" / "adapter")
     torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
     from peft import PeftModel

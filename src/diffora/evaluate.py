@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from diffora import config, models
+from diffora import compatibility, config, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
@@ -83,6 +83,8 @@ def read_request(arguments: list[str]) -> Request:
 
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
     cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    if "run" in own:  # only the command line may allow code, not a folder that may come from others
+        OmegaConf.update(cfg, "model.trust_remote_code", False)
     cfg = _override(cfg, choices if "run" in own else [], values)
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer."))]:
         raise UserError(problems)
@@ -199,13 +201,13 @@ def load_trained(cfg: DictConfig, weights: Path) -> tuple[nn.Module, Any]:
     whole = (weights / "config.json").is_file()
     if whole:
         section = OmegaConf.merge(cfg.model, {"path": str(weights)})
-    model = models.load_model(section, task)
-    processor = task.processor(cfg.model)
-    models.set_padding(model, processor)
+    # Whole models that earlier versions wrote have no tokenizer: the backbone's is the same.
+    complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    processor = task.processor(section if whole and complete else cfg.model)
+    model = models.load_model(section, task, whole)
+    compatibility.match_processor(model, processor)
     if not whole:
         load_adapter(model, weights)
-    elif fresh := getattr(model, "fresh_modules", ()):
-        raise UserError(f"{weights} has no {fresh[0]}: it was trained for another kind of task")
     return model.eval(), processor
 
 

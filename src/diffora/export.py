@@ -1,6 +1,7 @@
 """From a trained model to files that others load: a PEFT adapter, or a whole transformers model."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffora.core.linear import is_conv1d
@@ -17,6 +19,8 @@ from diffora.errors import UserError
 from diffora.files import atomic, write_text
 from diffora.models import drawn_modules, freeze_backbone, head_modules
 from diffora.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 SHARING = "sharing.json"
 ADAPT = "diffora.json"
@@ -190,9 +194,13 @@ base = {task.model_class}.from_pretrained("{origin.base_model}"{head}, dtype="fl
 {task.usage}"""
 
 
-def export_model(model: nn.Module, folder: Path) -> None:
-    """Write a whole transformers model (full fine-tuning) with `save_pretrained`."""
+def export_model(model: nn.Module, folder: Path, origin: Origin) -> None:
+    """Write a whole transformers model (full fine-tuning), and the tokenizer or image processor that it was given."""
     model.save_pretrained(folder)  # type: ignore[operator]
+    try:
+        origin.task.save_processor(OmegaConf.create(origin.config["model"]), folder)
+    except UserError as error:  # the training is done and must not be lost with it
+        log.warning(f"{folder} has no tokenizer or image processor: {error}")
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -217,7 +225,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
     from hydra.utils import get_class
-    from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
     from diffora.core.grid import find_grid

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from diffora import config, models
+from diffora import compatibility, config, models
 from diffora.core.dam import relax
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
@@ -82,14 +82,15 @@ class Parts:
         """
         rows = task.load()
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
+        processor = task.processor(cfg.model)
         model = models.load_model(cfg.model, task)
+        arguments = task.head() | compatibility.match_processor(model, processor)
         task.check(model)
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
         grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
-        processor = task.processor(cfg.model)
 
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
             return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
@@ -99,7 +100,7 @@ class Parts:
             folder,
             task,
             model,
-            arguments=task.head() | models.set_padding(model, processor),
+            arguments=arguments,
             backbone_parameters=models.backbone_parameters(model),
             grid=grid,
             train=Split(rows.train, task.encode(rows.train, processor, training=True)),
