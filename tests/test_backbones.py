@@ -171,6 +171,12 @@ def test_weights_of_an_older_format_that_are_damaged_are_refused(copy):
     refused(folder, "cannot be read")
 
 
+def test_an_adapter_is_not_a_model(copy):
+    folder = copy()
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "is an adapter, not a model")
+
+
 def test_missing_shards_are_named(copy):
     folder = copy()
     tensors = load_file(folder / "model.safetensors")
@@ -347,6 +353,15 @@ def test_a_folder_without_an_image_processor_is_refused(copy):
         models.load_image_processor(section(folder))
 
 
+def test_an_image_processor_of_another_size_is_refused(copy):
+    folder = copy("vit")
+    edit(folder / "preprocessor_config.json", size={"height": 16, "width": 16})
+    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    model = models.load_model(section(folder), task)
+    with pytest.raises(UserError, match="does not take images of three channels and 16 x 16 pixels"):
+        match_processor(model, task.processor(section(folder)))
+
+
 def matched(folder: Path, task: Any = None) -> Any:
     tokenizer = models.load_tokenizer(section(folder))
     model = models.load_model(section(folder), task or small_task())
@@ -446,6 +461,8 @@ def test_predictions_of_the_embedded_llama_without_its_padding_token(copy, cfg, 
         ("gpt2", {"n_positions": 60}, 60),
         ("llama", {"max_position_embeddings": 60}, 60),
         ("modernbert", {"max_position_embeddings": 60}, 60),
+        ("opt", {"max_position_embeddings": 60}, 60),
+        ("mpnet", {"max_position_embeddings": 60}, 58),
         ("deberta-v2", {"max_position_embeddings": 60}, None),
         ("t5", {}, None),
     ],
@@ -550,6 +567,7 @@ def test_trusted_code_is_run(copy, monkeypatch, tmp_path):
     model = models.load_model(section(folder, trust_remote_code=True), small_task())
     assert type(model).__name__ == "OwnModel" and models.head_modules(model)[0] == "classifier"
     assert list((tmp_path / "modules").rglob("own.py"))
+    assert type(models.meta_model(section(folder, trust_remote_code=True), small_task())).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

@@ -76,6 +76,8 @@ def check_values(model: Any, cfg: Any) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
             continue
+        if parameter.dtype.itemsize == 1:  # 8-bit floats, which torch cannot compare
+            continue
         low, high = torch.aminmax(parameter.detach())
         if not (low.isfinite() and high.isfinite()):
             broken.append(name)
@@ -110,6 +112,8 @@ def longest_input(model: Any) -> int | None:
             limits.append(module.num_embeddings - getattr(module, "offset", before))
     if rotary and not limits:
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    # GPT-J and its like compute their tables beforehand.
+    limits += [len(table) for name, table in model.named_buffers() if name.rpartition(".")[2] in POSITIONS]
     known = [limit for limit in limits if isinstance(limit, int)]
     return min(known, default=None)
 
@@ -125,7 +129,7 @@ def check_length(model: Any, length: int | None) -> None:
 
 
 def match_processor(model: Any, processor: Any) -> dict[str, Any]:
-    """Make the backbone's configuration agree with its tokenizer, before anything is encoded.
+    """Make the backbone's configuration agree with its tokenizer or image processor, before anything is encoded.
 
     Heads look for the padding token by the configuration's ``pad_token_id``: it must be the tokenizer's.
 
@@ -137,7 +141,9 @@ def match_processor(model: Any, processor: Any) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {"ignore_mismatched_sizes": True} if getattr(model, "resized_head", False) else {}
     token = getattr(processor, "pad_token_id", None)
-    if token is None:  # an image processor
+    if token is None:
+        if hasattr(processor, "crop"):
+            _check_image_size(model, processor.crop)
         return arguments
     _check_sizes(model, processor)
     _check_padding_token(model, processor)
@@ -150,6 +156,21 @@ def match_processor(model: Any, processor: Any) -> dict[str, Any]:
         model.generation_config.pad_token_id = token
     _check_padding(model, processor)
     return arguments
+
+
+def _check_image_size(model: Any, side: int) -> None:
+    """Refuse images of another size than the backbone takes. It is asked."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, 3, side, side, device=model.device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{type(model).__name__} does not take images of three channels and {side} x {side} pixels, as its "
+            f"preprocessor_config.json asks for: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def _check_sizes(model: Any, tokenizer: Any) -> None:

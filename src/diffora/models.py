@@ -257,7 +257,9 @@ def meta_model(cfg: Any, task: Task) -> nn.Module:
 
 def _file_problems(cfg: Any) -> Iterator[str]:
     path, local = resolve(cfg.path)
-    if local and "transformers_weights" not in config_of_checkpoint(cfg):  # which names another file
+    if local and (Path(path) / "adapter_config.json").is_file():
+        yield f"model.path={cfg.path} is an adapter, not a model: give the folder or hub id of its base model"
+    elif local and "transformers_weights" not in config_of_checkpoint(cfg):  # which names another file
         yield from weight_problems(Path(path))
 
 
@@ -355,11 +357,13 @@ def _not_quantised(cfg: Any, task: Task) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(layers)]
 
 
-def problems(cfg: Any, task: Task) -> Iterator[str]:
+def problems(cfg: Any) -> Iterator[str]:
     """What of the configuration cannot be right for the backbone, found before it is loaded."""
     quantise = cfg.model.get("quantise")
     if quantise and not cfg.get("dry_run") and importlib.util.find_spec("bitsandbytes") is None:
         yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
+    if not isinstance(cfg.model.path, str):
+        return  # `diffora.config` says what it must be
     try:
         if resolve(cfg.model.path)[1]:
             config_of_checkpoint(cfg.model)
