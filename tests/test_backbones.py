@@ -102,6 +102,7 @@ def test_one_weight_that_is_missing_is_refused(copy):
     [
         ({"num_hidden_layers": 3}, ("lacks 16 of the", "encoder.layer.2.")),
         ({"num_hidden_layers": 1}, ("has 16 weights of layers", "encoder.layer.1.")),
+        ({"num_hidden_layers": 0}, ("has 32 weights of layers", "encoder.layer.0.")),
         ({"hidden_size": 32}, ("other shapes", "is [16] instead of [32]")),
         ({"vocab_size": 300}, ("other shapes", "word_embeddings.weight is [400, 16] instead of [300, 16]")),
         ({"intermediate_size": 64}, ("other shapes", "intermediate.dense.bias is [32] instead of [64]")),
@@ -123,6 +124,16 @@ def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
     old = {"bert.embeddings.position_ids": torch.arange(512)[None]}
     change_weights(folder, lambda tensors: tensors | old)
     assert models.head_modules(models.load_model(section(folder), small_task()))
+
+
+def test_weights_in_the_layers_that_an_architecture_does_not_use_are_said(copy, caplog):
+    """Qwen2 has biases where Llama has none."""
+    folder = copy("qwen2")
+    edit(folder / "config.json", model_type="llama")
+    with caplog.at_level(logging.WARNING, logger="diffora"):
+        models.load_model(section(folder), small_task())
+    [line] = [record.message for record in caplog.records if "does not use" in record.message]
+    assert "has 6 weights in its layers" in line and "layers.0.self_attn.k_proj.bias" in line
 
 
 def test_tied_weights_are_not_missing_and_untied_ones_are(copy, cfg):
@@ -383,6 +394,13 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(copy, special):
 def test_a_tokenizer_of_another_model_is_refused(copy):
     folder = copy("bert", vocab_size=30522)
     with pytest.raises(UserError, match="its embedding 30522: not of one model"):
+        matched(folder)
+
+
+def test_a_tokenizer_that_fails_at_its_first_text_is_refused(copy):
+    folder = copy("gpt2")
+    edit(folder / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(UserError, match="its tokenizer does not work: "):
         matched(folder)
 
 

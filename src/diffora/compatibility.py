@@ -49,18 +49,36 @@ def weight_problems(folder: Path) -> Iterator[str]:
                 yield f"{file} is damaged or incomplete: {error}"
 
 
-def layers_left_over(model: Any, own: Iterable[str], unexpected: Iterable[str]) -> list[str]:
-    """Weights of a checkpoint that differ from the backbone's own in the number of their layer alone."""
+def left_over(model: Any, unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Weights of a checkpoint that belong to layers which the backbone does not have, or to layers which it has.
 
-    def pattern(key: str) -> str:
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", key.removeprefix(f"{model.base_model_prefix}."))
-
-    repeated = {pattern(key) for key in own}
-    return sorted((key for key in unexpected if "*" in pattern(key) and pattern(key) in repeated), key=natural)
+    Args:
+        unexpected: names of weights that were not loaded. Those outside lists of layers are no concern: old heads.
+    """
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            lists[name.removeprefix(f"{model.base_model_prefix}.")] = len(module)
+    beyond, within = [], []
+    for key in sorted(unexpected, key=natural):
+        parts = key.removeprefix(f"{model.base_model_prefix}.").split(".")
+        numbers = [(".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdigit()]
+        known = [(number, lists[place]) for place, number in numbers if place in lists]
+        if any(number >= length for number, length in known):
+            beyond.append(key)
+        elif known:
+            within.append(key)
+    return beyond, within
 
 
 def natural(key: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def reason(error: Exception) -> str:
+    """What an exception of a library says, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def some(names: Sequence[str]) -> str:
@@ -217,7 +235,11 @@ def _check_padding_token(model: Any, tokenizer: Any) -> None:
 
 def _check_padding(model: Any, tokenizer: Any) -> None:
     """Refuse a model whose output for a text depends on how far it is padded, that is, on its batch. It is asked."""
-    encoded = tokenizer("one two three four")
+    try:
+        encoded = tokenizer("one two three four")
+    except Exception as error:  # its files may say anything
+        place = getattr(tokenizer, "name_or_path", "")
+        raise UserError(f"model.path={place}: its tokenizer does not work: {reason(error)}") from error
     ids, pad = list(encoded["input_ids"]), tokenizer.pad_token_id
     most = longest_input(model)
     if not ids or (most is not None and len(ids) + 4 > most):

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from diffora.compatibility import check_length, check_values, layers_left_over, natural, some, weight_problems
+from diffora.compatibility import check_length, check_values, left_over, natural, reason, some, weight_problems
 from diffora.core.dropout import use_cheap_dropout
 from diffora.errors import UserError
 from diffora.files import read_json
@@ -65,14 +65,14 @@ def model_config(cfg: Any, task: Task, meta: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    _, local = resolve(cfg.path)
+    local = resolve(cfg.path)[1]
     head = {"problem_type": None} | task.head()  # not the one that a checkpoint was trained for
     if meta and not local and "config" in cfg:
         shape: Any = OmegaConf.to_container(cfg.config)
         config = AutoConfig.for_model(**shape | head)
     else:
         config_of_checkpoint(cfg)
-        with _readable(cfg) as where:
+        with _readable(cfg, "config.json") as where:
             config = AutoConfig.from_pretrained(**where, **head)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # it is for generating; with a cache, decoders do not see where packed sequences begin
@@ -118,6 +118,16 @@ def _implementations(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, content
 
 
+def _check_config(cfg: Any) -> None:
+    """Refuse a broken ``config.json`` under its own name: tokenizers and image processors are chosen by it."""
+    from transformers import AutoConfig
+
+    if resolve(cfg.path)[1]:
+        config_of_checkpoint(cfg)
+        with _readable(cfg, "config.json") as where:
+            AutoConfig.from_pretrained(**where)
+
+
 def _trusts(cfg: Any) -> bool:
     """``model.trust_remote_code``; runs of earlier versions do not have it."""
     return cfg.get("trust_remote_code", False) is True
@@ -131,6 +141,7 @@ def load_tokenizer(cfg: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_config(cfg)
     try:
         with _readable(cfg, "tokenizer") as where:
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -188,6 +199,7 @@ def load_image_processor(cfg: Any) -> Any:
     """
     from transformers import AutoImageProcessor
 
+    _check_config(cfg)
     path, local = resolve(cfg.path)
     names = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
     if local and not any((Path(path) / name).is_file() for name in names):
@@ -299,13 +311,19 @@ def _take_checkpoint(
         first = f"{wrong[0]} is {list(shapes[wrong[0]][0])} instead of {list(shapes[wrong[0]][1])}"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         problems.append(f"model.path={cfg.path}: weights have other shapes than its config.json says: {first}{more}")
-    if left := layers_left_over(model, own, info["unexpected_keys"]):
+    left, unused = left_over(model, info["unexpected_keys"])
+    if left:
         problems.append(
             f"model.path={cfg.path} has {len(left)} weights of layers that its config.json lacks: {some(left)}"
         )
     if problems:
         raise UserError([*problems, "  The weights and config.json must be of the same model."])
 
+    if unused:
+        log.warning(
+            f"model.path={cfg.path} has {len(unused)} weights in its layers that a {type(model).__name__} "
+            f"does not use: {some(unused)}"
+        )
     old = [key for key in own if key.startswith(head) and key not in missing] if head else []
     model.fresh_pooler = pooler if fresh_pooler else None
     model.fresh_modules = sorted({key.rpartition(".")[0] for key in missing.union(old) if key.startswith(new)})
@@ -498,7 +516,6 @@ def _readable(cfg: Any, what: str = "model") -> Iterator[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error) and not _trusts(cfg):
             raise UserError(
                 f"model.path={cfg.path}: its {what} is Python code of its own (auto_map), which is not run. If you "
@@ -507,10 +524,12 @@ def _readable(cfg: Any, what: str = "model") -> Iterator[dict[str, Any]]:
         if local:
             for file in sorted(Path(path).glob("*.json")):
                 read_json(file)  # a damaged one has its own message
-            raise UserError(f"model.path={cfg.path}: its {what} cannot be read by transformers: {reason}") from error
+            raise UserError(
+                f"model.path={cfg.path}: its {what} cannot be read by transformers: {reason(error)}"
+            ) from error
         raise UserError(
             f"cannot get {path} from the model hub: "
-            + (f"{unreachable}, and it is not in the local cache" if unreachable else reason)
+            + (f"{unreachable}, and it is not in the local cache" if unreachable else reason(error))
             + "\n  Either give a folder that you have: model.path=<folder>"
             "\n  or try what needs no network: python train.py experiment=quickstart"
         ) from error
