@@ -404,6 +404,13 @@ def test_a_tokenizer_that_fails_at_its_first_text_is_refused(copy):
         matched(folder)
 
 
+def test_a_config_whose_entries_do_not_go_together_is_refused(copy):
+    folder = copy("deberta-v2")
+    edit(folder / "config.json", pooler_hidden_size=24)
+    with pytest.raises(UserError, match=r"cannot be called, as its config\.json describes it"):
+        matched(folder)
+
+
 def test_a_placeholder_for_images_needs_no_embedding(copy):
     """Gemma 3's tokenizer has one, its text-only models do not."""
     folder = copy("gemma3_text", vocab_size=len(transformers.AutoTokenizer.from_pretrained(copy("gemma3_text"))))

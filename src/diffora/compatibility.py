@@ -257,9 +257,17 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
 
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        pairs = list(zip(outputs(0), outputs(4), strict=True))
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            pairs = list(zip(outputs(0), outputs(4), strict=True))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # entries of config.json that do not go together
+        raise UserError(
+            f"{type(model).__name__} cannot be called, as its config.json describes it: {reason(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if any((a - b).abs().max() > (0.01 if exact else 0.2) * a.abs().max() for a, b in pairs):
         raise UserError(
