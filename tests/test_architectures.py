@@ -6,104 +6,27 @@ Search, fine-tuning, export, and the adapter loaded again by us and by plain PEF
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
-import tokenizers
 import torch
 import transformers
 from conftest import batch_of
+from families import PAD, VOCAB, random_model, save_family, tokenizer_for
+from omegaconf import OmegaConf
 from small import small_task
-from tokenizers import decoders, pre_tokenizers, processors, trainers
 from torch import nn
 
-from diffora import models
+from diffora import compatibility, models
 from diffora.core.dam import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.errors import UserError
 from diffora.experiment import run
 from diffora.export import load_adapter
-from diffora.tasks.base import get_task
+from diffora.tasks.base import Split, get_task
+from diffora.training.predict import predict
 from diffora.training.search import SearchModule, SearchSettings
-
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
-VOCAB, PAD, BOS, EOS = 400, 0, 1, 2
-BERT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
-LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 8}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "deberta-v2": BERT
-    | {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
-    | {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0},
-    "roberta": BERT | {"max_position_embeddings": 200, "type_vocab_size": 1},
-    "bert": BERT,
-    "electra": BERT | {"embedding_size": 8},
-    "distilbert": {"vocab_size": VOCAB, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "pad_token_id": PAD},
-    "modernbert": BERT | {"cls_token_id": BOS, "sep_token_id": EOS},
-    "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": BOS, "eos_token_id": EOS},
-    "t5": {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32}
-    | {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD},
-    "vit": {key: BERT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    | {"image_size": 8, "patch_size": 4},
-    "llama": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "mistral": LLAMA,
-    "gemma": LLAMA,
-    "gemma3_text": LLAMA | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-}
-
-
-def random_model(name: str, kind: str = "AutoModel", **changes: Any) -> nn.Module:
-    config = transformers.AutoConfig.for_model(name, **CONFIGS[name] | changes)
-    torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, kind).from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # the usual 0.02 leaves attention all but uniform
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.25)
-    return model
-
-
-def tokenizer_for(name: str) -> Any:
-    """Bytes, with a few merges, and the frame of special tokens that the family puts around texts."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    words = "the gardener the teacher a farmer in the market told somebody who did what to whom was not seen by every"
-    tokenizer.train_from_iterator([words, words.title()], trainer)
-    frame = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1"}
-    if name == "t5":
-        frame = {"single": "$A </s>", "pair": "$A </s> $B </s>"}
-    if name not in ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text"):
-        specials = [("<s>", BOS), ("</s>", EOS)]
-        tokenizer.post_processor = processors.TemplateProcessing(**frame, special_tokens=specials)
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if name != "gpt2":  # which has no token for padding
-        tokens["pad_token"] = "<pad>"
-    if frame["single"].startswith("<s>") and tokenizer.post_processor is not None:
-        tokens |= {"cls_token": "<s>", "sep_token": "</s>"}
-    types = ["token_type_ids"] if name in ("bert", "electra") else []
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=190,
-        model_input_names=["input_ids", *types, "attention_mask"],
-        **tokens,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +36,7 @@ def folder_of(tmp_path_factory) -> Callable[..., Path]:
 
     def make(name: str, kind: str = "AutoModel") -> Path:
         if (name, kind) not in made:
-            folder = tmp_path_factory.mktemp("models") / f"tiny {name}"
-            random_model(name, kind).save_pretrained(folder)
-            if name == "vit":
-                transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
-            else:
-                tokenizer_for(name).save_pretrained(folder)
-            made[name, kind] = folder
+            made[name, kind] = save_family(tmp_path_factory.mktemp("models") / f"tiny {name}", name, kind)
         return made[name, kind]
 
     return make
@@ -135,6 +52,7 @@ def questions(tmp_path) -> Path:
             context = (
                 f"In {1900 + i} the farmer told {'a teacher' if i % 2 else 'the gardener'} what was in the market."
             )
+            context += " And so it was." * (i % 3)
             answer = str(1900 + i)
             answers = {"text": [answer], "answer_start": [context.index(answer)]}
             rows.append({"id": f"{split}{i}", "context": context, "question": "When was it told?", "answers": answers})
@@ -213,7 +131,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
 
     expected = logits(model)
     ours = models.load_model(composed.model, task)
-    arguments = task.head() | models.set_padding(ours, processor)
+    arguments = task.head() | compatibility.match_processor(ours, processor)
     load_adapter(ours, tmp_path / "run" / "adapter")
     torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
     from peft import PeftModel
@@ -230,6 +148,71 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
         layer.unmerge()
         nn.init.zeros_(layer.lora_bt)
     assert max((a - b).abs().max().item() for a, b in zip(logits(model), expected, strict=True)) > 1e-3
+
+
+# --- batches ---
+
+DECODERS = ["gpt2", "opt", "bloom", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text"]
+ENCODERS = ["deberta-v2", "roberta", "bert", "mpnet", "albert", "electra", "distilbert", "modernbert", "t5", "bart"]
+BATCHED = [
+    *((name, "paraphrase") for name in ENCODERS + DECODERS),
+    *((name, "squad") for name in ("deberta-v2", "roberta", "bert", "mpnet", "gpt2", "llama", "t5", "bart")),
+    *((name, "dialogue") for name in DECODERS),
+    ("vit", "digits"),
+]
+
+
+@pytest.mark.parametrize(("name", "task_name"), BATCHED)
+def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, task_name, cfg, questions, tmp_path):
+    """B3: with adapters that do something, whatever the tokenizer's side."""
+    folder = save_family(tmp_path / name, name, "AutoModelForCausalLM" if task_name == "dialogue" else "AutoModel")
+    composed = cfg(
+        f"task={task_name}", "model=hf", f"model.path={folder}", "trainer=cpu", *SIZES[task_name],
+        *([f"task.path={questions}"] if task_name == "squad" else []),
+        *(["task.max_length=150"] if task_name == "paraphrase" else []),
+    )  # fmt: skip
+    task = get_task(composed.task)
+    rows = task.load().validation["validation"].select(range(8))
+    torch.manual_seed(0)
+    model = models.load_model(composed.model, task)
+    stack = {"t5": "encoder.block.*", "bart": "encoder.layers.*"}.get(name)
+    grid = find_grid(model, stack)
+    for row in attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4):
+        for layer in row:
+            nn.init.normal_(layer.lora_bt, std=0.3)
+    for head in models.head_modules(model):
+        for parameter in model.get_submodule(head).parameters():
+            nn.init.normal_(parameter, std=0.25)
+    found = []
+    for side in ("right", "left") if name != "vit" else ("",):
+        if side:
+            settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": side}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        processor = task.processor(composed.model)
+        compatibility.match_processor(model, processor)
+        split = Split(rows, task.encode(rows, processor, training=False))
+        collate = task.collate(processor, training=False)
+        found += [predict(model, task, split, collate, size, composed.trainer) for size in (1, 3, 8)]
+    assert len(set(split.encoded["length"])) > 1 or name == "vit"
+    keys = [key for key in ("logits", "loss", "span_score", "null_score") if key in found[0]]
+    for outputs in found:
+        for key in keys:
+            torch.testing.assert_close(outputs[key], found[0][key], rtol=1e-4, atol=1e-5)
+    assert found[0][keys[0]].std(dim=0).max() > 1e-3  # which tells the rows apart
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}),  # its head reads the last position
+    ("fnet", {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}),  # which has no attention mask
+])  # fmt: skip
+def test_a_model_whose_output_depends_on_padding_is_refused(kind, changes, tmp_path):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCAB, **changes)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer_for("bert").save_pretrained(tmp_path)
+    cfg = OmegaConf.create({"name": kind, "path": str(tmp_path)})
+    model, tokenizer = models.load_model(cfg, small_task()), models.load_tokenizer(cfg)
+    with pytest.raises(UserError, match="predictions would depend on the batch"):
+        compatibility.match_processor(model, tokenizer)
 
 
 def test_the_run_of_a_model_with_two_stacks_ends_with_the_choice(cfg, folder_of, tmp_path):

@@ -64,8 +64,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{not json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not JSON"):
         models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="has no weights"):
         models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())

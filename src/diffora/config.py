@@ -115,6 +115,7 @@ RULES: dict[str, Check] = {
     ),
     "model.roles.*": TEXT,
     "model.full_ft_lr": POSITIVE,
+    "model.trust_remote_code": FLAG,
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
     "model.quantise": _one_of(None, "8bit", "4bit"),
     "model.config.*": ANY,

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
-from diffora import config, digests, models
+from diffora import compatibility, config, digests, models
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
@@ -93,6 +93,8 @@ def read_request(arguments: list[str]) -> Request:
 
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
     cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    if "run" in own:  # only the command line may allow code, not a folder that may come from others
+        OmegaConf.update(cfg, "model.trust_remote_code", False)
     cfg = _override(cfg, choices if "run" in own else [], values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
@@ -122,8 +124,6 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
         cfg.model.trust_remote_code = False  # the user's to say, not the file's
     return cfg, weights[0]
 
-
-def _wrong_groups(cfg: DictConfig) -> Iterator[str]:
     """What is a single value and should be a group of settings, or the other way round."""
     for section in SECTIONS:
         for name in cfg[section]:
@@ -254,13 +254,13 @@ def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> t
     whole = (weights / "config.json").is_file()
     if whole:
         section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
-    model = models.load_model(section, task)
-    processor = task.processor(cfg.model)
-    models.set_padding(model, processor)
+    # Whole models that earlier versions wrote have no tokenizer: the backbone's is the same.
+    complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    processor = task.processor(section if whole and complete else cfg.model)
+    model = models.load_model(section, task, whole)
+    compatibility.match_processor(model, processor)
     if not whole:
         load_adapter(model, weights, method)
-    elif fresh := getattr(model, "fresh_modules", ()):
-        raise UserError(f"{weights} has no {fresh[0]}: it was trained for another kind of task")
     return model.eval(), processor
 
 

@@ -160,14 +160,9 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
         task = get_task(cfg.task)
     except UserError as error:
         found += error.problems
-    if task is not None:
-        found += models.problems(cfg, task)
+    found += models.problems(cfg)
     if task is not None and cfg.get("predict") and not task.test_splits:
         found.append(f"predict=true: task={task.name} has no split to predict")
-    try:
-        models.resolve(str(cfg.model.path))  # that it must be text, `problems` says
-    except UserError as error:
-        found += error.problems
     if isinstance(path := cfg.method.get("selection"), str):
         try:
             Selection.load(Path(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from diffora.core.linear import features, is_conv1d, is_linear
@@ -240,10 +240,14 @@ and sharing exactly as they were trained.
 """
 
 
-def export_model(model: nn.Module, folder: Path) -> None:
-    """Write a whole transformers model (full fine-tuning) with `save_pretrained`."""
+def export_model(model: nn.Module, folder: Path, origin: Origin) -> None:
+    """Write a whole transformers model (full fine-tuning), and the tokenizer or image processor that it was given."""
     with atomic_folder(folder) as scratch:
         model.save_pretrained(scratch)  # type: ignore[operator]
+        try:
+            origin.task.save_processor(OmegaConf.create(origin.config["model"]), scratch)
+        except UserError as error:  # the training is done and must not be lost with it
+            log.warning(f"{folder} has no tokenizer or image processor: {error}")
 
 
 def load_adapter(model: nn.Module, folder: Path | str, method: str | None = None, *, freeze: bool = True) -> None:

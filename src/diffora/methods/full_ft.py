@@ -27,4 +27,4 @@ class WholeModel(Adaptation):
     """What was trained is the model itself, so it is the model that is written."""
 
     def export(self, folder: Path, origin: Origin) -> None:
-        export_model(self.model, folder / "model")
+        export_model(self.model, folder / "model", origin)

@@ -82,7 +82,9 @@ class Task:
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     """PEFT's name for this kind of task."""
     trains_head: bool = True
-    """Whether the modules outside the backbone are new, and trained by every method."""
+    """Whether every method trains the modules outside the backbone."""
+    pretrained_head: ClassVar[bool] = False
+    """Whether the checkpoint's own head is taken, as a language model's; otherwise the head is new."""
     maximise: ClassVar[bool] = True
     """Whether a higher main metric is better."""
     scores_training: ClassVar[bool] = True
@@ -140,6 +142,12 @@ class Task:
         from diffora.models import load_tokenizer
 
         return load_tokenizer(model)
+
+    def save_processor(self, model: Any, folder: Path) -> None:
+        """Write that tokenizer or image processor to a folder, as transformers reads it."""
+        from diffora.models import load_tokenizer
+
+        load_tokenizer(model).save_pretrained(folder)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """From rows to `Split.encoded`, cached on disk and mapped into memory.

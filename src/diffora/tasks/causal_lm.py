@@ -53,6 +53,7 @@ class CausalLMTask(Task):
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
     trains_head: bool = False
+    pretrained_head: ClassVar[bool] = True
     maximise: ClassVar[bool] = False
     padding: ClassVar = {**Task.padding, "labels": IGNORED, "position_ids": 0}  # a 0 begins a sequence of its own
     usage = """

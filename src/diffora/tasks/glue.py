@@ -114,7 +114,10 @@ class GlueTask(Task):
         self.validation_splits = self.spec.validation_splits
 
     def head(self) -> dict[str, Any]:
-        return {"num_labels": self.spec.num_labels}
+        if self.spec.is_regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        names = dict(enumerate(self.spec.label_names))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def load(self) -> Rows:
         sizes = {key: self.cfg[key] for key in ("train_rows", "validation_rows") if key in self.cfg}

@@ -779,6 +779,9 @@ class ImageTask(Task):
     def processor(self, model: Any) -> Preprocessing:
         return Preprocessing.of(load_image_processor(model), model.path)
 
+    def save_processor(self, model: Any, folder: Path) -> None:
+        load_image_processor(model).save_pretrained(folder)
+
     def encode(self, rows: datasets.Dataset, processor: Preprocessing, training: bool) -> datasets.Dataset:
         facts = {
             "format": FORMAT_VERSION,

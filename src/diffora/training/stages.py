@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from diffora import config, digests, models
+from diffora import compatibility, config, digests, models
 from diffora.core.dam import relax
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
@@ -101,7 +101,9 @@ class Parts:
         official = next(iter(rows.validation))
         _check_halves(rows.source, len(rows.validation[official]))
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
+        processor = task.processor(cfg.model)
         model = models.load_model(cfg.model, task)
+        arguments = task.head() | compatibility.match_processor(model, processor)
         task.check(model)
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
@@ -109,7 +111,6 @@ class Parts:
         models.check_outside_head(model, itertools.chain(*grid.names))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
-        processor = task.processor(cfg.model)
 
         backbone = digests.backbone(cfg.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
@@ -128,7 +129,7 @@ class Parts:
             folder,
             task,
             model,
-            arguments=task.head() | models.set_padding(model, processor),
+            arguments=arguments,
             backbone_parameters=models.backbone_parameters(model),
             grid=grid,
             train=train,
