@@ -208,9 +208,11 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert [problem.split("=")[0] for problem in caught.value.problems] == ["finetune.epochs", "finetune.lr"]
     with pytest.raises(UserError) as caught:
         sweep(*CELLS[:4], "rho=0.3", "method=lora,bitfit")
-    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+    *problems, hint = caught.value.problems
+    assert [problem.split(";")[0] for problem in problems] == [
         f"method={method} has no setting rho" for method in ("lora", "bitfit")
     ]
+    assert "is written with ++" in hint
     assert not FOLDER.exists()
 
 
@@ -219,7 +221,7 @@ def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(s
 
     asked = []
 
-    def explain(overrides):
+    def explain(overrides, paths):
         asked.append(overrides)
         return []
 

@@ -27,14 +27,14 @@ class Loggers:
 
     def __init__(self, choices: Any, folder: Path, config: dict[str, Any]) -> None:
         self.choices, self.folder = choices or {}, folder
-        self.wandb: Any = _wandb_logger(self.choices["wandb"], folder, config) if "wandb" in self.choices else None
+        self.wandb: Any = _wandb_logger(wandb, folder, config) if (wandb := self.choices.get("wandb")) else None
 
     def of_stage(self, stage: str) -> list[Logger]:
         """Loggers for one stage's Trainer; an attempt that resumes gets a version of its own."""
         found: list[Logger] = []
-        if "csv" in self.choices:
+        if self.choices.get("csv"):
             found.append(CSVLogger(self.folder / "logs", name=stage))
-        if "tensorboard" in self.choices:
+        if self.choices.get("tensorboard"):
             from lightning.pytorch.loggers import TensorBoardLogger
 
             try:

@@ -25,7 +25,7 @@ from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
-from diffora.methods.base import Adaptation, Method
+from diffora.methods.base import Adaptation, Method, check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
 from diffora.tasks.base import Collate, Split, Task
@@ -249,24 +249,31 @@ def _save_searched(parts: Parts, gates: Tensor, layers: list[list[LowRankLinear]
 
 def warm_start(parts: Parts, selection: Selection) -> None:
     """Give the selected modules the A and B that the search ended with, in place."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     given = parts.cfg.method.selection
     file = (Path(given) if given else parts.folder / "selection.json").with_suffix(".safetensors")
     if not file.is_file():
         raise UserError(f"method.warm_start=true needs {file}, which a search with method.warm_start=true leaves")
-    tensors, layers = load_file(file), dict(lowrank_layers(parts.model))
+    try:
+        tensors, layers = load_file(file), dict(lowrank_layers(parts.model))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"method.warm_start=true: {file} cannot be read: {error}") from error
     for names, flags in zip(parts.grid.names, selection.mask().tolist(), strict=True):
         for name, flag in zip(names, flags, strict=True):
             if not flag:
                 continue
-            layer, lora_a = layers[name], tensors[f"{name}.lora_a"]
-            if len(lora_a) != layer.rank:
-                raise UserError(
-                    f"method.warm_start=true: the search had rank {len(lora_a)}, rank={layer.rank} does not"
-                )
-            layer.lora_a.data.copy_(lora_a)
-            layer.lora_bt.data.copy_(tensors[f"{name}.lora_bt"])
+            layer, pair = layers[name], [tensors.get(f"{name}.lora_{which}") for which in ("a", "bt")]
+            if any(matrix is None for matrix in pair):
+                raise UserError(f"method.warm_start=true: {file} has no A and B of {name}")
+            for ours, theirs in zip((layer.lora_a, layer.lora_bt), pair, strict=True):
+                assert theirs is not None
+                if theirs.shape != ours.shape:
+                    raise UserError(
+                        f"method.warm_start=true: the search had rank {len(theirs)} at {name}, rank={layer.rank} has not"
+                    )
+                ours.data.copy_(theirs)
 
 
 class DamPictures(L.Callback):
@@ -316,6 +323,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     """Train what the method left trainable, and evaluate after each epoch."""
     cfg, f = parts.cfg, parts.cfg.finetune
     n_rows = len(parts.train.encoded)
+    warmup = warmup_steps(cfg, n_rows)
     official = next(iter(parts.validation.values()))
     module = FineTuneModule(
         adaptation,
@@ -323,7 +331,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         parts.train,
         parts.validation,
         held_out_split(examples_of(official.encoded), cfg.seed),
-        FineTuneSettings(f.lr, f.weight_decay, warmup_steps(cfg, n_rows), f.early_stop),
+        FineTuneSettings(f.lr, f.weight_decay, warmup, f.early_stop),
         cfg.seed,
     )
     rows = f.batch_size // f.accumulate
@@ -336,6 +344,8 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         cfg.seed,
         cfg.trainer.num_workers,
     )
+    if warmup < f.warmup_steps:
+        log.info(f"fine-tune: {f.warmup_steps} warm-up steps, the recipe's, do not suit this run: taking {warmup}")
     adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows, cfg.seed))
     params |= models.count_parameters(parts.model)  # EVA gives its ranks out anew
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
@@ -346,14 +356,37 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
 
 
 def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
-    """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it."""
+    """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it.
+
+    Raises:
+        UserError: it was given, and the run is shorter.
+    """
     f = cfg.finetune
     steps = -(-n_rows // f.batch_size) * f.epochs
     given: int = f.warmup_steps
-    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
-        log.info(f"fine-tune: {given} warm-up steps, the recipe's, do not suit a run of {steps}: taking {steps // 10}")
+    if given == cfg.task.recipe.get("warmup_steps") and given > steps // 2:
         return steps // 10
+    if given > steps:
+        raise UserError(
+            f"finetune.warmup_steps={given} must be at most {steps}, the steps of this run ({n_rows} rows, "
+            f"finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}): finetune.lr would never be reached"
+        )
     return given
+
+
+def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None) -> None:
+    """Refuse settings of the two stages that do not suit the backbone, or the number of training rows.
+
+    Args:
+        n_rows: None where the rows are not loaded (``dry_run=true``).
+
+    Raises:
+        UserError: before anything is trained.
+    """
+    if getattr(method, "selection", None) is None and getattr(method, "selector", None) in ("search", "attribution"):
+        check_ranks(grid, {"search.rank": cfg.search.rank})
+    if n_rows is not None:
+        warmup_steps(cfg, n_rows)
 
 
 # --- both ---
