@@ -69,7 +69,8 @@ def outcome(cfg: DictConfig) -> list[str] | None:
     try:
         check(cfg)
     except UserError as error:
-        assert error.problems and all(error.problems)
+        if not all(error.problems):
+            raise AssertionError("an empty message") from error
         return error.problems
     json.dumps(config.plain(cfg), allow_nan=False)
     config.config_hash(cfg)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -113,7 +113,8 @@ def added_paths() -> list[str]:
             found.append(f"file://{os.path.abspath(value if given else following)}")
         elif name.lstrip("+") == "hydra.searchpath":
             with suppress(Exception):  # not of the form name=[…], which Hydra says itself
-                found += map(str, parse([argument])[0].value())
+                value_of: Any = parse([argument])[0].value()
+                found += map(str, value_of)
     return found
 
 
@@ -165,7 +166,10 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
                     if plugin := _missing_plugin(error):
                         found.append(plugin)
                     elif "Got NoneType" in str(error) or ("must be a string" in str(error) and key in groups):
-                        found.append(f"{line} chooses nothing: give {key}=<name>, or leave it out with ~{key}")
+                        files = [file for folder in (conf_dir(), *folders) for file in folder.glob(f"{key}/*.yaml")]
+                        names = sorted({file.stem for file in files})
+                        none = "; logger=[] for none" if key == "logger" else ""
+                        found.append(f"{line} is not one of: {', '.join(names)}{none}")
                     elif options:
                         found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
                     elif "is not in struct" in str(error) or "Could not override" in str(error):

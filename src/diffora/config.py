@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffora.files import read_yaml
 
 MOST = 10**9
-"""No number of a configuration may be larger, unless its own rule says otherwise. It also keeps NaN and infinity out."""
+"""No number of a configuration may be larger, unless its own rule says so: NaN and infinity neither."""
 
 
 class Check(NamedTuple):
@@ -227,10 +227,11 @@ def faults(cfg: DictConfig) -> dict[str, str]:
             choice = (conf_dir() / group).is_dir() and member in ("", CHOSEN.get(group))
             found[key] = f"{key} is missing" + (f": choose one with {group}=<name>" if choice else "")
     # What is made of the value of another key, as in search.lr: ${finetune.lr}, is that key's mistake.
+    faulty = [*found, *(group for group in CHOSEN if f"{group}.name" not in leaves)]
     own = {
         key: text
         for key, text in found.items()
-        if not any(_is_in(source, k) for source in sources.get(key, ()) for k in found if k != key)
+        if not any(_is_in(source, k) for source in sources.get(key, ()) for k in faulty if k != key)
     }
     return own or found
 
@@ -241,10 +242,10 @@ def _read(
     """Fill in the values of a group by their keys, and what each is made of; and, as found, those that lead nowhere."""
     plain_node: Any = OmegaConf.to_container(node, resolve=False)
     for name in node:
-        key = f"{prefix}{name!s}"
         if not isinstance(name, str):
-            found[key] = f"{key}: the name of a setting must be text, which {name} is not"
+            found[f"{prefix}{name!r}"] = f"{prefix}{name!r}: the name of a setting must be text, which {name!r} is not"
             continue
+        key = prefix + name
         sources[key] = _sources(plain_node[name], prefix)
         try:
             value = node[name]

@@ -121,7 +121,8 @@ class Method:
                 problems.append(f"{who} has no setting method.{name}")
             elif name not in ("_target_", "name"):
                 given[str(name)] = f"method.{name}", value
-        values = _read(cls, given, "method.", who, problems)
+        missing = {name: key for name, (key, _) in dials.items()}
+        values = _read(cls, given, "method.", who, problems, missing)
         if problems:
             raise UserError(problems)
         method = cls(**values)
@@ -182,9 +183,18 @@ def check_ranks(grid: Grid, ranks: Mapping[str, int], where: Tensor | None = Non
 
 
 def _read(
-    kind: Any, given: Mapping[str, tuple[str, Any]], prefix: str, who: str, problems: list[str]
+    kind: Any,
+    given: Mapping[str, tuple[str, Any]],
+    prefix: str,
+    who: str,
+    problems: list[str],
+    elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``."""
+    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``.
+
+    Args:
+        elsewhere: keys of fields that do not stand below ``prefix``.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     problems += [
@@ -194,7 +204,7 @@ def _read(
     ]
     values: dict[str, Any] = {}
     for name, field in fields.items():
-        key, value = given.get(name, (f"{prefix}{name}", dataclasses.MISSING))
+        key, value = given.get(name, ((elsewhere or {}).get(name, f"{prefix}{name}"), dataclasses.MISSING))
         if value is dataclasses.MISSING:
             if field.default is dataclasses.MISSING:
                 problems.append(f"{key} is missing")
@@ -219,7 +229,7 @@ PLAIN = {int: whole(-MOST), float: NUMBER, bool: FLAG, str: TEXT, dict: GROUP, l
 
 
 def _checks(hint: Any) -> Iterator[Check]:
-    """What a field may be, one check for each member of a union. Booleans are no numbers; whole numbers are floats too."""
+    """What a field may be, one check for each member of a union. A boolean is no number; a whole number is a float."""
     if typing.get_origin(hint) is Annotated:
         yield hint.__metadata__[0]
     elif typing.get_origin(hint) in (types.UnionType, typing.Union):

@@ -270,9 +270,8 @@ def warm_start(parts: Parts, selection: Selection) -> None:
             for ours, theirs in zip((layer.lora_a, layer.lora_bt), pair, strict=True):
                 assert theirs is not None
                 if theirs.shape != ours.shape:
-                    raise UserError(
-                        f"method.warm_start=true: the search had rank {len(theirs)} at {name}, rank={layer.rank} has not"
-                    )
+                    had = f"the search had rank {len(theirs)} at {name}"
+                    raise UserError(f"method.warm_start=true: {had}, rank={layer.rank} does not")
                 ours.data.copy_(theirs)
 
 
