@@ -115,7 +115,9 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
             kind: Any = get_class(cfg.method._target_)
             method = kind.from_config(cfg)
         except UserError as error:
-            found += [problem for problem in error.problems if problem.partition("=")[0] not in faults]
+            # The method knows its own settings better than the rules that hold for all.
+            faults = {key: text for key, text in faults.items() if not key.startswith("method.")}
+            found = [*faults.values(), *(p for p in error.problems if p.partition("=")[0] not in faults)]
         except OmegaConfBaseException:
             assert found  # a value that leads nowhere, reported above
     task: Any = None
@@ -135,9 +137,9 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
             found += error.problems
     for key in ("selection", "like"):
         file = getattr(method, key, None)
-        if not isinstance(file, str) or (
-            key == "like" and not Path(file).exists()
-        ):  # which another run has yet to make
+        if not isinstance(file, str):
+            continue
+        if key == "like" and not Path(file).exists():  # in a sweep, another run has yet to make it
             continue
         try:
             Selection.load(Path(file))

@@ -87,6 +87,8 @@ class TableSweeper(Sweeper):
         A table has a folder of its own below ``outputs``, or is in the one that ``hydra.sweep.dir=`` names. Where
         there are several experiments, each has a folder of its own there, too.
         """
+        from diffora.cli import composition_problems, short, with_sweep_hint
+
         given = parse(arguments, self.loader)
         for override in given:
             if override.key_or_group in ("scale", "dry_run") and len(values(override)) > 1:
@@ -110,7 +112,11 @@ class TableSweeper(Sweeper):
                     found[place / cell] = (*overrides, *resuming)
                 continue
             for number, overrides in enumerate(combinations(others)):
-                cfg = self.compose((*choice, *overrides))
+                try:
+                    cfg = self.compose((*choice, *overrides))
+                except (HydraException, OmegaConfBaseException) as error:
+                    reasons = composition_problems([*choice, *overrides], self.added) or [short(error)]
+                    raise UserError(with_sweep_hint(reasons)) from error
                 with open_dict(cfg.hydra.job):
                     cfg.hydra.job.num = number
                 folder = place / cfg.hydra.sweep.subdir
