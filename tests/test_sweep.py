@@ -232,9 +232,11 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert [problem.split("=")[0] for problem in caught.value.problems] == ["finetune.epochs", "finetune.lr"]
     with pytest.raises(UserError) as caught:
         sweep(*CELLS[:4], "rho=0.3", "method=lora,bitfit")
-    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+    *problems, hint = caught.value.problems
+    assert [problem.split(";")[0] for problem in problems] == [
         f"method={method} has no setting rho" for method in ("lora", "bitfit")
     ]
+    assert "is written with ++" in hint
     assert not FOLDER.exists()
 
 
@@ -243,7 +245,7 @@ def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(s
 
     asked = []
 
-    def explain(overrides):
+    def explain(overrides, paths):
         asked.append(overrides)
         return []
 
@@ -318,3 +320,31 @@ def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
     given = cfg("experiment=quickstart")
     named = cfg("experiment=quickstart", "cell.row=a", "cell.experiment=b", "scale=small")
     assert config_hash(given) == config_hash(named) != config_hash(cfg("experiment=quickstart", "rank=3"))
+
+
+def test_a_setting_of_some_methods_goes_to_their_runs_alone(sweep, capsys):
+    """C: our own advice, `++search.epochs=1` in a sweep over lora and diffora, and the advice itself."""
+    given = ("experiment=quickstart", "method=lora,diffora", "hydra.sweep.dir=here")
+    with pytest.raises(UserError) as caught:
+        sweep(*given, "search.epochs=1")
+    problem, advice = caught.value.problems
+    assert problem.startswith("method=lora has no setting search.epochs") and "++search.epochs=1" in advice
+    assert len(sweep(*given, "++search.epochs=1,2")) == 3
+    out = capsys.readouterr().out
+    assert "++search.epochs is left out of 2 of 4 runs, which have no search.epochs" in out
+    assert "1 runs are the same as others without it, and left out" in out
+    epochs = [OmegaConf.load(file).get("search", {}).get("epochs") for file in sorted(Path("here").glob("*/*.yaml"))]
+    assert sorted(epochs, key=str) == [1, 2, None]
+
+
+def test_a_setting_that_no_run_has_is_still_refused(sweep):
+    with pytest.raises(UserError, match=r"unknown key search\.epoch: did you mean search\.epochs"):
+        sweep("experiment=quickstart", "method=diffora", "++search.epoch=1", "hydra.sweep.dir=here")
+
+
+def test_devices_are_looked_for_before_anything_starts_where_the_runs_will_be(sweep, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"trainer\.devices=99 must be at most"):
+        sweep("experiment=quickstart", "method=lora,bitfit", "trainer=cpu", "trainer.devices=99")
+    with pytest.raises(UserError, match="is the current folder"):
+        sweep("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=''")

@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -20,11 +22,11 @@ def command(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):  # None or another kind where a program or a test has replaced it
         with suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal
-    if any(argument.startswith("debug=") for argument in sys.argv):
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
+    if any(a.startswith("debug=") and a not in ("debug=", "debug=null") for a in sys.argv):
         main()
         return
     logging.raiseExceptions = False  # a log that cannot be written, its disk full, is no reason for a traceback
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -45,16 +47,17 @@ def command(main: Callable[[], object]) -> None:
     except Exception as error:
         if told := explained(error):
             fail(*told.problems)
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") or not _has_begun(error):
             plugin = _missing_plugin(error)
-            problems = [plugin] if plugin else composition_problems(overrides()) or [short(error)]
-            if {"-m", "--multirun"}.intersection(sys.argv) and "has no setting" in "".join(problems):
-                problems.append(
-                    "Hydra composes a sweep with the default method and task first: a setting that the sweep's own "
-                    "ones have, and those do not, is written with ++, as in ++method.size=8"
-                )
-            fail(*problems)
+            problems = [plugin] if plugin else composition_problems(overrides(), added_paths()) or [short(error)]
+            fail(*(with_sweep_hint(problems) if {"-m", "--multirun"}.intersection(sys.argv) else problems))
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
+
+
+def _has_begun(error: Exception) -> bool:
+    """Whether an error came from a run or a sweep, and not from Hydra on the way there."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(f.f_code is job.__code__ or "hydra_plugins.diffora" in f.f_globals["__name__"] for f in frames)
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -123,23 +126,57 @@ def overrides() -> list[str]:
     return [a for a in sys.argv[1:] if a.startswith("~") or ("=" in a and not a.startswith("--"))]
 
 
-def composition_problems(given: list[str]) -> list[str]:
+def added_paths() -> list[str]:
+    """The folders of configurations that the command line adds: ``--config-dir`` and ``hydra.searchpath``."""
+    from diffora.sweep import parse
+
+    found = []
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found.append(f"file://{os.path.abspath(value if given else following)}")
+        elif name.lstrip("+") == "hydra.searchpath":
+            with suppress(Exception):  # not of the form name=[…], which Hydra says itself
+                value_of: Any = parse([argument])[0].value()
+                found += map(str, value_of)
+    return found
+
+
+def with_sweep_hint(problems: list[str]) -> list[str]:
+    """These problems of a sweep, and how a setting is given that only some of its runs have."""
+    if "has no setting" not in "".join(problems):
+        return problems
+    return [
+        *problems,
+        "a setting that only some of the swept methods or tasks have is written with ++, as in ++search.epochs=1: the "
+        "runs that have it take it, the others go without",
+    ]
+
+
+def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[str]:
     """Every reason why these overrides do not compose, and every wrong value among those that do.
 
     Hydra stops at the first mistake, so each override is tried for itself: first those that choose from ``conf/``, then
     the values, on top of the choices that work.
+
+    Args:
+        paths: where to look for choices besides ``conf/``, as in ``hydra.searchpath``.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from diffora.experiment import check
+    from diffora.sweep import quoted
 
+    folders = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
+    if lost := [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]:
+        return lost
     GlobalHydra.instance().clear()
-    groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
+    groups = {group.name for folder in (conf_dir(), *folders) for group in folder.iterdir() if group.is_dir()}
     given = [o for o in given if not re.match(r"[+~]*hydra\b", o)]
     choices = [o for o in given if o.partition("=")[0].lstrip("+~") in groups]
     found: list[str] = []
-    kept: list[str] = []
+    kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for override in [*choices, *(o for o in given if o not in choices)]:
             right = []
@@ -152,6 +189,11 @@ def composition_problems(given: list[str]) -> list[str]:
                     options = re.search(r"Available options in '[^']*':((?:\n\t\S+)*)", str(error))
                     if plugin := _missing_plugin(error):
                         found.append(plugin)
+                    elif "Got NoneType" in str(error) or ("must be a string" in str(error) and key in groups):
+                        files = [file for folder in (conf_dir(), *folders) for file in folder.glob(f"{key}/*.yaml")]
+                        names = sorted({file.stem for file in files})
+                        none = "; logger=[] for none" if key == "logger" else ""
+                        found.append(f"{line} is not one of: {', '.join(names)}{none}")
                     elif options:
                         found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
                     elif "is not in struct" in str(error) or "Could not override" in str(error):

@@ -24,6 +24,7 @@ from diffora.results.record import new_record, read_record, write_record
 from diffora.tasks.base import Task
 from diffora.tasks.sources import first_line
 from diffora.training.checkpoint import has_work
+from diffora.training.stages import check_stages
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,12 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
 
     The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
     """
-    model = models.meta_model(cfg.model, task)
+    try:
+        model = models.meta_model(cfg.model, task)
+    except UserError:
+        raise
+    except Exception as error:  # transformers has many ways to refuse a shape
+        raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     models.check_outside_head(model, itertools.chain(*grid.names))
     asked: list[str] = []
@@ -44,6 +50,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         return method.by_chance(grid, cfg.seed)
 
     method.check(model, grid)
+    check_stages(cfg, method, grid, None)
     selection = method.select(grid, cfg.seed, stand_in)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)

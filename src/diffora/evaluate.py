@@ -119,11 +119,10 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
     weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
     if not weights:
         raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
-    cfg = settings(read_yaml(file), file, SECTIONS)
-    if "trust_remote_code" in cfg.model:
-        cfg.model.trust_remote_code = False  # the user's to say, not the file's
-    return cfg, weights[0]
+    return settings(read_yaml(file), file, SECTIONS), weights[0]
 
+
+def _wrong_groups(cfg: DictConfig) -> Iterator[str]:
     """What is a single value and should be a group of settings, or the other way round."""
     for section in SECTIONS:
         for name in cfg[section]:

@@ -26,10 +26,10 @@ from diffora.results import figures, rundir, terminal
 from diffora.results.record import missing_files, new_record, peaks, reset_peaks, result_files, write_record
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
-from diffora.training.launch import launch_problems
 from diffora.training.loggers import Loggers
+from diffora.training.machine import check_machine
 from diffora.training.predict import predict
-from diffora.training.stages import Parts, find_selection, finetune, is_main, quiet_libraries, warm_start
+from diffora.training.stages import Parts, check_stages, find_selection, finetune, is_main, quiet_libraries, warm_start
 from diffora.trust import class_at, literal
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ def train(cfg: DictConfig) -> float | None:
 
     hydra = HydraConfig.get()
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
-    if cfg.resume is True and hydra.mode == RunMode.RUN and not given:
+    if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not given:
         raise UserError("resume=true needs hydra.run.dir=<the run directory to continue>")
-    devices = cfg.trainer.devices
+    devices = OmegaConf.select(cfg, "trainer.devices", throw_on_resolution_failure=False) or 1
     if hydra.mode == RunMode.MULTIRUN and devices not in (1, "auto") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
@@ -81,23 +81,27 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     began = time.time() if began is None else began
     cfg = _named(cfg)
     method, task = check(cfg)
+    if is_main():
+        rundir.check_place(folder)
     if cfg.dry_run:
         from diffora.dryrun import dry_run
 
         with machine_limits():
             return Result(folder, dry_run(cfg, method, task, folder), None, None)
+    quiet_libraries()
+    check_machine(cfg)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
         check_unchanged(cfg, folder, done)
         terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     if is_main():
         check_writable(folder)
-    quiet_libraries()
     reset_peaks()
     L.seed_everything(cfg.seed, verbose=False)
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(cfg, folder, task)
         method.check(parts.model, parts.grid)
+    check_stages(cfg, method, parts.grid, len(parts.train.encoded))
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
     record |= {"backbone": parts.backbone, "data": parts.data}
     if names := parts.arguments.get("id2label"):
@@ -147,28 +151,44 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
     Raises:
         UserError: all of them.
     """
-    found = config.problems(cfg)
+    faults = config.faults(cfg)
+    found = [*faults.values()]
     method: Any = None
-    try:
-        method = class_at(cfg.method.get("_target_"), Method, "method._target_").from_config(cfg)
-    except UserError as error:
-        found += error.problems
-    except OmegaConfBaseException:
-        assert found  # a value that leads nowhere, reported above
-    task: Any = None
-    try:
-        task = get_task(cfg.task)
-    except UserError as error:
-        found += error.problems
-    found += models.problems(cfg)
-    if task is not None and cfg.get("predict") and not task.test_splits:
-        found.append(f"predict=true: task={task.name} has no split to predict")
-    if isinstance(path := cfg.method.get("selection"), str):
+    if not faults.keys() & {"method", "method._target_", "finetune", "model"}:
         try:
-            Selection.load(Path(path))
+            method = class_at(cfg.method._target_, Method, "method._target_").from_config(cfg)
+        except UserError as error:
+            # The method knows its own settings better than the rules that hold for all.
+            faults = {key: text for key, text in faults.items() if not key.startswith("method.")}
+            found = [*faults.values(), *(p for p in error.problems if p.partition("=")[0] not in faults)]
+        except OmegaConfBaseException:
+            assert found  # a value that leads nowhere, reported above
+    task: Any = None
+    if not any(key == "task" or (key.startswith("task.") and not key.startswith("task.recipe.")) for key in faults):
+        try:
+            task = get_task(cfg.task)
         except UserError as error:
             found += error.problems
-    found += launch_problems(os.environ, cfg.trainer.devices)
+    if not any(key.startswith("model") for key in faults):
+        found += models.problems(cfg)
+    if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
+        found.append(f"predict=true: task={task.name} has no split to predict")
+    for key in ("selection", "like"):
+        file = getattr(method, key, None)
+        if not isinstance(file, str):
+            continue
+        if key == "like" and not Path(file).exists():  # in a sweep, another run has yet to make it
+            continue
+        try:
+            Selection.load(Path(file))
+        except UserError as error:
+            found += [f"method.{key}: {problem}" for problem in error.problems]
+            continue
+        if cfg.method.get("warm_start") and not Path(file).with_suffix(".safetensors").is_file():
+            tensors = Path(file).with_suffix(".safetensors")
+            found.append(f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves")
+    if not found:
+        found += config.problems(cfg)
     if found:
         raise UserError(found)
     return method, task
@@ -177,7 +197,7 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
     """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
     cfg, folder = parts.cfg, parts.folder
-    loggers = Loggers(cfg.logger, folder, config.plain(cfg))
+    loggers = Loggers(cfg.get("logger"), folder, config.plain(cfg))
     failed = True
     try:
         search_s = 0.0

@@ -5,7 +5,7 @@ at the end, with exit status 1. Runs go to whatever launcher is configured.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
+from diffora.results.rundir import check_sweep_place
 from diffora.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
@@ -40,6 +41,10 @@ class TableSweeper(Sweeper):
         self.runner = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        path = self.loader.get_search_path().get_path()
+        self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
+        launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+        self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # others may run where the devices are
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def sweep(self, arguments: list[str]) -> None:
@@ -48,7 +53,8 @@ class TableSweeper(Sweeper):
         Raises:
             UserError: everything that is wrong with any configuration, before anything runs; or the runs that failed.
         """
-        jobs = self.jobs(arguments)
+        check_sweep_place(Path(self.command.hydra.sweep.dir))
+        jobs = self.fitting(self.jobs(arguments))
         if len(jobs) > MANY:
             print(f"checking {len(jobs)} runs", flush=True)
         missing = self.missing(jobs)
@@ -81,6 +87,8 @@ class TableSweeper(Sweeper):
         A table has a folder of its own below ``outputs``, or is in the one that ``hydra.sweep.dir=`` names. Where
         there are several experiments, each has a folder of its own there, too.
         """
+        from diffora.cli import composition_problems, short, with_sweep_hint
+
         given = parse(arguments, self.loader)
         for override in given:
             if override.key_or_group in ("scale", "dry_run") and len(values(override)) > 1:
@@ -104,7 +112,11 @@ class TableSweeper(Sweeper):
                     found[place / cell] = (*overrides, *resuming)
                 continue
             for number, overrides in enumerate(combinations(others)):
-                cfg = self.compose((*choice, *overrides))
+                try:
+                    cfg = self.compose((*choice, *overrides))
+                except (HydraException, OmegaConfBaseException) as error:
+                    reasons = composition_problems([*choice, *overrides], self.added) or [short(error)]
+                    raise UserError(with_sweep_hint(reasons)) from error
                 with open_dict(cfg.hydra.job):
                     cfg.hydra.job.num = number
                 folder = place / cfg.hydra.sweep.subdir
@@ -112,6 +124,32 @@ class TableSweeper(Sweeper):
                     raise UserError(f"hydra.sweep.subdir gives two runs one folder: {folder}")
                 found[folder] = (*choice, *overrides)
         return found
+
+    def fitting(self, jobs: Jobs) -> Jobs:
+        """Leave ``++key=value`` out of the runs without such a key, where others have it; say so.
+
+        Runs that are the same then are run once.
+        """
+        keys = {line: parse([line])[0].key_or_group for line in chain(*jobs.values()) if line.startswith("++")}
+        there: dict[str, set[Path]] = {key: set() for key in keys.values()}
+        for folder, overrides in jobs.items() if keys else ():
+            try:
+                cfg = self.compose(tuple(line for line in overrides if line not in keys))
+            except (HydraException, OmegaConfBaseException):  # reported by `missing`
+                continue
+            for key in there:
+                if _has(cfg, key):
+                    there[key].add(folder)
+        for key, folders in there.items():
+            if folders and len(folders) < len(jobs):
+                print(f"++{key} is left out of {len(jobs) - len(folders)} of {len(jobs)} runs, which have no {key}")
+        left: dict[tuple[str, ...], Path] = {}
+        for folder, overrides in jobs.items():
+            kept = tuple(o for o in overrides if o not in keys or not there[keys[o]] or folder in there[keys[o]])
+            left.setdefault(kept, folder)
+        if len(left) < len(jobs):
+            print(f"{len(jobs) - len(left)} runs are the same as others without it, and left out")
+        return {folder: overrides for overrides, folder in left.items()}
 
     def compose(self, overrides: tuple[str, ...]) -> DictConfig:
         """A run's configuration, until the next call.
@@ -128,11 +166,12 @@ class TableSweeper(Sweeper):
 
     def missing(self, jobs: Jobs) -> Jobs:
         """The runs that are not complete yet, once all configurations are found to be right."""
-        from diffora.cli import composition_problems, import_run, short
+        from diffora.cli import composition_problems, import_run, short, with_sweep_hint
 
         import_run()
         from diffora.experiment import check
         from diffora.results.rundir import finished
+        from diffora.training.machine import check_machine
 
         found: Jobs = {}
         checked: set[tuple[str, ...]] = set()
@@ -149,7 +188,8 @@ class TableSweeper(Sweeper):
                 impossible.add(setting)
                 kind = (str(error), *(line for line in setting if line.startswith("method=")))
                 if kind not in explained and len(problems) < SHOWN:
-                    problems |= dict.fromkeys(composition_problems(list(overrides)) or [short(error)])
+                    reasons = composition_problems(list(overrides), self.added) or [short(error)]
+                    problems |= dict.fromkeys(reasons)
                 explained.add(kind)
                 continue
             with open_dict(cfg):
@@ -157,11 +197,14 @@ class TableSweeper(Sweeper):
             try:
                 if not checked.issuperset(_apart(overrides)):
                     check(cfg)
+                    if self.local and not cfg.dry_run:
+                        check_machine(cfg)
                     checked.update(_apart(overrides))
                 if finished(cfg, folder) is None:
                     found[folder] = overrides
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
+        problems = dict.fromkeys(with_sweep_hint(list(problems)))
         if len(problems) > SHOWN:
             problems = dict.fromkeys([*list(problems)[:SHOWN], f"and {len(problems) - SHOWN} more"])
         if problems:
@@ -200,6 +243,13 @@ class TableSweeper(Sweeper):
             else:
                 failed[folder] = record.get("error") or lost
         return failed
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """Whether a configuration has a key, whatever its value."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else cfg
+    return isinstance(node, DictConfig) and name in node
 
 
 def _apart(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

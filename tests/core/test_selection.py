@@ -98,3 +98,36 @@ def test_a_rank_that_is_none_is_refused(selection, tmp_path, rank):
     (tmp_path / "s.json").write_text(json.dumps(content | {"rank": rank}))
     with pytest.raises(UserError, match=r"rank=.* must be a whole number of at least 1, or null"):
         Selection.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"selected": 5}, "selected=5 must be a list of lists, one for each layer, of module types"),
+        ({"gamma_bar": [[0.5] * 6]}, "'gamma_bar' must have 2 layers of 6"),
+        ({"gamma_bar": [[0.5] * 6, [0.5] * 5]}, "'gamma_bar' must have 2 layers of 6"),
+        ({"gamma_bar": [[float("nan")] * 6] * 2}, "must be a list of lists, one for each layer, of finite numbers"),
+        ({"scores": 1}, "scores=1 must be"),
+        ({"modules": [["a"], ["b"]]}, "'modules' must have 2 layers of 6"),
+        ({"types": "query"}, "types='query' must be a list of module types"),
+        ({"rho": None}, "rho=None must be a number in [0, 1]"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"config": []}, "config=a list must be a group of settings"),
+        ({"selected": [["a"], 3]}, "must be a list of lists"),
+    ],
+)
+def test_values_of_another_type_or_size_are_named(selection, tmp_path, change, words):
+    """C: `selection.json` with `selected: 5` or a short `gamma_bar`, and neighbours."""
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps(content | change))
+    with pytest.raises(UserError) as error:
+        Selection.load(tmp_path / "s.json")
+    assert len(error.value.problems) == 1 and words in str(error.value)
+
+
+def test_a_file_nested_very_deep_is_refused(tmp_path):
+    """C: JSON nested 5,000 levels deep."""
+    (tmp_path / "s.json").write_text("[" * 5000 + "]" * 5000)
+    with pytest.raises(UserError, match=r"s\.json is nested too deeply"):
+        Selection.load(tmp_path / "s.json")

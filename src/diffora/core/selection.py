@@ -1,6 +1,8 @@
 """The Selection: which modules get a LoRA of their own, as a small JSON file that can be read, edited and reused."""
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from diffora.core.grid import Grid
 from diffora.errors import UserError
-from diffora.files import write_text
+from diffora.files import read_json, write_text
 
 FORMAT = 1
 
@@ -75,11 +77,9 @@ class Selection:
             UserError: missing, not JSON, or not a selection; every problem is named.
         """
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = read_json(path)
         except FileNotFoundError:
             raise UserError(f"no selection file at {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is not a readable JSON file: {error}") from None
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not a selection file of format {FORMAT}")
         required = {"method", "types", "modules", "selected", "rho", "seed"}
@@ -88,19 +88,23 @@ class Selection:
         problems += [f"{path}: unknown key {key!r}" for key in sorted(raw.keys() - known)]
         if problems:
             raise UserError(problems)
+        problems = [f"{path}: {problem}" for key, value in raw.items() if (problem := _misfit(key, value))]
+        if problems:
+            raise UserError(problems)
         selection = cls(**raw)
-        if len(selection.selected) != len(selection.modules):
-            problems.append(f"{path}: 'selected' has {len(selection.selected)} layers, not {len(selection.modules)}")
+        size = len(selection.modules), len(selection.types)
+        if len(selection.selected) != size[0]:
+            problems.append(f"{path}: 'selected' has {len(selection.selected)} layers, not {size[0]}")
+        for key in ("modules", "gamma_bar", "scores"):
+            rows = getattr(selection, key)
+            if rows is not None and (len(rows) != size[0] or any(len(row) != size[1] for row in rows)):
+                problems.append(f"{path}: {key!r} must have {size[0]} layers of {size[1]}, as 'modules' and 'types' do")
         for layer, row in enumerate(selection.selected):
             problems += [
                 f"{path}: layer {layer} selects {name!r}, which is none of {', '.join(selection.types)}"
                 for name in row
                 if name not in selection.types
             ]
-        if selection.rank is not None and (type(selection.rank) is not int or selection.rank < 1):
-            problems.append(f"{path}: rank={selection.rank!r} must be a whole number of at least 1, or null")
-        if selection.k is not None and (type(selection.k) is not int or selection.k < 0):
-            problems.append(f"{path}: k={selection.k!r} must be a whole number of at least 0, or null")
         if problems:
             raise UserError(problems)
         return selection
@@ -113,3 +117,38 @@ class Selection:
                 f"{path} was made for {len(self.modules)} layers x {len(self.types)} modules ({first} …); "
                 f"this model has {grid.n_layers} x {grid.n_types} ({grid.names[0][0]} …)"
             )
+
+
+def _misfit(key: str, value: Any) -> str | None:
+    """Why a value of a selection file has not the type that its key wants."""
+    table = "a list of lists, one for each layer"
+    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "types": (_is_list_of(_is_text), "a list of module types"),
+        "modules": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module names"),
+        "selected": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module types"),
+        "rho": (lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+        "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number of at least 0"),
+        "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
+        "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
+        "gamma_bar": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "scores": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
+        "config": (lambda v: isinstance(v, dict), "a group of settings"),
+        "method": (_is_text, "text"),
+        "selector": (_is_text, "text"),
+    }
+    fits, words = wanted[key]
+    text = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    return None if fits(value) else f"{key}={text[:100]} must be {words}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))

@@ -3,18 +3,20 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
+from diffora.config import FRACTION, NOT_NEGATIVE, number, whole
 from diffora.core.grid import Grid
 from diffora.core.orthogonality import orthogonality
 from diffora.core.selection import Selection
 from diffora.export import Origin, export_adapter
-from diffora.methods.base import Adaptation, Method
+from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.peft import ADAPTER, Pair, inject
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+SHARE_OF_STEPS = number(lambda v: 0 <= v < 1, "a number in [0, 1): it is a share of all steps")
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,25 @@ class AdaLoRA(Method):
     """
 
     name: ClassVar[str] = "adalora"
-    rank: int
-    dropout: float
-    alpha: float
-    init_rank: int
-    initial: float
-    final: float
-    every: int
-    beta1: float
-    beta2: float
-    orthogonality: float
+    rank: Rank
+    dropout: Rate
+    alpha: Alpha
+    init_rank: Rank
+    initial: Annotated[float, SHARE_OF_STEPS]
+    final: Annotated[float, SHARE_OF_STEPS]
+    every: Annotated[int, whole(1)]
+    beta1: Annotated[float, FRACTION]
+    beta2: Annotated[float, FRACTION]
+    orthogonality: Annotated[float, NOT_NEGATIVE]
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
         if self.init_rank <= self.rank:
             yield f"method.init_rank={self.init_rank} must be above rank={self.rank}, to which it is reduced"
-        shares = {"initial": self.initial, "final": self.final}
-        wrong = [f"method.{key}={value}" for key, value in shares.items() if not 0 <= value < 1]
-        yield from (f"{setting} must lie in [0, 1): it is a share of all steps" for setting in wrong)
-        if not wrong and self.initial + self.final >= 1:
+        if self.initial + self.final >= 1:
             yield f"method.initial={self.initial} and method.final={self.final} leave no steps to reduce ranks in"
-        if self.every < 1:
-            yield f"method.every={self.every} must be a whole number of steps, at least 1"
-        for key, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
-            if not 0 < value < 1:
-                yield f"method.{key}={value} must lie between 0 and 1: it is the decay of an average"
-        if self.orthogonality < 0:
-            yield f"method.orthogonality={self.orthogonality} must be at least 0: it is the weight of a penalty"
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        check_ranks(grid, {"method.init_rank": self.init_rank})
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "AdaLoRAAdaptation":
         from peft import AdaLoraConfig

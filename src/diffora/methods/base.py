@@ -9,15 +9,35 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from diffora.config import (
+    FLAG,
+    GROUP,
+    MOST,
+    NULL,
+    NUMBER,
+    POSITIVE,
+    RANK,
+    RATE,
+    TEXT,
+    TEXTS,
+    Check,
+    one_of,
+    show,
+    whole,
+)
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.export import Origin, export_weights
+
+Rank = Annotated[int, RANK]
+Rate = Annotated[float, RATE]
+Alpha = Annotated[float, POSITIVE]  # updates are scaled by alpha / rank
 
 
 class Adaptation:
@@ -76,7 +96,9 @@ class Method:
     """A fine-tuning method. A subclass is a frozen dataclass: its fields are its settings.
 
     Fields named ``rank``, ``rho`` and ``dropout`` are read from the top-level dials ``rank``, ``rho`` and from
-    ``finetune.dropout``; every other field from ``method.<field>``. A field may be a dataclass itself.
+    ``finetune.dropout``; every other field from ``method.<field>``. A field may be a dataclass itself. Its type says
+    what it may be; where that is less than the type allows, as for all numbers, ``Annotated[type, check]`` does, with
+    one of the checks of `diffora.config`.
     """
 
     name: ClassVar[str]
@@ -101,7 +123,8 @@ class Method:
                 problems.append(f"{who} has no setting method.{name}")
             elif name not in ("_target_", "name"):
                 given[str(name)] = f"method.{name}", value
-        values = _read(cls, given, "method.", who, problems)
+        missing = {name: key for name, (key, _) in dials.items()}
+        values = _read(cls, given, "method.", who, problems, missing)
         if problems:
             raise UserError(problems)
         method = cls(**values)
@@ -110,17 +133,8 @@ class Method:
         return method
 
     def problems(self) -> Iterator[str]:
-        """One message for each impossible setting."""
-        if (rank := getattr(self, "rank", 1)) < 1:
-            yield f"rank={rank} must be a whole number of at least 1"
-        if not 0 <= (rho := getattr(self, "rho", 0.5)) <= 1:
-            yield f"rho={rho} must lie in [0, 1]: it is the share of each layer's modules to select"
-        if not 0 <= (dropout := getattr(self, "dropout", 0)) < 1:
-            yield f"finetune.dropout={dropout} must lie in [0, 1): it is a rate"
-        if (alpha := getattr(self, "alpha", 1)) <= 0:
-            yield f"method.alpha={alpha} must be positive: updates are scaled by alpha / rank"
-        if (shared_rank := getattr(self, "shared_rank", 1)) < 1:
-            yield f"method.shared_rank={shared_rank} must be a whole number of at least 1"
+        """One message for each setting that does not go with another; types and bounds are those of the fields."""
+        return iter(())
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         """Raise a UserError for what does not fit a model, before anything is written or trained."""
@@ -143,11 +157,47 @@ class Method:
         raise NotImplementedError
 
 
+def check_ranks(grid: Grid, ranks: Mapping[str, int], where: Tensor | None = None) -> None:
+    """Refuse ranks above what a module's weight can have, the smaller of its two widths.
+
+    Args:
+        ranks: by the key they are set with.
+        where: boolean L x N, the modules that they are for; None for all.
+
+    Raises:
+        UserError: names the key, the module and its widths.
+    """
+    flags = [[True] * grid.n_types] * grid.n_layers if where is None else where.tolist()
+    modules = [
+        (min(shape), name, shape)
+        for names, shapes, row in zip(grid.names, grid.shapes, flags, strict=True)
+        for name, shape, flag in zip(names, shapes, row, strict=True)
+        if flag
+    ]
+    width, name, (n_in, n_out) = min(modules, key=lambda module: module[0], default=(MOST, "", (0, 0)))
+    problems = [
+        f"{key}={rank} must not be above {width}, the width of {name} ({n_in} x {n_out}): more adds nothing"
+        for key, rank in ranks.items()
+        if rank > width
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def _read(
-    kind: Any, given: Mapping[str, tuple[str, Any]], prefix: str, who: str, problems: list[str]
+    kind: Any,
+    given: Mapping[str, tuple[str, Any]],
+    prefix: str,
+    who: str,
+    problems: list[str],
+    elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``."""
-    hints = typing.get_type_hints(kind)
+    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``.
+
+    Args:
+        elsewhere: keys of fields that do not stand below ``prefix``.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     problems += [
         f"{who} has no {'setting ' if key.startswith('method.') else ''}{key}"
@@ -156,52 +206,39 @@ def _read(
     ]
     values: dict[str, Any] = {}
     for name, field in fields.items():
-        key, value = given.get(name, (f"{prefix}{name}", dataclasses.MISSING))
+        key, value = given.get(name, ((elsewhere or {}).get(name, f"{prefix}{name}"), dataclasses.MISSING))
         if value is dataclasses.MISSING:
             if field.default is dataclasses.MISSING:
                 problems.append(f"{key} is missing")
         elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping | DictConfig):
-                problems.append(f"{key}={value!r} must be a group of settings")
+                names = ", ".join(inner.name for inner in dataclasses.fields(hints[name]))
+                problems.append(f"{key}={show(value)} must be a group of settings: {names}")
                 continue
             before = len(problems)
             inner = _read(hints[name], {str(k): (f"{key}.{k}", v) for k, v in value.items()}, f"{key}.", who, problems)
             if len(problems) == before:
                 values[name] = hints[name](**inner)
-        elif problem := _type_problem(key, value, hints[name]):
-            problems.append(problem)
         else:
             values[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            checks = list(_checks(hints[name]))
+            if not any(check.fits(values[name]) for check in checks):
+                problems.append(f"{key}={show(values[name])} must be {' or '.join(check.words for check in checks)}")
     return values
 
 
-def _type_problem(key: str, value: Any, hint: Any) -> str | None:
-    """Why a value does not fit a field's type, or None. Booleans are no numbers; whole numbers are floats too."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    allowed = typing.get_args(hint) if union else (hint,)
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        dict: "a group of settings",
-        list: "a list",
-        types.NoneType: "null",
-    }
-    asked = []
-    for kind in allowed:
-        if typing.get_origin(kind) is Literal:
-            asked += [repr(choice) for choice in typing.get_args(kind)]
-            fits = isinstance(value, str) and value in typing.get_args(kind)
-        else:
-            plain = typing.get_origin(kind) or kind
-            asked.append(words.get(plain, str(plain)))
-            if plain in (dict, list):
-                fits = isinstance(value, Mapping | DictConfig if plain is dict else list | ListConfig)
-            elif isinstance(value, bool):
-                fits = plain is bool
-            else:
-                fits = isinstance(value, plain) or (plain is float and isinstance(value, int))
-        if fits:
-            return None
-    return f"{key}={value!r} must be {' or '.join(asked)}"
+PLAIN = {int: whole(-MOST), float: NUMBER, bool: FLAG, str: TEXT, dict: GROUP, list: TEXTS, types.NoneType: NULL}
+
+
+def _checks(hint: Any) -> Iterator[Check]:
+    """What a field may be, one check for each member of a union. A boolean is no number; a whole number is a float."""
+    if typing.get_origin(hint) is Annotated:
+        yield hint.__metadata__[0]
+    elif typing.get_origin(hint) in (types.UnionType, typing.Union):
+        for member in typing.get_args(hint):
+            yield from _checks(member)
+    elif typing.get_origin(hint) is Literal:
+        for choice in typing.get_args(hint):
+            yield one_of(choice)._replace(words=repr(choice))
+    else:
+        yield PLAIN[typing.get_origin(hint) or hint]

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
+from diffora.config import NOT_NEGATIVE, whole
 from diffora.core.bottleneck import BottleneckLinear
 from diffora.core.grid import Grid
+from diffora.core.linear import features
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 from diffora.methods.base import Adaptation, Method
 
 
@@ -24,23 +27,21 @@ class Bottleneck(Method):
     """
 
     roles: ClassVar[tuple[str, ...]]
-    size: int
+    size: Annotated[int, whole(1)]
     activation: Literal["gelu", "relu", "silu", "tanh"]
     skip: bool
-    init_std: float
+    init_std: Annotated[float, NOT_NEGATIVE]
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.size < 1:
-            yield f"method.size={self.size} must be a whole number of at least 1: it is the width of the bottleneck"
-        if self.init_std < 0:
-            yield f"method.init_std={self.init_std} must be at least 0"
         if self.init_std == 0 and not self.skip:
             yield "method.init_std=0 with method.skip=false would begin with outputs of zero: give a positive init_std"
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         for role in self.roles:
-            grid.having(role)
+            for name in grid.having(role):
+                width = features(model.get_submodule(name))[1]
+                if self.size > width:
+                    raise UserError(f"method.size={self.size} is no bottleneck behind {name}, which is {width} wide")
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         for role in self.roles:

@@ -19,7 +19,6 @@ class GMLoRA(Everywhere):
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
         yield from self.mask.problems(self.rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:

@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from diffora.config import NOT_NEGATIVE, RANK, whole
 from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, attach, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
 from diffora.export import Origin, export_adapter
-from diffora.methods.base import Adaptation, Method
+from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.models import head_modules
 
 
@@ -24,12 +25,8 @@ class Regulariser:
     ``form`` is that of eq. 10, ``squared``, or the released code's ``mean_norm`` (see `orthogonality`).
     """
 
-    weight: float
+    weight: Annotated[float, NOT_NEGATIVE]
     form: Literal["squared", "mean_norm"]
-
-    def problems(self) -> Iterator[str]:
-        if self.weight < 0:
-            yield f"method.regulariser.weight={self.weight} must be at least 0: it is lambda of eq. 10"
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,19 @@ class Mask:
         head: the head gets no gradient in masked steps (the released code), though a momentum still moves it.
     """
 
-    rank: int | Literal["half"] | None
+    rank: Annotated[int, RANK] | Literal["half"] | None
     every: Literal["step", "epoch"]
     independent: bool
     target: Literal["gradient", "update"]
-    start: int
+    start: Annotated[int, whole(0)]
     head: bool
 
     def problems(self, rank: int | None) -> Iterator[str]:
         """What is wrong, for adapters of a given rank, or of one not known yet."""
-        if isinstance(self.rank, int) and self.rank < 1:
-            yield f"method.mask.rank={self.rank} must be a whole number of at least 1"
-        elif isinstance(self.rank, int) and rank is not None and self.rank > rank:
+        if isinstance(self.rank, int) and rank is not None and self.rank > rank:
             yield f"method.mask.rank={self.rank} must not be above rank={rank}, the directions there are"
         if self.head and self.start == 0:
             yield "method.mask.head=true with method.mask.start=0 never trains the head; the released code starts at 1"
-        if self.start < 0:
-            yield f"method.mask.start={self.start} must be a step, 0 or later"
 
 
 class LowRankAdaptation(Adaptation):
@@ -152,9 +145,12 @@ def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
 class Everywhere(Method):
     """Common to the methods with a low-rank update of one rank on every candidate module."""
 
-    rank: int
-    dropout: float
-    alpha: float
+    rank: Rank
+    dropout: Rate
+    alpha: Alpha
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        check_ranks(grid, {"rank": self.rank})
 
     def attach(self, model: nn.Module, grid: Grid) -> None:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)

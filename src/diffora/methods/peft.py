@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from omegaconf import ListConfig
 from torch import Tensor, nn
 
+from diffora.config import FLAG, MOST, NUMBER, POSITIVE, RATE, TEXTS, Check, odd_value, show, whole
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
@@ -29,7 +31,7 @@ from diffora.errors import UserError
 from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, labels_of
 from diffora.files import write_text
 from diffora.manifest import write_manifest
-from diffora.methods.base import Adaptation, Method
+from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
 from diffora.models import head_modules
 from diffora.pairs import CONFIG, WEIGHTS, write_tensors
 from diffora.trust import object_in
@@ -68,6 +70,9 @@ REFUSED_INIT = {
     "lora_ga": "it needs PEFT's own pass over data beforehand",
 }
 
+PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types, or null for every candidate")
+R = whole(1, 2**16)  # VeRA and the like draw matrices as wide
+
 
 @dataclass(frozen=True)
 class PEFT(Method):
@@ -80,35 +85,27 @@ class PEFT(Method):
 
     name: ClassVar[str] = "peft"
     config: dict[str, Any]
-    rank: int | None = None
-    dropout: float | None = None
-    places: list[str] | None = None
+    rank: Rank | None = None
+    dropout: Rate | None = None
+    places: Annotated[list[str], PLACES] | None = None
 
     @classmethod
     def from_config(cls, cfg: Any) -> Method:
         method = super().from_config(cfg)
         assert isinstance(method, PEFT)
-        if cfg.model.candidates is not None:  # which are otherwise known once the model is, see `targets`
-            there = dict.fromkeys((*cfg.model.get("roles", {}), *ROLES, *cfg.model.candidates))
+        candidates = cfg.model.get("candidates")
+        if isinstance(candidates, ListConfig):  # which are otherwise known once the model is, see `targets`
+            there = dict.fromkeys((*(cfg.model.get("roles") or ()), *ROLES, *candidates))
             if strange := [place for place in method.places or () if place not in there]:
                 hint = f"no role and no candidate of model={cfg.model.name}, which has {', '.join(there)}"
                 raise UserError([f"method.places: {place} is {hint}" for place in strange])
         return method
 
     def problems(self) -> Iterator[str]:
-        dials = []
-        if self.rank is not None and self.rank < 1:
-            dials.append(f"rank={self.rank} must be a whole number of at least 1")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            dials.append(f"finetune.dropout={self.dropout} must lie in [0, 1): it is a rate")
-        yield from dials
-        if self.places is not None and not (self.places and all(isinstance(place, str) for place in self.places)):
-            yield f"method.places={self.places} must be a list of roles or module types, or null for every candidate"
-        if not dials:  # which the configuration refers to
-            try:
-                build(self.config, "method.config")
-            except UserError as error:
-                yield from error.problems
+        try:
+            build(self.config, "method.config")
+        except UserError as error:
+            yield from error.problems
 
     def targets(self, grid: Grid) -> list[str]:
         """Full names of the modules to adapt."""
@@ -119,9 +116,12 @@ class PEFT(Method):
         return list(dict.fromkeys(found))
 
     def check(self, model: nn.Module, grid: Grid) -> None:
-        self.targets(grid)
-        if hasattr(build(self.config, "method.config"), "feedforward_modules"):
+        names, config = set(self.targets(grid)), build(self.config, "method.config")
+        if hasattr(config, "feedforward_modules"):
             grid.having("ffn_output")
+        if type(config).__name__ == "LoraConfig":  # others share, repeat or multiply what they call r
+            where = torch.tensor([[name in names for name in row] for row in grid.names])
+            check_ranks(grid, {"method.config.r": config.r}, where)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "PEFTAdaptation":
         config = build(self.config, "method.config")
@@ -344,19 +344,21 @@ def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[s
     except (NameError, TypeError):
         hints = {}
     for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         hint = hints.get(name)
-        if name == "r" and not (number and isinstance(value, int) and value >= 1):
-            yield f"{key}.r={value} must be a whole number of at least 1"
-        elif name.endswith("dropout") and not (number and 0 <= value < 1):
-            yield f"{key}.{name}={value} must lie in [0, 1): it is a rate"
-        elif name.endswith("alpha") and hint in (int, float) and not (number and value > 0):
-            yield f"{key}.{name}={value} must be a number above 0"
-        elif hint in (int, float) and not number:
-            yield f"{key}.{name}={value!r} must be a number"
-        elif hint is bool and not isinstance(value, bool):
-            yield f"{key}.{name}={value!r} must be true or false"
-        elif name == "init_lora_weights" and value in REFUSED_INIT:
+        rule = NUMBER if hint in (int, float) else FLAG if hint is bool else None
+        if name == "r":
+            rule = R
+        elif name.endswith("dropout"):
+            rule = RATE
+        elif name.endswith("alpha") and hint in (int, float):
+            rule = POSITIVE
+        elif hint is int:
+            rule = whole(-MOST)
+        if rule is not None and not rule.fits(value):
+            yield f"{key}.{name}={show(value)} must be {rule.words}"
+        elif odd := odd_value(f"{key}.{name}", value):
+            yield odd
+        elif name == "init_lora_weights" and isinstance(value, str) and value in REFUSED_INIT:
             yield f"{key}.{name}={value} cannot be used here: {REFUSED_INIT[value]}"
         elif (choices := _choices(hint)) and isinstance(value, str) and not any(map(_is_choice(value), choices)):
             yield f"{key}.{name}={value} must be one of {', '.join(choices)}"

@@ -1,6 +1,5 @@
 """R-LoRA: LoRA, and a penalty that keeps the rows of A and the columns of B orthonormal ([R] section 4.2)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,10 +16,6 @@ class RLoRA(Everywhere):
 
     name: ClassVar[str] = "r_lora"
     regulariser: Regulariser
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from self.regulariser.problems()
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         self.attach(model, grid)

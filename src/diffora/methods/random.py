@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from diffora.config import PATH, SEED
 from diffora.core.dam import adapter_parameters, draw_of_same_size
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
@@ -25,8 +26,8 @@ class Random(Selecting):
     """
 
     name: ClassVar[str] = "random"
-    draw: int
-    like: str | None
+    draw: Annotated[int, SEED]
+    like: Annotated[str, PATH] | None
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

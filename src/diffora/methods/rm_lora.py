@@ -20,8 +20,6 @@ class RMLoRA(Everywhere):
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from self.regulariser.problems()
         yield from self.mask.problems(self.rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:

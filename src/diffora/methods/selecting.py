@@ -1,13 +1,16 @@
 """What the methods that select modules have in common: scope, budget, and the adapters of what is selected and not."""
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from itertools import compress
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
+from diffora.config import SHARE_OF_MODULES, Check, is_int, show
 from diffora.core.dam import (
     discretise,
     discretise_globally,
@@ -21,8 +24,10 @@ from diffora.core.lowrank import attach
 from diffora.core.scores import random_scores
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.methods.base import Method
+from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation, Mask, Regulariser
+
+log = logging.getLogger(__name__)
 
 
 def parse_budget(text: int | str) -> int:
@@ -31,11 +36,21 @@ def parse_budget(text: int | str) -> int:
     Raises:
         ValueError: it is none, or not above 0.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kM]?)", str(text).strip())
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)([kM]?)", str(text).strip())
     budget = int(Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]) if match else 0
     if budget < 1:
-        raise ValueError(f"method.budget={text} must be a number of parameters above 0, such as 350000, 350k or 0.35M")
+        raise ValueError(f"method.budget={show(text)} must be {BUDGET.words}")
     return budget
+
+
+def _is_budget(value: Any) -> bool:
+    try:
+        return (is_int(value) or isinstance(value, str)) and parse_budget(value) > 0
+    except ValueError:
+        return False
+
+
+BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k or 0.35M")
 
 
 @dataclass(frozen=True)
@@ -47,26 +62,20 @@ class Selecting(Method):
         budget: most adapter parameters. With scope ``layer`` it chooses the rank, with ``global`` how many modules.
     """
 
-    rank: int
-    rho: float
-    dropout: float
-    alpha: float
+    rank: Rank
+    rho: Annotated[float, SHARE_OF_MODULES]
+    dropout: Rate
+    alpha: Alpha
     weight_sharing: bool
-    shared_rank: int
+    shared_rank: Rank
     scope: Literal["layer", "global"]
-    budget: int | str | None
+    budget: Annotated[int | str, BUDGET] | None
     regulariser: Regulariser
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from self.regulariser.problems()
         # A budget chooses the rank; adapters of fewer directions than the mask has are trained whole.
         yield from self.mask.problems(None if self.budget is not None and self.scope == "layer" else self.rank)
-        try:
-            _ = self.limit
-        except ValueError as error:
-            yield str(error)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         """Algorithm 1, line 11: own pairs of rank r where selected, shared ones of rank r_s elsewhere (or frozen)."""
@@ -100,6 +109,8 @@ class Selecting(Method):
         Raises:
             UserError: names the budget and the least that would do; or no module can be selected, and none shares.
         """
+        ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
+        check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
         if self.limit is None:
             if self.rank_elsewhere is None and self.size(grid) == 0:
                 raise UserError(
@@ -139,6 +150,10 @@ class Selecting(Method):
         k = modules_per_layer(self.rho, grid.n_types)
         mask = discretise(scores, k)
         rank = None if self.limit is None else largest_rank(grid.shapes, mask, self.rank_elsewhere, self.limit)
+        widths = [min(shape) for row, flags in zip(grid.shapes, mask, strict=True) for shape in compress(row, flags)]
+        if rank is not None and rank > min(widths):
+            rank = min(widths)
+            log.warning(f"method.budget={self.budget} allows more than rank {rank}, the width of a selected module")
         return mask, k, rank
 
     def selection_by(self, grid: Grid, scores: Tensor, selector: str, seed: int, **provenance: Any) -> Selection:

@@ -10,7 +10,7 @@ from torch import nn
 from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
-from diffora.methods.base import Method
+from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation
 
 
@@ -19,9 +19,12 @@ class ShareOnly(Method):
     """[D] section 4.3 alone. Its only rank is ``method.shared_rank``."""
 
     name: ClassVar[str] = "share_only"
-    dropout: float
-    alpha: float
-    shared_rank: int
+    dropout: Rate
+    alpha: Alpha
+    shared_rank: Rank
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        check_ranks(grid, {"method.shared_rank": self.shared_rank})
 
     def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
         nothing = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)

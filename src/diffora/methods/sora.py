@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from diffora.config import NOT_NEGATIVE, whole
 from diffora.core.grid import Grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.selection import Selection
@@ -31,19 +32,14 @@ class SoRA(Everywhere):
     """
 
     name: ClassVar[str] = "sora"
-    lam: float
+    lam: Annotated[float, NOT_NEGATIVE]
     times_lr: bool
-    lam_start: float
-    stages: int
+    lam_start: Annotated[float, NOT_NEGATIVE]
+    stages: Annotated[int, whole(1)]
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.lam < 0:
-            yield f"method.lam={self.lam} must be at least 0: it is lambda, the threshold of the gates"
-        if not 0 <= self.lam_start <= max(self.lam, 0):
+        if self.lam_start > self.lam:
             yield f"method.lam_start={self.lam_start} must lie between 0 and method.lam={self.lam}"
-        if self.stages < 1:
-            yield f"method.stages={self.stages} must be a whole number of at least 1"
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "SoRAAdaptation":
         self.attach(model, grid)

@@ -18,6 +18,46 @@ from diffora.results.record import missing_files, peaks, read_record, why_broken
 log = logging.getLogger(__name__)
 
 
+MARKS = ("run.json", ".lock")  # what every run leaves, the second as soon as it begins
+OTHERS = (".log", ".out", ".err", ".txt")  # what a shell or a scheduler writes beside a run
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder with content that is no run's: nothing of it is to be overwritten, or mixed with a run.
+
+    Raises:
+        UserError: names what is there.
+    """
+    if not folder.is_dir() or any((folder / mark).exists() for mark in MARKS):
+        return
+    if strange := _strange(folder):
+        raise UserError(
+            f"hydra.run.dir={folder} is no run directory and not empty (it has {strange}): give a new folder"
+        )
+
+
+def check_sweep_place(folder: Path) -> None:
+    """`check_place` for the folder of a sweep, which holds those of its runs.
+
+    Raises:
+        UserError: names what is there.
+    """
+    here, place = Path.cwd().resolve(), folder.resolve()
+    if place == here or place in here.parents:
+        raise UserError(f"hydra.sweep.dir={str(folder)!r} is the current folder, or above it: give a new folder")
+    if not place.is_dir() or (place / "multirun.yaml").exists():
+        return
+    runs = any((inner / mark).exists() for inner in place.glob("*") for mark in (*MARKS, "multirun.yaml"))
+    strange = None if runs else _strange(place)
+    if strange and any(any(inner.glob("*")) for inner in place.glob("*") if inner.is_dir()):
+        raise UserError(f"hydra.sweep.dir={folder} has no runs and is not empty (it has {strange}): give a new folder")
+
+
+def _strange(folder: Path) -> str | None:
+    names = (path.name for path in folder.iterdir())
+    return next((name for name in sorted(names) if not name.startswith(".") and not name.endswith(OTHERS)), None)
+
+
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
 

@@ -35,18 +35,19 @@ class Loggers:
 
     def __init__(self, choices: Any, folder: Path, config: dict[str, Any]) -> None:
         self.choices, self.folder = choices or {}, folder
-        if "tensorboard" in self.choices and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        if self.choices.get("tensorboard") and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard")
         self.wandb: Any = None
-        if "wandb" in self.choices and (logger := _wandb_logger(self.choices["wandb"], folder, config)) is not None:
+        wandb = self.choices.get("wandb")
+        if wandb and (logger := _wandb_logger(wandb, folder, config)) is not None:
             self.wandb = Guarded("wandb", logger)
 
     def of_stage(self, stage: str) -> list[Logger]:
         """Loggers for one stage's Trainer; an attempt that resumes gets a version of its own."""
         found: list[Logger] = []
-        if "csv" in self.choices:
+        if self.choices.get("csv"):
             found.append(Guarded("csv", CSVLogger(self.folder / "logs", name=stage)))
-        if "tensorboard" in self.choices:
+        if self.choices.get("tensorboard"):
             from lightning.pytorch.loggers import TensorBoardLogger
 
             found.append(Guarded("tensorboard", TensorBoardLogger(self.folder / "logs" / "tensorboard", name=stage)))

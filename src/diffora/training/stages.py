@@ -25,7 +25,7 @@ from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError, out_of_memory
 from diffora.files import atomic, write_text
-from diffora.methods.base import Adaptation, Method
+from diffora.methods.base import Adaptation, Method, check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.results import figures
 from diffora.tasks.account import Account
@@ -316,16 +316,14 @@ def warm_start(parts: Parts, selection: Selection) -> None:
     layers = dict(lowrank_layers(parts.model))
     for names, flags in zip(parts.grid.names, selection.mask().tolist(), strict=True):
         for name in itertools.compress(names, flags):
-            for key in ("lora_a", "lora_bt"):
-                own, found = getattr(layers[name], key), tensors.get(f"{name}.{key}")
+            layer = layers[name]
+            for which, own in (("a", layer.lora_a), ("bt", layer.lora_bt)):
+                found = tensors.get(f"{name}.lora_{which}")
                 if found is None or not found.isfinite().all():
-                    raise UserError(f"method.warm_start=true: {file} has no finite {name}.{key}")
-                if len(found) != len(own):
-                    raise UserError(
-                        f"method.warm_start=true: the search had rank {len(found)}, rank={len(own)} does not"
-                    )
+                    raise UserError(f"method.warm_start=true: {file} has no A and B of {name} with finite numbers")
                 if found.shape != own.shape:
-                    raise UserError(f"method.warm_start=true: {file}: {name}.{key} is of another model")
+                    had = f"the search had rank {len(found)} at {name}"
+                    raise UserError(f"method.warm_start=true: {had}, rank={layer.rank} does not")
                 own.data.copy_(found)
 
 
@@ -376,6 +374,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     """Train what the method left trainable, and evaluate after each epoch."""
     cfg, f = parts.cfg, parts.cfg.finetune
     n_rows = len(parts.train.encoded)
+    warmup = warmup_steps(cfg, n_rows)
     official = next(iter(parts.validation.values()))
     module = FineTuneModule(
         adaptation,
@@ -383,7 +382,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         parts.train,
         parts.validation,
         held_out_split(examples_of(official.encoded), cfg.seed),
-        FineTuneSettings(f.lr, f.weight_decay, warmup_steps(cfg, n_rows), f.early_stop),
+        FineTuneSettings(f.lr, f.weight_decay, warmup, f.early_stop),
         cfg.seed,
     )
     rows = f.batch_size // f.accumulate
@@ -396,6 +395,8 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         cfg.seed,
         cfg.trainer.num_workers,
     )
+    if warmup < f.warmup_steps:
+        log.info(f"fine-tune: {f.warmup_steps} warm-up steps, the recipe's, do not suit this run: taking {warmup}")
     adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows, cfg.seed))
     params |= models.count_parameters(parts.model)  # EVA gives its ranks out anew
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
@@ -406,14 +407,37 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
 
 
 def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
-    """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it."""
+    """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it.
+
+    Raises:
+        UserError: it was given, and the run is shorter.
+    """
     f = cfg.finetune
     steps = -(-n_rows // f.batch_size) * f.epochs
     given: int = f.warmup_steps
-    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
-        log.info(f"fine-tune: {given} warm-up steps, the recipe's, do not suit a run of {steps}: taking {steps // 10}")
+    if given == cfg.task.recipe.get("warmup_steps") and given > steps // 2:
         return steps // 10
+    if given > steps:
+        raise UserError(
+            f"finetune.warmup_steps={given} must be at most {steps}, the steps of this run ({n_rows} rows, "
+            f"finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}): finetune.lr would never be reached"
+        )
     return given
+
+
+def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None) -> None:
+    """Refuse settings of the two stages that do not suit the backbone, or the number of training rows.
+
+    Args:
+        n_rows: None where the rows are not loaded (``dry_run=true``).
+
+    Raises:
+        UserError: before anything is trained.
+    """
+    if getattr(method, "selection", None) is None and getattr(method, "selector", None) in ("search", "attribution"):
+        check_ranks(grid, {"search.rank": cfg.search.rank})
+    if n_rows is not None:
+        warmup_steps(cfg, n_rows)
 
 
 # --- both ---

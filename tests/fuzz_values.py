@@ -1,0 +1,89 @@
+"""Values that no setting expects, and what must come of them: for `test_config` and for longer campaigns."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffora import config
+from diffora.errors import UserError
+from diffora.experiment import check
+
+NASTY: list[Any] = [
+    float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 5e-324, -1, 0, 1, 0.5, 2.0, 10**10, 10**20, -(10**20),
+    10**400, "", " ", "foo", "1e-3", "null", "a\nb", "ρ = 0.2 \N{PILE OF POO}", "\udc80", "nul\0", "x" * 100_000, "~",
+    "~nobody-of-that-name/x", "/" + "y" * 300, "/", "..", [], [1], [[]], [None], ["a", "a"], {}, {"a": 1}, {1: 2},
+    {"a": {"b": float("nan")}}, None, True, False, "${oc.env:HOME}", "${nothing}", "${seed}", "${rank}", "${task}",
+    "${.x}", "${", "???", ["${nothing}"], ["???"], b"bytes",
+]  # fmt: skip
+"""What is put in the place of every setting; texts in ``${}`` and ``???`` mean what they mean to OmegaConf."""
+
+BASES = (
+    ("method=diffora", "task=paraphrase", "model=tiny", "trainer=cpu"),
+    ("method=adalora", "task=squad_v2", "model=bert_base"),
+    ("method=rm_lora", "task=digits", "model=tiny_vit", "debug=fast"),
+    ("method=eva", "task=chat", "model=qwen", "logger=[csv,tensorboard,wandb]"),
+    ("method=houlsby", "task=food101", "model=vit_base"),
+    ("method=random", "task=mrpc", "recipe=rm_lora"),
+    ("method=sora", "task=stsb", "model=hf", "model.path=some/model"),
+)
+"""Choices whose settings are all there are, but for a few."""
+
+
+def keys_of(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, groups and their members, by its full name."""
+    for name in node:
+        yield f"{prefix}{name}"
+        value = OmegaConf.to_container(node, resolve=False)[name]
+        if isinstance(value, dict):
+            yield from keys_of(node[name], f"{prefix}{name}.")
+
+
+def put(cfg: DictConfig, key: str, value: Any) -> DictConfig | None:
+    """A copy of a configuration with another value; None where OmegaConf itself does not take it."""
+    changed = cfg.copy()
+    try:
+        OmegaConf.update(changed, key, value, merge=False, force_add=True)
+    except Exception:
+        return None
+    return changed
+
+
+def without(cfg: DictConfig, key: str) -> DictConfig:
+    """A copy of a configuration that lacks a key."""
+    changed = cfg.copy()
+    OmegaConf.set_struct(changed, False)
+    parent, _, name = key.rpartition(".")
+    del (OmegaConf.select(changed, parent) if parent else changed)[name]
+    OmegaConf.set_struct(changed, True)
+    return changed
+
+
+def outcome(cfg: DictConfig) -> list[str] | None:
+    """What `check` says of a configuration; None where it takes it. Whatever else it raises goes through.
+
+    What is taken can be written down, and has no number that is not finite.
+    """
+    try:
+        check(cfg)
+    except UserError as error:
+        if not all(error.problems):
+            raise AssertionError("an empty message") from error
+        return error.problems
+    json.dumps(config.plain(cfg), allow_nan=False)
+    config.config_hash(cfg)
+    return None
+
+
+def cases(bases: list[DictConfig], seed: int, most: int) -> Iterator[tuple[str, Any, DictConfig]]:
+    """So many configurations with one key changed, or taken out (value ``DELETED``), drawn with a seed."""
+    everything = [(base, key, value) for base in bases for key in keys_of(base) for value in [*NASTY, DELETED]]
+    for base, key, value in random.Random(seed).sample(everything, min(most, len(everything))):
+        changed = without(base, key) if value is DELETED else put(base, key, value)
+        if changed is not None:
+            yield key, value, changed
+
+
+DELETED = object()

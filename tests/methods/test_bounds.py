@@ -1,0 +1,102 @@
+"""What a method can only refuse once it knows the backbone, before anything is searched or trained."""
+
+import json
+
+import pytest
+import torch
+from conftest import TYPES
+from hydra.utils import get_class
+from safetensors.torch import save_file
+
+from diffora.core.grid import find_grid
+from diffora.errors import UserError
+from diffora.experiment import run
+from diffora.training.stages import check_stages, warmup_steps
+
+WIDTH = 16  # of the small model; its FFN has 32
+
+
+@pytest.fixture
+def refused(cfg, deberta):
+    model = deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES, {"attention_output": TYPES[3], "ffn_output": TYPES[5]})
+
+    def problems(*overrides):
+        composed = cfg("task=mrpc", *overrides)
+        method = get_class(composed.method._target_).from_config(composed)
+        try:
+            method.check(model, grid)
+            check_stages(composed, method, grid, None)
+        except UserError as error:
+            return error.problems
+        return []
+
+    return problems
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("lora", "rank"),
+        ("flora", "rank"),
+        ("diffora", "rank"),
+        ("diffora", "method.shared_rank"),
+        ("diffora", "search.rank"),
+        ("random", "rank"),
+        ("share_only", "method.shared_rank"),
+        ("adalora", "method.init_rank"),
+        ("rslora", "rank"),
+        ("houlsby", "method.size"),
+    ],
+)
+@pytest.mark.parametrize("value", [WIDTH + 1, 10**9])
+def test_a_rank_above_a_modules_width_is_refused_with_the_module(refused, method, key, value):
+    """C: `rank=1000000000`; bounds that are missing: `rank` above the module's width."""
+    if method == "rslora" and value == 10**9:
+        pytest.skip("PEFT's r has a smaller bound of its own")
+    assert refused(f"method={method}", f"{key}={WIDTH}") == []
+    [problem] = refused(f"method={method}", f"{key}={value}")
+    assert f"={value}" in problem and "encoder.layer.0." in problem and f"{WIDTH}" in problem
+
+
+def test_a_list_of_modules_bounds_the_ranks_of_its_own(refused):
+    given = ("method=diffora", "method.selection=[intermediate.dense]", "method.weight_sharing=false")
+    assert refused(*given, f"rank={WIDTH}") == []
+    assert "rank=17 must not be above 16" in refused(*given, "rank=17")[0]
+
+
+def test_a_budget_stops_at_the_width_of_a_module(cfg, deberta, caplog):
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    composed = cfg("task=mrpc", "method.budget=1M")
+    method = get_class(composed.method._target_).from_config(composed)
+    assert method.choose(grid, torch.rand(2, 6))[2] == WIDTH
+    assert "method.budget=1M allows more than rank 16" in caplog.text
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
+    """Bounds that are missing; the recipe's own is cut, as ever."""
+    given = ("task=mrpc", "finetune.epochs=2", "finetune.batch_size=10")
+    assert warmup_steps(cfg(*given), 100) == 2
+    assert warmup_steps(cfg(*given, "finetune.warmup_steps=20"), 100) == 20
+    with pytest.raises(UserError, match=r"finetune\.warmup_steps=21 must be at most 20, the steps of this run"):
+        check_stages(cfg(*given, "finetune.warmup_steps=21"), None, None, 100)
+
+
+def test_a_warm_start_from_other_tensors_is_named(cfg, quick, tmp_path):
+    """B18's neighbour: the file of A and B is damaged, or is of another search."""
+    given = [*quick, "search.epochs=1", "finetune.epochs=1", "method.warm_start=true", "finetune.warmup_steps=0"]
+    run(cfg(*given), tmp_path / "first")
+    selection, tensors = tmp_path / "first" / "selection.json", tmp_path / "first" / "selection.safetensors"
+    again = [*given, f"method.selection={selection}"]
+    with pytest.raises(UserError, match=r"the search had rank 4 at .*, rank=3 does not"):
+        run(cfg(*again, "rank=3"), tmp_path / "rank")
+    save_file({"x": torch.zeros(1)}, tensors)
+    with pytest.raises(UserError, match=r"selection\.safetensors has no A and B of .*encoder"):
+        run(cfg(*again), tmp_path / "lacking")
+    tensors.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"selection\.safetensors cannot be read"):
+        run(cfg(*again), tmp_path / "damaged")
+    content = json.loads(selection.read_text())
+    selection.write_text(json.dumps(content | {"gamma_bar": content["gamma_bar"][:1]}))
+    with pytest.raises(UserError, match="'gamma_bar' must have 4 layers of 6"):
+        run(cfg(*again), tmp_path / "short")
