@@ -159,9 +159,7 @@ class Command:
         return Outcome(code, text, counter.stat().st_size if counter.exists() else 0, seconds)
 
 
-def _child(
-    program: str, arguments: tuple[str, ...], env: dict[str, str], cwd: str, log: str, limits: Limits
-) -> None:
+def _child(program: str, arguments: tuple[str, ...], env: dict[str, str], cwd: str, log: str, limits: Limits) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
