@@ -36,7 +36,8 @@ class Campaign:
     """The counts of one campaign, and what went wrong in it.
 
     handled: the same result as undisturbed, or a clear message and nothing lost, or mended with a line that says so.
-    changed: another result without a word. lost: no result any more, a traceback, a crash or a hang, or foreign code ran.
+    changed: another result without a word.
+    lost: no result any more, a traceback, a crash, a hang, or code of a foreign file was executed.
     """
 
     def __init__(self, name: str) -> None:
@@ -67,13 +68,24 @@ def campaign() -> Iterator[Callable[[str], Campaign]]:
         one.close()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["faults"] = {name: dict(counts) for name, counts in _table.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for name, counts in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        _table.setdefault(name, Counter()).update(counts)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not _table:
         return
     terminalreporter.section(f"faults (FAULTS_SEED={seed()})")
     lines = ["| campaign | tried | handled | changed | lost |", "|---|---|---|---|---|"]
     total: Counter[str] = Counter()
-    for name, counts in _table.items():
+    for name, counts in sorted(_table.items()):
         total += counts
         lines.append(_line(name, counts))
     for line in [*lines, _line("all", total)]:

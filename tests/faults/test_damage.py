@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHANGED, HANDLED, LOST, TINY, chance, difference, share
-from warm import Command, Limits, Outcome
+from warm import Command, Outcome
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

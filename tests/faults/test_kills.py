@@ -2,12 +2,12 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import CHANGED, HANDLED, LOST, TINY, chance, difference, share
-from warm import REPO, Command, Limits, Outcome
+from warm import Command, Limits
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

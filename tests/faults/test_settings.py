@@ -10,7 +10,7 @@ import pytest
 from conftest import HANDLED, LOST, chance, share
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -72,7 +72,7 @@ def impossible(key: str, before: Any, now: Any) -> str | None:
     if isinstance(before, bool) and name != "deterministic" and not isinstance(now, bool):
         return "it is no flag"
     if isinstance(before, int | float) and not isinstance(before, bool):
-        if isinstance(now, str) and now in ("half", "auto") or now is None:
+        if now in ("half", "auto", None):
             return None  # some keys have such words, or null
         if not number:
             return "it is no number"
@@ -87,18 +87,35 @@ def impossible(key: str, before: Any, now: Any) -> str | None:
     return None
 
 
+WRONG = ["+nonsense=1", "~task", "~finetune", "++method.nonsense=1", "finetune=5", "finetune=null"]
+
+
 @st.composite
 def overrides(draw: st.DrawFn) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the choices, the settings)"""
     base = draw(st.sampled_from(BASES))
-    keys = sorted(leaves(composed(base)))
-    chosen = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3, unique=True))
-    changes = [f"{key}={draw(st.sampled_from(NUMBERS + TEXTS))}" for key in chosen]
+    values = leaves(composed(base))
+    groups = [key for key, value in values.items() if isinstance(value, dict)]
+    keys = st.sampled_from(sorted(values.keys() - groups))
+    if draw(st.integers(0, 14)) == 0:
+        keys = st.sampled_from(groups)
+    chosen = draw(st.lists(keys, min_size=1, max_size=2, unique=True))
+    changes = [f"{key}={draw(st.sampled_from(near(values[key]) or NUMBERS + TEXTS))}" for key in chosen]
+    changes = [
+        c if draw(st.booleans()) else f"{k}={draw(st.sampled_from(NUMBERS + TEXTS))}" for k, c in zip(chosen, changes)
+    ]
     if draw(st.integers(0, 19)) == 0:
-        changes.append(
-            draw(st.sampled_from(["+nonsense=1", "~task", "~finetune", "++method.nonsense=1", "finetune=5"]))
-        )
+        changes.append(draw(st.sampled_from(WRONG)))
     return base, tuple(changes)
+
+
+def near(value: Any) -> list[str]:
+    """Values that may be right where this one is."""
+    if isinstance(value, bool):
+        return [str(not value).lower()]
+    if isinstance(value, int | float):
+        return [str(value), str(value * 2), str(value + 1), str(value / 2), str(int(value) + 3), "1", "0"]
+    return ["null", "1", "2", "0.5", "8", "true"] if value is None else []
 
 
 def composed(lines: tuple[str, ...] | list[str]) -> Any:
@@ -135,12 +152,10 @@ def test_every_setting_is_right_or_named(start, campaign, tmp_path, monkeypatch)
     fuzz, ran = campaign("settings: composed and checked"), campaign("settings: started")
     accepted: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
 
+    everything = list(HealthCheck)
+
     @settings(
-        max_examples=share(200),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=["generate"],
+        max_examples=share(200), deadline=None, database=None, suppress_health_check=everything, phases=[Phase.generate]
     )
     @seed(int(os.environ.get("FAULTS_SEED", "15")))
     @given(overrides())

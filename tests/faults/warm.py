@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class Limits:
     """What is done to a process.
 
     Attributes:
-        kill_at: it kills itself at its n-th change of a file: before a file is opened for writing, renamed, removed, or a
-            folder is made or removed; counted from 1.
+        kill_at: it kills itself before its n-th change of a file, counted from 1: a file is opened for writing, renamed
+            or removed, a folder is made or removed.
         file_size: bytes that no file may exceed (``ulimit -f``).
         below: only changes of files below this folder count.
         memory: bytes of address space.
@@ -93,7 +94,7 @@ class Command:
         *arguments: str,
         scratch: Path,
         env: Mapping[str, str] | None = None,
-        limits: Limits = Limits(),  # noqa: B008  # frozen
+        limits: Limits = Limits(),
         cwd: Path = REPO,
         fresh: bool = False,
     ) -> None:
@@ -104,7 +105,7 @@ class Command:
         if fresh:
             self._process: Any = subprocess.Popen(
                 [sys.executable, str(REPO / program), *arguments],
-                stdout=open(self.log, "wb"),
+                stdout=self.log.open("wb"),
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=cwd,
@@ -168,7 +169,11 @@ def _child(program: str, arguments: tuple[str, ...], env: dict[str, str], cwd: s
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr, sys.stdin = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False), open(0)
+    sys.stdout, sys.stderr, sys.stdin = (
+        os.fdopen(1, "w", closefd=False),
+        os.fdopen(2, "w", 1, closefd=False),
+        os.fdopen(0),
+    )
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
     _count_changes(log, limits)
     if limits.file_size is not None:
@@ -195,7 +200,7 @@ def _count_changes(log: str, limits: Limits) -> None:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal done
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             if not isinstance(path, str | bytes | os.PathLike) or not (flags or 0) & (os.O_WRONLY | os.O_RDWR):
                 return
         elif event in CHANGES:
@@ -205,10 +210,8 @@ def _count_changes(log: str, limits: Limits) -> None:
         if os.getpid() != me or not os.fsdecode(path).startswith(limits.below):
             return
         done += 1
-        try:
+        with suppress(OSError):  # under ulimit -f
             os.write(counter, b".")
-        except OSError:  # under ulimit -f
-            pass
         if done == limits.kill_at:
             os.killpg(os.getpid(), signal.SIGKILL)
 
