@@ -169,6 +169,8 @@ def targets(canary: Path) -> dict[str, dict[str, object]]:
 
 def evil(folder: Path, canary: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    (folder / "evil.sh").write_text(f"#!/bin/sh\n: > '{canary}'\n")
+    (folder / "evil.sh").chmod(0o755)
     (folder / "__init__.py").write_text((folder / "evil.py").read_text())
 
 
@@ -181,7 +183,12 @@ def test_targets_in_files_are_not_called(commands, copy, canary, tmp_path, campa
             folder = copy()
             evil(folder, canary), evil(tmp_path, canary)
             cfg = yaml.safe_load((folder / "config.yaml").read_text())
-            cfg[section] |= target
+            # Popen takes a mapping's keys as the command line, so the first one is a program.
+            cfg[section] = {
+                str(folder / "evil.sh"): 1,
+                **target,
+                **{k: v for k, v in cfg[section].items() if k not in target},
+            }
             (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
             for how in ("evaluate", "report"):
                 commands.judge(counts, how, folder, f"{how}, {section}._target_ is {name}")

@@ -100,10 +100,10 @@ def overrides(draw: st.DrawFn) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if draw(st.integers(0, 14)) == 0:
         keys = st.sampled_from(groups)
     chosen = draw(st.lists(keys, min_size=1, max_size=2, unique=True))
-    changes = [f"{key}={draw(st.sampled_from(near(values[key]) or NUMBERS + TEXTS))}" for key in chosen]
-    changes = [
-        c if draw(st.booleans()) else f"{k}={draw(st.sampled_from(NUMBERS + TEXTS))}" for k, c in zip(chosen, changes)
-    ]
+    changes = []
+    for key in chosen:
+        wild = draw(st.booleans()) or not near(values[key])
+        changes.append(f"{key}={draw(st.sampled_from(NUMBERS + TEXTS if wild else near(values[key])))}")
     if draw(st.integers(0, 19)) == 0:
         changes.append(draw(st.sampled_from(WRONG)))
     return base, tuple(changes)

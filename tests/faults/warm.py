@@ -71,7 +71,8 @@ class Outcome:
             return f"did not end within {self.seconds:.0f} s"
         for words in ("Traceback (most recent call last)", "fault of the program", "look at the above report"):
             if words in self.text:
-                return f"{words}: {self.text.strip().splitlines()[-1][:300]}"
+                last = self.text.strip().splitlines()[-1]
+                return f"{words}: {(self.errors or [last])[0][:300]}"
         if self.code < 0:
             return f"ended by signal {signal.Signals(-self.code).name}"
         if self.code and not self.errors:
