@@ -26,8 +26,8 @@ def damage(file: Path, random: randoms.Random) -> str:
         content[at] ^= 1 << bit
         way = f"bit {bit} of byte {at} of {len(content)} flipped"
     elif way == "cut":
-        del content[at:]
         way = f"cut to {at} of {len(content)} bytes"
+        del content[at:]
     elif way == "zeros":
         content[at:] = bytes(len(content) - at)
         way = f"zeros from byte {at} of {len(content)}"
@@ -44,7 +44,7 @@ class Damaged:
     Attributes:
         make: writes an undamaged copy of what is damaged to a new folder.
         kinds: globs below that folder, by the name of the kind.
-        use: reads the folder; returns how the command ended and what it found.
+        use: reads the folder; returns how the command ended and what it found, None if it said that a file is damaged.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Damaged:
                 outcome, found = self.use(folder)
                 if outcome.broken:
                     counts[kind].count(LOST, case, outcome.broken)
-                elif outcome.code == 0 and found != expected:
+                elif outcome.code == 0 and found is not None and found != expected:
                     counts[kind].count(CHANGED, case, f"{found} instead of {expected}"[:500])
                 else:
                     counts[kind].count(HANDLED, case)
@@ -248,15 +248,10 @@ def test_what_a_report_reads(start, undisturbed, campaign, tmp_path):
 
     def use(folder: Path) -> tuple[Outcome, object]:
         outcome = start("report.py", f"{folder}/runs", f"output={folder}/report").wait()
-        if outcome.code or "unreadable" in outcome.text or any(f in outcome.text for f in ("damaged", "changed")):
-            return outcome, expected  # it says that a file cannot be read
-        tables = sorted((folder / "report").glob("*.csv"))
-        return outcome, {f.name: f.read_text() for f in tables}
+        tables = {f.name: f.read_text() for f in sorted((folder / "report").glob("*.csv"))}
+        said = any(word in outcome.text for word in ("unreadable", "damaged", "cannot be read", "changed"))
+        return outcome, None if said else tables
 
-    expected: object = None
-    folder = tmp_path / "plain"
-    make(folder)
-    _, expected = use(folder)
     kinds = {"run.json": "runs/one/run.json", "config.yaml": "runs/one/config.yaml"}
     kinds |= {"selection.json": "runs/one/selection.json", "trajectory.json": "runs/one/trajectory.json"}
     Damaged("report", make, kinds, use, 6).go(campaign, tmp_path)

@@ -76,12 +76,9 @@ def test_a_run_directory_on_a_full_disk(start, undisturbed, campaign, disk):
         wrong = None if stopped.code == 0 else complaint(stopped, FULL)
         disk.enlarge()
         case = f"{size} of {most} kB"
-        if wrong:
-            full.count(LOST, case, wrong)
-            continue
         again = start("train.py", *arguments, "resume=true").wait()
-        what = again.broken or (again.text if again.code else difference(folder, whole))
-        full.count(HANDLED if what is None else LOST if again.code else CHANGED, case, what or "")
+        what = wrong or again.broken or (again.text if again.code else difference(folder, whole))
+        full.count(HANDLED if what is None else LOST if wrong or again.code else CHANGED, case, what or "")
 
 
 def test_a_limit_on_the_size_of_files(start, undisturbed, campaign, tmp_path):
@@ -92,12 +89,11 @@ def test_a_limit_on_the_size_of_files(start, undisturbed, campaign, tmp_path):
         size, folder = random.choice(sizes) - 1, tmp_path / f"run{number}"
         arguments = (*TINY, f"hydra.run.dir={folder}")
         stopped = start("train.py", *arguments, limits=Limits(file_size=size)).wait()
-        if wrong := None if stopped.code == 0 else complaint(stopped, TOO_LARGE):
-            limits.count(LOST, f"{size} bytes", wrong)
-            continue
+        wrong = None if stopped.code == 0 else complaint(stopped, TOO_LARGE)
         again = start("train.py", *arguments, "resume=true").wait()
-        what = again.broken or (again.text if again.code else difference(folder, whole))
-        limits.count(HANDLED if what is None else LOST if again.code else CHANGED, f"{size} bytes", what or "")
+        what = wrong or again.broken or (again.text if again.code else difference(folder, whole))
+        outcome = HANDLED if what is None else LOST if wrong or again.code else CHANGED
+        limits.count(outcome, f"{size} bytes", what or "")
 
 
 def test_a_cache_on_a_full_disk(start, undisturbed, campaign, disk, tmp_path):
