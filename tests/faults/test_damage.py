@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import CHANGED, HANDLED, LOST, TINY, chance, difference, share
-from warm import Command, Outcome
+
+from faults.campaigns import CHANGED, HANDLED, LOST, TINY, chance, difference, share
+from faults.warm import Command, Outcome
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HANDLED, LOST, TINY, chance, share
 from safetensors.torch import save_file
-from warm import Outcome
+
+from faults.campaigns import HANDLED, LOST, TINY, chance, share
+from faults.warm import Limits, Outcome
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 ASSETS = Path(__file__).parents[2] / "src" / "diffora" / "assets"
 PATIENCE = 60  # seconds that a refusal may take at most, beside other work
-MEMORY = 6 * 2**30  # bytes that a process may map
+MEMORY = 12 * 2**30  # bytes that a process may map: a file without end must not take all of the machine's
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ class Commands:
             "model": ("train.py", *MODEL, f"model.path={run}", f"hydra.run.dir={out}"),
         }[how]
         environment = {"PATH": f"{self.tmp_path}:{os.environ['PATH']}"}
-        return self.start(*arguments, cwd=self.tmp_path, env=environment).wait(PATIENCE)
+        return self.start(*arguments, cwd=self.tmp_path, env=environment, limits=Limits(memory=MEMORY)).wait(PATIENCE)
 
     def judge(self, campaign, how: str, run: Path, case: str, refused: bool = False) -> None:
         outcome = self.use(how, run)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHANGED, HANDLED, LOST, TINY, chance, difference, share
-from warm import Command, Limits
+
+from faults.campaigns import CHANGED, HANDLED, LOST, TINY, chance, difference, share
+from faults.warm import Command, Limits
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANDLED, LOST, chance, share
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -18,6 +17,7 @@ from diffora import config
 from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.experiment import check
+from faults.campaigns import HANDLED, LOST, chance, share
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
