@@ -246,7 +246,7 @@ def test_models_that_bring_code(commands, canary, tmp_path, campaign):
     (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../../../etc/passwd"}}))
     cases["an index that points elsewhere"] = index
     for name, folder in cases.items():
-        # A tokenizer is read from tokenizer.json, whatever class its settings name: it may be used, but no code may run.
+        # A tokenizer is read from tokenizer.json, whatever class its settings name: it may be used, without that class.
         commands.judge(counts, "model", folder, f"{name} ({folder.name})", refused="tokenizer" not in name)
 
 
