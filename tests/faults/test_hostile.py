@@ -209,6 +209,9 @@ def test_targets_in_files_are_not_called(commands, copy, canary, tmp_path, campa
             commands.judge(counts, how, folder, f"{how}, diffora.json's _target_ is {name}", refused=True)
 
 
+MAY_BE_USED = ("auto_map in config.json", "auto_map of the tokenizer", "a tokenizer class of its own")
+
+
 def test_models_that_bring_code(commands, canary, tmp_path, campaign):
     counts = campaign("hostile: model folders")
 
@@ -246,8 +249,8 @@ def test_models_that_bring_code(commands, canary, tmp_path, campaign):
     (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../../../etc/passwd"}}))
     cases["an index that points elsewhere"] = index
     for name, folder in cases.items():
-        # A tokenizer is read from tokenizer.json, whatever class its settings name: it may be used, without that class.
-        commands.judge(counts, "model", folder, f"{name} ({folder.name})", refused="tokenizer" not in name)
+        # Of a type that transformers has, the folder may be used, as long as its code is not; so may tokenizer.json.
+        commands.judge(counts, "model", folder, f"{name} ({folder.name})", refused=name not in MAY_BE_USED)
 
 
 NAMES = ["a\nb", "a\tb", "=1+1", "-x", "--help", "é\u202e", "\udcff", "a'b\"c", "${oc.env:HOME}", "a" * 200, " "]
