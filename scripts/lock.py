@@ -1,0 +1,77 @@
+"""Makes the lists in ``requirements/`` from pyproject.toml; ``make lock`` calls it.
+
+  python scripts/lock.py              keep the versions of the lists as far as pyproject.toml allows, add what is new
+  python scripts/lock.py --upgrade    take the newest versions
+
+Each version is listed with the hashes of all its files on PyPI: for every platform, and for Python 3.11 and later.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+FOLDER = REPO / "requirements"
+BUILD = ("pip", "setuptools", "hatchling", "editables")
+
+# For Linux, PyPI has torch with CUDA only. These are files of PyTorch's CPU build, such as 2.13.0+cpu, which
+# `make venv` prefers where PIP_FIND_LINKS names a folder that holds one.
+CPU_BUILDS = {
+    "2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"],  # Python 3.11, Linux, x86_64
+}
+
+HEADS = {
+    "build": "# What builds and installs packages; `make venv` installs it first.\n",
+    "dev": "# What the project, its tests and its tools import, except torch.\n",
+    "torch": (
+        "# torch, and the CUDA packages that its files for Linux on PyPI ask for. `make venv` passes this list as\n"
+        "# constraints, so the CUDA packages are installed only where the chosen file of torch asks for them.\n"
+    ),
+}
+
+
+def blocks(text: str) -> dict[str, str]:
+    """The lines of each package in a list, by the package's name."""
+    found = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
+    return {block.partition("==")[0]: f"{block}\n" for block in found if "==" in block}
+
+
+def compile_list(output: Path, *sources: str, stdin: str = "") -> dict[str, str]:
+    """What uv resolves; the versions that ``output`` holds already are kept where they fit."""
+    uv = Path(sys.executable).with_name("uv")
+    flags = ["--universal", "--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
+    command = [uv, "pip", "compile", *sources, *flags, f"--output-file={output}"]
+    done = subprocess.run(command, input=stdin, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return blocks(output.read_text())
+
+
+def place(name: str, build: set[str]) -> str:
+    """The list that a package belongs to."""
+    if re.fullmatch(r"torch|triton|(nvidia|cuda)-.*", name):
+        return "torch"
+    return "build" if name in build else "dev"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        everything, building = Path(scratch) / "all.txt", Path(scratch) / "build.txt"
+        if "--upgrade" not in sys.argv[1:]:
+            everything.write_text("".join(file.read_text() for file in FOLDER.glob("*.txt")))
+        found = compile_list(everything, "pyproject.toml", "--extra=dev", "-", stdin="\n".join(BUILD))
+        build = set(compile_list(building, "-", f"--constraints={everything}", stdin="\n".join(BUILD)))
+    version = found["torch"].split()[0].partition("==")[2]
+    more = [digest for digest in CPU_BUILDS.get(version, ()) if digest not in found["torch"]]  # uv keeps them, if there
+    found["torch"] = found["torch"].rstrip() + "".join(f" \\\n    --hash=sha256:{d}" for d in more) + "\n"
+    FOLDER.mkdir(exist_ok=True)
+    for kind, head in HEADS.items():
+        lines = [found[name] for name in sorted(found) if place(name, build) == kind]
+        (FOLDER / f"{kind}.txt").write_text(f"{head}# Made by `make lock`; not to be edited.\n{''.join(lines)}")
+        print(f"requirements/{kind}.txt: {len(lines)} packages")
+
+
+if __name__ == "__main__":
+    main()
