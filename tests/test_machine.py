@@ -6,6 +6,7 @@ more than themselves.
 
 import errno
 import io
+import json
 import logging
 import os
 import pickle
@@ -28,8 +29,9 @@ from diffora import cli, experiment
 from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.experiment import run
 from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
-from diffora.results.record import missing_files, read_record, why_broken
+from diffora.results.record import missing_files, read_record, why_broken, write_record
 from diffora.results.rundir import account, finished
+from diffora.results.runs import gather
 from diffora.tasks.glue import GlueTask
 from diffora.tasks.tokenise import Collator
 from diffora.training import stages
@@ -385,6 +387,28 @@ def test_a_broken_record_beside_checkpoints_is_not_overwritten_unasked(cfg, tmp_
         finished(cfg(*LORA), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("0.75", "0.95"), ('"completed"', '"failed"'), ('"sha256": "', '"sha256": "0')]
+)
+def test_a_record_that_changed_after_it_was_written_is_broken(tmp_path, old, new):
+    """One digit of a metric, a word, or the digest itself. Without its digest it is taken as it is."""
+    parts = {key: {} for key in ("params", "time", "memory")}
+    names = dict.fromkeys(("method", "task", "model", "config_hash"), "x")
+    record = {"status": "completed", "metrics": {"validation/accuracy": 0.75}, "seed": 0, **parts, **names}
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record and why_broken(tmp_path) is None
+    assert [run.record["metrics"] for run in gather([tmp_path]).runs] == [record["metrics"]]
+    text = (tmp_path / "run.json").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "run.json").write_text(text.replace(old, new))
+    assert read_record(tmp_path) is None and "is not as the run left it" in why_broken(tmp_path)
+    assert [file for file, _ in gather([tmp_path]).broken] == [tmp_path / "run.json"]
+    content = json.loads(text.replace(old, new))
+    del content["sha256"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert read_record(tmp_path) == content
+
+
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b"a: *b", b"- 1", None])
 def test_a_run_with_broken_settings_does_not_resume_and_says_so(cfg, tmp_path, content):
     """C: config.yaml broken on resume"""
@@ -406,12 +430,14 @@ def test_a_search_with_broken_files_goes_on_from_its_checkpoints(cfg, quick, tmp
         run(cfg(*short), tmp_path)
     before = (tmp_path / "selection.json").read_text()
     monkeypatch.delattr("diffora.training.search.SearchModule.training_step")  # nothing is searched again
-    for broken in ({"search.json": "[]"}, {"search.json": "{", "run.json": "[]"}):
+    kept = (tmp_path / "trajectory.json").read_text()
+    for broken in ({"search.json": "[]"}, {"search.json": "{", "run.json": "[]"}, {"trajectory.json": kept[:-9]}):
         for name, content in broken.items():
             (tmp_path / name).write_text(content)
         with pytest.raises(KeyboardInterrupt):
             run(cfg(*short, "resume=true"), tmp_path)
         assert (tmp_path / "selection.json").read_text() == before
+        assert (tmp_path / "trajectory.json").read_text() == kept
         assert all(str(tmp_path / name) in caplog.text for name in broken)
 
 

@@ -1,4 +1,4 @@
-"""Nothing from a file is executed or resolved: rows A1 to A3 and A5 to A7 of the issue, and their neighbours."""
+"""Nothing from a file is executed or resolved: cases A1 to A3 and A5 to A7 of docs/reliability.md, and others."""
 
 import csv
 import html.parser

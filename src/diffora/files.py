@@ -33,7 +33,11 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         UserError: the file cannot be read, is too large, is nested too deeply or is not JSON in UTF-8.
     """
-    text = read_text(Path(path), MOST_JSON)
+    return parse_json(read_text(Path(path), MOST_JSON), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """`read_json` for text that was read already; ``path`` is for messages."""
     try:
         content = json.loads(text)
     except RecursionError:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from diffora.results.record import read_record, write_record
 from faults.campaigns import HANDLED, LOST, TINY, chance, share
 from faults.warm import Limits, Outcome
 
@@ -147,8 +148,7 @@ def test_things_in_the_place_of_a_file(place, commands, copy, campaign):
             write = THINGS[thing]
             folder = copy()
             if how == "resume" and place not in ("run.json", "config.yaml"):
-                record = json.loads((folder / "run.json").read_text())
-                (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+                write_record(folder, (read_record(folder) or {}) | {"status": "running"})
             replaced(folder / place, write)
             commands.judge(counts, how, folder, f"{how} with {thing} in the place of {place}")
 

@@ -393,8 +393,8 @@ def test_a_broken_file_stops_no_report(tmp_path, file, content):
     (tmp_path / "1" / file).write_bytes(content)
     gathered = gather([tmp_path])
     html = page.write(gathered, tmp_path / "out", [tmp_path])[0].read_text()
-    if file == "run.json":
-        assert [path for path, _ in gathered.broken] == [tmp_path / "1" / file]
+    if file in ("run.json", "config.yaml"):
+        assert [path for path, _ in gathered.broken] == [tmp_path / "1" / "run.json"]
         assert "unreadable" in html
     else:
         assert len(gathered.runs) == 2 and not gathered.broken

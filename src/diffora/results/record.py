@@ -1,9 +1,11 @@
 """``run.json``: what a run was, found and cost, written atomically."""
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +17,7 @@ from omegaconf import DictConfig
 
 from diffora.config import config_hash
 from diffora.errors import UserError, reason
-from diffora.files import read_json, write_text
+from diffora.files import MOST_JSON, parse_json, read_text, write_text
 
 NAME = "run.json"
 WEIGHTS = ("adapter", "model")
@@ -47,15 +49,44 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
     }
 
 
+DIGEST = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n')
+"""The end of ``run.json``: the sha256 of all the text before it."""
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write ``run.json``. Numbers that JSON does not know (NaN, infinity) become null."""
-    write_text(folder / NAME, json.dumps(_clean(record), indent=1) + "\n")
+    """Write ``run.json``, its digest last. Numbers that JSON does not know (NaN, infinity) become null."""
+    text = json.dumps(_clean(record), indent=1).removesuffix("\n}")
+    write_text(folder / NAME, f'{text},\n "sha256": "{_sha256(text)}"\n}}\n')
+
+
+def record_in(file: Path) -> Any:
+    """The content of a ``run.json`` without its digest, which is compared where there is one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or is not as it was written.
+    """
+    text = read_text(file, MOST_JSON)
+    record = parse_json(text, file)
+    if isinstance(record, dict) and "sha256" in record:
+        end = DIGEST.search(text, len(text) - 100)
+        if end is None or end[1] != _sha256(text[: end.start()]):
+            raise UserError(
+                f"{file} is not as the run left it: it is damaged, or was edited. If you changed it on purpose, remove "
+                "its entry sha256"
+            )
+        del record["sha256"]
+    return record
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record in a run directory; None where there is none or a broken one (see `why_broken`)."""
     try:
-        return _checked(read_json(folder / NAME))
+        return _checked(record_in(folder / NAME))
     except (OSError, UserError):
         return None
 
@@ -63,7 +94,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def why_broken(folder: Path) -> str | None:
     """Why the ``run.json`` of a folder is no record, with its name; None where it is one, or is not there."""
     try:
-        _checked(read_json(folder / NAME))
+        _checked(record_in(folder / NAME))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from diffora.config import NOT_IN_HASH, short_name
 from diffora.errors import UserError
 from diffora.files import MOST_DEPTH, MOST_YAML, parse_yaml, read_json, read_text
-from diffora.results.record import NAME
+from diffora.results.record import NAME, record_in
 from diffora.results.statistics import finite
 
 INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
@@ -141,7 +141,7 @@ def _read(file: Path) -> Run | None:
         UserError: not a record, or a config.yaml beside it that cannot be read.
     """
     written = os.stat(file).st_mtime
-    record = read_json(file)
+    record = record_in(file)
     if not isinstance(record, dict):
         raise UserError("not a record: no JSON object")
     if wrong := [key for key in ("method", "task", "model", "status") if not isinstance(record.get(key), str)]:

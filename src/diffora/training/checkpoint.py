@@ -192,7 +192,7 @@ def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:
 
 SEARCH = "search.json"
 """Written last by a search: its seconds, what it was made with, the digests of the files that it left, and its own."""
-LEFT = ("selection.json", "selection.safetensors")
+LEFT = ("selection.json", "selection.safetensors", "trajectory.json")
 
 
 def write_search(folder: Path, seconds: float, made_with: Mapping[str, Any]) -> None:
@@ -223,6 +223,9 @@ def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict
         return None, None
     for name, digest in files.items():
         if file_digest(folder / name) != digest:
+            if name == "trajectory.json":  # which is for reading only
+                log.warning("%s is damaged: it is made anew from the search's last checkpoint", folder / name)
+                return None, None
             raise UserError(
                 f"{folder / name} is not as the search left it: it is damaged or edited. Remove it, and it is made "
                 "anew from the search's last checkpoint; use an edited one in another run: method.selection=<a copy>"
