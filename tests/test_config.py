@@ -268,7 +268,7 @@ WHOLE = "must be a whole number of at least"
         ("method.selection=5", "method.selection=5 must be the name of a file or folder"),
         ("method.selection=[]", "method.selection=[] must be the name of a file or folder"),
         ("method.selection=[1]", "method.selection=[1] must be the name of a file or folder"),
-        ("method.selection=conf", "method.selection: conf cannot be read"),
+        ("method.selection=conf", "method.selection: conf is not a regular file"),
         # B14 and B18
         ("method.regulariser.weight=nan", "method.regulariser.weight=nan must be a number of at least 0"),
         ("method.alpha=inf", "method.alpha=inf must be a number above 0"),
@@ -322,7 +322,7 @@ def test_no_value_of_any_setting_is_a_fault_of_the_program(cfg):
     """A small draw: each is taken and can be written down, or there are messages. `make faults` draws more."""
     bases = [cfg(*base) for base in fuzz_values.BASES]
     taken = refused = 0
-    for key, value, changed in fuzz_values.cases(bases, seed=0, most=120):
+    for _key, _value, changed in fuzz_values.cases(bases, seed=0, most=120):
         found = fuzz_values.outcome(changed)
         taken, refused = taken + (found is None), refused + (found is not None)
     assert refused > taken > 0

@@ -584,12 +584,6 @@ def test_launch_variables_that_agree_are_taken(environment, devices):
     assert list(launch_problems(environment, devices)) == []
 
 
-def test_the_check_of_a_configuration_looks_at_the_launch(cfg, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(UserError, match="srun did not start"):
-        experiment.check(cfg(*LORA))
-
-
 # --- the command ---
 
 

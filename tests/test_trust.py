@@ -459,11 +459,11 @@ def test_a5_names_keep_text_that_looks_like_an_interpolation(finished):
 
 def test_a5_a_run_that_arrived_is_evaluated_with_its_text_as_it_is(arrived, tmp_path, capsys):
     text = "${oc.env:SECRET} \\${oc.env:SECRET}"
-    folder = arrived({"task.note": text, "model.name": text, "task.recipe": {"note": text}})
+    folder = arrived({"task.note": text, "model.name": text})
     found = evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
     assert found["validation"]["accuracy"] >= 0
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert written["task"]["note"] == written["task"]["recipe"]["note"] == text
+    assert written["task"]["note"] == text
     everything = capsys.readouterr()
     assert SECRET not in everything.out + everything.err + (tmp_path / "out" / "metrics.json").read_text()
 
@@ -569,13 +569,13 @@ def test_pipes_in_a_folder_do_not_hang_a_report(tmp_path):
         ({"task": [{"_target_": "os.system"}]}, "must be a group"),
         ({"model": None}, "model=null must be a group"),
         ({"trainer": "cpu"}, "trainer='cpu' must be a group"),
-        ({"task.name": [1]}, "task.name must be text"),
-        ({"task.name": {"a": 1}}, "task.name must be text"),
-        ({"task.name": None}, "task.name must be text"),
+        ({"task.name": [1]}, "task.name=[1] must be text"),
+        ({"task.name": {"a": 1}}, "must be text"),
+        ({"task.name": None}, "task.name=null must be text"),
         ({"task.recipe": 5}, "task.recipe=5 must be a group"),
         ({"task.recipe": None}, "task.recipe"),
         ({"task.recipe": {"of": 5}}, "task.recipe.of"),
-        ({"task.max_length": {"a": 1}}, "task.max_length must be a whole number of at least 4"),
+        ({"task.max_length": {"a": 1}}, "must be a whole number of at least 4"),
         ({"task.max_length": "long"}, "task.max_length='long' must be a whole number"),
         ({"model.path": ["x"]}, "model.path"),
         ({"model.path": None}, "model.path"),
@@ -600,17 +600,13 @@ def test_a_run_without_its_sections_is_refused(arrived, text):
 
 
 @pytest.mark.parametrize("key", ["task.max_length", "trainer.precision"])
-def test_a_run_that_lacks_a_setting_has_one_message(arrived, tmp_path, key):
+def test_a_run_that_lacks_a_setting_has_one_message(arrived, key):
     folder = arrived()
     content = yaml.safe_load((folder / "config.yaml").read_text())
     section, name = key.split(".")
     del content[section][name]
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    request = read_request([f"run={folder}", f"output={tmp_path / 'out'}"])
-    assert (
-        problems(evaluate, request)
-        == f"the run's settings have no {key}: choose the section anew with {section}=<name>"
-    )
+    assert problems(read_request, [f"run={folder}"]) == f"{key} is missing"
 
 
 # --- names in the report (A7) ---

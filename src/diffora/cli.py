@@ -47,17 +47,19 @@ def command(main: Callable[[], object]) -> None:
     except Exception as error:
         if told := explained(error):
             fail(*told.problems)
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") or not _has_begun(error):
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") or _came_while_composing(error):
             plugin = _missing_plugin(error)
             problems = [plugin] if plugin else composition_problems(overrides(), added_paths()) or [short(error)]
             fail(*(with_sweep_hint(problems) if {"-m", "--multirun"}.intersection(sys.argv) else problems))
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
 
 
-def _has_begun(error: Exception) -> bool:
-    """Whether an error came from a run or a sweep, and not from Hydra on the way there."""
+def _came_while_composing(error: Exception) -> bool:
+    """Whether an error came from Hydra on its way to a run or a sweep, and not from these."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(f.f_code is job.__code__ or "hydra_plugins.diffora" in f.f_globals["__name__"] for f in frames)
+    modules = [str(frame.f_globals.get("__name__")) for frame in frames]
+    begun = any(frame.f_code is job.__code__ for frame in frames) or "hydra_plugins.diffora_table" in modules
+    return not begun and any(module.startswith("hydra.") for module in modules)
 
 
 def job(cfg: DictConfig) -> float | None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +97,6 @@ def read_request(arguments: list[str]) -> Request:
     cfg = _override(cfg, choices if "run" in own else [], values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
-    if problems := list(_wrong_groups(cfg)):
-        raise UserError(problems)
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
         raise UserError(problems)
     output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -120,24 +117,6 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
     if not weights:
         raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
     return settings(read_yaml(file), file, SECTIONS), weights[0]
-
-
-def _wrong_groups(cfg: DictConfig) -> Iterator[str]:
-    """What is a single value and should be a group of settings, or the other way round."""
-    for section in SECTIONS:
-        for name in cfg[section]:
-            key, value = f"{section}.{name}", cfg[section][name]
-            if key in config.RULES and isinstance(value, DictConfig):
-                yield f"{key} must be {config.RULES[key][1]}, not a group of settings"
-            elif any(rule.startswith(f"{key}.") for rule in config.RULES) and not isinstance(value, DictConfig | None):
-                yield f"{key}={value!r} must be a group of settings"
-    for key in ("task.name", "model.path"):
-        if not isinstance(OmegaConf.select(cfg, key), str):
-            yield f"{key} must be text"
-    if not isinstance(OmegaConf.select(cfg, "task.recipe"), DictConfig):
-        yield "task.recipe must be a group of settings"
-    elif not isinstance(OmegaConf.select(cfg, "task.recipe.of"), DictConfig | None):
-        yield "task.recipe.of must be a group of settings"
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:

@@ -52,6 +52,12 @@ def resolve(path: str) -> tuple[str, bool]:
         return str(folder), True
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path} is not a folder; give a folder of a transformers model or a hub id")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise UserError(f"model.path={path} is neither a folder nor a hub id such as owner/name") from None
     return path, False
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import REPO
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from diffora.core.lowrank import lowrank_layers
@@ -31,6 +32,7 @@ def test_commands_compose(cfg, line, tmp_path, monkeypatch):
     if "hparams_search=" in line and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("needs the extra optuna")
     (tmp_path / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     for split in ("train", "validation"):
         (tmp_path / split / "a").mkdir(parents=True)
     find_spec = importlib.util.find_spec  # what is optional is taken as installed

@@ -94,7 +94,7 @@ def test_a_warm_start_from_other_tensors_is_named(cfg, quick, tmp_path):
     with pytest.raises(UserError, match=r"selection\.safetensors has no A and B of .*encoder"):
         run(cfg(*again), tmp_path / "lacking")
     tensors.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"selection\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"selection\.safetensors is damaged"):
         run(cfg(*again), tmp_path / "damaged")
     content = json.loads(selection.read_text())
     selection.write_text(json.dumps(content | {"gamma_bar": content["gamma_bar"][:1]}))

@@ -111,7 +111,7 @@ def test_a_trainer_goes_on_without_loggers_that_fail(cfg, tmp_path, monkeypatch,
 
 def test_a_picture_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch, caplog):
     selection = Selection("diffora", ["a"], [["m"]], [["a"]], 0.5, 0, gamma_bar=[[0.5]])
-    stage_loggers = Loggers({"csv": None, "tensorboard": None}, tmp_path, {}).of_stage("search")
+    stage_loggers = Loggers({"csv": True, "tensorboard": True}, tmp_path, {}).of_stage("search")
     monkeypatch.setattr(type(stage_loggers[1].experiment), "add_image", fails)
     for step in range(2):
         Loggers({}, tmp_path, {}).dam(selection, step, stage_loggers)
@@ -121,7 +121,7 @@ def test_a_picture_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch, ca
 def test_a_logger_that_is_not_installed_is_named_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        Loggers({"tensorboard": None}, tmp_path, {})
+        Loggers({"tensorboard": True}, tmp_path, {})
 
 
 @pytest.fixture
