@@ -238,7 +238,7 @@ def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
 
 def test_an_adapter_of_another_model_is_refused(trained, deberta):
     _, folder = trained
-    with pytest.raises(UserError, match=r"does not fit this model, which has no deberta\.encoder\.layer\.1"):
+    with pytest.raises(UserError, match="was trained on 2 layers, and this model has 1"):
         load_adapter(deberta(layers=1), folder / "adapter")
 
 
@@ -619,3 +619,55 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs()).logits, model.eval()(**inputs()).logits)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_an_adapter_goes_on_a_model_that_transformers_made_and_on_no_other(kind, spoken):
+    """A language model's head is pretrained: no adapter has to bring it."""
+    import transformers
+
+    model, _, folder = spoken
+    fresh = getattr(transformers, kind).from_pretrained(models.EMBEDDED.parent / "tiny_llama", dtype="float32").eval()
+    if kind == "LlamaForSequenceClassification":
+        with pytest.raises(UserError, match="trained for a LlamaForCausalLM, and this model is a LlamaForSequence"):
+            load_adapter(fresh, folder)
+        return
+    load_adapter(fresh, folder)
+    ids = torch.arange(5, 17).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any(module.training for module in fresh.modules())
+
+
+def test_models_of_another_class_or_depth_are_refused(trained, deberta):
+    from transformers import DebertaV2ForTokenClassification
+
+    _, folder = trained
+    with pytest.raises(UserError, match="was trained on 2 layers, and this model has 3"):
+        load_adapter(deberta(layers=3), folder / "adapter")
+    with pytest.raises(UserError, match=r"for a DebertaV2ForSequenceClassification, and .* a DebertaV2ForTok"):
+        load_adapter(DebertaV2ForTokenClassification(deberta().config), folder / "adapter")
+
+
+def test_loaded_pairs_are_aligned_as_other_tensors_are(trained, deberta):
+    """Products on a file's memory round otherwise, so that training would not go on to the bit."""
+    _, folder = trained
+    model = deberta()
+    load_adapter(model, folder / "adapter")
+    assert all(p.data_ptr() % 64 == 0 for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt))
+
+
+def test_files_that_are_read_are_regular_and_listed(trained, deberta, tmp_path):
+    import os
+
+    _, folder = trained
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        copied = shutil.copytree(folder / "adapter", tmp_path / f"pipe-{name}")
+        (copied / name).unlink()
+        os.mkfifo(copied / name)
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            load_adapter(deberta(), copied)
+    copied = shutil.copytree(folder / "adapter", tmp_path / "more")
+    (copied / "diffora.json").write_text("{}")
+    with pytest.raises(UserError, match=r"diffora\.json is not listed in manifest\.json"):
+        load_adapter(deberta(), copied)

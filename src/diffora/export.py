@@ -25,7 +25,9 @@ from diffora.trust import check_peft_adapter, class_at, settings
 
 log = logging.getLogger(__name__)
 
-ADAPT = "diffora.json"
+ADAPT, TRAINED = "diffora.json", "weights.safetensors"
+READ = (CONFIG, WEIGHTS, EXACT, ADAPT, TRAINED)
+"""Files that `load_adapter` reads, where an adapter has them."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def export_adapter(
         write_tensors(folder / EXACT, exact)
     write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
-    content = {"modules": modules, "shared": groups, "heads": heads, "labels": labels_of(origin.arguments)}
+    content = {"modules": modules, "shared": groups, "heads": heads, **made_for(model, origin)}
     write_manifest(folder, [CONFIG, WEIGHTS, *([EXACT] if exact else [])], content)
 
 
@@ -121,6 +123,25 @@ def labels_of(arguments: Mapping[str, Any]) -> list[str] | None:
     """The class names in a head's entries of the configuration, in order of their numbers."""
     names = arguments.get("id2label")
     return None if names is None else [str(names[i]) for i in sorted(names)]
+
+
+def made_for(model: nn.Module, origin: Origin) -> dict[str, Any]:
+    """Entries of the manifest that say what a model must be to take the adapter: class, layers, class names."""
+    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels_of(origin.arguments)}
+
+
+def _layers(model: nn.Module) -> int | None:
+    found = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return found if isinstance(found, int) else None
+
+
+def _check_made_for(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of another class or depth, on which the adapter might load and mean nothing."""
+    name, layers = manifest.get("model"), manifest.get("layers")
+    if name is not None and name not in {kind.__name__ for kind in type(model).__mro__}:
+        raise UserError(f"{folder} was trained for a {name}, and this model is a {type(model).__name__}")
+    if None not in (layers, _layers(model)) and layers != _layers(model):
+        raise UserError(f"{folder} was trained on {layers} layers, and this model has {_layers(model)}")
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -144,7 +165,7 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
     for name in drawn_modules(model):
         drawn = model.get_submodule(name).state_dict(prefix=f"{name}.")
         trained |= {key: value.detach().cpu().clone() for key, value in drawn.items()}
-    write_tensors(folder / "weights.safetensors", trained | head_tensors(model))
+    write_tensors(folder / TRAINED, trained | head_tensors(model))
     sections = ("method", "rank", "rho", "finetune", "seed", "model")
     content = {key: origin.config[key] for key in sections if key in origin.config}
     selected = origin.record["selection"]
@@ -153,8 +174,8 @@ def export_weights(model: nn.Module, folder: Path, origin: Origin) -> None:
         write_text(folder / selected["file"], (folder.parent / selected["file"]).read_text())
     write_text(folder / ADAPT, json.dumps({"base_model": origin.base_model, **content}, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
-    files = ["weights.safetensors", ADAPT, *([content["selection"]] if selected else [])]
-    write_manifest(folder, files, {"labels": labels_of(origin.arguments)})
+    files = [TRAINED, ADAPT, *([content["selection"]] if selected else [])]
+    write_manifest(folder, files, made_for(model, origin))
 
 
 def adapter_config(names: Sequence[str], rank: int, heads: list[str], origin: Origin) -> dict[str, Any]:
@@ -271,6 +292,9 @@ def load_adapter(model: nn.Module, folder: Path | str, method: str | None = None
     manifest: dict[str, Any] | None = None
     with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
         manifest = read_manifest(folder)
+        if stray := [name for name in READ if name not in manifest["files"] and (folder / name).exists()]:
+            raise UserError(f"{folder / stray[0]} is not listed in {MANIFEST}: it belongs to another adapter")
+        _check_made_for(model, manifest, folder)
     if (folder / ADAPT).is_file():
         _load_weights(model, folder, manifest, method)
         for head in head_modules(model) if freeze else ():
@@ -285,6 +309,10 @@ def load_adapter(model: nn.Module, folder: Path | str, method: str | None = None
             "any more: make the run again, or delete sharing.json to load a plain PEFT adapter, without sharing"
         )
     elif (folder / CONFIG).is_file():
+        if manifest is None:
+            if (folder / EXACT).exists():
+                raise UserError(f"{folder} has {EXACT} and no {MANIFEST}: copy the whole folder from the run")
+            log.warning(f"{folder} has no {MANIFEST}: loaded as plain PEFT does, without digests and without sharing")
         _load_with_peft(model, folder)
         _take_labels(model, manifest or {}, folder)
     else:
@@ -309,7 +337,7 @@ def _load_weights(model: nn.Module, folder: Path, manifest: Mapping[str, Any] | 
             f"{folder} has no {MANIFEST}: copy the whole folder from the run. Adapters of earlier versions, which had "
             "none, are not read any more: make the run again"
         )
-    tensors = read_tensors(folder / "weights.safetensors")
+    tensors = read_tensors(folder / TRAINED)
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)

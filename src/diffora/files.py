@@ -87,11 +87,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _check_regular(path: Path) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe or a device might never end
+        raise UserError(f"{path} is not a regular file")
+
+
 def read_text(path: Path, most: int) -> str:
     """The text of a file of at most ``most`` bytes; it raises what `read_json` does."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe might never end
-            raise UserError(f"{path} is not a regular file")
+        _check_regular(path)
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except FileNotFoundError:
@@ -122,7 +126,13 @@ def _check_depth(content: Any, path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's content, as hexadecimal digits."""
+    """sha256 of a file's content, as hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is not a regular file.
+    """
+    _check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -446,10 +446,16 @@ def head_modules(model: nn.Module) -> list[str]:
     That is every part outside the backbone, unless the task takes the pretrained one (a language model's). A pooler
     inside it belongs to the head where the checkpoint did not bring one; a pretrained pooler is backbone.
     """
-    if not getattr(model, "trains_head", True):
+    if not getattr(model, "trains_head", not _brings_its_head(model)):
         return []
     pooler = getattr(model, "fresh_pooler", None)
     return _outside_backbone(model) + ([pooler] if isinstance(pooler, str) else [])
+
+
+def _brings_its_head(model: nn.Module) -> bool:
+    """Whether a model that `load_model` did not make has the pretrained head, as a language model has."""
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    return outputs is not None and outputs() is not None
 
 
 def _outside_backbone(model: nn.Module) -> list[str]:

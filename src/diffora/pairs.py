@@ -125,7 +125,9 @@ class StoredPairs:
         rank, scale, _ = self.modules[name]
         lora_a, folded = self.padded(name)
         lora_bt = self.exact[name] if name in self.exact else folded[:rank] / scale
-        return lora_a[:rank].contiguous(), lora_bt.contiguous()
+        # Copies: what a file is mapped to is not aligned as other tensors are, so that products on it round otherwise.
+        form = torch.contiguous_format
+        return lora_a[:rank].clone(memory_format=form), lora_bt.clone(memory_format=form)
 
     def problems(self) -> Iterator[str]:
         """What does not go together in the tensors and the manifest."""
@@ -138,12 +140,15 @@ class StoredPairs:
                 yield f"it has no A and B for {name}"
                 continue
             lora_a, folded = self.padded(name)
-            if not len(lora_a) == len(folded) == most or lora_a.ndim != 2 or folded.ndim != 2:
+            if lora_a.ndim != 2 or folded.ndim != 2 or not len(lora_a) == len(folded) == most:
                 yield f"A and B of {name} must have {most} rows and columns, the largest rank in {MANIFEST}"
             elif lora_a[rank:].any() or folded[rank:].any():
                 yield f"A and B of {name} are not zero beyond its rank {rank}"
             elif name in self.exact and not torch.equal(self.exact[name] * scale, folded[:rank]):
                 yield f"B of {name} is another one in {EXACT}"
+        for name, tensor in self.tensors.items():
+            if not tensor.isfinite().all():
+                yield f"{name} has numbers that are not finite"
         if not self.exact.keys() <= self.modules.keys():
             yield f"{EXACT} has {min(self.exact.keys() - self.modules.keys())}, which {MANIFEST} does not name"
         inside = tuple(f"base_model.model.{name}." for name in (*self.modules, *self.heads))

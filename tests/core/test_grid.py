@@ -4,6 +4,7 @@ from conftest import TYPES
 from torch import nn
 
 from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach
 from diffora.core.parts import guess_roles, part_of
 from diffora.errors import UserError
 
@@ -290,3 +291,23 @@ def test_roles_are_guessed_only_where_there_is_no_doubt():
     assert guess_roles(decoder) == {"ffn_output": "fc2"}
     for path in ("mixer.out_proj", "attention.projection", "wk", "key", "sequence_attn_x.w"):
         assert part_of(path) is None
+
+
+def test_modules_of_an_adapter_are_no_candidates():
+    """Nor are those of PEFT: A and B would get adapters of their own."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}) for _ in range(2))
+
+    ours, theirs = Layers(), Layers()
+    attach(ours, [["layers.0.a"], ["layers.1.a"]], torch.ones(2, 1, dtype=torch.bool), 2, None, 4)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["a"]), theirs)
+    for model, inner in ((ours, "base"), (theirs, "lora_A.default")):
+        with pytest.raises(UserError, match="belongs to an adapter that is on this model already"):
+            find_grid(model)
+        with pytest.raises(UserError, match="has a low-rank layer already"):
+            attach(model, [[f"layers.0.a.{inner}"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+        assert find_grid(model, "layers.*", ["b"]).types == ("b",)

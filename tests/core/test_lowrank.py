@@ -415,3 +415,45 @@ def test_gradients_of_a_shared_pair_add_up_over_layers():
         return net(x)
 
     assert torch.autograd.gradcheck(function, shared.detach().clone().requires_grad_())
+
+
+def test_low_rank_layers_are_in_the_mode_of_what_they_replace():
+    """A model from `from_pretrained` is in eval mode: dropout on the adapters would make its predictions random."""
+    for training in (False, True):
+        model = nn.Sequential(nn.Linear(4, 4)).train(training)
+        attach(model, [["0"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, dropout=0.5)
+        assert model[0].training is training
+        nn.init.normal_(model[0].lora_bt)
+        x = torch.ones(8, 4)
+        assert torch.equal(model(x), model(x)) is not training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selected": torch.rand(1, 1)}, "selected must be a boolean tensor.*discretise"),
+        ({"selected": [[True]]}, "it is list"),
+        ({"rank": 0}, "rank=0 must be"),
+        ({"rank": True}, "rank=True must be"),
+        ({"shared_rank": 2.5}, "shared_rank=2.5 must be"),
+        ({"alpha": float("nan")}, "alpha=nan must be"),
+        ({"alpha": 0}, "alpha=0 must be"),
+        ({"dropout": 1.0}, "dropout=1.0 must be"),
+    ],
+)
+def test_attach_refuses_what_no_update_can_have(changes, message):
+    model = nn.Sequential(nn.Linear(4, 4))
+    settings = {"selected": torch.ones(1, 1, dtype=torch.bool), "rank": 2, "shared_rank": None, "alpha": 4} | changes
+    with pytest.raises(UserError, match=message):
+        attach(model, [["0"]], **settings)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_a_merged_layer_is_not_saved():
+    model = nn.Sequential(nn.Linear(4, 4))
+    attach(model, [["0"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    model[0].merge()
+    with pytest.raises(UserError, match="added once more after loading; call unmerge"):
+        model.state_dict()
+    model[0].unmerge()
+    assert "0.lora_a" in model.state_dict()

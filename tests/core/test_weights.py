@@ -145,3 +145,9 @@ def test_compiled_models_read_it_whole():
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(X), model.lin(X))
     assert isinstance(model.lin.weight, AdaptedWeight)
+
+
+def test_a_change_in_place_is_refused():
+    model = filled(Reads(), [["lin"]])
+    with pytest.raises(UserError, match="zero_ on the weight of an adapted layer would be lost"):
+        nn.init.zeros_(model.lin.weight)

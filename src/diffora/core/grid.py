@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffora.core.linear import features, is_linear
+from diffora.core.lowrank import inside_adapter
 from diffora.core.parts import guess_roles
 from diffora.core.stacks import (
     MOST,
@@ -117,6 +118,12 @@ def find_grid(
         raise UserError([*problems, _hint(model, stack.pattern, candidates)])
     if problems := list(_shared(rows, candidates)):
         raise UserError(problems)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if adapted := [n for place, _ in rows for path in candidates if inside_adapter(n := f"{place}.{path}", modules)]:
+        raise UserError(
+            f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
+            "grid first, or take the adapter out with detach(model), or PEFT's unload()"
+        )
     everywhere = [path for path in rows[0][1] if all(path in linear for _, linear in rows)]
     return Grid(
         types=tuple(candidates),

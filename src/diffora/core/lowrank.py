@@ -114,6 +114,7 @@ class LowRankLinear(nn.Module):
         self.split = None
         self.peers = None
         self.merged = False
+        self.training = base.training  # a model for inference stays one: no dropout
         self._transposed = is_conv1d(base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,6 +193,14 @@ class LowRankLinear(nn.Module):
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.peers = None  # replicas run in threads beside each other
         return replica
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise UserError(
+                "a merged low-rank layer cannot be saved: its update would be added once more after loading; call "
+                "unmerge() first"
+            )
+        super()._save_to_state_dict(*args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
@@ -307,9 +316,12 @@ def attach(
         L x N, the new layers, None where a module was left alone.
 
     Raises:
-        UserError: names that are not linear modules of the model, or are adapted already; nothing is changed then.
+        UserError: names that are not linear modules of the model, or are adapted already; ``selected`` is not boolean;
+            numbers that no update can have. Nothing is changed then.
     """
     rows = [list(row) for row in names]
+    if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout)):
+        raise UserError(problems)
     if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
         raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
     modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
@@ -342,6 +354,29 @@ def attach(
     return result
 
 
+def _setting_problems(selected: Any, rank: Any, shared_rank: Any, alpha: Any, dropout: Any) -> Iterator[str]:
+    """What is wrong with the arguments of `attach` besides the names."""
+    if not isinstance(selected, Tensor) or selected.dtype != torch.bool:
+        kind = selected.dtype if isinstance(selected, Tensor) else type(selected).__name__
+        yield f"selected must be a boolean tensor, as diffora.core.dam.discretise makes of weights; it is {kind}"
+    for name, value in (("rank", rank), ("shared_rank", shared_rank)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not whole and not (name == "shared_rank" and value is None):
+            more = ", or None to share nothing" if name == "shared_rank" else ""
+            yield f"{name}={value!r} must be a whole number of at least 1{more}"
+    if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        yield f"alpha={alpha!r} must be a finite number above 0"
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        yield f"dropout={dropout!r} must be a rate in [0, 1)"
+
+
+def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is, or stands inside, a low-rank layer of this project or an adapter layer of PEFT."""
+    parts = name.split(".")
+    above = (modules.get(".".join(parts[:count])) for count in range(1, len(parts) + 1))
+    return any(isinstance(module, LowRankLinear) or hasattr(module, "adapter_layer_names") for module in above)
+
+
 def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     """Refuse names that no low-rank layer can take the place of."""
     problems: list[str] = []
@@ -350,8 +385,10 @@ def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> Non
         module = modules.get(name)
         if module is None:
             problems.append(f"{name} is not a module of this model")
-        elif any(isinstance(modules.get(place), LowRankLinear) for place in (name, name.rpartition(".")[0])):
-            problems.append(f"{name} has a low-rank layer already: detach(model) takes it out")
+        elif inside_adapter(name, modules):
+            problems.append(
+                f"{name} has a low-rank layer already: detach(model) takes it out, or unload() where it is PEFT's"
+            )
         elif not is_linear(module):
             problems.append(f"{name} is a {type(module).__name__}, not a linear layer that is called")
         elif id(module) in seen:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from diffora.errors import UserError
+
 
 class AdaptedWeight(Tensor):
     """Stands for the weight of an adapted layer, and computes it only for operations that need its values.
@@ -34,6 +36,10 @@ class AdaptedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and isinstance(args[0], AdaptedWeight):
+            raise UserError(f"{name} on the weight of an adapted layer would be lost: change its base.weight")
         if func not in METADATA:
             args, kwargs = tree_map_only(AdaptedWeight, lambda weight: weight.values(), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():

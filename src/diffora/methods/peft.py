@@ -28,7 +28,7 @@ from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, labels_of
+from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, made_for
 from diffora.files import write_text
 from diffora.manifest import write_manifest
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
@@ -236,7 +236,7 @@ class PEFTAdaptation(Adaptation):
         write_tensors(folder / WEIGHTS, copies)
         write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
         write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
-        write_manifest(folder, [CONFIG, WEIGHTS], {"labels": labels_of(origin.arguments)})
+        write_manifest(folder, [CONFIG, WEIGHTS], made_for(self.model, origin))
 
 
 def inject(model: nn.Module, config: Any) -> Any:
