@@ -99,11 +99,15 @@ def read_request(arguments: list[str]) -> Request:
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
         raise UserError(problems)
-    output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = (
+        Path(str(own["output"]))
+        if own.get("output") is not None
+        else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
-    names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
+    names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)
 

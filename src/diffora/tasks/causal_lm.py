@@ -44,6 +44,9 @@ PLAIN_TEMPLATE = (
 )
 """How a chat is written for a tokenizer without a chat template: headings, and the end token after each answer."""
 
+LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNORECASE)
+"""What a file of validation rows is called by others."""
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -96,6 +99,11 @@ modules differ in rank; for servers that want one for all, merge first:
             return self._from_hub(names), c.hub
         folder = self._folder()
         there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
+        if not there and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
+            raise UserError(
+                f"{folder}: {', '.join(others)} is read by nobody under this name; call it validation.jsonl or "
+                f"validation.parquet, or move it elsewhere to have validation rows cut from the training rows"
+            )
         return self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
 
     def load_split(self, split: str) -> datasets.Dataset:
