@@ -195,7 +195,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         task.expect(trained)
     names = request.splits or task.validation_splits
     rows = {name: task.load_split(name) for name in names}
-    model, processor = load_trained(cfg, request.weights, request.method)
+    model, processor = load_trained(cfg, request.weights, request.method, task)
     _check_backbone(request)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
@@ -223,15 +223,18 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     return found
 
 
-def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> tuple[nn.Module, Any]:
+def load_trained(
+    cfg: DictConfig, weights: Path, method: str | None = None, task: Task | None = None
+) -> tuple[nn.Module, Any]:
     """A trained model and its tokenizer or image processor.
 
     Args:
         cfg: sections ``task`` and ``model``.
         weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
         method: as in `load_adapter`.
+        task: the task where it is there already, and knows its classes from what it has loaded.
     """
-    task = get_task(cfg.task)
+    task = task or get_task(cfg.task)
     section = cfg.model
     whole = (weights / "config.json").is_file()
     if whole:

@@ -464,7 +464,7 @@ def test_scores_and_predictions_count_tokens_not_rows():
     assert task.score(some, split)["loss"] == pytest.approx(losses[1:3][counted[1:3]].mean().item(), rel=1e-5)
     lines = task.predictions(outputs, split)
     assert [line["row"] for line in lines] == [0, 1, 2, 3, 4]
-    assert lines[1] == {"row": 1, "tokens": 0, "loss": None, "perplexity": None}
+    assert lines[1] == {"row": 1, "number": 2, "tokens": 0, "loss": None, "perplexity": None}
     assert lines[2]["loss"] == pytest.approx(losses[1:3][counted[1:3]].mean().item(), rel=1e-5)
     assert lines[2]["tokens"] == int(counted[1:3].sum())
     assert task.score({"loss": torch.tensor([1e6]), "tokens": torch.tensor([1])}, split)["perplexity"] == math.inf

@@ -21,6 +21,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from diffora import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.evaluate import evaluate, read_request
 from diffora.experiment import run
 from diffora.tasks import vision
 from diffora.tasks.account import lines
@@ -925,3 +926,25 @@ def test_numbers_without_names_are_said_to_be_those_of_the_run(folders, tmp_path
     made.load_split("validation")
     [note] = made.accounts["validation"].notes
     assert note == "it does not name its classes: its numbers are taken as in the run: dog, cat"
+
+
+def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_path, cfg):
+    """B4 with `evaluate.py`: the names are in the tables alone, and other tables may number them in another order."""
+    place = to_parquet(folders, tmp_path / "tables")
+    overrides = ["experiment=quickstart", "method=lora", "task=imagefolder", "model=tiny_vit", f"task.path={place}"]
+    run(cfg(*overrides, "finetune.epochs=1", "finetune.warmup_steps=1", "logger=csv"), tmp_path / "run")
+    other = tmp_path / "other"
+    other.mkdir()
+    file = "validation-00000-of-00001.parquet"
+    table = pa.parquet.read_table(place / file)
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])}
+    info = json.dumps({"info": {"features": datasets.Features(features).to_dict()}})
+    turned = table.set_column(1, "label", pa.array([1 - label for label in table["label"].to_pylist()]))
+    pa.parquet.write_table(turned.replace_schema_metadata({"huggingface": info}), other / file)
+    found = [
+        evaluate(read_request([f"run={tmp_path / 'run'}", f"task.path={path}", f"output={tmp_path / path.name}-out"]))
+        for path in (place, other)
+    ]
+    assert found[0] == found[1] and "accuracy" in found[0]["validation"]
+    lines = [(tmp_path / f"{path.name}-out" / "validation.jsonl").read_text() for path in (place, other)]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 6
