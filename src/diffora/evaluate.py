@@ -99,11 +99,15 @@ def read_request(arguments: list[str]) -> Request:
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
         raise UserError(problems)
-    output = Path(own["output"]) if "output" in own else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = (
+        Path(str(own["output"]))
+        if own.get("output") is not None
+        else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
     splits = own.get("split")
-    names = None if splits is None else tuple(splits if isinstance(splits, list) else [splits])
+    names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)
 
@@ -191,7 +195,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         task.expect(trained)
     names = request.splits or task.validation_splits
     rows = {name: task.load_split(name) for name in names}
-    model, processor = load_trained(cfg, request.weights, request.method)
+    model, processor = load_trained(cfg, request.weights, request.method, task)
     _check_backbone(request)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
@@ -219,15 +223,18 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     return found
 
 
-def load_trained(cfg: DictConfig, weights: Path, method: str | None = None) -> tuple[nn.Module, Any]:
+def load_trained(
+    cfg: DictConfig, weights: Path, method: str | None = None, task: Task | None = None
+) -> tuple[nn.Module, Any]:
     """A trained model and its tokenizer or image processor.
 
     Args:
         cfg: sections ``task`` and ``model``.
         weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
         method: as in `load_adapter`.
+        task: the task where it is there already, and knows its classes from what it has loaded.
     """
-    task = get_task(cfg.task)
+    task = task or get_task(cfg.task)
     section = cfg.model
     whole = (weights / "config.json").is_file()
     if whole:

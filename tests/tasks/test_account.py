@@ -81,7 +81,11 @@ def test_conversations(cfg, tmp_path):
         assert (account.read, account.used) == (6, 4)
         nothing = "nothing to learn within task.max_length=64 (no turn of the assistant)"
         assert account.dropped == {"no text": 1, nothing: 1} and account.changed == {"cut at task.max_length=64": 1}
-        assert account.notes == ["5 blank lines", "columns ignored: source, tool_calls (in messages)"]
+        assert account.notes == [
+            "5 blank lines",
+            "columns ignored: source, tool_calls (in messages)",
+            "rows in several forms: 5 with messages, 1 with text",
+        ]
     validation = account_of(cfg(*chosen), "validation")
     assert "1 of 3 rows stand among the training rows too: the score may be too high" in validation.notes
     (tmp_path / "validation.jsonl").unlink()
@@ -172,6 +176,8 @@ def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
     found = evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]))
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["data"] == {"validation": data["validation"]} and written["metrics"] == found
+    with pytest.raises(UserError, match="no file for the split '2024'"):
+        evaluate(read_request([f"run={tmp_path / 'run'}", "split=2024", "output=null"]))
 
 
 @pytest.mark.parametrize("method", ["diffora", "lora"])

@@ -464,7 +464,7 @@ def test_scores_and_predictions_count_tokens_not_rows():
     assert task.score(some, split)["loss"] == pytest.approx(losses[1:3][counted[1:3]].mean().item(), rel=1e-5)
     lines = task.predictions(outputs, split)
     assert [line["row"] for line in lines] == [0, 1, 2, 3, 4]
-    assert lines[1] == {"row": 1, "tokens": 0, "loss": None, "perplexity": None}
+    assert lines[1] == {"row": 1, "number": 2, "tokens": 0, "loss": None, "perplexity": None}
     assert lines[2]["loss"] == pytest.approx(losses[1:3][counted[1:3]].mean().item(), rel=1e-5)
     assert lines[2]["tokens"] == int(counted[1:3].sum())
     assert task.score({"loss": torch.tensor([1e6]), "tokens": torch.tensor([1])}, split)["perplexity"] == math.inf
@@ -584,3 +584,14 @@ def test_batches_carry_labels_where_tokens_count():
     packed = Collator(7, pad_to_multiple_of=8)(packed_rows(rows, [[1, 0]]) | {"row": [4]})
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert packed["row"].tolist() == [4] and "attention_mask" not in packed
+
+
+@pytest.mark.parametrize(
+    "name", ["valid.jsonl", "val-00000-of-00001.parquet", "dev.jsonl", "Validation.jsonl", "eval.json"]
+)
+def test_validation_rows_under_another_name_are_not_left_out(cfg, tmp_path, name):
+    rows = [json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=f"{name} is read by nobody under this name; call it validation.jsonl"):
+        CausalLMTask(cfg("task=chat", f"task.path={tmp_path}").task).load()

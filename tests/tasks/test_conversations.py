@@ -10,7 +10,7 @@ import pytest
 
 from diffora.errors import UserError
 from diffora.tasks.account import Account
-from diffora.tasks.conversations import conversation, cut_validation, read, read_file, rows_hash
+from diffora.tasks.conversations import conversation, cut_validation, form_of, read, read_file, rows_hash
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
 FORMS = [
@@ -31,12 +31,12 @@ def jsonl(file: Path, *rows) -> Path:
 
 @pytest.mark.parametrize("row", FORMS)
 def test_every_form_gives_the_same_turns(row):
-    assert conversation(row, {}) == TURNS
+    assert conversation(row, form_of(row), {}) == TURNS
 
 
 def test_input_stands_below_the_instruction():
     row = {"instruction": "Translate.", "input": "ja", "output": "yes"}
-    assert conversation(row, {})[0]["content"] == "Translate.\n\nja"
+    assert conversation(row, form_of(row), {})[0]["content"] == "Translate.\n\nja"
 
 
 def test_parquet_and_jsonl_give_equal_rows(tmp_path):
@@ -139,3 +139,37 @@ def test_validation_is_cut_the_same_way_in_every_run():
     assert np.all(np.diff(validation.column("number").to_numpy()) > 0)
     with pytest.raises(UserError, match=r"task\.validation_rows=49 cannot be cut from 50 .* at most 48"):
         cut_validation(table, 49)
+
+
+def test_strange_conversations_are_counted(tmp_path):
+    ask, answer = TURNS
+    rows = [
+        {"messages": TURNS},
+        {"messages": [ask, ask, answer]},
+        {"messages": [ask, answer, {"role": "system", "content": "Be kind."}]},
+        {"messages": [ask, {"role": "assistant", "content": " "}]},
+        {"instruction": "Hi?", "output": "", "text": "Hi? Yes."},
+        {"instruction": "Hi?", "output": None, "text": "Hi? Yes."},  # read as plain text
+    ]
+    account = Account()
+    read(enumerate(rows, 1), "x", [], account)
+    assert account.notes[1:] == [
+        "rows in several forms: 4 with messages, 1 with instruction and output, 1 with text",
+        "rows in which user and assistant do not take turns: 2",
+        "rows with an empty turn of the assistant: 2",
+    ]
+
+
+@pytest.mark.parametrize("role", [["user"], {"a": 1}, 3, True])
+def test_a_role_of_any_type_is_named(tmp_path, role):
+    problems: list[str] = []
+    read([(1, {"messages": [{"role": role, "content": "Hi?"}]})], "x", problems, Account())
+    assert len(problems) == 1 and "row 1" in problems[0] and "is not a role" in problems[0]
+
+
+def test_text_of_parquet_that_is_not_utf8_is_named(tmp_path):
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff x"]).buffers())
+    pa.parquet.write_table(pa.table({"text": bad}), tmp_path / "train.parquet")
+    problems: list[str] = []
+    read_file(tmp_path / "train.parquet", problems, Account())
+    assert len(problems) == 1 and "row 2 (data rows, counted from 1): byte 0xff is not UTF-8" in problems[0]

@@ -228,3 +228,12 @@ def test_what_makes_a_result_doubtful_is_said(tmp_path):
         "classes that no training row has: not_equivalent",
         "2 of 7 rows stand among the training rows too: the score may be too high",
     ]
+
+
+@pytest.mark.parametrize("labels", [NAMES, ["0", "1"]], ids=["names", "numbers"])
+def test_class_names_beside_labels_that_are_text(tmp_path, good, labels):
+    """Names stand for themselves; numbers written as text count by the file's names, as numbers do."""
+    kept = LABELS if labels == NAMES else flipped(LABELS)
+    text = table("train", [labels[i] for i in kept], REVERSED)
+    validation = table("validation", LABELS, NAMES)
+    assert load_rows(MRPC, write(tmp_path, train=text, validation=validation)).data_hash == good

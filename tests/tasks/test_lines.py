@@ -175,3 +175,21 @@ def test_one_bad_line_does_not_stop_the_others():
     assert (found.pop(1), found.pop(5)) == ({"a": 1}, {"a": 2})
     assert {number: type(bad) for number, bad in found.items()} == {3: BadLine, 4: BadLine}
     assert found[4].reason == "has the key 'b' twice"
+
+
+@pytest.mark.parametrize("second", ["more of it", "more, of it", "9,more"])
+def test_a_last_field_of_several_lines_is_read(tmp_path, second):
+    """The first line of such a row looks like a row of its own."""
+    rows = [f"{i % 2},a {i},b {i}" for i in range(9)]
+    rows[4] = f'0,a 4,"b 4\n{second}"'
+    content = "\n".join(["label,sentence1,sentence2", *rows])
+    assert load_rows(MRPC, folder_with(tmp_path, content)).train["sentence2"][4] == f"b 4\n{second}"
+    rows[4:6] = ['0,a 4,"b 4', '1,a 5,b 5"']
+    assert "line 7 by itself looks like a row" in refusal(tmp_path, "\n".join(["label,sentence1,sentence2", *rows]))
+
+
+@pytest.mark.parametrize("other", [[1, "one"], [{"a": 1}, [1]], [True, None, 2.5, "x"]])
+def test_columns_that_nothing_reads_may_hold_anything(tmp_path, other):
+    rows = [line(sentence1=f"a {i}", note=other[i % len(other)]) for i in range(8)]
+    found = load_rows(MRPC, folder_with(tmp_path, "\n".join(rows), "train.jsonl")).train
+    assert found["sentence1"] == [f"a {i}" for i in range(8)]

@@ -316,3 +316,57 @@ def test_no_file_two_files_no_folder_other_format(tmp_path):
     (tmp_path / "train.csv").touch()
     with pytest.raises(UserError, match=r"files of question answering are \.parquet"):
         load(tmp_path, train="train.csv")
+
+
+def test_a_key_that_stands_twice_loses_no_questions(tmp_path):
+    file = write(tmp_path, "train.json", GOOD)
+    file.write_text(file.read_text(encoding="utf-8")[:-1] + ', "data": []}', encoding="utf-8")
+    with pytest.raises(UserError, match="has the key 'data' twice"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", [[[1]], [{"paragraphs": None}], [{"paragraphs": [{"context": "x", "qas": {"id": 1}}]}]]
+)
+def test_articles_of_another_shape_are_named(tmp_path, data):
+    (tmp_path / "train.json").write_text(json.dumps({"data": data}))
+    with pytest.raises(UserError, match="article 1 is not as in SQuAD's format, an object with paragraphs"):
+        load(tmp_path)
+
+
+def test_answers_that_only_later_rows_have_are_not_left_out(tmp_path):
+    write(tmp_path, "test.jsonl", [row(0, answers=...), row(1), row(2)])
+    with pytest.raises(UserError, match=r"row 2 .*, while the first row has no answers \(and 1 more such row\)"):
+        load(tmp_path, labelled=False, test=None)
+
+
+def test_columns_that_only_later_rows_have_are_said(tmp_path):
+    write(tmp_path, "train.jsonl", [row(0), row(1, topic="x")])
+    accounts = {}
+    load(tmp_path, accounts=accounts)
+    assert accounts["train"].notes == ["columns ignored: topic"]
+
+
+@pytest.mark.parametrize("column", ["id", "context", "question"])
+def test_half_a_surrogate_pair_is_named(tmp_path, column):
+    found = problems(tmp_path, [row(0), row(1, **{column: "1990 \ud800"})])
+    assert f"row 2 (data rows, counted from 1), column '{column}'" in found[0] and "is not valid Unicode" in found[0]
+    "".join(found).encode()  # can be shown
+
+
+def test_text_of_parquet_that_is_not_utf8_is_named(tmp_path):
+    write(tmp_path, "train.parquet", GOOD[:2])
+    table = pa.parquet.read_table(tmp_path / "train.parquet")
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff x"]).buffers())
+    pa.parquet.write_table(
+        table.set_column(table.column_names.index("question"), "question", bad), tmp_path / "train.parquet"
+    )
+    with pytest.raises(UserError, match=r"row 2 .*: byte 0xff is not UTF-8"):
+        load(tmp_path)
+
+
+def test_a_shard_beside_a_file_is_not_left_out(tmp_path):
+    write(tmp_path, "train.parquet", GOOD)
+    write(tmp_path, "train-00001-of-00002.parquet", GOOD)
+    with pytest.raises(UserError, match="more than one file for the split 'train'"):
+        load(tmp_path)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from diffora import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.evaluate import evaluate, read_request
 from diffora.experiment import run
 from diffora.tasks import vision
 from diffora.tasks.account import lines
@@ -865,3 +867,84 @@ def test_the_head_is_not_trained_and_adapted_at_once(cfg, tmp_path, dry):
 def test_nothing_is_left_to_train_without_a_head(cfg, tmp_path):
     with pytest.raises(UserError, match="nothing"):
         run(cfg(*QUICK, "method=head_only", "task.train_head=false"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("second", [["dog", "cat"], ["cat", "dog", "eel"], None])
+def test_shards_that_number_their_classes_in_other_ways_are_refused(folders, tmp_path, task, second):
+    """B4, between the files of one split: the library takes the names of one file for all."""
+    place = to_parquet(folders, tmp_path / "tables")
+    whole = pa.parquet.read_table(place / "train-00000-of-00001.parquet")
+    (place / "train-00000-of-00001.parquet").unlink()
+    for i, names in enumerate((["cat", "dog"], second)):
+        label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+        info = {"info": {"features": datasets.Features({"image": datasets.Image(), "label": label}).to_dict()}}
+        shard = whole.slice(6 * i, 6).replace_schema_metadata({"huggingface": json.dumps(info)})
+        pa.parquet.write_table(shard, place / f"train-0000{i}-of-00002.parquet")
+    [message] = problems(task(place).load)
+    assert "train-00001-of-00002.parquet: column 'label': its classes are" in message
+
+
+def test_a_split_that_is_there_twice_is_refused(folders, tmp_path, task):
+    place = to_parquet(folders, tmp_path / "tables")
+    shutil.copy(place / "train-00000-of-00001.parquet", folders / "train.parquet")
+    assert "the split 'train' is there as a folder and as .parquet" in problems(task(folders).load)[0]
+    (place / "data").mkdir()
+    shutil.copy(place / "train-00000-of-00001.parquet", place / "data" / "train.parquet")
+    assert "and in" in problems(task(place).load)[0]
+
+
+def test_a_file_of_the_same_name_and_time_is_read_anew(folders, tmp_path, task):
+    file = to_parquet(folders, tmp_path / "tables") / "train-00000-of-00001.parquet"
+    before, stat = task(file.parent).load().train["label"][:], file.stat()
+    table = pa.parquet.read_table(file)
+    pa.parquet.write_table(table.take(list(range(len(table)))[::-1]), file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert task(file.parent).load().train["label"][:] == before[::-1]
+
+
+def test_classes_that_differ_in_case_only_are_said(folders, task):
+    for split in ("train", "validation"):
+        shutil.copytree(folders / split / "cat", folders / split / "Cat")
+    made = task(folders)
+    made.load()
+    assert "classes whose names differ in case or white space only: Cat, cat" in made.accounts["train"].notes
+
+
+def test_an_empty_name_is_no_class(folders, tmp_path, task):
+    labels = pa.array(["cat", "", " ", *["dog"] * 9])
+    place = to_parquet(folders, tmp_path / "tables", names=False, label=labels)
+    validation = pa.parquet.read_table(place / "validation-00000-of-00001.parquet")
+    named = validation.set_column(1, "label", pa.array(["cat", "dog"] * 3))
+    pa.parquet.write_table(named, place / "validation-00000-of-00001.parquet")
+    [message] = problems(task(place).load)
+    assert "row 2" in message and "its label null is not one of 0 to 1 (and 1 more such row)" in message
+
+
+def test_numbers_without_names_are_said_to_be_those_of_the_run(folders, tmp_path, task):
+    made = task(to_parquet(folders, tmp_path / "tables", names=False))
+    made.expect(["dog", "cat"])
+    made.load_split("validation")
+    [note] = made.accounts["validation"].notes
+    assert note == "it does not name its classes: its numbers are taken as in the run: dog, cat"
+
+
+def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_path, cfg):
+    """B4 with `evaluate.py`: the names are in the tables alone, and other tables may number them in another order."""
+    place = to_parquet(folders, tmp_path / "tables")
+    overrides = ["experiment=quickstart", "method=lora", "task=imagefolder", "model=tiny_vit", f"task.path={place}"]
+    run(cfg(*overrides, "finetune.epochs=1", "finetune.warmup_steps=1", "logger=csv"), tmp_path / "run")
+    other = tmp_path / "other"
+    other.mkdir()
+    file = "validation-00000-of-00001.parquet"
+    table = pa.parquet.read_table(place / file)
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])}
+    info = json.dumps({"info": {"features": datasets.Features(features).to_dict()}})
+    turned = table.set_column(1, "label", pa.array([1 - label for label in table["label"].to_pylist()]))
+    pa.parquet.write_table(turned.replace_schema_metadata({"huggingface": info}), other / file)
+    found = [
+        evaluate(read_request([f"run={tmp_path / 'run'}", f"task.path={path}", f"output={tmp_path / path.name}-out"]))
+        for path in (place, other)
+    ]
+    assert found[0] == found[1] and "accuracy" in found[0]["validation"]
+    lines = [(tmp_path / f"{path.name}-out" / "validation.jsonl").read_text() for path in (place, other)]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 6

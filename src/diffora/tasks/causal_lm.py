@@ -44,6 +44,9 @@ PLAIN_TEMPLATE = (
 )
 """How a chat is written for a tokenizer without a chat template: headings, and the end token after each answer."""
 
+LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNORECASE)
+"""What a file of validation rows is called by others."""
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -96,6 +99,11 @@ modules differ in rank; for servers that want one for all, merge first:
             return self._from_hub(names), c.hub
         folder = self._folder()
         there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
+        if not there and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
+            raise UserError(
+                f"{folder}: {', '.join(others)} is read by nobody under this name; call it validation.jsonl or "
+                f"validation.parquet, or move it elsewhere to have validation rows cut from the training rows"
+            )
         return self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
 
     def load_split(self, split: str) -> datasets.Dataset:
@@ -220,16 +228,20 @@ modules differ in rank; for servers that want one for all, merge first:
         return {"loss": loss, "perplexity": _exp(loss)}
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """Loss and perplexity of each example; null where it has no token that counts."""
+        """Loss and perplexity of each example; null where it has no token that counts.
+
+        ``number`` is that of the row at its source, from 1: rows without text are left out.
+        """
         examples = torch.from_numpy(split.encoded.data.column("example").to_numpy().astype(np.int64))[outputs["row"]]
         sums = torch.zeros(2, len(split.rows), dtype=torch.double)
         sums[0].index_add_(0, examples, outputs["loss"].double())
         sums[1].index_add_(0, examples, outputs["tokens"].double())
-        lines = []
+        lines, numbers = [], split.rows["number"][:]
         for row, (loss, tokens) in enumerate(sums.T.tolist()):
             mean = loss / tokens if tokens else None
             perplexity = None if mean is None else _exp(mean)
-            lines.append({"row": row, "tokens": int(tokens), "loss": mean, "perplexity": perplexity})
+            line = {"row": row, "number": numbers[row], "tokens": int(tokens), "loss": mean, "perplexity": perplexity}
+            lines.append(line)
         return lines
 
 

@@ -13,7 +13,9 @@ a row has                             and means
 The first of these that a row has is taken, so that further columns do no harm.
 """
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import pyarrow.parquet
 from diffora.errors import UserError
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.lines import BadLine, json_lines
-from diffora.tasks.sources import SUBSET_SEED, content_hash, first_line, joint_hash, more
+from diffora.tasks.sources import SUBSET_SEED, content_hash, first_line, joint_hash, more, to_rows
 
 Turn = dict[str, str]
 
@@ -67,16 +69,22 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str], acco
     batches: list[pa.RecordBatch] = []
     waiting: list[dict[str, Any]] = []
     total = 0
+    forms: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
     for number, row in rows:
         total += 1
         try:
             if isinstance(row, Fault):
                 raise row
-            found = conversation(row, ignored)
+            form = form_of(row)
+            found = conversation(row, form, ignored)
         except Fault as fault:
             faults.setdefault((fault.column, fault.reason), [number, fault.value, 0])[2] += 1
             continue
+        forms[" and ".join(form[:2])] += 1
         if isinstance(found, list):
+            for what in _oddities(found):
+                odd[what] += 1
             waiting.append({"number": number, "messages": found, "text": ""})
         elif found:
             waiting.append({"number": number, "messages": [], "text": found})
@@ -87,6 +95,10 @@ def read(rows: Iterable[tuple[int, Any]], source: str, problems: list[str], acco
             waiting = []
     account.read = total
     note_ignored(account, list(ignored))
+    if len(forms) > 1:
+        shown = ", ".join(f"{count:,} with {form}" for form, count in forms.items())
+        account.notes.append(f"rows in several forms: {shown}")
+    account.notes += [f"{what}: {count:,}" for what, count in odd.items()]
     for (column, reason), (number, value, count) in faults.items():
         where = f"{source}, row {number} (data rows, counted from 1)" + (f", column '{column}'" if column else "")
         problems.append(f"{where}: {_show(value)} {reason}{more(count)}.")
@@ -100,7 +112,7 @@ def read_file(file: Path, problems: list[str], account: Account) -> pa.Table:
     try:
         rows = _lines(file, account.notes) if file.suffix == ".jsonl" else _records(file)
         return read(rows, str(file), problems, account)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
         return SCHEMA.empty_table()
 
@@ -113,28 +125,48 @@ def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
 
 def _records(file: Path) -> Iterator[tuple[int, Any]]:
     number = 0
-    with pyarrow.parquet.ParquetFile(file) as parquet:
+    with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
         for batch in parquet.iter_batches(ROWS_AT_ONCE):
-            for row in batch.to_pylist():
+            for row in to_rows(batch, number):
                 number += 1
                 yield number, row
 
 
-def conversation(row: Any, ignored: dict[str, None]) -> list[Turn] | str:
-    """The turns of a row, or its plain text.
+def _oddities(turns: list[Turn]) -> Iterator[str]:
+    """What is strange about a conversation, though nothing about it is wrong."""
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+        yield "rows with an empty turn of the assistant"
+    roles = [turn["role"] for turn in turns]
+    if any(first == second for first, second in itertools.pairwise(roles)) or "system" in roles[1:]:
+        yield "rows in which user and assistant do not take turns"
 
-    Args:
-        ignored: gets the names of columns, and of parts of turns, that are not read though there is something in them.
+
+def form_of(row: Any) -> tuple[str, ...]:
+    """Which columns of a row are read.
 
     Raises:
-        Fault: it has none of the known forms, or something in it is not as it should be.
+        Fault: it has none of the known forms.
     """
     if not isinstance(row, Mapping):
         raise Fault("", row, "is not an object with columns")
-    row = {key: value for key, value in row.items() if value is not None}  # a column that only other rows have
-    form = next((form for form in _FORMS if all(column in row for column in form[:2])), None)
+    there = {key for key, value in row.items() if value is not None}  # others are columns that only other rows have
+    form = next((form for form in _FORMS if there.issuperset(form[:2])), None)
     if form is None:
-        raise Fault("", sorted(row), f"are its columns; expected {FORMS}")
+        raise Fault("", sorted(there), f"are its columns; expected {FORMS}")
+    return form
+
+
+def conversation(row: Mapping[str, Any], form: tuple[str, ...], ignored: dict[str, None]) -> list[Turn] | str:
+    """The turns of a row, or its plain text.
+
+    Args:
+        form: of the row, see `form_of`.
+        ignored: gets the names of columns, and of parts of turns, that are not read though there is something in them.
+
+    Raises:
+        Fault: something in it is not as it should be.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
     ignored.update(dict.fromkeys(name for name in row if name not in form))
     if form[0] in ("messages", "conversations"):
         return _turns(row[form[0]], form[0], ignored)
@@ -160,7 +192,7 @@ def _turns(value: Any, column: str, ignored: dict[str, None]) -> list[Turn]:
         if not isinstance(turn, Mapping):
             raise Fault(column, turn, 'is not a turn such as {"role": "user", "content": "…"}')
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in SPEAKERS:
+        if not isinstance(role, str) or role not in SPEAKERS:
             raise Fault(column, role, f"is not a role; known are {', '.join(SPEAKERS)}")
         turns.append(_turn(SPEAKERS[role], _text(content, column)))
         ignored.update(dict.fromkeys(f"{key} (in {column})" for key, part in turn.items() if key not in _TURN and part))

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -55,6 +56,12 @@ def known_classes(name: str, known: Sequence[str]) -> str | None:
     by_plain = {plain(other): other for other in known}
     near = difflib.get_close_matches(plain(name), by_plain, n=1, cutoff=0.75)
     return f"'{by_plain[near[0]]}'" if near else None
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """Those of some names that are equal to another one but for case, white space around and Unicode's spellings."""
+    plain = [unicodedata.normalize("NFC", name).strip().casefold() for name in names]
+    return [name for name, form in zip(names, plain, strict=True) if plain.count(form) > 1]
 
 
 def some(names: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def read_csv(
             f"row {number} (data rows, counted from 1){span} has {fields}, the header has {len(header)}{more}"
         )
     for number, begin, end in spanning:
-        if (line := _swallowed(lines[begin : end - 1], header, is_record)) is not None:
+        if (line := _swallowed(lines[begin:end], header, is_record)) is not None:
             raise ValueError(
                 f"{_place(number, begin, end, header, lines)}: a quote opens a field here that goes on to line {end}, "
                 f"but line {begin + 1 + line} by itself looks like a row{_HINT}. If all of that is one text, give the "
@@ -142,24 +142,27 @@ def _place(row: int, begin: int, end: int, header: Sequence[str], lines: Sequenc
 def _swallowed(
     lines: Sequence[str], header: Sequence[str], is_record: Callable[[dict[str, str]], bool | None]
 ) -> int | None:
-    """The first of the lines of one row, but for the last, that looks like a row of its own.
+    """The first of the lines of one row that looks like a row of its own.
 
-    Where nothing but the number of fields can tell, at least three lines must be there and all look so.
+    Where the quote opens any field but the last, the last line holds what follows the field, and is not looked at.
+    Where it opens the last field, the first line looks like a row in any case. Where nothing but the number of fields
+    can tell, at least three lines must be looked at and all look so.
     """
+    *before, rest = next(csv.reader([lines[0]]))  # what stands before the quote is read as usual
+    in_last = len(before) == len(header) - 1
     found = []
-    for i, line in enumerate(lines):
-        if i == 0:  # what stands before the quote is read as usual
-            *fields, rest = next(csv.reader([line]))
-            fields += rest.rstrip("\r\n").split(",")
+    for i, line in list(enumerate(lines))[1:] if in_last else list(enumerate(lines))[:-1]:
+        if i == 0:
+            fields = [*before, *rest.rstrip("\r\n").split(",")]
         else:
-            fields = line.rstrip("\r\n").split(",")
+            fields = line.rstrip("\r\n").removesuffix('"').split(",")
         if len(fields) == len(header) > 1:
             looks = is_record(dict(zip(header, fields, strict=True)))
             if looks:
                 return i
             if looks is None:
                 found.append(i)
-    return found[0] if len(found) == len(lines) >= 3 else None
+    return found[0] if len(found) == len(lines) - 1 >= 3 else None
 
 
 # --- JSON lines ---
@@ -189,7 +192,7 @@ def json_lines(lines: Iterable[bytes], notes: list[str] | None = None) -> Iterat
             continue
         row: Any
         try:
-            row = json.loads(line.decode(), object_pairs_hook=_once)
+            row = json.loads(line.decode(), object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             row = BadLine(_reason(error, line), line)
         if isinstance(row, dict | BadLine):
@@ -213,7 +216,12 @@ class _Twice(ValueError):
     pass
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: an object, of which no key may stand there twice.
+
+    Raises:
+        ValueError: one does.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

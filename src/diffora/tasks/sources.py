@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -358,6 +358,9 @@ def find_file(folder: Path, split: str, names: Sequence[str], problems: list[str
     """The one file of ``names`` that is there; none or several are a problem."""
     present = sorted(entry.name for entry in folder.iterdir())
     found = [name for name in names if name in present]
+    shards = [name for name in present if re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.parquet", name)]
+    if found:
+        found += [name for name in shards if name not in found]
     if len(found) == 1:
         return folder / found[0]
     if found:
@@ -423,7 +426,9 @@ def _read_jsonl(file: Path, spec: "TaskSpec", notes: list[str]) -> pa.Table:
     if table is None:
         table = _parse_jsonl(content, spec, pa.string())  # names of classes
     if table is None or table.num_rows != full:
-        raise ValueError(_first_json_fault(lines, spec) or f"{full} lines do not hold one JSON object each")
+        if fault := _first_json_fault(lines, spec):
+            raise ValueError(fault)
+        table = _slow_jsonl(lines, spec)  # it is another column that arrow does not read, one of several types
     note_blank(notes, len(lines) - full)
     # Arrow adds the columns of an explicit schema even when no row has them.
     empty = [name for name in (*spec.text_columns, "label") if table.column(name).null_count == table.num_rows]
@@ -445,6 +450,16 @@ def _parse_jsonl(content: bytes, spec: "TaskSpec", label: pa.DataType) -> pa.Tab
         )
     except pa.ArrowInvalid:
         return None
+
+
+def _slow_jsonl(lines: list[bytes], spec: "TaskSpec") -> pa.Table:
+    """The rows of lines without a fault; columns that nothing reads are empty."""
+    rows = [row for _, row in json_lines(lines)]
+    used = (*spec.text_columns, "label", "idx")
+    columns = {name: [row.get(name) if name in used else None for row in rows] for row in rows for name in row}
+    if "idx" in columns and len({type(value) for value in columns["idx"]}) > 1:
+        columns["idx"] = list(map(str, columns["idx"]))
+    return pa.table({name: pa.array(values) for name, values in columns.items()})
 
 
 def _first_json_fault(lines: list[bytes], spec: "TaskSpec") -> str | None:
@@ -592,6 +607,8 @@ def _numbering(spec: "TaskSpec", table: pa.Table, file: str, problems: list[str]
     """How a file numbers the classes; None where it does not say, or its labels are names themselves."""
     if "label" not in table.column_names or (names := class_names(table.schema, "label")) is None:
         return None
+    if table.column_names.count("label") == 1 and table.num_rows and _by_name(spec, table):
+        return None
     where = f"{file}: column 'label'"
     if spec.is_regression:
         problems.append(f"{where} holds classes ({', '.join(names[:10])}), expected {_expected(spec)}.")
@@ -631,7 +648,6 @@ def _check_label(
         near = _nearest(spec, column, is_number)
         if _report(problems, file, "label", column, pc.invert(is_number), f"is not {expected}{near}"):
             return column
-        numbering = None
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         problems.append(f"{file}: column 'label' holds {kind}, expected {expected}.")
         return column
@@ -716,6 +732,27 @@ def _report(
         where = f"{file}, row {row + 1} (data rows, counted from 1), column '{name}'"
         problems.append(f"{where}: {value} {what}{more(count)}.")
     return bool(count)
+
+
+def to_rows(batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch, of which ``before`` stand in front.
+
+    Raises:
+        ValueError: text that is not UTF-8, with its row.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise ValueError(
+                    f"row {before + i + 1} (data rows, counted from 1): byte 0x{byte:02x} is not UTF-8"
+                ) from None
+        raise
+    return rows
 
 
 def more(count: int) -> str:

@@ -13,8 +13,8 @@ import pyarrow.parquet
 
 from diffora.errors import UserError
 from diffora.tasks.account import Account, Accounts, note_ignored
-from diffora.tasks.lines import BadLine, json_lines, utf8
-from diffora.tasks.sources import check_columns, check_folder, find_file, first_line, hub_splits, more
+from diffora.tasks.lines import BadLine, json_lines, once, utf8
+from diffora.tasks.sources import check_columns, check_folder, find_file, first_line, hub_splits, more, to_rows
 
 ROWS_AT_ONCE = 1000  # bounds memory
 SHIFTS = (0, -1, 1, -2, 2)  # characters by which answer_start may be off and is put right
@@ -100,7 +100,8 @@ def _names(split: str, unanswerable: bool) -> list[str]:
 
 def _open(file: Path, notes: list[str]) -> Reader:
     if file.suffix == ".parquet":
-        return _from_table(pa.parquet.read_table(file))
+        with pa.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
+            return _from_table(parquet.read())
     if file.suffix == ".jsonl":
         return _peek(_from_lines(file, notes))
     if file.suffix == ".json":
@@ -109,8 +110,13 @@ def _open(file: Path, notes: list[str]) -> Reader:
 
 
 def _from_table(table: pa.Table) -> Reader:
-    batches = table.to_batches(max_chunksize=ROWS_AT_ONCE)
-    return table.column_names, (row for batch in batches for row in batch.to_pylist())
+    def rows() -> Iterator[dict[str, Any]]:
+        before = 0
+        for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+            yield from to_rows(batch, before)
+            before += batch.num_rows
+
+    return table.column_names, rows()
 
 
 def _peek(rows: Iterator[dict[str, Any]]) -> Reader:
@@ -136,7 +142,7 @@ def _from_lines(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 def _from_official(file: Path) -> Iterator[dict[str, Any]]:
     """The format of the official site: articles of paragraphs of questions; a row is a question."""
     try:
-        content = json.loads(utf8(file))
+        content = json.loads(utf8(file), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -147,8 +153,12 @@ def _from_official(file: Path) -> Iterator[dict[str, Any]]:
                 for question in paragraph["qas"]:
                     row = {"id": question["id"], "context": paragraph["context"], "question": question["question"]}
                     yield row | {key: question[key] for key in ("answers", "is_impossible") if key in question}
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"article {i} is not as in SQuAD's format, it lacks {error}") from error
+        except TypeError:
+            raise ValueError(
+                f"article {i} is not as in SQuAD's format, an object with paragraphs, of which each has context and qas"
+            ) from None
 
 
 # --- checks ---
@@ -167,7 +177,7 @@ class _Faults:
 
     def messages(self) -> Iterator[str]:
         for (column, kind), (count, row, value, detail) in self.found.items():
-            shown = json.dumps(value, ensure_ascii=False, default=str)[:80]
+            shown = json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
             where = f"{self.file}, row {row} (data rows, counted from 1), column '{column}'"
             yield f"{where}: {shown} {kind}{detail}{more(count)}."
 
@@ -188,6 +198,7 @@ def _check(
     if len(problems) > before:
         return SCHEMA.empty_table()
     faults = _Faults(file)
+    there: dict[str, None] = dict.fromkeys(names)
     seen: dict[str, int] = {}
     moved: list[int] = []
     without: list[int] = []
@@ -195,6 +206,9 @@ def _check(
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     number = 0
     for number, row in enumerate(rows, start=1):
+        there |= dict.fromkeys(row)
+        if not has_answers and row.get("answers") is not None:
+            faults.add(number, "answers", row["answers"], "answers a question, while the first row has no answers")
         for name in TEXTS:
             columns[name].append(_text(row.get(name), number, name, faults))
         key = columns["id"][-1]
@@ -226,7 +240,7 @@ def _check(
         account.change(
             f"answer_start is off by a character or two, put right, first in row {moved[0]}", len(set(moved))
         )
-    note_ignored(account, [name for name in names if name not in (*TEXTS, "answers", *KNOWN)])
+    note_ignored(account, [name for name in there if name not in (*TEXTS, "answers", *KNOWN)])
     problems += faults.messages()
     table = pa.Table.from_batches(batches, SCHEMA)
     return table if has_answers else table.select(TEXTS)
@@ -239,9 +253,20 @@ def _text(value: Any, row: int, name: str, faults: _Faults) -> str:
         faults.add(row, name, value, "is not text")
     elif not value.strip():
         faults.add(row, name, value, "is empty")
+    elif not _is_unicode(value):
+        faults.add(row, name, ascii(value), "is not valid Unicode")
     else:
         return value
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is without half a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _answers(value: Any, row: int, faults: _Faults) -> tuple[list[str], list[int]] | None:

@@ -23,6 +23,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -34,7 +35,7 @@ from diffora.models import load_image_processor
 from diffora.tasks.account import Account, note_ignored, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal
-from diffora.tasks.labels import in_order, known_classes, some
+from diffora.tasks.labels import alike, class_names, in_order, known_classes, some
 from diffora.tasks.sources import SUBSET_SEED, check_columns, check_folder, first_line, hub_splits, split_files
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,8 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
             elif file.suffix.lower() in extensions():
                 found.append(file)
                 if not file.is_file():
-                    problems.append(f"{file}: a link to a file that is not there.")
+                    what = "a link to a file that is not there" if file.is_symlink() else "not a regular file"
+                    problems.append(f"{file}: {what}.")
             else:
                 account.drop(f"no image: {file.suffix.lower() or file.name}", 1)
         return found
@@ -217,9 +219,16 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in files)
 
 
-def open_parquet(folder: Path, split: str, problems: list[str]) -> datasets.Dataset | None:
-    """A split in one file or several, as the hub stores them; None where there is none, or it cannot be read."""
+def open_parquet(folder: Path, split: str, label: str, problems: list[str]) -> datasets.Dataset | None:
+    """A split in one file or several, as the hub stores them; None where there is none, or it cannot be read.
+
+    Args:
+        label: the column of the labels, whose classes must be the same in all files: the library reads those of one.
+    """
     place = folder if any(folder.glob(f"{split}[.-]*parquet")) else folder / "data"
+    if place == folder and any((folder / "data").glob(f"{split}[.-]*parquet")):
+        problems.append(f"{folder}: the split '{split}' is there as .parquet and in {folder / 'data'} too; keep one.")
+        return None
     if not any(place.glob(f"{split}[.-]*parquet")):
         there = sorted(entry.name for entry in folder.iterdir())
         looked = f"looked for {split}/ with a folder for each class, {split}.parquet and {split}-00000-of-0000*.parquet"
@@ -230,7 +239,18 @@ def open_parquet(folder: Path, split: str, problems: list[str]) -> datasets.Data
     if len(problems) > before:
         return None
     try:
-        return datasets.Dataset.from_parquet(files, cache_dir=str(default_cache_dir() / "parquet"))
+        names = {file: class_names(pa.parquet.read_schema(file), label) for file in files}
+        for file, classes in names.items():
+            if classes != names[files[0]]:
+                problems.append(
+                    f"{file}: column '{label}': its classes are {some(classes or ['without names'])}; {files[0]} has "
+                    f"{some(names[files[0]] or ['none'])}; all shards must name them in the same order"
+                )
+        if len(problems) > before:
+            return None
+        # The library knows files by their names and times alone, which a file that replaces another may have too.
+        known = hashlib.sha256(json.dumps([_identity(Path(file)) for file in files]).encode()).hexdigest()
+        return datasets.Dataset.from_parquet(files, cache_dir=str(default_cache_dir() / "parquet" / known))
     except Exception as error:  # arrow's and the library's errors have no common base class
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         problems.append(f"{', '.join(files)} cannot be read as .parquet: {reason}")
@@ -259,6 +279,7 @@ def read_table(
         labels = labels.cast(labels.type.value_type)
     if labels is not None and (pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)):
         labels = pc.utf8_trim_whitespace(labels)  # names of the classes
+        labels = pc.if_else(pc.equal(labels, ""), pa.scalar(None, labels.type), labels)
         classes = sorted(pc.unique(labels).drop_null().to_pylist())
         labels = pc.index_in(labels, pa.array(classes, labels.type)).cast(pa.int64())
     elif labels is not None and not pa.types.is_integer(labels.type):
@@ -713,12 +734,14 @@ class ImageTask(Task):
         check_folder(folder, self._wanted)
         found: list[Source | None] = []
         for name in splits:
-            if (folder / name).is_dir():
+            if (folder / name).is_dir() and any(folder.glob(f"{name}[.-]*parquet")):
+                problems.append(f"{folder}: the split '{name}' is there as a folder and as .parquet; keep one.")
+            elif (folder / name).is_dir():
                 if not (folder / "train").is_dir():
                     problems.append(f"{folder}: no folder 'train', whose class folders name and number the classes.")
                     return []
                 found.append(read_folder(folder / name, class_folders(folder / "train"), labelled, problems))
-            elif (table := open_parquet(folder, name, problems)) is not None:
+            elif (table := open_parquet(folder, name, columns[1], problems)) is not None:
                 found.append(read_table(f"{folder}, {name}", table, columns, labelled, problems))
         return found
 
@@ -746,11 +769,11 @@ class ImageTask(Task):
             problems.append(
                 f"{named[0].name} has names of classes as labels, {unnamed[0].name} has numbers; give names."
             )
-        elif named:
+        elif named or self.reference is not None:
+            meant = named[0].name if named else f"the run: {some(self.reference or ())}"
             for source in unnamed:
-                source.account.notes.append(
-                    f"it does not name its classes: its numbers are taken as in {named[0].name}"
-                )
+                if source.labels is not None:
+                    source.account.notes.append(f"it does not name its classes: its numbers are taken as in {meant}")
         if classes is None:
             if declared is None:
                 raise UserError(_NO_CLASSES)
@@ -771,6 +794,8 @@ class ImageTask(Task):
                     source.account.notes.append(f"no image of these classes: {some([classes[i] for i in missing])}")
         if problems:
             raise UserError(problems)
+        if twins := alike(classes):
+            sources[0].account.notes.append(f"classes whose names differ in case or white space only: {some(twins)}")
         self.classes = classes
         if named:
             self.reference = classes
