@@ -126,7 +126,7 @@ def config_of_checkpoint(cfg: Any) -> dict[str, Any]:
 
 
 def _check_quantised(cfg: Any, how: Any) -> None:
-    """Refuse a ``quantization_config`` that transformers does not know: it would take the packed weights as they are."""
+    """Refuse a ``quantization_config`` that transformers does not know: it would take packed weights as they are."""
     if how is None:
         return
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
