@@ -164,6 +164,55 @@ def test_weights_that_are_all_zero_are_refused(copy, part):
     refused(folder, "all zero", f"bert.{part}"[:-1])
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
+    """transformers takes them as they are: packed numbers without their scales."""
+    folder = copy()
+    name = "encoder.layer.1.output.dense.weight"
+    change_weights(folder, lambda tensors: tensors | {name: tensors[name].to(kind)})
+    refused(folder, "not floating-point numbers", "no quantization_config", name)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_taken(copy, kind):
+    folder = copy()
+    change_weights(folder, lambda tensors: {name: value.to(kind) for name, value in tensors.items()})
+    assert models.load_model(section(folder), small_task()).dtype == torch.float32
+
+
+def test_a_file_with_two_models_is_refused(copy):
+    """Of the two, transformers would take one."""
+    folder = copy()
+    change_weights(folder, lambda tensors: tensors | {f"bert.{name}": value * 2 for name, value in tensors.items()})
+    refused(folder, "two weights for each of 32 places", "bert.encoder.layer.0.attention.output.LayerNorm.bias and enc")
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 must be a rate in [0, 1)"),
+        ({"attention_probs_dropout_prob": float("nan")}, "attention_probs_dropout_prob=NaN is not a number"),
+        ({"layer_norm_eps": 1e30}, "layer_norm_eps=1e+30 must be a number from 0 to 0.1"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be a number of layers of at most 10,000"),
+        ({"text_config": {"rope_theta": float("nan")}}, "text_config.rope_theta=NaN is not a number"),
+        ({"quantization_config": {"quant_method": "mine"}}, "quant_method='mine', which transformers does not know"),
+        ({"quantization_config": 4}, "quant_method=4, which transformers does not know"),
+    ],
+    ids=str,
+)
+def test_entries_of_a_config_that_cannot_be_right_are_refused(copy, entries, words):
+    folder = copy()
+    edit(folder / "config.json", **entries)
+    refused(folder, words)
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(copy):
+    """The outputs of a model are read by their names."""
+    folder = copy()
+    edit(folder / "config.json", return_dict=False)
+    assert models.load_model(section(folder), small_task()).config.return_dict is True
+
+
 # --- files ---
 
 
@@ -316,6 +365,9 @@ def test_full_fine_tuning_exports_names_and_a_tokenizer(cfg, copy, quick, tmp_pa
     found = evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]))
     assert found["validation"]["loss"] == pytest.approx(done.metrics["validation/loss"], abs=2e-6)
     change_weights(written, lambda tensors: {n: v for n, v in tensors.items() if not n.startswith("classifier")})
+    with pytest.raises(UserError, match=r"model/model\.safetensors is not as the run left it"):
+        evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'changed'}"]))
+    (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(UserError, match=r"has no classifier.*another kind of task"):
         evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"]))
 
@@ -371,6 +423,25 @@ def test_an_image_processor_of_another_size_is_refused(copy):
     model = models.load_model(section(folder), task)
     with pytest.raises(UserError, match="does not take images of three channels and 16 x 16 pixels"):
         match_processor(model, task.processor(section(folder)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"image_std": [0.5, 0, 0.5]}, r"image_std=\[0\.5, 0, 0\.5\] must hold numbers"),
+        ({"image_mean": [float("nan")] * 3}, r"image_mean=\[nan, nan, nan\] must hold numbers"),
+        ({"rescale_factor": float("nan")}, r"rescale_factor=\[nan\] must hold numbers"),
+        ({"resample": 99}, "resample=99 is none of Pillow's"),
+        ({"do_flip_channel_order": True}, "images here are RGB, not BGR"),
+    ],
+    ids=str,
+)
+def test_an_image_processor_that_cannot_be_right_is_refused(copy, entries, words):
+    folder = copy("vit")
+    edit(folder / "preprocessor_config.json", **entries)
+    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    with pytest.raises(UserError, match=words):
+        task.processor(section(folder))
 
 
 def matched(folder: Path, task: Any = None) -> Any:

@@ -325,6 +325,47 @@ def test_evaluation_refuses_another_backbone_unless_it_is_named(place, tmp_path,
     assert "may not be the backbone that the run was trained on" in caplog.text
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def other_settings(folder: Path) -> None:
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("max_length: 32", "max_length: 8"))
+
+
+DAMAGES = {
+    "adapter/adapter_model.safetensors": lambda folder: flip(folder / "adapter/adapter_model.safetensors"),
+    "adapter/manifest.json": lambda folder: (folder / "adapter/manifest.json").unlink(),
+    "config.yaml": other_settings,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_settings_and_weights_that_are_not_the_runs_are_refused(place, tmp_path, name):
+    folder = Path(shutil.copytree(place / "complete", tmp_path / "run"))
+    DAMAGES[name](folder)
+    with pytest.raises(UserError, match=f"{name} is not as the run left it"):
+        evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
+    if (folder / name).exists():
+        refused(*given(place), folder=folder, match=f"{name} is not as the run left it")
+        (folder / name).unlink()  # as the message says
+    run_of(*given(place), "resume=true", folder=folder)
+    evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
+
+
+def test_the_adapter_of_another_run_is_refused(place, tmp_path):
+    """It is whole, and fits the model."""
+    folder = Path(shutil.copytree(place / "complete", tmp_path / "run"))
+    run_of(*given(place), "seed=5", folder=tmp_path / "other")
+    shutil.rmtree(folder / "adapter")
+    shutil.copytree(tmp_path / "other" / "adapter", folder / "adapter")
+    with pytest.raises(UserError, match=r"adapter/adapter_model\.safetensors.* not as the run left it"):
+        evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
+
+
 # --- the same end, with any number of workers ---
 
 

@@ -35,6 +35,7 @@ from diffora.methods.lora import LoRA
 from diffora.methods.peft import build
 from diffora.results import figures, terminal
 from diffora.results.page import write
+from diffora.results.record import record_in, write_record
 from diffora.results.runs import gather
 from diffora.tasks.base import Task, get_task
 from diffora.tasks.glue import GlueTask
@@ -85,6 +86,8 @@ def arrived(finished, tmp_path, monkeypatch):
                 node = node[name]
             node[rest[-1]] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(content) if text is None else text)
+        record = record_in(folder / "run.json")
+        write_record(folder, {key: value for key, value in record.items() if key != "digests"})  # whoever made it, can
         return folder
 
     return make

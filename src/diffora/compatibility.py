@@ -17,8 +17,15 @@ from diffora.files import read_json
 # --- weights ---
 
 
-def weight_problems(folder: Path) -> Iterator[str]:
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the types of weights that can be taken as they are."""
+
+
+def weight_problems(folder: Path, quantised: bool) -> Iterator[str]:
     """What is wrong with the files of weights in a model's folder, as far as their headers tell.
+
+    Args:
+        quantised: whether config.json says how the weights were quantised: they may be whole numbers then.
 
     Raises:
         UserError: the list of the files cannot be read.
@@ -40,13 +47,53 @@ def weight_problems(folder: Path) -> Iterator[str]:
         files = [folder / name for name in sorted(set(shards.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         yield f"model.path={folder} lacks {some(absent)}, which {index.name} names"
+    types: dict[str, str] = {}
     for file in files:
         if file.is_file():
             try:
-                with safe_open(file, framework="pt"):
-                    pass
+                with safe_open(file, framework="pt") as content:
+                    types |= {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
             except Exception as error:
                 yield f"{file} is damaged or incomplete: {error}"
+    others = sorted(
+        (name for name, kind in types.items() if name.endswith(".weight") and kind not in FLOATS), key=natural
+    )
+    if others and not quantised:
+        yield (
+            f"model.path={folder} has weights that are {types[others[0]]}, not floating-point numbers of 16 bits or "
+            f"more, and its config.json has no quantization_config that says what they stand for: {some(others)}"
+        )
+    twice = [
+        name
+        for name in sorted(types, key=natural)
+        if re.search(r"\.\d+\.", rest := name.partition(".")[2]) and rest in types
+    ]
+    if twice:
+        yield (
+            f"model.path={folder} has two weights for each of {len(twice)} places, such as {twice[0]} and "
+            f"{twice[0].partition('.')[2]}: save one model alone"
+        )
+
+
+RANGES = {
+    r".*(dropout|dropout_prob|dropout_rate|pdrop|drop_rate)": (0, 0.999, "a rate in [0, 1)"),
+    r".*(_eps|_epsilon)": (0, 0.1, "a number from 0 to 0.1"),
+    r"(num_hidden_layers|num_layers|n_layers?)": (0, 10_000, "a number of layers of at most 10,000"),
+}
+"""Entries of ``config.json`` with which transformers makes a model of no use, without a word."""
+
+
+def config_problems(content: Any, key: str = "") -> Iterator[str]:
+    """Which numbers in a ``config.json``, at any level, cannot be right."""
+    if isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from config_problems(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        if content != content:
+            yield f"{key}=NaN is not a number"
+        for pattern, (low, high, words) in RANGES.items():
+            if re.fullmatch(pattern, key.rpartition(".")[2]) and (content < low or content > high):
+                yield f"{key}={content} must be {words}"
 
 
 def left_over(model: Any, unexpected: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -53,7 +53,9 @@ SMALL = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-"""Other files of a backbone that a result depends on."""
+"""Other files of a backbone that a result depends on, and"""
+KINDS = ("tokenizer.*.json", "*processor_config.json", "*.model", "*.vocab", "*.jinja", "*.py")
+"""those whose names differ from model to model."""
 
 
 # --- files ---
@@ -126,7 +128,8 @@ def backbone(path: str) -> dict[str, Any] | None:
     weights = [] if folder is None else list(_weights(folder))
     if folder is None or not weights:
         return None
-    others = [name for name in SMALL if (folder / name).is_file()] + sorted(file.name for file in folder.glob("*.py"))
+    others = [name for name in SMALL if (folder / name).is_file()]
+    others += sorted({file.name for kind in KINDS for file in folder.glob(kind) if file.is_file()} - set(others))
     files = {name: folder / name for name in (*weights, *others)}
     sampled = [name for name, file in files.items() if file.stat().st_size >= SAMPLED_FROM]
     found = {name: (_sample if name in sampled else of_file)(file) for name, file in files.items()}

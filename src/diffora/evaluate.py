@@ -17,7 +17,7 @@ from diffora.errors import UserError
 from diffora.export import ADAPT, load_adapter
 from diffora.files import check_writable, read_yaml, write_text
 from diffora.results import terminal
-from diffora.results.record import NAME, read_record
+from diffora.results.record import NAME, WEIGHTS, check_as_left, read_record
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.training.predict import predict
@@ -189,7 +189,10 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     check_writable(request.output)
     quiet_libraries()
     task = get_task(cfg.task)
-    if (trained := (read_record(request.weights.parent) or {}).get("classes")) is not None:
+    record = read_record(request.weights.parent) or {}
+    if request.weights.name in WEIGHTS:
+        check_as_left(request.weights.parent, record)
+    if (trained := record.get("classes")) is not None:
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise UserError(f"{request.weights.parent / NAME}: 'classes' is not a list of names")
         task.expect(trained)
@@ -252,8 +255,11 @@ def load_trained(
 def _check_backbone(request: Request) -> None:
     """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
     whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
-    trained = None if whole else (read_record(request.weights.parent) or {}).get("backbone")
+    record = read_record(request.weights.parent) or {}
+    trained = None if whole else record.get("backbone")
     path = request.cfg.model.path
+    if whole and not record.get("digests"):
+        log.warning(f"{request.weights} may not be as its run left it: no run.json has its digests")
     if not trained:
         if not whole and not request.own_backbone:
             log.warning(f"{path} may not be the backbone that the run was trained on: no run.json says which that was")

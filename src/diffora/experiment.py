@@ -23,7 +23,15 @@ from diffora.export import Origin
 from diffora.files import check_writable
 from diffora.methods.base import Method
 from diffora.results import figures, rundir, terminal
-from diffora.results.record import missing_files, new_record, peaks, reset_peaks, result_files, write_record
+from diffora.results.record import (
+    file_digests,
+    missing_files,
+    new_record,
+    peaks,
+    reset_peaks,
+    result_files,
+    write_record,
+)
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
 from diffora.training.loggers import Loggers
@@ -236,10 +244,10 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
         }
         if is_main():
-            record["files"] = result_files(folder, record)
-            record["files"] += write_predictions(parts)
+            record["files"] = [*result_files(folder, record), *write_predictions(parts)]
             if lost := missing_files(folder, record):
                 raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
+            record["digests"] = file_digests(folder, result_files(folder, record))
             write_record(folder, record | {"status": "completed"})
         record["status"] = "completed"  # from here on, nothing that fails makes a failed run of it
         failed = False

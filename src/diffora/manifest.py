@@ -25,7 +25,7 @@ def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any
         files: names of the files that `read_manifest` is to check.
         content: further entries.
     """
-    whole = {**content, "files": {name: _digest(folder / name) for name in files}}
+    whole = {**content, "files": {name: digest_of(folder / name) for name in files}}
     write_text(folder / MANIFEST, json.dumps(whole | {"sha256": _digest_of(whole)}, indent=1) + "\n")
 
 
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problems = []
     for name, digest in files.items():
         try:
-            found = _digest(folder / name)
+            found = digest_of(folder / name)
         except FileNotFoundError:
             problems.append(f"{folder / name} is missing, but {MANIFEST} lists it: copy the whole folder")
         except UserError as error:
@@ -64,7 +64,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """sha256 of a file of an export; of JSON, of its content without the entries that may change."""
     if file.suffix != ".json":
         return file_digest(file)
     content = read_json(file)

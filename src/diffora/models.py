@@ -16,7 +16,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from diffora.compatibility import check_length, check_values, left_over, natural, reason, some, weight_problems
+from diffora.compatibility import (
+    check_length,
+    check_values,
+    config_problems,
+    left_over,
+    natural,
+    reason,
+    some,
+    weight_problems,
+)
 from diffora.core.dropout import use_cheap_dropout
 from diffora.errors import UserError, out_of_memory
 from diffora.files import read_json
@@ -80,6 +89,7 @@ def model_config(cfg: Any, task: Task, meta: bool) -> Any:
         config_of_checkpoint(cfg)
         with _readable(cfg, "config.json") as where:
             config = AutoConfig.from_pretrained(**where, **head)
+    config.return_dict = True  # outputs are read by name
     if hasattr(config, "use_cache"):
         config.use_cache = False  # it is for generating; with a cache, decoders do not see where packed sequences begin
     return config
@@ -103,6 +113,9 @@ def config_of_checkpoint(cfg: Any) -> dict[str, Any]:
         raise UserError(
             f"{path}/config.json holds a {type(content).__name__}; it must be an object with the entries of a model"
         )
+    if wrong := list(config_problems(content)):
+        raise UserError([f"model.path={cfg.path}: in its config.json, {problem}" for problem in wrong])
+    _check_quantised(cfg, content.get("quantization_config"))
     if not _trusts(cfg):
         for key, value in _implementations(content):
             raise UserError(
@@ -110,6 +123,20 @@ def config_of_checkpoint(cfg: Any) -> dict[str, Any]:
                 "it. Remove the entry, or allow it, if you trust the authors: model.trust_remote_code=true"
             )
     return content
+
+
+def _check_quantised(cfg: Any, how: Any) -> None:
+    """Refuse a ``quantization_config`` that transformers does not know: it would take packed weights as they are."""
+    if how is None:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    method = how.get("quant_method") if isinstance(how, dict) else how
+    if not any(str(method) in (name, name.rpartition("_")[0]) for name in KNOWN):
+        raise UserError(
+            f"model.path={cfg.path}: quantization_config in its config.json has quant_method={method!r}, which "
+            "transformers does not know: use the model as it was before it was quantised"
+        )
 
 
 def _implementations(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -278,7 +305,7 @@ def _file_problems(cfg: Any) -> Iterator[str]:
     if local and (Path(path) / "adapter_config.json").is_file():
         yield f"model.path={cfg.path} is an adapter, not a model: give the folder or hub id of its base model"
     elif local and "transformers_weights" not in config_of_checkpoint(cfg):  # which names another file
-        yield from weight_problems(Path(path))
+        yield from weight_problems(Path(path), bool(config_of_checkpoint(cfg).get("quantization_config")))
 
 
 def _take_checkpoint(

@@ -1,5 +1,6 @@
 """A cache file is used as it was written, or written anew with a line in the log."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from diffora.tasks.base import get_task
-from diffora.tasks.cache import arrow_writer, cached
+from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.int64(), "row": pa.int32()})
 ROWS = [{"input_ids": list(range(i % 7 + 1)), "labels": i % 2, "row": i} for i in range(600)]
@@ -113,6 +114,27 @@ def test_a_large_file_is_read_once_while_it_stays_as_it_is(file, tmp_path, monke
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     assert use(tmp_path) == ROWS
+
+
+def test_tokenizers_that_cut_texts_in_other_ways_have_other_facts(tmp_path):
+    """Also where vocabulary and special tokens are equal."""
+    from families import tokenizer_for
+    from transformers import CTRLTokenizer
+
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({"<unk>": 0, "a@@": 1, "bc": 2, "abc": 3, "b": 4, "c": 5, "b@@": 6})
+    )
+    made = []
+    for merges in ("a b\nab c</w>\n", "b c</w>\na b\n"):
+        (tmp_path / "merges.txt").write_text(f"#version\n{merges}")
+        made.append(CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+    assert made[0].tokenize("abc") != made[1].tokenize("abc")
+    assert tokenizer_facts(made[0]) != tokenizer_facts(made[1])
+    (tmp_path / "merges.txt").unlink()
+    ours, theirs = tokenizer_for("bert"), tokenizer_for("bert")
+    assert tokenizer_facts(ours) == tokenizer_facts(theirs)
+    theirs.split_special_tokens = True
+    assert ours("</s>")["input_ids"] != theirs("</s>")["input_ids"] and tokenizer_facts(ours) != tokenizer_facts(theirs)
 
 
 def test_several_processes_write_at_once(tmp_path):

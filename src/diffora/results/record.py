@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from diffora.config import config_hash
 from diffora.errors import UserError, reason
 from diffora.files import MOST_JSON, parse_json, read_text, write_text
+from diffora.manifest import digest_of
 
 NAME = "run.json"
 WEIGHTS = ("adapter", "model")
@@ -117,7 +118,7 @@ def _checked(record: Any) -> dict[str, Any]:
     if record.get("status") == "completed":
         wanted |= dict.fromkeys(("method", "task", "model", "config_hash"), str)
         wanted |= {"metrics": dict, "params": dict, "time": dict, "memory": dict}
-    optional = {"config_hash": str, "error": str, "selection": dict, "classes": list, "files": list}
+    optional = {"config_hash": str, "error": str, "selection": dict, "classes": list, "files": list, "digests": dict}
     wrong = [key for key, kind in wanted.items() if not isinstance(record.get(key), kind)]
     wrong += [key for key, kind in optional.items() if not isinstance(record.get(key), kind | None)]
     if not all(isinstance(name, str) for key in ("classes", "files") for name in record.get(key) or ()):
@@ -144,6 +145,35 @@ def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     if names is None and not any(_has_content(file) for name in WEIGHTS for file in (folder / name).glob("*")):
         found.append(" or ".join(f"{name}/" for name in WEIGHTS))
     return found
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests of some files of a run, by name."""
+    return {name: digest_of(folder / name) for name in names}
+
+
+def check_as_left(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuse settings and weights that are not as the run left them; a record without digests says nothing.
+
+    Raises:
+        UserError: names the files.
+    """
+    digests: Mapping[str, str] = record.get("digests") or {}
+    changed = [name for name in digests if name != "selection.json" and _digest(folder / name) != digests[name]]
+    if changed:
+        raise UserError(
+            f"{folder}: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as the run left it: damaged, "
+            "edited, or of another run. Bring it back; or remove it, and the run's own command with resume=true makes "
+            "it anew from the last checkpoint. evaluate.py takes other settings on its command line, not from a file"
+        )
+
+
+def _digest(file: Path) -> str | None:
+    """None where the file cannot be read."""
+    try:
+        return digest_of(file)
+    except (OSError, UserError):
+        return None
 
 
 def _has_content(file: Path) -> bool:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffora import config
 from diffora.errors import UserError, explained, reason
 from diffora.files import kept, read_yaml, remove_leftovers, write_text
-from diffora.results.record import missing_files, peaks, read_record, why_broken, write_record
+from diffora.results.record import check_as_left, missing_files, peaks, read_record, why_broken, write_record
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if lost := missing_files(folder, old):
         log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")
         return None
+    check_as_left(folder, old)
     log.info(f"{folder} is complete already")
     return old
 

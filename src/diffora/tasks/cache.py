@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -104,6 +105,12 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         content = json.loads(backend.to_str())
         # Calls leave their truncation and padding behind in the backend: not part of its identity.
         content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+        more = [tokenizer.split_special_tokens]  # set at each call
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), repr(sorted(tokenizer.special_tokens_map.items()))]
-    return {"tokenizer": content, "inputs": [*tokenizer.model_input_names, tokenizer.truncation_side]}
+        options = {key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
+        more = [sorted(options.items())]
+        with TemporaryDirectory() as folder:  # merges and the like, which nothing else of it shows
+            tokenizer.save_vocabulary(folder)
+            more += [digests.of_file(file) for file in sorted(Path(folder).iterdir())]
+    return {"tokenizer": content, "inputs": [*tokenizer.model_input_names, tokenizer.truncation_side], "more": more}

@@ -81,11 +81,21 @@ class Preprocessing:
         if len(mean) != 3 or len(std) != 3:
             raise UserError(f"model.path={path}: its images have {len(mean)} channels; images here have three, RGB")
         resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
+        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        numbers = {"image_mean": mean, "image_std": std, "rescale_factor": (scale,)}
+        for key, values in numbers.items():
+            low = 0 if key == "image_mean" else 1e-6
+            if not all(isinstance(value, int | float) and low <= value <= 1000 for value in values):
+                raise UserError(f"model.path={path}: {key}={list(values)} must hold numbers from {low} to 1000")
+        if getattr(processor, "do_flip_channel_order", False):
+            raise UserError(f"model.path={path}: do_flip_channel_order=true: images here are RGB, not BGR")
+        if resample not in list(Image.Resampling):
+            raise UserError(f"model.path={path}: resample={resample!r} is none of Pillow's {list(range(6))}")
         return cls(
             resize=max(size, crop),
             crop=crop,
             resample=int(resample),
-            scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+            scale=scale,
             mean=mean,
             std=std,
         )
