@@ -19,7 +19,10 @@ from diffora.errors import UserError, explained
 
 def command(main: Callable[[], object]) -> None:
     """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
-    for stream in (sys.stdout, sys.stderr):  # None or another kind where a program or a test has replaced it
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we began, as `>&-` does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # of another kind where a program or a test has replaced it
         with suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
