@@ -118,6 +118,14 @@ def test_a_config_of_another_size_is_refused(copy, entries, words):
     refused(folder, *words)
 
 
+def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
+    """A neighbour of B19: with the model's files there, nothing else reads `model.config`."""
+    task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
+    model = models.load_model(task.model, get_task(task.task))
+    assert model.config.num_hidden_layers == 4
+    assert "model.config.num_hidden_layers=2 not taken" in caplog.text and "hidden_size" not in caplog.text
+
+
 def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
     """A masked-language-model head, and buffers of older versions."""
     folder = copy("bert", "AutoModelForMaskedLM")

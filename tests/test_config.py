@@ -9,6 +9,7 @@ import pytest
 from diffora.cli import added_paths, composition_problems
 from diffora.config import RULES, conf_dir, config_hash, differences, plain, problems
 from diffora.errors import UserError
+from diffora.evaluate import read_request
 from diffora.experiment import check
 from diffora.methods.selecting import parse_budget
 
@@ -129,7 +130,7 @@ def test_each_mistake_has_its_message(cfg, override, words):
     ("method", "override", "words"),
     [
         ("houlsby", "method.size=0", "method.size=0 must be a whole number of at least 1"),
-        ("pfeiffer", "method.init_std=-1", "method.init_std=-1 must be a number of at least 0"),
+        ("pfeiffer", "method.init_std=-1", "method.init_std=-1 must be a number above 0"),
         ("pfeiffer", "method.activation=sin", "method.activation='sin' must be 'gelu' or 'relu' or 'silu' or 'tanh'"),
         ("sora", "method.lam=-0.1", "method.lam=-0.1 must be a number of at least 0"),
         ("sora", "method.lam_start=0.1", "method.lam_start=0.1 must lie between 0 and method.lam=0.001"),
@@ -258,6 +259,9 @@ WHOLE = "must be a whole number of at least"
         ("+logger.foo=1", "unknown key logger.foo"),
         ("+task.recipe.epoch=1", "unknown key task.recipe.epoch: did you mean task.recipe.epochs?"),
         ("finetune.lr=inf", "finetune.lr=inf must be a number above 0"),
+        ("finetune.lr=1e-300", "finetune.lr=1e-300 must be a number above 0, at most 1,000,000,000, at least 1e-12"),
+        ("method=houlsby method.init_std=0", "method.init_std=0 must be a number above 0"),
+        ("model.dtype=float16 trainer.precision=bf16-mixed", "use model.dtype=bfloat16 or float32"),
         ("finetune.lr=1e308", "finetune.lr=1e+308 must be a number above 0, at most 1,000,000,000"),
         ("finetune.weight_decay=nan", "finetune.weight_decay=nan must be a number of at least 0"),
         ("finetune.lr=${model.name}", "finetune.lr='deberta_v3_base' must be a number above 0"),
@@ -287,6 +291,31 @@ def test_one_message_says_what_would_be_right(overrides, words):
     given = [overrides] if " [" in overrides or "{" in overrides else overrides.split(" ")
     found = composition_problems(given)
     assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("output=null", "output=null must be the name of a file or folder"),
+        ("output=5", "output=5 must be the name of a file or folder"),
+        ("output=", "output='' must be the name of a file or folder"),
+        ("batch_size=true", f"batch_size=true {WHOLE} 1"),
+        ("batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
+        ("split=[]", "split=[] must be the name of a split, or a list of names"),
+        ("run=elsewhere", "run= is given twice: 'x' and 'elsewhere'"),
+    ],
+)
+def test_arguments_of_an_evaluation_are_checked_before_the_run_is_read(argument, words):
+    with pytest.raises(UserError) as error:
+        read_request(["run=x", argument])
+    assert len(error.value.problems) == 1 and words in error.value.problems[0]
+
+
+def test_a_file_that_asks_for_another_that_is_not_there_is_told_from_a_wrong_choice(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /task: nowhere\n")
+    [problem] = composition_problems(["experiment=mine"], [f"file://{tmp_path}"])
+    assert problem.startswith("experiment=mine asks for task/nowhere, which is not one of: alpaca, chat")
 
 
 def test_a_warm_start_needs_what_the_search_left_beside_its_selection(cfg, tmp_path):

@@ -17,7 +17,7 @@ import stat
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -642,3 +642,22 @@ def test_evaluation_finds_out_that_it_cannot_write_before_it_loads_anything(cfg,
     request = evaluate.Request(cfg(*LORA), tmp_path, None, tmp_path / "file" / "out", 8)
     with pytest.raises(WriteError, match="a part of this path is a file"):
         evaluate.evaluate(request)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_output_that_was_closed_before_the_start_costs_nothing(monkeypatch, fails):
+    """`python train.py … >&-`: Python then has no stream to write to at all."""
+    from diffora.cli import command
+
+    def main():
+        print("a result")
+        if fails:
+            raise UserError("a mistake")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # both are put back in the end
+    for name in ("sys.stdout", "sys.stderr"):
+        monkeypatch.setattr(name, None)
+    with pytest.raises(SystemExit) if fails else nullcontext():
+        command(main)

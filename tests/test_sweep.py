@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import initialize_config_dir
@@ -129,6 +130,23 @@ def test_plain_sweeps_are_every_combination():
     jobs = combinations(parse(["method=lora,diffora", "rank=range(1,4)", "logger=[csv]", "~debug"]))
     assert len(set(jobs)) == 6
     assert jobs[0] == ("method=lora", "rank=1", "logger=[csv]", "~debug")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("seed=range(0,3,0)", "seed=range(0,3,0): range() arg 3 must not be zero"),
+        ("seed=range(0)", "seed=range(0) gives no value"),
+        ("method=glob(nothing*)", "gives no value"),
+        ("seed=range(1000000000)", "seed=range(1000000000) gives more than 10,000 values"),
+        ("seed=range(1000) rank=range(1,1000)", "this sweep would have 999,000 runs; it must have at most 10,000"),
+    ],
+)
+def test_a_sweep_has_runs_and_not_too_many(given, words):
+    loader = SimpleNamespace(get_group_options=lambda group, results_filter=None: ["lora"])
+    with pytest.raises(UserError) as error:
+        combinations(parse(given.split(), loader))
+    assert words in str(error.value)
 
 
 def test_interpolations_in_a_table_are_kept():

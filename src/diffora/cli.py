@@ -19,7 +19,10 @@ from diffora.errors import UserError, explained
 
 def command(main: Callable[[], object]) -> None:
     """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
-    for stream in (sys.stdout, sys.stderr):  # None or another kind where a program or a test has replaced it
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we began, as `>&-` does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # of another kind where a program or a test has replaced it
         with suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
@@ -187,8 +190,8 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
                     compose("config", [*kept, line])
                     right.append(line)
                 except Exception as error:
-                    key, _, value = line.partition("=")
-                    options = re.search(r"Available options in '[^']*':((?:\n\t\S+)*)", str(error))
+                    key = line.partition("=")[0]
+                    options = re.search(r"Available options in '([^']*)':((?:\n\t\S+)*)", str(error))
                     if plugin := _missing_plugin(error):
                         found.append(plugin)
                     elif "Got NoneType" in str(error) or ("must be a string" in str(error) and key in groups):
@@ -197,7 +200,10 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
                         none = "; logger=[] for none" if key == "logger" else ""
                         found.append(f"{line} is not one of: {', '.join(names)}{none}")
                     elif options:
-                        found.append(f"{key}={value} is not one of: {', '.join(options[1].split())}")
+                        inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+                        if inner and options[1] != key.lstrip("+"):  # in the defaults of the file that was chosen
+                            line += f" asks for {inner[1]}, which"
+                        found.append(f"{line} is not one of: {', '.join(options[2].split())}")
                     elif "is not in struct" in str(error) or "Could not override" in str(error):
                         found.append(_no_such_key(key, compose("config", kept), unknown_key))
                         break

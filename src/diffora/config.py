@@ -61,7 +61,9 @@ def _is_path(value: Any) -> bool:
     return True
 
 
-POSITIVE = number(lambda v: v > 0, f"a number above 0, at most {MOST:,}")
+LEAST = 1e-12
+"""Smaller numbers than this stand for nothing: float32 rounds their effect away, and a run would end untrained."""
+POSITIVE = number(lambda v: v >= LEAST, f"a number above 0, at most {MOST:,}, at least {LEAST:g}")
 NOT_NEGATIVE = number(lambda v: v >= 0, f"a number of at least 0, at most {MOST:,}")
 NUMBER = number(lambda v: True, f"a number, at most {MOST:,} in size")
 FRACTION = number(lambda v: 0 < v < 1, "a number between 0 and 1")
@@ -323,6 +325,8 @@ def _combinations(cfg: DictConfig) -> Iterator[str]:
             f"method.warm_start=true needs search.rank={cfg.search.rank} to be rank={cfg.rank}: selected modules keep "
             "the A and B of the search"
         )
+    if cfg.model.dtype == "float16" and cfg.trainer.precision == "bf16-mixed":
+        yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
     if "search" in cfg and cfg.search.get("order") == 2 and cfg.trainer.precision == "16-mixed":
         yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
     if "search" in cfg and cfg.search.get("order") == 2 and cfg.search["update"] == "simultaneous":

@@ -75,6 +75,8 @@ def read_request(arguments: list[str]) -> Request:
             continue
         name, value = parsed.key_or_group, parsed.value()
         if name in OWN:
+            if own.get(name, value) != value:
+                problems.append(f"{name}= is given twice: {config.show(own[name])} and {config.show(value)}")
             own[name] = value
         elif name in SECTIONS:
             choices.append(argument)
@@ -85,8 +87,13 @@ def read_request(arguments: list[str]) -> Request:
             problems.append(f"{config.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
-    if not (isinstance(size := own.get("batch_size", 64), int) and size >= 1):
-        problems.append(f"batch_size={size} must be a whole number of at least 1")
+    rows, size, splits = config.whole(1), own.get("batch_size", 64), own.get("split")
+    if not rows.fits(size):
+        problems.append(f"batch_size={config.show(size)} must be {rows.words}")
+    if not (splits is None or config.TEXT.fits(splits) or (splits and config.TEXTS.fits(splits))):
+        problems.append(f"split={config.show(splits)} must be the name of a split, or a list of names")
+    if "output" in own and not config.PATH.fits(own["output"]):
+        problems.append(f"output={config.show(own['output'])} must be {config.PATH.words}")
     if problems:
         raise UserError(problems)
 
@@ -100,13 +107,12 @@ def read_request(arguments: list[str]) -> Request:
     if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
         raise UserError(problems)
     output = (
-        Path(str(own["output"]))
+        Path(str(own["output"])).expanduser()
         if own.get("output") is not None
         else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
-    splits = own.get("split")
     names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)

@@ -89,6 +89,12 @@ def model_config(cfg: Any, task: Task, meta: bool) -> Any:
         config_of_checkpoint(cfg)
         with _readable(cfg, "config.json") as where:
             config = AutoConfig.from_pretrained(**where, **head)
+        given: Any = OmegaConf.to_container(cfg.get("config") or OmegaConf.create())
+        if other := [f"model.config.{k}={v!r}" for k, v in given.items() if k in head or getattr(config, k, None) != v]:
+            log.warning(
+                f"{', '.join(other)} not taken: model.config describes a model for dry_run=true without its files, and "
+                f"here those of model.path={cfg.path} say otherwise"
+            )
     config.return_dict = True  # outputs are read by name
     if hasattr(config, "use_cache"):
         config.use_cache = False  # it is for generating; with a cache, decoders do not see where packed sequences begin

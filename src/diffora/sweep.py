@@ -3,11 +3,12 @@
 `hydra_plugins.diffora_table` runs it. The tables are files in ``conf/experiment/``.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
+
+MOST_RUNS = 10_000
 
 
 @dataclass
@@ -73,12 +76,22 @@ def values(override: Override) -> list[str]:
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line} gives no list of values: it needs hydra/sweeper=optuna")
-    return list(override.sweep_string_iterator())
+    try:
+        found = list(islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+    except (ValueError, OverflowError) as error:  # range() with a step of 0, or to infinity
+        raise UserError(f"{override.input_line}: {error}") from error
+    if not found:
+        raise UserError(f"{override.input_line} gives no value, so that there is nothing to run")
+    if len(found) > MOST_RUNS:
+        raise UserError(f"{override.input_line} gives more than {MOST_RUNS:,} values, the most that a sweep has runs")
+    return found
 
 
 def combinations(given: Iterable[Override]) -> list[tuple[str, ...]]:
     """The overrides of each run of a plain sweep: every combination of the values given."""
     lines = {o.get_key_element(): [_line(o, value) for value in values(o)] for o in given}
+    if (number := math.prod(map(len, lines.values()))) > MOST_RUNS:
+        raise UserError(f"this sweep would have {number:,} runs; it must have at most {MOST_RUNS:,}")
     return list(product(*lines.values()))
 
 

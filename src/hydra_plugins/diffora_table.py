@@ -172,7 +172,9 @@ class TableSweeper(Sweeper):
         from diffora.experiment import check
         from diffora.results.rundir import finished
         from diffora.training.machine import check_machine
+        from diffora.training.stages import quiet_libraries
 
+        quiet_libraries()  # before Lightning is asked about devices, which it would tell of
         found: Jobs = {}
         checked: set[tuple[str, ...]] = set()
         impossible: set[tuple[str, ...]] = set()

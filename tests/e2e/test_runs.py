@@ -278,7 +278,7 @@ def test_a_budget_that_is_too_small_is_refused_before_the_search(cfg, short, tmp
     "option", ["trainer.precision=bf16-mixed", "search.order=2", "search.accumulate=2", "method.weight_sharing=false"]
 )
 def test_options_run_to_the_end(cfg, quick, tmp_path, option):
-    more = ["search.train_steps=2", "finetune.accumulate=2"] if "accumulate" in option else []
+    more = ["search.train_steps=2", "search.batch_size=16", "finetune.accumulate=2"] if "accumulate" in option else []
     result = run(cfg(*quick, option, *more), tmp_path / "run")
     assert result.record["status"] == "completed"
     if option == "method.weight_sharing=false":

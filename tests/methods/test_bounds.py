@@ -82,6 +82,35 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
         check_stages(cfg(*given, "finetune.warmup_steps=21"), None, None, 100)
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("gm_lora", "method.mask.start=20", "method.mask.start=20 must be less than 20, the steps of this run"),
+        ("diffora", "method.mask={rank: half, start: 99}", "method.mask.start=99 must be less than 20"),
+        ("sora", "method.stages=21", "method.stages=21 must be at most 20, the steps of this run (100 rows,"),
+    ],
+)
+def test_a_schedule_that_the_run_never_gets_to_is_refused(cfg, deberta, method, override, message):
+    given = [f"method={method}", override, "finetune.batch_size=10", "finetune.epochs=2", "task=mrpc"]
+    composed = cfg(*given)
+    method = get_class(composed.method._target_).from_config(composed)
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    with pytest.raises(UserError) as error:
+        check_stages(composed, method, grid, 100)
+    assert message in str(error.value)
+    check_stages(composed, method, grid, 1000)
+
+
+def test_a_selection_that_no_score_can_change_is_said(refused, caplog):
+    for rho, word in (("0.1", "none"), ("1", "all")):
+        caplog.clear()
+        assert refused("method=diffora", f"rho={rho}") == []
+        assert f"rho={float(rho):g}" in caplog.text.replace("1.0", "1") and f"selects {word} of" in caplog.text
+    caplog.clear()
+    refused("method=diffora", "rho=0.5")
+    assert caplog.text == ""
+
+
 def test_a_warm_start_from_other_tensors_is_named(cfg, quick, tmp_path):
     """B18's neighbour: the file of A and B is damaged, or is of another search."""
     given = [*quick, "search.epochs=1", "finetune.epochs=1", "method.warm_start=true", "finetune.warmup_steps=0"]

@@ -492,6 +492,8 @@ def test_the_command_line_is_checked(tmp_path):
     assert page.request([str(tmp_path), f"output={tmp_path / 'o'}"]) == ([tmp_path], tmp_path / "o")
     with pytest.raises(UserError, match=r"outptu=x: report\.py takes folders"):
         page.request([str(tmp_path), "outptu=x"])
+    with pytest.raises(UserError, match="an argument is empty"):  # "$RUNS" that is not set
+        page.request([""])
     with pytest.raises(UserError, match="no folder of runs"):
         page.request(["output=x"])
 

@@ -190,6 +190,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(deberta):
         fit(module)
 
 
+def test_a_last_step_that_spoils_the_weights_stops_the_run(deberta):
+    """No training loss shows it: predictions of NaN would count as class 0."""
+    module = module_of(deberta, warmup_steps=0)
+
+    class Spoil(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                with torch.no_grad():
+                    next(p for p in pl_module.parameters() if p.requires_grad).fill_(torch.nan)
+
+    with pytest.raises(NonFiniteLoss, match="the validation loss is not finite in epoch 1"):
+        fit(module, callbacks=[Spoil()])
+    assert not module.history
+
+
 def test_checkpoints_hold_trainable_weights_only(deberta):
     module = module_of(deberta)
     fit(module, epochs=1)

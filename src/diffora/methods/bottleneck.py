@@ -1,12 +1,11 @@
 """What the two adapters with a bottleneck, Houlsby's and Pfeiffer's, have in common."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
-from diffora.config import NOT_NEGATIVE, whole
+from diffora.config import POSITIVE, whole
 from diffora.core.bottleneck import BottleneckLinear
 from diffora.core.grid import Grid
 from diffora.core.linear import features
@@ -30,11 +29,7 @@ class Bottleneck(Method):
     size: Annotated[int, whole(1)]
     activation: Literal["gelu", "relu", "silu", "tanh"]
     skip: bool
-    init_std: Annotated[float, NOT_NEGATIVE]
-
-    def problems(self) -> Iterator[str]:
-        if self.init_std == 0 and not self.skip:
-            yield "method.init_std=0 with method.skip=false would begin with outputs of zero: give a positive init_std"
+    init_std: Annotated[float, POSITIVE]  # at 0 neither matrix would ever get a gradient
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         for role in self.roles:

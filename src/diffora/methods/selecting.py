@@ -111,6 +111,11 @@ class Selecting(Method):
         """
         ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
         check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
+        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_layers * grid.n_types):
+            log.warning(
+                f"rho={self.rho} selects {'all' if self.size(grid) else 'none'} of the modules: whatever the "
+                "scores are, the selection is the same"
+            )
         if self.limit is None:
             if self.rank_elsewhere is None and self.size(grid) == 0:
                 raise UserError(

@@ -282,7 +282,9 @@ def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
     folders, output, problems = [], Path("outputs/report"), []
     for argument in arguments:
         key, given, value = argument.partition("=")
-        if not given or Path(argument).is_dir():
+        if not argument.strip():
+            problems.append("an argument is empty: give the folder of a run or sweep")
+        elif not given or Path(argument).is_dir():
             folders.append(Path(argument).expanduser())
         elif key == "output" and value:
             output = Path(value).expanduser()

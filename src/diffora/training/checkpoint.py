@@ -425,8 +425,8 @@ class Stage(L.LightningModule):
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite in ``epoch`` (from 0)."""
 
-    def __init__(self, epoch: int) -> None:
-        super().__init__(f"the loss is not finite in epoch {epoch + 1}")
+    def __init__(self, epoch: int, what: str = "loss") -> None:
+        super().__init__(f"the {what} is not finite in epoch {epoch + 1}")
         self.epoch = epoch
 
 

@@ -1,5 +1,6 @@
 """Stage 2 of DiffoRA, and the whole of every other method: fine-tune what the method left trainable."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
 from diffora.methods.base import Adaptation
 from diffora.tasks.base import Outputs, Split, Task
-from diffora.training.checkpoint import Stage
+from diffora.training.checkpoint import NonFiniteLoss, Stage
 
 Metrics = dict[str, float]
 
@@ -181,6 +182,8 @@ class FineTuneModule(Stage):
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
                     half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
                     scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
+        if not all(math.isfinite(scores.get(f"{name}/loss", 0.0)) for name in self.validation):
+            raise NonFiniteLoss(self.current_epoch, "validation loss")
         if (seen_score := scores.get(f"train/{self.task.main_metric}")) is not None:
             # [R] Figures 1, 2: how much better the model is on what it was trained on.
             gap = seen_score - scores[f"{self.official}/{self.task.main_metric}"]

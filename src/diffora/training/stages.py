@@ -222,6 +222,11 @@ def search(
         (relaxed DAM or attributions, L x N on the CPU; seconds).
     """
     cfg, s, grid, model, folder = parts.cfg, parts.cfg.search, parts.grid, parts.model, parts.folder
+    if s.train_steps > (batches := max(1, len(split[0]) // s.batch_size)):
+        raise UserError(
+            f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
+            f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
+        )
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
         for name in models.head_modules(model)
@@ -406,21 +411,26 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     return module
 
 
+def steps_of(cfg: DictConfig, n_rows: int) -> tuple[int, str]:
+    """(optimiser steps of the fine-tuning stage, what they are, for messages)"""
+    f = cfg.finetune
+    made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"
+    return -(-n_rows // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"
+
+
 def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
     """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it.
 
     Raises:
         UserError: it was given, and the run is shorter.
     """
-    f = cfg.finetune
-    steps = -(-n_rows // f.batch_size) * f.epochs
-    given: int = f.warmup_steps
+    steps, run = steps_of(cfg, n_rows)
+    given: int = cfg.finetune.warmup_steps
     if given == cfg.task.recipe.get("warmup_steps") and given > steps // 2:
         return steps // 10
     if given > steps:
         raise UserError(
-            f"finetune.warmup_steps={given} must be at most {steps}, the steps of this run ({n_rows} rows, "
-            f"finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}): finetune.lr would never be reached"
+            f"finetune.warmup_steps={given} must be at most {steps}, {run}: finetune.lr would never be reached"
         )
     return given
 
@@ -436,8 +446,17 @@ def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None
     """
     if getattr(method, "selection", None) is None and getattr(method, "selector", None) in ("search", "attribution"):
         check_ranks(grid, {"search.rank": cfg.search.rank})
-    if n_rows is not None:
-        warmup_steps(cfg, n_rows)
+    if n_rows is None:
+        return
+    warmup_steps(cfg, n_rows)
+    if cfg.finetune.batch_size > n_rows:
+        log.warning(f"finetune.batch_size={cfg.finetune.batch_size}: there are {n_rows} rows, so an epoch is one step")
+    steps, run = steps_of(cfg, n_rows)
+    mask = getattr(method, "mask", None)
+    if mask is not None and mask.rank is not None and mask.start >= steps:
+        raise UserError(f"method.mask.start={mask.start} must be less than {steps}, {run}: no step would be masked")
+    if (stages := getattr(method, "stages", 1)) > steps:
+        raise UserError(f"method.stages={stages} must be at most {steps}, {run}: each takes a step or more")
 
 
 # --- both ---
