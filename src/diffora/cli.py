@@ -235,11 +235,12 @@ def _each_value(override: str) -> list[str]:
 
 
 def _no_such_key(key: str, cfg: DictConfig, unknown: Callable[[str, Iterable[str]], str]) -> str:
-    if key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout":
+    of_method = key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout"
+    if of_method and isinstance(cfg.get("method"), DictConfig):  # ~method takes it away
         there = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
         there += [name for name in ("rank", "rho", "search") if name in cfg]
         return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(there)}" if there else "")
-    if key.startswith("task."):
+    if key.startswith("task.") and isinstance(cfg.get("task"), DictConfig):
         there = [f"task.{name}" for name in cfg.task if name != "_target_"]
         return f"task={cfg.task.name} has no setting {key}; it has {', '.join(there)}"
     known = [k for k in RULES if not k.endswith("*")]

@@ -130,9 +130,12 @@ def file_digest(path: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
-        UserError: it is not a regular file.
+        UserError: it is not a regular file, or one of gigabytes that holds next to nothing, which would take hours.
     """
     _check_regular(path)
+    status = os.stat(path)
+    if status.st_size > 2**30 and getattr(status, "st_blocks", status.st_size) * 512 < status.st_size / 10:
+        raise UserError(f"{path} is damaged: of its {status.st_size:,} bytes hardly any were written (a sparse file)")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

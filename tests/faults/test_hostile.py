@@ -107,7 +107,7 @@ class Commands:
 
     def judge(self, campaign, how: str, run: Path, case: str, refused: bool = False) -> None:
         outcome = self.use(how, run)
-        ran = [str(f) for f in (self.canary, *self.tmp_path.rglob("CANARY")) if f.exists()]
+        ran = [str(f) for f in (self.canary, *self.tmp_path.rglob("CANARY")) if os.path.exists(f)]
         if ran:
             campaign.count(LOST, case, f"code was executed: {ran}")
             for file in ran:

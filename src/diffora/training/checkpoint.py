@@ -74,7 +74,7 @@ def _newest_first(folder: Path, stage: str) -> list[Path]:
 def _is_whole(file: Path) -> bool:
     try:
         return file.stem.endswith(f"-{_digest(file)}")
-    except OSError:
+    except (OSError, UserError):
         return False
 
 
