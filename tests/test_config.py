@@ -321,8 +321,8 @@ def test_a_file_that_asks_for_another_that_is_not_there_is_told_from_a_wrong_cho
 @pytest.mark.parametrize("group", ["task", "method"])
 def test_a_group_that_was_taken_away_explains_its_settings(group):
     found = composition_problems(["model=tiny", f"~{group}", f"{group}.alpha.x=1", "seed=-1"])
+    assert f"{group} is missing: choose one with {group}=<name>" in found
     assert any(f"unknown key {group}.alpha.x" in problem for problem in found)
-    assert any(problem.startswith(f"{group}._target_ is missing") for problem in found), found
 
 
 def test_a_warm_start_needs_what_the_search_left_beside_its_selection(cfg, tmp_path):
