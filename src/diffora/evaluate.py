@@ -88,6 +88,8 @@ def read_request(arguments: list[str]) -> Request:
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
     rows, size, splits = config.whole(1), own.get("batch_size", 64), own.get("split")
+    if config.is_int(splits):
+        splits = str(splits)
     if not rows.fits(size):
         problems.append(f"batch_size={config.show(size)} must be {rows.words}")
     if not (splits is None or config.TEXT.fits(splits) or (splits and config.TEXTS.fits(splits))):
@@ -108,7 +110,7 @@ def read_request(arguments: list[str]) -> Request:
         raise UserError(problems)
     output = (
         Path(str(own["output"])).expanduser()
-        if own.get("output") is not None
+        if "output" in own
         else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     if output.is_file() or (output.exists() and any(output.iterdir())):

@@ -289,7 +289,7 @@ def test_options_run_to_the_end(cfg, quick, tmp_path, option):
 
 @pytest.mark.parametrize("selector", ["search", "attribution"])
 def test_warm_start_begins_where_the_search_ended(cfg, quick, tmp_path, selector):
-    overrides = [f"method.selector={selector}", "method.warm_start=true", "finetune.lr=1e-30"]
+    overrides = [f"method.selector={selector}", "method.warm_start=true", "finetune.lr=1e-12"]
     result = run(cfg(*quick, *overrides), tmp_path / "run")
     from diffora.core.lowrank import lowrank_layers
 

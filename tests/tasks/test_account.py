@@ -177,7 +177,7 @@ def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["data"] == {"validation": data["validation"]} and written["metrics"] == found
     with pytest.raises(UserError, match="no file for the split '2024'"):
-        evaluate(read_request([f"run={tmp_path / 'run'}", "split=2024", "output=null"]))
+        evaluate(read_request([f"run={tmp_path / 'run'}", "split=2024", f"output={tmp_path / 'o2'}"]))
 
 
 @pytest.mark.parametrize("method", ["diffora", "lora"])
