@@ -107,7 +107,8 @@ class Commands:
 
     def judge(self, campaign, how: str, run: Path, case: str, refused: bool = False) -> None:
         outcome = self.use(how, run)
-        ran = [str(f) for f in (self.canary, *self.tmp_path.rglob("CANARY")) if os.path.exists(f)]
+        left = (os.path.join(place, "CANARY") for place, _, names in os.walk(self.tmp_path) if "CANARY" in names)
+        ran = [str(file) for file in (self.canary, *left) if os.path.exists(file)]
         if ran:
             campaign.count(LOST, case, f"code was executed: {ran}")
             for file in ran:
