@@ -149,25 +149,10 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, the place is read-only and the like.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{_host()}.part")
-    try:
-        _check_kept(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
+    with _scratch_beside(Path(path)) as scratch:
         mode = _create(scratch)
         yield scratch
         _finish(scratch, mode)
-        _check_kept(path)
-        os.replace(scratch, path)
-        _sync(path.parent)
-    except Exception as error:
-        if (failure := _write_error(error, path, scratch)) is None:
-            raise
-        raise failure from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -177,12 +162,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: as `atomic`.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{_host()}.part")
-    try:
-        _check_kept(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
+    with _scratch_beside(Path(path)) as scratch:
         _remove(scratch)
         scratch.mkdir()
         mode = _create(scratch / ".mode")
@@ -190,8 +170,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield scratch
         for place in filter(Path.is_file, scratch.rglob("*")):
             _finish(place, mode)
+
+
+@contextmanager
+def _scratch_beside(path: Path) -> Iterator[Path]:
+    """What `atomic` and `atomic_folder` have in common: the name, the place that it takes, the words of failures."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{_host()}.part")
+    try:
         _check_kept(path)
-        _remove(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        yield scratch
+        _check_kept(path)
+        if scratch.is_dir():  # which takes the place of an empty folder only
+            _remove(path)
         os.replace(scratch, path)
         _sync(path.parent)
     except Exception as error:
