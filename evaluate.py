@@ -20,7 +20,7 @@ def main() -> None:
         print(__doc__.strip())
         return
     import_run()
-    from diffora.evaluate import evaluate, read_request
+    from diffora.run.evaluate import evaluate, read_request
 
     evaluate(read_request(sys.argv[1:]))
 

@@ -17,8 +17,8 @@ def main() -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return
-    from diffora.results.page import request, write
-    from diffora.results.runs import gather
+    from diffora.report.page import request, write
+    from diffora.report.runs import gather
 
     began = time.time()
     folders, output = request(arguments)

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from diffora.core.dropout import use_cheap_dropout
+from diffora.backbones.models import freeze_backbone, head_modules
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
+from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
-from diffora.models import freeze_backbone, head_modules
-from diffora.results import record
+from diffora.run import record
+from diffora.search.bilevel import SearchModule, SearchSettings
 from diffora.tasks.base import get_task
-from diffora.training.search import SearchModule, SearchSettings
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks" / "results"

@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
+from diffora.backbones.models import freeze_backbone
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.orthogonality import orthogonality
@@ -35,7 +36,6 @@ from diffora.methods.pfeiffer import Pfeiffer
 from diffora.methods.r_lora import RLoRA
 from diffora.methods.rm_lora import RMLoRA
 from diffora.methods.sora import SoRA
-from diffora.models import freeze_backbone
 
 TYPES = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
 TYPES += ["intermediate.dense", "output.dense"]

@@ -21,10 +21,12 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 
 from benchmarks.common import RESULTS, header
-from diffora import config, experiment, models
-from diffora.core import fused
+from diffora.backbones import models
 from diffora.core.lowrank import LowRankLinear
 from diffora.files import write_text
+from diffora.kernels import fused
+from diffora.run import experiment
+from diffora.settings import config
 
 PATHS = ("default", "plain", "added", "folded", "alone")
 METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=1"]

@@ -88,7 +88,7 @@ def write_embedded(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    from diffora.tasks.paraphrase import splits
+    from diffora.tasks.embedded.paraphrase import splits
 
     for name, columns in splits(train_rows=4000, validation_rows=1000, seed=0).items():
         pa.parquet.write_table(pa.table(columns), folder / f"{name}.parquet")

@@ -37,7 +37,7 @@ def clock(owner: Any, name: str, part: str) -> None:
 def main() -> None:
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
-    from diffora import models
+    from diffora.backbones import models
     from diffora.tasks.glue import GlueTask
 
     clock(GlueTask, "load", "reading rows")

@@ -49,7 +49,7 @@ def measure(given: argparse.Namespace) -> None:
     """In a process of its own: tokenise once, print what it took."""
     from transformers import AutoTokenizer
 
-    from diffora.results.record import peaks, reset_peaks
+    from diffora.run.record import peaks, reset_peaks
     from diffora.tasks.glue import TASKS
     from diffora.tasks.sources import load_split
     from diffora.tasks.tokenise import tokenise

@@ -22,7 +22,7 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks.paraphrase import splits  # noqa: E402
+from diffora.tasks.embedded.paraphrase import splits  # noqa: E402
 
 KINDS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
 HEAD = ("pooler", "classifier")

@@ -26,13 +26,16 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora import config, experiment  # noqa: E402
 from diffora.cli import command  # noqa: E402
 from diffora.core.selection import Selection  # noqa: E402
 from diffora.files import write_text  # noqa: E402
+from diffora.loop.loggers import Loggers  # noqa: E402
+from diffora.loop.parts import Parts  # noqa: E402
+from diffora.loop.process import quiet_libraries  # noqa: E402
+from diffora.run import experiment  # noqa: E402
+from diffora.search.stage import find_selection  # noqa: E402
+from diffora.settings import config  # noqa: E402
 from diffora.tasks.base import get_task  # noqa: E402
-from diffora.training.loggers import Loggers  # noqa: E402
-from diffora.training.stages import Parts, find_selection, quiet_libraries  # noqa: E402
 
 UPDATES = ("alternating", "simultaneous")
 

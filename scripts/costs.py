@@ -3,7 +3,7 @@
     python scripts/costs.py docs/reproduce.md             # prints an estimate for each block of commands
     python scripts/costs.py docs/reproduce.md --write     # and puts it into the page, after each block
 
-For each run the adapted model takes a training step on tensors without content (`diffora.memory`), while the floating
+For each run the adapted model takes a training step on tensors without content (`diffora.run.memory`). The floating
 point operations of forward and backward pass and the kernels are counted. A step takes the longer of operations by
 ``--teraflops`` and kernels by ``--microseconds``: small batches of short texts keep no GPU busy. An epoch is one such
 step for each batch, and a forward pass over the validation rows; a round of the search one of LoRA on all modules over
@@ -26,12 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora import memory, models
-from diffora.config import conf_dir
+from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
-from diffora.experiment import check
-from diffora.sweep import cells, combinations, parse, table_of, values
+from diffora.files import conf_dir
+from diffora.run import memory
+from diffora.run.experiment import check
+from diffora.run.sweep import cells, combinations, parse, table_of, values
 
 TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused
 MICROSECONDS = 10.0  # that PyTorch takes to launch a kernel

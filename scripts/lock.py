@@ -33,9 +33,13 @@ HEADS = {
 
 
 def blocks(text: str) -> dict[str, str]:
-    """The lines of each package in a list, by the package's name."""
-    found = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
-    return {block.partition("==")[0]: f"{block}\n" for block in found if "==" in block}
+    """The lines of each package in a list, by its name. One package may have several versions, by Python version."""
+    found: dict[str, str] = {}
+    for block in re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip()):
+        if "==" in block:
+            name = block.partition("==")[0]
+            found[name] = f"{found.get(name, '')}{block}\n"
+    return found
 
 
 def compile_list(output: Path, *sources: str, stdin: str = "") -> dict[str, str]:

@@ -2,9 +2,9 @@
 
     python scripts/pretrain_tiny.py            # the shipped folder, src/diffora/assets/tiny
 
-The text is `diffora.tasks.paraphrase.corpus`: stories of one or two sentences, written afresh for every step and free
-of labels. Stage one is masked language modelling; stage two adds DeBERTa-v3's objective, to tell which words of the
-text have been replaced. Nothing else is trained on: no pair is ever marked as a paraphrase or not.
+The text is `diffora.tasks.embedded.paraphrase.corpus`: stories of one or two sentences, generated anew for every
+step, without labels. Stage one is masked language modelling. Stage two adds DeBERTa-v3's objective: to tell which words
+of the text were replaced. Nothing else is trained on, and no pair is marked as a paraphrase or not.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model, 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks.paraphrase import VOCABULARY, corpus  # noqa: E402
+from diffora.tasks.embedded.paraphrase import VOCABULARY, corpus  # noqa: E402
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)

@@ -2,9 +2,10 @@
 
     python scripts/pretrain_tiny_llama.py            # the shipped folder, src/diffora/assets/tiny_llama
 
-The text, written afresh for every step, is of three kinds: stories of `diffora.tasks.paraphrase.corpus`; lists of any
-words of the vocabulary, said twice; and chats in which the assistant says what the user said in other words.
-Conversations of the `dialogue` task, its requests and its questions are not among it.
+The text is generated anew for every step. It is of three kinds: stories of
+`diffora.tasks.embedded.paraphrase.corpus`; lists of any words of the vocabulary, each list twice; and chats in which
+the assistant says in other words what the user said. It holds no conversation, request or question of the `dialogue`
+task.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks import paraphrase  # noqa: E402
-from diffora.tasks.dialogue import VOCABULARY  # noqa: E402
+from diffora.tasks.embedded import paraphrase  # noqa: E402
+from diffora.tasks.embedded.dialogue import VOCABULARY  # noqa: E402
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "<|user|>", "<|assistant|>", "<|end|>"]
 PAD, UNK, BOS, USER, ASSISTANT, END = range(6)

@@ -3,7 +3,7 @@
     python scripts/pretrain_tiny_vit.py            # the shipped folder, src/diffora/assets/tiny_vit
 
 It learns to tell the five digits apart, in images moved, turned and scaled a little; the classifier is thrown away. The
-digits 5 to 9 are the embedded task (`diffora.tasks.digits`) and are not looked at here.
+digits 5 to 9 are the embedded task (`diffora.tasks.embedded.digits`) and are not looked at here.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from diffora.tasks.digits import PRETRAINED, digits  # noqa: E402
+from diffora.tasks.embedded.digits import PRETRAINED, digits  # noqa: E402
 
 SIZE = 8
 

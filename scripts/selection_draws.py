@@ -20,7 +20,7 @@ from typing import Any
 from selection_quality import Run, completed, put
 
 from diffora.files import write_text
-from diffora.results.statistics import Difference, paired
+from diffora.report.statistics import Difference, paired
 
 SPLITS = "validation", "held_out"
 

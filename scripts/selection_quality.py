@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from diffora.files import write_text
-from diffora.results.figures import short_names
-from diffora.results.statistics import paired, stability
+from diffora.report.statistics import paired, stability
+from diffora.run.figures import short_names
 
 Subset = tuple[tuple[str, ...], ...]
 Run = Mapping[str, Any]

@@ -30,8 +30,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts")]
 
 import theory_page  # noqa: E402
 
-from diffora.core.approximation import best_error, best_update, network_bound, orthonormal_error  # noqa: E402
-from diffora.core.gram import (  # noqa: E402
+from diffora.core.orthogonality import numerical_rank, orthogonality  # noqa: E402
+from diffora.files import write_text  # noqa: E402
+from diffora.theory.approximation import best_error, best_update, network_bound, orthonormal_error  # noqa: E402
+from diffora.theory.gram import (  # noqa: E402
     TwoLayerNet,
     active_together,
     convergence_bound,
@@ -42,8 +44,6 @@ from diffora.core.gram import (  # noqa: E402
     sampled_patterns,
     tangent_kernel,
 )
-from diffora.core.orthogonality import numerical_rank, orthogonality  # noqa: E402
-from diffora.files import write_text  # noqa: E402
 
 TOLERANCE = 1e-9  # on least eigenvalues, of matrices that are exact to about 1e-11
 Result = dict[str, Any]

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import nn
 
-from diffora.config import conf_dir
+from diffora.files import conf_dir
 from diffora.hub import why_unreachable
 
 REPO = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffora import config
 from diffora.errors import UserError
-from diffora.experiment import check
+from diffora.run.experiment import check
+from diffora.settings import config
 
 NASTY: list[Any] = [
     float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 5e-324, -1, 0, 1, 0.5, 2.0, 10**10, 10**20, -(10**20),

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from diffora.models import freeze_backbone
+from diffora.backbones.models import freeze_backbone
 from diffora.tasks.glue import GlueTask
 
 

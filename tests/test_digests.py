@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffora import digests
 from diffora.errors import UserError
-from diffora.models import EMBEDDED
+from diffora.hub import EMBEDDED
 
 
 @pytest.fixture

@@ -22,21 +22,22 @@ from hypothesis import strategies as st
 from made_runs import made_run
 from omegaconf import OmegaConf
 
-from diffora import cli, models
-from diffora.config import conf_dir
+from diffora import cli
+from diffora.adapters.export import load_adapter
+from diffora.adapters.manifest import write_manifest
+from diffora.backbones import models
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.evaluate import evaluate, load_trained, read_request
-from diffora.experiment import check, run
-from diffora.export import load_adapter
-from diffora.manifest import write_manifest
+from diffora.files import conf_dir
 from diffora.methods.base import Method
 from diffora.methods.lora import LoRA
 from diffora.methods.peft import build
-from diffora.results import figures, terminal
-from diffora.results.page import write
-from diffora.results.record import record_in, write_record
-from diffora.results.runs import gather
+from diffora.report.page import write
+from diffora.report.runs import gather
+from diffora.run import figures, terminal
+from diffora.run.evaluate import evaluate, load_trained, read_request
+from diffora.run.experiment import check, run
+from diffora.run.record import record_in, write_record
 from diffora.tasks.base import Task, get_task
 from diffora.tasks.glue import GlueTask
 from diffora.trust import class_at, literal, settings

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from diffora.config import RULES, conf_dir, unknown_key  # its resolvers must be there before Hydra resolves
 from diffora.errors import UserError, explained
+from diffora.files import conf_dir
+from diffora.settings.config import RULES, unknown_key  # its resolvers must be there before Hydra resolves
 
 
 def command(main: Callable[[], object]) -> None:
@@ -79,7 +80,7 @@ def job(cfg: DictConfig) -> float | None:
             os.rmdir(hydra.runtime.output_dir)
         fail(f"experiment={name} is a table of runs, which takes -m: python train.py -m experiment={name} scale=…")
     import_run()
-    from diffora.experiment import train
+    from diffora.run.experiment import train
 
     try:
         return train(cfg)
@@ -97,11 +98,11 @@ def import_run() -> None:
     Thousands of modules make hundreds of thousands of objects that stay. Python's collector would pass over all of
     them again and again, which takes a seventh of the time; afterwards they are put out of its sight.
     """
-    if "diffora.experiment" in sys.modules or not gc.isenabled():
+    if "diffora.run.experiment" in sys.modules or not gc.isenabled():
         return  # a later job of a sweep: what earlier ones left must not be kept
     gc.disable()
     try:
-        import diffora.experiment  # noqa: F401
+        import diffora.run.experiment  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()
@@ -133,7 +134,7 @@ def overrides() -> list[str]:
 
 def added_paths() -> list[str]:
     """The folders of configurations that the command line adds: ``--config-dir`` and ``hydra.searchpath``."""
-    from diffora.sweep import parse
+    from diffora.run.sweep import parse
 
     found = []
     for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
@@ -170,8 +171,8 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from diffora.experiment import check
-    from diffora.sweep import quoted
+    from diffora.run.experiment import check
+    from diffora.run.sweep import quoted
 
     folders = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
     if lost := [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]:
@@ -225,7 +226,7 @@ def _missing_plugin(error: Exception) -> str | None:
 
 def _each_value(override: str) -> list[str]:
     """A sweep's override for each of its values; what cannot be read stays as it is."""
-    from diffora.sweep import parse, values
+    from diffora.run.sweep import parse, values
 
     try:
         [parsed] = parse([override])

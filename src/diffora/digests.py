@@ -11,9 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from diffora import config
 from diffora.errors import UserError
 from diffora.files import atomic, read_json
+from diffora.hub import resolve
+from diffora.settings import config
 
 REMEMBERED_FROM = 64 * 2**20
 """Bytes of a file from which its digest is remembered while the file stays as it is."""
@@ -141,8 +142,6 @@ def backbone(path: str) -> dict[str, Any] | None:
 
 
 def _folder(path: str) -> Path | None:
-    from diffora.models import resolve
-
     name, local = resolve(path)
     if local:
         return Path(name)

@@ -378,3 +378,8 @@ def _failure(path: Path, why: str, number: int | None) -> WriteError:
     error = WriteError(f"{path} cannot be written: {why}{advice}")
     error.strerror = why
     return error
+
+
+def conf_dir() -> Path:
+    """The project's ``conf/`` folder."""
+    return Path(__file__).resolve().parents[2] / "conf"

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
-from diffora.results.rundir import check_sweep_place
-from diffora.sweep import Table, cells, combinations, parse, quoted, table_of, values
+from diffora.run.directory import check_sweep_place
+from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
 
@@ -31,7 +31,7 @@ Jobs = dict[Path, tuple[str, ...]]  # the overrides of each run, by its folder
 
 
 class TableSweeper(Sweeper):
-    """Runs what `diffora.sweep` says that a sweep consists of."""
+    """Runs what `diffora.run.sweep` says that a sweep consists of."""
 
     def __init__(self, **table: Any) -> None:
         pass  # the table is that of each experiment= that the command names
@@ -169,10 +169,10 @@ class TableSweeper(Sweeper):
         from diffora.cli import composition_problems, import_run, short, with_sweep_hint
 
         import_run()
-        from diffora.experiment import check
-        from diffora.results.rundir import finished
-        from diffora.training.machine import check_machine
-        from diffora.training.stages import quiet_libraries
+        from diffora.loop.machine import check_machine
+        from diffora.loop.process import quiet_libraries
+        from diffora.run.directory import finished
+        from diffora.run.experiment import check
 
         quiet_libraries()  # before Lightning is asked about devices, which it would tell of
         found: Jobs = {}
@@ -224,7 +224,7 @@ class TableSweeper(Sweeper):
 
     def launch_at_once(self, jobs: Jobs, number: int) -> dict[Path, str]:
         """Give runs to the launcher, the first of them with this job number: the time of job 0 includes the start."""
-        from diffora.results.record import missing_files, read_record
+        from diffora.run.record import missing_files, read_record
 
         batch = [
             [*overrides, f"hydra.sweep.dir={quoted(folder.parent)}", f"hydra.sweep.subdir={quoted(folder.name)}"]

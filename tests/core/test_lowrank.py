@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from diffora.core.linear import features, is_linear, weight_of
 from diffora.core.lowrank import LowRankLinear, add_lowrank, attach, detach, lowrank_layers
-from diffora.core.peers import Peers
 from diffora.errors import UserError
+from diffora.kernels.peers import Peers
 
 X, W, B_, A, BT = (
     torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))

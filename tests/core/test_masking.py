@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora.core.fused import Member, lowrank_linear
 from diffora.core.masking import draw_rows
+from diffora.kernels.fused import Member, lowrank_linear
 
 SCALE = 1.5
 

@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.experiment import run
-from diffora.results.terminal import print_result
+from diffora.run.experiment import run
+from diffora.run.terminal import print_result
 from diffora.tasks.base import get_task
 
 SHORT = [

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import diffora.methods
-from diffora.config import conf_dir
-from diffora.experiment import run
+from diffora.files import conf_dir
+from diffora.run.experiment import run
 
 PAGE = (REPO / "docs" / "methods.md").read_text()
 

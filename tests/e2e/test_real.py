@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffora.experiment import run
+from diffora.run.experiment import run
 
 pytestmark = pytest.mark.slow
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from diffora.core.dam import discretise
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.experiment import check, run
-from diffora.results.record import read_record
-from diffora.results.rundir import account
-from diffora.training.loggers import Loggers
+from diffora.loop.loggers import Loggers
+from diffora.run.directory import account
+from diffora.run.experiment import check, run
+from diffora.run.record import read_record
 
 RECORD_KEYS = {
     "method", "task", "model", "seed", "metrics", "params", "time", "memory", "selection", "config_hash", "data_hash",
@@ -200,9 +200,9 @@ def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path
 @pytest.mark.parametrize("lost", [[], ["search.json"]])
 @pytest.mark.parametrize("selector", ["activation", "attribution"])
 def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, selector, lost):
-    from diffora import experiment
-    from diffora.training.attribution import AttributionModule
-    from diffora.training.score import ScoreModule
+    from diffora.run import experiment
+    from diffora.search.attribution import AttributionModule
+    from diffora.search.score import ScoreModule
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -260,7 +260,7 @@ def test_a_budget_chooses_the_rank_and_a_file_keeps_it(cfg, short, tmp_path, mor
     ],
 )
 def test_a_budget_that_is_too_small_is_refused_before_the_search(cfg, short, tmp_path, monkeypatch, overrides, least):
-    from diffora.training.search import SearchModule
+    from diffora.search.bilevel import SearchModule
 
     if "method=random" in overrides:
         short = [o for o in short if not o.startswith("search.")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from diffora.results.record import read_record, write_record
+from diffora.run.record import read_record, write_record
 from faults.campaigns import HANDLED, LOST, TINY, chance, share
 from faults.warm import Limits, Outcome
 
@@ -161,7 +161,7 @@ def targets(canary: Path) -> dict[str, dict[str, object]]:
         "a shell": {"_target_": "os.system", "command": f"touch {canary}"},
         "a class of the folder": {"_target_": "evil.Evil"},
         "a function of this package": {"_target_": "diffora.files.write_text", "path": str(canary), "text": ""},
-        "a module of this package with a program in it": {"_target_": "diffora.results.record.subprocess.Popen"},
+        "a module of this package with a program in it": {"_target_": "diffora.run.record.subprocess.Popen"},
         "a nested target": {"_target_": "diffora.tasks.glue.GlueTask", "x": {"_target_": "os.system", "c": "touch"}},
         "a number": {"_target_": 5},
         "a list": {"_target_": ["os", "system"]},

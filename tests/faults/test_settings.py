@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from diffora import config
 from diffora.cli import composition_problems
 from diffora.errors import UserError
-from diffora.experiment import check
+from diffora.run.experiment import check
+from diffora.settings import config
 from faults.campaigns import HANDLED, LOST, chance, share
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]

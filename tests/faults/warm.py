@@ -22,7 +22,15 @@ from typing import Any
 REPO = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["hydra.main", "diffora.experiment", "diffora.evaluate", "diffora.results.page", "lightning", "peft", "sklearn"]
+    [
+        "hydra.main",
+        "diffora.run.experiment",
+        "diffora.run.evaluate",
+        "diffora.report.page",
+        "lightning",
+        "peft",
+        "sklearn",
+    ]
 )
 _numbers = itertools.count()
 

@@ -7,14 +7,15 @@ from hydra.utils import get_class
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from diffora import models
-from diffora.config import conf_dir, plain
+from diffora.adapters.export import Origin, load_adapter
+from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.export import Origin, load_adapter
+from diffora.files import conf_dir
 from diffora.methods.selecting import Selecting
+from diffora.settings.config import plain
 from diffora.tasks.base import get_task
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.experiment import run
-from diffora.training.stages import check_stages, warmup_steps
+from diffora.run.experiment import run
+from diffora.training.stage import check_stages, warmup_steps
 
 WIDTH = 16  # of the small model; its FFN has 32
 

@@ -8,10 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
-from diffora import models
-from diffora.config import conf_dir
-from diffora.experiment import run
-from diffora.export import load_adapter
+from diffora.adapters.export import load_adapter
+from diffora.backbones import models
+from diffora.files import conf_dir
+from diffora.hub import EMBEDDED
+from diffora.run.experiment import run
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 MORE = {  # so that what is special about a method happens within four steps
@@ -50,7 +51,7 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = whole.model.eval()(input_ids=ids).logits
-    path = whole.folder / "model" if method == "full_ft" else models.EMBEDDED
+    path = whole.folder / "model" if method == "full_ft" else EMBEDDED
     fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
     if method != "full_ft":
         for name in models.head_modules(fresh):  # with the trained head alone it is another model

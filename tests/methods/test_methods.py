@@ -5,6 +5,7 @@ import torch
 from conftest import TYPES, batch_of
 from torch import nn
 
+from diffora.backbones.models import head_modules
 from diffora.core.bottleneck import BottleneckLinear
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -22,7 +23,6 @@ from diffora.methods.r_lora import RLoRA
 from diffora.methods.random import Random
 from diffora.methods.rm_lora import RMLoRA
 from diffora.methods.sora import SoRA, soft_threshold
-from diffora.models import head_modules
 
 ROLES = {"attention_output": "attention.output.dense", "ffn_output": "output.dense"}
 NO_MASK = {"rank": None, "every": "step", "independent": False, "target": "gradient", "start": 0, "head": False}

@@ -10,14 +10,14 @@ from hydra.utils import get_class
 from small import small_task
 from torch import nn
 
-from diffora import models
+from diffora.adapters.export import Origin
+from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.experiment import check, run
-from diffora.export import Origin
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
 from diffora.methods.peft import PEFTAdaptation
-from diffora.results.record import read_record
+from diffora.run.experiment import check, run
+from diffora.run.record import read_record
 from diffora.training.finetune import FineTuneModule
 
 ROLES = {"key": TYPES[1], "value": TYPES[2], "attention_output": TYPES[3], "ffn_output": TYPES[5]}

@@ -12,7 +12,7 @@ from diffora.core.dam import adapter_parameters, draw_of_same_size
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.experiment import check
+from diffora.run.experiment import check
 
 SMALL, LARGE = (8, 8), (8, 32)
 

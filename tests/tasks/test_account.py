@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.evaluate import evaluate, read_request
-from diffora.experiment import run
+from diffora.run.evaluate import evaluate, read_request
+from diffora.run.experiment import run
 from diffora.tasks.account import Account, lines
 from diffora.tasks.base import Split, get_task
-from diffora.tasks.paraphrase import splits
+from diffora.tasks.embedded.paraphrase import splits
 
 
 def mrpc_files(folder: Path, train: int = 40, validation: int = 12, **columns) -> Path:

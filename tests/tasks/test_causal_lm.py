@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from diffora import hub
 from diffora.errors import UserError
+from diffora.loop.data import examples_of, held_out_split, split_search
 from diffora.tasks import causal_lm, conversations
 from diffora.tasks.account import Account
 from diffora.tasks.base import Split, parts_of
 from diffora.tasks.causal_lm import IGNORED, CausalLMTask, Collator, best_fit, encode, pack, token_losses
-from diffora.training.data import examples_of, held_out_split, split_search
 
 # --- tokenizers and templates of the kinds that are about ---
 

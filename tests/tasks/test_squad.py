@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diffora.config import conf_dir
 from diffora.errors import UserError
-from diffora.experiment import run
+from diffora.files import conf_dir
+from diffora.run.experiment import run
 from diffora.tasks import squad as module
 from diffora.tasks.base import Outputs, Split, get_task
 from diffora.tasks.squad import SquadTask

@@ -18,17 +18,18 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from diffora import models
+from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.evaluate import evaluate, read_request
-from diffora.experiment import run
+from diffora.hub import resolve
+from diffora.loop.data import FineTuneData, SearchData, split_search
+from diffora.run.evaluate import evaluate, read_request
+from diffora.run.experiment import run
 from diffora.tasks import vision
 from diffora.tasks.account import lines
 from diffora.tasks.base import Split, get_task
-from diffora.tasks.digits import ASKED, PRETRAINED, digits
+from diffora.tasks.embedded.digits import ASKED, PRETRAINED, digits
 from diffora.tasks.vision import IMAGE, Augment, ImageCollate, Preprocessing, random_box
-from diffora.training.data import FineTuneData, SearchData, split_search
 
 TINY = Path(models.__file__).parent / "assets" / "tiny_vit"
 SMALL = Preprocessing(resize=8, crop=8, resample=2, scale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -752,7 +753,7 @@ def test_tiny_vit_is_small_and_lacks_only_the_classifier():
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
     with pytest.raises(UserError, match=r"these do: .*embedded:tiny_vit"):
-        models.resolve("embedded:huge_vit")
+        resolve("embedded:huge_vit")
 
 
 def neighbours_agree(model, which) -> float:
@@ -827,7 +828,7 @@ def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
     """RM-LoRA's Figure 1 and the measures of its Table 5, in small."""
     from peft import PeftModel
 
-    from diffora.export import load_adapter
+    from diffora.adapters.export import load_adapter
 
     alone = ["task.train_head=false", "model.layer=.", "model.candidates=[classifier]"]
     rank = 3

@@ -20,12 +20,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
-from diffora import models
+from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
+from diffora.loop.checkpoint import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.tasks.base import Split
-from diffora.training.checkpoint import NonFiniteLoss
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffora.core.fused import Member, lowrank_linear
 from diffora.core.linear import FLOATS, features, is_conv1d, is_linear, is_plain, weight_of
-from diffora.core.peers import Peers
 from diffora.core.weights import AdaptedWeight
 from diffora.errors import UserError
+from diffora.kernels.fused import Member, lowrank_linear
+from diffora.kernels.peers import Peers
 
 
 def add_lowrank(
@@ -36,8 +36,8 @@ def add_lowrank(
 ) -> Tensor:
     """Eq. 10: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``, in plain operations.
 
-    `LowRankLinear` computes the same with less work (`diffora.core.fused`); this is what that is checked against, and
-    what is compiled.
+    `LowRankLinear` computes the same with less work (`diffora.kernels.fused`). Tests compare the two, and
+    torch.compile takes this one.
 
     Args:
         base: (..., out), the frozen layer's output.

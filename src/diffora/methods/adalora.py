@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffora.config import FRACTION, NOT_NEGATIVE, number, whole
+from diffora.adapters.export import Origin, export_adapter
 from diffora.core.grid import Grid
 from diffora.core.orthogonality import orthogonality
 from diffora.core.selection import Selection
-from diffora.export import Origin, export_adapter
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.peft import ADAPTER, Pair, inject
+from diffora.settings.config import FRACTION, NOT_NEGATIVE, number, whole
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 SHARE_OF_STEPS = number(lambda v: 0 <= v < 1, "a number in [0, 1): it is a share of all steps")

@@ -14,7 +14,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from diffora.config import (
+from diffora.adapters.export import Origin, export_weights
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.settings.config import (
     FLAG,
     GROUP,
     MOST,
@@ -30,10 +34,6 @@ from diffora.config import (
     show,
     whole,
 )
-from diffora.core.grid import Grid
-from diffora.core.selection import Selection
-from diffora.errors import UserError
-from diffora.export import Origin, export_weights
 
 Rank = Annotated[int, RANK]
 Rate = Annotated[float, RATE]
@@ -98,7 +98,7 @@ class Method:
     Fields named ``rank``, ``rho`` and ``dropout`` are read from the top-level dials ``rank``, ``rho`` and from
     ``finetune.dropout``; every other field from ``method.<field>``. A field may be a dataclass itself. Its type says
     what it may be; where that is less than the type allows, as for all numbers, ``Annotated[type, check]`` does, with
-    one of the checks of `diffora.config`.
+    one of the checks of `diffora.settings.config`.
     """
 
     name: ClassVar[str]
@@ -144,7 +144,7 @@ class Method:
 
         ``find("search")`` runs the bi-level search, ``find("attribution")`` trains all candidates and divides what they
         have done among them; ``find("gradient")`` and ``find("activation")`` score the candidates on training data
-        (`diffora.core.scores`).
+        (`diffora.search.criteria`).
         """
         return None
 

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from torch import nn
 
+from diffora.backbones.models import head_modules
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation, Method
-from diffora.models import head_modules
 
 
 @dataclass(frozen=True)

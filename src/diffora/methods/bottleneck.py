@@ -5,13 +5,13 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
-from diffora.config import POSITIVE, whole
 from diffora.core.bottleneck import BottleneckLinear
 from diffora.core.grid import Grid
 from diffora.core.linear import features
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation, Method
+from diffora.settings.config import POSITIVE, whole
 
 
 @dataclass(frozen=True)

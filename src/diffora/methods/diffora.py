@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import nn
 
-from diffora.config import PATH, TEXTS, Check, whole
 from diffora.core.grid import Grid
 from diffora.core.parts import part_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import check_ranks
 from diffora.methods.selecting import Selecting
+from diffora.settings.config import PATH, TEXTS, Check, whole
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
 
@@ -26,7 +26,7 @@ class DiffoRA(Selecting):
     Attributes:
         selection: a selection file, or a list of what to select in every layer: module types, or the parts they play
             (`diffora.core.parts`).
-        selector: the search, or another criterion in its place (`diffora.core.scores`).
+        selector: the search, or another criterion in its place (`diffora.search.criteria`).
         score_batches: over how many batches of search rows ``attribution``, ``gradient`` and ``activation`` are taken.
     """
 

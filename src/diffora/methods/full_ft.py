@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from diffora.adapters.export import Origin, export_model
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.export import Origin, export_model
 from diffora.methods.base import Adaptation, Method
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from diffora.config import NOT_NEGATIVE, RANK, whole
+from diffora.adapters.export import Origin, export_adapter
+from diffora.backbones.models import head_modules
 from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, attach, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
-from diffora.export import Origin, export_adapter
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
-from diffora.models import head_modules
+from diffora.settings.config import NOT_NEGATIVE, RANK, whole
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LowRankAdaptation(Adaptation):
         """Algorithm 1, lines 5 to 12: draw the directions of this step."""
         if self.mask is None or step < self.mask.start:
             return
-        # 0 to 4 are the random streams of `diffora.training.data`.
+        # 0 to 4 are the random streams of `diffora.loop.data`.
         where = (self.seed, 5, step) if self.mask.every == "step" else (self.seed, 6, epoch)
         assert self.mask.rank is not None
         ranks = [layers[0].rank for layers in self.adapters]

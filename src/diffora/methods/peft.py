@@ -22,18 +22,18 @@ import torch
 from omegaconf import ListConfig
 from torch import Tensor, nn
 
-from diffora.config import FLAG, MOST, NUMBER, POSITIVE, RATE, TEXTS, Check, odd_value, show, whole
+from diffora.adapters.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, made_for
+from diffora.adapters.manifest import write_manifest
+from diffora.adapters.pairs import CONFIG, WEIGHTS, write_tensors
+from diffora.backbones.models import head_modules
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, made_for
 from diffora.files import write_text
-from diffora.manifest import write_manifest
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
-from diffora.models import head_modules
-from diffora.pairs import CONFIG, WEIGHTS, write_tensors
+from diffora.settings.config import FLAG, MOST, NUMBER, POSITIVE, RATE, TEXTS, Check, odd_value, show, whole
 from diffora.trust import object_in
 
 ADAPTER = "default"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from diffora.config import PATH, SEED
 from diffora.core.dam import adapter_parameters, draw_of_same_size
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
+from diffora.settings.config import PATH, SEED
 
 log = logging.getLogger(__name__)
 

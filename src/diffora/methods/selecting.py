@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from diffora.config import SHARE_OF_MODULES, Check, is_int, show
 from diffora.core.dam import (
     discretise,
     discretise_globally,
@@ -21,11 +20,12 @@ from diffora.core.dam import (
 )
 from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
-from diffora.core.scores import random_scores
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation, Mask, Regulariser
+from diffora.search.criteria import random_scores
+from diffora.settings.config import SHARE_OF_MODULES, Check, is_int, show
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffora.config import NOT_NEGATIVE, whole
 from diffora.core.grid import Grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.selection import Selection
 from diffora.methods.lowrank import Everywhere, LowRankAdaptation
+from diffora.settings.config import NOT_NEGATIVE, whole
 
 
 def soft_threshold(x: Tensor, by: float) -> Tensor:

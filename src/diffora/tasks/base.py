@@ -139,13 +139,13 @@ class Task:
 
     def processor(self, model: Any) -> Any:
         """The backbone's tokenizer or image processor; ``model`` is the ``model`` section of the configuration."""
-        from diffora.models import load_tokenizer
+        from diffora.backbones.models import load_tokenizer
 
         return load_tokenizer(model)
 
     def save_processor(self, model: Any, folder: Path) -> None:
         """Write that tokenizer or image processor to a folder, as transformers reads it."""
-        from diffora.models import load_tokenizer
+        from diffora.backbones.models import load_tokenizer
 
         load_tokenizer(model).save_pretrained(folder)
 
@@ -198,7 +198,7 @@ class Task:
         return set(self.targets) <= set(split.encoded.column_names)
 
     def dummy(self, rows: int, model: Any) -> Batch:
-        """A batch of the largest size and without content, by which `diffora.memory` measures a step."""
+        """A batch of the largest size and without content, by which `diffora.run.memory` measures a step."""
         if model.main_input_name == "pixel_values":
             size = model.config.image_size
             height, width = (size, size) if isinstance(size, int) else size

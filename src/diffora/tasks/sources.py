@@ -250,7 +250,7 @@ def _embedded(spec: "TaskSpec", path: object, train_rows: int, validation_rows: 
     if problems:
         raise UserError(problems)
 
-    from diffora.tasks import paraphrase
+    from diffora.tasks.embedded import paraphrase
 
     generated = paraphrase.splits(train_rows=train_rows, validation_rows=validation_rows, seed=EMBEDDED_SEED)
     pieces = {name: {name: Piece(pa.table(generated[name]))} for name in ("train", *spec.validation_splits)}

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from diffora.backbones.models import load_image_processor
 from diffora.errors import UserError
 from diffora.files import atomic
-from diffora.models import load_image_processor
 from diffora.tasks.account import Account, note_ignored, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal

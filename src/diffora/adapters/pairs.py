@@ -1,0 +1,242 @@
+"""Low-rank pairs in files: a LoRA adapter that all programs read alike, and what it takes to train on from it.
+
+Programs differ in what they make of a rank and a scale for each module. vLLM, TensorRT-LLM and diffusers divide
+``lora_alpha`` by the ``r`` of the configuration for all modules and ignore patterns; llama.cpp divides by each tensor's
+own rank; PEFT knows patterns. So every module gets the largest rank, by rows of zeros, and the scale 1: its own scale
+is multiplied into its B. Modules that share a pair get a copy each.
+
+``manifest.json`` has each module's rank, scale and dropout, and which modules share. Dividing by a scale that is a
+power of two gives B back to the bit. Another scale rounds, so that ``exact.safetensors`` has B itself then.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from diffora.adapters.manifest import MANIFEST, read_manifest
+from diffora.errors import UserError
+from diffora.files import atomic
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names."""
+EXACT = "exact.safetensors"
+
+Kept = Mapping[str, tuple[Tensor, Tensor, float]]
+"""(A (rank, in), B^T (rank, out), s) by module, on the CPU."""
+
+
+def equal_groups(kept: Kept, shared: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Of the modules that share a pair, those whose updates are the same, gates folded in, in groups of two or more."""
+    groups = []
+    for names in shared:
+        there = [name for name in names if name in kept]
+        same = [name for name in there if _same(kept[name], kept[there[0]])]
+        groups += [same] if len(same) > 1 else []
+    return groups
+
+
+def _same(one: tuple[Tensor, Tensor, float], other: tuple[Tensor, Tensor, float]) -> bool:
+    return one[2] == other[2] and torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def pad_and_fold(kept: Kept, groups: Sequence[Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(A and B under PEFT's names, padded to one rank and with the scale in B; B^T where that loses bits)."""
+    rank = max(len(lora_a) for lora_a, _, _ in kept.values())
+    copies = {name for group in groups for name in group[1:]}
+    tensors: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    for name, (lora_a, lora_bt, scale) in kept.items():
+        more, folded = (0, 0, 0, rank - len(lora_a)), lora_bt * scale
+        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(lora_a, more).clone()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(folded, more).T.contiguous().clone()
+        if name not in copies and not torch.equal(folded / scale, lora_bt):
+            exact[name] = lora_bt.clone(memory_format=torch.contiguous_format)
+    return tensors, exact
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, complete or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic(file) as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors' own, or the system's
+        raise UserError(f"{file} cannot be read as tensors: {error}") from None
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """What ``manifest.json`` says of low-rank pairs, and the tensors to it.
+
+    Attributes:
+        modules: (rank, scale, dropout) by module.
+        groups: modules that share a pair.
+        heads: modules that are saved whole.
+        tensors: under PEFT's names.
+        exact: B^T by module, where it cannot be had from ``tensors``; for a group by its first module.
+    """
+
+    modules: dict[str, tuple[int, float, float]]
+    groups: list[list[str]]
+    heads: list[str]
+    tensors: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path, manifest: Mapping[str, Any]) -> "StoredPairs":
+        """Read and check what can be checked without the model.
+
+        Raises:
+            UserError: everything that cannot be right.
+        """
+        if problems := [f"{folder / MANIFEST}: {problem}" for problem in _layout_problems(manifest)]:
+            raise UserError(problems)
+        modules = {name: (m["rank"], m["scale"], m["dropout"]) for name, m in manifest["modules"].items()}
+        exact = read_tensors(folder / EXACT) if EXACT in manifest["files"] else {}
+        pairs = cls(modules, manifest["shared"], manifest["heads"], read_tensors(folder / WEIGHTS), exact)
+        if problems := [f"{folder / WEIGHTS}: {problem}" for problem in pairs.problems()]:
+            raise UserError(problems)
+        return pairs
+
+    def padded(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B^T), both with rows of zeros, B^T times the scale."""
+        place = f"base_model.model.{name}"
+        return self.tensors[f"{place}.lora_A.weight"], self.tensors[f"{place}.lora_B.weight"].T
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B^T) as they were trained."""
+        rank, scale, _ = self.modules[name]
+        lora_a, folded = self.padded(name)
+        lora_bt = self.exact[name] if name in self.exact else folded[:rank] / scale
+        # Copies: what a file is mapped to is not aligned as other tensors are, so that products on it round otherwise.
+        form = torch.contiguous_format
+        return lora_a[:rank].clone(memory_format=form), lora_bt.clone(memory_format=form)
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together in the tensors and the manifest."""
+        most = max(rank for rank, _, _ in self.modules.values())
+        known = set()
+        for name, (rank, scale, _) in self.modules.items():
+            places = [f"base_model.model.{name}.lora_{matrix}.weight" for matrix in "AB"]
+            known.update(places)
+            if any(place not in self.tensors for place in places):
+                yield f"it has no A and B for {name}"
+                continue
+            lora_a, folded = self.padded(name)
+            if lora_a.ndim != 2 or folded.ndim != 2 or not len(lora_a) == len(folded) == most:
+                yield f"A and B of {name} must have {most} rows and columns, the largest rank in {MANIFEST}"
+            elif lora_a[rank:].any() or folded[rank:].any():
+                yield f"A and B of {name} are not zero beyond its rank {rank}"
+            elif name in self.exact and not torch.equal(self.exact[name] * scale, folded[:rank]):
+                yield f"B of {name} is another one in {EXACT}"
+        for name, tensor in self.tensors.items():
+            if not tensor.isfinite().all():
+                yield f"{name} has numbers that are not finite"
+        if not self.exact.keys() <= self.modules.keys():
+            yield f"{EXACT} has {min(self.exact.keys() - self.modules.keys())}, which {MANIFEST} does not name"
+        inside = tuple(f"base_model.model.{name}." for name in (*self.modules, *self.heads))
+        if strange := [key for key in self.tensors if key not in known and not key.startswith(inside)]:
+            yield f"it has {strange[0]} (and {len(strange) - 1} more), which {MANIFEST} does not name"
+        for group in self.groups:
+            pairs = [self.padded(name) for name in group if f"base_model.model.{name}.lora_A.weight" in self.tensors]
+            if any(not torch.equal(*both) for pair in pairs for both in zip(pair, pairs[0], strict=True)):
+                yield f"{', '.join(group)} share a pair in {MANIFEST}, but their A and B differ"
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be right in the entries of a manifest that describe low-rank pairs."""
+    modules, groups, heads = manifest.get("modules"), manifest.get("shared"), manifest.get("heads")
+    if not isinstance(modules, dict) or not modules:
+        yield "modules must be a group of entries by module"
+        return
+    for name, entry in modules.items():
+        entry = entry if isinstance(entry, dict) else {}
+        rank, scale, dropout = entry.get("rank"), entry.get("scale"), entry.get("dropout")
+        if not (_is_number(rank) and isinstance(rank, int) and rank >= 1):
+            yield f"modules.{name}.rank={rank!r} must be a whole number of at least 1"
+        if not (_is_number(scale) and 1e-38 < scale < 1e38):  # what float32 holds
+            yield f"modules.{name}.scale={scale!r} must be a number above 0"
+        if not (_is_number(dropout) and 0 <= dropout < 1):
+            yield f"modules.{name}.dropout={dropout!r} must be a rate in [0, 1)"
+    if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+        yield f"heads={heads!r} must be a list of modules"
+    if not isinstance(groups, list) or not all(
+        isinstance(g, list) and g and set(map(type, g)) == {str} for g in groups
+    ):
+        yield f"shared={groups!r} must be a list of lists of modules"
+        return
+    seen: set[str] = set()
+    for group in groups:
+        for name in group:
+            if name not in modules:
+                yield f"shared names {name}, which is not in modules"
+            if name in seen:
+                yield f"shared names {name} twice"
+            seen.add(name)
+        if len({json.dumps(modules[name], sort_keys=True) for name in group if name in modules}) > 1:
+            yield f"{', '.join(group)} share a pair, but not its rank, scale and dropout"
+
+
+def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> None:
+    """Make the modules that share a pair share it again in a `peft.PeftModel`, in place.
+
+    PEFT gives each module a copy, so that they drift apart when training goes on. Call this right after
+    ``PeftModel.from_pretrained(base, folder, is_trainable=True)`` and before the optimiser is made.
+    ``save_pretrained`` then works as ever, and keeps the copies equal.
+
+    Args:
+        model: the `PeftModel`. What transformers itself puts an adapter into (`AutoModel.from_pretrained(folder)`)
+            cannot be saved with shared weights, and is refused.
+        folder: the adapter's, with its ``manifest.json``.
+        adapter: PEFT's name for it.
+
+    Raises:
+        UserError: the folder does not say which modules share, or it is not the adapter of this model.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {MANIFEST}, which says which modules share a pair") from None
+    pairs = StoredPairs.read(folder, manifest)
+    layers: dict[str, Any] = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if name.startswith("base_model.model.") and adapter in getattr(module, "lora_A", ())
+    }
+    for group in pairs.groups:
+        if missing := [name for name in group if name not in layers]:
+            raise UserError(f"this is no PeftModel with the adapter {adapter} at {missing[0]}: is {folder} loaded?")
+        for matrix in ("lora_A", "lora_B"):
+            first, *others = (getattr(layers[name], matrix)[adapter] for name in group)
+            for name, other in zip(group[1:], others, strict=True):
+                if not torch.equal(other.weight, first.weight):
+                    raise UserError(
+                        f"{matrix} of {name} and of {group[0]} differ already: load {folder} again, then tie"
+                    )
+    for group in pairs.groups:
+        for matrix in ("lora_A", "lora_B"):
+            first, *others = (getattr(layers[name], matrix)[adapter] for name in group)
+            for other in others:
+                other.weight = first.weight

@@ -1,0 +1,62 @@
+"""Whether this machine, and how the process was started, suit the ``trainer`` section; before anything is loaded."""
+
+import os
+from functools import cache
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from diffora.errors import UserError
+from diffora.loop.launch import launch_problems
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Refuse devices that are not there. Not for a dry run, nor where a sweep is only submitted from.
+
+    Args:
+        cfg: a configuration without mistakes of its own.
+
+    Raises:
+        UserError: everything that is wrong.
+    """
+    t = cfg.trainer
+    if problems := list(launch_problems(os.environ, t.devices)) or _device_problems(
+        t.accelerator, t.devices, t.strategy, t.precision
+    ):
+        raise UserError(list(problems))
+
+
+@cache
+def _device_problems(accelerator: str, devices: int | str, strategy: str, precision: str) -> tuple[str, ...]:
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if (accelerator == "gpu" and not (gpus or mps)) or (accelerator == "cuda" and not gpus):
+        return (f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer=cpu",)
+    if accelerator == "mps" and not mps:
+        return ("trainer.accelerator=mps: torch finds none here; use trainer=cpu",)
+    on_cpu = accelerator == "cpu" or not (gpus or mps)
+    problems = []
+    if on_cpu and precision == "16-mixed":
+        problems.append("trainer.precision=16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
+    # Two processes are allowed on one core too, to try things out: trainer=ddp_cpu.
+    most = max(os.cpu_count() or 1, 2) if on_cpu else gpus if accelerator != "mps" and gpus else 1
+    if isinstance(devices, int) and devices > most:
+        there = f"this machine has {os.cpu_count()} CPU cores" if on_cpu else f"this machine has {most} of them"
+        problems.append(f"trainer.devices={devices} must be at most {most}: {there}")
+    if problems:
+        return tuple(problems)
+    try:
+        L.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except Exception as error:
+        settings = f"trainer.accelerator={accelerator} devices={devices} strategy={strategy} precision={precision}"
+        return (f"{settings} do not go together here: {(str(error) or type(error).__name__).splitlines()[0]}",)
+    return ()

@@ -1,0 +1,28 @@
+"""This process among those of a run: which one writes, and what libraries may print."""
+
+import logging
+import os
+import warnings
+
+import datasets
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: rank 0 of however many there are."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say of themselves at every start, so that what concerns the user can be seen."""
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not is_main():
+        logging.getLogger("diffora").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

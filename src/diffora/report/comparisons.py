@@ -1,0 +1,117 @@
+"""What follows from a table: differences between its rows, paired over seeds, and curves over its dials."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from diffora.report.statistics import Difference, Spread, holm, paired, spread
+from diffora.report.tables import Cell, Column, Table
+
+EQUAL = 0.10  # adapters whose sizes differ by less are of about equal size
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against a baseline in one column, paired over the seeds; a positive difference says that ours is better.
+
+    Attributes:
+        dev_best: of the best epoch on validation rows, as papers report it.
+        held_out: of an epoch that was chosen on other rows; None where there is none.
+        ratio: our adapter parameters over the baseline's.
+        variant: the baseline is another setting of our own method.
+        p_holm: p of dev_best, adjusted for the number of comparisons with baselines in the table.
+    """
+
+    column: Column
+    ours: str
+    baseline: str
+    dev_best: Difference
+    held_out: Difference | None
+    ratio: float | None
+    variant: bool
+    p_holm: float | None = None
+
+    @property
+    def fair(self) -> bool:
+        """Whether both adapters are of about equal size."""
+        return self.ratio is not None and 1 - EQUAL <= self.ratio <= 1 / (1 - EQUAL)
+
+
+def verdict(difference: Difference | None) -> str:
+    """What an interval says: ``ahead``, ``behind``, ``undecided``, or ``no test``."""
+    if difference is None or difference.low is None or difference.high is None:
+        return "no test"
+    return "ahead" if difference.low > 0 else "behind" if difference.high < 0 else "undecided"
+
+
+def compare(table: Table, column: Column, ours: str, baseline: str, variant: bool = False) -> Comparison | None:
+    """Two rows of a column; None where they have no seed in common."""
+    a, b = table.cells.get((ours, column.name)), table.cells.get((baseline, column.name))
+    if a is None or b is None:
+        return None
+    sign = 1.0 if column.maximise else -1.0
+
+    def difference(key: str) -> Difference | None:
+        factor = sign * column.factor(key)
+        return paired(a.by_seed(key, factor), b.by_seed(key, factor))
+
+    key = column.compared
+    if (dev_best := difference(key)) is None:
+        return None
+    held_out = difference(key.replace("validation/", "held_out/", 1)) if key.startswith("validation/") else None
+    ratio = a.size / b.size if a.size is not None and b.size else None
+    return Comparison(column, ours, baseline, dev_best, held_out, ratio, variant)
+
+
+def comparisons_of(table: Table) -> list[Comparison]:
+    """In each column, each of our rows against each baseline, then our rows among each other."""
+    ours = table.ours
+    baselines = [row for row in table.rows if row not in ours]
+    against = [(a, b, False) for a in ours for b in baselines] + [(a, b, True) for a, b in combinations(ours, 2)]
+    pairs = [(column, *pair) for column in table.columns for pair in against]
+    found = [c for pair in pairs if (c := compare(table, *pair)) is not None]
+    tested = [i for i, c in enumerate(found) if not c.variant and c.dev_best.p is not None]
+    adjusted = dict(zip(tested, holm([found[i].dev_best.p or 0.0 for i in tested]), strict=True))
+    return [replace(c, p_holm=adjusted[i]) if i in adjusted else c for i, c in enumerate(found)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric against a dial, of settings that differ in nothing else.
+
+    Attributes:
+        dial: ``rho`` or ``rank``.
+        name: of the method.
+        points: (value of the dial, spread over seeds).
+    """
+
+    dial: str
+    column: Column
+    name: str
+    points: list[tuple[float, Spread]]
+
+
+def curves_of(table: Table) -> list[Curve]:
+    """All curves of a table: two points at least."""
+    found = []
+    for column in table.columns:
+        cells = [cell for row in table.rows if (cell := table.cells.get((row, column.name)))]
+        for dial, other in (("rho", "rank"), ("rank", "rho")):
+            groups: dict[str, list[Cell]] = defaultdict(list)
+            for cell in cells:
+                config = cell.first.config
+                if isinstance(config.get(dial), int | float):
+                    same = {dial, f"search.{dial}"} if config.get(f"search.{dial}") == config[dial] else {dial}
+                    # the selection whose size a draw has is another one at each value of a dial
+                    alike = {k: v if k != "method.like" else v is not None for k, v in config.items() if k not in same}
+                    groups[repr(sorted((k, repr(v)) for k, v in alike.items()))].append(cell)
+            for members in groups.values():
+                values = {float(cell.first.config[dial]): cell for cell in members}
+                key = column.compared
+                spreads = {x: spread(values[x].by_seed(key, column.factor(key)).values()) for x in sorted(values)}
+                points = [(x, s) for x, s in spreads.items() if s is not None]
+                if len(points) > 1:
+                    first = members[0].first
+                    rest = f", {other} = {first.config[other]}" if first.config.get(other) is not None else ""
+                    found.append(Curve(dial, column, f"{first['method']}{rest}", points))
+    return found

@@ -1,0 +1,143 @@
+"""Grids of text as Markdown, LaTeX (booktabs) and CSV, and the numbers behind them as CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from diffora.report.comparisons import Comparison, verdict
+from diffora.report.grids import MEASURES, Figure, Grid
+from diffora.report.statistics import Difference
+from diffora.report.tables import Table
+
+FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
+                "\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+"""How a text begins that a spreadsheet would compute."""
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "[": "{[}",  # after the end of a row, [ and * would belong to it
+    "*": "{*}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{EN DASH}": "--",
+    "\N{GREEK SMALL LETTER RHO}": r"$\rho$",
+    "\N{GREEK SMALL LETTER LAMDA}": r"$\lambda$",
+    "\N{GREEK CAPITAL LETTER DELTA}": r"$\Delta$",
+}
+
+
+def markdown(grid: Grid) -> str:
+    """A pipe table under its title."""
+    lines = [f"### {_md(grid.title)}", "", _pipes(map(_md, grid.head)), "|" + "---|" * len(grid.head)]
+    lines += [_pipes(map(_md, row)) for row in grid.rows]
+    if grid.notes:
+        lines += ["", *(f"- {_md(note)}" for note in grid.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def latex(grid: Grid) -> str:
+    """A ``table`` environment that needs the package booktabs."""
+    n = len(grid.head)
+    groups = [rf"\multicolumn{{{len(labels)}}}{{c}}{{{_tex(name)}}}" for name, labels in grid.groups]
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_tex(grid.title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (n - 1)}}}",
+        r"\toprule",
+        *([" & ".join(groups) + r" \\"] if any(name for name, _ in grid.groups) else []),
+        " & ".join(_tex(label) for _, labels in grid.groups for label in labels) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(_tex, row)) + r" \\" for row in grid.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(grid: Grid) -> str:
+    """With one line of column names."""
+    return csv_of([grid.head, *grid.rows])
+
+
+def comparisons_csv(found: Iterable[Comparison]) -> str:
+    """Every comparison as numbers: differences and their intervals in the units of the table."""
+    return _records_csv(
+        {
+            "column": c.column.name,
+            "metric": c.column.compared,
+            "ours": c.ours,
+            "against": c.baseline,
+            "against is ours": c.variant,
+            **_difference_fields("dev_best", c.dev_best),
+            "p, Holm": c.p_holm,
+            **_difference_fields("held_out", c.held_out),
+            "parameters, ours/other": c.ratio,
+            "about equal size": c.fair,
+        }
+        for c in found
+    )
+
+
+def _difference_fields(name: str, found: Difference | None) -> dict[str, object]:
+    fields = ("mean", "low", "high", "p", "n")
+    return {f"{name} {field}": getattr(found, field, None) for field in fields} | {f"{name} verdict": verdict(found)}
+
+
+def costs_csv(table: Table) -> str:
+    """Mean and standard deviation of what the runs cost and how their updates are, in the units of the table."""
+    lines = []
+    for column in table.columns:
+        for row in table.rows:
+            if (cell := table.cells.get((row, column.name))) is None:
+                continue
+            line: dict[str, object] = {"method": row, "task": column.name, "runs": len(cell.runs)}
+            sizes = [("adapter parameters", "params", "adapter"), ("at inference", "params", "inference")]
+            for label, part, key in (*sizes, *MEASURES):
+                found = None if key == "search_s" and cell.reused else cell.spread(part, key)
+                factor = column.factor(key)
+                line[label] = found and found.mean * factor
+                line[f"{label}: std"] = None if found is None or found.std is None else found.std * factor
+            lines.append(line)
+    return _records_csv(lines)
+
+
+def _records_csv(records: Iterable[Mapping[str, object]]) -> str:
+    """Of records that all have the same keys, one at least."""
+    records = list(records)
+    return csv_of([list(records[0]), *(list(record.values()) for record in records)])
+
+
+def csv_of(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV. A text that a spreadsheet would take for a formula gets an apostrophe in front, and is shown."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([_shown(cell) for cell in row] for row in rows)
+    return out.getvalue()
+
+
+def _shown(cell: object) -> object:
+    if cell is None or isinstance(cell, bool | int | float | Figure):
+        return cell
+    text = str(cell)
+    if text.lstrip(" ").startswith(FORMULA) and not NUMBER.fullmatch(text):
+        text = f"'{text}"
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # a lone one ends a row for some readers
+
+
+def _pipes(cells: object) -> str:
+    return f"| {' | '.join(cells)} |"  # type: ignore[arg-type]
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", " ".join(text.split()))
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX.get(char, char) for char in " ".join(text.split()))

@@ -1,0 +1,299 @@
+"""The report's files: one page that needs neither server nor network, and its tables as text."""
+
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from diffora import __version__
+from diffora.errors import UserError
+from diffora.files import write_text
+from diffora.report.comparisons import Comparison, comparisons_of, verdict
+from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
+from diffora.report.grids import duration, plus_minus, probability, search_time, signed
+from diffora.report.pictures import SEEDS, View
+from diffora.report.runs import Gathered, Run
+from diffora.report.statistics import Spread, spread
+from diffora.report.tables import FEW, Column, Table, tables_of
+
+CHARTED = 30  # tables with training curves
+PICTURED = 60  # settings with pictures of their selections
+PROBLEMS = 500  # failed runs and unreadable files
+
+
+def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Path]:
+    """Write the report of some runs to a folder. Returns the files, the page first."""
+    tables = tables_of(gathered.runs)
+    found = {table.name: comparisons_of(table) for table in tables}
+    views = views_of(tables, found)
+    files = [output / "index.html"]
+    for table, view in zip(tables, views, strict=True):
+        grids = [grid for grid in (view.main, view.measures, view.comparisons) if grid]
+        place = output / "tables" / table.name
+        for suffix, form in ((".md", markdown), (".tex", latex)):
+            files.append(place.with_name(place.name + suffix))
+            write_text(files[-1], "\n".join(map(form, grids)))
+        numbers = {"": comma_separated(grids[0]), "-cost": costs_csv(table)}
+        numbers |= {"-comparisons": comparisons_csv(found[table.name])} if found[table.name] else {}
+        for kind, text in numbers.items():
+            files.append(place.with_name(f"{place.name}{kind}.csv"))
+            write_text(files[-1], text)
+    files.append(output / "runs.csv")
+    write_text(files[-1], runs_csv(gathered.runs))
+    outdated = _tables_of_page(files[0]) - set(files)
+    write_text(files[0], page(gathered, views, found, folders))
+    for file in outdated:
+        file.unlink(missing_ok=True)
+    return files
+
+
+def _tables_of_page(page: Path) -> set[Path]:
+    """The files that an earlier report wrote beside its page."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
+    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")
+    return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
+
+
+def views_of(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[View]:
+    """What the page shows of each table, the first with curves and pictures."""
+    views: list[View] = []
+    for i, table in enumerate(tables):
+        pictures = PICTURED - sum(len(view.dams) for view in views)
+        views.append(View(table, found[table.name], charted=i < CHARTED, pictures=pictures))
+    return views
+
+
+def page(
+    gathered: Gathered, views: Sequence[View], found: Mapping[str, Sequence[Comparison]], folders: Sequence[Path]
+) -> str:
+    """The HTML page."""
+    tables = [view.table for view in views]
+    pictured = sum(len(view.dams) for view in views)
+    left_out = sum(view.dams_left_out for view in views)
+    remarks = []
+    if left_out:
+        remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not.")
+    if len(tables) > CHARTED:
+        remarks.append(f"Training curves are drawn for the first {CHARTED} of {len(tables)} tables.")
+    unfinished = [run for run in gathered.runs if run["status"] != "completed"]
+    problems = [(_place(run.folder), run["status"], str(run["error"] or "")) for run in unfinished]
+    problems += [(_place(file), "unreadable", reason) for file, reason in gathered.broken]
+    if len(problems) > PROBLEMS:
+        remarks.append(f"The first {PROBLEMS} of {len(problems)} failed, unfinished or unreadable runs are listed.")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("report.html.jinja").render(
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        folders=[str(folder) for folder in folders],
+        n_completed=len(gathered.runs) - len(unfinished),
+        tallies=tallies(tables, found),
+        glance=glance(tables, found),
+        views=views,
+        problems=problems[:PROBLEMS],
+        n_problems=len(problems),
+        remarks=remarks,
+        runs=_script_safe(runs_listed(gathered.runs)),
+        few=FEW,
+        n_seeds=SEEDS,
+    )
+
+
+# --- the first screen ---
+
+
+def tallies(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """How often each of our methods is ahead of a baseline, behind it, or neither: of about equal size, of any size."""
+    of: dict[str, list[Comparison]] = defaultdict(list)
+    for table in tables:
+        of[table.our_name] += [c for c in found[table.name] if not c.variant]
+    counted: list[dict[str, Any]] = []
+    for name, every in of.items():
+        if not every:
+            continue
+        for size, some in (("about equal size", [c for c in every if c.fair]), ("any size", every)):
+            verdicts = [verdict(c.dev_best) for c in some]
+            held_out = [verdict(c.held_out) for c in some]
+            kept = [c.dev_best.mean for c in some if c.p_holm is not None and c.p_holm < 0.05]
+            counted.append(
+                {
+                    "name": name,
+                    "size": size,
+                    "n": len(some),
+                    "counts": {word: verdicts.count(word) for word in ("ahead", "behind", "undecided", "no test")},
+                    "held_out": {word: held_out.count(word) for word in ("ahead", "behind", "undecided")},
+                    "kept": sum(mean > 0 for mean in kept),
+                    "lost": sum(mean < 0 for mean in kept),
+                }
+            )
+    return counted
+
+
+def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """For each column of each table the best row, and our best against the best baseline."""
+    lines = []
+    for table in tables:
+        our_rows = set(table.ours)
+        for column in table.columns:
+            key = column.compared
+            sign = 1 if column.maximise else -1
+            means = {
+                row: s
+                for row in table.rows
+                if (cell := table.cells.get((row, column.name))) and (s := spread(cell.by_seed(key).values()))
+            }
+            if not means:
+                continue
+            order = sorted(means, key=lambda row: -sign * means[row].mean)
+            ours = next((row for row in order if row in our_rows), None)
+            baseline = next((row for row in order if row not in our_rows), None)
+            compared = [c for c in found[table.name] if (c.column, c.ours, c.baseline) == (column, ours, baseline)]
+            lines.append(
+                {
+                    "table": table,
+                    "column": column.title,
+                    "ours": ours and _named(table, column, ours, means[ours], key),
+                    "baseline": baseline and _named(table, column, baseline, means[baseline], key),
+                    "chosen": sum(row in means for row in our_rows),
+                    "comparison": compared[0] if compared else None,
+                    "common": _common_means(table, compared[0]) if compared else "",
+                    "p": probability(compared[0].dev_best.p) if compared else "",
+                    "difference": signed(compared[0].dev_best) if compared else "",
+                    "verdict": verdict(compared[0].dev_best) if compared else "",
+                    "held_out": verdict(compared[0].held_out) if compared and compared[0].held_out else "",
+                }
+            )
+    return lines
+
+
+def _common_means(table: Table, c: Comparison) -> str:
+    """Both means over the seeds of a comparison, where either row has further ones."""
+    key = c.column.compared
+    values = [table.cells[row, c.column.name].by_seed(key) for row in (c.ours, c.baseline)]
+    common = values[0].keys() & values[1].keys()
+    if values[0].keys() == values[1].keys():
+        return ""
+    means = [spread(of[seed] for seed in common) for of in values]
+    return " and ".join(plus_minus(mean, c.column.factor(key)) for mean in means)
+
+
+def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> dict[str, str]:
+    cell = table.cells[row, column.name]
+    return {
+        "row": row,
+        "mean": plus_minus(mean, column.factor(key)),
+        "n": str(mean.n),
+        "parameters": cell.span("adapter"),
+        "search": search_time(cell),
+        "total": duration(cell.spread("time", "total_s")),
+    }
+
+
+# --- all runs ---
+
+
+def runs_listed(runs: Sequence[Run]) -> dict[str, Any]:
+    """All runs, for the page's script."""
+    rows = []
+    for run in runs:
+        part = run["experiment"] or ""
+        setting = f"{run['row']}, {run['column']}" if part else run["method"]
+        if not part:
+            dials = {"r": run.config.get("rank"), "rho": run.config.get("rho")} if len(runs) <= 5000 else {}
+            setting += "".join(f", {name} = {value}" for name, value in dials.items() if value is not None)
+        rows.append(
+            {
+                "table": part + (" (small)" if run["scale"] == "small" else ""),
+                "setting": setting,
+                "task": run["task"],
+                "model": run["model"],
+                "seed": run.seed,
+                "status": run["status"],
+                "dev_best": _rounded(run.metric(f"validation/{run.main_metric}")),
+                "held_out": _rounded(run.metric(f"held_out/{run.main_metric}")),
+                "adapter": run.value("params", "adapter"),
+                "search, s": _rounded(run.value("time", "search_s"), 1),
+                "total, s": _rounded(run.value("time", "total_s"), 1),
+                "folder": _place(run.folder),
+            }
+        )
+    return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
+
+
+def runs_csv(runs: Sequence[Run]) -> str:
+    """Every run with all its numbers, for one's own calculations."""
+    parts = ("metrics", "params", "time", "memory")
+    names = {part: sorted({key for run in runs for key in run[part]}) for part in parts}
+    own = (
+        "experiment",
+        "scale",
+        "row",
+        "column",
+        "method",
+        "task",
+        "model",
+        "seed",
+        "status",
+        "config_hash",
+        "data_hash",
+    )
+    numbers = [(part, key) for part in parts for key in names[part]]
+    head = [*own, *(key if part == "metrics" else f"{part}/{key}" for part, key in numbers), "folder"]
+    rows = (
+        [*(run[key] for key in own), *(run[part].get(key) for part, key in numbers), _place(run.folder)] for run in runs
+    )
+    return csv_of([head, *rows])
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _place(path: Path) -> str:
+    """A path as short as it is clear: below the folder where the command was given, without it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _script_safe(content: object) -> Markup:
+    """JSON that ends no script element, whatever the names in it."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
+    """Folders of runs, and where the report goes, as the command line of `report.py` gives them.
+
+    Raises:
+        UserError: every argument that cannot be right.
+    """
+    folders, output, problems = [], Path("outputs/report"), []
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if not argument.strip():
+            problems.append("an argument is empty: give the folder of a run or sweep")
+        elif not given or Path(argument).is_dir():
+            folders.append(Path(argument).expanduser())
+        elif key == "output" and value:
+            output = Path(value).expanduser()
+        else:
+            problems.append(f"{argument}: report.py takes folders of runs and output=<folder>, nothing else")
+    if not folders and not problems:
+        problems.append("no folder of runs given: python report.py outputs output=<folder>")
+    if output.exists() and not output.is_dir():
+        problems.append(f"output={output} is not a folder")
+    if problems:
+        raise UserError(problems)
+    return folders, output

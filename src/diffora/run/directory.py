@@ -1,0 +1,213 @@
+"""The run directory: what it may hold already, and the account of a run that is kept in it."""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from diffora.errors import UserError, explained, reason
+from diffora.files import kept, read_yaml, remove_leftovers, write_text
+from diffora.run.record import check_as_left, missing_files, peaks, read_record, why_broken, write_record
+from diffora.settings import config
+
+log = logging.getLogger(__name__)
+
+
+MARKS = ("run.json", ".lock")  # what every run leaves, the second as soon as it begins
+OTHERS = (".log", ".out", ".err", ".txt")  # what a shell or a scheduler writes beside a run
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder with content that is no run's: nothing of it is to be overwritten, or mixed with a run.
+
+    Raises:
+        UserError: names what is there.
+    """
+    if not folder.is_dir() or any((folder / mark).exists() for mark in MARKS):
+        return
+    if strange := _strange(folder):
+        raise UserError(
+            f"hydra.run.dir={folder} is no run directory and not empty (it has {strange}): give a new folder"
+        )
+
+
+def check_sweep_place(folder: Path) -> None:
+    """`check_place` for the folder of a sweep, which holds those of its runs.
+
+    Raises:
+        UserError: names what is there.
+    """
+    here, place = Path.cwd().resolve(), folder.resolve()
+    if place == here or place in here.parents:
+        raise UserError(f"hydra.sweep.dir={str(folder)!r} is the current folder, or above it: give a new folder")
+    if not place.is_dir() or (place / "multirun.yaml").exists():
+        return
+    runs = any((inner / mark).exists() for inner in place.glob("*") for mark in (*MARKS, "multirun.yaml"))
+    strange = None if runs else _strange(place)
+    if strange and any(any(inner.glob("*")) for inner in place.glob("*") if inner.is_dir()):
+        raise UserError(f"hydra.sweep.dir={folder} has no runs and is not empty (it has {strange}): give a new folder")
+
+
+def _strange(folder: Path) -> str | None:
+    names = (path.name for path in folder.iterdir())
+    return next((name for name in sorted(names) if not name.startswith(".") and not name.endswith(OTHERS)), None)
+
+
+def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
+
+    Only settings are compared here, with those in the record. Checkpoints know what they were made with themselves:
+    `diffora.loop.checkpoint.earlier`.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
+    """
+    from diffora.loop.checkpoint import has_work
+
+    old = read_record(folder) or {}
+    status = old.get("status")
+    if broken := None if old else why_broken(folder):
+        if not cfg.resume and has_work(folder):
+            raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
+        log.warning(f"{broken}; going on without it")
+    if not cfg.resume:
+        if status == "completed" or has_work(folder):
+            raise UserError(
+                f"{folder} holds a run ({status or 'without a readable run.json'}) already: continue it with "
+                "resume=true, or choose another hydra.run.dir"
+            )
+        return None
+    if status == "dry_run" or "config_hash" not in old:
+        return None
+    if old["config_hash"] != config.config_hash(cfg):
+        raise UserError(
+            [
+                f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
+                "another folder with hydra.run.dir=, or hydra.sweep.dir= of a sweep:",
+                *(_changed_settings(cfg, folder) or ["its run.json is the record of another run than its config.yaml"]),
+            ]
+        )
+    if status != "completed":
+        return None
+    if lost := missing_files(folder, old):
+        log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")
+        return None
+    check_as_left(folder, old)
+    log.info(f"{folder} is complete already")
+    return old
+
+
+UNKNOWN = "a run whose settings are unknown cannot be continued: remove its folder, or choose another one"
+
+
+def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
+    """In which settings a run differs from its ``config.yaml``.
+
+    Raises:
+        UserError: its ``config.yaml`` is missing or broken.
+    """
+    file = folder / "config.yaml"
+    try:
+        before = read_yaml(file)
+    except FileNotFoundError:
+        before = None
+    except UserError as error:
+        raise UserError(f"{error}; {UNKNOWN}") from None
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is missing or holds no settings; {UNKNOWN}")
+    return config.differences(before, config.plain(cfg))
+
+
+@contextmanager
+def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Keep the account of a run: its configuration, its log, and how it ended if it did not end well.
+
+    Failures of the machine leave the block as a `UserError` that says what they are.
+
+    Raises:
+        UserError: another process is at work in the folder, or it cannot be written to.
+    """
+    from diffora.loop.process import is_main
+
+    if not is_main():
+        yield
+        return
+    with kept(folder), _locked(folder):
+        for place in [folder, *filter(Path.is_dir, folder.iterdir())]:
+            remove_leftovers(place)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_record(folder, record)
+        handler = _log_to(folder / "run.log")
+        try:
+            yield
+        except BaseException as error:
+            told = explained(error, ADVICE)
+            if record["status"] != "completed":
+                _record_failure(folder, record, told or error)
+            if told is None or told is error:
+                raise
+            raise told from error
+        finally:
+            if handler is not None:
+                logging.getLogger().removeHandler(handler)
+                with suppress(OSError):  # its last lines do not fit on the disk
+                    handler.close()
+
+
+ADVICE = "try a smaller batch_size, rank or model, or a machine with more memory"
+
+
+def _record_failure(folder: Path, record: dict[str, Any], error: BaseException) -> None:
+    """Write how a run ended. If that fails too, the first failure is the one to be told."""
+    record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    try:
+        record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
+        write_record(folder, record)
+    except Exception as second:
+        if str(second) != str(error):
+            log.warning(f"how the run ended is not in its record: {second}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; a lock that a dead process left behind does not matter.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work there") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise UserError(f"{folder / '.lock'} cannot be written: {reason(error)}") from error
+        log.warning(f"{folder}: this file system has no locks; see to it that no other process works there")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a lock that is lost at the end has done its work
+            lock.release()
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def _log_to(file: Path) -> logging.Handler | None:
+    """Let all messages go to a file, too."""
+    if logging.getLogger("diffora").level == logging.NOTSET:  # used as a library, without Hydra's logging
+        logging.getLogger("diffora").setLevel(logging.INFO)
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        log.warning(f"{file} cannot be written: {reason(error)}")
+        return None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler

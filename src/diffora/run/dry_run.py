@@ -1,0 +1,136 @@
+"""``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
+
+import itertools
+import logging
+import time
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from diffora import START
+from diffora.backbones import models
+from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.grid import Grid, find_grid
+from diffora.core.lowrank import attach
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.loop.checkpoint import has_work
+from diffora.methods.base import Method
+from diffora.methods.selecting import Selecting
+from diffora.run import memory, terminal
+from diffora.run.record import new_record, read_record, write_record
+from diffora.tasks.base import Task
+from diffora.tasks.sources import first_line
+from diffora.training.stage import check_stages
+
+log = logging.getLogger(__name__)
+
+
+def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[str, Any]:
+    """Build the adapted model on the meta device, print and write its record.
+
+    The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
+    """
+    try:
+        model = models.meta_model(cfg.model, task)
+    except UserError:
+        raise
+    except Exception as error:  # transformers has many ways to refuse a shape
+        raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    models.check_outside_head(model, itertools.chain(*grid.names))
+    asked: list[str] = []
+
+    def stand_in(selector: str) -> Selection:
+        assert isinstance(method, Selecting)
+        asked.append(selector)
+        return method.by_chance(grid, cfg.seed)
+
+    method.check(model, grid)
+    check_stages(cfg, method, grid, None)
+    selection = method.select(grid, cfg.seed, stand_in)
+    backbone = models.backbone_parameters(model)
+    method.adapt(model, grid, selection, cfg.seed)
+    models.check_trainable(model)
+    params = models.count_parameters(model) | {"backbone": backbone}
+    if asked:
+        assert isinstance(method, Selecting)
+        selection = None
+        params |= _unknown_counts(grid, method)
+        params["trainable"] = params["adapter"] + params["head"]
+    record = new_record(cfg, data_hash=None)
+    record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
+    if selection is not None:
+        record["selection"] = {"file": None, **selection.summary()}
+    terminal.print_dry_run(record, grid, selection, method)
+    record["memory"] = {"estimate": _memory(cfg, task, model, grid if {"search", "attribution"} & set(asked) else None)}
+    terminal.print_memory(record["memory"]["estimate"])
+    if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # a run's own record stays
+        write_record(folder, record)
+    return record
+
+
+def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
+    """Estimates by stage, in MB; those of a stage that cannot be measured are missing, with a warning.
+
+    Args:
+        model: adapted for fine-tuning; it is used up.
+        searched: the grid of a search, where there is one.
+    """
+
+    def search() -> memory.Estimate:
+        assert searched is not None
+        fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
+        everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
+        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
+        return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
+
+    stages = {"search": search} if searched is not None else {}
+    stages["finetune"] = lambda: memory.of_finetuning(cfg, task, _checkpointing(cfg, model))
+    found = {}
+    for name, measure in stages.items():
+        try:
+            estimate = measure()
+        except UserError:
+            raise
+        except Exception as error:  # a model may do what needs content, which fake tensors do not have
+            log.warning(f"the memory of {name} cannot be estimated: {first_line(error)}")
+            continue
+        parts = {key: getattr(estimate, key) for key in ("weights", "optimiser", "activations", "total")}
+        found[name] = {f"{key}_mb": round(size / 2**20, 1) for key, size in parts.items()} | {"batch": estimate.shape}
+    return found
+
+
+def _checkpointing(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    if cfg.trainer.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    return model
+
+
+def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
+    """What is known before the data choose: the mean count over all selections and the extremes, or the budget.
+
+    Under a budget, ``adapter`` is the most there can be; ``rank_*`` or ``modules_*`` bound what the budget will choose.
+    """
+    shapes, elsewhere, size = grid.shapes, method.rank_elsewhere, method.size(grid)
+    least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
+    if (limit := method.limit) is not None and method.scope == "global":
+        # What fits in any order of the modules, and what fits in the best one.
+        sure, possible = (max(m for m, count in enumerate(counts) if count <= limit) for counts in (most, least))
+        return {"adapter": limit, "modules_min": sure, "modules_max": possible}
+    if limit is not None and size > 0:
+
+        def largest(extreme: int) -> int:
+            counts = lambda rank: extreme_adapter_parameters(shapes, rank, elsewhere)[extreme][size]  # noqa: E731
+            return bisect_right(range(1, limit + 1), limit, key=counts)
+
+        return {"adapter": limit, "rank_min": largest(1), "rank_max": largest(0)}
+    if method.scope == "global":
+        expected = expected_globally(shapes, size, method.rank, elsewhere)
+    else:
+        expected = expected_adapter_parameters(shapes, size // grid.n_layers, method.rank, elsewhere)
+    return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}

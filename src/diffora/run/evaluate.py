@@ -1,0 +1,283 @@
+"""A finished run, used again: metrics and predictions on any split, without training (`evaluate.py`)."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from torch import nn
+
+from diffora import digests
+from diffora.adapters.export import ADAPT, load_adapter
+from diffora.backbones import compatibility, models
+from diffora.cli import composition_problems
+from diffora.errors import UserError
+from diffora.files import check_writable, read_yaml, write_text
+from diffora.loop.predict import predict
+from diffora.loop.process import quiet_libraries
+from diffora.run import terminal
+from diffora.run.record import NAME, WEIGHTS, check_as_left, read_record
+from diffora.settings import config
+from diffora.tasks.account import lines as account_lines
+from diffora.tasks.base import Outputs, Split, Task, get_task
+from diffora.trust import class_at, literal, settings
+
+log = logging.getLogger(__name__)
+
+OWN = ("run", "adapter", "split", "output", "batch_size", "method._target_")
+SECTIONS = ("task", "model", "trainer")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        cfg: sections ``task``, ``model`` and ``trainer``.
+        weights: folder of an adapter, or of a whole model.
+        splits: names at the source; None for the task's validation splits.
+        output: where metrics and predictions go.
+        batch_size: rows per batch.
+        method: the class that adapts the backbone, where the user named it.
+    """
+
+    cfg: DictConfig
+    weights: Path
+    splits: tuple[str, ...] | None
+    output: Path
+    batch_size: int
+    method: str | None = None
+    """Dotted path of the user's own method, where the command line names one."""
+    own_backbone: bool = False
+    """Whether the command line names the backbone: then it need not be that of the run."""
+
+
+def read_request(arguments: list[str]) -> Request:
+    """Understand the command line: our own arguments, and overrides of the run's (or the composed) configuration.
+
+    Raises:
+        UserError: every argument that cannot be right.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own: dict[str, Any] = {}
+    choices: list[str] = []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    groups = {folder.name for folder in config.conf_dir().iterdir() if folder.is_dir()}
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+        except Exception:
+            problems.append(f"{argument} is not of the form name=value")
+            continue
+        name, value = parsed.key_or_group, parsed.value()
+        if name in OWN:
+            if own.get(name, value) != value:
+                problems.append(f"{name}= is given twice: {config.show(own[name])} and {config.show(value)}")
+            own[name] = value
+        elif name in SECTIONS:
+            choices.append(argument)
+        elif name.split(".")[0] in SECTIONS:
+            values[name] = value
+        else:
+            hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
+            problems.append(f"{config.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
+    if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
+        problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
+    rows, size, splits = config.whole(1), own.get("batch_size", 64), own.get("split")
+    if config.is_int(splits):
+        splits = str(splits)
+    if not rows.fits(size):
+        problems.append(f"batch_size={config.show(size)} must be {rows.words}")
+    if not (splits is None or config.TEXT.fits(splits) or (splits and config.TEXTS.fits(splits))):
+        problems.append(f"split={config.show(splits)} must be the name of a split, or a list of names")
+    if "output" in own and not config.PATH.fits(own["output"]):
+        problems.append(f"output={config.show(own['output'])} must be {config.PATH.words}")
+    if problems:
+        raise UserError(problems)
+
+    place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
+    cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    if "run" in own:  # only the command line may allow code, not a folder that may come from others
+        OmegaConf.update(cfg, "model.trust_remote_code", False)
+    cfg = _override(cfg, choices if "run" in own else [], values)
+    named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
+    class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
+    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
+        raise UserError(problems)
+    output = (
+        Path(str(own["output"])).expanduser()
+        if "output" in own
+        else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    if output.is_file() or (output.exists() and any(output.iterdir())):
+        raise UserError(f"output={output} is not an empty folder: choose another one")
+    names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
+    own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
+    return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)
+
+
+def _of_run(folder: Path) -> tuple[DictConfig, Path]:
+    """The settings that a run's folder holds, which somebody else may have written, and its weights."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
+    weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
+    if not weights:
+        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
+    return settings(read_yaml(file), file, SECTIONS), weights[0]
+
+
+def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
+    if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
+        raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
+    if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
+        raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
+    return _compose(choices), folder
+
+
+def _compose(choices: list[str]) -> DictConfig:
+    """The configuration with some choices.
+
+    Raises:
+        UserError: every choice that there is not.
+    """
+    from hydra import compose, initialize_config_dir
+
+    try:
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            return compose("config", choices)
+    except Exception as error:
+        raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
+
+
+def _override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
+    for choice in choices:
+        name = choice.partition("=")[0]
+        cfg[name] = _compose([choice])[name]
+    problems = []
+    for key, value in values.items():
+        section, _, rest = key.partition(".")
+        if OmegaConf.select(cfg, key) is None and rest not in cfg[section]:
+            there = ", ".join(
+                f"{section}.{name}" for name in cfg[section] if name not in ("_target_", "recipe", "config")
+            )
+            problems.append(
+                f"{section}={cfg[section].name if 'name' in cfg[section] else ''} has no {key}; it has {there}"
+            )
+            continue
+        OmegaConf.update(cfg, key, value)
+    if problems:
+        raise UserError(problems)
+    return cfg
+
+
+def evaluate(request: Request) -> dict[str, dict[str, float]]:
+    """Predict and, where there are labels, score. Writes ``metrics.json`` and the predictions.
+
+    Returns:
+        Metrics by split; splits without labels have none.
+
+    Raises:
+        UserError: whatever is wrong with settings, data, model or adapter.
+    """
+    try:
+        return _evaluate(request)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        section = key.partition(".")[0]
+        raise UserError(f"the run's settings have no {key}: choose the section anew with {section}=<name>") from error
+
+
+def _evaluate(request: Request) -> dict[str, dict[str, float]]:
+    cfg, began = request.cfg, time.time()
+    check_writable(request.output)
+    quiet_libraries()
+    task = get_task(cfg.task)
+    record = read_record(request.weights.parent) or {}
+    if request.weights.name in WEIGHTS:
+        check_as_left(request.weights.parent, record)
+    if (trained := record.get("classes")) is not None:
+        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+            raise UserError(f"{request.weights.parent / NAME}: 'classes' is not a list of names")
+        task.expect(trained)
+    names = request.splits or task.validation_splits
+    rows = {name: task.load_split(name) for name in names}
+    model, processor = load_trained(cfg, request.weights, request.method, task)
+    _check_backbone(request)
+    collate = task.collate(processor, training=False)
+    splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
+    data = {name: task.account(name, split).record() for name, split in splits.items()}
+    for line in account_lines(data):
+        log.warning(line)
+    found: dict[str, dict[str, float]] = {}
+    files: list[Path] = []
+    for name, split in splits.items():
+        outputs: Outputs = predict(model, task, split, collate, request.batch_size, cfg.trainer)
+        files += task.write_predictions(request.output, name, outputs, split)
+        scores = task.score(outputs, split) if task.labelled(split) else {}
+        found[name] = {key: round(value, 6) for key, value in scores.items()}
+    account = {
+        "weights": str(request.weights.resolve()),
+        "task": config.plain(cfg)["task"],
+        "model": cfg.model.path,
+        "rows": {name: len(split.rows) for name, split in splits.items()},
+        "data": data,
+        "metrics": found,
+        "seconds": round(time.time() - began, 3),
+    }
+    write_text(request.output / "metrics.json", json.dumps(account, indent=1) + "\n")
+    terminal.print_evaluation(account, [request.output / "metrics.json", *files])
+    return found
+
+
+def load_trained(
+    cfg: DictConfig, weights: Path, method: str | None = None, task: Task | None = None
+) -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer or image processor.
+
+    Args:
+        cfg: sections ``task`` and ``model``.
+        weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
+        method: as in `load_adapter`.
+        task: the task where it is there already, and knows its classes from what it has loaded.
+    """
+    task = task or get_task(cfg.task)
+    section = cfg.model
+    whole = (weights / "config.json").is_file()
+    if whole:
+        section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
+    # Whole models that earlier versions wrote have no tokenizer: the backbone's is the same.
+    complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    processor = task.processor(section if whole and complete else cfg.model)
+    model = models.load_model(section, task, whole)
+    compatibility.match_processor(model, processor)
+    if not whole:
+        load_adapter(model, weights, method)
+    return model.eval(), processor
+
+
+def _check_backbone(request: Request) -> None:
+    """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
+    whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
+    record = read_record(request.weights.parent) or {}
+    trained = None if whole else record.get("backbone")
+    path = request.cfg.model.path
+    if whole and not record.get("digests"):
+        log.warning(f"{request.weights} may not be as its run left it: no run.json has its digests")
+    if not trained:
+        if not whole and not request.own_backbone:
+            log.warning(f"{path} may not be the backbone that the run was trained on: no run.json says which that was")
+        return
+    for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
+        if not request.own_backbone:
+            raise UserError(
+                f"{change} in {path} since the run was trained; bring them back, or say that you want this backbone: "
+                f"model.path={path}"
+            )
+        log.warning(f"{path} is not the backbone that the run was trained on: {change}")

@@ -1,0 +1,287 @@
+"""One run from configuration to record: data and backbone, selection, adaptation, fine-tuning, results.
+
+Everything flows one way. From the search to the fine-tuning stage crosses the `Selection` and nothing else.
+"""
+
+import copy
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from diffora import START, digests
+from diffora.adapters.export import Origin
+from diffora.backbones import models
+from diffora.core.selection import Selection
+from diffora.errors import UserError, machine_limits
+from diffora.files import check_writable
+from diffora.hub import resolve
+from diffora.loop.loggers import Loggers
+from diffora.loop.machine import check_machine
+from diffora.loop.parts import Parts
+from diffora.loop.predict import predict
+from diffora.loop.process import is_main, quiet_libraries
+from diffora.methods.base import Method
+from diffora.run import directory as rundir
+from diffora.run import figures, terminal
+from diffora.run.record import (
+    file_digests,
+    missing_files,
+    new_record,
+    peaks,
+    reset_peaks,
+    result_files,
+    write_record,
+)
+from diffora.search.stage import find_selection, warm_start
+from diffora.settings import config
+from diffora.tasks.account import lines as account_lines
+from diffora.tasks.base import Task, get_task
+from diffora.training.stage import check_stages, finetune
+from diffora.trust import class_at, literal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns to whoever calls it as a library."""
+
+    folder: Path
+    record: dict[str, Any]
+    model: nn.Module | None
+    selection: Selection | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = self.record["metrics"]
+        return metrics
+
+
+def train(cfg: DictConfig) -> float | None:
+    """The Hydra job: one run in Hydra's run directory. Returns the task's main validation metric."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
+    if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not given:
+        raise UserError("resume=true needs hydra.run.dir=<the run directory to continue>")
+    devices = OmegaConf.select(cfg, "trainer.devices", throw_on_resolution_failure=False) or 1
+    if hydra.mode == RunMode.MULTIRUN and devices not in (1, "auto") and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
+            "yourself, `torchrun --nproc-per-node=N train.py -m …`, or sweep with trainer.devices=1"
+        )
+    # A run of its own counts from the start of the program, a later job of a sweep from its own start.
+    first = hydra.mode == RunMode.RUN or hydra.job.num == 0
+    result = run(cfg, Path(hydra.runtime.output_dir), began=START if first else None)
+    return result.metrics.get(f"validation/{get_task(cfg.task).main_metric}")
+
+
+def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
+    """One run of a composed configuration, written to ``folder``; its times count from ``began``, or from now.
+
+    Raises:
+        UserError: whatever the user can mend. Mistakes in configuration, data and files are found before anything is
+            written to ``folder``.
+    """
+    began = time.time() if began is None else began
+    cfg = _named(cfg)
+    method, task = check(cfg)
+    if is_main():
+        rundir.check_place(folder)
+    if cfg.dry_run:
+        from diffora.run.dry_run import dry_run
+
+        with machine_limits():
+            return Result(folder, dry_run(cfg, method, task, folder), None, None)
+    quiet_libraries()
+    check_machine(cfg)
+    if is_main() and (done := rundir.finished(cfg, folder)) is not None:
+        check_unchanged(cfg, folder, done)
+        terminal.print_result(done, task, folder)
+        return Result(folder, done, None, None)
+    if is_main():
+        check_writable(folder)
+    reset_peaks()
+    L.seed_everything(cfg.seed, verbose=False)
+    with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
+        parts = Parts.load(cfg, folder, task)
+        method.check(parts.model, parts.grid)
+    check_stages(cfg, method, parts.grid, len(parts.train.encoded))
+    record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    record |= {"backbone": parts.backbone, "data": parts.data}
+    if names := parts.arguments.get("id2label"):
+        record["classes"] = list(names.values())
+    with rundir.account(cfg, folder, record):
+        if is_main():
+            for line in account_lines(parts.data):
+                log.warning(line)
+        return execute(parts, method, record, began)
+
+
+def _named(cfg: DictConfig) -> DictConfig:
+    """The configuration with the names of its cell as they were given: ``${…}`` in them is text."""
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cell := cfg.get("cell"), DictConfig):
+        names = OmegaConf.to_container(cell, resolve=False)
+        assert isinstance(names, dict)
+        cfg.cell = {key: literal(name) if isinstance(name, str) else name for key, name in names.items()}
+    return cfg
+
+
+def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None:
+    """Compare a complete run with the data and the backbone that its settings name now.
+
+    What is not there any more is not compared, nor are data from the hub: that would need the network.
+
+    Raises:
+        UserError: they changed, so that the results are not theirs.
+    """
+    now: dict[str, Any] = {}
+    try:
+        now["backbone"] = digests.backbone(cfg.model.path)
+        if cfg.task.get("path") is not None:
+            now["data"] = get_task(cfg.task).load().data_hash
+    except UserError as error:
+        log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
+    old = {"data": done.get("data_hash"), "backbone": done.get("backbone")}
+    if changed := digests.changes(old, now):
+        raise UserError(
+            [f"{folder} is complete, but its results are not those of today's files; choose another folder:", *changed]
+        )
+
+
+def check(cfg: DictConfig) -> tuple[Method, Task]:
+    """Find every mistake in a configuration before anything is loaded.
+
+    Raises:
+        UserError: all of them.
+    """
+    faults = config.faults(cfg)
+    found = [*faults.values()]
+    method: Any = None
+    if not faults.keys() & {"method", "method._target_", "finetune", "model"}:
+        try:
+            method = class_at(cfg.method._target_, Method, "method._target_").from_config(cfg)
+        except UserError as error:
+            # The method knows its own settings better than the rules that hold for all.
+            faults = {key: text for key, text in faults.items() if not key.startswith("method.")}
+            found = [*faults.values(), *(p for p in error.problems if p.partition("=")[0] not in faults)]
+        except OmegaConfBaseException:
+            assert found  # a value that leads nowhere, reported above
+    task: Any = None
+    if not any(key == "task" or (key.startswith("task.") and not key.startswith("task.recipe.")) for key in faults):
+        try:
+            task = get_task(cfg.task)
+        except UserError as error:
+            found += error.problems
+    if not any(key.startswith("model") for key in faults):
+        found += models.problems(cfg)
+    if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
+        found.append(f"predict=true: task={task.name} has no split to predict")
+    for key in ("selection", "like"):
+        file = getattr(method, key, None)
+        if not isinstance(file, str):
+            continue
+        if key == "like" and not Path(file).exists():  # in a sweep, another run has yet to make it
+            continue
+        try:
+            Selection.load(Path(file))
+        except UserError as error:
+            found += [f"method.{key}: {problem}" for problem in error.problems]
+            continue
+        if cfg.method.get("warm_start") and not Path(file).with_suffix(".safetensors").is_file():
+            tensors = Path(file).with_suffix(".safetensors")
+            found.append(f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves")
+    if not found:
+        found += config.problems(cfg)
+    if found:
+        raise UserError(found)
+    return method, task
+
+
+def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
+    """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
+    cfg, folder = parts.cfg, parts.folder
+    loggers = Loggers(cfg.get("logger"), folder, config.plain(cfg))
+    failed = True
+    try:
+        search_s = 0.0
+
+        def find(selector: str) -> Selection:
+            nonlocal search_s
+            found, search_s = find_selection(parts, method, selector, loggers)
+            return found
+
+        selection = method.select(parts.grid, cfg.seed, find)
+        if selection is not None and is_main():
+            selection.save(folder / "selection.json")
+            figures.save_png(folder / "dam.png", figures.dam_heatmap(selection))
+            record["selection"] = {"file": "selection.json", **selection.summary()}
+
+        # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
+        L.seed_everything(cfg.seed, verbose=False)
+        adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
+        models.check_trainable(parts.model)
+        if selection is not None and cfg.method.get("warm_start"):
+            warm_start(parts, selection)
+        record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
+        module = finetune(parts, adaptation, record["params"], loggers)
+        module.load_trainable(module.best_state)
+        needed = adaptation.inference_parameters()
+        record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
+        record |= {"metrics": module.results(), "history": module.history, "memory": peaks()}
+        if is_main():
+            path, local = resolve(cfg.model.path)
+            base = str(Path(path).resolve()) if local else path
+            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.arguments))
+        record["time"] = {
+            "search_s": round(search_s, 3),
+            "finetune_s": round(module.elapsed, 3),
+            "total_s": round(max(time.time() - began, search_s + module.elapsed), 3),
+            "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
+        }
+        if is_main():
+            record["files"] = [*result_files(folder, record), *write_predictions(parts)]
+            if lost := missing_files(folder, record):
+                raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
+            record["digests"] = file_digests(folder, result_files(folder, record))
+            write_record(folder, record | {"status": "completed"})
+        record["status"] = "completed"  # from here on, nothing that fails makes a failed run of it
+        failed = False
+        if is_main():
+            loggers.summary(record)
+            terminal.print_result(record, parts.task, folder)
+        return Result(folder, record, parts.model, selection)
+    finally:
+        loggers.finish(failed)
+
+
+def write_predictions(parts: Parts) -> list[str]:
+    """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``.
+
+    Returns:
+        The files, relative to the run directory.
+    """
+    written: list[Path] = []
+    for name, split in parts.test.items():
+        rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
+        try:
+            outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+            files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
+        except UserError as error:  # the training is done and must not be lost with it
+            log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")
+            continue
+        for file in files:
+            log.info(f"predictions for {name}: {file}")
+        written += files
+    return [file.relative_to(parts.folder).as_posix() for file in written]

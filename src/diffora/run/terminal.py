@@ -1,0 +1,140 @@
+"""What a run says at its end, and what a dry run shows."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.run.figures import short_names
+from diffora.tasks.base import Task
+
+
+def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
+    """Metrics, parameters, time and where things are."""
+    metrics, params, spent, memory = record["metrics"], record["params"], record["time"], record["memory"]
+    table = Table(title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name in task.metrics:
+        for key, value in metrics.items():
+            if key.startswith("validation") and key.endswith(f"/{name}"):
+                table.add_row(key, f"{value:.4f}")
+    held_out = f"held_out/{task.main_metric}"
+    table.add_row(f"{held_out} (chosen on the other half)", f"{metrics[held_out]:.4f}")
+    table.add_row("best epoch", f"{metrics['best_epoch']:.0f} of {len(record['history'])}")
+    if "generalisation_gap" in metrics:
+        table.add_row("better on training rows by", f"{metrics['generalisation_gap']:.4f}")
+    if "update/rank" in metrics:
+        table.add_row("mean rank of the updates", f"{metrics['update/rank']:.2f}")
+    table.add_section()
+    table.add_row("adapter parameters", f"{params['adapter']:,}")
+    if params["inference"] != params["adapter"]:
+        table.add_row("of these at inference", f"{params['inference']:,}")
+    table.add_row("head parameters", f"{params['head']:,}")
+    table.add_row("share of the backbone", f"{params['adapter'] / params['backbone']:.2%}")
+    table.add_section()
+    if spent["search_s"]:
+        table.add_row("search", _duration(spent["search_s"]))
+    table.add_row("fine-tuning", _duration(spent["finetune_s"]))
+    table.add_row("all, from the start", _duration(spent["total_s"]))
+    table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
+    console = Console()
+    console.print(table)
+    if record["selection"]:
+        pictures = " dam.png gamma.png" if (folder / "gamma.png").is_file() else " dam.png"
+        console.print(f"selection: {_counts(record['selection']['selected'])}", highlight=False)
+    else:
+        pictures = ""
+    weights = "adapter/" if (folder / "adapter").is_dir() else "model/"
+    selection = " selection.json" if record["selection"] else ""
+    console.print(
+        f"{folder}: run.json {weights}{selection}{pictures} logs/ checkpoints/", soft_wrap=True, highlight=False
+    )
+
+
+def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
+    """Metrics of each split, and the files."""
+    table = Table(title=escape(f"{account['task']['name']}, {account['seconds']:.1f} s"))
+    table.add_column("")
+    for split in account["metrics"]:
+        table.add_column(escape(split), justify="right")
+    table.add_row("rows", *(f"{n:,}" for n in account["rows"].values()))
+    names = list(dict.fromkeys(name for scores in account["metrics"].values() for name in scores))
+    for name in names:
+        found = (scores.get(name) for scores in account["metrics"].values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in found))
+    console = Console()
+    console.print(table)
+    if not names:
+        console.print("no labels: predictions only")
+    console.print(*files, sep="\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | None, method: Any) -> None:
+    """The grid of candidates and what the method would train."""
+    params = record["params"]
+    table = Table(title=f"{record['method']} on {record['model']}: {grid.n_layers} layers x {grid.n_types} candidates")
+    table.add_column("module of a layer")
+    table.add_column("in", justify="right")
+    table.add_column("out", justify="right")
+    table.add_column("selected in layers" if selection else "", overflow="fold")
+    mask = selection.mask().tolist() if selection else []
+    for j, name in enumerate(grid.types):
+        chosen = " ".join(str(i + 1) for i, row in enumerate(mask) if row[j])
+        table.add_row(name, *map(str, grid.shapes[0][j]), chosen)
+    console = Console()
+    console.print(table)
+    n_modules = grid.n_layers * grid.n_types
+    if selection is not None:
+        rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
+        console.print(f"{sum(map(len, selection.selected))} of {n_modules} modules selected{rank}", highlight=False)
+    elif "modules_min" in params:
+        span = f"{params['modules_min']} to {params['modules_max']}"
+        console.print(f"{span} of {n_modules} modules within the budget", highlight=False)
+    elif hasattr(method, "scope"):
+        size = method.size(grid)
+        many = f"K = {size // grid.n_layers} of {grid.n_types} modules a layer"
+        many = many if method.scope == "layer" else f"{size} of {n_modules} modules"
+        console.print(f"rho = {method.rho}: {many}", highlight=False)
+    if "rank_min" in params:
+        console.print(f"rank {params['rank_min']} to {params['rank_max']} within the budget", highlight=False)
+    console.print(f"adapter parameters    {params['adapter']:>13,}", highlight=False)
+    if "rank_min" in params or "modules_min" in params:
+        console.print("  at most; what is selected decides", highlight=False)
+    if "adapter_min" in params:
+        bounds = f"{params['adapter_min']:,} to {params['adapter_max']:,}"
+        console.print(f"  expected; what the search selects decides: {bounds}", highlight=False)
+    for name in ("head", "trainable", "backbone"):
+        console.print(f"{name + ' parameters':<22}{params[name]:>13,}", highlight=False)
+
+
+def print_memory(estimates: dict[str, Any]) -> None:
+    """What each stage is estimated to need."""
+    names = {"search": "search", "finetune": "fine-tuning"}
+    for stage, found in estimates.items():
+        parts = ", ".join(f"{key} {_size(found[f'{key}_mb'])}" for key in ("weights", "optimiser", "activations"))
+        shape = " x ".join(map(str, found["batch"]))
+        line = f"memory (estimate)     {_size(found['total_mb']):>13}  {names[stage]} at {shape}: {parts}"
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+def _counts(selected: list[list[str]]) -> str:
+    """How often each module type was selected, over the layers."""
+    names = sorted({name for row in selected for name in row}, key=lambda n: (-sum(n in row for row in selected), n))
+    labels = dict(zip(names, short_names(names), strict=True))
+    layers = len(selected)
+    return ", ".join(f"{labels[n]} in {sum(n in row for row in selected)}/{layers}" for n in names) or "nothing"
+
+
+def _size(mb: float) -> str:
+    return f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

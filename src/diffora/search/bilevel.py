@@ -1,0 +1,326 @@
+"""Stage 1 of DiffoRA: the bi-level search of the DAM (eqs. 10 to 13, Algorithm 1, lines 1 to 8)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffora.core.dam import entropy, relax
+from diffora.core.hypergradient import first_order, simultaneous, unrolled
+from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.split import divided, mixed_modules, shared_tables
+from diffora.errors import UserError
+from diffora.loop.checkpoint import Stage
+from diffora.tasks.base import Batch, Task, joined, parts_of
+
+POINTS_PER_ROUND = 40
+
+Grads = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The ``search`` section of the configuration, as far as the module needs it."""
+
+    lr: float
+    gamma_lr: float
+    order: int
+    weight_decay: float
+    clip: float | None
+    accumulate: int
+    update: str = "alternating"
+
+
+class SearchModule(Stage):
+    """Alternates one Gamma step on a search-valid batch with T weight steps on search-train batches.
+
+    The upper level is Gamma, (L, N), from 0; the lower level is every A and B and the head. Neither step computes,
+    keeps or changes a gradient of the other level. Gradients are taken with `torch.autograd.grad` and averaged over
+    processes here, since DDP does not see them.
+
+    With ``update="simultaneous"`` the Gamma step and the first weight step are one: the same two gradients, both where
+    the step begins, from one pass over the rows of both batches.
+
+    Args:
+        model: the backbone with a low-rank layer at every place of the grid.
+        layers: those layers, L x N, under the names of ``types``.
+        task: whose loss it is.
+        settings: learning rates and the like.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Sequence[LowRankLinear]],
+        types: Sequence[str],
+        task: Task,
+        settings: SearchSettings,
+        seed: int,
+    ) -> None:
+        super().__init__(model, seed)
+        self.automatic_optimization = False
+        self.gamma = nn.Parameter(torch.zeros(len(layers), len(layers[0])))
+        self.layers, self.types = layers, list(types)
+        self.task, self.settings = task, settings
+        trained = [p for p in model.parameters() if p.requires_grad]
+        of_layers = {p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)}
+        self.pairs = [p for p in trained if p in of_layers]
+        self.head = [p for p in trained if p not in of_layers]
+        self._tables = shared_tables(model)
+        self._checked = False
+        self.trajectory: list[tuple[float, list[list[float]]]] = [(0.0, relax(self.gamma).tolist())]
+        """(round, relaxed DAM), a few dozen points a round."""
+        self._trace: list[tuple[float, Tensor]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The lower level's parameters: A, B and the head."""
+        return [*self.pairs, *self.head]
+
+    def gates(self, gamma: Tensor) -> Tensor:
+        """The relaxed DAM (eq. 11), L x N."""
+        return relax(gamma)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        s = self.settings
+        return [
+            torch.optim.Adam([self.gamma], lr=s.gamma_lr, betas=(0.5, 0.999)),
+            torch.optim.AdamW(self.weights, lr=s.lr, weight_decay=s.weight_decay, fused=True),
+        ]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        gamma_opt, weight_opt = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]
+        valid, (train, *others) = batch["valid"], batch["train"]
+        self.rehearse(self.task.inputs(valid))
+        if self.settings.update == "simultaneous":
+            train_loss, valid_loss = self.joint_step(gamma_opt, weight_opt, valid, train)
+        else:
+            valid_loss = self.gamma_step(gamma_opt, valid, train)
+            train_loss = self.weight_step(weight_opt, train)
+        self._update_scale()  # not before, since the gradients of one pass for both levels have one scale
+        for train in others:
+            train_loss = self.weight_step(weight_opt, train)
+            self._update_scale()
+        self.watch(valid_loss + train_loss)
+        self._losses.append((train_loss, valid_loss))
+        steps = self.trainer.num_training_batches
+        if (batch_idx + 1) % max(1, steps // POINTS_PER_ROUND) == 0 or batch_idx + 1 == steps:
+            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, relax(self.gamma.detach())))
+
+    def gamma_step(self, optimizer: torch.optim.Optimizer, valid: Batch, train: Batch) -> Tensor:
+        """Algorithm 1, line 4: one step of Gamma on the validation loss. Returns that loss."""
+        grads: Grads
+        if self.settings.order == 1:
+            with divided(self.layers, (), 0, len(valid["row"])):  # nothing is kept for the gradients of A and B
+                loss, grads = self._gradients(valid, lambda loss: [first_order(loss, self.gamma)], self.gamma)
+        else:
+            loss, grads = self._unrolled_gradient(valid, train)
+        self._take_step(optimizer, [self.gamma], self._averaged([self.gamma], grads, valid))
+        return loss
+
+    def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
+        """Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
+        weights = self.weights
+        loss, grads = self._gradients(
+            train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), self.gamma.detach()
+        )
+        self._take_step(optimizer, weights, self._averaged(weights, grads, train))
+        return loss
+
+    def joint_step(
+        self, gamma_opt: torch.optim.Optimizer, weight_opt: torch.optim.Optimizer, valid: Batch, train: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """One step of both levels from one pass over the rows of both batches. Returns (training, validation loss).
+
+        Raises:
+            UserError: at the first step, for a model that does not keep rows apart.
+        """
+        if not self._checked:
+            self._check_rows_are_apart(valid, train)
+            self._checked = True
+        losses, grads = self._joint_gradients(valid, train)
+        self._take_step(weight_opt, self.weights, self._averaged(self.weights, grads[:-1], train))
+        self._take_step(gamma_opt, [self.gamma], self._averaged([self.gamma], grads[-1:], valid))
+        return losses
+
+    def _gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
+        """Mean loss of a batch and its gradients, part by part where ``accumulate`` says so."""
+        total, sums = torch.zeros((), device=self.device), None
+        for part, share in parts_of(batch, self.settings.accumulate, self.task):
+            loss = self._loss(part, gamma)
+            sums = _added(sums, grad(self._scaled(loss) * share))
+            total = total + loss.detach() * share
+        assert sums is not None
+        return total, sums
+
+    def _joint_gradients(self, valid: Batch, train: Batch) -> tuple[tuple[Tensor, Tensor], Grads]:
+        """(training loss, validation loss); gradients of the first by all weights, of the second by Gamma, in a row."""
+        train_total, valid_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        sums, n_parts = None, self.settings.accumulate
+        # Where a split has less than a batch, the other one may have more parts: these are alone.
+        for (a, a_share), (b, b_share) in zip_longest(
+            parts_of(train, n_parts, self.task), parts_of(valid, n_parts, self.task), fillvalue=(None, 0.0)
+        ):
+            n_train, n_valid = (0 if part is None else len(part["row"]) for part in (a, b))
+            with divided(self.layers, self._tables, n_train, n_train + n_valid):
+                train_loss, valid_loss = self._joint_losses(a, b)
+                scaled = self._scaled(train_loss) * a_share, self._scaled(valid_loss) * b_share
+                sums = _added(sums, simultaneous(*scaled, self.pairs, self.head, self.gamma))
+            train_total = train_total + train_loss.detach() * a_share
+            valid_total = valid_total + valid_loss.detach() * b_share
+        assert sums is not None
+        return (train_total, valid_total), sums
+
+    def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
+        """(training loss, validation loss) from one pass, the training rows first; 0 for what is not there."""
+        set_gates(self.layers, self.gates(self.gamma))
+        there = [part for part in (train, valid) if part is not None]
+        config: Any = self.model.config
+        padding = max(0, getattr(config, "pad_token_id", None) or 0)
+        batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
+        sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
+        outputs = _cut(self.model(**self.task.inputs(batch)), sizes)
+        losses = [
+            self.task.loss(SimpleNamespace(**output), rows) if size else torch.zeros((), device=self.device)
+            for output, rows, size in zip(outputs, _cut(batch, sizes), sizes, strict=True)
+        ]
+        return losses[0], losses[1]
+
+    def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
+        """Refuse a model in which the gradients of the two levels would mix; a few rows tell, and change nothing."""
+        few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
+        n_train, n_valid = (len(batch["row"]) for batch in few)
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            divided(self.layers, self._tables, n_train, n_train + n_valid),
+        ):
+            mixed = mixed_modules(self.model, lambda: self._joint_losses(*few), n_train + n_valid)
+        if mixed:
+            raise UserError(
+                f"search.update=simultaneous: {type(self.model).__name__} does not keep the rows of a batch apart in "
+                f"{', '.join(mixed[:3])}{' …' if len(mixed) > 3 else ''}, so that training and validation rows cannot "
+                "share a pass; use search.update=alternating"
+            )
+
+    def _unrolled_gradient(self, valid: Batch, train: Batch) -> tuple[Tensor, Grads]:
+        """The hypergradient through one inner step of size ``lr``."""
+        parameters = dict(self.model.named_parameters())
+        names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        seen: list[Tensor] = []
+
+        def loss_at(batch: Batch) -> Callable[[Sequence[Tensor]], Tensor]:
+            def loss(weights: Sequence[Tensor]) -> Tensor:
+                seen.append(self._loss(batch, self.gamma, dict(zip(names, weights, strict=True))))
+                return seen[-1]
+
+            return loss
+
+        weights = [parameters[name] for name in names]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
+            grad = unrolled(loss_at(train), loss_at(valid), weights, self.gamma, self.settings.lr)
+        return seen[-1].detach(), [grad]
+
+    def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Loss with the gates that belong to ``gamma`` (eq. 10), at ``weights`` where given."""
+        set_gates(self.layers, self.gates(gamma))
+        inputs = self.task.inputs(batch)
+        if weights is None:
+            output = self.model(**inputs)
+        else:
+            output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
+        return self.task.loss(output, batch)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaler = self._scaler()
+        return loss if scaler is None else scaler.scale(loss)
+
+    def _update_scale(self) -> None:
+        if (scaler := self._scaler()) is not None:
+            scaler.update()
+
+    def _averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
+        """The gradients' means over what all processes' batches count (`Task.weight`); 0 for a parameter without."""
+        full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        if self.trainer.world_size > 1:
+            flat = torch.cat([g.flatten() for g in full])
+            terms = flat.new_tensor([self.task.weight(batch)])
+            flat = torch.cat([flat * terms, terms])
+            torch.distributed.all_reduce(flat)
+            flat = flat[:-1] / flat[-1].clamp(min=1)
+            full = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in full]), full, strict=True)]
+        return full
+
+    def _take_step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        """Clip (weights only), step, and leave no gradient behind."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        scaler = self._scaler()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.settings.clip is not None and parameters[0] is not self.gamma:
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.end_round()
+
+    def end_round(self) -> None:
+        """Keep and log what the round has brought."""
+        self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
+        losses = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0)
+        train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
+        self._trace, self._losses = [], []
+        gamma_bar = relax(self.gamma.detach())
+        values = {
+            "search/round": float(self.current_epoch + 1),
+            "search/train_loss": train,
+            "search/valid_loss": valid,
+            "search/entropy": entropy(gamma_bar).mean().item(),
+        }
+        for i, row in enumerate(gamma_bar.tolist()):
+            values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
+        self.log_dict(values, rank_zero_only=True)
+
+    def memory(self) -> dict[str, Any]:
+        return {"trajectory": self.trajectory}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.trajectory = [(at, rows) for at, rows in memory["trajectory"]]
+
+    def close_gates(self) -> None:
+        """Take the gates off the layers."""
+        set_gates(self.layers, None)
+
+
+def _added(sums: Grads | None, grads: Grads) -> Grads:
+    """Entry by entry, None standing for 0."""
+    if sums is None:
+        return grads
+    return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
+
+
+def _cut(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """What of a batch or of a model's output belongs to its first rows, and what to the rest."""
+    cut = {
+        name: torch.split(value, sizes)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.ndim and len(value) == sum(sizes)
+    }
+    return [{name: parts[i] for name, parts in cut.items()} for i in range(len(sizes))]

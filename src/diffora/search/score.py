@@ -1,0 +1,134 @@
+"""Stage 1 in short: score the candidates on a few batches, without training anything (`diffora.search.criteria`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.linear import weight_of
+from diffora.errors import UserError
+from diffora.loop.checkpoint import Stage
+from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.tasks.base import Batch, Task, full_precision, parts_of
+
+
+class ScoreModule(Stage):
+    """One pass over some search-train batches, in evaluation mode. No parameter and no gradient buffer is changed.
+
+    Sums are taken over parts, batches and processes before anything that is not linear, so that the scores do not
+    depend on how the rows are divided.
+
+    Args:
+        model: the frozen backbone with its new head.
+        names: L x N full names of the candidates.
+        criterion: ``gradient`` or ``activation``.
+        task: whose loss it is.
+        accumulate: parts that a batch is cut into.
+        seed: of the run.
+
+    Attributes:
+        scores: L x N, once the stage is over.
+    """
+
+    scores: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[Sequence[str]],
+        criterion: str,
+        task: Task,
+        accumulate: int,
+        seed: int,
+    ) -> None:
+        super().__init__(model, seed)
+        self.automatic_optimization = False
+        self.shape = len(names), len(names[0])
+        self.candidates = [model.get_submodule(name) for row in names for name in row]
+        for candidate in self.candidates:
+            weight_of(candidate)  # refuses quantised ones before any work is done
+        self.weights = [model.get_parameter(f"{name}.weight") for row in names for name in row]
+        self.criterion, self.task, self.accumulate = criterion, task, accumulate
+        self._sums: list[Tensor] = []
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to optimise."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.eval()  # dropout would add noise to what is measured once
+
+    def over(self, epochs_done: int, epochs: int) -> bool:
+        return epochs_done >= 1
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        rows: Batch = batch["train"][0]
+        for part, share in parts_of(rows, self.accumulate, self.task):
+            self._add(self.gradients(part, share) if self.criterion == "gradient" else self.statistics(part))
+
+    def _add(self, new: list[Tensor]) -> None:
+        for total, value in zip(self._sums, new, strict=True) if self._sums else ():
+            total += value
+        self._sums = self._sums or new
+
+    def gradients(self, batch: Batch, share: float = 1.0) -> list[Tensor]:
+        """The gradients of ``share`` times the mean loss with respect to each candidate's weight, L N of them."""
+        # float16 gradients would underflow; the scaler that is otherwise there for this belongs to an optimiser.
+        scale = 1024.0 if self.trainer.precision == "16-mixed" else 1.0
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        try:
+            loss = self.task.loss(self.model(**self.task.inputs(batch)), batch)
+            grads = torch.autograd.grad(loss * (share * scale), self.weights)
+        finally:
+            for weight in self.weights:
+                weight.requires_grad_(False)
+        return [full_precision(grad) / scale for grad in grads]
+
+    @torch.no_grad()
+    def statistics(self, batch: Batch) -> list[Tensor]:
+        """The sums of squares of each candidate's input features (in,), and the number of tokens in the end."""
+        mask = batch.get("attention_mask")
+        found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def note(layer: nn.Module, args: tuple[Tensor]) -> None:
+            # The first call in a pass is for the tokens: DeBERTa uses Q and K once more, on the table of positions.
+            if layer not in found:
+                x = args[0]
+                found[layer] = square_sums(x, torch.ones(x.shape[:-1], device=x.device) if mask is None else mask)
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in self.candidates]
+        try:
+            self.model(**self.task.inputs(batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[layer][0] for layer in self.candidates] + [found[self.candidates[0]][1]]
+
+    def on_train_epoch_end(self) -> None:
+        sums, self._sums = self._sums, []
+        if self.trainer.world_size > 1:
+            for total in sums:
+                torch.distributed.all_reduce(total)
+        if self.criterion == "gradient":
+            # All processes and batches have equally many rows, so the mean is that of all rows.
+            n = self.trainer.num_training_batches * self.trainer.world_size
+            scores = [gradient_norm(total / n) for total in sums]
+        else:
+            *squares, tokens = sums
+            pairs = zip((weight_of(m).detach() for m in self.candidates), squares, strict=True)
+            scores = [weight_times_activation(weight, total / tokens) for weight, total in pairs]
+        self.scores = torch.stack(scores).view(self.shape).cpu()
+        if not self.scores.isfinite().all():
+            raise UserError(
+                f"method.selector={self.criterion}: a score is not finite"
+                + ("" if self.trainer.precision == "32-true" else "; try trainer.precision=32-true")
+            )
+        super().on_train_epoch_end()
+
+    def memory(self) -> dict[str, Any]:
+        return {"scores": self.scores}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.scores = memory["scores"]

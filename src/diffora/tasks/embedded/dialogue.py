@@ -1,0 +1,127 @@
+"""A generated chat task: somebody tells who did what to whom, and asks for it in another form or for a part of it.
+
+Told once, in the active or the passive voice, with or without "not", traits and a time; then one to three requests,
+each of which has one right answer:
+
+=======  ====================================  ==========================================
+request  of the user                           answer to "the tall baker thanked the king"
+=======  ====================================  ==========================================
+turn     say it in the passive                 the king was thanked by the tall baker
+deny     say that it is not so                 the tall baker did not thank the king
+who      who thanked the king ?                the tall baker
+whom     whom did the tall baker thank ?       the king
+=======  ====================================  ==========================================
+
+The words and people are those of `diffora.tasks.embedded.paraphrase`. A denial answers the sentence as the user told
+it; a request to turn it asks for the other voice.
+"""
+
+import random
+from dataclasses import dataclass
+
+import datasets
+import pyarrow as pa
+
+from diffora.errors import UserError
+from diffora.tasks.account import Account
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.conversations import SCHEMA, Turn
+from diffora.tasks.embedded import paraphrase
+from diffora.tasks.embedded.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
+
+SEED = 0
+REQUESTS = ("turn", "deny", "who", "whom")
+WORDS = ("say", "it", "in", "the", "active", "passive", "that", "is", "not", "so", "who", "whom", "did", ".", "?")
+VOCABULARY = tuple(sorted({*paraphrase.VOCABULARY, *WORDS}))
+"""Every word that a conversation can hold, sorted; a text splits into words at its spaces."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Who did what to whom, and when (or ""), in words; ``holds``: without "not"."""
+
+    who: str
+    verb: str
+    whom: str
+    time: str
+    holds: bool
+
+    def said(self, passive: bool, holds: bool) -> str:
+        """One sentence."""
+        no = "" if holds else "not "
+        if passive:
+            core = f"{self.whom} was {no}{past(self.verb)} by {self.who}"
+        else:
+            core = f"{self.who} {past(self.verb) if holds else f'did not {self.verb}'} {self.whom}"
+        return f"{core} {self.time}".rstrip()
+
+    def asked(self, whom: bool) -> str:
+        """The question for one of the two people."""
+        if whom:
+            return f"whom did {self.who} {'' if self.holds else 'not '}{self.verb} ?"
+        return f"who {past(self.verb) if self.holds else f'did not {self.verb}'} {self.whom} ?"
+
+
+def draw(rng: random.Random) -> Fact:
+    """A random fact about two different people."""
+    people = []
+    for noun in rng.sample(PEOPLE, 2):
+        trait = f"{rng.choice(rng.choice(TRAITS))} " if rng.random() < 0.5 else ""
+        people.append(f"the {trait}{rng.choice(noun)}")
+    time = rng.choice(rng.choice(TIMES)) if rng.random() < 0.3 else ""
+    return Fact(people[0], rng.choice(rng.choice(ACTS)), people[1], time, rng.random() < 0.7)
+
+
+def converse(rng: random.Random) -> list[Turn]:
+    """One conversation of one to three requests, all different."""
+    fact, passive = draw(rng), rng.random() < 0.5
+    told = fact.said(passive, fact.holds)
+    turns: list[Turn] = []
+    for request in rng.sample(REQUESTS, rng.choice((1, 2, 2, 3))):
+        if request == "turn":
+            asked = f"say it in the {'active' if passive else 'passive'} ."
+            answer = fact.said(not passive, fact.holds)
+        elif request == "deny":
+            asked, answer = "say that it is not so .", fact.said(passive, not fact.holds)
+        else:
+            asked, answer = fact.asked(request == "whom"), fact.whom if request == "whom" else fact.who
+        turns.append({"role": "user", "content": asked if turns else f"{told} . {asked}"})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
+
+
+def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[list[Turn]]]:
+    """Training and validation conversations; no sentence is told in two of them."""
+    taken: set[str] = set()
+    found: dict[str, list[list[Turn]]] = {}
+    for name, rows in (("train", train_rows), ("validation", validation_rows)):
+        rng = random.Random(f"dialogue-{name}-{seed}")
+        found[name] = []
+        while len(found[name]) < rows:
+            turns = converse(rng)
+            told = turns[0]["content"].split(" . ")[0]
+            if told not in taken:
+                taken.add(told)
+                found[name].append(turns)
+    return found
+
+
+class DialogueTask(CausalLMTask):
+    """The generated conversations, ``task.train_rows`` and ``task.validation_rows`` of them."""
+
+    def tables(self) -> tuple[dict[str, pa.Table], str]:
+        made = splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)
+        tables = {
+            name: pa.Table.from_pylist(
+                [{"number": i, "messages": turns, "text": ""} for i, turns in enumerate(rows, start=1)], schema=SCHEMA
+            )
+            for name, rows in made.items()
+        }
+        self.accounts |= {name: Account(len(rows)) for name, rows in made.items()}
+        return tables, f"embedded:{self.name}"
+
+    def load_split(self, split: str) -> datasets.Dataset:
+        tables, _ = self.tables()
+        if split not in tables:
+            raise UserError(f"split={split}: task '{self.name}' has the splits {', '.join(tables)}")
+        return datasets.Dataset(tables[split])

@@ -1,0 +1,675 @@
+"""Export equals the model in memory, with adapters that are not zero."""
+
+import copy
+import json
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TYPES, batch_of
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class
+from safetensors.torch import load_file, save_file
+from small import small_deberta, small_task
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from diffora.adapters.export import Origin, load_adapter
+from diffora.adapters.manifest import write_manifest
+from diffora.backbones import models
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import attach, lowrank_layers
+from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.hub import EMBEDDED
+from diffora.kernels.peers import rehearse
+from diffora.methods.lowrank import LowRankAdaptation
+from diffora.settings.config import plain
+from diffora.tasks.base import get_task
+
+
+def compose_cfg(*overrides: str):
+    """As the fixture ``cfg``, for fixtures of the whole module."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+LAYER = "deberta.encoder.layer"
+MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
+RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
+
+
+def inputs():
+    return {key: value for key, value in batch_of(5).items() if key in ("input_ids", "attention_mask")}
+
+
+@pytest.fixture
+def trained(deberta, tmp_path):
+    """A base model saved to disk, and the same model adapted with shared and own pairs, none of them zero."""
+    model = deberta()
+    model.save_pretrained(tmp_path / "base")
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, MASK, rank=3, shared_rank=2, alpha=8, dropout=0.1)
+    for parameter in {p for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt)}:
+        nn.init.normal_(parameter, std=0.5)
+    for parameter in (*model.classifier.parameters(), *model.pooler.parameters()):
+        nn.init.normal_(parameter, std=0.5)
+    origin = Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2})
+    LowRankAdaptation(model).export(tmp_path, origin)
+    return model.eval(), tmp_path
+
+
+def test_peft_loads_the_adapter_with_the_same_logits(trained):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model, folder = trained
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float32)
+    with torch.no_grad():
+        plain = base.eval()(**inputs()).logits
+        loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        expected = model(**inputs()).logits
+        assert (expected - plain).abs().max() > 0.5
+        torch.testing.assert_close(loaded(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- B6: programs that read a rank and a scale each in their own way ---
+
+READERS = {
+    "vLLM, TensorRT-LLM, diffusers": lambda config, rank: config["lora_alpha"] / config["r"],
+    "llama.cpp": lambda config, rank: config["lora_alpha"] / rank,
+    "PEFT": lambda config, rank: config["lora_alpha"] / config["r"],  # without patterns, which are checked to be empty
+}
+
+
+def read_as(scale, model: nn.Module, folder) -> nn.Module:
+    """Merge an adapter as a program with a rule for the scale does."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert config["r"] == config["lora_alpha"] and isinstance(config["r"], int)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in config["target_modules"]:
+        lora_a, lora_b = (tensors.pop(f"base_model.model.{name}.lora_{m}.weight") for m in "AB")
+        assert lora_a.shape[0] == lora_b.shape[1] == config["r"]  # one rank, as a server's buffers want it
+        weight = model.get_submodule(name).weight
+        weight.data += scale(config, lora_a.shape[0]) * lora_b @ lora_a
+    names = {key.removeprefix("base_model.model.") for key in tensors}
+    assert all(name.startswith(tuple(config["modules_to_save"] or ())) for name in names)
+    model.load_state_dict({key.removeprefix("base_model.model."): t for key, t in tensors.items()}, strict=False)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """B6's case: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue; no head is trained."""
+    folder = tmp_path_factory.mktemp("dialogue")
+    composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
+    task, fresh = get_task(composed.task), lambda: models.load_model(composed.model, get_task(composed.task)).eval()
+    model = fresh()
+    grid = find_grid(model)
+    torch.manual_seed(0)
+    selected = torch.rand(grid.n_layers, grid.n_types) < 0.4
+    attach(model, grid.names, selected, rank=3, shared_rank=2, alpha=8, freeze=False)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt, std=0.1)
+    LowRankAdaptation(model).export(folder, Origin("some/model", task, RECORD, {}, task.head()))
+    return model.eval(), fresh, folder / "adapter"
+
+
+def spoken_logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_program_reads_the_same_adapter(reader, spoken):
+    """B6: logits were off by 2.66 where the adapter's whole effect is 9.38."""
+    model, fresh, folder = spoken
+    expected = spoken_logits(model)
+    assert (spoken_logits(fresh()) - expected).abs().max() > 1
+    torch.testing.assert_close(spoken_logits(read_as(READERS[reader], fresh(), folder)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_peft_and_our_own_loader_read_it_too(spoken):
+    from peft import PeftModel
+
+    model, fresh, folder = spoken
+    ours = fresh()
+    load_adapter(ours, folder)
+    torch.testing.assert_close(spoken_logits(ours.eval()), spoken_logits(model), rtol=1e-4, atol=1e-4)
+    theirs = PeftModel.from_pretrained(fresh(), folder)
+    torch.testing.assert_close(spoken_logits(theirs.eval()), spoken_logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_adapters_with_a_head_and_closed_gates_are_read_alike(reader, deberta, tmp_path):
+    model, base = deberta(), deberta()
+    attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank=3, shared_rank=None, alpha=5)
+    for i, (_, layer) in enumerate(lowrank_layers(model)):
+        nn.init.normal_(layer.lora_bt, std=0.5)
+        layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) * (i > 1) + torch.tensor([0.0, 0.0, 2.0]) * (i == 1))
+    nn.init.normal_(model.classifier.weight, std=0.5)
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    read = read_as(READERS[reader], base, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        torch.testing.assert_close(read(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- our own loader ---
+
+
+def steps(model: nn.Module, n: int = 3) -> None:
+    """Training steps with dropout, the same for every model."""
+    rehearse(model, **inputs())
+    torch.manual_seed(0)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for seed in range(n):
+        batch = {key: value for key, value in batch_of(6, seed=seed).items() if key != "row"}
+        model.train()(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("alpha", [8, 6.5, 12])
+def test_training_goes_on_from_a_loaded_adapter_to_the_bit(alpha, deberta, tmp_path):
+    """Scales 8/3, 13/6, 4, 3.25, 6 are multiplied into B for others, and must not round it for us."""
+    model = deberta()
+    attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, 3, shared_rank=2, alpha=alpha, dropout=0.1)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt, std=0.5)
+    steps(model)
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    again = deberta()
+    load_adapter(again, tmp_path / "adapter")
+    for turn in range(2):
+        layers, loaded = dict(lowrank_layers(model)), dict(lowrank_layers(again))
+        assert layers.keys() == loaded.keys()
+        for name, layer in layers.items():
+            other = loaded[name]
+            assert torch.equal(layer.lora_a, other.lora_a) and torch.equal(layer.lora_bt, other.lora_bt)
+            assert (layer.rank, layer.scaling, layer.dropout) == (other.rank, other.scaling, other.dropout)
+        steps(model)
+        steps(again)
+        assert turn or not torch.equal(layer.lora_bt, torch.zeros_like(layer.lora_bt))
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rounds"), [(4, 8, False), (4, 2, False), (3, 8, True)])
+def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, rounds, deberta, tmp_path):
+    model = deberta()
+    attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank, shared_rank=2, alpha=alpha)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    assert (tmp_path / "adapter" / "exact.safetensors").is_file() == rounds
+
+
+def test_a_loaded_model_is_frozen_but_for_the_adapter(trained, deberta):
+    """B16"""
+    _, folder = trained
+    for freeze in (True, False):
+        fresh = deberta()  # with a trainable head
+        load_adapter(fresh, folder / "adapter", freeze=freeze)
+        rest = {name.split(".")[0] for name, p in fresh.named_parameters() if p.requires_grad and "lora_" not in name}
+        assert rest == (set() if freeze else {"pooler", "classifier"})
+        assert all(p.requires_grad for _, layer in lowrank_layers(fresh) for p in (layer.lora_a, layer.lora_bt))
+
+
+def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
+    model, folder = trained
+    fresh = deberta()
+    load_adapter(fresh, folder / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(**inputs()).logits, model(**inputs()).logits, rtol=1e-5, atol=1e-5)
+    layers = dict(lowrank_layers(model))
+    tied = {frozenset(a for a in layers if layers[a].lora_a is layers[b].lora_a) for b in layers}
+    again = dict(lowrank_layers(fresh))
+    assert {frozenset(a for a in again if again[a].lora_a is again[b].lora_a) for b in again} == tied
+    assert sorted(len(group) for group in tied) == [1] * 8 + [2] * 2
+    (peers,) = {layer.peers for layer in again.values()}
+    assert peers is not None  # computed together, as those that were saved
+
+
+def test_an_adapter_of_another_model_is_refused(trained, deberta):
+    _, folder = trained
+    with pytest.raises(UserError, match="was trained on 2 layers, and this model has 1"):
+        load_adapter(deberta(layers=1), folder / "adapter")
+
+
+def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deberta, tmp_path, caplog):
+    def shared() -> nn.Module:
+        model = deberta()
+        first, second = model.deberta.encoder.layer
+        second.output.dense = first.output.dense
+        return model
+
+    model, again = shared(), shared()
+    attach(model, [[f"{LAYER}.0.output.dense"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    nn.init.normal_(model.get_submodule(f"{LAYER}.1.output.dense").lora_bt)
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    assert f"{LAYER}.0.output.dense stands at {LAYER}.1.output.dense too" in caplog.text
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        torch.testing.assert_close(again.eval()(**inputs()).logits, expected)
+        assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
+
+
+# --- damaged and strange files ---
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Adapters of the three formats: low-rank pairs, trained weights, and PEFT's own."""
+    from diffora.methods.bitfit import BitFit
+
+    folders = {}
+    for kind in ("pairs", "weights", "peft"):
+        model, folder = small_deberta(), tmp_path_factory.mktemp(kind)
+        grid = find_grid(model, "encoder.layer.*", TYPES)
+        composed = compose_cfg(f"method={'vera' if kind == 'peft' else 'bitfit'}", "task=mrpc", "model=deberta_v3_base")
+        origin = Origin("base", small_task(), RECORD | {"selection": None}, plain(composed), {"num_labels": 2})
+        if kind == "pairs":
+            attach(model, grid.names, MASK, rank=3, shared_rank=2, alpha=8, freeze=False)
+            for _, layer in lowrank_layers(model):
+                nn.init.normal_(layer.lora_bt)
+            LowRankAdaptation(model).export(folder, origin)
+        else:
+            method = BitFit() if kind == "weights" else get_class(composed.method._target_).from_config(composed)
+            method.adapt(model, grid, None, 0).export(folder, origin)
+        folders[kind] = folder / "adapter"
+        load_adapter(small_deberta(), folders[kind])
+    return folders
+
+
+FILES = {
+    "pairs": ["adapter_config.json", "adapter_model.safetensors", "exact.safetensors", "manifest.json"],
+    "weights": ["diffora.json", "weights.safetensors", "manifest.json"],
+    "peft": ["adapter_config.json", "adapter_model.safetensors", "manifest.json"],
+}
+
+
+def flip(content: bytearray, at: int) -> None:
+    content[at] ^= 1 << (at % 7)
+
+
+def zero(content: bytearray, at: int) -> None:
+    content[at : at + 40] = bytes(len(content[at : at + 40]))
+
+
+def cut(content: bytearray, at: int) -> None:
+    del content[at:]
+
+
+@pytest.mark.parametrize("damage", [flip, zero, cut])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
+def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
+    """One flipped bit in a weight, a scale or a name was loaded; other damage was a traceback."""
+    folder = shutil.copytree(exported[kind], tmp_path / "a")
+    whole = (folder / name).read_bytes()
+    generator = random.Random(f"{kind}{name}{damage.__name__}")
+    undamaged = small_deberta()
+    load_adapter(undamaged, folder)
+    for at in [0, len(whole) - 3, *(generator.randrange(len(whole)) for _ in range(6))]:
+        content = bytearray(whole)
+        damage(content, at)
+        if content == whole:
+            continue
+        (folder / name).write_bytes(content)
+        model = small_deberta()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        if _means(content) is not None and _means(content) == _means(whole):
+            load_adapter(model, folder)  # white space, or the name of the base model, which may be changed
+            continue
+        with pytest.raises(UserError) as error:
+            load_adapter(model, folder)
+        assert len(error.value.problems) == 1 and name in str(error.value)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def _means(content: bytes) -> dict | None:
+    """What counts of a JSON file; None of others."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return {key: value for key, value in found.items() if key not in ("base_model_name_or_path", "base_model")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, n) for k, names in FILES.items() for n in names if n != "manifest.json"]
+)
+def test_a_missing_file_is_named(kind, name, exported, tmp_path):
+    folder = shutil.copytree(exported[kind], tmp_path / "a")
+    (folder / name).unlink()
+    with pytest.raises(UserError) as error:
+        load_adapter(small_deberta(), folder)
+    assert name in str(error.value)
+
+
+def test_the_base_model_may_be_renamed(exported, tmp_path):
+    """Whoever publishes an adapter must."""
+    for kind, name in (("pairs", "adapter_config.json"), ("weights", "diffora.json"), ("peft", "adapter_config.json")):
+        folder = shutil.copytree(exported[kind], tmp_path / kind)
+        content = json.loads((folder / name).read_text())
+        key = "base_model" if kind == "weights" else "base_model_name_or_path"
+        assert key in content
+        (folder / name).write_text(json.dumps(content | {key: "org/other"}))
+        load_adapter(small_deberta(), folder)
+
+
+OWN, SHARED, OTHER = (f"{LAYER}.{place}" for place in ("0.output.dense", f"0.{TYPES[1]}", "1.intermediate.dense"))
+
+
+def changed(content: dict, path: str, value) -> None:
+    *above, last = path.split("/")
+    for key in above:
+        content = content[key]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("modules", [1], "modules must be"),
+        ("modules", {}, "modules must be"),
+        (f"modules/{OWN}", 3, "rank=None must be a whole number"),
+        (f"modules/{OWN}/rank", None, "rank=None must be a whole number"),
+        (f"modules/{OWN}/rank", 0, "rank=0 must be"),
+        (f"modules/{OWN}/rank", True, "rank=True must be"),
+        (f"modules/{OWN}/rank", 10**12, "must have 1000000000000 rows"),
+        (f"modules/{OWN}/rank", 1, "not zero beyond its rank 1"),
+        (f"modules/{OWN}/scale", 0, "scale=0 must be a number above 0"),
+        (f"modules/{OWN}/scale", -1.0, "scale=-1.0 must be"),
+        (f"modules/{OWN}/scale", "8", "scale='8' must be"),
+        (f"modules/{OWN}/scale", float("nan"), "scale=nan must be"),
+        (f"modules/{OWN}/scale", 3.0, "is another one in exact.safetensors"),
+        (f"modules/{OWN}/dropout", 1, "dropout=1 must be a rate"),
+        (f"modules/{OWN}", None, "lora_A.weight (and 1 more), which manifest.json does not name"),
+        ("modules/nope", {"rank": 3, "scale": 1.0, "dropout": 0.0}, "no A and B for nope"),
+        ("shared", None, "shared=None must be a list"),
+        ("shared", ["ab"], "must be a list of lists"),
+        ("shared", [[]], "must be a list of lists"),
+        ("shared", [["nope", OWN]], "shared names nope, which is not in modules"),
+        ("shared", [[SHARED, OTHER], [OTHER]], "twice"),
+        ("shared", [[OWN, SHARED]], "share a pair, but not its rank"),
+        ("shared", [[f"{LAYER}.0.{TYPES[0]}", OWN]], "share a pair in manifest.json, but their A and B differ"),
+        ("heads", "classifier", "heads='classifier' must be a list"),
+        ("heads", ["pooler"], "it has base_model.model.classifier"),
+        ("heads", ["pooler", "classifier", "deberta.embeddings"], "embeddings.LayerNorm.bias is missing in the file"),
+        (f"modules/{OWN}/scale", 10**400, "must be a number above 0"),
+        (f"modules/{OWN}/scale", 1e-300, "must be a number above 0"),
+        ("labels", "ab", "labels='ab' must be a list"),
+        ("files", {"a\0.b": "0"}, "no digests of files beside it"),
+        ("heads", ["pooler", "classifier", "nope"], "does not fit this model, which has no nope"),
+        ("files", {"../../x": "0"}, "no digests of files beside it"),
+        ("files", [], "no digests of files beside it"),
+        ("labels", ["b", "a", "c"], "was trained on the classes b, a, c"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_in_a_manifest_is_said(path, value, said, exported, tmp_path):
+    """With digests that fit: somebody may have written it with care."""
+    folder = shutil.copytree(exported["pairs"], tmp_path / "a")
+    content = json.loads((folder / "manifest.json").read_text())
+    files = content.pop("files")
+    del content["sha256"]
+    if path == "files":
+        content = content | {"files": value}
+        (folder / "manifest.json").write_text(json.dumps(content))
+    else:
+        changed(content, path, value)
+        write_manifest(folder, files, content)
+    model = small_deberta()
+    model.config.id2label = {0: "a", 1: "b"}
+    with pytest.raises(UserError) as error:
+        load_adapter(model, folder)
+    assert said in str(error.value)
+    assert not list(lowrank_layers(model))
+
+
+def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
+    """MRPC's adapter on a model for three classes: the pooler would have been filled in."""
+    model = small_deberta()
+    model.classifier = nn.Linear(16, 3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"classifier\.weight is \(2, 16\) in the file and \(3, 16\) in the model"):
+        load_adapter(model, str(exported["pairs"]))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not list(lowrank_layers(model))
+
+
+def test_an_adapter_is_not_put_on_twice(exported):
+    model = small_deberta()
+    load_adapter(model, exported["pairs"])
+    with pytest.raises(UserError, match="has low-rank layers already"):
+        load_adapter(model, exported["pairs"])
+
+
+def test_adapters_of_earlier_versions_are_told(exported, tmp_path):
+    for kind, said in (
+        ("pairs", r"earlier version of this project \(sharing\.json\)"),
+        ("weights", "earlier versions"),
+    ):
+        folder = shutil.copytree(exported[kind], tmp_path / kind)
+        (folder / "manifest.json").unlink()
+        (folder / "sharing.json").write_text("[]")
+        with pytest.raises(UserError, match=said):
+            load_adapter(small_deberta(), folder)
+
+
+# --- what plain PEFT wrote ---
+
+
+@pytest.fixture
+def plain_peft(deberta, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=2,
+        target_modules=["query_proj", "output.dense"],
+        modules_to_save=["pooler", "classifier"],
+        task_type="SEQ_CLS",
+    )
+    model = get_peft_model(deberta(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "plain")
+    return model, tmp_path / "plain"
+
+
+def test_an_adapter_without_a_manifest_is_peft_s(plain_peft, deberta):
+    model, folder = plain_peft
+    assert not (folder / "manifest.json").exists()
+    again = deberta()
+    load_adapter(again, folder)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**inputs()).logits, model.eval()(**inputs()).logits)
+
+
+def test_tensors_that_peft_would_do_without_are_missed(plain_peft, deberta):
+    """PEFT warns of the first and says nothing of the second."""
+    _, folder = plain_peft
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = min(key for key in tensors if "lora_A" in key)
+    save_file({key: t for key, t in tensors.items() if key != first}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"does not fit this model: no {re.escape(first)}"):
+        load_adapter(deberta(), folder)
+    more = {key.replace("layer.1", "layer.7"): t.clone() for key, t in tensors.items()}
+    save_file(tensors | more, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"no place for .*layer\.7"):
+        load_adapter(deberta(), folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_alpha", 0), ("lora_alpha", -8), ("r", 0), ("r", "x"), ("peft_type", "NOPE"), ("target_modules", ["q"])],
+)
+def test_a_configuration_that_cannot_be_right_is_one_message(key, value, plain_peft, deberta):
+    _, folder = plain_peft
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(UserError) as error:
+        load_adapter(deberta(), folder)
+    assert len(error.value.problems) == 1 and str(folder) in str(error.value)
+
+
+# --- names of classes ---
+
+
+@pytest.fixture
+def named(tmp_path):
+    """An adapter for three classes with names, and the folder of its backbone, with its tokenizer."""
+    names = ["no", 'may"be', "yes"]
+    head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    composed = compose_cfg("method=lora", "task=paraphrase", "model=tiny")
+    model = models.freeze_backbone(
+        AutoModelForSequenceClassification.from_pretrained(EMBEDDED, **head, dtype=torch.float32)
+    )
+    grid = find_grid(model)
+    attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, 4, freeze=False)
+    model.classifier.bias.data = torch.tensor([0.0, 5.0, 0.0])
+    task = get_task(composed.task)
+    arguments = {"num_labels": 3, **head}
+    LowRankAdaptation(model).export(tmp_path, Origin(str(EMBEDDED), task, RECORD, {}, arguments))
+    return model, names, tmp_path / "adapter"
+
+
+def test_pipelines_print_the_names_of_the_card(named):
+    """transformers takes the base model's configuration for that of an adapter, so that the names must be given."""
+    from transformers import AutoTokenizer, pipeline
+
+    _, names, folder = named
+    code = (folder / "README.md").read_text().split("```python\n")[1].partition("```")[0]
+    there: dict = {}
+    exec(code.replace("path/to/this/folder", str(folder)), there)
+    assert there["model"].config.id2label == dict(enumerate(names))
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    (found,) = pipeline("text-classification", model=there["model"], tokenizer=tokenizer)("hello")
+    assert found["label"] == names[1]
+    given = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (found,) = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, model_kwargs=given)("hello")
+    assert found["label"] == names[1]
+
+
+def test_our_loader_names_the_classes_or_refuses_others(named):
+    _, names, folder = named
+    fresh = lambda **head: AutoModelForSequenceClassification.from_pretrained(EMBEDDED, **head)  # noqa: E731
+    model = fresh(num_labels=3)
+    load_adapter(model, folder)
+    assert model.config.id2label == dict(enumerate(names)) and model.config.label2id[names[2]] == 2
+    other = dict(enumerate(reversed(names)))
+    with pytest.raises(
+        UserError, match=r"was trained on the classes no, may\"be, yes \(3\), in this order; the model's are y"
+    ):
+        load_adapter(fresh(id2label=other, label2id={name: i for i, name in other.items()}), folder)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path, deberta):
+    with pytest.raises(UserError, match="is not an adapter"):
+        load_adapter(deberta(), tmp_path)
+
+
+def test_the_card_says_how_to_load_it(trained):
+    _, folder = trained
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card and "num_labels=2" in card
+
+
+def test_gates_are_folded_in_and_pruned_directions_left_out(deberta, tmp_path):
+    from peft import PeftModel
+
+    model, base = deberta(), deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=3, shared_rank=None, alpha=8)
+    for i, (_, layer) in enumerate(lowrank_layers(model)):
+        nn.init.normal_(layer.lora_bt, std=0.5)
+        layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) if i else torch.zeros(3))
+    origin = Origin("base", small_task(), RECORD, {}, {"num_labels": 2})
+    LowRankAdaptation(model).export(tmp_path, origin)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ranks = [m.r["default"] for _, m in loaded.named_modules() if hasattr(m, "lora_A")]
+    assert ranks == [2] * 11  # one module has no direction left
+    again = deberta()
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        for other in (loaded, again.eval()):
+            torch.testing.assert_close(other(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
+    from peft import PeftModel
+
+    model, base = deberta(), deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=2, shared_rank=None, alpha=8)
+    for _, layer in lowrank_layers(model):
+        layer.gate = nn.Parameter(torch.zeros(2))
+    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs()).logits, model.eval()(**inputs()).logits)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_an_adapter_goes_on_a_model_that_transformers_made_and_on_no_other(kind, spoken):
+    """A language model's head is pretrained: no adapter has to bring it."""
+    import transformers
+
+    model, _, folder = spoken
+    fresh = getattr(transformers, kind).from_pretrained(EMBEDDED.parent / "tiny_llama", dtype="float32").eval()
+    if kind == "LlamaForSequenceClassification":
+        with pytest.raises(UserError, match="trained for a LlamaForCausalLM, and this model is a LlamaForSequence"):
+            load_adapter(fresh, folder)
+        return
+    load_adapter(fresh, folder)
+    ids = torch.arange(5, 17).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any(module.training for module in fresh.modules())
+
+
+def test_models_of_another_class_or_depth_are_refused(trained, deberta):
+    from transformers import DebertaV2ForTokenClassification
+
+    _, folder = trained
+    with pytest.raises(UserError, match="was trained on 2 layers, and this model has 3"):
+        load_adapter(deberta(layers=3), folder / "adapter")
+    with pytest.raises(UserError, match=r"for a DebertaV2ForSequenceClassification, and .* a DebertaV2ForTok"):
+        load_adapter(DebertaV2ForTokenClassification(deberta().config), folder / "adapter")
+
+
+def test_loaded_pairs_are_aligned_as_other_tensors_are(trained, deberta):
+    """Products on a file's memory round otherwise, so that training would not go on to the bit."""
+    _, folder = trained
+    model = deberta()
+    load_adapter(model, folder / "adapter")
+    assert all(p.data_ptr() % 64 == 0 for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt))
+
+
+def test_files_that_are_read_are_regular_and_listed(trained, deberta, tmp_path):
+    import os
+
+    _, folder = trained
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        copied = shutil.copytree(folder / "adapter", tmp_path / f"pipe-{name}")
+        (copied / name).unlink()
+        os.mkfifo(copied / name)
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            load_adapter(deberta(), copied)
+    copied = shutil.copytree(folder / "adapter", tmp_path / "more")
+    (copied / "diffora.json").write_text("{}")
+    with pytest.raises(UserError, match=r"diffora\.json is not listed in manifest\.json"):
+        load_adapter(deberta(), copied)

@@ -1,0 +1,71 @@
+"""Devices that are not there, and processes that nobody started, are found before anything is loaded."""
+
+import pytest
+import torch
+
+from diffora.errors import UserError
+from diffora.loop import machine
+
+
+@pytest.fixture
+def found(cfg, monkeypatch):
+    """The problems of a trainer section, on a machine with so many CPU cores and GPUs."""
+    for name in ("SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_STEP_ID", "SLURM_NTASKS_PER_NODE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def problems(*overrides, cores=4, gpus=0):
+        monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        machine._device_problems.cache_clear()
+        try:
+            machine.check_machine(cfg(*overrides))
+        except UserError as error:
+            return error.problems
+        finally:
+            machine._device_problems.cache_clear()
+        return []
+
+    return problems
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.accelerator=gpu", "trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu"),
+        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: torch finds no GPU here"),
+        ("trainer.accelerator=mps", "trainer.accelerator=mps: torch finds none here"),
+        ("trainer.devices=99", "trainer.devices=99 must be at most 4: this machine has 4 CPU cores"),
+        ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
+    ],
+)
+def test_what_the_machine_has_not_is_named(found, override, words):
+    """C: `trainer.accelerator=gpu` without one, `trainer.devices=99` on a CPU."""
+    [problem] = found(override)
+    assert words in problem
+
+
+def test_what_the_machine_has_is_taken(found):
+    assert found("trainer=cpu") == found("trainer=default") == []
+    assert found("trainer=ddp_cpu", cores=1) == []  # two processes, to try things out, on any machine
+    assert found("trainer=ddp_cpu", "trainer.devices=3", cores=1) != []
+
+
+def test_more_gpus_than_there_are_are_named(found):
+    [problem] = found("trainer=gpu", "trainer.devices=3", gpus=2)
+    assert problem == "trainer.devices=3 must be at most 2: this machine has 2 of them"
+
+
+def test_slurms_variables_without_its_launch_are_named(found, monkeypatch):
+    """C: `SLURM_NTASKS=2` outside SLURM's own launch; the other variables are in tests/test_machine.py."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    [problem] = found("trainer=cpu")
+    assert "SLURM_NTASKS=2" in problem and "srun" in problem
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert found("trainer=cpu") == []
+
+
+def test_an_interactive_job_of_slurm_may_start_processes_itself(found, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert found("trainer=cpu") == []

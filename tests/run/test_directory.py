@@ -1,0 +1,46 @@
+"""Where a run may be written: folders of runs, and new ones."""
+
+import pytest
+
+from diffora.errors import UserError
+from diffora.run.directory import check_place, check_sweep_place
+from diffora.run.experiment import run
+
+
+@pytest.mark.parametrize("name", ["", ".", "src", "/"])
+def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_written(cfg, tmp_path, monkeypatch, name):
+    """C: `hydra.run.dir=''` wrote into the checkout."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "code.py").touch()
+    with pytest.raises(UserError, match=r"hydra\.run\.dir=.* is no run directory and not empty"):
+        run(cfg("experiment=quickstart", "dry_run=true"), tmp_path / name)
+    assert not (tmp_path / name / "run.json").exists() and not (tmp_path / "run.json").exists()
+
+
+def test_new_folders_runs_and_what_a_scheduler_wrote_are_fine(tmp_path):
+    check_place(tmp_path / "new")
+    check_place(tmp_path)
+    (tmp_path / "slurm-1.out").touch()
+    check_place(tmp_path)
+    (tmp_path / "anything").touch()
+    (tmp_path / ".lock").touch()
+    check_place(tmp_path)
+    check_place(tmp_path / "new\nline")
+
+
+def test_a_sweep_needs_a_folder_of_its_own(tmp_path, monkeypatch):
+    """C's neighbour: `hydra.sweep.dir=''`."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", ".", "..", "/"):
+        with pytest.raises(UserError, match="is the current folder, or above it"):
+            check_sweep_place(tmp_path.joinpath(folder))
+    sweep = tmp_path / "sweep"
+    check_sweep_place(sweep)
+    (sweep / "0-lora").mkdir(parents=True)
+    check_sweep_place(sweep)  # its first run has not begun
+    (sweep / "0-lora" / "code.py").touch()
+    with pytest.raises(UserError, match="has no runs and is not empty"):
+        check_sweep_place(sweep)
+    (sweep / "0-lora" / "run.json").touch()
+    check_sweep_place(sweep)

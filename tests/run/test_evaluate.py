@@ -1,0 +1,124 @@
+"""A finished run, used again: the same numbers as the run's own, and predictions for rows without labels."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import REPO
+
+from diffora.errors import UserError
+from diffora.run.evaluate import evaluate, read_request
+from diffora.run.experiment import run
+from diffora.tasks.embedded.paraphrase import splits
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["diffora", "houlsby", "ia3", "full_ft", "head_only"])
+def test_a_runs_own_metrics_come_out_again(cfg, quick, tmp_path, method):
+    """Whatever the format of what was trained: a PEFT adapter, ours, PEFT's own, a whole model."""
+    torch.set_num_threads(1)
+    changes = [o for o in quick if not o.startswith("search.") or method == "diffora"]
+    changes = [o for o in changes if "dropout" not in o or method == "diffora"]
+    done = run(cfg(*changes, f"method={method}", "finetune.lr=3e-3"), tmp_path / "run")
+    found = evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]))
+    for name in ("accuracy", "f1", "loss"):
+        assert found["validation"][name] == pytest.approx(done.metrics[f"validation/{name}"], abs=2e-6)
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["metrics"] == found and written["rows"] == {"validation": 48}
+    predictions = lines(tmp_path / "out" / "validation.jsonl")
+    labels = splits(train_rows=1, validation_rows=48, seed=0)["validation"]["label"]
+    right = sum(p["label"] == label for p, label in zip(predictions, labels, strict=True))
+    assert right / 48 == pytest.approx(found["validation"]["accuracy"], abs=1e-6)
+
+
+@pytest.fixture
+def mrpc(cfg, tmp_path):
+    """A run on local files in MRPC's columns, with a test split that has no labels."""
+    torch.set_num_threads(1)
+    rows = splits(train_rows=64, validation_rows=32, seed=0)
+    (tmp_path / "data").mkdir()
+    for name, part in rows.items():
+        table = [dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True)]
+        for split, keep in ((name, True), *([("test", False)] if name == "validation" else [])):
+            kept = [row if keep else {k: v for k, v in row.items() if k != "label"} for row in table]
+            (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    overrides = ["experiment=quickstart", "task=mrpc", f"task.path={tmp_path / 'data'}", "method=lora"]
+    return cfg(*overrides, "task.recipe.epochs=1", "predict=true", "task.max_length=64"), tmp_path
+
+
+def test_rows_without_labels_get_predictions_and_no_score(mrpc):
+    composed, folder = mrpc
+    run(composed, folder / "run")
+    found = evaluate(read_request([f"run={folder / 'run'}", "split=[test,validation]", f"output={folder / 'out'}"]))
+    assert found["test"] == {} and found["validation"].keys() == {"loss", "accuracy", "f1"}
+    names = sorted(file.name for file in (folder / "out").iterdir())
+    assert "metrics.json" in names and len(names) >= 3
+    of_run = {file.name: file.read_bytes() for file in (folder / "run" / "predictions").iterdir()}
+    assert of_run  # predict=true wrote the same files at the end of the run
+    for name, content in of_run.items():
+        assert (folder / "out" / name).read_bytes() == content
+    with zipfile.ZipFile(folder / "run" / "predictions" / "GLUE.zip") as archive:
+        assert archive.namelist() == ["MRPC.tsv"] and archive.read("MRPC.tsv") == of_run["MRPC.tsv"]
+
+
+def test_predict_is_refused_before_training_where_there_is_nothing_to_predict(mrpc):
+    composed, folder = mrpc
+    (folder / "data" / "test.jsonl").unlink()
+    with pytest.raises(UserError, match="no file for the split 'test'"):
+        run(composed, folder / "run")
+    assert not (folder / "run").exists() or not list((folder / "run").iterdir())
+
+
+def test_mistakes_have_messages(tmp_path):
+    cases = {
+        ("splt=test", "run=x"): "unknown key splt: did you mean split",
+        ("run=x", "adapter=y"): "either run=",
+        (): "either run=",
+        ("run=x", "batch_size=0"): "batch_size=0 must be",
+        (f"run={tmp_path}",): "no config.yaml",
+        (f"adapter={tmp_path}", "task=mrpc"): "is not an adapter",
+        ("run=x", "method=lora"): "unknown key method",
+        ("run=x", "nonsense"): "not of the form name=value",
+    }
+    for arguments, message in cases.items():
+        with pytest.raises(UserError) as caught:
+            read_request(list(arguments))
+        assert message in "\n".join(caught.value.problems), arguments
+
+
+def test_command_prints_help_quickly_and_errors_without_traceback():
+    helped = subprocess.run([sys.executable, str(REPO / "evaluate.py"), "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "run=<run directory>" in helped.stdout
+    wrong = subprocess.run([sys.executable, str(REPO / "evaluate.py"), "run=/nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: run=/nowhere") and "Traceback" not in wrong.stderr
+
+
+def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):
+    """Its head would stay as it was drawn, and be scored."""
+    torch.set_num_threads(1)
+    overrides = [o for o in quick if not o.startswith(("search.", "finetune.dropout"))]
+    run(cfg(*overrides, "method=lora", "finetune.epochs=1"), tmp_path / "text")
+    run(cfg(*overrides, "method=dora", "finetune.epochs=1"), tmp_path / "peft")
+    for weights in ("text", "peft"):
+        arguments = [f"adapter={tmp_path / weights / 'adapter'}", "model=tiny_llama", "task=dialogue"]
+        few = ["task.validation_rows=8", "task.train_rows=8"]
+        with pytest.raises(UserError, match="was trained for a Deberta"):
+            evaluate(read_request([*arguments, *few, f"output={tmp_path / 'o'}"]))
+    lm = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "logger=[csv]", "task.train_rows=40"]
+    lm += ["task.validation_rows=8", "method=lora", "finetune.epochs=1", "finetune.warmup_steps=0"]
+    run(cfg(*lm), tmp_path / "lm")
+    arguments = [f"adapter={tmp_path / 'lm' / 'adapter'}", "model=tiny_llama", "task=paraphrase"]
+    with pytest.raises(UserError, match="was trained for a LlamaForCausalLM"):
+        evaluate(read_request([*arguments, f"output={tmp_path / 'o'}"]))
+
+
+def test_choices_that_there_are_not_are_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="task=nope is not one of"):
+        read_request([f"adapter={tmp_path}", "task=nope", "model=tiny"])

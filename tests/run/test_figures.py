@@ -1,0 +1,56 @@
+import dataclasses
+
+import pytest
+
+from diffora.core.selection import Selection
+from diffora.run.figures import _shares, dam_heatmap, short_names
+
+
+@pytest.fixture
+def scored():
+    return Selection(
+        method="diffora",
+        selector="gradient",
+        types=["a", "b"],
+        modules=[["0.a", "0.b"], ["1.a", "1.b"]],
+        selected=[["a"], ["b"]],
+        k=1,
+        rho=0.5,
+        seed=0,
+        scores=[[3.0, 1.0], [20.0, 60.0]],
+    )
+
+
+def test_scores_that_competed_within_a_layer_are_shares_of_it(scored):
+    assert _shares(scored) == [[0.75, 0.25], [0.25, 0.75]]
+
+
+def test_scores_that_competed_over_all_layers_keep_their_order(scored):
+    shares = _shares(dataclasses.replace(scored, k=None))
+    assert shares == [[3 / 42, 1 / 42], [20 / 42, 60 / 42]]
+
+
+def test_scores_that_are_all_zero_divide_by_nothing(scored):
+    assert _shares(dataclasses.replace(scored, scores=[[0.0, 0.0], [1.0, 1.0]])) == [[0.0, 0.0], [0.5, 0.5]]
+
+
+def test_the_picture_shows_the_scores(scored):
+    plain = dam_heatmap(dataclasses.replace(scored, scores=None))
+    other = dam_heatmap(dataclasses.replace(scored, scores=[[1.0, 3.0], [20.0, 60.0]]))
+    assert len({plain, other, dam_heatmap(scored), dam_heatmap(dataclasses.replace(scored, k=None))}) == 4
+    assert dam_heatmap(scored).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("types", "labels"),
+    [
+        ("attention.self.query_proj attention.self.key attention.output.dense output.dense", "Q|K|attn. out|FFN out"),
+        ("self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj",
+         "V|attn. out|FFN gate|FFN up|FFN out"),
+        ("attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", "QKV|attn. out|FFN in|FFN out"),
+        ("layer.0.SelfAttention.q layer.1.EncDecAttention.q", "Q|cross Q"),
+        ("mlp.up_proj mlp.shared.up_proj mixer.x_proj", "mlp.up_proj|mlp.shared.up_proj|mixer.x_proj"),
+    ],
+)  # fmt: skip
+def test_labels_are_short_where_they_are_clear_and_never_the_same(types, labels):
+    assert short_names(types.split()) == labels.split("|")

@@ -1,0 +1,367 @@
+"""What a sweep consists of, and what it does with runs that are wrong, fail, or are there already."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from diffora.errors import UserError
+from diffora.files import conf_dir, write_text
+from diffora.run.record import new_record, write_record
+from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
+
+TABLE = Table(
+    seeds={"paper": [0, 1, 2], "small": [0]},
+    rows=[
+        Row("ρ = 0.2", ["method=diffora", "rho=0.2"], columns={"squad": ["rank=5"]}, paper={"rte": 85.07}),
+        Row("LoRA, r = 2", ["method=lora", "rank=2"], small=["method=lora", "rank=1"]),
+    ],
+    columns={
+        "paper": {"rte": Column(["task=rte"]), "squad": Column(["task=squad", "rank=3"])},
+        "small": {"paraphrase": Column(["task=paraphrase", "model=tiny"])},
+    },
+)
+
+
+def expand(*given: str, scale: str = "paper", table: Table = TABLE) -> dict[str, dict[str, str]]:
+    jobs = cells(parse(given), table, "some_table", scale)
+    return {name: dict(line.split("=", 1) for line in overrides) for name, overrides in jobs.items()}
+
+
+def test_a_table_is_rows_times_columns_times_seeds_with_the_whole_table_first_for_one_seed():
+    jobs = expand()
+    assert len(jobs) == 2 * 2 * 3
+    first = list(jobs)[:4]
+    assert first == ["rho-0.2-rte-seed0", "rho-0.2-squad-seed0", "lora-r-2-rte-seed0", "lora-r-2-squad-seed0"]
+    assert all(name.endswith(f"seed{job['seed']}") for name, job in jobs.items())
+    assert expand(scale="small").keys() == {"rho-0.2-paraphrase-seed0", "lora-r-2-paraphrase-seed0"}
+
+
+def test_rows_go_before_columns_and_a_rows_word_on_one_column_before_both():
+    jobs = expand()
+    assert jobs["lora-r-2-squad-seed0"]["rank"] == "2"
+    assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-rte-seed0"]
+    assert expand(scale="small")["lora-r-2-paraphrase-seed0"]["rank"] == "1"
+
+
+def test_a_run_says_which_cell_it_is():
+    job = expand()["rho-0.2-squad-seed1"]
+    assert job["experiment"] == job["cell.experiment"] == "some_table"
+    assert (job["cell.row"], job["cell.column"]) == ("'ρ = 0.2'", "'squad'")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["seed=7", "cell.column=rte"], ["rho-0.2-rte-seed7", "lora-r-2-rte-seed7"]),
+        (["seed=range(3,5)", "cell.row='ρ = 0.2'", "cell.column=rte"], ["rho-0.2-rte-seed3", "rho-0.2-rte-seed4"]),
+        (["task=mrpc,cola", "seed=0", "cell.row='LoRA, r = 2'"], ["lora-r-2-mrpc-seed0", "lora-r-2-cola-seed0"]),
+        (["method=sora,bitfit", "seed=0", "cell.column=rte"], ["sora-rte-seed0", "bitfit-rte-seed0"]),
+    ],
+)
+def test_what_is_given_replaces_seeds_columns_rows_or_chooses_among_them(given, names):
+    assert list(expand(*given)) == names
+
+
+def test_a_row_like_another_finds_its_selections_by_column_and_seed():
+    table = Table(
+        seeds=TABLE.seeds, rows=[*TABLE.rows, Row("random", ["method=random"], like="ρ = 0.2")], columns=TABLE.columns
+    )
+    jobs = cells(parse(["seed=1"]), table, "some_table", "paper", Path("here"))
+    for column in ("rte", "squad"):
+        assert f"method.like='here/rho-0.2-{column}-seed1/selection.json'" in jobs[f"random-{column}-seed1"]
+
+
+def test_a_task_that_the_table_has_comes_with_its_settings():
+    jobs = expand("task=squad,mrpc", "seed=0", "cell.row='ρ = 0.2'")
+    assert list(jobs) == ["rho-0.2-squad-seed0", "rho-0.2-mrpc-seed0"]
+    assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-mrpc-seed0"]
+
+
+def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_resolve():
+    jobs = expand("task=mrpc", "task.path='data/${task.name}'", "model=minilm", "rank=9", "finetune.epochs=1")
+    assert len(jobs) == 2 * 3
+    for job in jobs.values():
+        assert (job["task"], job["model"], job["rank"]) == ("mrpc", "minilm", "9")
+        assert "${task.name}" in job["task.path"] and job["finetune.epochs"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["rank=1,2"], "rank=1,2: rows, columns and seeds are what"),
+        (["cell.row=LoRA"], "cell.row=LoRA is not one of: ρ = 0.2; LoRA, r = 2"),
+        (["cell.column=rte,mnli"], "cell.column=mnli is not one of: rte; squad"),
+        (["finetune.lr=interval(0,1)"], "needs hydra/sweeper=optuna"),
+    ],
+)
+def test_what_a_table_cannot_do_is_refused(given, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        expand(*given)
+
+
+def test_rows_that_would_share_a_folder_are_refused():
+    twins = Table(seeds=TABLE.seeds, rows=[Row("a b"), Row("a, b")], columns=TABLE.columns)
+    with pytest.raises(UserError, match="same folder, a-b-rte-seed0"):
+        expand(table=twins)
+
+
+@pytest.mark.parametrize("text", ["ρ = 0.2", "LoRA, r = 2", "../x y=z,\\w'\"$(rm)", "R-LoRA / 0.80 d", "Ünï"])
+def test_folder_names_are_safe(text):
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", slug(text))
+
+
+def test_any_row_name_comes_back_from_its_override():
+    for name in ("it's", 'a "b" \\', "x=1,2 [c] {d}", "ρ"):
+        table = Table(seeds=TABLE.seeds, rows=[Row(name)], columns=TABLE.columns)
+        [overrides] = cells(parse(["seed=0", "cell.column=rte"]), table, "t", "paper").values()
+        [line] = [line for line in overrides if line.startswith("cell.row=")]
+        assert parse([line])[0].value() == name
+
+
+def test_plain_sweeps_are_every_combination():
+    jobs = combinations(parse(["method=lora,diffora", "rank=range(1,4)", "logger=[csv]", "~debug"]))
+    assert len(set(jobs)) == 6
+    assert jobs[0] == ("method=lora", "rank=1", "logger=[csv]", "~debug")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("seed=range(0,3,0)", "seed=range(0,3,0): range() arg 3 must not be zero"),
+        ("seed=range(0)", "seed=range(0) gives no value"),
+        ("method=glob(nothing*)", "gives no value"),
+        ("seed=range(1000000000)", "seed=range(1000000000) gives more than 10,000 values"),
+        ("seed=range(1000) rank=range(1,1000)", "this sweep would have 999,000 runs; it must have at most 10,000"),
+    ],
+)
+def test_a_sweep_has_runs_and_not_too_many(given, words):
+    loader = SimpleNamespace(get_group_options=lambda group, results_filter=None: ["lora"])
+    with pytest.raises(UserError) as error:
+        combinations(parse(given.split(), loader))
+    assert words in str(error.value)
+
+
+def test_interpolations_in_a_table_are_kept():
+    node = OmegaConf.create({"rows": [{"name": "a", "set": ["task.path=x/${task.name}"]}]})
+    assert table_of(node).rows[0].set == ["task.path=x/${task.name}"]
+
+
+# Whole sweeps, with a stand-in for the run.
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, capsys):
+    """Runs a sweep in a folder of its own; returns the names of the folders that were run."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*overrides, fails=()):
+        ran = []
+
+        def run(cfg):
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            assert HydraConfig.get().job.num == len(ran)
+            ran.append(folder.name)
+            record = new_record(cfg, None)
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            if folder.name in fails:
+                write_record(folder, record | {"status": "failed", "error": "no luck"})
+                raise RuntimeError("no luck")
+            write_text(folder / "adapter" / "adapter_config.json", "{}")
+            write_record(folder, record | {"status": "completed"})
+
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            GlobalHydra.instance().hydra.multirun("config", run, list(overrides), with_log_configuration=False)
+        return ran
+
+    return start
+
+
+CELLS = ("experiment=table4_sample_rate", "scale=small", "seed=0,1", "cell.column=digits", "cell.row='ρ = 0.4'")
+NAMES = ["rho-0.4-digits-seed0", "rho-0.4-digits-seed1"]
+FOLDER = Path("outputs/table4_sample_rate-small")
+
+
+def test_a_failed_run_does_not_stop_the_others_and_the_same_command_does_what_is_missing(sweep, capsys):
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS, fails=NAMES[1:2])
+    first, *failed = caught.value.problems
+    assert first == "1 of 2 runs failed; the same command does what is missing"
+    assert failed == [f"{FOLDER / NAMES[1]}: no luck"]
+    assert sweep(*CELLS) == NAMES[1:2]
+    assert sweep(*CELLS) == []
+    assert f"runs: 2 in {FOLDER}, 2 complete" in capsys.readouterr().out
+    record = json.loads((FOLDER / NAMES[1] / "run.json").read_text())
+    cell = {key: record[key] for key in ("experiment", "row", "column", "scale", "seed")}
+    expected = ("table4_sample_rate", "ρ = 0.4", "digits", "small", 1)
+    assert tuple(cell.values()) == expected
+
+
+def test_runs_that_failed_alike_are_told_once(sweep):
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS, fails=NAMES)
+    assert caught.value.problems[1:] == [f"{FOLDER / NAMES[0]} and 1 more: no luck"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", b"[" * 5000, b'{"status": 5}'])
+def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, capsys):
+    """C: run.json that is [], {} or not UTF-8 stopped a whole sweep"""
+    sweep(*CELLS)
+    (FOLDER / NAMES[0] / "run.json").write_bytes(content)
+    assert sweep(*CELLS) == NAMES[:1]
+    assert f"{FOLDER / NAMES[0] / 'run.json'}" in "".join(capsys.readouterr())
+
+
+def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
+    sweep(*CELLS)
+    (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
+    assert sweep(*CELLS) == NAMES[1:]
+    said = "".join(capsys.readouterr())
+    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in said
+
+
+def test_a_place_where_no_run_can_be_written_is_named(sweep):
+    Path("file").touch()
+    with pytest.raises(UserError, match="a part of this path is a file"):
+        sweep(*CELLS, "hydra.sweep.dir=file/here")
+
+
+def test_other_settings_are_not_mixed_in(sweep):
+    sweep(*CELLS)
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS, "finetune.lr=0.5")
+    problems = caught.value.problems
+    assert f"{FOLDER / NAMES[0]} was started with other settings" in problems[0] and "hydra.sweep.dir=" in problems[0]
+    assert "finetune.lr: 0.003 -> 0.5" in problems
+    assert len(sweep(*CELLS, "finetune.lr=0.5", "hydra.sweep.dir=elsewhere")) == 2
+
+
+def test_nothing_starts_unless_every_configuration_is_right(sweep):
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS, "finetune.lr=-1", "finetune.epochs=0")
+    assert [problem.split("=")[0] for problem in caught.value.problems] == ["finetune.epochs", "finetune.lr"]
+    with pytest.raises(UserError) as caught:
+        sweep(*CELLS[:4], "rho=0.3", "method=lora,bitfit")
+    *problems, hint = caught.value.problems
+    assert [problem.split(";")[0] for problem in problems] == [
+        f"method={method} has no setting rho" for method in ("lora", "bitfit")
+    ]
+    assert "is written with ++" in hint
+    assert not FOLDER.exists()
+
+
+def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(sweep, monkeypatch):
+    from diffora import cli
+
+    asked = []
+
+    def explain(overrides, paths):
+        asked.append(overrides)
+        return []
+
+    monkeypatch.setattr(cli, "composition_problems", explain)
+    cells = ("experiment=table3_random", "scale=small", "cell.row='LoRA, r = 1','LoRA, r = 2'")
+    with pytest.raises(UserError, match=r"Could not override 'seed\.x'"):
+        sweep(*cells, "seed.x=choice(3)")
+    assert len(asked) == 1
+
+
+def test_a_list_of_one_value_is_that_value(sweep):
+    assert sweep(*CELLS, "finetune.lr=range(1,2)") == NAMES
+    assert OmegaConf.load(FOLDER / NAMES[0] / "config.yaml").finetune.lr == 1
+
+
+def test_a_setting_of_the_rows_own_method_is_written_with_two_plus_signs(sweep):
+    rows = ("experiment=table1_glue", "scale=small", "seed=0", "cell.column=digits", "cell.row='Houlsby, 8'")
+    assert sweep(*rows, "++method.size=3") == ["houlsby-8-digits-seed0"]
+    config = OmegaConf.load("outputs/table1_glue-small/houlsby-8-digits-seed0/config.yaml")
+    assert config.method.size == 3
+
+
+def test_rows_that_take_their_size_from_others_come_after_all_of_these(sweep):
+    given = ("experiment=table5_weight_sharing", "scale=small", "seed=0,1", "cell.column=digits")
+    ran = sweep(*given, "cell.row=sharing,'random, sharing','LoRA, r = 2'")
+    assert ran == [
+        "sharing-digits-seed0", "lora-r-2-digits-seed0", "sharing-digits-seed1", "lora-r-2-digits-seed1",
+        "random-sharing-digits-seed0", "random-sharing-digits-seed1",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_lists_the_runs_and_starts_none(sweep, capsys):
+    assert sweep(*CELLS, "dry_run=true") == []
+    out = capsys.readouterr().out
+    assert "runs: 2" in out and all(name in out for name in NAMES)
+    assert not FOLDER.exists()
+
+
+def test_a_plain_sweep_resumes_in_its_folder(sweep):
+    given = ("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=here")
+    names = [f"{number}-{method}-paraphrase-tiny-seed0" for number, method in enumerate(("lora", "bitfit"))]
+    with pytest.raises(UserError, match=r"1 of 2 runs failed; .* with resume=true hydra\.sweep\.dir=here"):
+        sweep(*given, fails=names[:1])
+    with pytest.raises(UserError, match="holds a run"):
+        sweep(*given)
+    assert sweep(*given, "resume=true") == names[:1]
+
+
+def test_several_tables_in_one_sweep(sweep):
+    ran = sweep("experiment=table4_sample_rate,table3_random", "scale=small", "seed=0", "cell.column=digits",
+                "cell.row='LoRA, r = 2'")  # fmt: skip
+    assert ran == ["lora-r-2-digits-seed0"] * 2
+    assert {file.parts[1] for file in Path().glob("outputs/*/*/run.json")} == {
+        "table4_sample_rate-small",
+        "table3_random-small",
+    }
+
+
+def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
+    given = ("experiment=table4_sample_rate,table3_random,quickstart", "scale=small", "cell.column=digits", "seed=0")
+    sweep(*given, "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here", "dry_run=true")
+    sweep("experiment=table4_sample_rate,table3_random", *given[1:], "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here")
+    assert {file.parts[1] for file in Path().glob("here/*/*/run.json")} == {
+        "table4_sample_rate-small",
+        "table3_random-small",
+    }
+
+
+def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
+    from diffora.settings.config import config_hash
+
+    given = cfg("experiment=quickstart")
+    named = cfg("experiment=quickstart", "cell.row=a", "cell.experiment=b", "scale=small")
+    assert config_hash(given) == config_hash(named) != config_hash(cfg("experiment=quickstart", "rank=3"))
+
+
+def test_a_setting_of_some_methods_goes_to_their_runs_alone(sweep, capsys):
+    """C: our own advice, `++search.epochs=1` in a sweep over lora and diffora, and the advice itself."""
+    given = ("experiment=quickstart", "method=lora,diffora", "hydra.sweep.dir=here")
+    with pytest.raises(UserError) as caught:
+        sweep(*given, "search.epochs=1")
+    problem, advice = caught.value.problems
+    assert problem.startswith("method=lora has no setting search.epochs") and "++search.epochs=1" in advice
+    assert len(sweep(*given, "++search.epochs=1,2")) == 3
+    out = capsys.readouterr().out
+    assert "++search.epochs is left out of 2 of 4 runs, which have no search.epochs" in out
+    assert "1 runs are the same as others without it, and left out" in out
+    epochs = [OmegaConf.load(file).get("search", {}).get("epochs") for file in sorted(Path("here").glob("*/*.yaml"))]
+    assert sorted(epochs, key=str) == [1, 2, None]
+
+
+def test_a_setting_that_no_run_has_is_still_refused(sweep):
+    with pytest.raises(UserError, match=r"unknown key search\.epoch: did you mean search\.epochs"):
+        sweep("experiment=quickstart", "method=diffora", "++search.epoch=1", "hydra.sweep.dir=here")
+
+
+def test_devices_are_looked_for_before_anything_starts_where_the_runs_will_be(sweep, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"trainer\.devices=99 must be at most"):
+        sweep("experiment=quickstart", "method=lora,bitfit", "trainer=cpu", "trainer.devices=99")
+    with pytest.raises(UserError, match="is the current folder"):
+        sweep("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=''")

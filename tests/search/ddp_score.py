@@ -1,0 +1,49 @@
+"""Worker of test_score.py, started once per process: scores over gloo, written down by each process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from small import rows_of, small_deberta, small_task
+
+from diffora.core.grid import find_grid
+from diffora.loop.data import SearchData, split_search
+from diffora.search.score import ScoreModule
+from diffora.tasks.tokenise import Collator
+
+TYPES = ("attention.self.query_proj", "attention.self.value_proj", "attention.output.dense", "output.dense")
+
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
+
+
+def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, types=TYPES, **trainer):
+    """A ScoreModule after its stage, on 24 of the 48 rows in batches of 8."""
+    model = model or small_deberta()
+    names = find_grid(model, candidates=types).names
+    module = ScoreModule(model, names, criterion, small_task(), accumulate, seed=0)
+    L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        max_epochs=1,
+        limit_train_batches=batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **trainer,
+    ).fit(module, datamodule=SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0))
+    return module
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    found = {c: scored(c, devices=devices, strategy="ddp") for c in ("gradient", "activation")}
+    rank = found["gradient"].global_rank
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps({c: m.scores.tolist() for c, m in found.items()}))
+    torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends

@@ -1,0 +1,192 @@
+"""The scoring stage on a small DeBERTa: right values, nothing left changed, equal however the work is divided."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ddp_score import TYPES, scored
+from small import rows_of, small_deberta
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from diffora.backbones.models import freeze_backbone
+from diffora.core.grid import find_grid
+from diffora.errors import UserError
+from diffora.loop.data import SearchData, split_search
+from diffora.tasks.tokenise import Collator
+
+WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+WORKER = Path(__file__).with_name("ddp_score.py")
+BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
+
+COLLATE = Collator(0), Collator(0)  # for training and for evaluation
+
+
+def batches_of(count):
+    """The search-train batches that the stage sees."""
+    data = SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0)
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(0)
+    return [item["train"][0] for item, _ in zip(loader, range(count), strict=False)]
+
+
+def mean_loss(model, batches):
+    losses = []
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        losses.append(F.cross_entropy(model(**inputs).logits, batch["labels"]))
+    return torch.stack(losses).mean()
+
+
+def test_gradient_scores_against_finite_differences_in_float64():
+    """Every entry of two matrices; one is the Q that DeBERTa also applies to its table of positions."""
+    scores = scored("gradient", small_deberta(dtype=torch.float64), precision="64-true").scores
+    model = small_deberta(dtype=torch.float64).eval()
+    names = find_grid(model, "encoder.layer.*", TYPES).names
+    for i, j in ((0, 0), (1, 3)):
+        flat = model.get_parameter(f"{names[i][j]}.weight").detach().view(-1)
+        total = 0.0
+        with torch.no_grad():
+            for at in range(len(flat)):
+                keep = flat[at].item()
+                flat[at] = keep + 1e-5
+                up = mean_loss(model, batches_of_2)
+                flat[at] = keep - 1e-5
+                total += ((up - mean_loss(model, batches_of_2)).item() / 2e-5) ** 2
+                flat[at] = keep
+        assert scores[i, j].item() == pytest.approx(total**0.5, rel=1e-5)
+        assert total > 1e-8
+
+
+batches_of_2 = batches_of(2)
+
+
+def test_gradient_scores_against_one_backward_pass_of_the_mean_loss():
+    model = small_deberta().eval()
+    names = find_grid(model, "encoder.layer.*", TYPES).names
+    weights = [model.get_parameter(f"{name}.weight").requires_grad_() for row in names for name in row]
+    grads = torch.autograd.grad(mean_loss(model, batches_of_2), weights)
+    expected = torch.tensor([grad.square().sum().sqrt() for grad in grads]).view(2, 4)
+    torch.testing.assert_close(scored("gradient").scores, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_activation_scores_against_a_plain_loop():
+    """The input of Q and V is the hidden state, which the model gives out itself."""
+    scores = scored("activation").scores
+    model = small_deberta().eval()
+    names = find_grid(model, "encoder.layer.*", TYPES).names
+    tokens = [[], []]
+    with torch.no_grad():
+        for batch in batches_of_2:
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            hidden = model(**inputs, output_hidden_states=True).hidden_states
+            for layer in range(2):
+                for x, mask in zip(hidden[layer], batch["attention_mask"], strict=True):
+                    tokens[layer] += [x[t] for t in range(len(mask)) if mask[t]]
+    assert len(tokens[0]) < sum(batch["input_ids"].numel() for batch in batches_of_2)  # there was padding
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = model.get_parameter(f"{names[i][j]}.weight").detach()
+        norms = [sum(token[c].item() ** 2 for token in tokens[i]) / len(tokens[i]) for c in range(16)]
+        expected = sum(abs(weight[a, c].item()) * norms[c] ** 0.5 for a in range(16) for c in range(16)) / 256
+        assert scores[i, j].item() == pytest.approx(expected, rel=1e-4)
+
+
+@BOTH
+def test_gpt2s_transposed_weights_score_as_usual_ones_do(criterion):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
+    model = freeze_backbone(GPT2ForSequenceClassification(config))
+    usual, types = copy.deepcopy(model), find_grid(model).types
+    for name in (name for row in find_grid(model).names for name in row):
+        layer = usual.get_submodule(name)
+        linear = torch.nn.Linear(*layer.weight.shape)
+        linear.weight.data, linear.bias.data = layer.weight.data.T.contiguous(), layer.bias.data
+        usual.set_submodule(name, linear.requires_grad_(False))
+    scores = scored(criterion, model, types=types).scores
+    torch.testing.assert_close(scores, scored(criterion, usual, types=types).scores)
+    assert scores.shape == (2, 4) and scores.std() > 0
+
+
+@BOTH
+def test_quantised_weights_are_refused(criterion):
+    model = small_deberta()
+    linear = model.get_submodule("deberta.encoder.layer.1.output.dense")
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="the weight of a Linear is quantised"):
+        scored(criterion, model)
+
+
+@BOTH
+def test_weights_head_and_modes_are_untouched(criterion):
+    model = small_deberta(dropout=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    scored(criterion, model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@BOTH
+def test_dropout_is_off(criterion):
+    assert torch.equal(scored(criterion, small_deberta(dropout=0.5)).scores, scored(criterion).scores)
+
+
+@BOTH
+def test_batches_count_and_are_of_search_train_rows_alone(criterion, monkeypatch):
+    from diffora.search import score
+
+    seen = []
+    step = score.ScoreModule.training_step
+    monkeypatch.setattr(
+        score.ScoreModule,
+        "training_step",
+        lambda self, batch, i: seen.append(batch["train"][0]["row"]) or step(self, batch, i),
+    )
+    one, two = scored(criterion, batches=1), scored(criterion, batches=2)
+    assert [len(rows) for rows in seen] == [8, 8, 8] and not torch.equal(one.scores, two.scores)
+    assert set(torch.cat(seen).tolist()) <= set(split_search(np.arange(48), seed=0)[0].tolist())
+    seen.clear()
+    scored(criterion, batches=99)
+    assert sorted(torch.cat(seen).tolist()) == split_search(np.arange(48), seed=0)[0].tolist()  # one pass, not more
+
+
+@BOTH
+def test_parts_of_a_batch_change_nothing(criterion):
+    whole, parts = scored(criterion), scored(criterion, accumulate=3)
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_exactly_and_with_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=300, env=WITH_TESTS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for criterion, found in first.items():
+        torch.testing.assert_close(torch.tensor(found), scored(criterion).scores, rtol=1e-4, atol=1e-7)
+
+
+@BOTH
+def test_bfloat16_scores_are_close(criterion):
+    exact, rough = scored(criterion).scores, scored(criterion, precision="bf16-mixed").scores
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=1e-4)
+
+
+def test_a_score_that_is_not_finite_stops_the_run():
+    model = small_deberta()
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"method\.selector=gradient: a score is not finite"):
+        scored("gradient", model)

@@ -1,0 +1,365 @@
+"""Every mistake in a configuration is named, all at once, and every key is read by something."""
+
+import importlib.util
+import json
+
+import fuzz_values
+import pytest
+
+from diffora.cli import added_paths, composition_problems
+from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.methods.selecting import parse_budget
+from diffora.run.evaluate import read_request
+from diffora.run.experiment import check
+from diffora.settings.config import RULES, config_hash, differences, plain, problems
+
+OPTUNA = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")  # an extra
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in conf_dir().iterdir()
+    if folder.is_dir() and (folder.name != "hparams_search" or OPTUNA)
+}
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
+def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
+    given = {"model=hf": ["model.path=some/model"], "task=imagefolder": ["task.path=some/folder"]}
+    composed = cfg(choice, *given.get(choice, []))
+    assert problems(composed) == []
+    check(composed)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("google/vit-base", "vit-base"),
+        ("/data/models/my model/", "my-model"),
+        ("'embedded:tiny_vit'", "embedded-tiny_vit"),
+        ("..", "hf"),
+    ],
+)
+def test_any_model_is_called_after_its_path(cfg, path, name):
+    assert cfg("model=hf", f"model.path={path}").model.name == name
+
+
+def test_any_model_needs_its_path(cfg):
+    with pytest.raises(UserError) as error:
+        check(cfg("model=hf"))
+    assert error.value.problems == ["model.path=null must be a hub id or a folder"]
+
+
+@pytest.mark.parametrize("method", GROUPS["method"])
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the others differ from these in their recipes only
+def test_every_method_goes_with_every_kind_of_task(cfg, method, task):
+    check(cfg(f"method={method}", f"task={task}"))
+
+
+def test_every_rule_is_about_a_key_that_exists(cfg):
+    """A rule for a key that no configuration has would be a dead option."""
+    there = set()
+    for group, names in GROUPS.items():
+        for name in names:
+            there |= set(leaves(plain(cfg(f"{group}={name}"))))
+    for rule in RULES:
+        assert any(key.startswith(rule[:-1]) if rule.endswith("*") else key == rule for key in there), rule
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def messages(cfg, *overrides):
+    with pytest.raises(UserError) as error:
+        check(cfg(*overrides))
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rho=1.5", "rho=1.5 must be a number in [0, 1]"),
+        ("rho=-0.1", "rho=-0.1 must be a number in [0, 1]"),
+        ("rho=half", "rho='half' must be a number"),
+        ("rank=0", "rank=0 must be a whole number of at least 1"),
+        ("rank=two", "rank='two' must be a whole number"),
+        ("rank=2.5", "rank=2.5 must be a whole number"),
+        ("seed=-1", "seed=-1 must be a whole number of at least 0"),
+        ("seed=null", "seed=null must be"),
+        ("finetune.lr=-1e-3", "finetune.lr=-0.001 must be a number above 0"),
+        ("finetune.lr=nan", "finetune.lr=nan must be a number above 0"),
+        ("finetune.batch_size=0", "finetune.batch_size=0 must be a whole number of at least 1"),
+        ("finetune.epochs=0", "finetune.epochs=0"),
+        ("finetune.dropout=16", "finetune.dropout=16 must be a number in [0, 1)"),
+        ("finetune.warmup_steps=-1", "finetune.warmup_steps=-1"),
+        ("search.order=3", "search.order=3 must be one of 1, 2"),
+        ("search.gamma_lr=0", "search.gamma_lr=0 must be a number above 0"),
+        ("method.alpha=0", "method.alpha=0 must be a number above 0"),
+        ("method.shared_rank=0", "method.shared_rank=0"),
+        ("method.weight_sharing=maybe", "method.weight_sharing='maybe' must be true or false"),
+        ("method.selection=nowhere.json", "no selection file at nowhere.json"),
+        (
+            "method.selector=magic",
+            "method.selector='magic' must be 'search' or 'attribution' or 'gradient' or 'activation' or 'random'",
+        ),
+        ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
+        ("method.scope=row", "method.scope='row' must be 'layer' or 'global'"),
+        ("method.budget=0", "method.budget=0 must be a number of parameters above 0"),
+        ("method.budget=-350k", "method.budget='-350k' must be a number of parameters above 0"),
+        ("method.budget=much", "method.budget='much' must be a number of parameters above 0"),
+        ("method.budget=0.0001k", "method.budget='0.0001k' must be a number of parameters above 0"),
+        ("method.budget=0.35m", "such as 350000, 350k or 0.35M"),
+        ("method.budget=2.5", "method.budget=2.5 must be a number of parameters above 0"),
+        ("task.max_train_rows=0", "task.max_train_rows=0"),
+        ("model.path=/no/such/folder", "model.path=/no/such/folder is not a folder"),
+        ("trainer.precision=8", "trainer.precision=8 must be one of"),
+        ("search.accumulate=3", "must be a multiple of search.accumulate=3"),
+        ("+search.epoch=3", "unknown key search.epoch: did you mean search.epochs"),
+        ("+method.ranks=3", "method=diffora has no setting method.ranks"),
+    ],
+)
+def test_each_mistake_has_its_message(cfg, override, words):
+    found = messages(cfg, override)
+    assert len(found) == 1 and words in found[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("houlsby", "method.size=0", "method.size=0 must be a whole number of at least 1"),
+        ("pfeiffer", "method.init_std=-1", "method.init_std=-1 must be a number above 0"),
+        ("pfeiffer", "method.activation=sin", "method.activation='sin' must be 'gelu' or 'relu' or 'silu' or 'tanh'"),
+        ("sora", "method.lam=-0.1", "method.lam=-0.1 must be a number of at least 0"),
+        ("sora", "method.lam_start=0.1", "method.lam_start=0.1 must lie between 0 and method.lam=0.001"),
+        ("sora", "method.stages=0", "method.stages=0 must be a whole number of at least 1"),
+        ("r_lora", "method.regulariser.weight=-1", "method.regulariser.weight=-1 must be a number of at least 0"),
+        ("r_lora", "method.regulariser.form=cube", "method.regulariser.form='cube' must be 'squared' or 'mean_norm'"),
+        ("r_lora", "+method.regulariser.wait=1", "method=r_lora has no setting method.regulariser.wait"),
+        ("gm_lora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
+        ("gm_lora", "method.mask.rank=0", "method.mask.rank=0 must be a whole number of at least 1"),
+        (
+            "gm_lora",
+            "method.mask.rank=all",
+            "method.mask.rank='all' must be a whole number of at least 1, at most 1,000,000,000 or 'half' or null",
+        ),
+        (
+            "gm_lora",
+            "method.mask.head=true",
+            "with method.mask.start=0 never trains the head",
+        ),
+        ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be 'step' or 'epoch'"),
+        ("diffora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
+        ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),
+        ("peft", "method.config._target_=peft.DoraConfig", "peft.DoraConfig does not exist in PEFT; did you mean"),
+    ],
+)
+def test_each_methods_mistakes_have_their_messages(cfg, method, override, words):
+    found = messages(cfg, "task=mrpc", f"method={method}", override)
+    assert len(found) == 1 and words in found[0]
+
+
+def test_all_mistakes_come_at_once(cfg):
+    found = messages(cfg, "rho=2", "rank=0", "finetune.lr=-1", "search.epochs=0", "method.alpha=-1", "model.path=/no/x")
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(350_000, 350_000), ("350k", 350_000), ("0.35M", 350_000), ("1.1M", 1_100_000), ("0.0000019M", 1), ("0.29k", 290)],
+)
+def test_a_budget_is_the_decimal_that_was_written(text, number):
+    assert parse_budget(text) == number
+
+
+def test_a_budget_that_chooses_the_rank_leaves_the_mask_free(cfg):
+    check(cfg("method.budget=1M", "method.mask.rank=8"))
+
+
+def test_only_the_search_leaves_what_warm_start_needs(cfg):
+    found = messages(cfg, "method.warm_start=true", "method.selector=gradient")
+    assert found == ["method.warm_start=true needs a selector that trains A and B, which gradient does not"]
+    assert "method.budget" in messages(cfg, "method.warm_start=true", "method.budget=350k")[0]
+    check(cfg("method.warm_start=true", "method.budget=350k", "method.scope=global"))
+
+
+def test_a_method_rejects_a_knob_it_does_not_have(cfg):
+    assert messages(cfg, "method=lora", "+method.shared_rank=2") == ["method=lora has no setting method.shared_rank"]
+    assert messages(cfg, "method=full_ft", "+rank=2") == ["method=full_ft has no rank"]
+    assert messages(cfg, "method=lora", "+rho=0.5") == ["method=lora has no rho"]
+
+
+def test_what_does_not_compose_is_explained_all_at_once():
+    found = composition_problems(
+        ["method=diffroa", "task=mrpcc", "finetune.epoch=3", "rank=0", "task.path_=x", "hydra.run.dir=/tmp/x"]
+    )
+    text = "\n".join(found)
+    assert f"method=diffroa is not one of: {', '.join(GROUPS['method'])}" in text
+    assert f"task=mrpcc is not one of: {', '.join(GROUPS['task'])}" in text
+    assert "unknown key finetune.epoch: did you mean finetune.epochs" in text
+    assert "task=mrpc has no setting task.path_" in text
+
+
+def test_a_knob_of_another_method_is_explained():
+    found = composition_problems(["method=lora", "method.shared_rank=2", "search.epochs=1", "rho=0.5"])
+    assert len(found) == 3 and all(line.startswith("method=lora has no setting") for line in found)
+
+
+def test_recipes_fill_in_and_the_user_wins(cfg):
+    recipe = cfg("task=cola")
+    assert (recipe.rank, recipe.finetune.lr, recipe.finetune.early_stop) == (4, 3e-4, 5)
+    given = cfg("task=cola", "rank=8", "finetune.lr=1e-2")
+    assert (given.rank, given.finetune.lr, given.finetune.epochs) == (8, 1e-2, 6)
+
+
+def test_hash_tells_results_apart_and_nothing_else(cfg):
+    base = config_hash(cfg("task=mrpc"))
+    assert base == config_hash(cfg("task=mrpc", "resume=true", "logger=csv", "debug=default"))
+    assert len({base, *(config_hash(cfg("task=mrpc", o)) for o in ("seed=1", "rank=5", "finetune.lr=1e-2"))}) == 4
+
+
+def test_differences_name_key_and_both_values(cfg):
+    old, new = plain(cfg("rank=4")), plain(cfg("rank=8", "resume=true"))
+    assert differences(old, new) == ["rank: 4 -> 8", "search.rank: 4 -> 8"]
+
+
+WHOLE = "must be a whole number of at least"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # C: settings that were a fault of the program
+        ("seed=4294967296", f"seed=4294967296 {WHOLE} 0, at most 4,294,967,295"),
+        ("finetune=null", "finetune=null must be a group of settings: "),
+        ("finetune=5", "finetune=5 must be a group of settings: "),
+        ("~task", "task is missing: choose one with task=<name>"),
+        ("trainer.strategy=foo", "trainer.strategy='foo' must be one of auto, ddp, ddp_find_unused"),
+        ("finetune.batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
+        # neighbours
+        ("task=null", "task=null is not one of: alpaca, chat"),
+        ("model=null", "model=null is not one of: bert_base"),
+        ("method=null", "method=null is not one of: adalora"),
+        ("logger=null", "logger=null is not one of: csv, tensorboard, wandb; logger=[] for none"),
+        ("recipe=5", "recipe=5 is not one of: rm_lora, roberta"),
+        ("trainer=5", "trainer=5 is not one of: cpu"),
+        ("cell=5", "cell=5 must be a group of settings: experiment, row, column"),
+        ("search=null", "search=null must be a group of settings: epochs, "),
+        ("~search", "search is missing"),
+        ("~method", "method is missing: choose one with method=<name>"),
+        ("~model", "model.path is missing: choose one with model=<name>"),
+        ("~finetune.lr", "finetune.lr is missing"),
+        ("~task.max_length", "task.max_length is missing"),
+        ("~seed", "seed is missing"),
+        ("seed={a: 1}", f"seed={{'a': 1}} {WHOLE} 0"),
+        ("seed=1.0", f"seed=1.0 {WHOLE} 0"),
+        ("+seeds={}", "unknown key seeds: did you mean seed?"),
+        ("+logger.foo=1", "unknown key logger.foo"),
+        ("+task.recipe.epoch=1", "unknown key task.recipe.epoch: did you mean task.recipe.epochs?"),
+        ("finetune.lr=inf", "finetune.lr=inf must be a number above 0"),
+        ("finetune.lr=1e-300", "finetune.lr=1e-300 must be a number above 0, at most 1,000,000,000, at least 1e-12"),
+        ("method=houlsby method.init_std=0", "method.init_std=0 must be a number above 0"),
+        ("model.dtype=float16 trainer.precision=bf16-mixed", "use model.dtype=bfloat16 or float32"),
+        ("finetune.lr=1e308", "finetune.lr=1e+308 must be a number above 0, at most 1,000,000,000"),
+        ("finetune.weight_decay=nan", "finetune.weight_decay=nan must be a number of at least 0"),
+        ("finetune.lr=${model.name}", "finetune.lr='deberta_v3_base' must be a number above 0"),
+        ("task.recipe.lr=nan", "task.recipe.lr=nan must be a number above 0"),
+        ("+model.config.x={a: [inf]}", "model.config.x.a[0]=inf must be a number, at most 1,000,000,000 in size"),
+        ("model.candidates=[[a]]", "model.candidates=[['a']] must be a list of the linear modules"),
+        ("trainer.num_workers=100000", "trainer.num_workers=100000 must be a whole number of at least 0, at most 256"),
+        ("method.selection=5", "method.selection=5 must be the name of a file or folder"),
+        ("method.selection=[]", "method.selection=[] must be the name of a file or folder"),
+        ("method.selection=[1]", "method.selection=[1] must be the name of a file or folder"),
+        ("method.selection=conf", "method.selection: conf is not a regular file"),
+        # B14 and B18
+        ("method.regulariser.weight=nan", "method.regulariser.weight=nan must be a number of at least 0"),
+        ("method.alpha=inf", "method.alpha=inf must be a number above 0"),
+        ("method.selection=[key] method.warm_start=true", "method.warm_start=true needs the file of a search"),
+        ("method.warm_start=true search.rank=9", "method.warm_start=true needs search.rank=9 to be rank=4"),
+        ("method=sora method.lam=inf", "method.lam=inf must be a number of at least 0"),
+        ("method=adalora method.beta1=nan", "method.beta1=nan must be a number between 0 and 1"),
+        ("method=random method.draw=4294967296", f"method.draw=4294967296 {WHOLE} 0"),
+        ("method=dora method.config.lora_alpha=nan", "method.config.lora_alpha=nan must be a number above 0"),
+        ("method=eva method.config.eva_config.rho=inf", "method.config.eva_config.rho=inf must be a number"),
+        ("method=vera method.config.r=100000", "method.config.r=100000 must be a whole number of at least 1"),
+    ],
+)
+def test_one_message_says_what_would_be_right(overrides, words):
+    """Cases B14, B18 and C of docs/reliability.md, and their neighbours."""
+    given = [overrides] if " [" in overrides or "{" in overrides else overrides.split(" ")
+    found = composition_problems(given)
+    assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("output=null", "output=null must be the name of a file or folder"),
+        ("output=5", "output=5 must be the name of a file or folder"),
+        ("output=", "output='' must be the name of a file or folder"),
+        ("batch_size=true", f"batch_size=true {WHOLE} 1"),
+        ("batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
+        ("split=[]", "split=[] must be the name of a split, or a list of names"),
+        ("run=elsewhere", "run= is given twice: 'x' and 'elsewhere'"),
+    ],
+)
+def test_arguments_of_an_evaluation_are_checked_before_the_run_is_read(argument, words):
+    with pytest.raises(UserError) as error:
+        read_request(["run=x", argument])
+    assert len(error.value.problems) == 1 and words in error.value.problems[0]
+
+
+def test_a_file_that_asks_for_another_that_is_not_there_is_told_from_a_wrong_choice(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /task: nowhere\n")
+    [problem] = composition_problems(["experiment=mine"], [f"file://{tmp_path}"])
+    assert problem.startswith("experiment=mine asks for task/nowhere, which is not one of: alpaca, chat")
+
+
+@pytest.mark.parametrize("group", ["task", "method"])
+def test_a_group_that_was_taken_away_explains_its_settings(group):
+    found = composition_problems(["model=tiny", f"~{group}", f"{group}.alpha.x=1", "seed=-1"])
+    assert f"{group} is missing: choose one with {group}=<name>" in found
+    assert any(f"unknown key {group}.alpha.x" in problem for problem in found)
+
+
+def test_a_warm_start_needs_what_the_search_left_beside_its_selection(cfg, tmp_path):
+    """B18's neighbour: found before data and backbone are loaded."""
+    types, modules = ["a"], [["m.0.a"]]
+    content = {"format": 1, "method": "diffora", "types": types, "modules": modules, "rho": 0.5, "seed": 0}
+    file = tmp_path / "selection.json"
+    file.write_text(json.dumps(content | {"selected": [["a"]]}))
+    found = messages(cfg, f"method.selection={file}", "method.warm_start=true")
+    assert found == [
+        f"method.warm_start=true needs {tmp_path / 'selection.safetensors'}, which a search with "
+        "method.warm_start=true leaves"
+    ]
+    check(cfg(f"method.selection={file}"))
+    file.write_text(json.dumps(content | {"selected": 5}))
+    assert "selected=5 must be a list of lists" in messages(cfg, f"method.selection={file}")[0]
+
+
+def test_choices_of_the_users_own_folders_are_known_when_mistakes_are_explained(tmp_path, monkeypatch):
+    """C: composition errors are composed over the user's real search path."""
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text("defaults: [mrpc]\n")
+    monkeypatch.setattr("sys.argv", ["train.py", "--config-dir", str(tmp_path), "task=mine"])
+    assert added_paths() == [f"file://{tmp_path}"]
+    assert composition_problems(["task=mine", "seed=-1"], added_paths()) == [
+        f"seed=-1 {WHOLE} 0, at most 4,294,967,295"
+    ]
+    assert "mine, mnli" in composition_problems(["task=mime"], added_paths())[0]
+    assert composition_problems(["task=mine"], ["file:///no/such"]) == ["--config-dir=/no/such is not a folder"]
+
+
+def test_no_value_of_any_setting_is_a_fault_of_the_program(cfg):
+    """A small draw: each is taken and can be written down, or there are messages. `make faults` draws more."""
+    bases = [cfg(*base) for base in fuzz_values.BASES]
+    taken = refused = 0
+    for _key, _value, changed in fuzz_values.cases(bases, seed=0, most=120):
+        found = fuzz_values.outcome(changed)
+        taken, refused = taken + (found is None), refused + (found is not None)
+    assert refused > taken > 0
