@@ -70,7 +70,7 @@ REFUSED_INIT = {
     "lora_ga": "it needs PEFT's own pass over data beforehand",
 }
 
-PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types, or null for every candidate")
+PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types")
 BOUNDS = {"r": whole(1, 2**16), "dropout": RATE, "alpha": POSITIVE}
 """Bounds of the arguments of PEFT's classes, by the last word of their names. VeRA draws matrices as wide as ``r``."""
 

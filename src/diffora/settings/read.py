@@ -120,11 +120,13 @@ def read_sections(reading: Reading) -> dict[str, Any]:
 def _check_search(reading: Reading, hint: Any) -> None:
     """The section ``search`` is there if, and only if, the method has a selector."""
     method, search = reading._group("method"), reading.values.get("search")
+    if "name" in method and "selector" not in method and "search" in reading.values:
+        for key in [key for key in reading.found if _is_in(key, "search")]:
+            del reading.found[key]
+        reading.found["search"] = f"method={method['name']} has no setting search"
     if "method" in reading.found or reading.has_fault("search"):
         return
-    if "selector" not in method and search is not None and "name" in method:
-        reading.found["search"] = f"method={method['name']} has no setting search: it does not search"
-    elif "selector" in method and "search" not in reading.values:
+    if "selector" in method and "search" not in reading.values:
         reading.found["search"] = "search is missing"
     elif "selector" in method and search is None:
         reading.found["search"] = _not_a_group("search", None, hint)
@@ -218,8 +220,9 @@ def read_group(
             found[key] = unknown_key(key, [*keys.values(), *known_keys()])
     hints = typing.get_type_hints(kind, include_extras=True)
     values = _read_fields(keys, fields, hints, given, found, who)
-    faulty = any(_is_in(k, prefix.rstrip(".")) for k in found) or any(key in found for key in keys.values())
-    return None if faulty else kind(**values)
+    complete = all(field.name in values or not is_needed(field) for field in fields)
+    faulty = any(_is_in(k, key) or _is_in(k, prefix.rstrip(".")) for k in found for key in keys.values())
+    return kind(**values) if complete and not faulty else None
 
 
 def _read_fields(
