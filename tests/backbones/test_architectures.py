@@ -19,7 +19,7 @@ from torch import nn
 
 from diffora.adapters.export import load_adapter
 from diffora.backbones import compatibility, models
-from diffora.core.dam import adapter_parameters
+from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.errors import UserError

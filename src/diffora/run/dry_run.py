@@ -13,7 +13,7 @@ from torch import nn
 
 from diffora import START
 from diffora.backbones import models
-from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection

@@ -45,9 +45,3 @@ def gate_path(points: int) -> list[tuple[float, float]]:
     """
     nodes, weights = np.polynomial.legendre.leggauss(points)
     return [((1 + node) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
-
-
-def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
-    """Uniform in [0, 1), L x N: the control that selects by chance ([D] Table 3)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64)
