@@ -21,7 +21,8 @@ from diffora.errors import UserError
 from diffora.loop.data import SearchData, split_search
 from diffora.tasks.tokenise import Collator
 
-WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ON_PATH))}
 WORKER = Path(__file__).with_name("ddp_score.py")
 BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 
-SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip": None, "accumulate": 1}
+SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def make(deberta):
             for lower, upper in zip(*layers, strict=True):
                 upper.lora_a, upper.lora_bt = lower.lora_a, lower.lora_bt
         model.to(dtype)
-        module = SearchModule(model, layers, TYPES, small_task(), SearchSettings(**SETTINGS | changes), seed=0)
+        module = SearchModule(model, layers, TYPES, small_task(), Search(**SETTINGS | changes), seed=0)
         module.to(dtype)
         module.trainer = trainer or L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         return module.train()
@@ -245,7 +246,8 @@ def test_float16_takes_the_steps_of_full_precision(make, update):
     assert scaler.get_scale() == 2.0 ** (8 + 6)
 
 
-WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ON_PATH))}
 WORKER = Path(__file__).with_name("ddp_search.py")
 
 

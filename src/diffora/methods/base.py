@@ -141,7 +141,10 @@ class Method:
 
     @property
     def selector_to_run(self) -> str | None:
-        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs none."""
+        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs none.
+
+        A method that names one has the attributes ``alpha``, ``score_batches`` and ``warm_start``, as DiffoRA has.
+        """
         return None
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection | None:

@@ -50,7 +50,7 @@ class Random(Selecting):
         wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
         if has != wanted:
             log.warning(
-                f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: the number of shared pairs differs"
+                f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other pairs are shared"
             )
         made = {"selector": "random", "k": pattern.k, "rank": pattern.rank, "rho": self.rho, "seed": seed}
         return Selection.from_mask(grid, mask, method=self.name, **made)

@@ -73,7 +73,10 @@ class Selecting(Method):
         yield from self.mask.problems(None if self.budget is not None and self.scope == "layer" else self.rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
-        """[D] Algorithm 1, line 11: a pair of rank r for each selected module; shared pairs of rank r_s, or none, elsewhere."""
+        """[D] Algorithm 1, line 11: a pair of rank r for each selected module.
+
+        Unselected modules of one type and shape share a pair of rank r_s, or are frozen.
+        """
         assert selection is not None
         if self.rank_elsewhere is None and not any(selection.selected):
             raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
@@ -142,9 +145,7 @@ class Selecting(Method):
             selector: where the scores come from; scores of ``search`` are kept as ``gamma_bar``.
             seed: of the run, or of the draw.
         """
-        choice = choose(
-            scores, grid.shapes, self.scope, self.rho, self.rank, self.rank_elsewhere, budget=self.limit
-        )
+        choice = choose(scores, grid.shapes, self.scope, self.rho, self.rank, self.rank_elsewhere, budget=self.limit)
         if choice.rank_at_width:
             warnings.warn(
                 f"method.budget={self.budget} allows more than rank {choice.rank}, the width of a selected module",

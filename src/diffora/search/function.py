@@ -77,9 +77,7 @@ class FunctionModule(Stage):
 
     scores: Tensor
 
-    def __init__(
-        self, model: nn.Module, grid: Grid, function: ScoreFunction, name: str, task: Task, seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, grid: Grid, function: ScoreFunction, name: str, task: Task, seed: int) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
         self.grid, self.function, self.name, self.task = grid, function, name, task
@@ -127,8 +125,7 @@ class FunctionModule(Stage):
         if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
             raise UserError(
                 f"method.selector={self.name} must leave the model as it was, but it changed "
-                f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: restore it before returning, or work on a "
-                "copy"
+                f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: undo that before returning, or use a copy"
             )
         return found
 
@@ -156,11 +153,16 @@ class FunctionModule(Stage):
         self.scores = memory["scores"]
 
 
-def _state(model: nn.Module) -> dict[str, int]:
-    """A hash of every weight and buffer, and the number of forward hooks of every module that has some."""
-    state = {name: int(torch.hash_tensor(value)) for name, value in model.state_dict().items() if value.numel()}
+def _state(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of every weight and buffer, and the number of forward hooks of every module."""
+    state = {
+        # The hash alone is blind to a change of sign in an even number of entries, the sum to a permutation.
+        name: f"{int(torch.hash_tensor(value))} {float(value.sum(dtype=torch.float32))}"
+        for name, value in model.state_dict().items()
+        if value.numel()
+    }
     hooks = {
-        f"the hooks of {name or 'the model'}": len(module._forward_hooks) + len(module._forward_pre_hooks)
+        f"the hooks of {name or 'the model'}": str(len(module._forward_hooks) + len(module._forward_pre_hooks))
         for name, module in model.named_modules()
     }
     return state | hooks

@@ -39,9 +39,10 @@ from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
 from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchModule, SearchSettings, Trajectory
+from diffora.search.bilevel import SearchModule, Trajectory
 from diffora.search.function import FunctionModule, ScoreFunction, check_signature
 from diffora.search.score import ScoreModule
+from diffora.settings.sections import Search
 from diffora.trust import function_at
 
 log = logging.getLogger(__name__)
@@ -140,12 +141,12 @@ def trains(name: str) -> bool:
 @selector("search", trains=True)
 def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
-    parts, s = context.parts, context.parts.cfg.search
-    settings = search_settings(s)
+    parts, settings = context.parts, search_settings(context.parts)
     with all_adapted(context) as layers:
         module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed)
         shown = "search/train_loss", "search/valid_loss", module.certainty
-        _fit_rounds(context, "search", module, shown, s.epochs, context.callbacks, matched=module.simultaneous)
+        matched = settings.update == "simultaneous"
+        _fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
         gates = module.gates(module.gamma.detach()).cpu()
         weights = searched_weights(context, gates, layers)
     return SearchResult(gates, module.elapsed, module.trajectory, settings.relaxation, weights)
@@ -154,12 +155,12 @@ def bilevel(context: SearchContext) -> SearchResult:
 @selector("attribution", trains=True)
 def attribution(context: SearchContext) -> SearchResult:
     """Train every adapter with gate 1, then divide their effect among the modules by integrated gradients."""
-    parts, s = context.parts, context.parts.cfg.search
+    parts, settings = context.parts, search_settings(context.parts)
     with all_adapted(context) as layers:
-        arguments = parts.model, layers, parts.grid.types, parts.task, search_settings(s), parts.cfg.seed
-        module = AttributionModule(*arguments, rounds=s.epochs, score_batches=context.score_batches)
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed
+        module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
         shown = "search/train_loss", "search/valid_loss"
-        _fit_rounds(context, "attribution", module, shown, s.epochs + 1)
+        _fit_rounds(context, "attribution", module, shown, settings.epochs + 1)
         weights = searched_weights(context, torch.ones_like(module.scores), layers)
     return SearchResult(module.scores, module.elapsed, weights=weights)
 
@@ -193,9 +194,9 @@ def from_function(function: ScoreFunction, name: str) -> Run:
 # --- what several selectors share ---
 
 
-def search_settings(s: object) -> SearchSettings:
-    """The section ``search``, as `SearchModule` takes it."""
-    return SearchSettings(**{name: s[name] for name in SearchSettings.__dataclass_fields__})  # type: ignore[index]
+def search_settings(parts: Parts) -> Search:
+    """The section ``search``."""
+    return Search(**parts.cfg.search)
 
 
 @contextmanager
@@ -263,9 +264,7 @@ def searched_weights(
 
 def _criterion(context: SearchContext, name: str) -> SearchResult:
     parts = context.parts
-    module = ScoreModule(
-        parts.model, parts.grid.names, name, parts.task, parts.cfg.search.accumulate, parts.cfg.seed
-    )
+    module = ScoreModule(parts.model, parts.grid.names, name, parts.task, parts.cfg.search.accumulate, parts.cfg.seed)
     return _one_pass(context, name, module)
 
 

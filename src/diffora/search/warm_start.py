@@ -63,5 +63,5 @@ def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapp
                     raise UserError(f"method.warm_start=true: {origin} has no A and B of {name} with finite numbers")
                 if found.shape != own.shape:
                     had = f"the search had rank {len(found)} at {name}"
-                    raise UserError(f"method.warm_start=true: {had}, but rank={layer.rank}; both must be the same")
+                    raise UserError(f"method.warm_start=true: {had}, rank={layer.rank} does not")
                 own.data.copy_(found)

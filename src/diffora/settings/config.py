@@ -104,6 +104,7 @@ RULES: dict[str, Check] = {
     "search.gamma_lr": POSITIVE,
     "search.update": one_of("alternating", "simultaneous"),
     "search.order": one_of(1, 2),
+    "search.relaxation": one_of("softmax", "sigmoid"),
     "search.train_steps": whole(1),
     "search.fraction": number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on"),
     "search.valid_fraction": FRACTION,
