@@ -174,6 +174,8 @@ def test_two_processes_agree_exactly_and_with_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
+    by_function = torch.tensor(first.pop("function"))
+    assert (by_function.floor() == 16).all() and by_function.std() > 0  # both processes see all rows of two batches
     for criterion, found in first.items():
         torch.testing.assert_close(torch.tensor(found), scored(criterion).scores, rtol=1e-4, atol=1e-7)
 

@@ -155,17 +155,19 @@ class FunctionModule(Stage):
 
 def _state(model: nn.Module) -> dict[str, str]:
     """A fingerprint of every weight and buffer, and the number of forward hooks of every module."""
-    state = {
-        # The hash alone is blind to a change of sign in an even number of entries, the sum to a permutation.
-        name: f"{int(torch.hash_tensor(value))} {float(value.sum(dtype=torch.float32))}"
-        for name, value in model.state_dict().items()
-        if value.numel()
-    }
+    state = {name: _fingerprint(value) for name, value in model.state_dict().items() if value.numel()}
     hooks = {
         f"the hooks of {name or 'the model'}": str(len(module._forward_hooks) + len(module._forward_pre_hooks))
         for name, module in model.named_modules()
     }
     return state | hooks
+
+
+def _fingerprint(value: Tensor) -> str:
+    """Hash and sum: the hash alone does not see an even number of changed signs, nor the sum a permutation."""
+    if value.device.type == "mps":  # which cannot hash
+        value = value.cpu()
+    return f"{torch.hash_tensor(value).item()} {value.sum(dtype=torch.float32).item()}"
 
 
 def _in_words(error: BaseException) -> str:
