@@ -104,9 +104,10 @@ def job_overrides(line: str) -> list[tuple[str, ...]]:
 
 def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
-    method, task = check(cfg)
-    model = models.meta_model(cfg.model, task)
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    settings, task = check(cfg)
+    method = settings.method
+    model = models.meta_model(settings.model, task)
+    grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles)
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)

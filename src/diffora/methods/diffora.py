@@ -16,7 +16,7 @@ from diffora.errors import UserError
 from diffora.methods.base import check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.search.selectors import SELECTORS, trains
-from diffora.settings.config import PATH, TEXTS, Check, whole
+from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
@@ -48,10 +48,13 @@ class DiffoRA(Selecting):
     """
 
     name: ClassVar[str] = "diffora"
-    selector: Annotated[str, SELECTOR]
-    score_batches: Annotated[int, whole(1)]
-    selection: Annotated[str, PATH] | Annotated[list[str], PARTS] | None
-    warm_start: bool
+    selector: Annotated[str, SELECTOR, Help("What scores the modules.")]
+    score_batches: Annotated[int, whole(1), Help("Batches of search rows, for every selector but `search`.", "batches")]
+    selection: Annotated[
+        Annotated[str, PATH] | Annotated[list[str], PARTS] | None,
+        Help("Use this selection instead of a search: a selection.json, or a list of modules for every layer."),
+    ]
+    warm_start: Annotated[bool, Help("Selected modules keep the A and B of the search.")]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

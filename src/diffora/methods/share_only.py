@@ -1,7 +1,7 @@
 """Share-only: no module has a LoRA of its own; all layers share one small pair per module type (DiffoRA at K = 0)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
-from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
+from diffora.methods.base import Alpha, Method, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.settings.checks import RANK, Help
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ShareOnly(Method):
     name: ClassVar[str] = "share_only"
     dropout: Rate
     alpha: Alpha
-    shared_rank: Rank
+    shared_rank: Annotated[int, RANK, Help("Rank of the pairs that modules share across layers.", "directions")]
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         check_ranks(grid, {"method.shared_rank": self.shared_rank})

@@ -29,7 +29,6 @@ from diffora.search.bilevel import SearchModule
 from diffora.search.selectors import SearchContext, SearchResult
 from diffora.search.stage import run_search, search_rows
 from diffora.search.warm_start import load_weights, save_weights, warm_start, weights_file
-from diffora.settings import config
 from diffora.tasks.account import lines as account_lines
 
 log = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | 
 def _provenance(parts: Parts) -> dict[str, object]:
     cfg = parts.cfg
     of = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
-    return of | {"search": config.plain(cfg)["search"]}
+    return of | {"search": cfg.composed["search"]}
 
 
 def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights: bool) -> None:

@@ -68,6 +68,12 @@ class SearchContext:
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
 
+    @property
+    def settings(self) -> Search:
+        """The section ``search``."""
+        assert self.parts.cfg.search is not None, "a method with a selector has this section"
+        return self.parts.cfg.search
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -141,7 +147,7 @@ def trains(name: str) -> bool:
 @selector("search", trains=True)
 def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
-    parts, settings = context.parts, search_settings(context.parts)
+    parts, settings = context.parts, context.settings
     with all_adapted(context) as layers:
         module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed)
         shown = "search/train_loss", "search/valid_loss", module.certainty
@@ -155,7 +161,7 @@ def bilevel(context: SearchContext) -> SearchResult:
 @selector("attribution", trains=True)
 def attribution(context: SearchContext) -> SearchResult:
     """Train every adapter with gate 1, then divide their effect among the modules by integrated gradients."""
-    parts, settings = context.parts, search_settings(context.parts)
+    parts, settings = context.parts, context.settings
     with all_adapted(context) as layers:
         arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed
         module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
@@ -194,21 +200,16 @@ def from_function(function: ScoreFunction, name: str) -> Run:
 # --- what several selectors share ---
 
 
-def search_settings(parts: Parts) -> Search:
-    """The section ``search``."""
-    return Search(**parts.cfg.search)
-
-
 @contextmanager
 def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
     """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head."""
-    parts, grid, model = context.parts, context.parts.grid, context.parts.model
+    grid, model = context.parts.grid, context.parts.model
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, parts.cfg.search.rank, None, context.alpha, freeze=False)
+    attached = attach(model, grid.names, everything, context.settings.rank, None, context.alpha, freeze=False)
     try:
         yield [[layer for layer in row if layer is not None] for row in attached]
     finally:
@@ -233,7 +234,7 @@ def _fit_rounds(
         matched: whether batches of the two parts are paired by length.
     """
     parts, split = context.parts, context.split
-    s, grid = parts.cfg.search, parts.grid
+    s, grid = context.settings, parts.grid
     if s.train_steps > (batches := max(1, len(split[0]) // s.batch_size)):
         raise UserError(
             f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
@@ -264,7 +265,7 @@ def searched_weights(
 
 def _criterion(context: SearchContext, name: str) -> SearchResult:
     parts = context.parts
-    module = ScoreModule(parts.model, parts.grid.names, name, parts.task, parts.cfg.search.accumulate, parts.cfg.seed)
+    module = ScoreModule(parts.model, parts.grid.names, name, parts.task, context.settings.accumulate, parts.cfg.seed)
     return _one_pass(context, name, module)
 
 
@@ -276,7 +277,7 @@ def _one_pass(
     Args:
         whole: whether every process gets all rows of a batch.
     """
-    parts, s = context.parts, context.parts.cfg.search
+    parts, s = context.parts, context.settings
     collate = parts.collate_eval, parts.collate_eval
     workers = parts.cfg.trainer.num_workers
     data = SearchData(

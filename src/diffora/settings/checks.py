@@ -96,6 +96,7 @@ GROUP = Check(lambda v: isinstance(v, Mapping), "a group of settings")
 
 PLAIN: dict[Any, Check] = {
     int: whole(-MOST), float: NUMBER, bool: FLAG, str: TEXT, dict: GROUP, list: TEXTS, types.NoneType: NULL,
+    Any: Check(lambda v: True, "anything"),
 }  # fmt: skip
 """The checks of types that come without one. A boolean is no number; a whole number fits where a float does."""
 

@@ -5,13 +5,14 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.files import conf_dir
-from diffora.settings.checks import TEXT, checks_of, show, strange_value, unknown_key, words_of
+from diffora.settings.checks import TEXT, Check, checks_of, show, strange_value, unknown_key, words_of
 from diffora.settings.sections import Settings, TaskSettings
 
 CHOSEN = {"method": "_target_", "task": "_target_", "model": "path"}
@@ -33,10 +34,10 @@ class Reading:
     sources: dict[str, list[str]]
 
     @classmethod
-    def of(cls, cfg: DictConfig) -> "Reading":
-        """Resolve a composed configuration."""
+    def of(cls, cfg: DictConfig, prefix: str = "") -> "Reading":
+        """Resolve a composed configuration, or the group of one whose key, with a dot at its end, is ``prefix``."""
         reading = cls({}, {}, {})
-        reading.values = reading._resolve(cfg, "")
+        reading.values = reading._resolve(cfg, prefix)
         return reading
 
     def _resolve(self, node: DictConfig, prefix: str) -> dict[str, Any]:
@@ -108,16 +109,57 @@ def read_sections(reading: Reading) -> dict[str, Any]:
         if field.name in (*choices, "composed") or (field.name == "model" and "model.path" in reading.found):
             continue
         given = {field.name: reading.values[field.name]} if field.name in reading.values else {}
-        kept |= _read_fields([field], hints, given, "", reading.found)
+        kept |= _read_fields({field.name: field.name}, [field], hints, given, reading.found)
     known = {field.name for field in dataclasses.fields(Settings)} - {"composed"}
     for name in reading.values.keys() - known:
         reading.found[name] = unknown_key(name, [*known, *known_keys()])
-    if "selector" in reading._group("method") and not reading.has_fault("search", "method"):
-        if "search" not in reading.values:
-            reading.found["search"] = "search is missing"
-        elif reading.values["search"] is None:
-            reading.found["search"] = _not_a_group("search", None, hints["search"])
+    _check_search(reading, hints["search"])
     return kept
+
+
+def _check_search(reading: Reading, hint: Any) -> None:
+    """The section ``search`` is there if, and only if, the method has a selector."""
+    method, search = reading._group("method"), reading.values.get("search")
+    if "name" in method and "selector" not in method and "search" in reading.values:
+        for key in [key for key in reading.found if _is_in(key, "search")]:
+            del reading.found[key]
+        reading.found["search"] = f"method={method['name']} has no setting search"
+    if "method" in reading.found or reading.has_fault("search"):
+        return
+    if "selector" in method and "search" not in reading.values:
+        reading.found["search"] = "search is missing"
+    elif "selector" in method and search is None:
+        reading.found["search"] = _not_a_group("search", None, hint)
+
+
+def combinations(settings: Settings) -> Iterator[str]:
+    """One message for each two settings that do not go together."""
+    stages: dict[str, Any] = {"search": settings.search, "finetune": settings.finetune}
+    for name, stage in stages.items():
+        if stage is not None and stage.batch_size % stage.accumulate:
+            yield (
+                f"{name}.batch_size={stage.batch_size} must be a multiple of {name}.accumulate={stage.accumulate}: "
+                "a batch is cut into that many micro-batches"
+            )
+    method, search, trainer = settings.method, settings.search, settings.trainer
+    if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":
+        yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
+    if search is None:
+        return
+    if getattr(method, "warm_start", False) and method.selection is None and search.rank != settings.rank:
+        yield (
+            f"method.warm_start=true needs search.rank={search.rank} to be rank={settings.rank}: selected modules keep "
+            "the A and B of the search"
+        )
+    if search.order == 2 and trainer.precision == "16-mixed":
+        yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
+    if search.order == 2 and search.update == "simultaneous":
+        yield (
+            "search.order=2 does not go with search.update=simultaneous: it differentiates through a weight step that "
+            "comes before the Γ step; use search.update=alternating"
+        )
+    if search.order == 2 and trainer.gradient_checkpointing:
+        yield "search.order=2 differentiates twice, which does not go with trainer.gradient_checkpointing=true"
 
 
 def _check_choice(reading: Reading, group: str) -> None:
@@ -151,7 +193,8 @@ def read_group(
     given: Mapping[str, Any],
     prefix: str,
     found: dict[str, str],
-    unknown: str | None = None,
+    who: str | None = None,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Read a group of settings as an instance of its class.
 
@@ -160,37 +203,40 @@ def read_group(
         given: the values, in plain containers.
         prefix: the group's key with a dot at its end, as in ``finetune.``; empty for the top level.
         found: a message for each mistake is added here, by its key.
-        unknown: who has no such setting, as in ``method=lora``, for keys that are not fields; None: name the nearest.
+        who: the choice that has these settings, such as ``method=lora``: the message for another key then says so.
+            Otherwise it names the nearest key.
+        elsewhere: the keys of fields that do not stand behind ``prefix``.
 
     Returns:
         The instance, or None if there are mistakes.
     """
-    before = len(found)
     fields = [field for field in dataclasses.fields(kind) if field.init]
-    names = {field.name for field in fields}
-    for name in given:
-        if name not in names:
-            key = f"{prefix}{name}"
-            known = (f"{prefix}{other}" for other in names)
-            found[key] = f"{unknown} has no setting {key}" if unknown else unknown_key(key, [*known, *known_keys()])
+    keys = {field.name: elsewhere.get(field.name, f"{prefix}{field.name}") for field in fields}
+    for name in given.keys() - keys.keys():
+        key = elsewhere.get(name, f"{prefix}{name}")
+        if who:
+            found[key] = f"{who} has no {'' if name in elsewhere else 'setting '}{key}"
+        else:
+            found[key] = unknown_key(key, [*keys.values(), *known_keys()])
     hints = typing.get_type_hints(kind, include_extras=True)
-    values = _read_fields(fields, hints, given, prefix, found, unknown)
-    complete = all(field.name in values or not is_needed(field) or f"{prefix}{field.name}" in found for field in fields)
-    faulty = len(found) > before or not complete or any(f"{prefix}{field.name}" in found for field in fields)
-    return None if faulty else kind(**values)
+    values = _read_fields(keys, fields, hints, given, found, who)
+    complete = all(field.name in values or not is_needed(field) for field in fields)
+    faulty = any(_is_in(k, key) or _is_in(k, prefix.rstrip(".")) for k in found for key in keys.values())
+    return kind(**values) if complete and not faulty else None
 
 
 def _read_fields(
+    keys: Mapping[str, str],
     fields: Iterable[Any],
     hints: Mapping[str, Any],
     given: Mapping[str, Any],
-    prefix: str,
     found: dict[str, str],
-    unknown: str | None = None,
+    who: str | None = None,
 ) -> dict[str, Any]:
+    """The values of the fields that fit, by name; ``keys`` are the fields' full keys."""
     values: dict[str, Any] = {}
     for field in fields:
-        key = f"{prefix}{field.name}"
+        key = keys[field.name]
         if any(_is_in(key, k) for k in found):
             continue  # it cannot be resolved
         if field.name not in given:
@@ -201,26 +247,27 @@ def _read_fields(
         if (section := section_of(hint)) is not None and not (value is None and may_be_null(hint)):
             if not isinstance(value, Mapping):
                 found[key] = _not_a_group(key, value, hint)
-            elif (inner := read_group(section, value, f"{key}.", found, unknown)) is not None:
+            elif (inner := read_group(section, value, f"{key}.", found, who)) is not None:
                 values[field.name] = inner
         elif any(_is_in(k, key) for k in found):
             continue  # a part of it cannot be resolved
-        elif section is None and (problem := _problem(key, value, hint)) is not None:
+        elif section is None and (problem := value_problem(key, value, hint)) is not None:
             found[key] = problem
         else:
             values[field.name] = value
     return values
 
 
-def _problem(key: str, value: Any, hint: Any) -> str | None:
-    """The message for a value that does not fit its field, else None."""
+def value_problem(key: str, value: Any, hint: Any) -> str | None:
+    """The message for a value that does not fit a type hint, else None."""
     if not any(check.fits(value) for check in checks_of(hint)):
         return f"{key}={show(value)} must be {words_of(hint)}"
-    if isinstance(value, Mapping):
-        of_texts = any(typing.get_args(member) == (str, str) for member in members_of(hint))
-        wrong = {name: item for name, item in value.items() if of_texts and not TEXT.fits(item)}
-        for name, item in wrong.items():
-            return f"{key}.{name}={show(item)} must be {TEXT.words}"
+    members = list(members_of(hint))
+    if isinstance(value, Mapping) and any(typing.get_args(member) == (str, str) for member in members):
+        wrong = [(name, item) for name, item in value.items() if not TEXT.fits(item)]
+        return f"{key}.{wrong[0][0]}={show(wrong[0][1])} must be {TEXT.words}" if wrong else None
+    checked = any(isinstance(item, Check) for item in getattr(hint, "__metadata__", ()))
+    if Any in members or (isinstance(value, Mapping) and not checked):
         return strange_value(key, value)
     return None
 
