@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.methods.base import Method
 from diffora.run.experiment import run
 from diffora.training.stage import check_stages, warmup_steps
 
@@ -79,7 +80,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
     assert warmup_steps(cfg(*given), 100) == 2
     assert warmup_steps(cfg(*given, "finetune.warmup_steps=20"), 100) == 20
     with pytest.raises(UserError, match=r"finetune\.warmup_steps=21 must be at most 20, the steps of this run"):
-        check_stages(cfg(*given, "finetune.warmup_steps=21"), None, None, 100)
+        check_stages(cfg(*given, "finetune.warmup_steps=21"), Method(), None, 100)
 
 
 @pytest.mark.parametrize(
