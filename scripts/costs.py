@@ -197,11 +197,12 @@ _peaks: dict[Any, float] = {}
 
 
 def _gigabytes(cfg: DictConfig) -> float:
+    settings, _ = check(cfg)
     task, model, _ = adapted(cfg, searching=False)
-    peak = memory.of_finetuning(cfg, task, model).total
+    peak = memory.of_finetuning(settings, task, model).total
     if searches(cfg):
         task, model, layers = adapted(cfg, searching=True)
-        peak = max(peak, memory.of_search(cfg, task, model, layers).total)
+        peak = max(peak, memory.of_search(settings, task, model, layers).total)
     return peak / 1e9
 
 

@@ -1,7 +1,7 @@
 """Write docs/reference/configuration.md: every setting, from the settings classes and the files in conf/.
 
-  python scripts/reference.py            write the page
-  python scripts/reference.py --check    fail if the page is not up to date
+python scripts/reference.py            write the page
+python scripts/reference.py --check    fail if the page is not up to date
 """
 
 import dataclasses

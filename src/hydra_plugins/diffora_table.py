@@ -199,9 +199,9 @@ class TableSweeper(Sweeper):
                 cfg.pop("hydra", None)
             try:
                 if not checked.issuperset(_apart(overrides)):
-                    check(cfg)
-                    if self.local and not cfg.dry_run:
-                        check_machine(cfg)
+                    settings, _ = check(cfg)
+                    if self.local and not settings.dry_run:
+                        check_machine(settings)
                     checked.update(_apart(overrides))
                 if finished(cfg, folder) is None:
                     found[folder] = overrides

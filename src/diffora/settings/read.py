@@ -113,23 +113,19 @@ def read_sections(reading: Reading) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Settings)} - {"composed"}
     for name in reading.values.keys() - known:
         reading.found[name] = unknown_key(name, [*known, *known_keys()])
-    _check_search(reading, hints["search"])
+    _check_search(reading)
     return kept
 
 
-def _check_search(reading: Reading, hint: Any) -> None:
+def _check_search(reading: Reading) -> None:
     """The section ``search`` is there if, and only if, the method has a selector."""
-    method, search = reading._group("method"), reading.values.get("search")
+    method = reading._group("method")
     if "name" in method and "selector" not in method and "search" in reading.values:
         for key in [key for key in reading.found if _is_in(key, "search")]:
             del reading.found[key]
         reading.found["search"] = f"method={method['name']} has no setting search"
-    if "method" in reading.found or reading.has_fault("search"):
-        return
-    if "selector" in method and "search" not in reading.values:
+    elif "selector" in method and "search" not in reading.values and not reading.has_fault("search"):
         reading.found["search"] = "search is missing"
-    elif "selector" in method and search is None:
-        reading.found["search"] = _not_a_group("search", None, hint)
 
 
 def combinations(settings: Settings) -> Iterator[str]:

@@ -253,7 +253,8 @@ class Settings:
     cell: Annotated[Cell, Help("Which cell of a table the run fills.")] = field(default_factory=Cell)
     model: Annotated[Model, Help("The backbone.")]
     finetune: Annotated[FineTune, Help("The fine-tuning stage.")]
-    search: Annotated[Search | None, Help("The search stage.")] = None
+    # None for methods that do not search; the type is for the code of those that do.
+    search: Annotated[Search, Help("The search stage.")] = None  # type: ignore[assignment]
     trainer: Annotated[Trainer, Help("Hardware and precision.")]
     logger: Annotated[Logger | None, Help("Where curves are logged.")] = None
     debug: Annotated[Debug | None, Help("Help in finding mistakes.")] = None
