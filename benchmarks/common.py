@@ -35,7 +35,8 @@ from diffora.core.lowrank import attach
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
 from diffora.run import record
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
 
 REPO = Path(__file__).parents[1]
@@ -170,7 +171,7 @@ class Search:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         layers: Any = attach(model, grid.names, everything, shape.rank, None, ALPHA, freeze=False)
         fill(model)
-        settings = SearchSettings(lr=LR, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=None, accumulate=1)
+        settings = SearchSettings(epochs=1, batch_size=shape.rows, rank=shape.rank, lr=LR, clip=None)
         task = get_task(OmegaConf.load(REPO / "conf" / "task" / "mrpc.yaml"))
         self.module = SearchModule(model, layers, grid.types, task, settings, seed=0).to(shape.device)
         # All that a step asks a Trainer for.

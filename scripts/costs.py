@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffora.backbones import models
+from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.files import conf_dir
@@ -110,8 +111,8 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
-    by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # noqa: E731
-    method.adapt(model, grid, method.select(grid, cfg.seed, by_chance), cfg.seed)
+    scores = random_scores(grid.n_layers, grid.n_types, cfg.seed) if method.selector_to_run else None
+    method.adapt(model, grid, method.choose(grid, scores, cfg.seed), cfg.seed)
     return task, model, None
 
 

@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop import loggers as module
-from diffora.loop.loggers import Guarded, Loggers
+from diffora.loop.loggers import Guarded, Loggers, taking_pictures
 from diffora.run.experiment import check
+from diffora.run.figures import dam_heatmap
 from diffora.settings import sections
 
 CHOICE = sections.Wandb(project="test", group="g")
@@ -111,11 +112,13 @@ def test_a_trainer_goes_on_without_loggers_that_fail(cfg, tmp_path, monkeypatch,
 
 
 def test_a_picture_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch, caplog):
-    selection = Selection("diffora", ["a"], [["m"]], [["a"]], 0.5, 0, gamma_bar=[[0.5]])
+    png = dam_heatmap(Selection("diffora", ["a"], [["m"]], [["a"]], 0.5, 0, gamma_bar=[[0.5]]))
     stage_loggers = Loggers(sections.Logger(csv=True, tensorboard=True), tmp_path, {}).of_stage("search")
     monkeypatch.setattr(type(stage_loggers[1].experiment), "add_image", fails)
     for step in range(2):
-        Loggers(None, tmp_path, {}).dam(selection, step, stage_loggers)
+        takers = taking_pictures(stage_loggers)
+        assert [taker.kind for taker in takers] == ["tensorboard"] * (step == 0)
+        Loggers(None, tmp_path, {}).picture("DAM", png, step, "a round", takers)
     assert len(caplog.messages) == 1 and "logger=tensorboard fails" in caplog.text
 
 

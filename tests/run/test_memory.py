@@ -15,7 +15,8 @@ from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
 from diffora.run.experiment import check, run
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]
 CASES = {
@@ -87,7 +88,7 @@ class Stand:
         torch.autograd.grad(loss, [gamma, *(p for p in self.model.parameters() if p.requires_grad)], allow_unused=True)
 
     def joint_step(self) -> None:
-        settings = SearchSettings(1e-3, 1e-3, 1, 0.0, None, accumulate=1, update="simultaneous")
+        settings = Search(epochs=1, batch_size=8, rank=4, lr=1e-3, gamma_lr=1e-3, clip=None, update="simultaneous")
         module = SearchModule(self.model, self.layers, list(range(len(self.layers[0]))), self.task, settings, seed=0)
         module.trainer = SimpleNamespace(precision_plugin=None)
         module._joint_gradients(self.inputs, self.inputs)

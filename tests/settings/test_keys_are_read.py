@@ -9,6 +9,8 @@ from test_config import GROUPS
 
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.loop import loggers
 from diffora.methods import lowrank
 
 
@@ -50,11 +52,9 @@ def test_every_field_of_a_method_is_read(cfg, deberta, monkeypatch, name):
     grid = find_grid(model, "encoder.layer.*", TYPES, {"attention_output": TYPES[3], "ffn_output": TYPES[5]})
     asked.clear()
 
-    def find(selector: str) -> Selection:
-        return method.selection_by(grid, torch.rand(grid.n_layers, grid.n_types), selector, 0)
-
     method.check(model, grid)
-    adaptation = method.adapt(model, grid, method.select(grid, 0, find), 0)
+    scores = torch.rand(grid.n_layers, grid.n_types) if method.selector_to_run else None
+    adaptation = method.adapt(model, grid, method.choose(grid, scores, 0), 0)
     adaptation.begin(4)
     for step in range(2):
         adaptation.before_step(step, 0)

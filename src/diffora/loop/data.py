@@ -407,6 +407,7 @@ class SearchData(L.LightningDataModule):
         batch_size: rows per batch of all processes together, for both splits.
         train_steps: T, train batches per Γ step.
         matched: pair batches of similar length, see `BilevelBatchSampler`.
+        whole: every process gets all rows of a batch, not its share.
     """
 
     def __init__(
@@ -419,9 +420,10 @@ class SearchData(L.LightningDataModule):
         train_steps: int = 1,
         num_workers: int = 0,
         matched: bool = False,
+        whole: bool = False,
     ) -> None:
         super().__init__()
-        self.train, self.collate, self.split, self.matched = train, collate, split, matched
+        self.train, self.collate, self.split, self.matched, self.whole = train, collate, split, matched, whole
         self.batch_size, self.seed, self.train_steps, self.num_workers = batch_size, seed, train_steps, num_workers
 
     def train_dataloader(self) -> DataLoader:
@@ -434,7 +436,7 @@ class SearchData(L.LightningDataModule):
                 # A small batch would weigh as much as a full one; but a split of less than a batch is all there is.
                 drop_last=len(indices) >= self.batch_size,
                 stream=stream,
-                **_process(),
+                **({} if self.whole else _process()),
             )
             for indices, stream in zip(self.split, (_SEARCH_TRAIN, _SEARCH_VALID), strict=True)
         )

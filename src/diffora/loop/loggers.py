@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +13,8 @@ from uuid import uuid4
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from diffora.core.selection import Selection
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
-from diffora.run.figures import dam_heatmap
 from diffora.settings import sections
 
 log = logging.getLogger(__name__)
@@ -56,25 +54,29 @@ class Loggers:
             found.append(self.wandb)
         return found
 
-    def dam(self, selection: Selection, step: int, stage_loggers: list[Any]) -> None:
-        """Send the DAM's picture to those loggers that take pictures."""
-        pictured = [logger for logger in stage_loggers if not isinstance(logger.inner, CSVLogger) and logger.works]
-        if not pictured:
-            return
-        png = dam_heatmap(selection, f"relaxed DAM after round {step}")
+    def picture(self, name: str, png: bytes, step: int, caption: str, stage_loggers: Sequence["Guarded"]) -> None:
+        """Send a picture to loggers of a stage.
+
+        Args:
+            name: what the picture is called there.
+            png: content of a PNG file.
+            step: where it stands on the loggers' axis.
+            caption: shown by W&B.
+            stage_loggers: those that show pictures (`taking_pictures`).
+        """
         import io
 
         import matplotlib.image
 
         pixels = matplotlib.image.imread(io.BytesIO(png))
-        for logger in pictured:
+        for logger in stage_loggers:
             with logger.guard():
                 if logger is self.wandb:
                     import wandb
 
-                    logger.inner.experiment.log({"DAM": wandb.Image(pixels, caption=f"round {step}")})
+                    logger.inner.experiment.log({name: wandb.Image(pixels, caption=caption)})
                 else:
-                    logger.inner.experiment.add_image("DAM", pixels[..., :3], step, dataformats="HWC")
+                    logger.inner.experiment.add_image(name, pixels[..., :3], step, dataformats="HWC")
 
     def summary(self, record: dict[str, Any]) -> None:
         """Put a run's results in W&B's summary, where its tables look, and keep selection and adapter as artefacts."""
@@ -173,6 +175,12 @@ class Guarded(Logger):
 
     def finalize(self, status: str) -> None:
         self._call("finalize", status)
+
+
+def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
+    """The loggers of a stage that show pictures and have not failed: TensorBoard's and W&B's."""
+    guarded = (logger for logger in stage_loggers if isinstance(logger, Guarded))
+    return [logger for logger in guarded if logger.works and not isinstance(logger.inner, CSVLogger)]
 
 
 def _why(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 `Method` is what the user sets and never changes; `Adaptation` is what a method does with one model while it is trained.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -136,12 +136,20 @@ class Method:
     def check(self, model: nn.Module, grid: Grid) -> None:
         """Raise a UserError for what does not fit a model, before anything is written or trained."""
 
-    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection | None:
-        """The selection that `adapt` is to use, None where there is none.
+    @property
+    def selector_to_run(self) -> str | None:
+        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs none.
 
-        ``find("search")`` runs the bi-level search, ``find("attribution")`` trains all candidates and divides what they
-        have done among them; ``find("gradient")`` and ``find("activation")`` score the candidates on training data
-        (`diffora.search.criteria`).
+        A method that names one has the attributes ``alpha``, ``score_batches`` and ``warm_start``, as DiffoRA has.
+        """
+        return None
+
+    def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection | None:
+        """The selection that `adapt` uses; None for a method that selects nothing.
+
+        Args:
+            scores: L x N, high is good: what `selector_to_run` found. None if that is None.
+            seed: of the run.
         """
         return None
 

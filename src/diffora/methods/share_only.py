@@ -1,11 +1,10 @@
-"""Share-only: no module has a LoRA of its own, one small pair per module type serves all layers (DiffoRA, K = 0)."""
+"""Share-only: no module has a LoRA of its own; all layers share one small pair per module type (DiffoRA at K = 0)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
@@ -17,7 +16,7 @@ from diffora.settings.checks import RANK, Help
 
 @dataclass(frozen=True)
 class ShareOnly(Method):
-    """[D] section 4.3 alone. Its only rank is ``method.shared_rank``."""
+    """Weight sharing alone ([D] section 4.3). Its only rank is ``method.shared_rank``."""
 
     name: ClassVar[str] = "share_only"
     dropout: Rate
@@ -27,7 +26,7 @@ class ShareOnly(Method):
     def check(self, model: nn.Module, grid: Grid) -> None:
         check_ranks(grid, {"method.shared_rank": self.shared_rank})
 
-    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
+    def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         nothing = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
         return Selection.from_mask(grid, nothing, method=self.name, selector="none", k=0, rho=0.0, seed=seed)
 

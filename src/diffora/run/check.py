@@ -11,6 +11,7 @@ from diffora.backbones import models
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Method
+from diffora.search.selectors import find_selector
 from diffora.settings.identity import plain
 from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
@@ -38,7 +39,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     if task is not None and sections.get("predict") and not task.test_splits:
         found["predict"] = f"predict=true: task={task.name} has no split to predict"
     if method is not None:
-        found |= {text: text for text in _selection_problems(method)}
+        found |= {text: text for text in [*_selector_problems(method), *_selection_problems(method)]}
     if found:
         raise UserError(list(reading.own_mistakes().values()))
     assert method is not None and task is not None
@@ -85,6 +86,16 @@ def _task(reading: Reading, ignore_unknown: bool = False) -> Task | None:
     except UserError as error:
         reading.found |= {text: text for text in error.problems}
         return None
+
+
+def _selector_problems(method: Method) -> list[str]:
+    """What is wrong with a selector of the user's own, whose module is imported here."""
+    try:
+        if method.selector_to_run is not None:
+            find_selector(method.selector_to_run)
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _selection_problems(method: Any) -> list[str]:

@@ -12,16 +12,17 @@ from torch import nn
 
 from diffora import START
 from diffora.backbones import models
-from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.choose import random_scores
+from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
-from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.checkpoint import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import memory, terminal
 from diffora.run.record import read_record, write_record
+from diffora.search.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
 from diffora.tasks.sources import first_line
@@ -43,21 +44,16 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
     models.check_outside_head(model, itertools.chain(*grid.names))
-    asked: list[str] = []
-
-    def stand_in(selector: str) -> Selection:
-        assert isinstance(method, Selecting)
-        asked.append(selector)
-        return method.by_chance(grid, cfg.seed)
-
     method.check(model, grid)
     check_stages(cfg, method, grid, None)
-    selection = method.select(grid, cfg.seed, stand_in)
+    selector = method.selector_to_run
+    stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, cfg.seed)
+    selection = method.choose(grid, stand_in, cfg.seed)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
     models.check_trainable(model)
     params = models.count_parameters(model) | {"backbone": backbone}
-    if asked:
+    if selector is not None:
         assert isinstance(method, Selecting)
         selection = None
         params |= _unknown_counts(grid, method)
@@ -66,7 +62,7 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
-    record["memory"] = {"estimate": _memory(cfg, task, model, grid if {"search", "attribution"} & set(asked) else None)}
+    record["memory"] = {"estimate": _memory(cfg, task, model, grid if selector and trains(selector) else None)}
     terminal.print_memory(record["memory"]["estimate"])
     if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # a run's own record stays
         write_record(folder, record)

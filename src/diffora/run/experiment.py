@@ -1,6 +1,7 @@
-"""One run from configuration to record: data and backbone, selection, adaptation, fine-tuning, results.
+"""One run from configuration to record, top to bottom: check, load, select, adapt, fine-tune, export, record.
 
-Everything flows one way. From the search to the fine-tuning stage crosses the `Selection` and nothing else.
+Everything goes one way. Only the `Selection` passes from search to fine-tuning (and, with ``method.warm_start``, the
+searched A and B).
 """
 
 import copy
@@ -27,9 +28,9 @@ from diffora.loop.machine import check_machine
 from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
 from diffora.loop.process import is_main, quiet_libraries
-from diffora.methods.base import Method
+from diffora.methods.base import Adaptation, Method
 from diffora.run import directory as rundir
-from diffora.run import figures, terminal
+from diffora.run import terminal
 from diffora.run.check import check
 from diffora.run.record import (
     file_digests,
@@ -40,10 +41,11 @@ from diffora.run.record import (
     result_files,
     write_record,
 )
-from diffora.search.stage import find_selection, warm_start
+from diffora.run.select import Selected, select, start_warm
 from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
+from diffora.training.finetune import FineTuneModule
 from diffora.training.stage import check_stages, finetune
 from diffora.trust import literal
 
@@ -162,30 +164,15 @@ def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str
 
 
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
-    """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
+    """Select, adapt, fine-tune, export, predict. Fills ``record`` in."""
     cfg, folder = parts.cfg, parts.folder
     loggers = Loggers(cfg.logger, folder, cfg.composed)
     failed = True
     try:
-        search_s = 0.0
-
-        def find(selector: str) -> Selection:
-            nonlocal search_s
-            found, search_s = find_selection(parts, method, selector, loggers)
-            return found
-
-        selection = method.select(parts.grid, cfg.seed, find)
-        if selection is not None and is_main():
-            selection.save(folder / "selection.json")
-            figures.save_png(folder / "dam.png", figures.dam_heatmap(selection))
-            record["selection"] = {"file": "selection.json", **selection.summary()}
-
-        # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
-        L.seed_everything(cfg.seed, verbose=False)
-        adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
-        models.check_trainable(parts.model)
-        if selection is not None and getattr(method, "warm_start", False):
-            warm_start(parts, selection)
+        found = select(parts, method, loggers)
+        if found.selection is not None:
+            record["selection"] = {"file": "selection.json", **found.selection.summary()}
+        adaptation = adapt(parts, method, found)
         record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
@@ -196,26 +183,52 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             path, local = resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
             adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.arguments))
-        record["time"] = {
-            "search_s": round(search_s, 3),
-            "finetune_s": round(module.elapsed, 3),
-            "total_s": round(max(time.time() - began, search_s + module.elapsed), 3),
-            "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
-        }
+        record["time"] = times(parts, found.seconds, module, began)
         if is_main():
-            record["files"] = [*result_files(folder, record), *write_predictions(parts)]
-            if lost := missing_files(folder, record):
-                raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
-            record["digests"] = file_digests(folder, result_files(folder, record))
-            write_record(folder, record | {"status": "completed"})
-        record["status"] = "completed"  # from here on, nothing that fails makes a failed run of it
+            complete(parts, record)
+        record["status"] = "completed"  # nothing that fails from here on makes it a failed run
         failed = False
         if is_main():
             loggers.summary(record)
             terminal.print_result(record, parts.task, folder)
-        return Result(folder, record, parts.model, selection)
+        return Result(folder, record, parts.model, found.selection)
     finally:
         loggers.finish(failed)
+
+
+def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
+    """Give the backbone what the method trains, with the searched A and B if the method starts from them."""
+    # The same random numbers follow, whether the selection was searched just now or comes from a file.
+    L.seed_everything(parts.cfg.seed, verbose=False)
+    adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
+    models.check_trainable(parts.model)
+    start_warm(parts, method, found)
+    return adaptation
+
+
+def times(parts: Parts, search_s: float, module: FineTuneModule, began: float) -> dict[str, float | None]:
+    """The record's ``time``, in seconds: of each stage, of the whole run, and until the first training step."""
+    total = max(time.time() - began, search_s + module.elapsed)  # a resumed run counts its earlier attempts' stages
+    return {
+        "search_s": round(search_s, 3),
+        "finetune_s": round(module.elapsed, 3),
+        "total_s": round(total, 3),
+        "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
+    }
+
+
+def complete(parts: Parts, record: dict[str, Any]) -> None:
+    """Write predictions, and the record with the list and the digests of the run's files.
+
+    Raises:
+        UserError: something removed files of the run while it was going on.
+    """
+    folder = parts.folder
+    record["files"] = [*result_files(folder, record), *write_predictions(parts)]
+    if lost := missing_files(folder, record):
+        raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
+    record["digests"] = file_digests(folder, result_files(folder, record))
+    write_record(folder, record | {"status": "completed"})
 
 
 def write_predictions(parts: Parts) -> list[str]:

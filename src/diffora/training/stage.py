@@ -18,6 +18,7 @@ from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
 from diffora.methods.base import Adaptation, Method, check_ranks
+from diffora.search.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Task
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
@@ -119,7 +120,7 @@ def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) 
     Raises:
         UserError: before anything is trained.
     """
-    if getattr(method, "selection", None) is None and getattr(method, "selector", None) in ("search", "attribution"):
+    if (selector := method.selector_to_run) is not None and trains(selector):
         check_ranks(grid, {"search.rank": cfg.search.rank})
     if n_rows is None:
         return
