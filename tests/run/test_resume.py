@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
-from diffora.loop.checkpoint import DigestCheckpointIO, Stage, newest_checkpoint
+from diffora.loop.checkpoint import DigestCheckpointIO, newest_checkpoint
+from diffora.loop.stage import Stage
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import Result, run
 from diffora.search.attribution import AttributionModule

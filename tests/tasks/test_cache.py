@@ -178,7 +178,8 @@ def test_digests_of_images_are_checked(tmp_path, caplog):
     """A flipped bit there would make other data of the same images."""
     from PIL import Image
 
-    from diffora.tasks.vision import digests, read_folder
+    from diffora.tasks.images.folders import read_folder
+    from diffora.tasks.images.rows import digests
 
     for i in range(4):
         (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)

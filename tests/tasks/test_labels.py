@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.tasks import sources
 from diffora.tasks.glue import TASKS
 from diffora.tasks.labels import class_names
-from diffora.tasks.sources import load_rows, load_split
+from diffora.tasks.sources import hub
+from diffora.tasks.sources.load import load_rows, load_split
 
 MRPC, MNLI, STSB = TASKS["mrpc"], TASKS["mnli"], TASKS["stsb"]
 NAMES, REVERSED = ["not_equivalent", "equivalent"], ["equivalent", "not_equivalent"]
@@ -79,7 +79,7 @@ def test_numbers_follow_the_names_that_the_hub_gives(good, monkeypatch):
         rows = {split: table(split, flipped(LABELS)).to_pydict() for split in ("train", "validation")}
         return {split: datasets.Dataset.from_dict(columns, features=features) for split, columns in rows.items()}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load_rows(MRPC).data_hash == good
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.run.experiment import run
-from diffora.tasks import squad as module
 from diffora.tasks.base import Outputs, Split, get_task
+from diffora.tasks.questions import windows as module
+from diffora.tasks.questions.check import SCHEMA
+from diffora.tasks.questions.metrics import NAMES_V2, normalise
 from diffora.tasks.squad import SquadTask
-from diffora.tasks.squad_data import SCHEMA
-from diffora.tasks.squad_metrics import NAMES_V2, normalise
 
 TEXT = (
     "In 1858 the Virgin Mary reputedly appeared to Saint Bernadette Soubirous, whose café stood near Zürich. "

@@ -22,14 +22,18 @@ from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.hub import resolve
-from diffora.loop.data import FineTuneData, SearchData, split_search
+from diffora.loop.data import FineTuneData, SearchData
+from diffora.loop.splits import split_search
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks import vision
 from diffora.tasks.account import lines
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.embedded.digits import ASKED, PRETRAINED, digits
-from diffora.tasks.vision import IMAGE, Augment, ImageCollate, Preprocessing, random_box
+from diffora.tasks.images import decode
+from diffora.tasks.images import rows as image_rows
+from diffora.tasks.images.batches import Augment, ImageCollate, centre, random_box
+from diffora.tasks.images.preprocessing import Preprocessing
+from diffora.tasks.images.source import IMAGE
 
 TINY = Path(models.__file__).parent / "assets" / "tiny_vit"
 SMALL = Preprocessing(resize=8, crop=8, resample=2, scale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -137,7 +141,7 @@ def test_others_as_by_resizing_the_shorter_side_and_cutting_out_the_centre(tmp_p
 def test_a_small_image_is_enlarged_as_if_before_the_cut():
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 18}, crop_size={"height": 14, "width": 14})
     image = picture(9, 12)
-    box = vision.centre(9, 12, Preprocessing.of(theirs, "x"))
+    box = centre(9, 12, Preprocessing.of(theirs, "x"))
     assert box == (2.5, 1.0, 9.5, 8.0)  # 7 of 9 pixels become 14 of 18
     batch = {"pixels": [image.tobytes()], "height": [9], "width": [12], "row": [0]}
     ours = ImageCollate(Preprocessing.of(theirs, "x"), None)(batch)["pixel_values"]
@@ -157,7 +161,7 @@ def test_sizes_of_image_processors():
 
 
 def rgb(image: bytes) -> np.ndarray:
-    return np.asarray(vision.decode({"bytes": image, "path": None}))
+    return np.asarray(decode.decode({"bytes": image, "path": None}))
 
 
 def test_every_kind_of_image_becomes_rgb():
@@ -222,7 +226,7 @@ def test_folders_parquet_and_hub_give_the_same(folders, tmp_path, task, cfg, mon
         files = {split: str(parquet / f"{split}-00000-of-00001.parquet") for split in ("train", "validation")}
         return {split: datasets.Dataset.from_parquet(file) for split, file in files.items()}
 
-    monkeypatch.setattr("diffora.tasks.sources.why_unreachable", lambda: None)
+    monkeypatch.setattr("diffora.tasks.sources.hub.why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     hub = get_task(cfg("task=food101", "task.num_labels=2").task)
     assert hub.load().data_hash == rows.data_hash and calls == [("ethz/food101", None)]
@@ -324,8 +328,8 @@ def test_a_second_run_decodes_nothing(folders, task, monkeypatch):
     t = task(folders)
     rows = t.load()
     first = pixels(t, rows.train)
-    monkeypatch.setattr(vision, "decode", lambda image: pytest.fail("decoded again"))
-    monkeypatch.setattr(vision, "_digest", lambda image: pytest.fail("read again"))
+    monkeypatch.setattr(decode, "decode", lambda image: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_rows, "_digest", lambda image: pytest.fail("read again"))
     again = task(folders)
     assert torch.equal(pixels(again, again.load().train), first)
     monkeypatch.undo()
@@ -336,12 +340,13 @@ def test_a_second_run_decodes_nothing(folders, task, monkeypatch):
 
 
 def test_many_images_keep_their_order_across_chunks(tmp_path, task, monkeypatch):
-    monkeypatch.setattr(vision, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(decode, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(image_rows, "IMAGES_AT_ONCE", 4)
     t = task(write_folders(tmp_path, train=7, validation=1))
     rows = t.load().train
     whole = pixels(t, rows)
     for i in (0, 3, 4, 9, 13):
-        expected = vision.shrink(vision.decode(rows[i]["image"]), 8, 2)
+        expected = decode.shrink(decode.decode(rows[i]["image"]), 8, 2)
         found = t.encode(rows, SMALL, True)[i]
         assert found["pixels"] == expected.tobytes() and found["row"] == i
     assert len(whole) == 14
@@ -363,7 +368,7 @@ def test_all_images_that_cannot_be_decoded_are_named(folders, task, monkeypatch)
     assert "nothing in place of an image" in found[2] and "floating-point" in found[3]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 9 x 12 is more than twice that
     assert "is too large" in problems(t.encode, t.load().validation["validation"], SMALL, False)[0]
-    monkeypatch.setattr(vision, "MOST_FAULTS", 2)
+    monkeypatch.setattr(decode, "MOST_FAULTS", 2)
     assert problems(t.encode, t.load().train, SMALL, True)[-1].startswith("… and ")
 
 
@@ -508,7 +513,7 @@ def test_the_first_of_several_frames_is_used_and_said(folders, task):
     account = t.account("train", Split(rows.train, t.encode(rows.train, SMALL, True)))
     assert account.changed == {"the first of several frames is used": 3} and account.used == 15
     tiff = t.encode(rows.train, SMALL, True)[[Path(file).name for file in rows.train["file"][:]].index("x.tiff")]
-    assert tiff["pixels"] == vision.shrink(frames[0], 8, 2).tobytes() and tiff["cut"]
+    assert tiff["pixels"] == decode.shrink(frames[0], 8, 2).tobytes() and tiff["cut"]
 
 
 def turned(folder: Path, split: str, names: list[str], labels: list) -> None:

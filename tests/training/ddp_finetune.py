@@ -20,7 +20,8 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
 from diffora.tasks.base import Split
-from diffora.tasks.causal_lm import IGNORED, CausalLMTask
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.chat.loss import IGNORED
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
 STEPS, ROWS, LENGTH = 3, 4, 9

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach, lowrank_layers
-from diffora.loop.checkpoint import NonFiniteLoss
+from diffora.loop.stage import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.tasks.base import Split
 from diffora.training.finetune import FineTuneModule, FineTuneSettings

@@ -7,8 +7,9 @@ import lightning as L
 import torch
 
 from diffora.errors import UserError, out_of_memory
-from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, continuing, newest_checkpoint
+from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
 from diffora.loop.parts import Parts
+from diffora.loop.stage import NonFiniteLoss, Stage
 
 log = logging.getLogger(__name__)
 

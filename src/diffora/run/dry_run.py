@@ -18,13 +18,13 @@ from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop.checkpoint import has_work
+from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import memory, terminal
 from diffora.run.record import new_record, read_record, write_record
 from diffora.tasks.base import Task
-from diffora.tasks.sources import first_line
+from diffora.tasks.messages import first_line
 from diffora.training.stage import check_stages
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,14 @@ from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
-from diffora.loop.checkpoint import write_search
-from diffora.loop.data import SearchData, examples_of, split_hash, split_search
+from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.process import is_main
 from diffora.loop.progress import ProgressBar
+from diffora.loop.resume import write_search
+from diffora.loop.splits import examples_of, split_hash, split_search
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import figures

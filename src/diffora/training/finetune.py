@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
-from diffora.loop.checkpoint import NonFiniteLoss, Stage
+from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
 from diffora.tasks.base import Outputs, Split, Task
 

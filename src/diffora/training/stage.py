@@ -13,11 +13,13 @@ from torch import Tensor
 from diffora.backbones import models
 from diffora.core.grid import Grid
 from diffora.errors import UserError
-from diffora.loop.data import FineTuneData, LengthGroupedBatchSampler, examples_of, held_out_split
+from diffora.loop.data import FineTuneData
 from diffora.loop.fit import fit
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
+from diffora.loop.samplers import LengthGroupedBatchSampler
+from diffora.loop.splits import examples_of, held_out_split
 from diffora.methods.base import Adaptation, Method, check_ranks
 from diffora.tasks.base import Collate, Task
 from diffora.training.finetune import FineTuneModule, FineTuneSettings

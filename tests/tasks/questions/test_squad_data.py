@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.tasks import sources
-from diffora.tasks.sources import content_hash
-from diffora.tasks.squad_data import read
+from diffora.tasks.questions.data import read
+from diffora.tasks.sources import hub
+from diffora.tasks.sources.tables import content_hash
 
 CONTEXT = "Zwölf Füchse 🦊 jumped over 中国 in 1990."
 
@@ -118,7 +118,8 @@ def test_named_files(tmp_path):
 
 
 def test_many_rows_cross_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffora.tasks.squad_data.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffora.tasks.questions.data.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffora.tasks.questions.check.ROWS_AT_ONCE", 7)
     rows = [row(i, "中国" if i % 3 else None) for i in range(30)]
     for name in ("train.parquet", "train.jsonl"):
         write(tmp_path / name, name, rows)
@@ -170,7 +171,7 @@ def test_hub(monkeypatch):
         calls.append((name, config))
         return {split: datasets.Dataset.from_list(GOOD) for split in ("train", "validation")}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     tables = load(None, train=None, validation=None)
     assert calls == [("rajpurkar/squad", None)] and tables["validation"]["id"].to_pylist() == ["q0", "q1", "q2"]
@@ -179,7 +180,7 @@ def test_hub(monkeypatch):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    monkeypatch.setattr(sources, "why_unreachable", lambda: "offline mode is on")
+    monkeypatch.setattr(hub, "why_unreachable", lambda: "offline mode is on")
     with pytest.raises(UserError) as caught:
         load(None, train=None, validation=None)
     assert "'squad'" in str(caught.value) and "(rajpurkar/squad): offline mode is on" in str(caught.value)

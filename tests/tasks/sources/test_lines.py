@@ -9,8 +9,8 @@ import pytest
 
 from diffora.errors import UserError
 from diffora.tasks.glue import TASKS
-from diffora.tasks.lines import BadLine, json_lines
-from diffora.tasks.sources import load_rows, load_split
+from diffora.tasks.sources.lines import BadLine, json_lines
+from diffora.tasks.sources.load import load_rows, load_split
 
 MRPC = TASKS["mrpc"]
 N = 40
