@@ -241,8 +241,8 @@ def test_a_complete_run_without_its_adapter_goes_on(place, tmp_path):
         (lambda c: c | {"diffora": c["diffora"] | {"memory": {}}}, "it has no 'history'"),
         (lambda c: c | {"diffora": c["diffora"] | {"rng": [{"torch": 1}]}}, "checkpoint"),
         (lambda c: c | {"optimizer_states": [{}]}, "it has no 'param_groups'"),
-        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, not 1"),
-        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained here only"),
+        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, this run needs 1"),
+        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained only in this run"),
         (lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}}, "there and .* here"),
     ],
 )
@@ -286,7 +286,7 @@ def test_what_a_search_left_is_taken_over_as_it_was_left_only(searched, tmp_path
     flipped = bytearray((folder / name).read_bytes())
     flipped[-40] ^= 1
     (folder / name).write_bytes(flipped)
-    refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search left it")
+    refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search wrote it")
     (folder / name).unlink()  # as the message says
     run_of(*SEARCH, "method.warm_start=true", "resume=true", folder=folder)
     assert (folder / name).read_bytes() == (searched / name).read_bytes()

@@ -199,7 +199,7 @@ def test_all_counts_all_but_the_first():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters():
     tokenizer = byte_level(THINKING)
-    with pytest.raises(UserError, match=r"row 2: turn 2 is written differently .*task\.train_on=all"):
+    with pytest.raises(UserError, match=r"row 2: the template writes turn 2 differently .*task\.train_on=all"):
         encode(rows_of(["a", "b"], ["a", "b", "c", "d"]), tokenizer, 512, "completion")
     assert len(encode(rows_of(["a", "b"]), tokenizer, 512, "completion")) == 1
     assert len(encode(rows_of(["a", "b", "c", "d"]), tokenizer, 512, "all")) == 1
@@ -219,7 +219,7 @@ def test_a_template_that_refuses_is_quoted_with_the_row():
 def test_a_slow_tokenizer_and_a_length_beyond_the_model_are_refused():
     with pytest.raises(UserError, match="not a fast tokenizer"):
         encode(rows_of(["a", "b"]), SimpleNamespace(is_fast=False), 64, "all")
-    with pytest.raises(UserError, match=r"task\.max_length=5000 is more than the 4096 tokens"):
+    with pytest.raises(UserError, match=r"task\.max_length=5000 must be at most 4096"):
         encode(rows_of(["a", "b"]), byte_level(CHATML), 5000, "all")
 
 
@@ -596,5 +596,5 @@ def test_validation_rows_under_another_name_are_not_left_out(cfg, tmp_path, name
     rows = [json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match=f"{name} is read by nobody under this name; call it validation.jsonl"):
+    with pytest.raises(UserError, match=f"{name} is not read under this name; call it validation.jsonl"):
         CausalLMTask(cfg("task=chat", f"task.path={tmp_path}").task).load()

@@ -121,7 +121,7 @@ def test_plain_numbers_beside_another_order_are_refused(tmp_path):
     [
         (["Equivalent", "not-equivalent"], "the task's are not_equivalent, equivalent; rename 'Equivalent' if 'equiv"),
         ([*NAMES, "unsure"], "its classes are not_equivalent, equivalent, unsure; the task's are not_equivalent, equ"),
-        (["equivalent", "equivalent"], "its classes are equivalent, equivalent: one of them stands there twice"),
+        (["equivalent", "equivalent"], "its classes are equivalent, equivalent: one of these names is there twice"),
         (["LABEL_0", "LABEL_1"], "its classes are LABEL_0, LABEL_1; the task's are not_equivalent, equivalent."),
         (["1", "2"], "its classes are 1, 2; the task's are"),
     ],
@@ -173,11 +173,11 @@ def test_a_categorical_column_of_numbers_counts_by_its_values(tmp_path, good):
     [
         (
             ["equivalent", "1", "equivalent"],
-            "row 2 (data rows, counted from 1), column 'label': \"1\" is a number, the",
+            "row 2 (data rows, counted from 1), column 'label': \"1\" is a number, but the labels of other rows",
         ),
         (
             ["1", "0", "equivalent"],
-            "row 3 (data rows, counted from 1), column 'label': \"equivalent\" is not a number, as",
+            "row 3 (data rows, counted from 1), column 'label': \"equivalent\" is not a number, but the",
         ),
         (
             ["equivalent", "Equivalent"],
@@ -226,7 +226,7 @@ def test_what_makes_a_result_doubtful_is_said(tmp_path):
     ]
     assert accounts["validation"].notes == [
         "classes that no training row has: not_equivalent",
-        "2 of 7 rows stand among the training rows too: the score may be too high",
+        "2 of 7 rows are training rows too: the score may be too high",
     ]
 
 

@@ -311,7 +311,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     """Their rows hold 8 + 5 and 1 + 0 tokens; the mean is that of all, cut into parts or not."""
     torch.set_num_threads(1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [*launch, ddp_finetune.__file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

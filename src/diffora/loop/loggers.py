@@ -1,4 +1,4 @@
-"""Where metrics go: csv, TensorBoard and W&B, any of them together."""
+"""Loggers for metrics: CSV, TensorBoard and W&B, in any combination."""
 
 import logging
 import os
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class Loggers:
-    """The loggers of one run, shared by its stages. One that fails costs a warning and is left out from then on.
+    """The loggers of one run, shared by its stages. If a logger fails, a warning is logged and it is not used again.
 
     Args:
         choices: the ``logger`` section of the configuration.
         folder: the run directory.
-        config: the resolved configuration, recorded with W&B.
+        config: the resolved configuration, which W&B records.
 
     Raises:
         UserError: a logger that is asked for is not installed.
@@ -43,7 +43,7 @@ class Loggers:
             self.wandb = Guarded("wandb", logger)
 
     def of_stage(self, stage: str) -> list[Logger]:
-        """Loggers for one stage's Trainer; an attempt that resumes gets a version of its own."""
+        """Loggers for the Trainer of one stage. A run that resumes writes to a new version."""
         found: list[Logger] = []
         if self.choices.get("csv"):
             found.append(Guarded("csv", CSVLogger(self.folder / "logs", name=stage)))
@@ -76,7 +76,7 @@ class Loggers:
                     logger.inner.experiment.add_image("DAM", pixels[..., :3], step, dataformats="HWC")
 
     def summary(self, record: dict[str, Any]) -> None:
-        """Put a run's results in W&B's summary, where its tables look, and keep selection and adapter as artefacts."""
+        """Write a run's results to W&B's summary, which its tables show; keep selection and adapter as artefacts."""
         if self.wandb is None or not self.wandb.works:
             return
         with self.wandb.guard():
@@ -97,7 +97,11 @@ class Loggers:
                 run.log_artifact(artifact)
 
     def finish(self, failed: bool) -> None:
-        """Close W&B's run inside the job, so that the next job of a sweep gets one of its own."""
+        """Close W&B's run before the job ends, so that the next job of a sweep gets its own.
+
+        Args:
+            failed: whether the run failed.
+        """
         if self.wandb is not None:
             with self.wandb.guard():
                 import wandb
@@ -106,11 +110,11 @@ class Loggers:
 
 
 class Guarded(Logger):
-    """A logger whose failures cost one warning: it is not called again, and the run goes on.
+    """A logger that cannot fail the run. Its first failure is logged as a warning, and it is not called again.
 
     Args:
         kind: its name in the configuration.
-        inner: the logger.
+        inner: the logger itself.
     """
 
     def __init__(self, kind: str, inner: Any) -> None:
@@ -119,12 +123,12 @@ class Guarded(Logger):
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """A block that calls the logger."""
+        """A context for code that calls the logger."""
         try:
             yield
         except Exception as error:
             if self.works:
-                log.warning(f"logger={self.kind} fails and is left out from here on: {_why(error)}")
+                log.warning(f"logger={self.kind} fails and is not used from here on: {_why(error)}")
             self.works = False
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +179,7 @@ class Guarded(Logger):
 
 
 def _why(error: BaseException) -> str:
-    """The reason of a failure in one line, without W&B's key."""
+    """The reason of a failure in one line. W&B's key is removed from it."""
     text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and (file := place(error)):
         text = f"{file}: {text}"
@@ -185,7 +189,7 @@ def _why(error: BaseException) -> str:
 
 
 def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
-    """W&B's logger with a run begun, online if there is a key and the server answers; None if it cannot begin."""
+    """W&B's logger with a started run, online if there is a key and the server answers; None if it cannot start."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.utilities import rank_zero_only
@@ -197,7 +201,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
     modes = ["online", "offline"]
     if asked in ("offline", "dryrun", "disabled"):
         modes = [asked]
-    elif _key() is None:  # W&B would ask for one
+    elif _key() is None:  # without a key, W&B would ask for one
         modes = ["offline"]
         log.info(
             f"W&B: no API key (WANDB_API_KEY, or `wandb login`), so this run is recorded offline in "
@@ -205,7 +209,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
         )
     limits: dict[str, Any] = {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
     try:
-        identity = folder / "wandb" / "run_id"  # a resumed run goes on in the same W&B run
+        identity = folder / "wandb" / "run_id"  # a resumed run continues the same W&B run
         known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
         settings = {
             "project": choice["project"],
@@ -221,7 +225,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
             "settings": wandb.Settings(console="off", init_timeout=60, **limits),
         }
     except Exception as error:
-        log.warning(f"W&B cannot begin, the run goes on without it: {_why(error)}")
+        log.warning(f"W&B cannot start, the run continues without it: {_why(error)}")
         return None
     for mode in modes:
         try:
@@ -232,9 +236,9 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
             return WandbLogger(save_dir=folder, project=choice["project"])
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
-            then = offline if mode == "online" else "the run goes on without it"
-            log.warning(f"W&B cannot begin {mode}: {_why(error)}; {then}")
-            settings["id"] = _new_id()  # the one that failed counts as in use
+            then = offline if mode == "online" else "the run continues without it"
+            log.warning(f"W&B cannot start {mode}: {_why(error)}; {then}")
+            settings["id"] = _new_id()  # W&B counts the failed id as used
     return None
 
 
@@ -243,12 +247,12 @@ def _new_id() -> str:
 
 
 FINISH_S = 600
-"""Seconds that the end of a run waits for W&B's upload; `wandb sync` does what is left."""
+"""Seconds to wait at the end of a run for W&B's upload; `wandb sync` uploads the rest later."""
 
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Give the block an empty standard input: a library that asks gets no answer, and fails."""
+    """Replace standard input by an empty one, so that a library that asks a question fails instead of waiting."""
     before = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing
@@ -259,7 +263,7 @@ def _no_questions() -> Iterator[None]:
 
 
 def _key() -> str | None:
-    """The key that W&B would find without asking for one."""
+    """The key that W&B finds without asking; None if there is none."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     import netrc

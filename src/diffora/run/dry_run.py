@@ -25,7 +25,7 @@ from diffora.run import memory, terminal
 from diffora.run.record import new_record, read_record, write_record
 from diffora.tasks.base import Task
 from diffora.tasks.messages import first_line
-from diffora.training.stage import check_stages
+from diffora.training.steps import check_stages
 
 log = logging.getLogger(__name__)
 

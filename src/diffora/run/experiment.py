@@ -44,7 +44,8 @@ from diffora.search.stage import find_selection, warm_start
 from diffora.settings import config
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
-from diffora.training.stage import check_stages, finetune
+from diffora.training.stage import finetune
+from diffora.training.steps import check_stages
 from diffora.trust import class_at, literal
 
 log = logging.getLogger(__name__)

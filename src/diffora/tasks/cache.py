@@ -54,7 +54,7 @@ def cached(
             reason: Any = "its digest does not match its content"
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = error
-        log.warning("the cache file %s is damaged (%s): writing it again", file, reason)
+        log.warning("damaged cache file %s (%s): writing it again", file, reason)
     try:
         with atomic(file) as scratch:
             write(scratch)

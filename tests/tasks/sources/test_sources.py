@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from conftest import REPO
 
 import diffora
 from diffora import hub
@@ -23,7 +24,7 @@ from diffora.tasks.sources import hub as source_hub
 from diffora.tasks.sources.load import load_rows, load_split
 from diffora.tasks.sources.tables import content_hash
 
-DATA = Path(os.environ.get("DIFFORA_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+DATA = Path(os.environ.get("DIFFORA_TEST_DATA") or REPO.parent / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA} (set DIFFORA_TEST_DATA)")
 
 MRPC, COLA, STSB, MNLI = TASKS["mrpc"], TASKS["cola"], TASKS["stsb"], TASKS["mnli"]

@@ -46,7 +46,7 @@ def digests(source: Source) -> list[bytes]:
             if known.stat().st_size == 32 * n + SEAL and is_sealed(known):
                 content = known.read_bytes()
                 return [content[start : start + 32] for start in range(0, 32 * n, 32)]
-            log.warning("the cache file %s is damaged: writing it again", known)
+            log.warning("damaged cache file %s: writing it again", known)
     found: list[bytes] = []
     chunks = pa.table({"image": source.images}).to_batches(max_chunksize=IMAGES_AT_ONCE)
     with ThreadPoolExecutor(n_threads()) as pool:
