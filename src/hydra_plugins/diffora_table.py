@@ -87,7 +87,7 @@ class TableSweeper(Sweeper):
         A table has a folder of its own below ``outputs``, or is in the one that ``hydra.sweep.dir=`` names. Where
         there are several experiments, each has a folder of its own there, too.
         """
-        from diffora.cli import composition_problems, short, with_sweep_hint
+        from diffora.run.composition import composition_problems, short, with_sweep_hint
 
         given = parse(arguments, self.loader)
         for override in given:
@@ -166,13 +166,14 @@ class TableSweeper(Sweeper):
 
     def missing(self, jobs: Jobs) -> Jobs:
         """The runs that are not complete yet, once all configurations are found to be right."""
-        from diffora.cli import composition_problems, import_run, short, with_sweep_hint
+        from diffora.run.composition import composition_problems, short, with_sweep_hint
+        from diffora.run.imports import import_run
 
         import_run()
         from diffora.loop.machine import check_machine
         from diffora.loop.process import quiet_libraries
+        from diffora.run.check import check
         from diffora.run.directory import finished
-        from diffora.run.experiment import check
 
         quiet_libraries()  # before Lightning is asked about devices, which it would tell of
         found: Jobs = {}
@@ -198,9 +199,9 @@ class TableSweeper(Sweeper):
                 cfg.pop("hydra", None)
             try:
                 if not checked.issuperset(_apart(overrides)):
-                    check(cfg)
-                    if self.local and not cfg.dry_run:
-                        check_machine(cfg)
+                    settings, _ = check(cfg)
+                    if self.local and not settings.dry_run:
+                        check_machine(settings)
                     checked.update(_apart(overrides))
                 if finished(cfg, folder) is None:
                     found[folder] = overrides

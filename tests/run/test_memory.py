@@ -14,9 +14,8 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
-from diffora.run.experiment import run
+from diffora.run.experiment import check, run
 from diffora.search.bilevel import SearchModule, SearchSettings
-from diffora.tasks.base import get_task
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]
 CASES = {
@@ -47,9 +46,9 @@ class Stand:
 
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
-        self.cfg, self.task = cfg, get_task(cfg.task)
-        self.model, self.layers = self.adapted(models.load_model(cfg.model, self.task))
-        self.meta, self.meta_layers = self.adapted(models.meta_model(cfg.model, self.task))
+        self.cfg, self.task = check(cfg)
+        self.model, self.layers = self.adapted(models.load_model(self.cfg.model, self.task))
+        self.meta, self.meta_layers = self.adapted(models.meta_model(self.cfg.model, self.task))
 
     def adapted(self, model: nn.Module):
         if self.cfg.trainer.gradient_checkpointing:

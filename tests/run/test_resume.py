@@ -243,7 +243,10 @@ def test_a_complete_run_without_its_adapter_goes_on(place, tmp_path):
         (lambda c: c | {"optimizer_states": [{}]}, "it has no 'param_groups'"),
         (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, this run needs 1"),
         (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained only in this run"),
-        (lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}}, "in the checkpoint and .* in this run"),
+        (
+            lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}},
+            "in the checkpoint and .* in this run",
+        ),
     ],
 )
 def test_content_of_the_wrong_kind_gets_one_message(place, stopped, how, words):

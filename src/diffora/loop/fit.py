@@ -37,7 +37,7 @@ def fit(
     Raises:
         UserError: the loss was not finite, memory ran out, or the checkpoint does not fit.
     """
-    settings = parts.cfg[stage]
+    settings = getattr(parts.cfg, stage)
     checkpoints = parts.folder / "checkpoints"
     newest = parts.earlier.checkpoints.pop(stage, None)
     if newest is not None:
@@ -86,7 +86,7 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
-        detect_anomaly="debug" in parts.cfg and parts.cfg.debug.detect_anomaly,
+        detect_anomaly=parts.cfg.debug is not None and parts.cfg.debug.detect_anomaly,
         **more,
     )
 

@@ -17,6 +17,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
 from diffora.run.figures import dam_heatmap
+from diffora.settings import sections
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +34,21 @@ class Loggers:
         UserError: a logger that is asked for is not installed.
     """
 
-    def __init__(self, choices: Any, folder: Path, config: dict[str, Any]) -> None:
-        self.choices, self.folder = choices or {}, folder
-        if self.choices.get("tensorboard") and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+    def __init__(self, choices: sections.Logger | None, folder: Path, config: dict[str, Any]) -> None:
+        self.choices, self.folder = choices or sections.Logger(), folder
+        if self.choices.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard")
         self.wandb: Any = None
-        wandb = self.choices.get("wandb")
+        wandb = self.choices.wandb
         if wandb and (logger := _wandb_logger(wandb, folder, config)) is not None:
             self.wandb = Guarded("wandb", logger)
 
     def of_stage(self, stage: str) -> list[Logger]:
         """Loggers for the Trainer of one stage. A run that resumes writes to a new version."""
         found: list[Logger] = []
-        if self.choices.get("csv"):
+        if self.choices.csv:
             found.append(Guarded("csv", CSVLogger(self.folder / "logs", name=stage)))
-        if self.choices.get("tensorboard"):
+        if self.choices.tensorboard:
             from lightning.pytorch.loggers import TensorBoardLogger
 
             found.append(Guarded("tensorboard", TensorBoardLogger(self.folder / "logs" / "tensorboard", name=stage)))
@@ -188,7 +189,7 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
+def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:
     """W&B's logger with a started run, online if there is a key and the server answers; None if it cannot start."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -196,7 +197,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     if getattr(rank_zero_only, "rank", 0) != 0:
-        return WandbLogger(save_dir=folder, project=choice["project"])
+        return WandbLogger(save_dir=folder, project=choice.project)
     asked = os.environ.get("WANDB_MODE", "")
     modes = ["online", "offline"]
     if asked in ("offline", "dryrun", "disabled"):
@@ -212,10 +213,10 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
         identity = folder / "wandb" / "run_id"  # a resumed run continues the same W&B run
         known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
         settings = {
-            "project": choice["project"],
-            "entity": choice["entity"],
-            "group": choice["group"],
-            "tags": list(choice["tags"]),
+            "project": choice.project,
+            "entity": choice.entity,
+            "group": choice.group,
+            "tags": list(choice.tags),
             "name": folder.name,
             "config": config,
             "dir": str(folder),
@@ -233,7 +234,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
                 wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
             wandb.define_metric("search/*", step_metric="trainer/global_step")
             write_text(identity, str(settings["id"]))
-            return WandbLogger(save_dir=folder, project=choice["project"])
+            return WandbLogger(save_dir=folder, project=choice.project)
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
             then = offline if mode == "online" else "the run continues without it"

@@ -5,19 +5,19 @@ from functools import cache
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 
 from diffora.errors import UserError
 from diffora.loop.launch import launch_problems
+from diffora.settings.sections import Settings
 
 
-def check_machine(cfg: DictConfig) -> None:
+def check_machine(cfg: Settings) -> None:
     """Check that the devices exist and the processes were started correctly.
 
     Do not call it for a dry run, or on a machine that only submits the jobs of a sweep.
 
     Args:
-        cfg: a configuration without mistakes of its own.
+        cfg: settings without mistakes of their own.
 
     Raises:
         UserError: everything that is wrong.

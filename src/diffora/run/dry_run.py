@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from diffora import START
@@ -22,7 +21,8 @@ from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import memory, terminal
-from diffora.run.record import new_record, read_record, write_record
+from diffora.run.record import read_record, write_record
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
 from diffora.tasks.messages import first_line
 from diffora.training.steps import check_stages
@@ -30,8 +30,8 @@ from diffora.training.steps import check_stages
 log = logging.getLogger(__name__)
 
 
-def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[str, Any]:
-    """Build the adapted model on the meta device, print and write its record.
+def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Build the adapted model on the meta device, complete its record, print and write it.
 
     The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
     """
@@ -41,7 +41,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         raise
     except Exception as error:  # transformers has many ways to refuse a shape
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
     models.check_outside_head(model, itertools.chain(*grid.names))
     asked: list[str] = []
 
@@ -62,7 +62,6 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         selection = None
         params |= _unknown_counts(grid, method)
         params["trainable"] = params["adapter"] + params["head"]
-    record = new_record(cfg, data_hash=None)
     record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
@@ -74,7 +73,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     return record
 
 
-def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
+def _memory(cfg: Settings, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
     """Estimates by stage, in MB; those of a stage that cannot be measured are missing, with a warning.
 
     Args:
@@ -105,7 +104,7 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
     return found
 
 
-def _checkpointing(cfg: DictConfig, model: nn.Module) -> nn.Module:
+def _checkpointing(cfg: Settings, model: nn.Module) -> nn.Module:
     if cfg.trainer.gradient_checkpointing:
         models.checkpoint_activations(model)
     return model

@@ -4,6 +4,7 @@ Each family of tasks (`glue`, `squad`, `vision`, `causal_lm`) is one subclass, n
 Search, training and evaluation use only this interface. The defaults are those of classification.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from typing import Any, ClassVar, Protocol
 import datasets
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.read import Reading, read_group
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, Accounts
 from diffora.tasks.messages import some
-from diffora.trust import class_at, literal
+from diffora.trust import class_at
 
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -69,7 +73,7 @@ class Task:
     """One task of a run, made from the ``task`` section of the configuration before anything is loaded.
 
     Args:
-        cfg: the ``task`` section.
+        cfg: the ``task`` section, an instance of ``settings``.
 
     Attributes:
         name: the task's name in ``task=<name>``.
@@ -100,6 +104,8 @@ class Task:
     """Labelled evaluation splits as the source names them, the official one first."""
     test_splits: tuple[str, ...] = ("test",)
     """Splits for which ``predict=true`` writes predictions, as the source names them."""
+    settings: ClassVar[type[TaskSettings]] = TaskSettings
+    """The keys of ``task.*`` for this task: a subclass of `TaskSettings`, described as in `diffora.settings.checks`."""
     required: ClassVar[tuple[str, ...]] = ("load", "encode", "collate", "score")
     """Methods that every subclass must define."""
 
@@ -303,17 +309,41 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
     return batch
 
 
-def get_task(cfg: Any) -> Task:
+def get_task(cfg: DictConfig) -> Task:
     """The task that the ``task`` section of a configuration describes.
 
     Raises:
         UserError: ``_target_`` names no usable class, or some settings are impossible; all of them are listed.
     """
-    kind = class_at(cfg.get("_target_"), Task, "task._target_")
-    if cfg.get("path"):  # the shell does not expand a ~ after =
-        cfg = cfg.copy()
-        cfg.path = literal(str(Path(cfg.path).expanduser()))
-    task: Task = kind(cfg)
+    reading = Reading.of(cfg, "task.")
+    task = read_task(reading.values, reading.found)
+    if task is None:
+        raise UserError(list(reading.own_mistakes().values()))
+    return task
+
+
+def read_task(section: Mapping[str, Any], found: dict[str, str]) -> Task | None:
+    """Make a task from the ``task`` section in plain containers.
+
+    Args:
+        section: the section.
+        found: gets a message for each mistake, by its key.
+
+    Returns:
+        None if there are mistakes.
+
+    Raises:
+        UserError: ``_target_`` names no usable class.
+    """
+    kind = class_at(section.get("_target_"), Task, "task._target_")
+    given = {name: value for name, value in section.items() if name != "_target_"}
+    settings: Any = read_group(kind.settings, given, "task.", found)
+    if settings is None:
+        return None
+    if path := getattr(settings, "path", None):  # the shell does not expand a ~ after =
+        settings = dataclasses.replace(settings, path=str(Path(path).expanduser()))
+    task: Task = kind(settings)
     if problems := list(task.problems()):
-        raise UserError(problems)
+        found |= {text: text for text in problems}
+        return None
     return task

@@ -5,9 +5,10 @@ as in [D] Table 1.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pyarrow.compute as pc
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks import glue_submission
 from diffora.tasks.account import Account
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task, full_precision
@@ -75,19 +78,42 @@ def get_spec(name: str) -> TaskSpec:
     raise UserError(f"task.name={name} is not a known task; {hint}Known tasks: {', '.join(TASKS)}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings(TaskSettings):
+    """The settings of `GlueTask`."""
+
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with the splits as .parquet, .jsonl or .csv in the hub's columns; null: the hub, or generated."),
+    ] = None
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
+    train_rows: Annotated[
+        Annotated[int, whole(1, ROWS)] | None, Help("Training rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+    validation_rows: Annotated[
+        Annotated[int, whole(2, ROWS)] | None, Help("Validation rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+
+
 class GlueTask(Task):
     """One of the tasks in `TASKS`: classify texts or pairs of texts, or predict a similarity score."""
+
+    settings = GlueSettings
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.spec = get_spec(cfg.name)
         self.metrics, self.main_metric = self.spec.metrics, self.spec.main_metric
         self.test_splits = self.spec.test_splits
-        self.path: str | None = getattr(cfg, "path", None)  # generated tasks have no such setting
-        if self.path:  # a folder with MNLI does not need the diagnostic set, which is a dataset of its own
-            absent = load.DIAGNOSTIC if not any(Path(self.path).glob(f"{load.DIAGNOSTIC}[.-]*")) else None
+        if cfg.path:  # a folder with MNLI does not need the diagnostic set, which is a dataset of its own
+            absent = load.DIAGNOSTIC if not any(Path(cfg.path).glob(f"{load.DIAGNOSTIC}[.-]*")) else None
             self.test_splits = tuple(name for name in self.test_splits if name != absent)
         self.validation_splits = self.spec.validation_splits
+
+    def problems(self) -> Iterator[str]:
+        for key, given in self._sizes("train_rows", "validation_rows").items():
+            if self.spec.generate is None:
+                yield f"task.{key}={given}: task={self.name} does not generate its rows; use task.max_train_rows"
 
     def head(self) -> dict[str, Any]:
         if self.spec.is_regression:
@@ -97,15 +123,15 @@ class GlueTask(Task):
 
     def load(self) -> Rows:
         sizes = self._sizes("train_rows", "validation_rows")
-        return load.load_rows(self.spec, self.path, self.cfg.max_train_rows, **sizes, accounts=self.accounts)
+        return load.load_rows(self.spec, self.cfg.path, self.cfg.max_train_rows, **sizes, accounts=self.accounts)
 
     def load_split(self, split: str) -> datasets.Dataset:
         account = self.accounts[split] = Account()
-        return load.load_split(self.spec, split, self.path, **self._sizes("validation_rows"), account=account)
+        return load.load_split(self.spec, split, self.cfg.path, **self._sizes("validation_rows"), account=account)
 
     def _sizes(self, *keys: str) -> dict[str, int]:
-        """The settings that say how many rows to generate, as far as the task has them."""
-        return {key: value for key in keys if (value := getattr(self.cfg, key, None)) is not None}
+        """The settings that say how many rows to generate, if they are given."""
+        return {key: value for key in keys if (value := getattr(self.cfg, key)) is not None}
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         return tokenise(rows, self.spec, processor, self.cfg.max_length)

@@ -7,8 +7,9 @@ or, for tokenizers without one, an end-of-text token after the context, where a 
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import pyarrow as pa
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.checks import LENGTH, NUMBER, PATH, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
 from diffora.tasks.cache import cached, tokenizer_facts
@@ -28,6 +31,33 @@ from diffora.tasks.questions.windows import Frame, Lengths, WindowCollator, writ
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadSettings(TaskSettings):
+    """The settings of `SquadTask`."""
+
+    hub: Annotated[str, Help("Data set on the hub.")]
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with train and validation as .parquet, .jsonl or SQuAD's own .json; null: the hub."),
+    ] = None
+    train_file: Annotated[
+        Annotated[str, PATH] | None, Help("Name of the training file in that folder; null: a usual one.")
+    ] = None
+    validation_file: Annotated[
+        Annotated[str, PATH] | None, Help("Name of the validation file in that folder; null: a usual one.")
+    ] = None
+    unanswerable: Annotated[bool, Help("Whether a question may have no answer (SQuAD 2.0).")]
+    null_threshold: Annotated[
+        Annotated[float, NUMBER] | None,
+        Help('"No answer" is predicted if its score exceeds that of the best span by more than this.'),
+    ] = None
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length of a window.", "tokens")]
+    doc_stride: Annotated[int, whole(0, LENGTH), Help("Overlap of two windows.", "tokens")]
+    max_question_length: Annotated[int, whole(1, LENGTH), Help("Length at which questions are cut.", "tokens")]
+    n_best: Annotated[int, whole(1, 1000), Help("Spans to keep for each window and each question.", "spans")]
+    max_answer_length: Annotated[int, whole(1, LENGTH), Help("Longest answer.", "tokens")]
 
 
 class SquadTask(Task):
@@ -41,6 +71,7 @@ class SquadTask(Task):
     null position is the target of windows without the answer, but it is never predicted.
     """
 
+    settings = SquadSettings
     model_class = "AutoModelForQuestionAnswering"
     peft_type: ClassVar[str | None] = "QUESTION_ANS"
     scores_training = False
@@ -62,7 +93,7 @@ class SquadTask(Task):
             )
         if cfg.path is None and (cfg.train_file or cfg.validation_file):
             yield "task.train_file and task.validation_file are files in the folder task.path: give task.path too"
-        if cfg.unanswerable and getattr(cfg, "null_threshold", None) is None:
+        if cfg.unanswerable and cfg.null_threshold is None:
             yield "task.unanswerable=true needs task.null_threshold: start from task=squad_v2"
 
     def head(self) -> dict[str, Any]:

@@ -7,8 +7,9 @@ pixels, with the shorter side at the backbone's size. Batches then crop, flip or
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import pyarrow as pa
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 
 from diffora.backbones.models import load_image_processor
 from diffora.errors import UserError
+from diffora.settings.checks import PATH, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import cached
@@ -36,9 +39,35 @@ from diffora.tasks.sources.tables import subset_rows
 _NO_CLASSES = "task.num_labels=null: the data do not name their classes; give their number"
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionSettings(TaskSettings):
+    """What every image task has."""
+
+    train_head: Annotated[bool, Help("Train the head; false: only the adapters on it.")]
+    augment: Annotated[Augment, Help("How training images are varied.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(VisionSettings):
+    """The settings of `ImageTask`."""
+
+    hub: Annotated[str | None, Help("Data set on the hub; null: `path` must be given.")] = None
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with a folder of images for each class, or with .parquet files; null: the hub."),
+    ] = None
+    validation_split: Annotated[str | None, Help("Split to validate on, by its name at the source.")] = "validation"
+    image_column: Annotated[str, Help("Column of the images in .parquet files and on the hub.")] = "image"
+    label_column: Annotated[str, Help("Column of the labels in .parquet files and on the hub.")] = "label"
+    num_labels: Annotated[
+        Annotated[int, whole(2, 10**6)] | None, Help("Number of classes, if the data do not name them.", "classes")
+    ] = None
+
+
 class ImageTask(Task):
     """Classify images from the hub, from a folder of class folders, or from parquet files; the metric is accuracy."""
 
+    settings: ClassVar[type[TaskSettings]] = ImageSettings
     model_class: ClassVar[str] = "AutoModelForImageClassification"
     peft_type: ClassVar[str | None] = None
 
@@ -57,7 +86,7 @@ class ImageTask(Task):
     def problems(self) -> Iterator[str]:
         if self.validation_splits == (None,):
             yield "task.validation_split=null: validation images are not taken from the training split; name a split"
-        if self.cfg.path is None and getattr(self.cfg, "hub", None) is None:
+        if self.cfg.path is None and self.cfg.hub is None:
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"
 
     def head(self) -> dict[str, Any]:
@@ -228,7 +257,7 @@ class ImageTask(Task):
         return cached("images", facts, lambda file: write_pixels(file, rows, processor))
 
     def collate(self, processor: Preprocessing, training: bool) -> Collate:
-        return ImageCollate(processor, Augment(**self.cfg.augment) if training else None)
+        return ImageCollate(processor, self.cfg.augment if training else None)
 
     # --- after a step ---
 

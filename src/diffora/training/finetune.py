@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,10 @@ from torch import Tensor
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
 from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
+from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
 
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class FineTuneSettings:
-    """The settings of the ``finetune`` section that the module needs; ``early_stop`` is a number of epochs, or None."""
-
-    lr: float
-    weight_decay: float
-    warmup_steps: int
-    early_stop: int | None
 
 
 class FineTuneModule(Stage):
@@ -47,7 +37,7 @@ class FineTuneModule(Stage):
         train: the training split.
         validation: evaluation splits by name, in the order of the loaders; the first is the official one.
         halves: (choice, held-out) row numbers of the official split, as encoded.
-        settings: learning rate and the like.
+        settings: the ``finetune`` section, with the warm-up steps of this run.
         seed: the run's seed.
 
     Attributes:
@@ -62,7 +52,7 @@ class FineTuneModule(Stage):
         train: Split,
         validation: Mapping[str, Split],
         halves: tuple[np.ndarray, np.ndarray],
-        settings: FineTuneSettings,
+        settings: FineTune,
         seed: int,
     ) -> None:
         super().__init__(adaptation.model, seed)

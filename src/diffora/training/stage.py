@@ -1,6 +1,7 @@
 """The fine-tuning stage of a run."""
 
 import logging
+from dataclasses import replace
 
 from diffora.backbones import models
 from diffora.loop.data import FineTuneData
@@ -10,7 +11,7 @@ from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
 from diffora.loop.splits import examples_of, held_out_split
 from diffora.methods.base import Adaptation
-from diffora.training.finetune import FineTuneModule, FineTuneSettings
+from diffora.training.finetune import FineTuneModule
 from diffora.training.first_batches import FirstBatches
 from diffora.training.steps import warmup_steps
 
@@ -71,6 +72,6 @@ def _module(parts: Parts, adaptation: Adaptation, warmup: int) -> FineTuneModule
         parts.train,
         parts.validation,
         held_out_split(examples_of(official.encoded), parts.cfg.seed),
-        FineTuneSettings(f.lr, f.weight_decay, warmup, f.early_stop),
+        replace(f, warmup_steps=warmup),
         parts.cfg.seed,
     )

@@ -2,16 +2,15 @@
 
 import logging
 
-from omegaconf import DictConfig
-
 from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.methods.base import Method, check_ranks
+from diffora.settings.sections import Settings
 
 log = logging.getLogger(__name__)
 
 
-def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None) -> None:
+def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) -> None:
     """Check the settings of both stages against the backbone and the number of training rows.
 
     Args:
@@ -37,7 +36,7 @@ def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None
         raise UserError(f"method.stages={stages} must be at most {steps}, {run}: each takes a step or more")
 
 
-def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
+def warmup_steps(cfg: Settings, n_rows: int) -> int:
     """``finetune.warmup_steps``. If the recipe's value is too large for a short run, a tenth of the run's steps.
 
     Raises:
@@ -45,7 +44,7 @@ def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
     """
     steps, run = steps_of(cfg, n_rows)
     given: int = cfg.finetune.warmup_steps
-    if given == cfg.task.recipe.get("warmup_steps") and given > steps // 2:
+    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
         return steps // 10
     if given > steps:
         raise UserError(
@@ -54,7 +53,7 @@ def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
     return given
 
 
-def steps_of(cfg: DictConfig, n_rows: int) -> tuple[int, str]:
+def steps_of(cfg: Settings, n_rows: int) -> tuple[int, str]:
     """(optimiser steps of the fine-tuning stage, where this number comes from, for messages)"""
     f = cfg.finetune
     made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"

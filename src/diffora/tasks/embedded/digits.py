@@ -6,15 +6,17 @@ this task is to classify the digits 5 to 9. No two of the 1797 images are equal.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 
 from diffora.errors import UserError
+from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
 from diffora.tasks.images.source import IMAGE, Source
-from diffora.tasks.vision import ImageTask
+from diffora.tasks.vision import ImageTask, VisionSettings
 
 PRETRAINED, ASKED = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 SPLIT_SEED = 0  # the same split in every run, whatever the run's own seed
@@ -35,9 +37,17 @@ def digits(which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(found.images[wanted] * (255 / 16)).astype(np.uint8), found.target[wanted]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DigitsSettings(VisionSettings):
+    """The settings of `DigitsTask`."""
+
+    validation_rows: Annotated[int, whole(2, ROWS), Help("Images to validate on, of the 896.", "rows")]
+
+
 class DigitsTask(ImageTask):
     """Tell the digits 5 to 9 apart."""
 
+    settings = DigitsSettings
     test_splits = ()
 
     def __init__(self, cfg: Any) -> None:

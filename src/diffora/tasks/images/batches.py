@@ -6,12 +6,13 @@ How a training image is varied depends only on (seed, stage, epoch, row).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from diffora.settings.checks import Help, number
 from diffora.tasks.base import Batch
 from diffora.tasks.images.preprocessing import Preprocessing
 
@@ -19,20 +20,22 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
 
 
+AREA = number(lambda v: 0 < v <= 1, "a number in (0, 1]: a share of the area")
+SHIFT = number(lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5: a share of the side")
+
+
 @dataclass(frozen=True)
 class Augment:
-    """How training images are varied.
+    """How training images are varied."""
 
-    Attributes:
-        crop_area: take random resized crops of at least this share of the area, with aspect 3:4 to 4:3; None takes the
-            centre.
-        flip: exchange left and right in half of the cases.
-        shift: move the image by up to this share of its side in both directions, and fill with black.
-    """
-
-    crop_area: float | None
-    flip: bool
-    shift: float
+    crop_area: Annotated[
+        Annotated[float, AREA] | None,
+        Help("Least share of the area in random resized crops, of aspect 3:4 to 4:3; null: no crops."),
+    ]
+    flip: Annotated[bool, Help("Exchange left and right in half of the cases.")]
+    shift: Annotated[
+        float, SHIFT, Help("Shift by up to this share of the side in both directions; the rest becomes black.")
+    ]
 
 
 class ImageCollate:
