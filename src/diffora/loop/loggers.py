@@ -1,6 +1,7 @@
 """Loggers for metrics: CSV, TensorBoard and W&B, in any combination."""
 
 import logging
+import netrc
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 from uuid import uuid4
 
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -16,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from diffora.core.selection import Selection
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
+from diffora.loop.process import is_main
 from diffora.run.figures import dam_heatmap
 from diffora.settings import sections
 
@@ -191,47 +194,22 @@ def _why(error: BaseException) -> str:
 
 def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:
     """W&B's logger with a started run, online if there is a key and the server answers; None if it cannot start."""
-    import wandb
+    import wandb  # optional
     from lightning.pytorch.loggers import WandbLogger
-    from lightning.pytorch.utilities import rank_zero_only
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if not is_main():
         return WandbLogger(save_dir=folder, project=choice.project)
-    asked = os.environ.get("WANDB_MODE", "")
-    modes = ["online", "offline"]
-    if asked in ("offline", "dryrun", "disabled"):
-        modes = [asked]
-    elif _key() is None:  # without a key, W&B would ask for one
-        modes = ["offline"]
-        log.info(
-            f"W&B: no API key (WANDB_API_KEY, or `wandb login`), so this run is recorded offline in "
-            f"{folder / 'wandb'}; `wandb sync` uploads it later"
-        )
-    limits: dict[str, Any] = {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
     try:
         identity = folder / "wandb" / "run_id"  # a resumed run continues the same W&B run
-        known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
-        settings = {
-            "project": choice.project,
-            "entity": choice.entity,
-            "group": choice.group,
-            "tags": list(choice.tags),
-            "name": folder.name,
-            "config": config,
-            "dir": str(folder),
-            "id": known if re.fullmatch(r"[\w-]{1,64}", known) else _new_id(),
-            "resume": "allow",
-            "job_type": "run",
-            "settings": wandb.Settings(console="off", init_timeout=60, **limits),
-        }
+        settings = _run_settings(choice, folder, config, identity)
     except Exception as error:
         log.warning(f"W&B cannot start, the run continues without it: {_why(error)}")
         return None
-    for mode in modes:
+    for mode in _wandb_modes(folder):
         try:
             with _no_questions():
-                wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
+                wandb.init(mode=mode, **settings)
             wandb.define_metric("search/*", step_metric="trainer/global_step")
             write_text(identity, str(settings["id"]))
             return WandbLogger(save_dir=folder, project=choice.project)
@@ -241,6 +219,45 @@ def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) 
             log.warning(f"W&B cannot start {mode}: {_why(error)}; {then}")
             settings["id"] = _new_id()  # W&B counts the failed id as used
     return None
+
+
+def _wandb_modes(folder: Path) -> list[Any]:
+    """The modes in which to try to start W&B's run."""
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("offline", "dryrun", "disabled"):
+        return [asked]
+    if _key() is not None:
+        return ["online", "offline"]
+    log.info(  # online, W&B would ask for a key
+        f"W&B: no API key (WANDB_API_KEY, or `wandb login`), so this run is recorded offline in "
+        f"{folder / 'wandb'}; `wandb sync` uploads it later"
+    )
+    return ["offline"]
+
+
+def _run_settings(choice: sections.Wandb, folder: Path, config: dict[str, Any], identity: Path) -> dict[str, Any]:
+    """Arguments of `wandb.init`.
+
+    Args:
+        identity: the file that holds the id of the W&B run, if the run resumes.
+    """
+    import wandb  # optional
+
+    limits: dict[str, Any] = {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+    known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
+    return {
+        "project": choice.project,
+        "entity": choice.entity,
+        "group": choice.group,
+        "tags": list(choice.tags),
+        "name": folder.name,
+        "config": config,
+        "dir": str(folder),
+        "id": known if re.fullmatch(r"[\w-]{1,64}", known) else _new_id(),
+        "resume": "allow",
+        "job_type": "run",
+        "settings": wandb.Settings(console="off", init_timeout=60, **limits),
+    }
 
 
 def _new_id() -> str:
@@ -267,9 +284,6 @@ def _key() -> str | None:
     """The key that W&B finds without asking; None if there is none."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
-    import netrc
-    from urllib.parse import urlparse
-
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)

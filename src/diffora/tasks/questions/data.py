@@ -54,22 +54,11 @@ def read(
     accounts = {} if accounts is None else accounts
     accounts |= {split: Account() for split in files}
     problems: list[str] = []
-    readers: dict[str, tuple[str, Reader]] = {}
     if path is None:
         splits = hub_splits(task, hub, None, list(files), f"<folder with {' and '.join(files)} as {FORMATS}>")
-        for split, rows in splits.items():
-            readers[split] = f"{hub}/{split}", _from_table(rows.data.table)
+        readers = {split: (f"{hub}/{split}", _from_table(rows.data.table)) for split, rows in splits.items()}
     else:
-        folder = Path(path)
-        check_folder(folder, f"{', '.join(files)} as {FORMATS}")
-        for split, name in files.items():
-            file = find_file(folder, split, [name] if name else _names(split, unanswerable), problems)
-            if file is None:
-                continue
-            try:
-                readers[split] = str(file), _open(file, accounts[split].notes)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
+        readers = _open_files(Path(path), files, unanswerable, problems, accounts)
     tables = {}
     for split, (where, (names, rows)) in readers.items():
         try:
@@ -79,6 +68,23 @@ def read(
     if problems:
         raise UserError(problems)
     return tables
+
+
+def _open_files(
+    folder: Path, files: dict[str, str | None], unanswerable: bool, problems: list[str], accounts: Accounts
+) -> dict[str, tuple[str, Reader]]:
+    """For each split its file, as messages name it, and a reader; a file that cannot be opened is a problem."""
+    check_folder(folder, f"{', '.join(files)} as {FORMATS}")
+    readers = {}
+    for split, name in files.items():
+        file = find_file(folder, split, [name] if name else _names(split, unanswerable), problems)
+        if file is None:
+            continue
+        try:
+            readers[split] = str(file), _open(file, accounts[split].notes)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
+    return readers
 
 
 def _names(split: str, unanswerable: bool) -> list[str]:
