@@ -84,7 +84,7 @@ def test_a_logger_that_fails_costs_one_warning_and_is_not_called_again(tmp_path,
         getattr(guarded, method)(
             *{"log_metrics": ({"a": 1.0}, 1), "finalize": ("success",)}.get(method, ({},) if "log" in method else ())
         )
-    assert caplog.messages == ["logger=csv fails and is left out from here on: the disk is full"]
+    assert caplog.messages == ["logger=csv fails and is not used from here on: the disk is full"]
     assert guarded.experiment is None and guarded.name is None and guarded.version is None
 
 
@@ -197,7 +197,7 @@ def test_a_run_goes_on_without_wandb_where_it_cannot_begin_at_all(wandb_begun, c
     assert loggers.wandb is None and loggers.of_stage("finetune") == []
     loggers.summary(RECORD)
     loggers.finish(failed=False)
-    assert "the run goes on without it" in caplog.text
+    assert "the run continues without it" in caplog.text
 
 
 def test_a_staging_folder_that_cannot_be_written_costs_the_artefacts_only(wandb_begun, tmp_path, monkeypatch, caplog):

@@ -12,7 +12,7 @@ from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.methods.base import Method
 from diffora.run.experiment import run
-from diffora.training.stage import check_stages, warmup_steps
+from diffora.training.steps import check_stages, warmup_steps
 
 WIDTH = 16  # of the small model; its FFN has 32
 

@@ -29,6 +29,7 @@ from diffora import cli
 from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
 from diffora.loop.launch import launch_problems
+from diffora.loop.parts import Parts
 from diffora.report.runs import gather
 from diffora.run import experiment
 from diffora.run.directory import account, finished
@@ -36,7 +37,6 @@ from diffora.run.experiment import run
 from diffora.run.record import missing_files, read_record, why_broken, write_record
 from diffora.tasks.glue import GlueTask
 from diffora.tasks.tokenise import Collator
-from diffora.training import stages
 
 TENSORS = {"weight": torch.zeros(100_000)}
 LORA = [
@@ -203,7 +203,7 @@ def test_a_folder_that_was_removed_is_not_made_anew(tmp_path, again):
         shutil.rmtree(tmp_path / "run")
         if again:
             (tmp_path / "run").mkdir()
-        with pytest.raises(WriteError, match="removed or replaced while this process was at work"):
+        with pytest.raises(WriteError, match="removed or replaced while this process was writing to it"):
             write_text(tmp_path / "run" / "a" / "b", "")
     assert (tmp_path / "run").exists() == again and not list(tmp_path.glob("run/*"))
     write_text(tmp_path / "run" / "b", "")
@@ -286,7 +286,7 @@ def test_a_place_where_nothing_can_be_written_is_found_before_anything_is_loaded
     """C: read-only run directory, run directory below a file"""
     (tmp_path / "file").touch()
     folder = tmp_path / ("file/run" if number is None else "run")
-    monkeypatch.delattr(stages.Parts, "load")
+    monkeypatch.delattr(Parts, "load")
     if number is not None:
         folder.mkdir()
         monkeypatch.setattr(os, "open", refusing(os.open, number, lambda path, *_: str(path).startswith(str(folder))))

@@ -11,7 +11,8 @@ import torch
 from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
 from diffora.search.function import FunctionModule
 from diffora.search.score import ScoreModule
 from diffora.tasks.tokenise import Collator

@@ -12,7 +12,8 @@ from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
 from diffora.search.attribution import AttributionModule
 from diffora.search.bilevel import SearchModule
 from diffora.settings.sections import Search

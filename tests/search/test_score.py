@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from diffora.backbones.models import freeze_backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
 from diffora.tasks.tokenise import Collator
 
 ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")

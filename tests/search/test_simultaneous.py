@@ -17,12 +17,14 @@ from diffora.backbones.models import checkpoint_activations, freeze_backbone
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import LowRankLinear, attach
 from diffora.errors import UserError
-from diffora.loop.data import BilevelBatchSampler, LengthGroupedBatchSampler, split_search
+from diffora.loop.samplers import BilevelBatchSampler, LengthGroupedBatchSampler
+from diffora.loop.splits import split_search
 from diffora.run.experiment import check, run
 from diffora.search.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.tasks.base import Task, joined
-from diffora.tasks.causal_lm import IGNORED, CausalLMTask
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.chat.loss import IGNORED
 from diffora.tasks.squad import SquadTask
 
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}

@@ -8,9 +8,6 @@ from conftest import TYPES, batch_of
 from test_config import GROUPS
 
 from diffora.core.grid import find_grid
-from diffora.core.selection import Selection
-from diffora.errors import UserError
-from diffora.loop import loggers
 from diffora.methods import lowrank
 
 

@@ -14,8 +14,8 @@ from diffora.backbones import compatibility, models
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Earlier, earlier
-from diffora.loop.data import examples_of
+from diffora.loop.resume import Earlier, earlier
+from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Split, Task
 

@@ -83,7 +83,7 @@ class LowRankAdaptation(Adaptation):
         """Algorithm 1, lines 5 to 12: draw the directions of this step."""
         if self.mask is None or step < self.mask.start:
             return
-        # 0 to 4 are the random streams of `diffora.loop.data`.
+        # 0 to 4 are the random streams of `diffora.loop.streams`.
         where = (self.seed, 5, step) if self.mask.every == "step" else (self.seed, 6, epoch)
         assert self.mask.rank is not None
         ranks = [layers[0].rank for layers in self.adapters]

@@ -62,12 +62,12 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
 
     Only settings are compared here, with those in the record. Checkpoints know what they were made with themselves:
-    `diffora.loop.checkpoint.earlier`.
+    `diffora.loop.resume.earlier`.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
     """
-    from diffora.loop.checkpoint import has_work
+    from diffora.loop.resume import has_work
 
     old = read_record(folder) or {}
     status = old.get("status")

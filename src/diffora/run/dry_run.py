@@ -17,7 +17,7 @@ from diffora.core.counts import expected_adapter_parameters, expected_globally, 
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import attach
 from diffora.errors import UserError
-from diffora.loop.checkpoint import has_work
+from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import memory, terminal
@@ -25,8 +25,8 @@ from diffora.run.record import read_record, write_record
 from diffora.search.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
-from diffora.tasks.sources import first_line
-from diffora.training.stage import check_stages
+from diffora.tasks.messages import first_line
+from diffora.training.steps import check_stages
 
 log = logging.getLogger(__name__)
 

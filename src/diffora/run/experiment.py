@@ -46,7 +46,8 @@ from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
 from diffora.training.finetune import FineTuneModule
-from diffora.training.stage import check_stages, finetune
+from diffora.training.stage import finetune
+from diffora.training.steps import check_stages
 from diffora.trust import literal
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from torch import Tensor
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.files import write_text
-from diffora.loop.checkpoint import write_search
 from diffora.loop.loggers import Loggers, taking_pictures
 from diffora.loop.parts import Parts
 from diffora.loop.process import is_main
+from diffora.loop.resume import write_search
 from diffora.methods.base import Method
 from diffora.run import figures
 from diffora.search.bilevel import SearchModule

@@ -20,7 +20,7 @@ from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
 from diffora.settings.sections import Search
 from diffora.tasks.base import Batch, Task, joined, parts_of
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diffora.core.grid import Grid
 from diffora.errors import UserError, out_of_memory
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
 from diffora.tasks.base import Batch, Task
 
 ScoreFunction = Callable[[nn.Module, Grid, "Batches", Callable[[Batch], Tensor]], Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
 from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
 from diffora.tasks.base import Batch, Task, full_precision, parts_of
 

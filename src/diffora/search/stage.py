@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffora.loop.data import examples_of, split_hash, split_search
 from diffora.loop.parts import Parts
+from diffora.loop.splits import examples_of, split_hash, split_search
 from diffora.search.selectors import SearchContext, SearchResult, find_selector
 from diffora.tasks.account import Account
 

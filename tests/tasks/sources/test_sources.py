@@ -14,14 +14,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from conftest import REPO
 
+import diffora
 from diffora import hub
 from diffora.errors import UserError
-from diffora.tasks import sources
 from diffora.tasks.glue import TASKS
-from diffora.tasks.sources import load_rows, load_split
+from diffora.tasks.sources import hub as source_hub
+from diffora.tasks.sources.load import load_rows, load_split
+from diffora.tasks.sources.tables import content_hash
 
-DATA = Path(os.environ.get("DIFFORA_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+DATA = Path(os.environ.get("DIFFORA_TEST_DATA") or REPO.parent / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA} (set DIFFORA_TEST_DATA)")
 
 MRPC, COLA, STSB, MNLI = TASKS["mrpc"], TASKS["cola"], TASKS["stsb"], TASKS["mnli"]
@@ -135,12 +138,12 @@ def test_hash_ignores_chunks_and_is_equal_in_another_process(tmp_path):
     here = load_rows(MRPC, tmp_path).data_hash
     pa.parquet.write_table(pa.table(ROWS), tmp_path / "train.parquet", row_group_size=2)
     table = pa.table({name: ROWS[name] for name in ("sentence1", "label")})
-    assert sources.content_hash(table) == sources.content_hash(pa.concat_tables([table[:2], table[2:]]))
+    assert content_hash(table) == content_hash(pa.concat_tables([table[:2], table[2:]]))
     code = (
-        "import sys; from diffora.tasks import glue, sources;"
-        "print(sources.load_rows(glue.TASKS['mrpc'], sys.argv[1]).data_hash)"
+        "import sys; from diffora.tasks.glue import TASKS; from diffora.tasks.sources.load import load_rows;"
+        "print(load_rows(TASKS['mrpc'], sys.argv[1]).data_hash)"
     )
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(sources.__file__).parents[2])}
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(diffora.__file__).parents[1])}
     there = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
     assert there.stdout.strip() == here, there.stderr
 
@@ -153,7 +156,7 @@ def test_the_diagnostic_set_is_a_configuration_of_its_own_on_the_hub(tmp_path, m
         columns = {"premise": ["p", "q"], "hypothesis": ["h", "i"], "label": [-1, -1], "idx": [0, 1]}
         return {"test": datasets.Dataset(pa.table(columns))}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(source_hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     rows = load_split(MNLI, "ax")
     assert calls == [("nyu-mll/glue", "ax")]
@@ -557,7 +560,7 @@ def test_hub_rows_are_those_of_equal_local_files(tmp_path, monkeypatch):
         calls.append(args)
         return {name: datasets.Dataset(pa.table(ROWS)) for name in ("train", "validation", "test")}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(source_hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     rows = load_rows(MRPC)
     assert calls == [("nyu-mll/glue", "mrpc")] and rows.source == "nyu-mll/glue/mrpc"

@@ -1,7 +1,7 @@
-"""Exact match and F1 of SQuAD, equal to the official evaluation scripts to the last digit, as pure functions.
+"""Exact match and F1 of SQuAD as pure functions. They equal the official evaluation scripts to the last digit.
 
-Sources: Rajpurkar et al. 2016 (evaluate-v1.1.py) and 2018 (evaluate-v2.0.py). All metrics are in percent, as these
-scripts and the papers report them.
+Sources: Rajpurkar et al. 2016 (evaluate-v1.1.py) and 2018 (evaluate-v2.0.py). All metrics are in percent, as in these
+scripts and in the papers.
 """
 
 import re
@@ -18,12 +18,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in th
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and English articles, words parted by one space."""
+    """The text in lower case, without punctuation and English articles, with single spaces between words."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """1 where the normalised texts are equal, else 0."""
+    """1 if the normalised texts are equal, else 0."""
     return float(normalise(prediction) == normalise(gold))
 
 
@@ -31,7 +31,8 @@ def f1(prediction: str, gold: str, empty_agree: bool) -> float:
     """Harmonic mean of precision and recall over the words of the normalised texts.
 
     Args:
-        empty_agree: whether two texts without a word agree: in version 2.0, where that is "no answer", not in 1.1.
+        empty_agree: whether two texts without words agree. They do in version 2.0, where they mean "no answer", and do
+            not in version 1.1.
     """
     predicted, wanted = normalise(prediction).split(), normalise(gold).split()
     if empty_agree and not (predicted and wanted):
@@ -44,11 +45,11 @@ def f1(prediction: str, gold: str, empty_agree: bool) -> float:
 
 
 def evaluate(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """``exact_match`` and ``f1`` of SQuAD 1.1: the best over an example's gold answers, averaged.
+    """``exact_match`` and ``f1`` of SQuAD 1.1: for each example the best value over its gold answers, then the mean.
 
     Args:
         predictions: one text per example.
-        golds: its gold answers, at least one each.
+        golds: the gold answers of each example, at least one.
     """
     exact = [max(exact_match(text, gold) for gold in answers) for text, answers in zip(predictions, golds, strict=True)]
     overlap = [max(f1(text, gold, False) for gold in answers) for text, answers in zip(predictions, golds, strict=True)]
@@ -61,15 +62,15 @@ def evaluate_v2(
     """The metrics of SQuAD 2.0, where a question may have no answer.
 
     Args:
-        predictions: the best span of each example, as if there had to be an answer.
-        null_odds: by how much "no answer" is more plausible than that span.
-        golds: the gold answers, none where the question has no answer.
+        predictions: the best span of each example, even if "no answer" scores higher.
+        null_odds: the score of "no answer" minus the score of that span.
+        golds: the gold answers of each example; none if the question has no answer.
         threshold: null odds above it mean "no answer".
 
     Returns:
-        ``exact_match`` and ``f1`` at ``threshold``; the same over the examples with (``HasAns_…``) and without an
-        answer (``NoAns_…``), where there are such; ``best_exact`` and ``best_f1`` with ``best_…_thresh``, the threshold
-        that is best on these very examples.
+        ``exact_match`` and ``f1`` at ``threshold``. The same over examples with an answer (``HasAns_…``) and without
+        (``NoAns_…``), if there are such examples. ``best_exact`` and ``best_f1`` at the threshold that is best on these
+        same examples (``best_…_thresh``).
     """
     wanted = [[gold for gold in answers if normalise(gold)] or [""] for answers in golds]
     exact = [max(exact_match(text, gold) for gold in some) for text, some in zip(predictions, wanted, strict=True)]
@@ -92,7 +93,7 @@ def evaluate_v2(
 def _best(
     predictions: Sequence[str], null_odds: Sequence[float], scores: Sequence[float], answerable: Sequence[bool]
 ) -> tuple[float, float]:
-    """(best mean, threshold): from refusing every question on, answer one more at a time, the surest first."""
+    """(best mean, its threshold). Start with "no answer" for all, then answer one more at a time, the surest first."""
     current = best = float(answerable.count(False))
     threshold = 0.0
     for i in sorted(range(len(scores)), key=lambda i: null_odds[i]):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad as reference
 
-from diffora.tasks.squad_metrics import NAMES, NAMES_V2, evaluate, evaluate_v2, normalise
+from diffora.tasks.questions.metrics import NAMES, NAMES_V2, evaluate, evaluate_v2, normalise
 
 HARD = [
     "the cat", "The  Cat.", "a an the", "", " ", "“cat”", "cat's", "cats", "10,000", "10000", "$10", "24\u201310",

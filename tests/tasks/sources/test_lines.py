@@ -9,8 +9,8 @@ import pytest
 
 from diffora.errors import UserError
 from diffora.tasks.glue import TASKS
-from diffora.tasks.lines import BadLine, json_lines
-from diffora.tasks.sources import load_rows, load_split
+from diffora.tasks.sources.lines import BadLine, json_lines
+from diffora.tasks.sources.load import load_rows, load_split
 
 MRPC = TASKS["mrpc"]
 N = 40
@@ -79,7 +79,7 @@ def test_texts_of_several_lines_are_read_and_counted(tmp_path):
     assert len(rows) == N and rows["sentence1"][2] == poem and rows["sentence2"][6] == address
     assert (rows["sentence1"][8], rows["sentence2"][8]) == ('say "hi"', "\n")
     [note] = accounts["train"].notes
-    assert "40 rows from 46 lines: 3 with fields of several lines, of which row 3 is the longest with 4 lines" in note
+    assert "40 rows from 46 lines: 3 of them have fields of several lines; the longest is row 3 with 4 lines" in note
 
 
 def test_without_labels_many_lines_that_could_be_rows_are_no_text(tmp_path):
@@ -101,7 +101,7 @@ def test_blank_lines_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (csv_of({5: '"a "b" c",b,1,4'}), "row 5 (data rows, counted from 1; line 6): behind a field's closing quote"),
+        (csv_of({5: '"a "b" c",b,1,4'}), "row 5 (data rows, counted from 1; line 6): after a field's closing quote"),
         (csv_of({5: ' "a, b",b,1,4'}), "row 5 (data rows, counted from 1) has 5 fields, the header has 4"),
         (csv_of({5: '"a\nb",b,1,4,5'}), "row 5 (data rows, counted from 1), which goes from line 6 to line 7, has 5"),
         (f'"{csv_of({})}', "line 1, the header: a quote opens a field here that is never closed, over 41 lines"),
@@ -153,9 +153,12 @@ BAD_LINES = [
     (line() + "\n" + line(label=True), "row 2 (counted from 1), column 'label': true is not one of 0"),
     (
         line() + "\n" + line(label="equivalent"),
-        "row 2 (counted from 1), column 'label': \"equivalent\" is text, in",
+        "row 2 (counted from 1), column 'label': \"equivalent\" is text, but a number in earlier rows",
     ),
-    (line(label="equivalent") + "\n" + line(), "row 2 (counted from 1), column 'label': 1 is a number, in"),
+    (
+        line(label="equivalent") + "\n" + line(),
+        "row 2 (counted from 1), column 'label': 1 is a number, but text in earlier rows",
+    ),
     (line(label=float("nan")), "row 1 (data rows, counted from 1), column 'label': NaN is not one of 0"),
     (line(label=float("inf")), "row 1 (data rows, counted from 1), column 'label': Infinity is not one of 0"),
     (line(label=2**70), "row 1 (data rows, counted from 1), column 'label': 1.18"),

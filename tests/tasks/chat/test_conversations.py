@@ -10,7 +10,8 @@ import pytest
 
 from diffora.errors import UserError
 from diffora.tasks.account import Account
-from diffora.tasks.conversations import conversation, cut_validation, form_of, read, read_file, rows_hash
+from diffora.tasks.chat.conversations import cut_validation, read, read_file, rows_hash
+from diffora.tasks.chat.forms import conversation, form_of
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
 FORMS = [

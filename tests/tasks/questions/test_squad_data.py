@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.tasks import sources
-from diffora.tasks.sources import content_hash
-from diffora.tasks.squad_data import read
+from diffora.tasks.questions.data import read
+from diffora.tasks.sources import hub
+from diffora.tasks.sources.tables import content_hash
 
 CONTEXT = "Zwölf Füchse 🦊 jumped over 中国 in 1990."
 
@@ -118,7 +118,8 @@ def test_named_files(tmp_path):
 
 
 def test_many_rows_cross_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffora.tasks.squad_data.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffora.tasks.questions.data.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffora.tasks.questions.check.ROWS_AT_ONCE", 7)
     rows = [row(i, "中国" if i % 3 else None) for i in range(30)]
     for name in ("train.parquet", "train.jsonl"):
         write(tmp_path / name, name, rows)
@@ -148,7 +149,8 @@ def test_small_shifts_are_put_right_and_counted(tmp_path, shift):
     write(tmp_path, "train.jsonl", [row(0), row(1, answers=moved)])
     accounts = {}
     assert load(tmp_path, accounts=accounts)["train"]["starts"].to_pylist()[1] == [CONTEXT.index("中国")]
-    assert accounts["train"].changed == {"answer_start is off by a character or two, put right, first in row 2": 1}
+    what = "answer_start is off by a character or two and was corrected, first in row 2"
+    assert accounts["train"].changed == {what: 1}
 
 
 def test_real_data(real_data):
@@ -170,7 +172,7 @@ def test_hub(monkeypatch):
         calls.append((name, config))
         return {split: datasets.Dataset.from_list(GOOD) for split in ("train", "validation")}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     tables = load(None, train=None, validation=None)
     assert calls == [("rajpurkar/squad", None)] and tables["validation"]["id"].to_pylist() == ["q0", "q1", "q2"]
@@ -179,7 +181,7 @@ def test_hub(monkeypatch):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    monkeypatch.setattr(sources, "why_unreachable", lambda: "offline mode is on")
+    monkeypatch.setattr(hub, "why_unreachable", lambda: "offline mode is on")
     with pytest.raises(UserError) as caught:
         load(None, train=None, validation=None)
     assert "'squad'" in str(caught.value) and "(rajpurkar/squad): offline mode is on" in str(caught.value)
@@ -200,7 +202,7 @@ START = "holds an answer_start that is not a whole number of at least 0."
         ({"question": 7}, "7 is not text."),
         ({"question": " "}, '" " is empty.'),
         ({"context": ""}, '"" is empty.'),
-        ({"id": "q0"}, '"q0" stands in an earlier row too (row 1).'),
+        ({"id": "q0"}, '"q0" is the id of an earlier row too (row 1).'),
         ({"answers": None}, f"null {PAIR}"),
         ({"answers": {"text": ["1990"]}}, f'{{"text": ["1990"]}} {PAIR}'),
         (
@@ -212,15 +214,15 @@ START = "holds an answer_start that is not a whole number of at least 0."
         ({"answers": {"text": ["1990"], "answer_start": [True]}}, f"[true] {START}"),
         (
             {"answers": {"text": [""], "answer_start": [0]}},
-            '[""] holds an answer that is no text; no answer is an empty list.',
+            '[""] holds an answer that is not text; write an empty list if there is no answer.',
         ),
         (
             {"answers": {"text": ["1990"], "answer_start": [6]}},
-            "\"1990\" does not stand at answer_start 6, where 'Füch' is; it stands at 33.",
+            "\"1990\" is not at answer_start 6, where 'Füch' is; it is at 33.",
         ),
         (
             {"answers": {"text": ["1991"], "answer_start": [99999]}},
-            "\"1991\" does not stand at answer_start 99999, where '' is; it stands nowhere in the context.",
+            "\"1991\" is not at answer_start 99999, where '' is; it is nowhere in the context.",
         ),
         (
             {"answers": {"text": [], "answer_start": []}},
@@ -281,9 +283,9 @@ def test_missing_and_renamed_columns(tmp_path, name):
         (
             "train.json",
             "[]",
-            "cannot be read as .json: not SQuAD's format, an object with a list of articles as 'data'",
+            "cannot be read as .json: not SQuAD's format, which is an object with a list of articles as 'data'",
         ),
-        ("train.json", '{"data": [{}]}', "article 1 is not as in SQuAD's format, it lacks 'paragraphs'"),
+        ("train.json", '{"data": [{}]}', "article 1 does not follow SQuAD's format: it lacks 'paragraphs'"),
         ("train.json", "{", "cannot be read as .json: Expecting property name"),
         ("train.parquet", "PAR", "cannot be read as .parquet"),
         ("train.jsonl", "", "no rows."),
@@ -330,7 +332,7 @@ def test_a_key_that_stands_twice_loses_no_questions(tmp_path):
 )
 def test_articles_of_another_shape_are_named(tmp_path, data):
     (tmp_path / "train.json").write_text(json.dumps({"data": data}))
-    with pytest.raises(UserError, match="article 1 is not as in SQuAD's format, an object with paragraphs"):
+    with pytest.raises(UserError, match="article 1 does not follow SQuAD's format: an object with paragraphs"):
         load(tmp_path)
 
 
