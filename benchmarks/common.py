@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from diffora.backbones.models import freeze_backbone, head_modules
+from diffora.core.attach import attach
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import attach
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
 from diffora.run import record

@@ -3,8 +3,8 @@ import torch
 from conftest import TYPES
 from torch import nn
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.core.parts import guess_roles, part_of
 from diffora.errors import UserError
 

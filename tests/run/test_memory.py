@@ -9,9 +9,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
 from diffora.run.experiment import run

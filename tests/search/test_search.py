@@ -14,9 +14,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.search.bilevel import SearchModule, SearchSettings
 
 SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip": None, "accumulate": 1}

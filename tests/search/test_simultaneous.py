@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from small import small_task
 
 from diffora.backbones.models import checkpoint_activations, freeze_backbone
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import LowRankLinear, attach
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.loop.data import BilevelBatchSampler, LengthGroupedBatchSampler, split_search
 from diffora.run.experiment import check, run

@@ -256,7 +256,8 @@ def load_model(cfg: Any, task: Task, whole: bool = False) -> nn.Module:
             # bitsandbytes would repack 4-bit weights on a CPU in the first evaluation; no gradient passes them then.
             module.support_avx512bf16_for_cpu = False
     model.trains_head = task.trains_head
-    use_cheap_dropout(model)
+    if cfg.get("kernel", "fused") == "fused":
+        use_cheap_dropout(model)
     return freeze_backbone(model)
 
 
@@ -271,7 +272,8 @@ def meta_model(cfg: Any, task: Task) -> nn.Module:
         )
     check_length(model, task.cfg.get("max_length"))
     model.trains_head = task.trains_head  # type: ignore[assignment]
-    use_cheap_dropout(model)
+    if cfg.get("kernel", "fused") == "fused":
+        use_cheap_dropout(model)
     return freeze_backbone(model)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from diffora.core.attach import inside_adapter
 from diffora.core.linear import features, is_linear
-from diffora.core.lowrank import inside_adapter
 from diffora.core.parts import guess_roles
 from diffora.core.stacks import (
     MOST,

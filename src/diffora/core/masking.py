@@ -22,3 +22,10 @@ def draw_rows(ranks: list[int], count: int | str, independent: bool, *where: int
         sets = [torch.from_numpy(np.sort(generator.permutation(rank)[:size])) for _ in range(1 + independent)]
         drawn.append((sets[0], sets[-1]))
     return drawn
+
+
+def train_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The matrix with the same values, where only the given rows (dim 0) pass a gradient on."""
+    trained = torch.zeros(len(matrix), 1, dtype=torch.bool, device=matrix.device)
+    trained[rows] = True
+    return torch.where(trained, matrix, matrix.detach())

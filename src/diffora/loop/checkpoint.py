@@ -32,7 +32,6 @@ from diffora import digests
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic, file_digest, read_json, write_text
-from diffora.kernels.peers import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +279,6 @@ class Stage(L.LightningModule):
         self._rng: list[dict[str, Any]] | None = None
         self._restored: dict[str, int] | None = None
         self._watched: list[Tensor] = []
-        self._rehearsed = False
 
     @property
     def strict_loading(self) -> bool:
@@ -349,12 +347,6 @@ class Stage(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.first_step_at is None:
             self.first_step_at = time.time()
-
-    def rehearse(self, inputs: Mapping[str, Any]) -> None:
-        """Once in a process, before its first step: a run that is resumed then computes as one that never stopped."""
-        if not self._rehearsed:
-            rehearse(self.model, **inputs)
-            self._rehearsed = True
 
     def watch(self, loss: Tensor) -> None:
         """Keep a loss for `raise_on_fault`, which looks later, so that a GPU need not be waited for."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from diffora.core.attach import attach
 from diffora.core.grid import Grid
-from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation

@@ -13,9 +13,10 @@ from torch import nn
 
 from diffora import START
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import attach
+from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.checkpoint import has_work
@@ -55,6 +56,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     selection = method.select(grid, cfg.seed, stand_in)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
+    set_kernel(model, cfg.model.kernel)
     models.check_trainable(model)
     params = models.count_parameters(model) | {"backbone": backbone}
     if asked:
@@ -86,7 +88,8 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
         assert searched is not None
         fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
+        rank, alpha, kernel = cfg.search.rank, cfg.method.alpha, cfg.model.kernel
+        attached = attach(fresh, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
         return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}

@@ -15,6 +15,7 @@ from diffora import digests
 from diffora.adapters.export import ADAPT, load_adapter
 from diffora.backbones import compatibility, models
 from diffora.cli import composition_problems
+from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
 from diffora.files import check_writable, read_yaml, write_text
 from diffora.loop.predict import predict
@@ -259,6 +260,7 @@ def load_trained(
     compatibility.match_processor(model, processor)
     if not whole:
         load_adapter(model, weights, method)
+        set_kernel(model, cfg.model.get("kernel", "fused"))
     return model.eval(), processor
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from diffora import START, digests
 from diffora.adapters.export import Origin
 from diffora.backbones import models
+from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.files import check_writable
@@ -231,6 +232,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
         L.seed_everything(cfg.seed, verbose=False)
         adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
+        set_kernel(parts.model, cfg.model.kernel)
         models.check_trainable(parts.model)
         if selection is not None and cfg.method.get("warm_start"):
             warm_start(parts, selection)

@@ -26,7 +26,6 @@ from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.split import divided, shared_tables
-from diffora.kernels.peers import rehearse
 from diffora.tasks.base import Batch, Task
 
 QUANTISED = {"8bit": 1.0, "4bit": 0.516}
@@ -139,14 +138,17 @@ def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Se
                 unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
         torch.autograd.grad(loss_at(batch, gamma.detach()), list(trained.values()), allow_unused=True)
 
+    def joint_losses(batch: Batch) -> list[Tensor]:
+        output = model(**task.inputs(batch))  # the logits are not alive any more in the backward pass
+        return [
+            task.loss(SimpleNamespace(**_cut(output, part)), _cut(batch, part))
+            for part in (slice(rows), slice(rows, None))
+        ]
+
     def simultaneously(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
         set_gates(layers, relax(gamma))
         with divided(layers, shared_tables(model), rows, 2 * rows):
-            output = model(**task.inputs(batch))
-            train, valid = (
-                task.loss(SimpleNamespace(**_cut(output, part)), _cut(batch, part))
-                for part in (slice(rows), slice(rows, None))
-            )
+            train, valid = joint_losses(batch)
             pairs = [p for name, p in trained.items() if name.endswith((".lora_a", ".lora_bt"))]
             head = [p for name, p in trained.items() if not name.endswith((".lora_a", ".lora_bt"))]
             simultaneous(train, valid, pairs, head, gamma)
@@ -175,7 +177,6 @@ def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Cal
     model.train()
     with without_memory(model):
         batch = task.dummy(rows, model)
-        rehearse(model, **task.inputs(batch))  # as a stage does
         known = [*model.parameters(), *model.buffers(), *batch.values()]
         with LiveBytes(known) as live, torch.autocast("cpu", dtype, enabled=dtype is not None):
             step(batch)

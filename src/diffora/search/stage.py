@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from diffora.backbones import models
+from diffora.core.attach import attach, detach
 from diffora.core.dam import relax
-from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
+from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
@@ -113,7 +114,7 @@ def search(
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False)
+    attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False, kernel=cfg.model.kernel)
     layers = [[layer for layer in row if layer is not None] for row in attached]
     settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
     arguments = model, layers, grid.types, parts.task, settings, cfg.seed

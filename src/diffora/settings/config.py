@@ -174,6 +174,7 @@ RULES: dict[str, Check] = {
     "model.full_ft_lr": POSITIVE,
     "model.trust_remote_code": FLAG,
     "model.dtype": one_of("float32", "bfloat16", "float16"),
+    "model.kernel": one_of("fused", "plain"),
     "model.quantise": one_of(None, "8bit", "4bit"),
     "model.config.*": ANY,
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
