@@ -347,7 +347,7 @@ def _load_weights(model: nn.Module, folder: Path, manifest: Mapping[str, Any] | 
             "none, are not read any more: make the run again"
         )
     tensors = read_tensors(folder / TRAINED)
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)
     with torch.random.fork_rng():

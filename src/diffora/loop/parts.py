@@ -61,7 +61,7 @@ class Parts:
         task.check(model)
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
-        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
         models.check_outside_head(model, itertools.chain(*grid.names))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)

@@ -42,7 +42,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         raise
     except Exception as error:  # transformers has many ways to refuse a shape
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
     models.check_outside_head(model, itertools.chain(*grid.names))
     asked: list[str] = []
 
