@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from diffora.backbones.models import freeze_backbone, head_modules
 from diffora.core.attach import attach
 from diffora.core.grid import Grid, find_grid
+from diffora.core.lowrank import set_kernel
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
 from diffora.run import record
@@ -217,11 +218,13 @@ def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
     return Contender(model, shape, parts)
 
 
-def lora(model: nn.Module, shape: Shape, dropout: float = 0.0) -> Contender:
-    """Ours, as `method=lora` adapts it; loading a backbone replaces its dropout, too."""
+def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fused") -> Contender:
+    """Ours, as `method=lora` adapts it with ``model.kernel``, which also chooses the backbone's dropout."""
     model = own(model)
-    use_cheap_dropout(model)
+    if kernel == "fused":
+        use_cheap_dropout(model)
     adaptation = LoRA(rank=shape.rank, dropout=dropout, alpha=ALPHA).adapt(model, shape.grid(model), None, 0)
+    set_kernel(model, kernel)
     fill(model)
     return Contender(adaptation.model.to(shape.device), shape)
 
@@ -279,6 +282,8 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "floor": floor,
     "lora": lora,
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
+    "plain": lambda model, shape: lora(model, shape, kernel="plain"),
+    "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
     "peft": peft_lora,
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,
@@ -289,7 +294,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "two_floors": lambda model, shape: floor(model, shape, parts=2),
     "two_peft_steps": lambda model, shape: peft_lora(model, shape, parts=2),
 }
-FINETUNING = ("floor", "lora", "lora_dropout", "peft", "peft_dropout", "adalora", "full_ft")
+FINETUNING = ("floor", "lora", "lora_dropout", "plain", "plain_dropout", "peft", "peft_dropout", "adalora", "full_ft")
 BILEVEL = ("simultaneous", "alternating", "two_floors", "two_peft_steps", "floor", "peft")
 
 
