@@ -19,7 +19,7 @@ from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
-from benchmarks.common import RESULTS, header
+from benchmarks.report import RESULTS, header
 from diffora.files import write_text
 from diffora.kernels import fused
 from diffora.run import experiment

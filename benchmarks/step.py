@@ -27,21 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    BILEVEL,
-    CONTENDERS,
-    FINETUNING,
-    RESULTS,
-    Shape,
-    header,
-    in_own_processes,
-    interleave,
-    memory_of,
-    ratio,
-    read,
-    spread,
-    write,
-)
+from benchmarks.common import BILEVEL, CONTENDERS, FINETUNING, Shape, in_own_processes, interleave, memory_of
+from benchmarks.report import RESULTS, header, ratio, read, spread, write
 
 
 @dataclass(frozen=True)
