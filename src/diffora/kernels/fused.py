@@ -175,7 +175,7 @@ class LowRankNode(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         saved = Saved(*ctx.saved_tensors)  # once: checkpointing unpacks only once
         if torch.is_grad_enabled():
             return None, *differentiable_gradients(ctx, saved, grad_y)
