@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.files import conf_dir
 from diffora.run import memory
-from diffora.run.experiment import check
+from diffora.run.check import check
 from diffora.run.sweep import cells, combinations, parse, table_of, values
 
 TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused

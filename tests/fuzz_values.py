@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
-from diffora.run.experiment import check
+from diffora.run.check import check
 from diffora.settings import identity
 
 NASTY: list[Any] = [

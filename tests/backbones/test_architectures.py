@@ -19,9 +19,10 @@ from torch import nn
 
 from diffora.adapters.export import load_adapter
 from diffora.backbones import compatibility, models
+from diffora.core.attach import attach
 from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.loop.predict import predict
 from diffora.run.experiment import run

@@ -19,8 +19,9 @@ from diffora.core.dam import discretise
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.loggers import Loggers
+from diffora.run.check import check
 from diffora.run.directory import account
-from diffora.run.experiment import check, run
+from diffora.run.experiment import run
 from diffora.run.record import read_record
 
 RECORD_KEYS = {

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.files import conf_dir
+from diffora.run.check import check
 from diffora.run.composition import composition_problems
-from diffora.run.experiment import check
 from faults.campaigns import HANDLED, LOST, chance, share
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]

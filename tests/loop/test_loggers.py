@@ -15,7 +15,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop import loggers as module
 from diffora.loop.loggers import Guarded, Loggers, taking_pictures
-from diffora.run.experiment import check
+from diffora.run.check import check
 from diffora.run.figures import dam_heatmap
 from diffora.settings import sections
 

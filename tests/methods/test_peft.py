@@ -16,7 +16,8 @@ from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
 from diffora.methods.peft import PEFTAdaptation
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.run.record import read_record
 from diffora.training.finetune import FineTuneModule
 

@@ -13,7 +13,7 @@ from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.run.experiment import check
+from diffora.run.check import check
 
 SMALL, LARGE = (8, 8), (8, 32)
 

@@ -9,12 +9,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.search.bilevel import SearchModule
 from diffora.settings.sections import Search
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from small import rows_of, small_deberta, small_task
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
 from diffora.search.attribution import AttributionModule

@@ -8,8 +8,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.search.attribution import AttributionModule
 from diffora.search.criteria import gate_path
 from diffora.settings.sections import Search

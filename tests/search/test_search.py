@@ -15,12 +15,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.search.bilevel import SearchModule
 from diffora.settings.sections import Search
 

@@ -15,7 +15,8 @@ from small import small_deberta, small_task
 
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.search.selectors import SELECTORS, find_selector, trains
 
 MINE = """

@@ -14,12 +14,14 @@ from omegaconf import OmegaConf
 from small import small_task
 
 from diffora.backbones.models import checkpoint_activations, freeze_backbone
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import LowRankLinear, attach
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.loop.samplers import BilevelBatchSampler, LengthGroupedBatchSampler
 from diffora.loop.splits import split_search
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.search.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.tasks.base import Task, joined

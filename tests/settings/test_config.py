@@ -12,9 +12,9 @@ from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.methods.base import DIALS
 from diffora.methods.selecting import parse_budget
+from diffora.run.check import check
 from diffora.run.composition import composition_problems
 from diffora.run.evaluate import read_request
-from diffora.run.experiment import check
 from diffora.settings.identity import config_hash, differences, plain
 from diffora.settings.read import keys_of
 from diffora.settings.sections import Recipe, Settings

@@ -6,8 +6,9 @@ from omegaconf import open_dict
 
 from diffora.errors import UserError
 from diffora.files import conf_dir
+from diffora.run.check import check
 from diffora.run.composition import composition_problems
-from diffora.run.experiment import check, run
+from diffora.run.experiment import run
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 RECIPES = [None, *sorted(file.stem for file in (conf_dir() / "recipe").glob("*.yaml"))]

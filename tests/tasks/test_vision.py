@@ -257,7 +257,7 @@ def test_modules_named_from_the_model_itself(cfg):
     grid = find_grid(model, ".", ["classifier", "vit.layers.3.mlp.fc2"], c.model.roles)
     assert grid.names == (("classifier", "vit.layers.3.mlp.fc2"),) and grid.shapes == (((64, 5), (128, 64)),)
     found = problems(find_grid, model, ".", ["classifer"])
-    assert found[0] == "classifer is no linear layer of this model" and "classifier" in found[1]
+    assert found[0] == "classifer is not a linear layer of this model" and "classifier" in found[1]
 
 
 def test_a_subset_of_the_training_images_is_always_the_same(folders, task):

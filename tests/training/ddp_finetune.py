@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split

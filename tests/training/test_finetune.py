@@ -21,8 +21,9 @@ from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.loop.stage import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.settings.sections import FineTune

@@ -1,4 +1,4 @@
-"""What a linear module does in its layer, by the names that model families give such modules."""
+"""What a linear module does in its layer, judged by the names that model families use."""
 
 import re
 from collections import Counter
@@ -35,11 +35,11 @@ SHORT_NAMES = {
 
 
 def part_of(path: str) -> str | None:
-    """The part that a module plays, one of `PARTS`, by its path below the layer; None where the name does not tell.
+    """The part of a module, one of `PARTS`, by its path below the layer; None if the name does not tell.
 
-    Modules that attend to another sequence have ``cross_`` in front.
+    For modules that attend to another sequence, ``cross_`` is put in front.
     """
-    if path in ("intermediate.dense", "output.dense"):  # BERT's, whose last name is that of the attention's output
+    if path in ("intermediate.dense", "output.dense"):  # BERT's; its attention output is called dense too
         return "ffn_input" if path == "intermediate.dense" else "ffn_output"
     *above, last = path.split(".")
     attention = [name.lower() for name in above if re.search("attn|attention", name.lower())]
@@ -51,9 +51,9 @@ def part_of(path: str) -> str | None:
 
 
 def guess_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Which module of a layer plays each of the `ROLES`, where the names leave exactly one.
+    """The module of a layer for each of the `ROLES` for which the names leave exactly one.
 
-    A decoder that attends to an encoder has two keys, for instance, so that neither is the role.
+    For instance, a decoder that attends to an encoder has two keys, so that the role ``key`` is left out.
     """
     parts = [((part_of(path) or "").removeprefix("cross_"), path) for path in paths]
     often = Counter(part for part, _ in parts)

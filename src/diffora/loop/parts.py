@@ -61,7 +61,7 @@ class Parts:
         task.check(model)
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
-        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
+        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
         models.check_outside_head(model, itertools.chain(*grid.names))
         if isinstance(path := getattr(cfg.method, "selection", None), str):
             Selection.load(Path(path)).check_fits(grid, path)

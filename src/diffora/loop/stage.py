@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffora.kernels.peers import rehearse
-
 log = logging.getLogger(__name__)
 
 WATCHED = 25
@@ -57,7 +55,6 @@ class Stage(L.LightningModule):
         self._rng: list[dict[str, Any]] | None = None
         self._restored: dict[str, int] | None = None
         self._watched: list[Tensor] = []
-        self._rehearsed = False
 
     # --- what a subclass defines ---
 
@@ -191,15 +188,6 @@ class Stage(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.first_step_at is None:
             self.first_step_at = time.time()
-
-    def rehearse(self, inputs: Mapping[str, Any]) -> None:
-        """Run the model once before the first step of the process, to record which layers share an input.
-
-        Without it, the first step after a resume would compute in another order than in a run that never stopped.
-        """
-        if not self._rehearsed:
-            rehearse(self.model, **inputs)
-            self._rehearsed = True
 
     def watch(self, loss: Tensor) -> None:
         """Keep a loss for `raise_on_fault`. It checks several at once, so that steps do not wait for the GPU."""

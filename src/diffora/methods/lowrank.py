@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffora.adapters.export import Origin, export_adapter
 from diffora.backbones.models import head_modules
+from diffora.core.attach import attach
 from diffora.core.grid import Grid
-from diffora.core.lowrank import LowRankLinear, attach, lowrank_layers
+from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks

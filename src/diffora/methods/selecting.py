@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
+from diffora.core.attach import attach
 from diffora.core.choose import choose
 from diffora.core.counts import extreme_adapter_parameters
 from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
-from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffora.core.attach import attach
 from diffora.core.grid import Grid
-from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
 from diffora.methods.base import Alpha, Method, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation

@@ -12,10 +12,11 @@ from torch import nn
 
 from diffora import START
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import attach
+from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
 from diffora.loop.resume import has_work
 from diffora.methods.base import Method
@@ -42,7 +43,7 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
         raise
     except Exception as error:  # transformers has many ways to refuse a shape
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
     models.check_outside_head(model, itertools.chain(*grid.names))
     method.check(model, grid)
     check_stages(cfg, method, grid, None)
@@ -51,6 +52,7 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
     selection = method.choose(grid, stand_in, cfg.seed)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
+    set_kernel(model, cfg.model.kernel)
     models.check_trainable(model)
     params = models.count_parameters(model) | {"backbone": backbone}
     if selector is not None:
@@ -81,7 +83,8 @@ def _memory(cfg: Settings, task: Task, model: nn.Module, searched: Grid | None) 
         assert searched is not None
         fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
+        rank, alpha, kernel = cfg.search.rank, cfg.method.alpha, cfg.model.kernel
+        attached = attach(fresh, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
         return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}

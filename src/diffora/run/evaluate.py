@@ -14,6 +14,7 @@ from torch import nn
 from diffora import digests
 from diffora.adapters.export import ADAPT, load_adapter
 from diffora.backbones import compatibility, models
+from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import predict
@@ -261,6 +262,7 @@ def load_trained(
     compatibility.match_processor(model, processor)
     if not whole:
         load_adapter(model, weights, method)
+        set_kernel(model, cfg.model.get("kernel", "fused"))
     return model.eval(), processor
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from diffora import START, digests
 from diffora.adapters.export import Origin
 from diffora.backbones import models
+from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.files import check_writable
@@ -202,6 +203,7 @@ def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
     # The same random numbers follow, whether the selection was searched just now or comes from a file.
     L.seed_everything(parts.cfg.seed, verbose=False)
     adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
+    set_kernel(parts.model, parts.cfg.model.kernel)
     models.check_trainable(parts.model)
     start_warm(parts, method, found)
     return adaptation

@@ -57,7 +57,6 @@ class AttributionModule(SearchModule):
         self.model.train(self.current_epoch < self.rounds)  # dropout would add noise to the scores
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.rehearse(self.task.inputs(batch["valid"]))
         if self.current_epoch < self.rounds:
             weight_opt = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
             for train in batch["train"]:

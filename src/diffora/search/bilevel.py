@@ -107,7 +107,6 @@ class SearchModule(Stage):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         gamma_opt, weight_opt = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]
         valid, (train, *others) = batch["valid"], batch["train"]
-        self.rehearse(self.task.inputs(valid))
         if self.settings.update == "simultaneous":
             train_loss, valid_loss = self.joint_step(gamma_opt, weight_opt, valid, train)
         else:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from diffora.backbones import models
-from diffora.core.lowrank import LowRankLinear, attach, detach
+from diffora.core.attach import attach, detach
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -209,7 +210,8 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
         for name in models.head_modules(model)
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, context.settings.rank, None, context.alpha, freeze=False)
+    rank, kernel = context.settings.rank, context.parts.cfg.model.kernel
+    attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
     try:
         yield [[layer for layer in row if layer is not None] for row in attached]
     finally:

@@ -112,7 +112,6 @@ class FineTuneModule(Stage):
         if first:
             self.adaptation.before_step(step, self.current_epoch)
             self._step = step
-        self.rehearse(self.task.inputs(batch))
         output = self.model(**self.task.inputs(batch))
         loss = self.task.loss(output, batch)
         self._losses.append(loss.detach())
