@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from diffora.core.parts import short_names
 from diffora.core.selection import Selection
-from diffora.run.figures import _shares, dam_heatmap, short_names
+from diffora.run.figures import _shares, dam_heatmap
 
 
 @pytest.fixture

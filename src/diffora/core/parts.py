@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 ROLES = ("key", "value", "attention_output", "ffn_output")
 
@@ -19,6 +19,19 @@ PARTS = (
     ("ffn_input", False, r"wi|Wi|fc1|fc_in|c_fc|lin1|ffn|dense_h_to_4h"),
     ("ffn_output", False, r"wo|Wo|fc2|fc_out|c_proj|lin2|ffn_output|dense_4h_to_h|down_proj"),
 )
+
+SHORT_NAMES = {
+    "query": "Q",
+    "key": "K",
+    "value": "V",
+    "query_key_value": "QKV",
+    "attention_output": "attn. out",
+    "ffn_gate": "FFN gate",
+    "ffn_up": "FFN up",
+    "ffn_gate_up": "FFN gate, up",
+    "ffn_input": "FFN in",
+    "ffn_output": "FFN out",
+}
 
 
 def part_of(path: str) -> str | None:
@@ -45,3 +58,18 @@ def guess_roles(paths: Iterable[str]) -> dict[str, str]:
     parts = [((part_of(path) or "").removeprefix("cross_"), path) for path in paths]
     often = Counter(part for part, _ in parts)
     return {part: path for part, path in parts if part in ROLES and often[part] == 1}
+
+
+def short_names(types: Sequence[str]) -> list[str]:
+    """Labels for module types, for pictures and tables.
+
+    A label is the papers' letter (Q, K, V) or a short name where the module's part is known and no other type has the
+    same part; otherwise it is the type itself.
+    """
+    labels = []
+    for name in types:
+        part = part_of(name) or ""
+        cross = "cross " if part.startswith("cross_") else ""
+        short = SHORT_NAMES.get(part.removeprefix("cross_"))
+        labels.append(f"{cross}{short}" if short else name)
+    return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]

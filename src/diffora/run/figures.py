@@ -5,37 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffora.core.parts import part_of
+from diffora.core.parts import short_names
 from diffora.files import atomic
 
 if TYPE_CHECKING:  # it needs torch, which a report of finished runs does without
     from diffora.core.selection import Selection
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
-
-SHORT = {
-    "query": "Q",
-    "key": "K",
-    "value": "V",
-    "query_key_value": "QKV",
-    "attention_output": "attn. out",
-    "ffn_gate": "FFN gate",
-    "ffn_up": "FFN up",
-    "ffn_gate_up": "FFN gate, up",
-    "ffn_input": "FFN in",
-    "ffn_output": "FFN out",
-}
-
-
-def short_names(types: Sequence[str]) -> list[str]:
-    """Labels for module types: the papers' letters where a name tells what it is, and is the only one of its kind."""
-    labels = []
-    for name in types:
-        part = part_of(name) or ""
-        cross = "cross " if part.startswith("cross_") else ""
-        short = SHORT.get(part.removeprefix("cross_"))
-        labels.append(f"{cross}{short}" if short else name)
-    return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]
 
 
 def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
