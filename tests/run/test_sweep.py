@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.files import conf_dir, write_text
-from diffora.run.record import new_record, write_record
+from diffora.records import write_record
+from diffora.run.record import new_record
 from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
 
 TABLE = Table(

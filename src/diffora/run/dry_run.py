@@ -21,8 +21,9 @@ from diffora.errors import UserError
 from diffora.loop.checkpoint import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
+from diffora.records import write_record
 from diffora.run import memory, terminal
-from diffora.run.record import new_record, read_record, write_record
+from diffora.run.record import new_record, read_record
 from diffora.tasks.base import Task
 from diffora.tasks.sources import first_line
 from diffora.training.stage import check_stages

@@ -19,8 +19,9 @@ from diffora.errors import UserError
 from diffora.files import check_writable, read_yaml, write_text
 from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
+from diffora.records import NAME
 from diffora.run import terminal
-from diffora.run.record import NAME, WEIGHTS, check_as_left, read_record
+from diffora.run.record import WEIGHTS, check_as_left, read_record
 from diffora.settings import config
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task

@@ -70,6 +70,9 @@ modules differ in rank; for servers that want one for all, merge first:
     metrics = ("perplexity",)
     main_metric = "perplexity"
 
+    def unit_of(self, metric: str) -> str:
+        return "perplexity"
+
     # --- before training ---
 
     def load(self) -> Rows:
