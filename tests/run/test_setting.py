@@ -56,14 +56,15 @@ def test_a_value_may_follow_the_seed_by_way_of_another_one():
     cfg = OmegaConf.create(
         {
             "seed": 2,
-            "a": {"b": "${seed}", "c": "${.b}", "d": "x-${a.c}", "e": [1, "${seed}"], "f": "${table.s${seed}}"},
+            "a": {"b": "${seed}", "c": "${.b}", "d": "x-${a.c}", "e": [1, "${seed}"], "f": "${table.${name}}"},
             "g": "${a}",
             "h": 2,
+            "name": "s${seed}",
             "table": {"s2": "only for this seed"},
         }
     )
     written = {("a", "b"): "${seed}", ("a", "c"): "${.b}", ("a", "d"): "x-${a.c}", ("a", "e"): "[1, '${seed}']"}
-    written |= {("a", "f"): "${table.s${seed}}"} | {("g", name): "${a}" for name in "bcdef"}
+    written |= {("name",): "s${seed}", ("a", "f"): "${table.${name}}"} | {("g", name): "${a}" for name in "bcdef"}
     assert seed_followers(cfg) == written
 
 
