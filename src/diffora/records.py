@@ -39,7 +39,7 @@ class SelectionSource:
 
     Attributes:
         seed: of the run that made the selection; None where the file does not say.
-        made: how it was made (selector, rho, search settings): the same text for all seeds.
+        made: how it was made, as ``search (rho 0.5, 3fa2c1)`` with a digest of the settings: the same for all seeds.
         selects: digest of what it selects.
     """
 

@@ -80,7 +80,7 @@ def test_a_selection_file_is_known_by_how_it_was_made(cfg, tmp_path, key):
     assert one["setting_id"] == other["setting_id"]  # what each search selects is its result, not its setting
     source, second = one["sources"][f"method.{key}"], other["sources"][f"method.{key}"]
     assert (source["seed"], second["seed"]) == (1, 2) and source["selects"] != second["selects"]
-    assert source["made"].startswith("search, rho = 0.5, ") and one["settings"]["method"][key] == source["made"]
+    assert source["made"].startswith("search (rho 0.5, ") and one["settings"]["method"][key] == source["made"]
     for change in ({"rho": 0.25}, {"config": {"search": {"lr": 0.2}}}, {"selector": "gradient"}):
         assert facts(next(iter(change)), 1, **change)["setting_id"] != one["setting_id"]
 

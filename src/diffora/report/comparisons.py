@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, holm, paired, spread
-from diffora.report.tables import ResultCell, ResultColumn, ResultTable
 
 EQUAL = 0.10  # adapters whose sizes differ by at most this share count as about equal in size
 

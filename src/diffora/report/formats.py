@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffora.report.comparisons import Comparison, verdict
 from diffora.report.layout import MEASURES, SortableText, TextTable
+from diffora.report.results import ResultTable
 from diffora.report.statistics import Difference
-from diffora.report.tables import ResultTable
 
 FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
                 "\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffora.report.comparisons import Comparison, verdict
+from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, spread
-from diffora.report.tables import ResultCell, ResultColumn, ResultTable
 
 PAIRS = 400  # most comparisons that the page lists for a table; the table's -comparisons.csv has all
 NONE = "\N{EN DASH}"

@@ -19,9 +19,10 @@ from diffora.report.comparisons import Comparison, comparisons_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
 from diffora.report.layout import duration, plus_minus, probability, search_time, signed
 from diffora.report.pictures import SEEDS, View
+from diffora.report.results import ResultColumn, ResultTable
 from diffora.report.runs import Gathered, Run
 from diffora.report.statistics import Spread, spread
-from diffora.report.tables import FEW, ResultColumn, ResultTable, tables_of
+from diffora.report.tables import FEW, tables_of
 
 CHARTED = 30  # most tables with training curves
 PICTURED = 60  # most settings with pictures of their selections

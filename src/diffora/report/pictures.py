@@ -13,9 +13,9 @@ from diffora.report import charts
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
 from diffora.report.layout import comparisons_table, cost_table, main_table
+from diffora.report.results import ResultCell, ResultTable
 from diffora.report.runs import Run
 from diffora.report.statistics import Stability, finite, spread, stability
-from diffora.report.tables import ResultCell, ResultTable
 
 LINES = 2 * charts.COLOURS  # most lines of a chart
 INTERVALS = 30  # most intervals of a forest plot

@@ -164,17 +164,16 @@ def with_sources(runs: Sequence[Run]) -> list[Run]:
     setting. A file whose path was made from the seed always counts as each seed's own.
     """
     told = list(runs)
-    groups: dict[tuple[str | None, ...], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[str | None, ...]], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         r = run.record
         for key, source in r.sources.items():
             if key in r.follows_seed:
-                told[i] = _named(told[i], key, f"{source.made}, of each seed")
+                told[i] = _named(told[i], key, f"each seed's {source.made}")
             else:
                 place = (r.experiment, r.scale, r.row, r.column, r.task, r.model)
-                groups[r.setting_id, key, *place].append(i)
-    for (_, key, *_), members in groups.items():
-        assert key is not None
+                groups[key, (r.setting_id, *place)].append(i)
+    for (key, _), members in groups.items():
         users: dict[tuple[int | None, str], set[int]] = defaultdict(set)
         for i in members:
             users[_identity(runs[i].record.sources[key])].add(runs[i].seed)
@@ -184,9 +183,9 @@ def with_sources(runs: Sequence[Run]) -> list[Run]:
         for i in members:
             source = runs[i].record.sources[key]
             if _identity(source) in own:
-                told[i] = _named(told[i], key, f"{source.made}, of each seed")
+                told[i] = _named(told[i], key, f"each seed's {source.made}")
             else:
-                given = _named(told[i], key, f"{source.made}, {source.selects}")
+                given = _named(told[i], key, f"{source.selects} from {source.made}")
                 told[i] = replace(given, setting=f"{given.setting} {source.selects}")
     return told
 

@@ -113,6 +113,6 @@ def selection_source(file: Path) -> SelectionSource | None:
     making = short_digest([content.get("method"), selector, rho, content.get("k"), search])
     return SelectionSource(
         seed if type(seed) is int else None,
-        f"{selector}, rho = {rho}, {making[:6]}",
+        f"{selector} (rho {rho}, {making[:6]})",
         short_digest([content["selected"], content.get("rank")])[:6],
     )
