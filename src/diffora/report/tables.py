@@ -1,4 +1,4 @@
-"""From runs to tables: one for each experiment, laid out as in its paper, and one for each task and model of other runs.
+"""From runs to tables: one for each experiment, laid out as in its paper; for other runs one for each task and model.
 
 Everything else in the report is computed from these tables: comparisons, curves, tables of text, pictures, the page.
 """
