@@ -73,7 +73,7 @@ def test_nested_facts_are_typed():
     ],
 )
 def test_what_is_wrong_with_a_record_is_said_at_once(changes, message):
-    with pytest.raises(UserError, match="^not the record of a run: ") as caught:
+    with pytest.raises(UserError, match=r"^not the record of a run: ") as caught:
         Record.of(RUNNING | changes)
     assert message in str(caught.value)
 
