@@ -745,6 +745,16 @@ def test_our_mean_stands_beside_the_papers_where_all_columns_are_there(spec, mon
     assert any("trained / at inference, in [R] Table 1 with the head" in note for note in grid.notes)
 
 
+def test_a_plot_of_differences_names_their_unit(spec):
+    fill(spec)
+    fill(spec, column="digits")
+    table = table_of(spec)
+    plots, _, _ = pictures.forests(table, comparisons_of(table))
+    in_per_cent, as_fractions = (plot for _, plot in plots)
+    assert "points, right of 0 is better" in in_per_cent
+    assert "difference, right of 0 is better" in as_fractions
+
+
 def test_a_gap_has_the_unit_of_its_score(spec):
     fill(spec, ["random"])
     fill(spec, ["random"], column="digits")

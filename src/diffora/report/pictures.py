@@ -108,7 +108,7 @@ def forests(
             for c in here
         ]
         cut += max(0, len(lines) - INTERVALS)
-        better = "points" if column.factor("validation/x") != 1 else "difference"
+        better = "points" if column.factor(column.compared) != 1 else "difference"
         label = f"{better}, right of 0 is better" + ("" if column.maximise else " (less of the metric)")
         if lines:
             plots.append((column.title, charts.forest(lines[:INTERVALS], label)))

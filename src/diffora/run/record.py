@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -17,7 +17,9 @@ from diffora.errors import UserError, reason
 from diffora.records import NAME, MetricFacts, check, read_content
 from diffora.run.setting import setting_facts
 from diffora.settings.config import config_hash
-from diffora.tasks.base import Task
+
+if TYPE_CHECKING:  # it needs torch, which commands that start no run do without
+    from diffora.tasks.base import Task
 
 WEIGHTS = ("adapter", "model")
 """A run directory has one of these folders, with the trained weights."""
@@ -54,7 +56,7 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
     }
 
 
-def metric_facts(task: Task) -> dict[str, Any]:
+def metric_facts(task: "Task") -> dict[str, Any]:
     """Which metric chooses the best epoch, and unit and direction of every metric of a run's record and history."""
     higher, lower = partial(MetricFacts, maximise=True), partial(MetricFacts, maximise=False)
     facts = {name: MetricFacts(task.unit_of(name), task.maximise) for name in task.metrics}
