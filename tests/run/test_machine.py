@@ -30,11 +30,12 @@ from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
 from diffora.loop.launch import launch_problems
 from diffora.loop.parts import Parts
+from diffora.records import write_record
 from diffora.report.runs import gather
 from diffora.run import experiment
 from diffora.run.directory import account, finished
 from diffora.run.experiment import run
-from diffora.run.record import missing_files, read_record, why_broken, write_record
+from diffora.run.record import missing_files, read_record, why_broken
 from diffora.tasks.glue import GlueTask
 from diffora.tasks.tokenise import Collator
 
@@ -396,9 +397,10 @@ def test_a_record_that_changed_after_it_was_written_is_broken(tmp_path, old, new
     parts = {key: {} for key in ("params", "time", "memory")}
     names = dict.fromkeys(("method", "task", "model", "config_hash"), "x")
     record = {"status": "completed", "metrics": {"validation/accuracy": 0.75}, "seed": 0, **parts, **names}
+    record |= {"setting_id": "x", "settings": {}}
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record and why_broken(tmp_path) is None
-    assert [run.record["metrics"] for run in gather([tmp_path]).runs] == [record["metrics"]]
+    assert [run.record.metrics for run in gather([tmp_path]).runs] == [record["metrics"]]
     text = (tmp_path / "run.json").read_text()
     assert text.count(old) == 1
     (tmp_path / "run.json").write_text(text.replace(old, new))
