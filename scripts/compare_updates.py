@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from diffora.cli import command  # noqa: E402
 from diffora.core.selection import Selection  # noqa: E402
-from diffora.files import write_text  # noqa: E402
+from diffora.files import conf_dir, write_text  # noqa: E402
 from diffora.loop.loggers import Loggers  # noqa: E402
 from diffora.loop.parts import Parts  # noqa: E402
 from diffora.loop.process import quiet_libraries  # noqa: E402
@@ -127,7 +127,7 @@ def main(given: argparse.Namespace) -> None:
         for update in UPDATES[:: 1 if at % 2 == 0 else -1]:
             overrides = ["method=diffora", "logger=[csv]", *given.overrides]
             overrides += [f"seed={seed}", f"search.update={update}", "resume=true"]
-            with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 cfg = compose("config", overrides)
             made = {"update": update, "seed": seed, "config": config.config_hash(cfg), "finetuned": given.finetune}
             run = next((run for run in runs if made.items() <= run.items()), None)

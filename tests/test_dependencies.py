@@ -88,7 +88,7 @@ def test_the_audit_passes_what_has_no_known_vulnerability(verdict):
 
 def test_the_audit_fails_on_a_known_vulnerability_and_names_it(verdict):
     status, lines = verdict([package("a", vulns=[FLAW]), package("b")])
-    assert status == 1 and lines == ["vulnerable: a 1.0: PYSEC-2026-1, CVE-2026-1; mended in 1.1"]
+    assert status == 1 and lines == ["vulnerable: a 1.0: PYSEC-2026-1, CVE-2026-1; fixed in 1.1"]
 
 
 @pytest.mark.parametrize("answer", [[], [UNKNOWN]])

@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_says(whole):
     texts = ["config.yaml", "run.log", "trajectory.json", "adapter/adapter_config.json"]
     for name in [*pictures, *texts, *(f"logs/{stage}/version_0/metrics.csv" for stage in ("search", "finetune"))]:
         assert (folder / name).stat().st_size > 0, name
-    assert [f for f in folder.rglob("*.part")] == []
+    assert list(folder.rglob("*.part")) == []
     rounds = (folder / "logs/search/version_0/metrics.csv").read_text()
     assert "search/entropy" in rounds and "gamma_bar/layer00/attention.self.query_proj" in rounds
     assert len(rounds.splitlines()) == 3  # a line for each of the two rounds

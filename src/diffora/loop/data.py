@@ -236,7 +236,7 @@ class EvalBatchSampler(Sampler[list[int]]):
             yield self._mine[start : start + self._size].tolist()
 
 
-class BilevelBatchSampler(Sampler[dict[str, list]]):
+class BilevelBatchSampler(Sampler[dict[str, list[Any]]]):
     """Row numbers of one bi-level step: a search-valid batch, then T search-train batches (DiffoRA Algorithm 1).
 
     Each item is {"valid": rows, "train": [rows] * T}. A round (Lightning's epoch) is one pass over the
@@ -267,7 +267,7 @@ class BilevelBatchSampler(Sampler[dict[str, list]]):
     def __len__(self) -> int:
         return -(-len(self.train) // self.train_steps)
 
-    def __iter__(self) -> Iterator[dict[str, list]]:
+    def __iter__(self) -> Iterator[dict[str, list[Any]]]:
         self.train.set_epoch(self.round)
         batches = list(self.train)
         train = [batches[start : start + self.train_steps] for start in range(0, len(batches), self.train_steps)]
@@ -297,7 +297,7 @@ class LeakError(AssertionError):
     """A row of one search split was about to be used as a row of the other."""
 
 
-class BilevelDataset(Dataset):
+class BilevelDataset(Dataset[Any]):
     """Looks up a `BilevelBatchSampler` item, and refuses rows that are not of the split they are asked for.
 
     Args:
@@ -312,7 +312,7 @@ class BilevelDataset(Dataset):
         if both:
             raise LeakError(f"{len(both)} rows are in both search splits, e.g. row {min(both)}")
 
-    def __getitem__(self, item: Mapping[str, list]) -> dict[str, Any]:
+    def __getitem__(self, item: Mapping[str, list[Any]]) -> dict[str, Any]:
         return {
             "valid": self._rows("valid", item["valid"]),
             "train": [self._rows("train", rows) for rows in item["train"]],
@@ -325,7 +325,7 @@ class BilevelDataset(Dataset):
         return look_up(self.dataset, rows)
 
 
-class TrainingDataset(Dataset):
+class TrainingDataset(Dataset[Any]):
     """Looks up the rows of training batches, and passes their ``draw`` on."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
@@ -350,7 +350,8 @@ class BilevelCollator:
 
 
 def _lengths(dataset: datasets.Dataset) -> np.ndarray:
-    return dataset.data.column("length").to_numpy()
+    lengths: np.ndarray = dataset.data.column("length").to_numpy()
+    return lengths
 
 
 def _process() -> dict[str, Any]:
@@ -360,14 +361,14 @@ def _process() -> dict[str, Any]:
     return {"rank": 0, "world_size": 1}
 
 
-class LateLoader(DataLoader):
+class LateLoader(DataLoader[Any]):
     """Begins to fetch when the first batch is asked for, so that the epoch may be set after the iterator is made."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
 
 
-def _loader(dataset: Any, sampler: Sampler, collate: Any, num_workers: int) -> DataLoader:
+def _loader(dataset: Any, sampler: Sampler[Any], collate: Any, num_workers: int) -> DataLoader[Any]:
     return LateLoader(
         dataset,
         sampler=sampler,
@@ -386,13 +387,13 @@ def eval_loader(
     batch_size: int,
     indices: np.ndarray | None = None,
     num_workers: int = 0,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """Loader over a tokenised split (or the rows `indices` of it), each row once; batches carry `row`."""
     sampler = EvalBatchSampler(_lengths(dataset), batch_size, indices=indices, **_process())
     return _loader(dataset, sampler, collate, num_workers)
 
 
-def whole_loader(dataset: datasets.Dataset, collate: Collate, batch_size: int, num_workers: int = 0) -> DataLoader:
+def whole_loader(dataset: datasets.Dataset, collate: Collate, batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
     """Loader over a split that gives all of it to the process that asks, whatever others there are."""
     return _loader(dataset, EvalBatchSampler(_lengths(dataset), batch_size), collate, num_workers)
 
@@ -424,7 +425,7 @@ class SearchData(L.LightningDataModule):
         self.train, self.collate, self.split, self.matched = train, collate, split, matched
         self.batch_size, self.seed, self.train_steps, self.num_workers = batch_size, seed, train_steps, num_workers
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         train, valid = (
             LengthGroupedBatchSampler(
                 _lengths(self.train),
@@ -469,11 +470,11 @@ class FineTuneData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         sampler = LengthGroupedBatchSampler(_lengths(self.train), self.batch_size, self.seed, **_process())
         return _loader(TrainingDataset(self.train), sampler, self.collate[0], self.num_workers)
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
         return [
             eval_loader(split, self.collate[1], self.eval_batch_size, num_workers=self.num_workers)
             for split in self.validation.values()

@@ -180,6 +180,7 @@ def figures_of(cell: Cell | None, column: Column, keys: Sequence[str]) -> str:
 
 
 def plus_minus(found: Spread | None, factor: float) -> str:
+    """Mean and standard deviation, times ``factor``; empty for None."""
     if found is None:
         return ""
     mean, digits = found.mean * factor, _digits(found.mean * factor, factor)
@@ -197,6 +198,7 @@ def signed(found: Difference | None) -> str:
 
 
 def probability(p: float | None) -> str:
+    """A p-value with three digits; empty for None."""
     return "" if p is None else Figure("< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 

@@ -100,7 +100,8 @@ class Cell:
     @property
     def searched(self) -> bool:
         """Whether this is DiffoRA itself: modules selected by its search."""
-        return self.first["method"] == "diffora" and self.first["selection"].get("selector", "search") == "search"
+        selector = self.first["selection"].get("selector", "search") if self.first["method"] == "diffora" else None
+        return bool(selector == "search")
 
     @property
     def reused(self) -> bool:

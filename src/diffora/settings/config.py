@@ -25,22 +25,27 @@ class Check(NamedTuple):
 
 
 def whole(least: int, most: int = MOST) -> Check:
+    """A whole number between two bounds."""
     return Check(lambda v: is_int(v) and least <= v <= most, f"a whole number of at least {least}, at most {most:,}")
 
 
 def number(test: Callable[[float], bool], words: str) -> Check:
+    """A number that passes ``test``, which ``words`` describe."""
     return Check(lambda v: (is_int(v) or isinstance(v, float)) and abs(v) <= MOST and test(v), words)
 
 
 def is_int(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def or_null(check: Check) -> Check:
+    """What ``check`` accepts, or null."""
     return Check(lambda v: v is None or check.fits(v), f"{check.words}, or null")
 
 
 def one_of(*values: Any) -> Check:
+    """One of the values, of the same type."""
     words = "one of " + ", ".join("null" if v is None else str(v).lower() for v in values)
     return Check(lambda v: any(v == value and type(v) is type(value) for value in values), words)
 

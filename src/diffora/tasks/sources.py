@@ -756,8 +756,10 @@ def to_rows(batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
 
 
 def more(count: int) -> str:
+    """How many rows have the same problem, besides the one that a message shows; empty for one."""
     return f" (and {count - 1} more such row{'s' if count > 2 else ''})" if count > 1 else ""
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

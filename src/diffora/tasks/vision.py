@@ -26,15 +26,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from diffora.backbones.models import load_image_processor
+from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.tasks.account import Account, note_ignored, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
-from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal
+from diffora.tasks.cache import SEAL, arrow_writer, cached, is_sealed, seal
 from diffora.tasks.labels import alike, class_names, in_order, known_classes, some
 from diffora.tasks.sources import SUBSET_SEED, check_columns, check_folder, first_line, hub_splits, split_files
 
@@ -422,7 +423,7 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _progress(chunks: Sequence[Any], n_images: int, what: str) -> Iterable[Any]:
+def _progress(chunks: Sequence[Any], n_images: int, what: str) -> "tqdm[Any]":
     return tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
 
 
@@ -479,7 +480,7 @@ def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tup
     try:
         whole = decode(image)
         picture = shrink(whole, side, resample)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return "cannot be decoded: it is in no format that Pillow decodes"
     except Image.DecompressionBombError as error:
         return f"is too large ({error}); make it smaller first"
@@ -663,7 +664,7 @@ class ImageTask(Task):
     # --- before training ---
 
     def problems(self) -> Iterator[str]:
-        if self.validation_splits == (None,):
+        if self.cfg.get("validation_split", "validation") is None:
             yield "task.validation_split=null: images have no validation rows cut for them; give the split's name"
         if self.cfg.path is None and "hub" not in self.cfg:
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"
