@@ -33,7 +33,7 @@ HEADS = {
 
 
 def blocks(text: str) -> dict[str, str]:
-    """The lines of each package in a list, by name. A package may have several versions, one for each Python version."""
+    """The lines of each package in a list, by name. A package may have a version for each Python."""
     found: dict[str, str] = {}
     for block in re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip()):
         if "==" in block:
@@ -43,7 +43,7 @@ def blocks(text: str) -> dict[str, str]:
 
 
 def compile_list(output: Path, *sources: str, stdin: str = "") -> dict[str, str]:
-    """Resolve the sources with uv and return the lines of each package. Versions in ``output`` are kept where they fit."""
+    """Resolve the sources with uv: the lines of each package. Versions in ``output`` are kept where they fit."""
     uv = Path(sys.executable).with_name("uv")
     flags = ["--universal", "--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
     command = [str(uv), "pip", "compile", *sources, *flags, f"--output-file={output}"]

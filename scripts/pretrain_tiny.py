@@ -37,7 +37,7 @@ MAX_LENGTH = 64
 class Stage:
     """How words are hidden: `rate` is the share to predict; `masked` and `replaced` are shares of these words.
 
-    `nearby` and `confused` say where replacements come from (see `corrupt`). `detect` weighs the loss of detecting them.
+    `nearby` and `confused` say where replacements come from (see `corrupt`). `detect` is the weight of their detection.
     """
 
     name: str
