@@ -62,8 +62,12 @@ wheel: venv ## build the wheel and run it from an empty environment, outside the
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python scripts/check_wheel.py dist
 
-docs: venv ## build the site in docs/_build/html; a warning is an error
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+docs: venv ## build the documentation as a site: docs/_build/html/index.html; a warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-links: venv ## follow the documentation's links to other sites: needs the network
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 report: venv ## write a report of finished runs into outputs/report; RUNS=<folder>, default outputs
 	$(BIN)/python report.py $(RUNS)
@@ -91,4 +95,4 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
-.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs report bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links report bench-step bench-run bench-scale bench-plots pretrain-tiny clean

@@ -1,6 +1,6 @@
 """Check a wheel of diffora: its files, and a dry run from an environment that has no repository.
 
-  python scripts/check_wheel.py dist              the newest wheel in dist; its dependencies are those of this environment
+  python scripts/check_wheel.py dist              the newest wheel in dist, with the dependencies of this environment
   python scripts/check_wheel.py dist --install    pip installs the wheel and its dependencies from PyPI
 
 `make wheel` builds a wheel and calls this script. The exit status is 1 if something is missing or the dry run fails.
