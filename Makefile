@@ -72,7 +72,7 @@ docs-links: venv ## follow the documentation's links to other sites: needs the n
 report: venv ## write a report of finished runs into outputs/report; RUNS=<folder>, default outputs
 	$(BIN)/python report.py $(RUNS)
 
-bench-step: venv ## compare one optimisation step with PEFT's and with the floor: step.json
+bench-step: venv ## compare one optimisation step with PEFT's and with a lower bound: step.json
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.plots
 

@@ -83,7 +83,7 @@ def main() -> int:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     with tempfile.TemporaryDirectory() as scratch:
         python = environment(Path(scratch) / "environment", wheel, args.install)
-        program = [python, "-c", PROGRAM]
+        program = [str(python), "-c", PROGRAM]
         if status := subprocess.run(program, cwd=scratch, env=clean | {"HF_HUB_OFFLINE": "1"}).returncode:
             return status
     print(f"{wheel.name}: all files are there, and a dry run works outside the repository")
