@@ -38,7 +38,7 @@ quickstart: venv ## search and fine-tune on embedded data: no network, no GPU, a
 test: venv ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-faults: venv ## kills, full disks, damaged and hostile files, fuzzed settings: docs/reliability.md; FAULTS_SEED=<n>
+faults: venv ## kills, full disks, damaged and hostile files, fuzzed settings: docs/project/reliability.md; FAULTS_SEED=<n>
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m faults -n 2 tests/faults
 
 test-slow: venv ## the tests that take minutes each, on real data with MiniLM
@@ -53,7 +53,7 @@ lint: venv ## ruff and mypy
 report: venv ## the report of finished runs, RUNS=<folder> or outputs, into outputs/report
 	$(BIN)/python report.py $(RUNS)
 
-bench-step: venv ## one optimisation step beside PEFT's and the floor's: benchmarks/results/step.json, docs/performance.md
+bench-step: venv ## one optimisation step beside PEFT's and the floor's: benchmarks/results/step.json, docs/results/performance.md
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.plots
 
@@ -65,7 +65,7 @@ bench-scale: venv ## how a step's cost grows, and what the search costs: scale.j
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plots
 
-bench-plots: venv ## tables and pictures of docs/performance.md from benchmarks/results
+bench-plots: venv ## tables and pictures of docs/results/performance.md from benchmarks/results
 	$(BIN)/python -m benchmarks.plots
 
 pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)

@@ -3,7 +3,7 @@
   python report.py outputs                                     all runs, into outputs/report
   python report.py outputs/table4_sample_rate-small output=<folder>
 
-Open index.html of that folder in any browser; it needs no server and no network. docs/report.md says what is in it.
+Open index.html of that folder in any browser; it needs no server and no network. docs/how-to/report.md says what is in it.
 """
 
 import sys

@@ -16,7 +16,7 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.run.experiment import check
 
 README = (REPO / "README.md").read_text()
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "conf").rglob("*.yaml"))]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "conf").rglob("*.yaml"))]
 COMMANDS = sorted(
     {
         re.split(r"\s{2,}|\s#|`", match[1])[0].strip()
