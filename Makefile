@@ -50,6 +50,13 @@ lint: venv ## ruff and mypy
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+docs: venv ## the documentation as a site: docs/_build/html/index.html; warnings are errors
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-links: venv ## follow the links of the documentation to other sites: needs the network
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
+
 report: venv ## the report of finished runs, RUNS=<folder> or outputs, into outputs/report
 	$(BIN)/python report.py $(RUNS)
 
@@ -74,6 +81,6 @@ pretrain-tiny: venv ## remake the embedded backbones (src/diffora/assets)
 	$(BIN)/python scripts/pretrain_tiny_llama.py
 
 clean: ## remove caches and the environment, keep outputs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) docs/_build docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
 
-.PHONY: help venv lock audit quickstart test faults test-slow lint report bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart test faults test-slow lint docs docs-links report bench-step bench-run bench-scale bench-plots pretrain-tiny clean

@@ -1,14 +1,14 @@
 """Instruction, chat and plain-text rows in the forms they come in, read and checked row by row into one form.
 
-====================================  ========================================================================
-a row has                             and means
-====================================  ========================================================================
-``messages``                          turns ``{"role": …, "content": …}``
-``conversations``                     turns ``{"from": …, "value": …}`` (ShareGPT); ``human`` and ``gpt`` speak
-``prompt``, ``completion``            a user's and an assistant's text, or two lists of turns
-``instruction``, ``input``, ``output``  the same with an optional input below the instruction (Alpaca)
-``text``                              plain text, no turns
-====================================  ========================================================================
+=======================================  ========================================================================
+a row has                                and means
+=======================================  ========================================================================
+``messages``                             turns ``{"role": …, "content": …}``
+``conversations``                        turns ``{"from": …, "value": …}`` (ShareGPT); ``human`` and ``gpt`` speak
+``prompt``, ``completion``               a user's and an assistant's text, or two lists of turns
+``instruction``, ``input``, ``output``   the same with an optional input below the instruction (Alpaca)
+``text``                                 plain text, no turns
+=======================================  ========================================================================
 
 The first of these that a row has is taken, so that further columns do no harm.
 """
