@@ -1,5 +1,6 @@
 """How Sphinx makes the documentation: `make docs` writes docs/_build/html. It needs no network."""
 
+import os
 import re
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -39,16 +40,50 @@ html_title = f"diffora {release}"
 html_theme_options = {"navigation_with_keys": True}
 linkcheck_timeout = 20
 
-# --- what the pages are made of besides the files here ---
+# --- pages that stand elsewhere in the repository ---
+
+ROOT = HERE.parent
+OUTSIDE = {
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
+    "src/diffora/assets/tiny_llama/README.md": "results/tiny_llama.md",
+} | {f"notebooks/{file.name}": f"tutorials/{file.name}" for file in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+"""File in the repository: page of the site. Pages link to the file, so that the link works on GitHub too."""
 
 
-def copy_notebooks() -> None:
-    """Copy the tutorials to docs/tutorials; a notebook's links to ../docs become links within the site."""
-    for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
-        copy = HERE / "tutorials" / notebook.name
-        text = notebook.read_text().replace("](../docs/", "](../")
-        if not copy.exists() or copy.read_text() != text:
-            copy.write_text(text)
+def relinked(text: str, file: str, page: str) -> str:
+    """The Markdown of a file of the repository, with the links that it needs as a page of the site."""
+
+    def link(match: re.Match[str]) -> str:
+        target, _, anchor = match[1].partition("#")
+        if not target or ":" in target:
+            return match[0]
+        path = os.path.normpath(os.path.join(os.path.dirname(file), target))
+        if not (ROOT / path).exists():  # code of a notebook can look like a link
+            return match[0]
+        there = OUTSIDE.get(path, path.removeprefix("docs/"))
+        return f"]({os.path.relpath(there, os.path.dirname(page) or '.')}{'#' if anchor else ''}{anchor})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def copy_outside_pages() -> None:
+    """Copy the files of `OUTSIDE` to where the site has them, if they changed."""
+    for file, page in OUTSIDE.items():
+        if (ROOT / file).exists():
+            text, copy = relinked((ROOT / file).read_text(), file, page), HERE / page
+            if not copy.exists() or copy.read_text() != text:
+                copy.write_text(text)
+
+
+def relink_page(app: Any, page: str, source: list[str]) -> None:
+    """Sphinx has read a page: turn its links to files outside docs/ into links within the site."""
+    if f"{page}.md" not in OUTSIDE.values() and (HERE / f"{page}.md").exists():
+        source[0] = relinked(source[0], f"docs/{page}.md", f"{page}.md")
+
+
+# --- docstrings ---
 
 
 def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -63,5 +98,6 @@ def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
 
 
 def setup(app: Any) -> None:
-    copy_notebooks()
+    copy_outside_pages()
+    app.connect("source-read", relink_page)
     app.connect("autodoc-process-docstring", plain_docstring)

@@ -16,7 +16,8 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.run.experiment import check
 
 README = (REPO / "README.md").read_text()
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "conf").rglob("*.yaml"))]
+DOCS = [page for page in sorted((REPO / "docs").rglob("*.md")) if "_build" not in page.parts]
+PAGES = [REPO / "README.md", *DOCS, *sorted((REPO / "conf").rglob("*.yaml"))]
 COMMANDS = sorted(
     {
         re.split(r"\s{2,}|\s#|`", match[1])[0].strip()
@@ -75,11 +76,23 @@ def test_library_snippet_runs_as_printed_and_freezes_the_backbone(monkeypatch):
 
 
 def test_pages_that_are_linked_exist():
-    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (REPO / link).exists(), link
+    """From the files that are no pages of the site; Sphinx checks those of the site."""
+    for page in sorted(REPO.glob("*.md")):
+        for link in re.findall(r"\]\(((?!http)[^)#\s]+)[)#]", page.read_text()):
+            assert (REPO / link).exists(), (page.name, link)
 
 
 def test_make_targets_of_the_readme_exist():
     makefile = (REPO / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_counts_methods_and_tasks():
+    [(methods, tasks)] = re.findall(r"(\d+) methods, (\d+) tasks", README)
+    counted = [len(list((REPO / "conf" / group).glob("*.yaml"))) for group in ("method", "task")]
+    assert [int(methods), int(tasks)] == counted
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
