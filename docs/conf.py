@@ -37,6 +37,7 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"diffora {release}"
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 linkcheck_timeout = 20
 
