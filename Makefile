@@ -51,7 +51,7 @@ lint: venv ## ruff and mypy
 	$(BIN)/mypy
 
 docs: venv ## the documentation as a site: docs/_build/html/index.html; warnings are errors
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 docs-links: venv ## follow the links of the documentation to other sites: needs the network
