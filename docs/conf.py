@@ -88,14 +88,22 @@ def relink_page(app: Any, page: str, source: list[str]) -> None:
 
 
 def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Escape the characters of docstrings that are mathematics to us and mark-up to Sphinx."""
+    """Escape the characters of docstrings that are mathematics to us and mark-up to Sphinx; not in code."""
+    block: int | None = None  # the indentation of the line that a literal block follows
+    doctest = False
     for i, line in enumerate(lines):
-        parts = re.split(r"(``.*?``|`[^`]*`)", line)
+        indent = len(line) - len(line.lstrip())
+        doctest = line.lstrip().startswith(">>>") or (doctest and bool(line.strip()))
+        if block is not None and line.strip() and indent <= block:
+            block = None
+        if block is not None or doctest:
+            continue
+        bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()  # type: ignore[union-attr]  # always matches
+        parts = re.split(r"(``.*?``|`[^`]*`)", text)
         parts[::2] = [re.sub(r"(?<!\\)([*|]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
-        bullet = re.match(r"(\s*)\\\*( )", line)
-        lines[i] = "".join(parts)
-        if bullet:
-            lines[i] = lines[i].replace("\\* ", "* ", 1)
+        lines[i] = bullet + "".join(parts)
+        if line.rstrip().endswith("::"):
+            block = indent
 
 
 def setup(app: Any) -> None:
