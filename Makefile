@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUNS ?= outputs
 BIN := $(VENV)/bin
-SOURCES := train.py evaluate.py report.py src tests scripts benchmarks
+SOURCES := train.py evaluate.py report.py src tests scripts benchmarks docs/conf.py
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -14,7 +14,9 @@ def test_a_test_that_the_page_names_exists(file, name):
         return
     files = sorted((REPO / "tests").rglob("test_*.py"))
     elsewhere = [str(path.relative_to(REPO / "tests")) for path in files if f"\ndef {name}(" in path.read_text()]
-    pytest.fail(f"{file} has no {name}; " + (f"it is in {', '.join(elsewhere)}" if elsewhere else "nor has another file"))
+    pytest.fail(
+        f"{file} has no {name}; " + (f"it is in {', '.join(elsewhere)}" if elsewhere else "nor has another file")
+    )
 
 
 def test_the_page_has_every_case():

@@ -31,9 +31,7 @@ def names(text: str, reference: str) -> bool:
     paper, _, rest = reference.partition(" ")
     kind, *numbers = re.findall(r"eq|Algorithm|Theorem|Table|Figure|\d+", rest)
     named: set[str] = set()
-    for letter, run in re.findall(
-        rf"(\[[DR]\] )?(?<!\w){kind}s?\.? ((?:\d+(?:, | and | to )?)+)", text, re.IGNORECASE
-    ):
+    for letter, run in re.findall(rf"(\[[DR]\] )?(?<!\w){kind}s?\.? ((?:\d+(?:, | and | to )?)+)", text, re.IGNORECASE):
         if letter.strip() not in ("", paper):
             continue
         named |= set(re.findall(r"\d+", run))

@@ -1,4 +1,4 @@
-"""Each how-to page works as printed, from a folder outside the repository: its files are written, its commands are run."""
+"""Each how-to page works as printed, outside the repository: its files are written and its commands are run."""
 
 import importlib.util
 import json

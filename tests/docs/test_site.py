@@ -21,7 +21,7 @@ def conf():
     [
         # a page links to a file of the repository, the site to its copy
         ("[s](../SECURITY.md)", "docs/architecture.md", "architecture.md", "[s](project/security.md)"),
-        ("[s](../../SECURITY.md#report)", "docs/start/x.md", "start/x.md", "[s](../project/security.md#report)"),
+        ("[s](../../SECURITY.md#a)", "docs/start/install.md", "start/install.md", "[s](../project/security.md#a)"),
         # a copy links to pages from its place in the site
         ("[d](docs/equations.md)", "CHANGELOG.md", "project/changelog.md", "[d](../equations.md)"),
         ("[d](../docs/equations.md)", "notebooks/03_theory.ipynb", "tutorials/03_theory.ipynb", "[d](../equations.md)"),

@@ -40,7 +40,9 @@ def test_commands_compose(cfg, line, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find_spec(name))
     words = [w for w in shlex.split(line.rstrip("\\")) if ("=" in w or w.startswith("~")) and "…" not in w]
     # ++ is for the runs of a sweep that have the key (tests/run/test_sweep.py); these launchers need not be installed.
-    words = [w for w in words if not w.startswith(("--", "hydra.", "++", "hydra/launcher=submitit", "hydra/launcher=ray"))]
+    words = [
+        w for w in words if not w.startswith(("--", "hydra.", "++", "hydra/launcher=submitit", "hydra/launcher=ray"))
+    ]
     words = [w for w in words if not w.startswith("method.selection=")]
     words = [re.sub(r"^((?:task|model)\.path)=.*", rf"\1={tmp_path}", w) for w in words]
     parser = OverridesParser.create()
