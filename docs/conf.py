@@ -98,10 +98,10 @@ def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
             block = None
         if block is not None or doctest:
             continue
-        bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()  # type: ignore[union-attr]  # always matches
-        parts = re.split(r"(``.*?``|`[^`]*`)", text)
+        begin = indent + 2 * line.lstrip().startswith("* ")  # behind the mark of a list
+        parts = re.split(r"(``.*?``|`[^`]*`)", line[begin:])
         parts[::2] = [re.sub(r"(?<!\\)([*|]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
-        lines[i] = bullet + "".join(parts)
+        lines[i] = line[:begin] + "".join(parts)
         if line.rstrip().endswith("::"):
             block = indent
 
