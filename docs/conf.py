@@ -38,6 +38,8 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"diffora {release}"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 linkcheck_timeout = 20
 
