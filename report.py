@@ -4,7 +4,7 @@
   python report.py outputs/table4_sample_rate-small output=<folder>
 
 It reads every run.json below the folders. Open index.html of the report in any browser; it needs no server and no
-network. docs/report.md explains what is in it.
+network. docs/how-to/report.md explains what is in it.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Where the search stands among random selections of its size: from the runs of experiment=selection_draws.
 
     python scripts/selection_draws.py outputs/selection_draws-small
-    python scripts/selection_draws.py <folder> … --page docs/selection.md      # puts table and picture there
+    python scripts/selection_draws.py <folder> … --page docs/background/selection.md      # puts table and picture there
 
 With each seed the search's run stands at the percentile of the draws that it beats, equal ones counted half; all were
 trained with the same seed, settings and number of parameters, so that chance is at 50. `gain` is what it has over their

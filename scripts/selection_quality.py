@@ -1,7 +1,7 @@
 """Where each selector's choice stands among all choices: from the runs of experiment=selection_quality.
 
     python scripts/selection_quality.py outputs/selection_quality-small
-    python scripts/selection_quality.py <folder> --page docs/selection.md      # puts table and picture there
+    python scripts/selection_quality.py <folder> --page docs/background/selection.md      # puts table and picture there
 
 What a subset of the modules is worth is the mean over seeds of the main metric of its own runs, those with a list as
 `method.selection`. A selector's choice with one seed stands at the percentile of the subset that it chose: the share
