@@ -21,7 +21,7 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 
 from benchmarks.common import RESULTS, header
-from diffora.backbones import models
+from diffora.backbones import load
 from diffora.core.lowrank import LowRankLinear
 from diffora.files import write_text
 from diffora.kernels import fused
@@ -42,7 +42,7 @@ def path(name: str) -> Iterator[None]:
         "default": [],
         "plain": [
             mock.patch.object(LowRankLinear, "forward", LowRankLinear._plain),
-            mock.patch.object(models, "use_cheap_dropout"),
+            mock.patch.object(load, "use_cheap_dropout"),
         ],
         "added": [mock.patch.object(fused, "FOLD_FROM", math.inf)],
         "folded": [mock.patch.object(fused, "FOLD_FROM", 0.0)],

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora.backbones import models
+from diffora.backbones.meta import meta_backbone
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.files import conf_dir
@@ -104,7 +104,7 @@ def job_overrides(line: str) -> list[tuple[str, ...]]:
 def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
     method, task = check(cfg)
-    model = models.meta_model(cfg.model, task)
+    model = meta_backbone(cfg.model, task.model_request()).model
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from diffora import digests
-from diffora.backbones import compatibility, models
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -27,9 +28,7 @@ class Parts:
     cfg: DictConfig
     folder: Path
     task: Task
-    model: nn.Module
-    arguments: dict[str, Any]
-    backbone_parameters: int
+    backbone: Backbone
     grid: Grid
     train: Split
     validation: dict[str, Split]
@@ -38,10 +37,15 @@ class Parts:
     collate_eval: Collate
     data_hash: str
     data: dict[str, Any]
-    backbone: dict[str, Any] | None
+    identity: dict[str, Any] | None
     made_with: dict[str, Any]
     earlier: Earlier = field(default_factory=Earlier)
     first_step_at: float | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network of the backbone; a method adapts it in place."""
+        return self.backbone.model
 
     @classmethod
     def load(cls, cfg: DictConfig, folder: Path, task: Task) -> "Parts":
@@ -56,19 +60,18 @@ class Parts:
         _check_halves(rows.source, len(rows.validation[official]))
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
         processor = task.processor(cfg.model)
-        model = models.load_model(cfg.model, task)
-        arguments = task.head() | compatibility.match_processor(model, processor)
-        task.check(model)
+        backbone = load_backbone(cfg.model, task.model_request(), processor)
+        task.check(backbone.model)
         if cfg.trainer.gradient_checkpointing:
-            models.checkpoint_activations(model)
-        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
-        models.check_outside_head(model, itertools.chain(*grid.names))
+            backbone.checkpoint_activations()
+        grid = find_grid(backbone.model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+        backbone.check_outside_head(itertools.chain(*grid.names))
         if isinstance(path := cfg.method.get("selection"), str):
             Selection.load(Path(path)).check_fits(grid, path)
 
-        backbone = digests.backbone(cfg.model.path)
+        identity = digests.backbone(cfg.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(cfg, rows.data_hash, n_rows, backbone)
+        made_with = digests.made_with(cfg, rows.data_hash, n_rows, identity)
         before = earlier(folder, made_with) if cfg.resume else Earlier()
 
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
@@ -82,9 +85,7 @@ class Parts:
             cfg,
             folder,
             task,
-            model,
-            arguments=arguments,
-            backbone_parameters=models.backbone_parameters(model),
+            backbone,
             grid=grid,
             train=train,
             validation=validation,
@@ -92,7 +93,7 @@ class Parts:
             collate=task.collate(processor, training=True),
             collate_eval=task.collate(processor, training=False),
             data_hash=rows.data_hash,
-            backbone=backbone,
+            identity=identity,
             made_with=made_with,
             earlier=before,
             data={name: task.account(name, split).record() for name, split in splits.items()},

@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from diffora import START, digests
-from diffora.adapters.export import Origin
-from diffora.backbones import models
+from diffora.adapters.origin import Origin
+from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.files import check_writable
@@ -118,8 +118,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         method.check(parts.model, parts.grid)
     check_stages(cfg, method, parts.grid, len(parts.train.encoded))
     record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
-    record |= {"backbone": parts.backbone, "data": parts.data}
-    if names := parts.arguments.get("id2label"):
+    record |= {"backbone": parts.identity, "data": parts.data}
+    if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
         if is_main():
@@ -185,7 +185,7 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
         except UserError as error:
             found += error.problems
     if not any(key.startswith("model") for key in faults):
-        found += models.problems(cfg)
+        found += model_problems(cfg)
     if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
         found.append(f"predict=true: task={task.name} has no split to predict")
     for key in ("selection", "like"):
@@ -231,10 +231,10 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
         L.seed_everything(cfg.seed, verbose=False)
         adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
-        models.check_trainable(parts.model)
+        parts.backbone.check_trainable()
         if selection is not None and cfg.method.get("warm_start"):
             warm_start(parts, selection)
-        record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
+        record["params"] = parts.backbone.count_parameters() | {"backbone": parts.backbone.n_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
         needed = adaptation.inference_parameters()
@@ -243,7 +243,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if is_main():
             path, local = resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.arguments))
+            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.backbone))
         record["time"] = {
             "search_s": round(search_s, 3),
             "finetune_s": round(module.elapsed, 3),

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.backbones import models
 from diffora.core.dam import relax
 from diffora.core.lowrank import LowRankLinear, attach, detach, lowrank_layers
 from diffora.core.selection import Selection
@@ -110,7 +109,7 @@ def search(
         )
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
-        for name in models.head_modules(model)
+        for name in parts.backbone.head
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffora.backbones.processors import ProcessorKind, load_processor
+from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.tasks.account import Account, Accounts
@@ -79,6 +81,8 @@ class Task:
 
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     """The transformers class of backbone and head."""
+    processor_kind: ClassVar[ProcessorKind] = "tokenizer"
+    """What the backbone's inputs are made with."""
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     """PEFT's name for this kind of task."""
     trains_head: bool = True
@@ -137,17 +141,24 @@ class Task:
         """
         raise NotImplementedError
 
+    def model_request(self) -> ModelRequest:
+        """What `diffora.backbones.load.load_backbone` needs to know about the task."""
+        return ModelRequest(
+            self.name,
+            self.model_class,
+            self.head(),
+            self.trains_head,
+            self.pretrained_head,
+            getattr(self.cfg, "max_length", None),
+        )
+
     def processor(self, model: Any) -> Any:
-        """The backbone's tokenizer or image processor; ``model`` is the ``model`` section of the configuration."""
-        from diffora.backbones.models import load_tokenizer
+        """What `encode` and `collate` need of the backbone: its tokenizer, or how it wants its images.
 
-        return load_tokenizer(model)
-
-    def save_processor(self, model: Any, folder: Path) -> None:
-        """Write that tokenizer or image processor to a folder, as transformers reads it."""
-        from diffora.backbones.models import load_tokenizer
-
-        load_tokenizer(model).save_pretrained(folder)
+        Args:
+            model: the ``model`` section of the configuration.
+        """
+        return load_processor(model, self.processor_kind)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """From rows to `Split.encoded`, cached on disk and mapped into memory.

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from diffora.backbones.models import load_image_processor
 from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.tasks.account import Account, note_ignored, note_overlap
@@ -812,10 +811,7 @@ class ImageTask(Task):
         return sources
 
     def processor(self, model: Any) -> Preprocessing:
-        return Preprocessing.of(load_image_processor(model), model.path)
-
-    def save_processor(self, model: Any, folder: Path) -> None:
-        load_image_processor(model).save_pretrained(folder)
+        return Preprocessing.of(super().processor(model), model.path)
 
     def encode(self, rows: datasets.Dataset, processor: Preprocessing, training: bool) -> datasets.Dataset:
         facts = {

@@ -10,7 +10,6 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor
 
-from diffora.backbones import models
 from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.loop.data import FineTuneData, LengthGroupedBatchSampler, examples_of, held_out_split
@@ -78,7 +77,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     if warmup < f.warmup_steps:
         log.info(f"fine-tune: {f.warmup_steps} warm-up steps, the recipe's, do not suit this run: taking {warmup}")
     adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows, cfg.seed))
-    params |= models.count_parameters(parts.model)  # EVA gives its ranks out anew
+    params |= parts.backbone.count_parameters()  # EVA gives its ranks out anew
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
     progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))
     extra = {"gradient_clip_val": f.clip, "accumulate_grad_batches": f.accumulate}
