@@ -437,7 +437,7 @@ def test_a_folder_without_an_image_processor_is_refused(copy):
 def test_an_image_processor_of_another_size_is_refused(copy):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", size={"height": 16, "width": 16})
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
     model = loaded(folder, task).model
     with pytest.raises(UserError, match="does not take images of three channels and 16 x 16 pixels"):
         match_processor(model, task.processor(section(folder)))
@@ -457,7 +457,7 @@ def test_an_image_processor_of_another_size_is_refused(copy):
 def test_an_image_processor_that_cannot_be_right_is_refused(copy, entries, words):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", **entries)
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
     with pytest.raises(UserError, match=words):
         task.processor(section(folder))
 
@@ -601,7 +601,7 @@ def test_inputs_longer_than_the_backbone_reads_are_refused(cfg, made, tmp_path, 
 
 
 def test_images_have_no_length(made):
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
     assert longest_input(loaded(made("vit"), task).model) is None
 
 
@@ -681,10 +681,8 @@ def test_trusted_code_is_run(copy, monkeypatch, tmp_path):
     backbone = loaded(folder, trust_remote_code=True)
     assert type(backbone.model).__name__ == "OwnModel" and backbone.head[0] == "classifier"
     assert list((tmp_path / "modules").rglob("own.py"))
-    assert (
-        type(meta_backbone(section(folder, trust_remote_code=True), small_task().model_request()).model).__name__
-        == "OwnModel"
-    )
+    meta = meta_backbone(section(folder, trust_remote_code=True), small_task().model_request())
+    assert type(meta.model).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

@@ -129,7 +129,7 @@ def _check_padding_token(model: Any, tokenizer: Any) -> None:
     if model.config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"model.path={place}: its tokenizer pads with its end token, and a {type(model).__name__} finds the end of "
-            "a text by this token: set another pad_token in tokenizer_config.json"
+            "a text by this token: set pad_token in tokenizer_config.json to another one"
         )
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from diffora.backbones.processors import ProcessorKind
 from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.tasks.account import Account, note_ignored, note_overlap
@@ -647,6 +648,7 @@ class ImageTask(Task):
     """Images of one class each, from the hub, a folder of class folders, or parquet files; accuracy."""
 
     model_class: ClassVar[str] = "AutoModelForImageClassification"
+    processor_kind: ClassVar[ProcessorKind] = "image_processor"
     peft_type: ClassVar[str | None] = None
 
     def __init__(self, cfg: Any) -> None:
