@@ -184,8 +184,8 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, t
     for row in attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4):
         for layer in row:
             nn.init.normal_(layer.lora_bt, std=0.3)
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(f"{head}." for head in backbone.head)):
+    for part in backbone.head:
+        for parameter in model.get_submodule(part).parameters():
             nn.init.normal_(parameter, std=0.25)
     found = []
     for side in ("right", "left") if name != "vit" else ("",):

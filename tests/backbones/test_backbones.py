@@ -131,7 +131,7 @@ def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
     task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
     model = load_backbone(task.model, get_task(task.task).model_request()).model
     assert model.config.num_hidden_layers == 4
-    assert "model.config.num_hidden_layers=2 not taken" in caplog.text and "hidden_size" not in caplog.text
+    assert "model.config.num_hidden_layers=2 ignored" in caplog.text and "hidden_size" not in caplog.text
 
 
 def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):

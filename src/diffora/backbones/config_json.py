@@ -36,24 +36,29 @@ def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
 
     local = resolve(settings.path)[1]
     head = {"problem_type": None} | request.head  # a checkpoint may have the problem type of its own training
-    if meta and not local and "config" in settings:
-        shape: Any = OmegaConf.to_container(settings.config)
-        config = AutoConfig.for_model(**shape | head)
+    given = _plain(getattr(settings, "config", None))
+    if meta and not local and given:
+        config = AutoConfig.for_model(**given | head)
     else:
         content_of(settings)
         with loading(settings, "config.json") as source:
             config = AutoConfig.from_pretrained(**source, **head)
-        given: Any = OmegaConf.to_container(settings.get("config") or OmegaConf.create())
         other = [f"model.config.{k}={v!r}" for k, v in given.items() if k in head or getattr(config, k, None) != v]
         if other:
             log.warning(
-                f"{', '.join(other)} not taken: model.config describes a model for dry_run=true without its files, and "
-                f"here those of model.path={settings.path} say otherwise"
+                f"{', '.join(other)} ignored: model.config describes a model for dry_run=true without its files, and "
+                f"the files of model.path={settings.path} say otherwise"
             )
     config.return_dict = True  # outputs are read by name
     if hasattr(config, "use_cache"):
         config.use_cache = False  # only generation needs the cache; with it, decoders miss where packed sequences begin
     return config
+
+
+def _plain(entries: Any) -> dict[str, Any]:
+    """``model.config`` in plain containers; empty without one."""
+    content: Any = OmegaConf.to_container(entries) if OmegaConf.is_config(entries) else entries
+    return content or {}
 
 
 def content_of(settings: Any) -> dict[str, Any]:

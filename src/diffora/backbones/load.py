@@ -28,21 +28,20 @@ from diffora.kernels.dropout import use_cheap_dropout
 log = logging.getLogger(__name__)
 
 
-def model_problems(cfg: Any) -> Iterator[str]:
-    """One message for each setting that cannot be right for the backbone, found before it is loaded.
+def model_problems(settings: Any, dry_run: bool) -> Iterator[str]:
+    """One message for each problem of a model on this machine, found before it is loaded.
 
     Args:
-        cfg: the whole configuration.
+        settings: the ``model`` section.
+        dry_run: weights are not needed, so they are not checked.
     """
-    if not cfg.get("dry_run"):
-        yield from quantise_problems(cfg.model)
-    if not isinstance(cfg.model.path, str):
-        return  # `diffora.settings.config` says what it must be
+    if not dry_run:
+        yield from quantise_problems(settings)
     try:
-        if resolve(cfg.model.path)[1]:
-            content_of(cfg.model)
-            if not cfg.get("dry_run"):
-                yield from _folder_problems(cfg.model)
+        if resolve(settings.path)[1]:
+            content_of(settings)
+            if not dry_run:
+                yield from _folder_problems(settings)
     except UserError as error:
         yield from error.problems
 
@@ -72,7 +71,7 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     config = model_config(settings, request, meta=False)
     # Pass the dtype explicitly: transformers would otherwise use that of the file, float16 for DeBERTaV3.
     how: dict[str, Any] = {"dtype": dtype_of(settings)}
-    if settings.get("quantise"):
+    if getattr(settings, "quantise", None):
         how["quantization_config"] = quantisation(settings, request)
     before = torch.get_rng_state()
     with loading(settings) as source:

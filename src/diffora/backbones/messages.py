@@ -12,7 +12,7 @@ from diffora.hub import resolve, why_unreachable
 
 def trusts_code(settings: Any) -> bool:
     """``model.trust_remote_code``. Runs of earlier versions do not have this setting."""
-    return settings.get("trust_remote_code", False) is True
+    return getattr(settings, "trust_remote_code", False) is True
 
 
 @contextmanager

@@ -12,5 +12,5 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 def dtype_of(settings: Any) -> torch.dtype:
     """The precision of the frozen weights, from the ``model`` section: ``model.dtype``, or float32."""
-    dtype: torch.dtype = getattr(torch, settings.get("dtype", "float32"))
+    dtype: torch.dtype = getattr(torch, getattr(settings, "dtype", None) or "float32")
     return dtype

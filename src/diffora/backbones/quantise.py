@@ -37,7 +37,7 @@ def _outside_layers(settings: Any, request: ModelRequest) -> list[str]:
 
 def quantise_problems(settings: Any) -> Iterator[str]:
     """One message if ``model.quantise`` needs a package that is not installed."""
-    quantise = settings.get("quantise")
+    quantise = getattr(settings, "quantise", None)
     if quantise and importlib.util.find_spec("bitsandbytes") is None:
         yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
 

@@ -185,7 +185,7 @@ def check(cfg: DictConfig) -> tuple[Method, Task]:
         except UserError as error:
             found += error.problems
     if not any(key.startswith("model") for key in faults):
-        found += model_problems(cfg)
+        found += model_problems(cfg.model, cfg.dry_run is True)
     if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
         found.append(f"predict=true: task={task.name} has no split to predict")
     for key in ("selection", "like"):
