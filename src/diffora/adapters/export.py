@@ -116,7 +116,7 @@ def _untrained_tensors(backbone: Backbone, kept: Kept) -> dict[str, Tensor]:
 
     Those of an adapted module are beside its update, where PEFT looks for them.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in backbone.untrained:
         base: Any = backbone.model.get_submodule(name)
         inner = ""

@@ -46,4 +46,4 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on a CPU in the first evaluation: no gradient passes them then."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

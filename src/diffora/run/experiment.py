@@ -116,14 +116,14 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(cfg, folder, task)
         method.check(parts.model, parts.grid)
-    check_stages(cfg, method, parts.grid, len(parts.train.encoded))
-    record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
-    record |= {"backbone": parts.identity, "data": parts.data}
+    check_stages(cfg, method, parts.grid, len(parts.data.train.encoded))
+    record = new_record(cfg, parts.data.hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    record |= {"backbone": parts.identity, "data": parts.data.accounts}
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
         if is_main():
-            for line in account_lines(parts.data):
+            for line in account_lines(parts.data.accounts):
                 log.warning(line)
         return execute(parts, method, record, began)
 
@@ -273,10 +273,10 @@ def write_predictions(parts: Parts) -> list[str]:
         The files, relative to the run directory.
     """
     written: list[Path] = []
-    for name, split in parts.test.items():
+    for name, split in parts.data.test.items():
         rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
         try:
-            outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+            outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.cfg.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
             log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")

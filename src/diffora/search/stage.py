@@ -49,16 +49,16 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
     cfg, s, folder = parts.cfg, parts.cfg.search, parts.folder
     assert isinstance(method, Selecting)
     file = folder / "selection.json"
-    split = split_search(examples_of(parts.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
-    parts.data["search"] = _search_account(parts, split).record()
-    for line in account_lines({"search": parts.data["search"]}):
+    split = split_search(examples_of(parts.data.train.encoded), cfg.seed, s.valid_fraction, s.fraction)
+    parts.data.accounts["search"] = _search_account(parts, split).record()
+    for line in account_lines({"search": parts.data.accounts["search"]}):
         log.warning(line)
     if parts.earlier.search is not None:
         log.info(f"{selector}: finished already, using {file}")
         return parts.earlier.search
 
     def selection(scores: Tensor) -> Selection:
-        provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
+        provenance = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data.hash}
         return method.selection_by(
             parts.grid,
             scores,
@@ -81,7 +81,7 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
 
 def _search_account(parts: Parts, split: tuple[np.ndarray, np.ndarray]) -> Account:
     """How many of the training examples the search uses."""
-    examples = examples_of(parts.train.encoded)
+    examples = examples_of(parts.data.train.encoded)
     account = Account(len(np.unique(examples)))
     used = len(np.unique(examples[np.concatenate(split)]))
     account.drop(f"search.fraction={parts.cfg.search.fraction}", account.read - used)
@@ -121,8 +121,8 @@ def search(
     if not bilevel:
         module = AttributionModule(*arguments, rounds=s.epochs, score_batches=cfg.method.score_batches)
     data = SearchData(
-        parts.train.encoded,
-        (parts.collate, parts.collate_eval),
+        parts.data.train.encoded,
+        (parts.data.collate, parts.data.collate_eval),
         split,
         s.batch_size,
         cfg.seed,
@@ -163,8 +163,10 @@ def score(parts: Parts, criterion: str, split: tuple[np.ndarray, np.ndarray]) ->
     """
     cfg, s = parts.cfg, parts.cfg.search
     module = ScoreModule(parts.model, parts.grid.names, criterion, parts.task, s.accumulate, cfg.seed)
-    collate = parts.collate_eval, parts.collate_eval
-    data = SearchData(parts.train.encoded, collate, split, s.batch_size, cfg.seed, num_workers=cfg.trainer.num_workers)
+    collate = parts.data.collate_eval, parts.data.collate_eval
+    data = SearchData(
+        parts.data.train.encoded, collate, split, s.batch_size, cfg.seed, num_workers=cfg.trainer.num_workers
+    )
     log.info(f"{criterion}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
     training = parts.model.training
     with torch.random.fork_rng():

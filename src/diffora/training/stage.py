@@ -52,23 +52,23 @@ class FirstBatches:
 def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
     """Train what the method left trainable, and evaluate after each epoch."""
     cfg, f = parts.cfg, parts.cfg.finetune
-    n_rows = len(parts.train.encoded)
+    n_rows = len(parts.data.train.encoded)
     warmup = warmup_steps(cfg, n_rows)
-    official = next(iter(parts.validation.values()))
+    official = parts.data.official
     module = FineTuneModule(
         adaptation,
         parts.task,
-        parts.train,
-        parts.validation,
+        parts.data.train,
+        parts.data.validation,
         held_out_split(examples_of(official.encoded), cfg.seed),
         FineTuneSettings(f.lr, f.weight_decay, warmup, f.early_stop),
         cfg.seed,
     )
     rows = f.batch_size // f.accumulate
     data = FineTuneData(
-        parts.train.encoded,
-        {name: split.encoded for name, split in parts.validation.items()},
-        (parts.collate, parts.collate_eval),
+        parts.data.train.encoded,
+        {name: split.encoded for name, split in parts.data.validation.items()},
+        (parts.data.collate, parts.data.collate_eval),
         rows,
         2 * rows,
         cfg.seed,
@@ -76,7 +76,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     )
     if warmup < f.warmup_steps:
         log.info(f"fine-tune: {f.warmup_steps} warm-up steps, the recipe's, do not suit this run: taking {warmup}")
-    adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows, cfg.seed))
+    adaptation.prepare(FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows, cfg.seed))
     params |= parts.backbone.count_parameters()  # EVA gives its ranks out anew
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
     progress = ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))
