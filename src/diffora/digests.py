@@ -201,7 +201,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = config.differences(*pair) if (pair := both("settings")) else []
     if both("data"):
         rows = config.differences(*pair) if (pair := both("rows")) else []
-        what = f"{', '.join(rows)} rows" if rows else "the same number of rows with other content"
+        what = f"{', '.join(rows)} rows" if rows else "as many rows, with other content"
         found.append(f"the data changed: {what}")
     if pair := both("backbone"):
         files = {line.partition(":")[0] for line in config.differences(*(each.get("files", {}) for each in pair))}

@@ -142,7 +142,7 @@ def test_one_other_label_is_refused(place, stopped):
         first, rest = file.read_text().split("\n", 1)
         row = json.loads(first)
         file.write_text(json.dumps(row | {"label": 1 - row["label"]}) + "\n" + rest)
-        refused(*given(place), folder=stopped, match="the data changed: the same number of rows with other content")
+        refused(*given(place), folder=stopped, match="the data changed: as many rows, with other content")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])

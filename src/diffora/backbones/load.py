@@ -84,7 +84,8 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     check_values(model, settings.path)
     check_length(model, request.max_length)
     keep_weights_unpacked(model)
-    use_cheap_dropout(model)
+    if (getattr(settings, "kernel", None) or "fused") == "fused":
+        use_cheap_dropout(model)
     arguments = request.head | ({"ignore_mismatched_sizes": True} if checkpoint.shapes else {})
     if processor is not None:
         arguments |= match_processor(model, processor)

@@ -81,7 +81,7 @@ def _check_vocabulary(settings: Any, tokenizer: Any) -> None:
         settings: the ``model`` section.
         tokenizer: None if it could not be loaded.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path, _ = resolve(settings.path)
 

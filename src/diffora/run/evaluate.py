@@ -18,7 +18,7 @@ from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
 from diffora.cli import composition_problems
 from diffora.errors import UserError
-from diffora.files import check_writable, read_yaml, write_text
+from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
 from diffora.run import terminal
@@ -96,7 +96,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
     choices: list[str] = []
     values: dict[str, Any] = {}
     problems: list[str] = []
-    groups = {folder.name for folder in config.conf_dir().iterdir() if folder.is_dir()}
+    groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
     for argument in arguments:
         try:
             parsed = OverridesParser.create().parse_override(argument)
@@ -174,7 +174,7 @@ def _compose(choices: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     try:
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return compose("config", choices)
     except Exception as error:
         raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
