@@ -272,6 +272,40 @@ def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deb
         assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
 
 
+class Own(nn.Module):
+    """A module that transformers does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
+def test_a_module_of_the_users_own_takes_an_adapter(tmp_path):
+    """It has no head that an adapter would have to bring."""
+    model, x = Own(), torch.randn(4, 6)
+    assert Backbone.of(model).head == ()
+    plain = model(x)
+    attach(model, find_grid(model, ".", ["layers.0", "layers.2"]).names, torch.tensor([[True, True]]), 2, None, alpha=4)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
+    again = Own()
+    load_adapter(again, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x))
+        assert (again(x) - plain).abs().max() > 0.01
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        f"layers.{i}.{part}" for i in (0, 2) for part in ("lora_a", "lora_bt")
+    }
+
+
 # --- damaged and strange files ---
 
 

@@ -46,7 +46,7 @@ class Backbone:
         """The backbone of a model that is loaded already, as it is: nothing is frozen here.
 
         Args:
-            model: a transformers model with a head, or any other module.
+            model: a transformers model with a head, or any other module, which then has no head here.
             trains_head: whether the parts outside the pretrained model are the head. None: yes, unless the model has
                 output embeddings, as a language model has, whose head is pretrained.
             arguments: what ``from_pretrained`` needs, besides the name, to make the same model.
@@ -135,7 +135,12 @@ class Backbone:
 
 
 def outside_pretrained(model: nn.Module) -> list[str]:
-    """Names of the direct children that have weights and are not part of the pretrained model."""
+    """Names of the direct children that have weights and are not part of the pretrained model.
+
+    Empty for a module that is not a transformers model: nothing says which of its parts are pretrained.
+    """
+    if not hasattr(model, "config"):
+        return []
     pretrained = _pretrained_children(model)
     return [
         name for name, part in model.named_children() if name not in pretrained and any(True for _ in part.parameters())
@@ -149,7 +154,7 @@ def _pretrained_children(model: nn.Module) -> set[str]:
     of the pretrained model as children instead.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    if hasattr(model, prefix) or not hasattr(model, "config"):
+    if hasattr(model, prefix):
         return {prefix}
     from transformers import AutoModel
 
