@@ -19,13 +19,13 @@ from diffora.files import read_json
 from diffora.trust import settings
 
 
-class Adapter(Protocol):
+class Adapts(Protocol):
     """What adapts a model, in place: a `diffora.methods.base.Method`."""
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Any: ...
 
 
-MethodOf = Callable[[DictConfig, Path], Adapter]
+MethodOf = Callable[[DictConfig, Path], Adapts]
 """Makes the method that some settings describe. The path is the file that they come from. Methods stand above this
 room, so the function is handed in (`diffora.api.load_adapter`)."""
 

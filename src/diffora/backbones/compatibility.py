@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffora.backbones.messages import first_three, reason
+from diffora.backbones.messages import first_three, one_line
 from diffora.errors import UserError
 
 # --- lengths ---
@@ -139,7 +139,7 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
         encoded = tokenizer("one two three four")
     except Exception as error:  # its files may say anything
         place = getattr(tokenizer, "name_or_path", "")
-        raise UserError(f"model.path={place}: its tokenizer does not work: {reason(error)}") from error
+        raise UserError(f"model.path={place}: its tokenizer does not work: {one_line(error)}") from error
     ids, pad = list(encoded["input_ids"]), tokenizer.pad_token_id
     most = longest_input(model)
     if not ids or (most is not None and len(ids) + 4 > most):
@@ -164,7 +164,7 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
         raise
     except Exception as error:  # entries of config.json that do not go together
         raise UserError(
-            f"{type(model).__name__} cannot be called, as its config.json describes it: {reason(error)}"
+            f"{type(model).__name__} cannot be called, as its config.json describes it: {one_line(error)}"
         ) from error
     finally:
         model.train(was_training)

@@ -78,18 +78,18 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
         model, info = getattr(transformers, request.model_class).from_pretrained(
             **source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
-    checkpoint = _Checkpoint.of(model, info, keeps_head=finetuned or request.pretrained_head, finetuned=finetuned)
-    checkpoint.check(settings, finetuned)
-    fresh = checkpoint.draw_head(settings, request, before)
+    report = _LoadReport.of(model, info, keeps_head=finetuned or request.pretrained_head, finetuned=finetuned)
+    report.check(settings, finetuned)
+    fresh = report.draw_head(settings, request, before)
     check_values(model, settings.path)
     check_length(model, request.max_length)
     keep_weights_unpacked(model)
     if (getattr(settings, "kernel", None) or "fused") == "fused":
         use_cheap_dropout(model)
-    arguments = request.head | ({"ignore_mismatched_sizes": True} if checkpoint.shapes else {})
+    arguments = request.head | ({"ignore_mismatched_sizes": True} if report.shapes else {})
     if processor is not None:
         arguments |= match_processor(model, processor)
-    head = (*checkpoint.outside, *checkpoint.fresh_pooler) if request.trains_head else ()
+    head = (*report.outside, *report.fresh_pooler) if request.trains_head else ()
     return Backbone(model, head, fresh, arguments).freeze()
 
 
@@ -103,7 +103,7 @@ def _folder_problems(settings: Any) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class _LoadReport:
     """How the weights of a checkpoint compare with those of the model that was made from it.
 
     Attributes:
@@ -125,7 +125,7 @@ class _Checkpoint:
     unexpected: list[str]
 
     @classmethod
-    def of(cls, model: Any, info: dict[str, Any], keeps_head: bool, finetuned: bool) -> "_Checkpoint":
+    def of(cls, model: Any, info: dict[str, Any], keeps_head: bool, finetuned: bool) -> "_LoadReport":
         """Read what transformers reports of a loading (``output_loading_info=True``)."""
         missing = {key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")}
         outside = tuple(outside_pretrained(model))

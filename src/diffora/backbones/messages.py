@@ -58,16 +58,16 @@ def _message(error: Exception, settings: Any, what: str, unreachable: str | None
     if local:
         for file in sorted(Path(path).glob("*.json")):
             read_json(file)
-        return f"{place}: its {what} cannot be read by transformers: {reason(error)}"
+        return f"{place}: its {what} cannot be read by transformers: {one_line(error)}"
     return (
         f"cannot get {path} from the model hub: "
-        + (f"{unreachable}, and it is not in the local cache" if unreachable else reason(error))
+        + (f"{unreachable}, and it is not in the local cache" if unreachable else one_line(error))
         + "\n  Either give a folder that you have: model.path=<folder>"
         "\n  or try what needs no network: python train.py experiment=quickstart"
     )
 
 
-def reason(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message of a library's exception, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} …"
