@@ -218,7 +218,7 @@ def test_the_trainer_keeps_what_retie_tied(exported, tmp_path):
 
 def test_retie_says_what_it_lacks(exported, tmp_path):
     model, _, adapter = exported
-    with pytest.raises(UserError, match=r"no PeftModel with the adapter default at deberta\.encoder\.layer\.0\."):
+    with pytest.raises(UserError, match=r"not a PeftModel with the adapter default at deberta\.encoder\.layer\.0\."):
         retie(small_deberta(), adapter)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no manifest\.json, which says which modules share"):
