@@ -33,6 +33,7 @@ from diffora.loop.loggers import Loggers  # noqa: E402
 from diffora.loop.parts import Parts  # noqa: E402
 from diffora.loop.process import quiet_libraries  # noqa: E402
 from diffora.run import experiment  # noqa: E402
+from diffora.run.check import check  # noqa: E402
 from diffora.run.select import select  # noqa: E402
 from diffora.settings.identity import config_hash  # noqa: E402
 from diffora.tasks.base import get_task  # noqa: E402
@@ -42,7 +43,7 @@ UPDATES = ("alternating", "simultaneous")
 
 def search_only(cfg: DictConfig, folder: Path) -> tuple[Selection, float]:
     """The first stage of a run: (selection, seconds of the search)."""
-    settings, task = experiment.check(cfg)
+    settings, task = check(cfg)
     quiet_libraries()
     L.seed_everything(cfg.seed, verbose=False)
     parts = Parts.load(settings, folder, task)

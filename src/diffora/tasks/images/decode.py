@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from diffora.errors import UserError
@@ -102,7 +102,7 @@ def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tup
     try:
         whole = decode(image)
         picture = shrink(whole, side, resample)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return "cannot be decoded: it is in no format that Pillow decodes"
     except Image.DecompressionBombError as error:
         return f"is too large ({error}); make it smaller first"
@@ -158,4 +158,5 @@ def n_threads() -> int:
 
 def progress(chunks: Sequence[Any], n_images: int, what: str) -> Iterable[Any]:
     """The chunks, with a progress bar if there are many images."""
-    return tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
+    bar: Iterable[Any] = tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
+    return bar
