@@ -84,7 +84,7 @@ class ImageTask(Task):
     # --- before training ---
 
     def problems(self) -> Iterator[str]:
-        if self.validation_splits == (None,):
+        if getattr(self.cfg, "validation_split", "validation") is None:
             yield "task.validation_split=null: validation images are not taken from the training split; name a split"
         if self.cfg.path is None and self.cfg.hub is None:
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from diffora.errors import UserError
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
-from diffora.tasks.chat.conversations import Turn, rows_hash
+from diffora.tasks.chat.conversations import rows_hash
+from diffora.tasks.chat.forms import Turn
 from diffora.tasks.messages import first_line, more
 
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning

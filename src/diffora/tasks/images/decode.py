@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from diffora.errors import UserError
@@ -102,7 +102,7 @@ def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tup
     try:
         whole = decode(image)
         picture = shrink(whole, side, resample)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return "cannot be decoded: it is in no format that Pillow decodes"
     except Image.DecompressionBombError as error:
         return f"is too large ({error}); make it smaller first"
@@ -156,6 +156,6 @@ def n_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress(chunks: Sequence[Any], n_images: int, what: str) -> Iterable[Any]:
+def progress(chunks: Sequence[Any], n_images: int, what: str) -> "tqdm[Any]":
     """The chunks, with a progress bar if there are many images."""
     return tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
