@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -156,7 +156,7 @@ def n_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress(chunks: Sequence[Any], n_images: int, what: str) -> Iterable[Any]:
+def progress(chunks: Sequence[Any], n_images: int, what: str) -> "tqdm[Any]":
     """The chunks, with a progress bar if there are many images."""
     bar: Iterable[Any] = tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
     return bar
