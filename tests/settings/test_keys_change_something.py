@@ -301,6 +301,9 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
             if file.suffix in (".safetensors", ".jsonl") or "predictions" in file.parts
         }
         names = [file.relative_to(folder).parts[:2] for file in files]
+        if (folder / "selection.json").is_file():  # without the settings that it holds
+            selection = json.loads((folder / "selection.json").read_text())
+            written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
         return {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
 
     yield of
