@@ -10,6 +10,7 @@ import shutil
 
 import datasets
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -46,12 +47,13 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "cell.column": "x", "cell.experiment": "x", "model.name": "x", "model.path": "embedded:tiny_vit",
             "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
             "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",
-            "search.rank": "2", "search.gamma_lr": "0.5", "search.update": "simultaneous", "search.order": "2",
+            "search.rank": "2", "search.gamma_lr": "0.5", "search.order": "2",
             "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
             "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
+        (f"{TINY} search.epochs=3", {"search.update": "simultaneous"}),
         (f"{SEARCH} cell.experiment=x", {"scale": "small"}),
         (f"{TINY} search.epochs=1 finetune.epochs=2", {"resume": "true"}),  # in a folder with a complete run
         (f"{TINY} method=houlsby", {"model.roles.ffn_output": "intermediate.dense"}),
@@ -94,7 +96,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (SQUAD, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.train_file": "x.jsonl",
             "task.validation_file": "x.jsonl", "task.unanswerable": "false", "task.null_threshold": "-1000",
-            "task.max_length": "24", "task.doc_stride": "2", "task.max_question_length": "1", "task.n_best": "1",
+            "task.max_length": "8", "task.doc_stride": "1000", "task.max_question_length": "1", "task.n_best": "1",
             "task.max_answer_length": "1",
         }),
         ("task=squad", {"task.hub": "x"}),
@@ -213,6 +215,7 @@ def test_every_key_has_a_case():
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
     places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder")}
+    rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
             place.mkdir(exist_ok=True)
@@ -228,7 +231,7 @@ def folders(tmp_path):
             folder = places["imagefolder"] / split / label
             folder.mkdir(parents=True)
             for i in range(n // 2):
-                Image.new("RGB", (9, 9), (20 * i, 100, len(label + split))).save(folder / f"{i}.png")
+                Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return places
 
 
@@ -301,6 +304,9 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
             if file.suffix in (".safetensors", ".jsonl") or "predictions" in file.parts
         }
         names = [file.relative_to(folder).parts[:2] for file in files]
+        if (folder / "selection.json").is_file():  # without the settings that it holds
+            selection = json.loads((folder / "selection.json").read_text())
+            written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
         return {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
 
     yield of

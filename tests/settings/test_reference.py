@@ -32,7 +32,7 @@ def test_the_page_has_every_section_and_every_choice(page):
             assert f"## `{field.name}`" in page
     for group in reference.CHOICES:
         for file in (REPO / "conf" / group).glob("*.yaml"):
-            assert f"| `{file.stem}` | " in page and f"| `{file.stem}` |  |" not in page, file
+            assert f"| `{file.stem}` | " in page and f"| `{file.stem}` |  |\n" not in page, file
 
 
 @dataclasses.dataclass(frozen=True)

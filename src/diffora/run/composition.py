@@ -43,9 +43,9 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
     if lost := [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]:
         return lost
     GlobalHydra.instance().clear()
-    groups = {group.name for folder in (conf_dir(), *folders) for group in folder.iterdir() if group.is_dir()}
+    groups = [group for folder in (conf_dir(), *folders) for group in folder.iterdir() if group.is_dir()]
     given = [o for o in given if not re.match(r"[+~]*hydra\b", o)]
-    choices = [o for o in given if o.partition("=")[0].lstrip("+~") in groups]
+    choices = [o for o in given if o.partition("=")[0].lstrip("+~") in {group.name for group in groups}]
     found: list[str] = []
     kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -57,30 +57,33 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
                     right.append(line)
                 except Exception as error:
                     key = line.partition("=")[0]
-                    options = re.search(r"Available options in '([^']*)':((?:\n\t\S+)*)", str(error))
-                    if plugin := missing_plugin(error):
-                        found.append(plugin)
-                    elif "Got NoneType" in str(error) or ("must be a string" in str(error) and key in groups):
-                        files = [file for folder in (conf_dir(), *folders) for file in folder.glob(f"{key}/*.yaml")]
-                        names = sorted({file.stem for file in files})
-                        none = "; logger=[] for none" if key == "logger" else ""
-                        found.append(f"{line} is not one of: {', '.join(names)}{none}")
-                    elif options:
-                        inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
-                        if inner and options[1] != key.lstrip("+"):  # the chosen file asks for it in its defaults
-                            line += f" asks for {inner[1]}, which"
-                        found.append(f"{line} is not one of: {', '.join(options[2].split())}")
-                    elif "is not in struct" in str(error) or "Could not override" in str(error):
+                    if "is not in struct" in str(error) or "Could not override" in str(error):
                         found.append(_no_such_key(key, compose("config", kept)))
-                        break
-                    else:
-                        found.append(f"{line}: {short(error)}")
+                        break  # the other values of this key would have the same message
+                    found.append(
+                        missing_plugin(error) or _no_such_choice(line, error, groups) or f"{line}: {short(error)}"
+                    )
             kept += right[:1]
         try:
             check(compose("config", kept))
         except UserError as error:
             found += error.problems
     return found
+
+
+def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str | None:
+    """The message if an override asks for a choice that there is not, else None; ``groups`` are folders of choices."""
+    key = line.partition("=")[0]
+    files = [file for group in groups if group.name == key for file in group.glob("*.yaml")]
+    if "Got NoneType" in str(error) or ("must be a string" in str(error) and files):
+        none = "; logger=[] for none" if key == "logger" else ""
+        return f"{line} is not one of: {', '.join(sorted({file.stem for file in files}))}{none}"
+    if options := re.search(r"Available options in '([^']*)':((?:\n\t\S+)*)", str(error)):
+        inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+        if inner and options[1] != key.lstrip("+"):  # the chosen file asks for it in its defaults
+            line += f" asks for {inner[1]}, which"
+        return f"{line} is not one of: {', '.join(options[2].split())}"
+    return None
 
 
 def missing_plugin(error: Exception) -> str | None:
