@@ -121,6 +121,7 @@ def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) 
         UserError: before anything is trained.
     """
     if (selector := method.selector_to_run) is not None and trains(selector):
+        assert cfg.search is not None, "a method with a selector has this section"
         check_ranks(grid, {"search.rank": cfg.search.rank})
     if n_rows is None:
         return
