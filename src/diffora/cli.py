@@ -1,4 +1,4 @@
-"""Around `train.py`: one clear message for what the user can mend, a traceback only with ``debug=…``."""
+"""Around the commands: one clear message for what the user can fix, a traceback only with ``debug=…``."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ from diffora.settings import identity  # noqa: F401  # registers a resolver that
 def command(main: Callable[[], object]) -> None:
     """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before we began, as `>&-` does
+        if getattr(sys, name) is None:  # it was closed before we started, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # of another kind where a program or a test has replaced it
+    for stream in (sys.stdout, sys.stderr):  # a program or a test may have replaced the stream
         with suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its exceptions to us
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for an ASCII terminal
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra passes its exceptions on to us
     if any(a.startswith("debug=") and a not in ("debug=", "debug=null") for a in sys.argv):
         main()
         return
-    logging.raiseExceptions = False  # a log that cannot be written, its disk full, is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback if a log cannot be written to a full disk
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def command(main: Callable[[], object]) -> None:
             "hydra.sweep.dir); a table of an experiment= continues without them",
             status=130,
         )
-    except BrokenPipeError:  # whoever read our output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head`
         fail("the output was closed; a run continues with resume=true and the same hydra.run.dir", status=141)
     except UserError as error:
         fail(*error.problems)
@@ -57,7 +57,7 @@ def command(main: Callable[[], object]) -> None:
 
 
 def _came_while_composing(error: Exception) -> bool:
-    """Whether an error came from Hydra on its way to a run or a sweep, and not from these."""
+    """Whether an error came from Hydra before a run or a sweep started."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
     begun = any(frame.f_code is job.__code__ for frame in frames) or "hydra_plugins.diffora_table" in modules
@@ -83,10 +83,10 @@ def job(cfg: DictConfig) -> float | None:
     try:
         return train(cfg)
     except UserError as error:
-        with suppress(OSError):  # Hydra has made the run directory; one with something in it stays
+        with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
             os.rmdir(hydra.runtime.output_dir)
         if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
-            raise  # the sweep's other jobs go on
+            raise  # the other jobs of the sweep continue
         fail(*error.problems)
 
 
@@ -98,14 +98,14 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # closed or full: what is left goes nowhere, so that Python does not try again at its end
+        except OSError:  # closed or full: discard the rest, so that Python does not try again at exit
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(status)
 
 
 def _visible(text: str) -> str:
-    """A message without control characters, which steer a terminal: it may quote somebody else's file."""
+    """A message without control characters: it may quote a file from someone else, and they control a terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
@@ -124,7 +124,7 @@ def added_paths() -> list[str]:
         if name in ("--config-dir", "-cd"):
             found.append(f"file://{os.path.abspath(value if given else following)}")
         elif name.lstrip("+") == "hydra.searchpath":
-            with suppress(Exception):  # not of the form name=[…], which Hydra says itself
+            with suppress(Exception):  # not of the form name=[…]: Hydra says so itself
                 value_of: Any = parse([argument])[0].value()
                 found += map(str, value_of)
     return found

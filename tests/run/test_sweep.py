@@ -95,7 +95,7 @@ def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["rank=1,2"], "rank=1,2: rows, columns and seeds are what"),
+        (["rank=1,2"], "rank=1,2: experiment=some_table already varies rows, columns and seeds"),
         (["cell.row=LoRA"], "cell.row=LoRA is not one of: ρ = 0.2; LoRA, r = 2"),
         (["cell.column=rte,mnli"], "cell.column=mnli is not one of: rte; squad"),
         (["finetune.lr=interval(0,1)"], "needs hydra/sweeper=optuna"),
@@ -253,7 +253,7 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert [problem.split(";")[0] for problem in problems] == [
         f"method={method} has no setting rho" for method in ("lora", "bitfit")
     ]
-    assert "is written with ++" in hint
+    assert "use ++, as in ++search.epochs=1" in hint
     assert not FOLDER.exists()
 
 

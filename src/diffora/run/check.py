@@ -1,5 +1,6 @@
 """Every mistake in a configuration, before anything is loaded or written."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from diffora.errors import UserError
 from diffora.methods.base import Method
 from diffora.search.selectors import find_selector
 from diffora.settings.identity import plain
-from diffora.settings.read import Reading, combinations, read_sections
+from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task, read_task
 from diffora.trust import class_at
@@ -49,13 +50,17 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
 
 
 def section_problems(cfg: DictConfig, names: Sequence[str]) -> list[str]:
-    """The mistakes in some sections of a configuration that need not have others."""
+    """The mistakes in some sections of an earlier run's configuration. Keys that it has and we do not are ignored."""
     reading = Reading.of(cfg)
     if problem := reading.recipe_for_other_tasks():
         return [problem]
+    for field in dataclasses.fields(Settings):
+        section, value = section_of(field.type), reading.values.get(field.name)
+        if section is not None and isinstance(value, dict):
+            reading.values[field.name] = known_part(section, value)
     read_sections(reading)
     if "task" in names:
-        _task(reading)
+        _task(reading, ignore_unknown=True)
     return [text for key, text in reading.own_mistakes().items() if key.partition(".")[0] in names]
 
 
@@ -72,12 +77,12 @@ def _method(reading: Reading) -> Method | None:
     return method
 
 
-def _task(reading: Reading) -> Task | None:
+def _task(reading: Reading, ignore_unknown: bool = False) -> Task | None:
     """The task; its mistakes are added to ``reading.found``."""
     if reading.found.keys() & {"task", "task._target_", "task.name"}:
         return None
     try:
-        return read_task(reading.values["task"], reading.found)
+        return read_task(reading.values["task"], reading.found, ignore_unknown)
     except UserError as error:
         reading.found |= {text: text for text in error.problems}
         return None

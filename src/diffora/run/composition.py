@@ -13,24 +13,24 @@ from diffora.settings.read import known_keys
 
 
 def with_sweep_hint(problems: list[str]) -> list[str]:
-    """These problems of a sweep, and how a setting is given that only some of its runs have."""
+    """The problems of a sweep, and how to give a setting that only some of its runs have."""
     if "has no setting" not in "".join(problems):
         return problems
     return [
         *problems,
-        "a setting that only some of the swept methods or tasks have is written with ++, as in ++search.epochs=1: the "
-        "runs that have it take it, the others go without",
+        "this setting exists only for some of the swept methods or tasks: use ++, as in ++search.epochs=1; the other "
+        "runs ignore it",
     ]
 
 
 def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[str]:
     """Every reason why these overrides do not compose, and every wrong value among those that do.
 
-    Hydra stops at the first mistake, so each override is tried for itself: first those that choose from ``conf/``, then
-    the values, on top of the choices that work.
+    Hydra stops at the first mistake, so each override is tried alone: first the choices from ``conf/``, then the
+    values, together with the choices that work.
 
     Args:
-        paths: where to look for choices besides ``conf/``, as in ``hydra.searchpath``.
+        paths: folders with more choices than ``conf/``, as in ``hydra.searchpath``.
     """
     # Imported here: Hydra and torch take seconds, and most commands have nothing to explain.
     from hydra import compose, initialize_config_dir
@@ -67,7 +67,7 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
                         found.append(f"{line} is not one of: {', '.join(names)}{none}")
                     elif options:
                         inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
-                        if inner and options[1] != key.lstrip("+"):  # in the defaults of the file that was chosen
+                        if inner and options[1] != key.lstrip("+"):  # the chosen file asks for it in its defaults
                             line += f" asks for {inner[1]}, which"
                         found.append(f"{line} is not one of: {', '.join(options[2].split())}")
                     elif "is not in struct" in str(error) or "Could not override" in str(error):
@@ -84,13 +84,13 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
 
 
 def missing_plugin(error: Exception) -> str | None:
-    """What to install, where a launcher or sweeper is asked for that is not there."""
+    """What to install if a launcher or sweeper is not there, else None."""
     wanted = re.search(r"Could not find 'hydra/(?:launcher|sweeper)/((joblib|submitit|ray|optuna)\w*)'", str(error))
     return f"{wanted[1]} is not installed: pip install 'diffora[{wanted[2]}]'" if wanted else None
 
 
 def _each_value(override: str) -> list[str]:
-    """A sweep's override for each of its values; what cannot be read stays as it is."""
+    """One override for each value of a sweep's override; an unreadable one stays as it is."""
     from diffora.run.sweep import parse, values
 
     try:
@@ -114,6 +114,6 @@ def _no_such_key(key: str, cfg: DictConfig) -> str:
 
 
 def short(error: Exception) -> str:
-    """The first lines of Hydra's messages, without its advice on how to force a key in."""
+    """The first lines of a message from Hydra, without its advice on how to force a key in."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(line for line in lines[:3] if not line.startswith("To append"))

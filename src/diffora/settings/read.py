@@ -273,6 +273,17 @@ def _not_a_group(key: str, value: Any, hint: Any) -> str:
     return f"{key}={show(value)} must be a group of settings: {names}"
 
 
+def known_part(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a group that its class has a field for, also in the groups inside it."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    kept: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name in given:
+            value, section = given[field.name], section_of(hints[field.name])
+            kept[field.name] = known_part(section, value) if section and isinstance(value, Mapping) else value
+    return kept
+
+
 def is_needed(field: Any) -> bool:
     """Whether a field has no default, so that it may not be left out."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

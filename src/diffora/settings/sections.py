@@ -126,27 +126,25 @@ class Trainer:
 
     accelerator: Annotated[
         Literal["auto", "cpu", "gpu", "cuda", "mps"], Help("Where to compute; auto: a GPU if there is one.")
-    ] = "auto"
+    ]
     devices: Annotated[
         int | str,
         Check(lambda v: v == "auto" or whole(1, 10**6).fits(v), "a whole number of at least 1, or auto"),
         Help("How many devices to use; auto: all of them.", "devices"),
-    ] = 1
+    ]
     strategy: Annotated[  # others are not tested
         Literal["auto", "ddp", "ddp_find_unused_parameters_true"], Help("How several devices share the work.")
-    ] = "auto"
-    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Help("Precision of the computation.")] = (
-        "32-true"
-    )
+    ]
+    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Help("Precision of the computation.")]
     deterministic: Annotated[
         Literal[True, False, "warn"],
         Help("Refuse operations that are not deterministic (true), warn about them, or allow them (false)."),
-    ] = "warn"
+    ]
     gradient_checkpointing: Annotated[
         bool,
         Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
-    ] = False
-    num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")] = 0
+    ]
+    num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
-from diffora.settings.read import Reading, read_group
+from diffora.settings.read import Reading, known_part, read_group
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, Accounts
 from diffora.tasks.labels import some
@@ -300,29 +300,32 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
 
 
 def get_task(cfg: DictConfig) -> Task:
-    """The task of a composed configuration's ``task`` section.
+    """The task of a ``task`` section, of this run or of an earlier one: keys that the task does not have are ignored.
 
     Raises:
         UserError: no class at ``_target_`` that can be used, or every impossible setting.
     """
     reading = Reading.of(cfg, "task.")
-    task = read_task(reading.values, reading.found)
+    task = read_task(reading.values, reading.found, ignore_unknown=True)
     if task is None:
         raise UserError(list(reading.own_mistakes().values()))
     return task
 
 
-def read_task(section: Mapping[str, Any], found: dict[str, str]) -> Task | None:
+def read_task(section: Mapping[str, Any], found: dict[str, str], ignore_unknown: bool = False) -> Task | None:
     """Make a task from the ``task`` section in plain containers; None if that is not possible.
 
     Args:
         found: the message for each mistake is added here, by its key.
+        ignore_unknown: keys that the task does not have are no mistake.
 
     Raises:
         UserError: there is no class at ``_target_`` that can be used.
     """
     kind = class_at(section.get("_target_"), Task, "task._target_")
     given = {name: value for name, value in section.items() if name != "_target_"}
+    if ignore_unknown:
+        given = known_part(kind.settings, given)
     settings: Any = read_group(kind.settings, given, "task.", found)
     if settings is None:
         return None
