@@ -1,11 +1,11 @@
-"""Where the search stands among random selections of its size: from the runs of experiment=selection_draws.
+"""The rank of the search among random selections of its size, from the runs of experiment=selection_draws.
 
     python scripts/selection_draws.py outputs/selection_draws-small
     python scripts/selection_draws.py <folder> … --page docs/background/selection.md      # puts table and picture there
 
-With each seed the search's run stands at the percentile of the draws that it beats, equal ones counted half; all were
-trained with the same seed, settings and number of parameters, so that chance is at 50. `gain` is what it has over their
-mean. Intervals are Student's t over seeds.
+For each seed the percentile is the share of draws that the search's run beats; equal ones count half. All runs of a
+seed have the same settings and number of parameters, so a random selection is at 50 on average. `gain` is the search's
+metric minus the draws' mean. Intervals are Student's t over seeds.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def percentile(at: Mapping[str, Any], split: str) -> float:
-    """Of the search among the draws of its seed, 0 to 100."""
+    """Percentile of the search among the draws of its seed, 0 to 100."""
     mine, others = at["sign"] * at["search"][split], [at["sign"] * draw[split] for draw in at["draws"]]
     return 100 * (sum(v < mine for v in others) + 0.5 * sum(v == mine for v in others)) / len(others)
 

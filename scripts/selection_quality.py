@@ -1,13 +1,13 @@
-"""Where each selector's choice stands among all choices: from the runs of experiment=selection_quality.
+"""The rank of each selector's choice among all possible choices, from the runs of experiment=selection_quality.
 
     python scripts/selection_quality.py outputs/selection_quality-small
     python scripts/selection_quality.py <folder> --page docs/background/selection.md      # puts table and picture there
 
-What a subset of the modules is worth is the mean over seeds of the main metric of its own runs, those with a list as
-`method.selection`. A selector's choice with one seed stands at the percentile of the subset that it chose: the share
-of subsets that are worth less, equal ones counted half, so that chance is at 50. As subsets differ in parameters, it
-is also taken among those of equal size. The runs that a selector's choice was fine-tuned in do not count here: its
-subset's do, the same for all selectors.
+The worth of a subset of the modules is the mean over seeds of the main metric of its own runs: those with a list as
+`method.selection`. A selector chooses one subset per seed; its percentile is the share of subsets with a lower worth,
+and equal ones count half, so a random choice is at 50 on average. Subsets differ in parameters, so the percentile is
+also computed among those of equal size. The selector's own fine-tuning runs are not used: every selector is judged by
+the worth of the subset that it chose.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def subset_of(run: Run) -> Subset:
 
 
 def percentile(values: Mapping[Subset, float], chosen: Subset) -> float:
-    """Of one subset among all, 0 to 100; equal values count half, itself included."""
+    """Percentile of one subset among all, 0 to 100; equal values, its own included, count half."""
     mine, others = values[chosen], list(values.values())
     return 100 * (sum(v < mine for v in others) + 0.5 * sum(v == mine for v in others)) / len(others)
 
@@ -50,7 +50,7 @@ def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, dict[int, 
     """(each subset's metric by seed, with the seeds that all subsets have; each subset's adapter parameters).
 
     Raises:
-        SystemExit: subsets are missing, so that selectors that chose them would be left out.
+        SystemExit: subsets are missing, so selectors that chose them could not be judged.
     """
     found: dict[Subset, dict[int, float]] = defaultdict(dict)
     sizes: dict[Subset, int] = {}
@@ -67,9 +67,9 @@ def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, dict[int, 
 
 
 def standing(chosen: Mapping[int, Subset], among: Callable[[Subset], Mapping[Subset, float]]) -> dict[str, Any]:
-    """Where a selector's choices, by seed, stand among others: mean percentile with interval, mean gain over those.
+    """Percentile of a selector's choices, one per seed, among other subsets: mean and interval; mean gain over them.
 
-    The interval is cut where no choice can stand.
+    The interval is cut at the lowest and the highest possible percentile.
     """
     at = {seed: percentile(among(subset), subset) for seed, subset in chosen.items()}
     possible = [percentile(among(s), other) for s in chosen.values() for other in among(s)]
@@ -86,7 +86,7 @@ def standing(chosen: Mapping[int, Subset], among: Callable[[Subset], Mapping[Sub
 
 
 def quality(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each selector, by row: where it stands among all subsets and among those of equal size; stability."""
+    """For each selector, by row: its percentile among all subsets and among those of equal size; stability."""
     metric = runs[0]["main_metric"]
     sign = 1 if runs[0]["metric_facts"][metric]["maximise"] else -1
     by_seed, sizes = landscape(runs, metric)
@@ -157,7 +157,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def picture(found: Mapping[str, Any], file: Path) -> None:
-    """What each subset is worth, in order, and how often each selector chose which."""
+    """The worth of each subset, in order, and how often each selector chose it."""
     from matplotlib.figure import Figure
 
     worth = sorted(found["worth"], key=lambda item: item[1])

@@ -13,14 +13,14 @@ Params = Sequence[Tensor]
 
 
 def first_order(valid_loss: Tensor, gamma: Tensor) -> Tensor:
-    """dL_valid/dΓ at fixed weights ([D] Algorithm 1, line 4), L x N. Computes no gradient of a weight."""
+    """dL_valid/dΓ at fixed weights ([D] eq. 13; Algorithm 1, line 4), L x N. Computes no gradient of a weight."""
     return torch.autograd.grad(valid_loss, gamma)[0]
 
 
 def simultaneous(
     train_loss: Tensor, valid_loss: Tensor, pairs: Params, head: Params, gamma: Tensor
 ) -> list[Tensor | None]:
-    """dL_train/d(A, B, head) and dL_valid/dΓ at the same point, from one backward pass over the whole graph.
+    """Both levels of [D] eq. 13: dL_train/d(A, B, head) and dL_valid/dΓ at one point, from one backward pass.
 
     Both losses must come from one forward pass under `diffora.core.split.divided`. There A and B have a gradient from
     the training loss only and Γ from the validation loss only, so the sum of both losses can be differentiated. The
@@ -50,7 +50,7 @@ def unrolled(
     gamma: Tensor,
     xi: float,
 ) -> Tensor:
-    """Second-order hypergradient through one gradient step, w' = w - xi * dL_train/dw, as DARTS unrolls it.
+    """Second-order hypergradient of [D] eq. 13 through one gradient step, w' = w - xi * dL_train/dw, as in DARTS.
 
     ``dL_valid/dΓ (w') - xi * d2 L_train / dΓ dw * dL_valid/dw'``, exact by double backward; DARTS approximates it by
     finite differences.

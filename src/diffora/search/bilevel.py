@@ -33,7 +33,7 @@ Trajectory = list[tuple[float, list[list[float]]]]
 
 
 class SearchModule(Stage):
-    """Alternates one Γ step on a search-valid batch with T weight steps on search-train batches.
+    """[D] Algorithm 1, lines 1 to 8: one Γ step on a search-valid batch, then T weight steps on search-train batches.
 
     The upper level is Γ, L x N, which starts at 0; the lower level is every A and B and the head. Neither step computes
     or changes a gradient of the other level. Gradients are taken with `torch.autograd.grad` and averaged over processes
