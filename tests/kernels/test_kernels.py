@@ -13,6 +13,7 @@ from diffora.core.attach import attach
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers, set_kernel
 from diffora.errors import UserError
 from diffora.kernels import fused
+from diffora.run.experiment import run
 
 EXAMPLES, TOKENS, IN, OUT, RANK = 6, 5, 8, 7, 3
 
@@ -171,3 +172,15 @@ def test_an_unknown_kernel_is_refused():
         attach(model, [["query"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, kernel="fast")
     with pytest.raises(UserError, match="kernel='fast' must be one of fused, plain"):
         set_kernel(attention("plain"), "fast")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_run_uses_the_kernel_of_its_setting(kernel, cfg, quick, tmp_path, monkeypatch):
+    """In the search, in fine-tuning with masks, and in the backbone's dropout."""
+    calls = []
+    real = fused.LowRankNode.apply
+    monkeypatch.setattr(fused.LowRankNode, "apply", lambda *args: calls.append(1) or real(*args))
+    choices = ["search.update=simultaneous", "method.mask.rank=half", "search.epochs=1", "finetune.epochs=1"]
+    result = run(cfg(*quick, *choices, f"model.kernel={kernel}"), tmp_path)
+    assert result.record["status"] == "completed"
+    assert bool(calls) == (kernel == "fused")

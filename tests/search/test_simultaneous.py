@@ -222,14 +222,14 @@ def test_the_passes_of_the_alternation_keep_nothing_for_the_other_level(monkeypa
     """What the low-rank layers hold during a Gamma step: not the inputs of A, all of which a weight step needs."""
     module, batch = make("bert"), batch_for("classes", 4, 12, seed=0)
     inputs, saved = [], []  # alive to the end, so that no address is used twice
-    real = LowRankLinear._together
+    real = LowRankLinear._fused
 
-    def watched(self, layers, x, *base):
+    def watched(self, x):
         inputs.append(x)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            return real(self, layers, x, *base)
+            return real(self, x)
 
-    monkeypatch.setattr(LowRankLinear, "_together", watched)
+    monkeypatch.setattr(LowRankLinear, "_fused", watched)
     kept = {}
     for name in ("gamma", "weight"):
         inputs.clear(), saved.clear()
