@@ -12,7 +12,8 @@ Results go to evaluation-<time>/ in the run directory unless output= says otherw
 
 import sys
 
-from diffora.cli import command, import_run
+from diffora.cli import command
+from diffora.run.imports import import_run
 
 
 def main() -> None:

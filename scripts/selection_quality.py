@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from diffora.core.parts import short_names
 from diffora.files import write_text
 from diffora.report.statistics import paired, stability
-from diffora.run.figures import short_names
 
 Subset = tuple[tuple[str, ...], ...]
 Run = Mapping[str, Any]

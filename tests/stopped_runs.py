@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffora.errors import UserError
 from diffora.files import conf_dir
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
 from diffora.run.experiment import Result, run
 from diffora.tasks.embedded.paraphrase import splits
 from diffora.training.finetune import FineTuneModule

@@ -35,8 +35,9 @@ from diffora.methods.peft import build
 from diffora.report.page import write
 from diffora.report.runs import gather
 from diffora.run import figures, terminal
+from diffora.run.check import check
 from diffora.run.evaluate import evaluate, load_trained, read_request
-from diffora.run.experiment import check, run
+from diffora.run.experiment import run
 from diffora.run.record import record_in, write_record
 from diffora.tasks.base import Task, get_task
 from diffora.tasks.glue import GlueTask

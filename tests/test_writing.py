@@ -149,7 +149,7 @@ def test_a_removed_folder_is_not_created_again(tmp_path, again):
         shutil.rmtree(tmp_path / "run")
         if again:
             (tmp_path / "run").mkdir()
-        with pytest.raises(WriteError, match="removed or replaced while this process was at work"):
+        with pytest.raises(WriteError, match="removed or replaced while this process was writing to it"):
             write_text(tmp_path / "run" / "a" / "b", "")
     assert (tmp_path / "run").exists() == again and not list(tmp_path.glob("run/*"))
     write_text(tmp_path / "run" / "b", "")

@@ -52,14 +52,15 @@ def test_a_run_on_texts_imports_only_what_it_uses(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
     others = {"peft", "wandb", "tensorboard", "torchvision", "sklearn", "bitsandbytes"}
     assert not packages(modules) & others
-    families = {f"diffora.tasks.{name}" for name in ("vision", "squad", "causal_lm", "digits", "dialogue")}
+    unused = ("vision", "squad", "causal_lm", "chat", "questions", "images", "embedded.digits", "embedded.dialogue")
+    families = {f"diffora.tasks.{name}" for name in unused}
     assert not modules & (families | {"diffora.run.dry_run", "diffora.run.memory", "diffora.methods.peft"})
 
 
 def test_imported_objects_are_frozen_for_the_collector_once():
     code = """
 import gc, sys
-from diffora.cli import import_run
+from diffora.run.imports import import_run
 assert gc.isenabled() and not gc.get_freeze_count()
 import_run()
 frozen = gc.get_freeze_count()
@@ -72,4 +73,6 @@ assert gc.get_freeze_count() == frozen
 
 
 def test_a_disabled_collector_stays_disabled():
-    python("import gc; gc.disable()\nfrom diffora.cli import import_run\nimport_run()\nassert not gc.isenabled()")
+    python(
+        "import gc; gc.disable()\nfrom diffora.run.imports import import_run\nimport_run()\nassert not gc.isenabled()"
+    )

@@ -140,9 +140,12 @@ def test_a_complete_run_without_its_adapter_is_done_again(place, tmp_path):
         (lambda c: c | {"diffora": c["diffora"] | {"memory": {}}}, "it has no 'history'"),
         (lambda c: c | {"diffora": c["diffora"] | {"rng": [{"torch": 1}]}}, "checkpoint"),
         (lambda c: c | {"optimizer_states": [{}]}, "it has no 'param_groups'"),
-        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, not 1"),
-        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained here only"),
-        (lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}}, "there and .* here"),
+        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, this run needs 1"),
+        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained only in this run"),
+        (
+            lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}},
+            "in the checkpoint and .* in this run",
+        ),
     ],
 )
 def test_a_checkpoint_with_wrong_content_gives_one_message(place, stopped, how, words):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from diffora.core.parts import short_names
 from diffora.report import charts
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
@@ -15,7 +16,6 @@ from diffora.report.grids import comparisons_grid, main_grid, measures_grid
 from diffora.report.runs import Run
 from diffora.report.statistics import Stability, finite, spread, stability
 from diffora.report.tables import Cell, Table
-from diffora.run.figures import short_names
 
 LINES = 2 * charts.COLOURS  # of a chart
 INTERVALS = 30  # of a forest plot

@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffora.core.grid import Grid
+from diffora.core.parts import short_names
 from diffora.core.selection import Selection
-from diffora.run.figures import short_names
 from diffora.tasks.base import Task
 
 
