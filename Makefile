@@ -4,7 +4,7 @@ VENV := .venv
 RUNS ?= outputs
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
-SOURCES := train.py evaluate.py report.py src tests scripts benchmarks
+SOURCES := train.py evaluate.py report.py src tests scripts benchmarks docs/conf.py
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,7 +63,7 @@ wheel: venv ## build the wheel and run it from an empty environment, outside the
 	$(BIN)/python scripts/check_wheel.py dist
 
 docs: venv ## build the documentation as a site: docs/_build/html/index.html; a warning is an error
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 docs-links: venv ## follow the documentation's links to other sites: needs the network
@@ -93,6 +93,6 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 	$(BIN)/python scripts/pretrain_tiny_llama.py
 
 clean: ## remove caches and the environment; outputs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
+	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
 .PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links report bench-step bench-run bench-scale bench-plots pretrain-tiny clean

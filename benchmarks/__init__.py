@@ -1,4 +1,4 @@
-"""Side-by-side measurements against peers: `python -m benchmarks.step`, `.run`, `.scale`; see docs/performance.md."""
+"""Measurements beside peers: `python -m benchmarks.step`, `.run`, `.scale`: docs/results/performance.md."""
 
 import os
 import warnings

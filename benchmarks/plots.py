@@ -1,4 +1,4 @@
-"""The pictures and tables of docs/performance.md, made from benchmarks/results: no figure there is typed by hand.
+"""The pictures and tables of docs/results/performance.md, made from benchmarks/results: no figure is typed by hand.
 
     python -m benchmarks.plots
 
@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 REPO = Path(__file__).parents[1]
-PAGE = REPO / "docs" / "performance.md"
-IMAGES = REPO / "docs" / "images"
+PAGE = REPO / "docs" / "results" / "performance.md"
+IMAGES = REPO / "docs" / "results" / "images"
 Result = Mapping[str, Any]
 
 NAMES = {

@@ -1,7 +1,7 @@
 """What the commands of a page cost on one GPU: an estimate from the operations of each model, nothing measured.
 
-    python scripts/costs.py docs/reproduce.md             # prints an estimate for each block of commands
-    python scripts/costs.py docs/reproduce.md --write     # and puts it into the page, after each block
+    python scripts/costs.py docs/results/reproduce.md             # prints an estimate for each block of commands
+    python scripts/costs.py docs/results/reproduce.md --write     # and puts it into the page, after each block
 
 For each run the adapted model takes a training step on tensors without content (`diffora.run.memory`). The floating
 point operations of forward and backward pass and the kernels are counted. A step takes the longer of operations by

@@ -1,7 +1,7 @@
 """Where the search stands among random selections of its size: from the runs of experiment=selection_draws.
 
     python scripts/selection_draws.py outputs/selection_draws-small
-    python scripts/selection_draws.py <folder> … --page docs/selection.md      # puts table and picture there
+    python scripts/selection_draws.py <folder> … --page docs/background/selection.md      # puts table and picture there
 
 With each seed the search's run stands at the percentile of the draws that it beats, equal ones counted half; all were
 trained with the same seed, settings and number of parameters, so that chance is at 50. `gain` is what it has over their
@@ -31,7 +31,8 @@ def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         values = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         at = found[run["column"], run["seed"]]
-        at |= {"metric": run["main_metric"], "sign": 1 if run["maximise"] else -1, "seed": run["seed"]}
+        sign = 1 if run["metric_facts"][run["main_metric"]]["maximise"] else -1
+        at |= {"metric": run["main_metric"], "sign": sign, "seed": run["seed"]}
         if run["method"] == "diffora":
             at |= {"search": values, "parameters": run["params"]["adapter"]}
         else:

@@ -1,7 +1,7 @@
 """Where each selector's choice stands among all choices: from the runs of experiment=selection_quality.
 
     python scripts/selection_quality.py outputs/selection_quality-small
-    python scripts/selection_quality.py <folder> --page docs/selection.md      # puts table and picture there
+    python scripts/selection_quality.py <folder> --page docs/background/selection.md      # puts table and picture there
 
 What a subset of the modules is worth is the mean over seeds of the main metric of its own runs, those with a list as
 `method.selection`. A selector's choice with one seed stands at the percentile of the subset that it chose: the share
@@ -87,7 +87,8 @@ def standing(chosen: Mapping[int, Subset], among: Callable[[Subset], Mapping[Sub
 
 def quality(runs: Sequence[Run]) -> dict[str, Any]:
     """For each selector, by row: where it stands among all subsets and among those of equal size; stability."""
-    metric, sign = runs[0]["main_metric"], 1 if runs[0]["maximise"] else -1
+    metric = runs[0]["main_metric"]
+    sign = 1 if runs[0]["metric_facts"][metric]["maximise"] else -1
     by_seed, sizes = landscape(runs, metric)
     means = {subset: sign * statistics.mean(values.values()) for subset, values in by_seed.items()}
     seeds = len(next(iter(by_seed.values())))

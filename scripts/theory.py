@@ -1,4 +1,4 @@
-"""What the theorems of both papers say, measured: docs/data/theory.json, and docs/theory.md with its pictures.
+"""What the theorems of both papers say, measured: docs/background/theory.md, its pictures and its data.
 
     python scripts/theory.py                          # everything, about five minutes on one core
     python scripts/theory.py --only regulariser       # one experiment anew, the others as they are
@@ -617,15 +617,16 @@ def main(given: argparse.Namespace) -> None:
     data.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
     write_text(data, f"{{\n{lines}\n}}\n")
-    theory_page.write(content, ROOT / "docs" / "theory.md", given.output)
+    theory_page.write(content, ROOT / "docs" / "background" / "theory.md", given.output)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FULL, metavar="EXPERIMENT", help="measure these anew")
     parser.add_argument("--quick", action="store_true", help="small shapes, in seconds")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="for data/, images/ and theory.md")
+    place = ROOT / "docs" / "background"
+    parser.add_argument("--output", type=Path, default=place, help="for data/, images/ and theory.md")
     arguments = parser.parse_args()
-    if arguments.quick and arguments.output.resolve() == ROOT / "docs":
+    if arguments.quick and arguments.output.resolve() == place:
         parser.error("--quick needs an --output of its own, so that it does not replace what was measured")
     main(arguments)

@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/theory.md, made from docs/data/theory.json: no figure there is typed by hand.
+"""The tables and pictures of docs/background/theory.md, from data/theory.json beside it: no figure is typed by hand.
 
 `scripts/theory.py` calls it. A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 """

@@ -1,4 +1,4 @@
-"""The worked example of docs/methods.md runs, and the page names every method."""
+"""The worked example of docs/reference/methods.md runs, and the page names every method."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ import diffora.methods
 from diffora.files import conf_dir
 from diffora.run.experiment import run
 
-PAGE = (REPO / "docs" / "methods.md").read_text()
+PAGE = (REPO / "docs" / "reference" / "methods.md").read_text()
 
 
 def block(path: str) -> str:

@@ -1,3 +1,7 @@
+"""The notebooks run, and are kept with their outputs."""
+
+import re
+
 import nbformat
 import pytest
 from conftest import REPO
@@ -5,6 +9,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 QUICK = ("03_theory",)  # the others train, which takes up to half a minute each
+HOW = "python scripts/run_notebooks.py makes the outputs"
 
 
 @pytest.mark.parametrize(
@@ -16,7 +21,24 @@ def test_notebooks_run_from_top_to_bottom(path):
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
 
 
-def test_notebooks_are_kept_without_outputs():
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_with_the_outputs_of_one_run(path):
+    """So that the site and GitHub show them. A cell that was changed after the run has no number any more."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), HOW
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert len(outputs) > 2 and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], HOW
+
+
+def test_outputs_are_small_and_name_no_machine():
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < 1_500_000
     for path in NOTEBOOKS:
-        cells = nbformat.read(path, as_version=4).cells
-        assert not any(cell.get("outputs") for cell in cells), path
+        assert not re.search(r"/(home|root|Users|work)/|site-packages|/tmp/tmp", path.read_text()), path
+
+
+def test_imports_of_the_notebooks_exist():
+    """Quick: the notebooks that train are run in the slow tests only."""
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for statement in re.findall(r"^from diffora[\w.]* import (?:[^(\n]+|\([^)]*\))", cell.source, re.MULTILINE):
+                exec(statement, {})

@@ -1,4 +1,4 @@
-"""docs/reproduce.md and the estimates in it: every table has its command, every estimate its runs."""
+"""docs/results/reproduce.md and the estimates in it: every table has its command, every estimate its runs."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ from diffora.run.sweep import cells, table_of
 sys.path.insert(0, str(REPO / "scripts"))
 import costs
 
-PAGE = (REPO / "docs" / "reproduce.md").read_text()
+PAGE = (REPO / "docs" / "results" / "reproduce.md").read_text()
 BLOCKS = re.findall(r"```bash\n([^`]*)```\n\n(Estimate:[^\n]*)", PAGE)
 
 

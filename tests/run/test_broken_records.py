@@ -7,11 +7,12 @@ from failures import SHORT_LORA
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.records import write_record
 from diffora.report.runs import gather
 from diffora.run import experiment
 from diffora.run.directory import account, finished
 from diffora.run.experiment import run
-from diffora.run.record import read_record, why_broken, write_record
+from diffora.run.record import read_record, why_broken
 
 BROKEN = {
     "a list": b"[]",
@@ -61,9 +62,10 @@ def test_an_edited_record_is_broken(tmp_path, old, new):
     parts = {key: {} for key in ("params", "time", "memory")}
     names = dict.fromkeys(("method", "task", "model", "config_hash"), "x")
     record = {"status": "completed", "metrics": {"validation/accuracy": 0.75}, "seed": 0, **parts, **names}
+    record |= {"setting_id": "x", "settings": {}}
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record and why_broken(tmp_path) is None
-    assert [run.record["metrics"] for run in gather([tmp_path]).runs] == [record["metrics"]]
+    assert [run.record.metrics for run in gather([tmp_path]).runs] == [record["metrics"]]
     text = (tmp_path / "run.json").read_text()
     assert text.count(old) == 1
     (tmp_path / "run.json").write_text(text.replace(old, new))

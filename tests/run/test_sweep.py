@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.files import conf_dir, write_text
-from diffora.run.record import new_record, write_record
+from diffora.records import write_record
+from diffora.run.record import new_record
 from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
 
 TABLE = Table(
@@ -174,7 +175,8 @@ def sweep(tmp_path, monkeypatch, capsys):
                 write_record(folder, record | {"status": "failed", "error": "no luck"})
                 raise RuntimeError("no luck")
             write_text(folder / "adapter" / "adapter_config.json", "{}")
-            write_record(folder, record | {"status": "completed"})
+            files = ["config.yaml", "adapter/adapter_config.json"]
+            write_record(folder, record | {"status": "completed", "files": files})
 
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -224,7 +226,7 @@ def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
     (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
     assert sweep(*CELLS) == NAMES[1:]
     said = "".join(capsys.readouterr())
-    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in said
+    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/adapter_config.json is missing" in said
 
 
 def test_a_place_where_no_run_can_be_written_is_named(sweep):

@@ -1,4 +1,4 @@
-"""docs/theory.md is what docs/data/theory.json says, and the command that makes both runs."""
+"""docs/background/theory.md is what docs/background/data/theory.json says, and the command that makes both runs."""
 
 import json
 import math
@@ -13,8 +13,8 @@ sys.path.insert(0, str(REPO / "scripts"))
 import theory
 import theory_page
 
-PAGE = REPO / "docs" / "theory.md"
-DATA = REPO / "docs" / "data" / "theory.json"
+PAGE = REPO / "docs" / "background" / "theory.md"
+DATA = REPO / "docs" / "background" / "data" / "theory.json"
 
 
 def test_the_page_has_the_figures_of_the_data():

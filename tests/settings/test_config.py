@@ -309,7 +309,7 @@ WHOLE = "must be a whole number of at least"
     ],
 )
 def test_one_message_says_what_would_be_right(overrides, words):
-    """Cases B14, B18 and C of docs/reliability.md, and their neighbours."""
+    """Cases B14, B18 and C of docs/project/reliability.md, and their neighbours."""
     given = [overrides] if " [" in overrides or "{" in overrides else overrides.split(" ")
     found = composition_problems(given)
     assert len(found) == 1 and words in found[0], found

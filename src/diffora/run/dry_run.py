@@ -21,8 +21,9 @@ from diffora.errors import UserError
 from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
+from diffora.records import write_record
 from diffora.run import memory, terminal
-from diffora.run.record import read_record, write_record
+from diffora.run.record import read_record
 from diffora.search.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task

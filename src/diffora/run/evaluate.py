@@ -19,10 +19,11 @@ from diffora.errors import UserError
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
+from diffora.records import NAME
 from diffora.run import terminal
 from diffora.run.check import section_problems
 from diffora.run.composition import composition_problems
-from diffora.run.record import NAME, WEIGHTS, check_as_left, read_record
+from diffora.run.record import WEIGHTS, check_as_left, read_record
 from diffora.settings import checks
 from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines

@@ -30,17 +30,18 @@ from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
 from diffora.loop.process import is_main, quiet_libraries
 from diffora.methods.base import Adaptation, Method
+from diffora.records import write_record
 from diffora.run import directory as rundir
 from diffora.run import terminal
 from diffora.run.check import check
 from diffora.run.record import (
     file_digests,
+    metric_facts,
     missing_files,
     new_record,
     peaks,
     reset_peaks,
     result_files,
-    write_record,
 )
 from diffora.run.select import Selected, select, start_warm
 from diffora.settings.sections import Settings
@@ -122,7 +123,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
     check_stages(settings, method, parts.grid, len(parts.train.encoded))
-    record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    record = new_record(cfg, parts.data_hash) | metric_facts(task)
     record |= {"backbone": parts.backbone, "data": parts.data}
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())

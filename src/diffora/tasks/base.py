@@ -118,6 +118,10 @@ class Task:
         self.name = cfg.name
         self.accounts: Accounts = {}
 
+    def unit_of(self, metric: str) -> str:
+        """Unit of one of `metrics`, for reports: ``fraction`` (of 1), ``percent``, ``perplexity``; empty for none."""
+        return "fraction"
+
     # --- before training ---
 
     def problems(self) -> Iterator[str]:

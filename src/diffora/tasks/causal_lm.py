@@ -90,6 +90,9 @@ To generate, write the conversation as in training:
     metrics = ("perplexity",)
     main_metric = "perplexity"
 
+    def unit_of(self, metric: str) -> str:
+        return "perplexity"
+
     # --- before training ---
 
     def load(self) -> Rows:

@@ -84,6 +84,9 @@ class SquadTask(Task):
         super().__init__(cfg)
         self.metrics = metrics.NAMES_V2 if cfg.unanswerable else metrics.NAMES
 
+    def unit_of(self, metric: str) -> str:
+        return "" if metric.endswith("_thresh") else "percent"
+
     def problems(self) -> Iterator[str]:
         cfg = self.cfg
         if cfg.max_length <= cfg.max_question_length + cfg.doc_stride:

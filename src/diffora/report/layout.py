@@ -1,4 +1,4 @@
-"""Tables as grids of text: the papers' layout, what it cost, all comparisons."""
+"""Tables of results as tables of text: the papers' layout, costs, comparisons."""
 
 import math
 import re
@@ -6,27 +6,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffora.report.comparisons import Comparison, verdict
+from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, spread
-from diffora.report.tables import Cell, Column, Table
 
-PAIRS = 400  # comparisons that are listed of a table; its -comparisons.csv has all
+PAIRS = 400  # most comparisons that the page lists for a table; the table's -comparisons.csv has all
 NONE = "\N{EN DASH}"
 
 
-class Figure(str):
-    """The text of a cell, with the number that a column is sorted by."""
+class SortableText(str):
+    """The text of a cell with the number by which its column is sorted."""
 
     value: float
 
-    def __new__(cls, text: str, value: float) -> "Figure":
-        figure = super().__new__(cls, text)
-        figure.value = value
-        return figure
+    def __new__(cls, text: str, value: float) -> "SortableText":
+        sortable = super().__new__(cls, text)
+        sortable.value = value
+        return sortable
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table of text: columns in groups, some of which are labelled, and rows."""
+class TextTable:
+    """A table of text.
+
+    Attributes:
+        title: heading.
+        groups: (name of the group or empty, labels of its columns).
+        rows: one text for each column.
+        notes: remarks below the table.
+    """
 
     title: str
     groups: list[tuple[str, list[str]]]
@@ -35,12 +42,12 @@ class Grid:
 
     @property
     def head(self) -> list[str]:
-        """One line of column names."""
+        """The column names in one line, with the names of their groups."""
         return [f"{group}: {label}" if group else label for group, labels in self.groups for label in labels]
 
 
-def main_grid(table: Table) -> Grid:
-    """The paper's layout: ours as dev_best and held_out, the paper's figure beside it, size, seeds and time."""
+def main_table(table: ResultTable) -> TextTable:
+    """The paper's layout: our dev_best and held_out next to the paper's figure, with size, seeds and time."""
     own = {column.name for column in table.columns} | {"params"}
     elsewhere = list(dict.fromkeys(key for figures in table.paper.values() for key in figures if key not in own))
     sized = any("params" in figures for figures in table.paper.values())
@@ -50,7 +57,7 @@ def main_grid(table: Table) -> Grid:
         labels = ["dev_best"] + (["held_out"] if column.held_out() else [])
         labels += ["paper"] if any(column.name in figures for figures in table.paper.values()) else []
         groups.append((column.title, labels))
-    means = elsewhere == ["mean"]  # what the paper's mean is of has runs here
+    means = elsewhere == ["mean"]  # the paper's mean is over columns that all have runs here
     groups += [("mean", ["dev_best", "paper"])] if means else [("paper", elsewhere)] if elsewhere else []
     groups += [("", ["n"]), ("time", ["search", "total"])]
     rows = []
@@ -75,16 +82,19 @@ def main_grid(table: Table) -> Grid:
         rows.append(line)
     notes = list(table.notes)
     if any(" / " in line[i] for line in rows for i in (1, 2, -3, -2, -1)):
-        notes.append(f"parameters, n and times that differ are one for each column, in their order; {NONE}: none there")
+        notes.append(
+            "Where columns differ in parameters, n or time, there is one value for each column, in the order of the "
+            f"columns; {NONE}: no value"
+        )
     if means:
         notes.append(
-            "mean: over all columns, of each the mean of its metrics; by seed, of the seeds that all columns have"
+            "mean: over all columns, each with the mean of its metrics; computed by seed, for the seeds of all columns"
         )
-    return Grid(table.title, groups, rows, notes)
+    return TextTable(table.title, groups, rows, notes)
 
 
-def mean_over_columns(table: Table, row: str) -> Spread | None:
-    """Of what the columns show, by seed; None where the row lacks a column, or the columns have no common seed."""
+def mean_over_columns(table: ResultTable, row: str) -> Spread | None:
+    """The row's mean over all columns, by seed; None if a column has no runs or the columns share no seed."""
     values = []
     for column, cell in zip(table.columns, table.across(row), strict=True):
         if cell is None:
@@ -107,8 +117,8 @@ MEASURES = (
 )
 
 
-def measures_grid(table: Table) -> Grid:
-    """What the runs cost and how their updates are: rank and ‖ΔWΔWᵀ − I‖²_F ([R] Table 5), gap, time, memory."""
+def cost_table(table: ResultTable) -> TextTable:
+    """Time, memory, generalisation gap, and rank and ‖ΔWΔWᵀ − I‖²_F of the updates ([R] Table 5)."""
     used = [
         measure
         for measure in MEASURES
@@ -121,13 +131,20 @@ def measures_grid(table: Table) -> Grid:
                 shown = [_measure(cell, column, part, key) for _, part, key in used]
                 n = len(cell.runs)
                 rows.append(
-                    [row, column.name, _count(cell, "adapter"), _count(cell, "inference"), *shown, Figure(str(n), n)]
+                    [
+                        row,
+                        column.name,
+                        _count(cell, "adapter"),
+                        _count(cell, "inference"),
+                        *shown,
+                        SortableText(str(n), n),
+                    ]
                 )
     labels = ["method", "task", "adapter parameters", "at inference", *(label for label, *_ in used), "runs"]
-    return Grid(f"{table.title}: cost, gap and updates", [("", labels)], rows)
+    return TextTable(f"{table.title}: cost, gap and updates", [("", labels)], rows)
 
 
-def _measure(cell: Cell, column: Column, part: str, key: str) -> str:
+def _measure(cell: ResultCell, column: ResultColumn, part: str, key: str) -> str:
     found = cell.spread(part, key)
     if part == "metrics":
         return plus_minus(found, column.factor(key))
@@ -135,11 +152,11 @@ def _measure(cell: Cell, column: Column, part: str, key: str) -> str:
         return search_time(cell)
     if found is None or not found.mean:
         return ""
-    return Figure(f"{found.mean:.0f}" + (f" ± {found.std:.0f}" if found.std is not None else ""), found.mean)
+    return SortableText(f"{found.mean:.0f}" + (f" ± {found.std:.0f}" if found.std is not None else ""), found.mean)
 
 
-def comparisons_grid(table: Table, found: Sequence[Comparison]) -> Grid:
-    """The comparisons of a table, the first `PAIRS` of them."""
+def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTable:
+    """The first `PAIRS` comparisons of a table."""
     rows = []
     for c in found[:PAIRS]:
         dev, out = c.dev_best, c.held_out
@@ -154,8 +171,8 @@ def comparisons_grid(table: Table, found: Sequence[Comparison]) -> Grid:
                 verdict(dev),
                 signed(out),
                 verdict(out),
-                "" if c.ratio is None else Figure(f"{c.ratio:.2f}" + ("" if c.fair else " (unequal)"), c.ratio),
-                Figure(str(dev.n), dev.n),
+                "" if c.ratio is None else SortableText(f"{c.ratio:.2f}" + ("" if c.fair else " (unequal)"), c.ratio),
+                SortableText(str(dev.n), dev.n),
             ]
         )
     labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict"]
@@ -166,14 +183,14 @@ def comparisons_grid(table: Table, found: Sequence[Comparison]) -> Grid:
     notes = []
     if len(found) > PAIRS:
         notes.append(
-            f"the first {PAIRS} of {len(found):,} comparisons; all are in {table.name}-comparisons.csv, and count on "
-            "top of the page and in Holm's correction"
+            f"The first {PAIRS} of {len(found):,} comparisons are listed; {table.name}-comparisons.csv has all. "
+            "Holm's correction and the counts at the top of the page include all"
         )
-    return Grid(f"{table.title}: {table.our_name} against the others", groups, rows, notes)
+    return TextTable(f"{table.title}: {table.our_name} against the others", groups, rows, notes)
 
 
-def figures_of(cell: Cell | None, column: Column, keys: Sequence[str]) -> str:
-    """Mean ± standard deviation of each metric."""
+def figures_of(cell: ResultCell | None, column: ResultColumn, keys: Sequence[str]) -> str:
+    """Mean ± standard deviation of each metric, as one text."""
     if cell is None:
         return ""
     return _listed([plus_minus(spread(cell.by_seed(key).values()), column.factor(key)) for key in keys])
@@ -184,37 +201,40 @@ def plus_minus(found: Spread | None, factor: float) -> str:
     if found is None:
         return ""
     mean, digits = found.mean * factor, _digits(found.mean * factor, factor)
-    return Figure(f"{mean:.{digits}f}" + (f" ± {found.std * factor:.{digits}f}" if found.std is not None else ""), mean)
+    return SortableText(
+        f"{mean:.{digits}f}" + (f" ± {found.std * factor:.{digits}f}" if found.std is not None else ""), mean
+    )
 
 
 def signed(found: Difference | None) -> str:
-    """A difference with its interval."""
+    """A difference with its interval, as text."""
     if found is None:
         return ""
     largest = max(abs(value) for value in (found.mean, found.low, found.high) if value is not None)
-    digits = 2 if largest >= 0.5 else 4  # points in the hundredths; shares and correlations finer
+    # Differences in points need two digits, those of fractions and correlations four.
+    digits = 2 if largest >= 0.5 else 4
     interval = f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})" if found.low is not None else ""
-    return Figure(f"{found.mean:+.{digits}f}{interval}", found.mean)
+    return SortableText(f"{found.mean:+.{digits}f}{interval}", found.mean)
 
 
 def probability(p: float | None) -> str:
     """A p-value with three digits; empty for None."""
-    return "" if p is None else Figure("< 0.001" if p < 0.001 else f"{p:.3f}", p)
+    return "" if p is None else SortableText("< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
-def search_time(cell: Cell) -> str:
-    """How long the search took, or that its result is that of other runs."""
+def search_time(cell: ResultCell) -> str:
+    """How long the search took, or ``reused`` if other runs did it."""
     return "reused" if cell.reused else duration(cell.spread("time", "search_s"))
 
 
 def duration(found: Spread | None) -> str:
-    """A mean time in words."""
+    """A mean time as text, in s, min or h."""
     if found is None or not found.mean:
         return ""
     seconds = found.mean
     if seconds < 120:
-        return Figure(f"{seconds:.0f} s", seconds)
-    return Figure(f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h", seconds)
+        return SortableText(f"{seconds:.0f} s", seconds)
+    return SortableText(f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h", seconds)
 
 
 def _digits(value: float, factor: float) -> int:
@@ -222,38 +242,38 @@ def _digits(value: float, factor: float) -> int:
     return 2 if factor != 1 else 4 if size < 2 else 3 if size < 10 else 2 if size < 1000 else 0
 
 
-def _count(cell: Cell, key: str) -> str:
-    """A count of parameters."""
+def _count(cell: ResultCell, key: str) -> str:
+    """A number of parameters as text."""
     found = cell.spread("params", key)
-    return Figure(cell.span(key), found.mean) if found else ""
+    return SortableText(cell.span(key), found.mean) if found else ""
 
 
-def _n(cell: Cell | None, column: Column) -> str:
-    """How many seeds have a value."""
+def _n(cell: ResultCell | None, column: ResultColumn) -> str:
+    """How many seeds have a value for the compared metric, as text."""
     if cell is None:
         return ""
     n = len(cell.by_seed(column.compared))
-    return Figure(str(n), n)
+    return SortableText(str(n), n)
 
 
 def _printed(text: str) -> str:
-    """A figure of a paper."""
+    """A figure of a paper, sorted by its first number."""
     found = re.match(r"(\d+(?:\.\d+)?)([kM]?)", text)
-    return Figure(text, float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]]) if found else text
+    return SortableText(text, float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]]) if found else text
 
 
-def _several(cells: Sequence[Cell | None], text: Callable[[Cell], str]) -> str:
-    """What the columns of a row have."""
+def _several(cells: Sequence[ResultCell | None], text: Callable[[ResultCell], str]) -> str:
+    """The texts of a row's columns, joined."""
     return _joined([text(cell) if cell else "" for cell in cells])
 
 
 def _joined(texts: Sequence[str]) -> str:
-    """One text where all are the same, else each of them, in their order."""
+    """One text if all are the same, otherwise all of them in their order."""
     return texts[0] if len(set(texts)) == 1 else _listed(texts)
 
 
 def _listed(texts: Sequence[str]) -> str:
-    """All of them, sorted by the first number."""
-    value = next((text.value for text in texts if isinstance(text, Figure)), None)
+    """All texts in one, sorted by the first number."""
+    value = next((text.value for text in texts if isinstance(text, SortableText)), None)
     listed = " / ".join(text or NONE for text in texts) if any(texts) else ""
-    return listed if value is None else Figure(listed, value)
+    return listed if value is None else SortableText(listed, value)

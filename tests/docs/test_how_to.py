@@ -1,0 +1,102 @@
+"""Each how-to page works as printed, outside the repository: its files are written and its commands are run."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+HOW_TO = REPO / "docs" / "how-to"
+NOT_RUN = "# not run by the tests"
+FILE = re.compile(r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def files_of(page: str) -> dict[str, str]:
+    """The files that a page prints: a line with the path in backticks, then a code block."""
+    return dict(FILE.findall((HOW_TO / f"{page}.md").read_text()))
+
+
+def scripts_of(page: str) -> list[str]:
+    """The blocks of commands of a page, without those that say that they are not run."""
+    blocks = COMMANDS.findall((HOW_TO / f"{page}.md").read_text())
+    return [block for block in blocks if not block.startswith(NOT_RUN)]
+
+
+def follow(page: str, folder: Path) -> str:
+    """Do what a page says in an empty folder; returns what the commands printed."""
+    for name, content in files_of(page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    python = Path(sys.executable).parent
+    environment = os.environ | {"DIFFORA": str(REPO), "PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
+    printed = ""
+    for script in scripts_of(page):
+        # A page sets PYTHONPATH=. itself where it is needed; what the test run needs there stays.
+        script = script.replace("PYTHONPATH=. ", "PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} ")
+        done = subprocess.run(
+            ["bash", "-e", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed += done.stdout
+    return printed
+
+
+def record_of(folder: Path) -> dict:
+    """The record of the only finished run below a folder; a dry run has a record too."""
+    records = [json.loads(file.read_text()) for file in (folder / "outputs").glob("*/run.json")]
+    [record] = [record for record in records if record["status"] == "completed"]
+    return record
+
+
+@pytest.mark.parametrize("page", ["own-data", "own-model", "own-method", "own-task", "own-selector"])
+def test_a_page_has_commands_and_says_how_much_there_is_to_write(page):
+    assert scripts_of(page)
+    if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):
+        counted = {name: text for name, text in files_of(page).items() if not name.endswith((".csv", "make_model.py"))}
+        assert {"one": 1, "two": 2}[claim[1]] == len(counted)
+        assert int(claim[2]) == sum(bool(line.strip()) for text in counted.values() for line in text.splitlines())
+    else:
+        assert page == "own-data"
+
+
+def test_own_data(tmp_path):
+    follow("own-data", tmp_path)
+    record = record_of(tmp_path)
+    assert record["data"]["train"]["used"] == 8 and record["data"]["validation"]["used"] == 4
+
+
+def test_own_model(tmp_path):
+    printed = follow("own-model", tmp_path)
+    assert "diffora on mine: 3 layers x 6 candidates" in printed
+    record = record_of(tmp_path)
+    assert record["model"] == "mine"
+
+
+def test_own_method(tmp_path):
+    follow("own-method", tmp_path)
+    record = record_of(tmp_path)
+    assert record["method"] == "lora_fa"
+    # only B is trained, and A is needed at inference too
+    assert 0 < record["params"]["adapter"] < record["params"]["inference"]
+
+
+def test_own_task(tmp_path):
+    follow("own-task", tmp_path)
+    record = record_of(tmp_path)
+    assert "validation/macro_f1" in record["metrics"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("diffora.search.selectors") is None, reason="selectors are not functions yet"
+)
+def test_own_selector(tmp_path):
+    follow("own-selector", tmp_path)
+    assert record_of(tmp_path)["method"] == "diffora"
+    [selection] = (tmp_path / "outputs").glob("*/selection.json")
+    assert json.loads(selection.read_text())["selector"] == "my_selectors.saliency"

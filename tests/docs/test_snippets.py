@@ -1,0 +1,75 @@
+"""The Python code of docs/start/library.md and docs/how-to/adapters.md runs, on a short run in place of a long one."""
+
+import re
+
+import hydra
+import pytest
+import torch
+from conftest import REPO
+from transformers import AutoModelForSequenceClassification
+
+from diffora.hub import EMBEDDED
+
+LIBRARY = (REPO / "docs" / "start" / "library.md").read_text()
+ADAPTERS = (REPO / "docs" / "how-to" / "adapters.md").read_text()
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_first_block_of_the_page_is_that_of_the_readme():
+    """tests/e2e/test_readme.py runs it."""
+    assert blocks(LIBRARY)[0] in (REPO / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the block about a whole run leaves: its names, among them ``result``."""
+    [block] = [block for block in blocks(LIBRARY) if "run(cfg" in block]
+    folder = tmp_path_factory.mktemp("library")
+    short = ["task.train_rows=64", "task.validation_rows=32", "search.epochs=1", "finetune.epochs=1"]
+    patch = pytest.MonkeyPatch()
+    compose = hydra.compose
+    patch.setattr(hydra, "compose", lambda name, given: compose(name, [*given, *short, "finetune.warmup_steps=0"]))
+    patch.chdir(folder)
+    torch.set_num_threads(1)
+    found: dict = {}
+    exec(block, found)
+    yield found
+    patch.undo()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 5, 7, 2]])).logits
+
+
+def test_a_whole_run_and_its_adapter(names):
+    """The three ways to load an adapter that the pages show give the outputs of the run."""
+    result = names["result"]
+    assert result.record["status"] == "completed" and result.selection is not None
+    expected = logits(result.model.eval())
+
+    def fresh():
+        return AutoModelForSequenceClassification.from_pretrained(EMBEDDED, num_labels=2, dtype="float32").eval()
+
+    place = str(result.folder / "adapter")
+    [load] = [block for block in blocks(LIBRARY) if "load_adapter" in block]
+    given = {"model": fresh()}
+    exec(load.replace("outputs/…/adapter", place), given)
+    assert torch.allclose(logits(given["model"]), expected, atol=1e-5)
+
+    peft, ours, tie = blocks(ADAPTERS)
+    given = {"base": fresh()}
+    exec(ours.replace("outputs/…/adapter", place), given)
+    assert torch.allclose(logits(given["base"]), expected, atol=1e-5)
+
+    peft = peft.replace("microsoft/deberta-v3-base", str(EMBEDDED)).replace("outputs/…/adapter", place)
+    given = {}
+    exec(peft, given)
+    assert torch.allclose(logits(given["model"]), expected, atol=1e-5)
+    separate = len({id(p) for p in given["model"].parameters()})
+    exec(tie.replace("outputs/…/adapter", place), given)
+    assert len({id(p) for p in given["model"].parameters()}) < separate  # shared pairs are tied again
+    assert torch.allclose(logits(given["model"]), expected, atol=1e-5)
