@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.report import REPO
-from diffora.backbones.models import freeze_backbone, head_modules
+from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import set_kernel
@@ -90,8 +90,7 @@ class Shape:
         torch.manual_seed(0)
         with torch.device(self.device):
             model = kind.from_config(config, dtype=getattr(torch, self.yaml.get("dtype", "float32")))
-        model.trains_head = not causal
-        return freeze_backbone(model).train()
+        return Backbone.of(model, trains_head=not causal).freeze().model.train()
 
     def grid(self, model: nn.Module) -> Grid:
         found = find_grid(model, self.yaml.layer, self.yaml.candidates)
@@ -244,10 +243,10 @@ def peft_adalora(model: nn.Module, shape: Shape) -> Contender:
 
 
 def _with_peft(model: nn.Module, config: Any) -> nn.Module:
-    heads = [model.get_submodule(name) for name in head_modules(model)]
+    head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(model, config)
-    for head in heads:
-        head.requires_grad_(True)
+    for parameter in head:
+        parameter.requires_grad_(True)
     fill(model)
     return wrapped.train()
 

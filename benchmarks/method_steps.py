@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
-from diffora.backbones.models import freeze_backbone
+from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.orthogonality import orthogonality
@@ -81,7 +81,7 @@ class Contender:
         torch.manual_seed(0)
         shape = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
         config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        self.model = freeze_backbone(BertForSequenceClassification(config)).train()
+        self.model = Backbone.of(BertForSequenceClassification(config)).freeze().model.train()
         self.loop, self.number = loop, 0
         self.adaptation = method.adapt(self.model, find_grid(self.model, "encoder.layer.*", TYPES, ROLES), None, 0)
         for _, layer in lowrank_layers(self.model):

@@ -37,12 +37,12 @@ def clock(owner: Any, name: str, part: str) -> None:
 def main() -> None:
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
-    from diffora.backbones import models
+    from diffora.loop import parts
     from diffora.tasks.glue import GlueTask
 
     clock(GlueTask, "load", "reading rows")
     clock(GlueTask, "encode", "tokenising")
-    clock(models, "load_model", "loading weights")
+    clock(parts, "load_backbone", "loading weights")
     clock(_EvaluationLoop, "run", "evaluation")
     script = Path(__file__).parents[1] / "train.py"
     sys.argv[0] = str(script)

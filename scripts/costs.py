@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffora.backbones import models
+from diffora.backbones.meta import meta_backbone
+from diffora.backbones.precision import AUTOCAST
 from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
@@ -106,7 +107,7 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
     settings, task = check(cfg)
     method = settings.method
-    model = models.meta_model(settings.model, task)
+    model = meta_backbone(settings.model, task.model_request()).model
     grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles)
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
@@ -135,7 +136,7 @@ _counted: dict[Any, Step] = {}
 def _count(cfg: DictConfig, searching: bool) -> Step:
     task, model, _ = adapted(cfg, searching)
     model.train()
-    dtype = models.AUTOCAST.get(cfg.trainer.precision)
+    dtype = AUTOCAST.get(cfg.trainer.precision)
     with memory.without_memory(model), torch.autocast("cpu", dtype, enabled=dtype is not None):
         batch = task.dummy(ROWS, model)
         tokens = 1

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from diffora.backbones.models import freeze_backbone
+from diffora.backbones.backbone import Backbone
 from diffora.tasks.glue import GlueSettings, GlueTask
 
 
@@ -39,7 +39,7 @@ def small_deberta(
         for parameter in model.parameters():  # with the default of 0.02, attention is nearly uniform
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
-    return freeze_backbone(model)
+    return Backbone.of(model).freeze().model
 
 
 def rows_of(n: int = 48) -> datasets.Dataset:

@@ -23,9 +23,9 @@ from made_runs import made_run
 from omegaconf import OmegaConf
 
 from diffora import cli
-from diffora.adapters.export import load_adapter
 from diffora.adapters.manifest import write_manifest
-from diffora.backbones import models
+from diffora.api import load_adapter
+from diffora.backbones.load import load_backbone
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import conf_dir
@@ -318,7 +318,7 @@ def test_remote_code_is_never_allowed_by_a_file(arrived):
 def backbone(finished):
     cfg = settings(yaml.safe_load((finished / "config.yaml").read_text()), FILE, ["task", "model"])
     torch.manual_seed(0)
-    return models.load_model(cfg.model, get_task(cfg.task))
+    return load_backbone(cfg.model, get_task(cfg.task).model_request())
 
 
 def sign(folder):

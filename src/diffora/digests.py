@@ -1,4 +1,4 @@
-"""What a result was made with: digests of files and of a backbone, and what changed between two runs."""
+"""Digests of files and backbones, and what differs between the inputs of two runs."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from diffora.hub import resolve
 from diffora.settings.identity import NOT_IN_HASH, differences
 
 REMEMBERED_FROM = 64 * 2**20
-"""Bytes of a file from which its digest is remembered while the file stays as it is."""
+"""Digests of files of at least this many bytes are remembered until the file changes."""
 SAMPLED_FROM = 2 * 2**30
-"""Bytes of a weight file from which its digest covers its ends and a sample, not all of it."""
+"""The digest of a weight file of at least this many bytes covers its two ends and a sample only."""
 SAMPLES, SAMPLE = 256, 2**16
-"""So many blocks of so many bytes make a sample, at equal distances."""
+"""A sample is this many blocks of this many bytes, at equal distances."""
 ENDS = 2**20
-"""Bytes at either end that are always in a sample: a safetensors file's header, a pickled file's list of contents."""
+"""Bytes at each end that are always covered: they hold the header of safetensors, and the index of pickled files."""
 
 WEIGHTS = (
     "model.safetensors",
@@ -52,9 +52,9 @@ SMALL = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-"""Other files of a backbone that a result depends on, and"""
+"""Other files of a backbone that a result depends on."""
 KINDS = ("tokenizer.*.json", "*processor_config.json", "*.model", "*.vocab", "*.jinja", "*.py")
-"""those whose names differ from model to model."""
+"""Patterns for such files whose names differ from model to model."""
 
 
 # --- files ---
@@ -66,17 +66,17 @@ def default_cache_dir() -> Path:
 
 
 def of_file(path: Path, tail: int = 0) -> str:
-    """sha256 of a file's content, less its last ``tail`` bytes, as hexadecimal digits.
+    """sha256 of a file's content without its last ``tail`` bytes, as hexadecimal digits.
 
-    The digest of a large file is remembered in the cache folder until the file's size, times or inode change. The
-    change time is among them, which no program can set back: only a fault of the disk itself goes unseen.
+    The digest of a large file is remembered in the cache folder until the file's size, times or inode change. No
+    program can set the change time back, so only a fault of the disk itself would stay unnoticed.
     """
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, tail]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         memory = default_cache_dir() / "digests" / key
-        # A file that has just been written could be written again within one tick of the clock.
+        # A file that was just written could be written again within the same tick of the clock.
         remembered = stat.st_size >= REMEMBERED_FROM and time.time() - stat.st_ctime > 2
         if remembered:
             with suppress(OSError, ValueError):
@@ -89,7 +89,7 @@ def of_file(path: Path, tail: int = 0) -> str:
             left -= len(block)
     digest = hasher.hexdigest()
     if remembered:
-        with suppress(OSError), atomic(memory) as scratch:  # it is only a memory
+        with suppress(OSError), atomic(memory) as scratch:  # without it, the digest is computed again
             scratch.write_text(f"{digest} {_check(key, digest)}\n")
     return digest
 
@@ -117,11 +117,11 @@ def _sample(path: Path) -> str:
 
 
 def backbone(path: str) -> dict[str, Any] | None:
-    """The identity of the backbone at ``model.path``; of a hub id, of its files in the local cache (no network).
+    """The identity of the backbone at ``model.path``. For a hub id: of its files in the local cache (no network).
 
     Returns:
-        digest: of all files together; how: what it covers; files: the first digits of each file's digest. None where
-        the weights are not on this machine.
+        ``digest``: of all files together; ``how``: what it covers; ``files``: the first digits of each file's digest.
+        None if the weights are not on this machine.
     """
     folder = _folder(path)
     weights = [] if folder is None else list(_weights(folder))
@@ -150,7 +150,7 @@ def _folder(path: str) -> Path | None:
 
 
 def _weights(folder: Path) -> Iterator[str]:
-    """Names of the weight files that transformers takes from a model's folder, with the index of their parts."""
+    """Names of the weight files that transformers loads from a model's folder, and of their index."""
     given = read_json(folder / "config.json")
     given = given.get("transformers_weights") if isinstance(given, dict) else None
     for name in [given] if isinstance(given, str) else WEIGHTS:
@@ -172,13 +172,16 @@ def _weights(folder: Path) -> Iterator[str]:
 def made_with(
     composed: Mapping[str, Any], data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint or a search is made with, in plain containers, to compare with later (`changes`).
+    """What a checkpoint or a search is made with, to compare later with `changes`.
 
     Args:
         composed: the composed configuration in plain containers.
         data: hash of the data.
-        rows: how many there are, by split.
+        rows: number of rows by split.
         backbone: what `backbone` returned.
+
+    Returns:
+        Plain containers, equal to what comes back from a JSON file.
     """
     settings = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
     made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone}
@@ -187,7 +190,7 @@ def made_with(
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two `made_with`, a line each. What is None or missing in one of them is not compared."""
+    """One line for each difference between two results of `made_with`. None and missing entries are not compared."""
 
     def both(key: str) -> tuple[Any, Any] | None:
         a, b = old.get(key), new.get(key)
@@ -196,7 +199,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = differences(*pair) if (pair := both("settings")) else []
     if both("data"):
         rows = differences(*pair) if (pair := both("rows")) else []
-        found.append(f"the data changed: {', '.join(rows) + ' rows' if rows else 'as many rows, with other content'}")
+        what = f"{', '.join(rows)} rows" if rows else "as many rows, with other content"
+        found.append(f"the data changed: {what}")
     if pair := both("backbone"):
         files = {line.partition(":")[0] for line in differences(*(each.get("files", {}) for each in pair))}
         if files:

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, one of the embedded models, or the Hugging Face hub, if that can be reached."""
+"""Finds a model: in a folder, in this package, or on the Hugging Face hub if it can be reached."""
 
 from functools import cache
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 from diffora.errors import UserError
 
 PROBE_SECONDS = 5.0
+"""How long to wait for an answer of the hub."""
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 
 
 @cache
 def why_unreachable() -> str | None:
-    """None if the hub (or the mirror in HF_ENDPOINT) answers within `PROBE_SECONDS`; otherwise why not.
+    """Why the hub (or the mirror in HF_ENDPOINT) cannot be used; None if it answers within `PROBE_SECONDS`.
 
-    Asked once and quickly: the hub's own clients retry for half a minute.
+    It is asked once per process. The hub's own clients would retry for half a minute.
     """
     import huggingface_hub
 
@@ -29,10 +30,16 @@ def why_unreachable() -> str | None:
 
 
 def resolve(path: str) -> tuple[str, bool]:
-    """(what to give to transformers, whether it is a local folder) for ``model.path``.
+    """Resolve ``model.path``.
+
+    Args:
+        path: a folder, a hub id, ``embedded``, or ``embedded:<name>`` for one of the models in this package.
+
+    Returns:
+        (folder or hub id for transformers, whether it is a local folder).
 
     Raises:
-        UserError: it looks like a folder and is none, or has no config.json.
+        UserError: it looks like a folder but is not one, it has no config.json, or it cannot be a hub id.
     """
     if path == "embedded":
         return str(EMBEDDED), True
@@ -50,7 +57,7 @@ def resolve(path: str) -> tuple[str, bool]:
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path} is not a folder; give a folder of a transformers model or a hub id")
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
     try:
         validate_repo_id(path)

@@ -1,7 +1,7 @@
-"""What a file may name: the class behind a ``_target_``, and settings that somebody else may have written.
+"""Reads files that somebody else may have written: which classes they may name, and their settings.
 
-Whoever types a command, or writes in ``conf/``, may name any class. A file that arrived (a run's ``config.yaml``, an
-adapter's ``diffora.json``) may name classes of this package only, and nothing in it is resolved.
+The user may name any class on the command line or in ``conf/``. A file that may come from others (a run's
+``config.yaml``, an adapter's ``diffora.json``) may name classes of this package only, and nothing in it is resolved.
 """
 
 import inspect
@@ -32,11 +32,11 @@ def class_at(target: Any, base: Any, key: str, file: Path | None = None) -> Any:
         target: ``module.Class``.
         base: `Task` or `Method`; ``base.required`` names what a subclass must define.
         key: where the path was given, such as ``task._target_``, for messages.
-        file: the file that the path comes from, where somebody else may have written it: only classes of this package
-            are looked up then. None for what the user typed or has in ``conf/``.
+        file: the file that the path comes from, if somebody else may have written it. Then only classes of this
+            package are found. None for what the user typed or has in ``conf/``.
 
     Raises:
-        UserError: there is no such class, or it is none that can be used.
+        UserError: there is no such class, or it is not a usable subclass.
     """
     kind = base.__name__
     if file is not None:
@@ -96,9 +96,9 @@ def function_at(target: str, key: str) -> Any:
 
 
 def object_in(package: str, target: Any) -> Any:
-    """What is at a dotted path inside an installed package; None if nothing is, or if it is no class or function of it.
+    """The class or function at a dotted path inside an installed package; None if there is none.
 
-    The text and the package's own files decide whether there is such a module, before anything of it is imported.
+    Nothing outside the package is imported: its files are searched for the module first.
     """
     if not (isinstance(target, str) and NAME.fullmatch(target) and target.startswith(f"{package}.")):
         return None
@@ -140,7 +140,7 @@ def _is_complete(found: Any, base: Any) -> bool:
 
 
 def _nearest(target: Any, key: str) -> str:
-    """Which class that comes with this project may have been meant, in words."""
+    """A hint with the class of this project whose name is nearest; empty if no name is near."""
     files = (conf_dir() / key.partition(".")[0]).glob("*.yaml")
     texts = "\n".join(file.read_text(encoding="utf-8") for file in files)
     there = dict.fromkeys(re.findall(rf"^ *_target_: ({PACKAGE}\.\S+)$", texts, re.MULTILINE))
@@ -158,16 +158,16 @@ def literal(text: str) -> str:
 
 
 def settings(content: Any, file: Path, sections: Sequence[str], values: Sequence[str] = ()) -> DictConfig:
-    """A configuration of some keys of a file, in which every text stays as it is: nothing is ever resolved.
+    """A configuration with some keys of a file. All text stays as written: no interpolation is ever resolved.
 
     Args:
         content: what `read_yaml` or `read_json` found in the file.
         file: for messages.
-        sections: the groups of settings to take; they must be there.
-        values: other keys to take where they are there.
+        sections: groups of settings that must be there.
+        values: other keys, which may be missing.
 
     Raises:
-        UserError: every section that is missing or no group of settings, every value that no setting can have.
+        UserError: every section that is missing or not a group of settings, every value that no setting can have.
     """
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold groups of settings: {', '.join(sections)}")
@@ -203,13 +203,13 @@ def _literals(value: Any, key: str, file: Path, problems: list[str]) -> Any:
 
 
 def _path(target: Any) -> str:
-    """A dotted path in a message; what only looks like another path is told apart."""
+    """A dotted path in a message. Characters that only look like ASCII letters are escaped."""
     ordinary = isinstance(target, str) and len(target) <= 80 and target.isascii() and target.isprintable()
     return target if ordinary else _shown(target)
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, not at any length."""
+    """A value in a message, cut to 80 characters."""
     text = "null" if value is None else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
@@ -223,10 +223,10 @@ LOADS_MORE = {
 
 
 def check_peft_adapter(folder: Path) -> None:
-    """Refuse an adapter of PEFT that would have PEFT import a module, unpickle a file or load from elsewhere.
+    """Refuse a PEFT adapter with which PEFT would import a module, unpickle a file or load from another place.
 
     Raises:
-        UserError: what is wrong with ``adapter_config.json``, or its weights are not in safetensors.
+        UserError: ``adapter_config.json`` cannot be right, or the weights are not in safetensors.
     """
     file = folder / "adapter_config.json"
     content = read_json(file)

@@ -17,9 +17,11 @@ from small import small_deberta, small_task
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from diffora.adapters.export import Origin, load_adapter
 from diffora.adapters.manifest import write_manifest
-from diffora.backbones import models
+from diffora.adapters.origin import Origin
+from diffora.api import load_adapter
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -43,6 +45,11 @@ MASK = torch.tensor([[True, False, True, False, False, True], [False, False, Tru
 RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
 
 
+def origin_of(model: nn.Module, base_model: str = "base", config: dict | None = None, **record) -> Origin:
+    backbone = Backbone.of(model, arguments={"num_labels": 2})
+    return Origin(base_model, small_task(), RECORD | record, config or {}, backbone)
+
+
 def inputs():
     return {key: value for key, value in batch_of(5).items() if key in ("input_ids", "attention_mask")}
 
@@ -58,7 +65,7 @@ def trained(deberta, tmp_path):
         nn.init.normal_(parameter, std=0.5)
     for parameter in (*model.classifier.parameters(), *model.pooler.parameters()):
         nn.init.normal_(parameter, std=0.5)
-    origin = Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2})
+    origin = origin_of(model, str(tmp_path / "base"))
     LowRankAdaptation(model).export(tmp_path, origin)
     return model.eval(), tmp_path
 
@@ -110,16 +117,18 @@ def spoken(tmp_path_factory):
     """B6's case: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue; no head is trained."""
     folder = tmp_path_factory.mktemp("dialogue")
     composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
-    task, fresh = get_task(composed.task), lambda: models.load_model(composed.model, get_task(composed.task)).eval()
-    model = fresh()
+    task = get_task(composed.task)
+    load = lambda: load_backbone(composed.model, task.model_request())  # noqa: E731
+    backbone = load()
+    model = backbone.model
     grid = find_grid(model)
     torch.manual_seed(0)
     selected = torch.rand(grid.n_layers, grid.n_types) < 0.4
     attach(model, grid.names, selected, rank=3, shared_rank=2, alpha=8, freeze=False)
     for _, layer in lowrank_layers(model):
         nn.init.normal_(layer.lora_bt, std=0.1)
-    LowRankAdaptation(model).export(folder, Origin("some/model", task, RECORD, {}, task.head()))
-    return model.eval(), fresh, folder / "adapter"
+    LowRankAdaptation(model).export(folder, Origin("some/model", task, RECORD, {}, backbone))
+    return model.eval(), lambda: load().model.eval(), folder / "adapter"
 
 
 def spoken_logits(model: nn.Module) -> torch.Tensor:
@@ -157,7 +166,7 @@ def test_adapters_with_a_head_and_closed_gates_are_read_alike(reader, deberta, t
         nn.init.normal_(layer.lora_bt, std=0.5)
         layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) * (i > 1) + torch.tensor([0.0, 0.0, 2.0]) * (i == 1))
     nn.init.normal_(model.classifier.weight, std=0.5)
-    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     read = read_as(READERS[reader], base, tmp_path / "adapter")
     with torch.no_grad():
         expected = model.eval()(**inputs()).logits
@@ -186,7 +195,7 @@ def test_training_goes_on_from_a_loaded_adapter_to_the_bit(alpha, deberta, tmp_p
     for _, layer in lowrank_layers(model):
         nn.init.normal_(layer.lora_bt, std=0.5)
     steps(model)
-    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     again = deberta()
     load_adapter(again, tmp_path / "adapter")
     for turn in range(2):
@@ -207,7 +216,7 @@ def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, 
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank, shared_rank=2, alpha=alpha)
     for _, layer in lowrank_layers(model):
         nn.init.normal_(layer.lora_bt)
-    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     assert (tmp_path / "adapter" / "exact.safetensors").is_file() == rounds
 
 
@@ -251,13 +260,47 @@ def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deb
     model, again = shared(), shared()
     attach(model, [[f"{LAYER}.0.output.dense"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
     nn.init.normal_(model.get_submodule(f"{LAYER}.1.output.dense").lora_bt)
-    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     assert f"{LAYER}.0.output.dense stands at {LAYER}.1.output.dense too" in caplog.text
     load_adapter(again, tmp_path / "adapter")
     with torch.no_grad():
         expected = model.eval()(**inputs()).logits
         torch.testing.assert_close(again.eval()(**inputs()).logits, expected)
         assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
+
+
+class Own(nn.Module):
+    """A module that transformers does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
+def test_a_module_of_the_users_own_takes_an_adapter(tmp_path):
+    """It has no head that an adapter would have to bring."""
+    model, x = Own(), torch.randn(4, 6)
+    assert Backbone.of(model).head == ()
+    plain = model(x)
+    attach(model, find_grid(model, ".", ["layers.0", "layers.2"]).names, torch.tensor([[True, True]]), 2, None, alpha=4)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
+    again = Own()
+    load_adapter(again, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x))
+        assert (again(x) - plain).abs().max() > 0.01
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        f"layers.{i}.{part}" for i in (0, 2) for part in ("lora_a", "lora_bt")
+    }
 
 
 # --- damaged and strange files ---
@@ -273,7 +316,7 @@ def exported(tmp_path_factory):
         model, folder = small_deberta(), tmp_path_factory.mktemp(kind)
         grid = find_grid(model, "encoder.layer.*", TYPES)
         composed = compose_cfg(f"method={'vera' if kind == 'peft' else 'bitfit'}", "task=mrpc", "model=deberta_v3_base")
-        origin = Origin("base", small_task(), RECORD | {"selection": None}, plain(composed), {"num_labels": 2})
+        origin = origin_of(model, config=plain(composed), selection=None)
         if kind == "pairs":
             attach(model, grid.names, MASK, rank=3, shared_rank=2, alpha=8, freeze=False)
             for _, layer in lowrank_layers(model):
@@ -531,15 +574,13 @@ def named(tmp_path):
     names = ["no", 'may"be', "yes"]
     head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     composed = compose_cfg("method=lora", "task=paraphrase", "model=tiny")
-    model = models.freeze_backbone(
-        AutoModelForSequenceClassification.from_pretrained(EMBEDDED, **head, dtype=torch.float32)
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(EMBEDDED, **head, dtype=torch.float32)
+    backbone = Backbone.of(model, arguments={"num_labels": 3, **head}).freeze()
     grid = find_grid(model)
     attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, 4, freeze=False)
     model.classifier.bias.data = torch.tensor([0.0, 5.0, 0.0])
     task = get_task(composed.task)
-    arguments = {"num_labels": 3, **head}
-    LowRankAdaptation(model).export(tmp_path, Origin(str(EMBEDDED), task, RECORD, {}, arguments))
+    LowRankAdaptation(model).export(tmp_path, Origin(str(EMBEDDED), task, RECORD, {}, backbone))
     return model, names, tmp_path / "adapter"
 
 
@@ -593,7 +634,7 @@ def test_gates_are_folded_in_and_pruned_directions_left_out(deberta, tmp_path):
     for i, (_, layer) in enumerate(lowrank_layers(model)):
         nn.init.normal_(layer.lora_bt, std=0.5)
         layer.gate = nn.Parameter(torch.tensor([0.0, 1.5, -0.5]) if i else torch.zeros(3))
-    origin = Origin("base", small_task(), RECORD, {}, {"num_labels": 2})
+    origin = origin_of(model)
     LowRankAdaptation(model).export(tmp_path, origin)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ranks = [m.r["default"] for _, m in loaded.named_modules() if hasattr(m, "lora_A")]
@@ -614,7 +655,7 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
     attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), rank=2, shared_rank=None, alpha=8)
     for _, layer in lowrank_layers(model):
         layer.gate = nn.Parameter(torch.zeros(2))
-    LowRankAdaptation(model).export(tmp_path, Origin("base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs()).logits, model.eval()(**inputs()).logits)

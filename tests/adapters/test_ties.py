@@ -12,8 +12,10 @@ from small import small_deberta, small_task
 from torch import nn
 from torch.utils.data import Dataset
 
-from diffora.adapters.export import Origin, load_adapter
+from diffora.adapters.origin import Origin
 from diffora.adapters.pairs import retie
+from diffora.api import load_adapter
+from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -23,6 +25,10 @@ from diffora.methods.lowrank import LowRankAdaptation
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 RECORD = {"method": "diffora", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
 TIED = [[f"deberta.encoder.layer.{i}.{name}" for i in (0, 1)] for name in (TYPES[1], TYPES[4])]
+
+
+def origin_of(model: nn.Module) -> Origin:
+    return Origin("org/base", small_task(), RECORD, {}, Backbone.of(model, arguments={"num_labels": 2}))
 
 
 def adapted(seed: int = 0) -> nn.Module:
@@ -153,7 +159,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tied")
     small_deberta().save_pretrained(folder / "base")
     model = adapted()
-    origin = Origin("org/base", small_task(), RECORD, {}, {"num_labels": 2})
+    origin = origin_of(model)
     LowRankAdaptation(model).export(folder, origin)
     return model, folder / "base", folder / "adapter"
 
@@ -213,7 +219,7 @@ def test_the_trainer_keeps_what_retie_tied(exported, tmp_path):
 
 def test_retie_says_what_it_lacks(exported, tmp_path):
     model, _, adapter = exported
-    with pytest.raises(UserError, match=r"no PeftModel with the adapter default at deberta\.encoder\.layer\.0\."):
+    with pytest.raises(UserError, match=r"not a PeftModel with the adapter default at deberta\.encoder\.layer\.0\."):
         retie(small_deberta(), adapter)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no manifest\.json, which says which modules share"):
@@ -234,6 +240,6 @@ def test_the_card_says_that_plain_peft_unties(exported):
 def test_without_sharing_the_card_says_nothing_of_it(tmp_path):
     model = small_deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank=3, shared_rank=None, alpha=8)
-    LowRankAdaptation(model).export(tmp_path, Origin("org/base", small_task(), RECORD, {}, {"num_labels": 2}))
+    LowRankAdaptation(model).export(tmp_path, origin_of(model))
     assert "share" not in (tmp_path / "adapter" / "README.md").read_text()
     assert json.loads((tmp_path / "adapter" / "manifest.json").read_text())["shared"] == []

@@ -17,8 +17,12 @@ from omegaconf import OmegaConf
 from small import small_task
 from torch import nn
 
-from diffora.adapters.export import load_adapter
-from diffora.backbones import compatibility, models
+from diffora.api import load_adapter
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.compatibility import match_processor
+from diffora.backbones.load import load_backbone
+from diffora.backbones.meta import meta_backbone
+from diffora.backbones.processors import load_tokenizer
 from diffora.core.attach import attach
 from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
@@ -114,7 +118,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
     assert layers.keys() == {name for row in selection.modules for name in row}
     assert min(layer.delta().norm().item() for layer in layers.values()) > 1e-3
     task = get_task(composed.task)
-    grid = find_grid(models.load_model(composed.model, task), composed.model.layer)
+    grid = find_grid(load_backbone(composed.model, task.model_request()).model, composed.model.layer)
     recipe = composed.task.recipe
     assert record["params"]["adapter"] == adapter_parameters(
         grid.shapes, selection.mask(), recipe.rank, recipe.shared_rank
@@ -132,13 +136,12 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
         return [output[key] for key in ("logits", "start_logits", "end_logits") if key in output]
 
     expected = logits(model)
-    ours = models.load_model(composed.model, task)
-    arguments = task.head() | compatibility.match_processor(ours, processor)
+    ours = load_backbone(composed.model, task.model_request(), processor)
     load_adapter(ours, tmp_path / "run" / "adapter")
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(ours.model), expected, rtol=1e-4, atol=1e-5)
     from peft import PeftModel
 
-    base = getattr(transformers, task.model_class).from_pretrained(folder, dtype=torch.float32, **arguments)
+    base = getattr(transformers, task.model_class).from_pretrained(folder, dtype=torch.float32, **ours.arguments)
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
 
@@ -176,14 +179,15 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, t
     task = get_task(composed.task)
     rows = task.load().validation["validation"].select(range(8))
     torch.manual_seed(0)
-    model = models.load_model(composed.model, task)
+    backbone = load_backbone(composed.model, task.model_request())
+    model = backbone.model
     stack = {"t5": "encoder.block.*", "bart": "encoder.layers.*"}.get(name)
     grid = find_grid(model, stack)
     for row in attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4):
         for layer in row:
             nn.init.normal_(layer.lora_bt, std=0.3)
-    for head in models.head_modules(model):
-        for parameter in model.get_submodule(head).parameters():
+    for part in backbone.head:
+        for parameter in model.get_submodule(part).parameters():
             nn.init.normal_(parameter, std=0.25)
     found = []
     for side in ("right", "left") if name != "vit" else ("",):
@@ -191,7 +195,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, t
             settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": side}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         processor = task.processor(composed.model)
-        compatibility.match_processor(model, processor)
+        match_processor(model, processor)
         split = Split(rows, task.encode(rows, processor, training=False))
         collate = task.collate(processor, training=False)
         found += [predict(model, task, split, collate, size, composed.trainer) for size in (1, 3, 8)]
@@ -212,9 +216,9 @@ def test_a_model_whose_output_depends_on_padding_is_refused(kind, changes, tmp_p
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     tokenizer_for("bert").save_pretrained(tmp_path)
     cfg = OmegaConf.create({"name": kind, "path": str(tmp_path)})
-    model, tokenizer = models.load_model(cfg, small_task()), models.load_tokenizer(cfg)
+    model, tokenizer = load_backbone(cfg, small_task().model_request()).model, load_tokenizer(cfg)
     with pytest.raises(UserError, match="predictions would depend on the batch"):
-        compatibility.match_processor(model, tokenizer)
+        match_processor(model, tokenizer)
 
 
 def test_the_run_of_a_model_with_two_stacks_ends_with_the_choice(cfg, folder_of, tmp_path):
@@ -248,16 +252,15 @@ HEADS = [
 
 @pytest.mark.parametrize(("name", "kind", "expected"), HEADS)
 def test_the_head_is_what_the_task_adds(name, kind, expected):
-    model = random_model(name, kind)
-    assert models.head_modules(model) == expected
+    backbone = Backbone.of(random_model(name, kind))
+    assert list(backbone.head) == expected
     bare = sum(p.numel() for p in random_model(name).parameters())
-    assert models.backbone_parameters(model) in (bare, bare - 16 * 17)  # with or without the bare model's pooler
+    assert backbone.n_parameters in (bare, bare - 16 * 17)  # with or without the bare model's pooler
 
 
 def test_a_language_model_has_no_head_to_train():
     model = random_model("llama", "AutoModelForCausalLM")
-    model.trains_head = False
-    assert models.head_modules(models.freeze_backbone(model)) == []
+    assert Backbone.of(model).freeze().head == ()
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -283,7 +286,7 @@ def test_the_true_sizes(model, task, backbone, adapter, cfg, tmp_path):
 @pytest.mark.parametrize("model", ["gpt2", "bert_base", "distilbert_base", "t5_base"])
 def test_a_shipped_grid_is_the_one_that_would_be_found(model, cfg):
     composed = cfg(f"model={model}")
-    net = models.meta_model(composed.model, get_task(composed.task))
+    net = meta_backbone(composed.model, get_task(composed.task).model_request()).model
     given = find_grid(net, composed.model.layer, composed.model.candidates, composed.model.roles)
     assert find_grid(net, composed.model.layer) == given
 
@@ -294,7 +297,7 @@ def test_a_shipped_grid_is_the_one_that_would_be_found(model, cfg):
 def test_the_second_order_gradient_of_gamma_against_finite_differences():
     off = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     model = random_model("gpt2", "AutoModelForSequenceClassification", pad_token_id=PAD, **off)
-    models.freeze_backbone(model)
+    Backbone.of(model).freeze()
     grid = find_grid(model)
     layers = attach(model, grid.names, torch.ones(2, 4, dtype=torch.bool), 2, None, alpha=4, freeze=False)
     for row in layers:

@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from small import small_task
 
-from diffora.backbones import models
+from diffora.backbones.backbone import Backbone
 from diffora.backbones.compatibility import longest_input, match_processor
+from diffora.backbones.load import load_backbone
+from diffora.backbones.meta import meta_backbone
+from diffora.backbones.processors import load_image_processor, load_tokenizer
 from diffora.errors import UserError
 from diffora.hub import resolve
 from diffora.loop.predict import predict
@@ -57,9 +60,13 @@ def section(folder: Path, **more: Any) -> DictConfig:
     return OmegaConf.create({"name": "x", "path": str(folder), **more})
 
 
+def loaded(folder: Path, task: Any = None, **more: Any) -> Backbone:
+    return load_backbone(section(folder, **more), (task or small_task()).model_request())
+
+
 def refused(folder: Path, *words: str, task: Any = None) -> str:
     with pytest.raises(UserError) as error:
-        models.load_model(section(folder), task or small_task())
+        loaded(folder, task)
     for word in words:
         assert word in str(error.value)
     return str(error.value)
@@ -123,9 +130,9 @@ def test_a_config_of_another_size_is_refused(copy, entries, words):
 def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
     """A neighbour of B19: with the model's files there, nothing else reads `model.config`."""
     task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
-    model = models.load_model(task.model, get_task(task.task))
+    model = load_backbone(task.model, get_task(task.task).model_request()).model
     assert model.config.num_hidden_layers == 4
-    assert "model.config.num_hidden_layers=2 not taken" in caplog.text and "hidden_size" not in caplog.text
+    assert "model.config.num_hidden_layers=2 ignored" in caplog.text and "hidden_size" not in caplog.text
 
 
 def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
@@ -133,7 +140,7 @@ def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
     folder = copy("bert", "AutoModelForMaskedLM")
     old = {"bert.embeddings.position_ids": torch.arange(512)[None]}
     change_weights(folder, lambda tensors: tensors | old)
-    assert models.head_modules(models.load_model(section(folder), small_task()))
+    assert loaded(folder).head
 
 
 def test_weights_in_the_layers_that_an_architecture_does_not_use_are_said(copy, caplog):
@@ -141,7 +148,7 @@ def test_weights_in_the_layers_that_an_architecture_does_not_use_are_said(copy, 
     folder = copy("qwen2")
     edit(folder / "config.json", model_type="llama")
     with caplog.at_level(logging.WARNING, logger="diffora"):
-        models.load_model(section(folder), small_task())
+        loaded(folder)
     [line] = [record.message for record in caplog.records if "does not use" in record.message]
     assert "has 6 weights in its layers" in line and "layers.0.self_attn.k_proj.bias" in line
 
@@ -150,7 +157,7 @@ def test_tied_weights_are_not_missing_and_untied_ones_are(copy, cfg):
     task = get_task(cfg("task=dialogue").task)
     folder = copy("llama", "AutoModelForCausalLM", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    models.load_model(section(folder), task)
+    loaded(folder, task)
     edit(folder / "config.json", tie_word_embeddings=False)
     refused(folder, "lacks 1 of the", "lm_head.weight", task=task)
 
@@ -187,7 +194,7 @@ def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
 def test_weights_of_another_precision_are_taken(copy, kind):
     folder = copy()
     change_weights(folder, lambda tensors: {name: value.to(kind) for name, value in tensors.items()})
-    assert models.load_model(section(folder), small_task()).dtype == torch.float32
+    assert loaded(folder).model.dtype == torch.float32
 
 
 def test_a_file_with_two_models_is_refused(copy):
@@ -220,7 +227,7 @@ def test_a_config_that_asks_for_tuples_changes_nothing(copy):
     """The outputs of a model are read by their names."""
     folder = copy()
     edit(folder / "config.json", return_dict=False)
-    assert models.load_model(section(folder), small_task()).config.return_dict is True
+    assert loaded(folder).model.config.return_dict is True
 
 
 # --- files ---
@@ -258,7 +265,7 @@ def test_missing_shards_are_named(copy):
     index = folder / "model.safetensors.index.json"
     where = {name: file for file, part in shards.items() for name in part}
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    models.load_model(section(folder), small_task())
+    loaded(folder)
     (folder / "b.safetensors").unlink()
     (folder / "c.safetensors").write_bytes(b"")
     message = refused(folder, "lacks b.safetensors", index.name, "c.safetensors is damaged")
@@ -304,7 +311,7 @@ def test_a_tokenizer_that_is_damaged_is_refused(copy, file, content):
     folder = copy()
     (folder / file).write_text(content)
     with pytest.raises(UserError, match="tokenizer"):
-        models.load_tokenizer(section(folder))
+        load_tokenizer(section(folder))
 
 
 # --- heads ---
@@ -314,11 +321,12 @@ def test_a_checkpoint_with_another_head_gets_a_new_one(copy, caplog):
     """C: three labels where the task has two."""
     folder = copy("bert", CLASSIFIER, **NLI)
     with caplog.at_level(logging.INFO, logger="diffora"):
-        model = models.load_model(section(folder), small_task())
-    assert model.classifier.out_features == 2 and models.head_modules(model) == ["classifier"]
+        backbone = loaded(folder)
+    assert backbone.model.classifier.out_features == 2 and backbone.head == ("classifier",)
     [line] = [record.message for record in caplog.records if "head" in record.message]
     assert "contradiction, neutral, entailment" in line and "mrpc has a new one" in line
-    assert match_processor(model, models.load_tokenizer(section(folder))) == {"ignore_mismatched_sizes": True}
+    assert match_processor(backbone.model, load_tokenizer(section(folder))) == {}
+    assert backbone.arguments == small_task().head() | {"ignore_mismatched_sizes": True}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "distilbert", "modernbert", "gpt2", "t5"])
@@ -327,13 +335,14 @@ def test_a_head_is_drawn_as_if_the_checkpoint_had_none(made, tmp_path, family, l
     """B5: whatever number of labels it was trained for."""
     with_head = made(family, CLASSIFIER, num_labels=labels)
     torch.manual_seed(3)
-    found = models.load_model(section(with_head), small_task())
+    backbone = loaded(with_head)
+    found = backbone.model
     after = torch.rand(1)
-    names = [f"{name}." for name in models.head_modules(found)]
+    names = [f"{name}." for name in backbone.head]
     bare = Path(shutil.copytree(with_head, tmp_path / "bare"))
     change_weights(bare, lambda t: {name: value for name, value in t.items() if not name.startswith(tuple(names))})
     torch.manual_seed(3)
-    expected = models.load_model(section(bare), small_task())
+    expected = loaded(bare).model
     assert after.equal(torch.rand(1))
     for (name, value), (_, other) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
         assert value.equal(other), name
@@ -347,7 +356,7 @@ def test_a_head_is_drawn_as_if_the_checkpoint_had_none(made, tmp_path, family, l
 def test_the_names_of_the_classes_are_the_tasks(copy, name):
     """B5: a checkpoint with the same number of classes in another order, and another kind of problem."""
     folder = copy("bert", CLASSIFIER, **NLI, problem_type="multi_label_classification")
-    config = models.load_model(section(folder), small_task(name)).config
+    config = loaded(folder, small_task(name)).model.config
     names = {
         "mnli": ["entailment", "neutral", "contradiction"],
         "mrpc": ["not_equivalent", "equivalent"],
@@ -403,7 +412,7 @@ def test_a_folder_without_a_tokenizer_is_refused(copy, family, kept):
         if file.name not in (*kept, "model.safetensors"):
             file.unlink()
     with pytest.raises(UserError, match=r"has no tokenizer: tokenizer\.json.* is missing.*save_pretrained"):
-        models.load_tokenizer(section(folder))
+        load_tokenizer(section(folder))
 
 
 def test_half_a_vocabulary_is_refused(copy):
@@ -414,23 +423,23 @@ def test_half_a_vocabulary_is_refused(copy):
         (folder / name).unlink()
     (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
     with pytest.raises(UserError, match=r"has no tokenizer: tokenizer\.json.* is missing"):
-        models.load_tokenizer(section(folder))
+        load_tokenizer(section(folder))
     (folder / "merges.txt").write_text("\n".join(map(" ".join, tokenizer["model"]["merges"])))
-    assert len(models.load_tokenizer(section(folder)).tokenize("the gardener")) < 12
+    assert len(load_tokenizer(section(folder)).tokenize("the gardener")) < 12
 
 
 def test_a_folder_without_an_image_processor_is_refused(copy):
     folder = copy("vit")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"no image processor: preprocessor_config\.json is missing"):
-        models.load_image_processor(section(folder))
+        load_image_processor(section(folder))
 
 
 def test_an_image_processor_of_another_size_is_refused(copy):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", size={"height": 16, "width": 16})
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
-    model = models.load_model(section(folder), task)
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
+    model = loaded(folder, task).model
     with pytest.raises(UserError, match="does not take images of three channels and 16 x 16 pixels"):
         match_processor(model, task.processor(section(folder)))
 
@@ -449,14 +458,14 @@ def test_an_image_processor_of_another_size_is_refused(copy):
 def test_an_image_processor_that_cannot_be_right_is_refused(copy, entries, words):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", **entries)
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
     with pytest.raises(UserError, match=words):
         task.processor(section(folder))
 
 
 def matched(folder: Path, task: Any = None) -> Any:
-    tokenizer = models.load_tokenizer(section(folder))
-    model = models.load_model(section(folder), task or small_task())
+    tokenizer = load_tokenizer(section(folder))
+    model = loaded(folder, task).model
     match_processor(model, tokenizer)
     return model, tokenizer
 
@@ -512,7 +521,7 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused(copy):
     folder = copy("llama")
     edit(folder / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(UserError, match="neither a padding token nor an end token"):
-        models.load_tokenizer(section(folder))
+        load_tokenizer(section(folder))
 
 
 def test_roberta_without_its_padding_token_is_refused(copy):
@@ -533,8 +542,8 @@ def test_t5_without_a_padding_token_is_refused(copy):
 def test_the_padding_token_of_the_configuration_is_the_tokenizers(copy):
     folder = copy("llama", CLASSIFIER)
     edit(folder / "config.json", pad_token_id=9)
-    model = models.load_model(section(folder), small_task())
-    assert match_processor(model, models.load_tokenizer(section(folder))) == {"pad_token_id": 0}
+    model = loaded(folder).model
+    assert match_processor(model, load_tokenizer(section(folder))) == {"pad_token_id": 0}
     assert model.config.pad_token_id == model.config.get_text_config().pad_token_id == 0
 
 
@@ -581,20 +590,20 @@ def test_inputs_longer_than_the_backbone_reads_are_refused(cfg, made, tmp_path, 
         composed.append("model.layer=encoder.block.*")
     task = get_task(cfg(*composed, "task.max_length=61").task)
     if most is None:
-        assert longest_input(models.load_model(section(folder), task)) is None
+        assert longest_input(loaded(folder, task).model) is None
         return
     message = f"task.max_length=61 is more than the {most} tokens"
     with pytest.raises(UserError, match=message):
-        models.load_model(section(folder), task)
+        loaded(folder, task)
     with pytest.raises(UserError, match=message):
         run(cfg(*composed, "task.max_length=61", "dry_run=true"), tmp_path)
     fits = get_task(cfg(*composed, f"task.max_length={most}").task)
-    assert longest_input(models.load_model(section(folder), fits)) == most
+    assert longest_input(loaded(folder, fits).model) == most
 
 
 def test_images_have_no_length(made):
-    task = get_task(OmegaConf.load(Path(__file__).parents[1] / "conf/task/digits.yaml"))
-    assert longest_input(models.load_model(section(made("vit")), task)) is None
+    task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
+    assert longest_input(loaded(made("vit"), task).model) is None
 
 
 # --- code ---
@@ -641,7 +650,7 @@ def test_code_in_a_model_folder_is_not_run(copy, cfg, no_questions, tmp_path):
 
 def test_a_known_architecture_is_loaded_without_the_code_beside_it(copy, no_questions, tmp_path):
     """A4"""
-    model = models.load_model(section(with_code(copy())), small_task())
+    model = loaded(with_code(copy())).model
     assert type(model) is transformers.BertForSequenceClassification
     assert not (tmp_path / "modules").exists()
 
@@ -652,7 +661,7 @@ def test_the_code_of_a_tokenizer_is_not_run(copy, no_questions, tmp_path):
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]}, tokenizer_class="Own"
     )
     with pytest.raises(UserError, match=r"auto_map.*model\.trust_remote_code=true"):
-        models.load_tokenizer(section(folder))
+        load_tokenizer(section(folder))
     assert not (tmp_path / "modules").exists()
 
 
@@ -661,7 +670,7 @@ def test_the_code_of_an_image_processor_is_not_run(copy, no_questions, tmp_path)
     own = {"AutoImageProcessor": "own.OwnProcessor"}
     edit(folder / "preprocessor_config.json", auto_map=own, image_processor_type="OwnProcessor")
     with pytest.raises(UserError, match=r"auto_map.*model\.trust_remote_code=true"):
-        models.load_image_processor(section(folder))
+        load_image_processor(section(folder))
     assert not (tmp_path / "modules").exists()
 
 
@@ -670,10 +679,11 @@ def test_trusted_code_is_run(copy, monkeypatch, tmp_path):
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = with_code(copy(), model_type="own")
-    model = models.load_model(section(folder, trust_remote_code=True), small_task())
-    assert type(model).__name__ == "OwnModel" and models.head_modules(model)[0] == "classifier"
+    backbone = loaded(folder, trust_remote_code=True)
+    assert type(backbone.model).__name__ == "OwnModel" and backbone.head[0] == "classifier"
     assert list((tmp_path / "modules").rglob("own.py"))
-    assert type(models.meta_model(section(folder, trust_remote_code=True), small_task())).__name__ == "OwnModel"
+    meta = meta_backbone(section(folder, trust_remote_code=True), small_task().model_request())
+    assert type(meta.model).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

@@ -1,11 +1,16 @@
+import dataclasses
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 from small import small_task
 
-from diffora.backbones import models
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
 from diffora.errors import UserError
 from diffora.hub import resolve
+
+REQUEST = small_task().model_request()
 
 
 def bert(folder, pooler: bool):
@@ -25,9 +30,14 @@ def test_the_head_of_a_deberta_is_pooler_and_classifier(deberta):
 
 
 def test_a_pretrained_pooler_is_backbone_and_a_fresh_one_is_head(tmp_path):
-    assert trained(models.load_model(bert(tmp_path / "with", True), small_task())) == {"classifier"}
-    fresh = models.load_model(bert(tmp_path / "without", False), small_task())
-    assert trained(fresh) == {"classifier", "bert.pooler.dense"}
+    pretrained = load_backbone(bert(tmp_path / "with", True), REQUEST)
+    assert trained(pretrained.model) == {"classifier"} == set(pretrained.head) == set(pretrained.fresh)
+    fresh = load_backbone(bert(tmp_path / "without", False), REQUEST)
+    assert trained(fresh.model) == {"classifier", "bert.pooler.dense"} == set(fresh.fresh)
+    assert fresh.head == ("classifier", "bert.pooler") and fresh.untrained == ()
+    untrained = load_backbone(bert(tmp_path / "without", False), dataclasses.replace(REQUEST, trains_head=False))
+    assert untrained.head == () and untrained.untrained == ("bert.pooler.dense", "classifier")
+    assert trained(untrained.model) == set()
 
 
 def test_weights_are_float32_whatever_the_file_holds(tmp_path):
@@ -35,7 +45,7 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path):
     from transformers import BertModel
 
     BertModel.from_pretrained(tmp_path).half().save_pretrained(tmp_path)
-    assert {p.dtype for p in models.load_model(cfg, small_task()).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_backbone(cfg, REQUEST).model.parameters()} == {torch.float32}
 
 
 def test_counts_count_shared_parameters_once(deberta):
@@ -45,12 +55,13 @@ def test_counts_count_shared_parameters_once(deberta):
     from diffora.core.grid import find_grid
 
     model = deberta()
-    before, backbone = models.count_parameters(model), models.backbone_parameters(model)
-    assert backbone + before["head"] == sum(p.numel() for p in model.parameters())
+    backbone = Backbone.of(model)
+    before, size = backbone.count_parameters(), backbone.n_parameters
+    assert size + before["head"] == sum(p.numel() for p in model.parameters())
     assert before["adapter"] == 0 and before["trainable"] == before["head"]
     grid = find_grid(model, "encoder.layer.*", TYPES)
     attach(model, grid.names, torch.zeros(2, 6, dtype=torch.bool), 2, 1, alpha=1, freeze=False)
-    after = models.count_parameters(model)
+    after = backbone.count_parameters()
     assert after["adapter"] == 4 * 32 + 2 * 48
     assert after["head"] == before["head"] and after["trainable"] == after["adapter"] + after["head"]
 
@@ -66,7 +77,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not JSON"):
-        models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())
+        load_backbone(OmegaConf.create({"name": "x", "path": str(tmp_path)}), REQUEST)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}')
     with pytest.raises(UserError, match="has no weights"):
-        models.load_model(OmegaConf.create({"name": "x", "path": str(tmp_path)}), small_task())
+        load_backbone(OmegaConf.create({"name": "x", "path": str(tmp_path)}), REQUEST)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from diffora.adapters.export import load_adapter
-from diffora.backbones import models
+from diffora.api import load_adapter
+from diffora.backbones import quantise
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.linear import weight_of
@@ -35,7 +37,7 @@ def dialogue(cfg, *overrides):
 def adapted(composed, task):
     """The embedded Llama with adapters of which no part is zero."""
     torch.manual_seed(0)
-    model = models.load_model(composed.model, task)
+    model = load_backbone(composed.model, task.model_request()).model
     grid = find_grid(model)
     attach(
         model,
@@ -68,7 +70,7 @@ def test_gradients_are_equal_where_activations_are_computed_twice(cfg, dtype):
     model = adapted(composed, task)
     gradients(model, task)  # the layers see here which of them read the same
     once = gradients(model, task)
-    models.checkpoint_activations(model)
+    Backbone.of(model).checkpoint_activations()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         twice = gradients(model, task)
@@ -93,8 +95,7 @@ def test_a_new_head_on_a_half_precision_backbone_is_trained_in_full(cfg, quick, 
     overrides = [o for o in quick if not o.startswith("search.")]
     result = run(cfg(*overrides, "method=lora", "model.dtype=bfloat16", "finetune.epochs=1"), tmp_path)
     assert result.record["status"] == "completed"
-    head = models.head_modules(result.model)
-    kinds = {p.dtype for name in head for p in result.model.get_submodule(name).parameters()}
+    kinds = {p.dtype for p in Backbone.of(result.model).head_parameters()}
     assert kinds == {torch.float32} and result.model.dtype == torch.bfloat16
 
 
@@ -107,7 +108,7 @@ def test_training_weights_in_half_precision_is_refused(cfg, tmp_path):
 
 def test_a_backbone_that_cannot_checkpoint_is_refused():
     with pytest.raises(UserError, match=r"trainer\.gradient_checkpointing=true: Linear does not support it"):
-        models.checkpoint_activations(torch.nn.Linear(2, 2))
+        Backbone.of(torch.nn.Linear(2, 2)).checkpoint_activations()
 
 
 def test_the_second_order_and_checkpointing_are_refused_together(cfg):
@@ -125,7 +126,7 @@ def test_a_run_computes_the_same_with_checkpointing(cfg, tmp_path):
 
 
 def test_quantising_without_the_package_is_refused(cfg, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.quantise=4bit needs bitsandbytes: pip install 'diffora\[quantised\]'"):
         check(cfg(*RUN, "model.quantise=4bit"))
     check(cfg(*RUN, "model.quantise=4bit", "dry_run=true"))  # counts only
@@ -155,8 +156,8 @@ def test_gradients_pass_a_quantised_backbone(cfg, bnb):
 def test_a_quantised_backbone_is_searched_trained_and_loaded_again(cfg, bnb, tmp_path, quantise):
     overrides = [*RUN, f"model.quantise={quantise}"]
     result = run(cfg(*overrides, "search.epochs=1", "trainer.gradient_checkpointing=true"), tmp_path / "run")
-    plain = models.load_model(cfg(*RUN).model, get_task(cfg(*RUN).task))
-    assert result.record["params"]["backbone"] == models.backbone_parameters(plain)
+    plain = load_backbone(cfg(*RUN).model, get_task(cfg(*RUN).task).model_request())
+    assert result.record["params"]["backbone"] == plain.n_parameters
     layers = dict(lowrank_layers(result.model))
     assert (
         layers
@@ -172,7 +173,7 @@ def test_a_quantised_backbone_is_searched_trained_and_loaded_again(cfg, bnb, tmp
         with pytest.raises(UserError, match="is quantised and cannot be read or changed"):
             action(next(iter(layers.values())))
 
-    again = models.load_model(cfg(*overrides).model, get_task(cfg(*overrides).task))
+    again = load_backbone(cfg(*overrides).model, get_task(cfg(*overrides).task).model_request()).model
     load_adapter(again, tmp_path / "run" / "adapter")
     ids = torch.randint(6, 300, (2, 12))
     with torch.no_grad():
@@ -193,7 +194,7 @@ def test_heads_and_poolers_are_not_quantised(bnb, tmp_path):
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     BertModel(BertConfig(vocab_size=30, **shape)).save_pretrained(tmp_path)
     cfg = OmegaConf.create({"name": "b", "path": str(tmp_path), "dtype": "float32", "quantise": "8bit"})
-    model = models.load_model(cfg, small_task())
+    model = load_backbone(cfg, small_task().model_request()).model
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert kinds["classifier"] == kinds["bert.pooler.dense"] == "Linear"
     assert {kind for name, kind in kinds.items() if "layer." in name} == {"Linear8bitLt"}

@@ -1,15 +1,14 @@
 """The shipped `tiny` backbone: loads offline, small, DeBERTa-v2-shaped, and it has learned the grammar."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import diffora.tasks.embedded.paraphrase as paraphrase
+from diffora.hub import EMBEDDED
 
-TINY = Path(paraphrase.__file__).resolve().parents[1] / "assets" / "tiny"
 KINDS = {
     "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
     "attention.output.dense", "intermediate.dense", "output.dense",
@@ -24,22 +23,22 @@ def _offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
+    return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return AutoModel.from_pretrained(TINY).eval()
+    return AutoModel.from_pretrained(EMBEDDED).eval()
 
 
 def test_it_is_small_and_complete():
-    files = {f.name for f in TINY.iterdir() if f.is_file()}
+    files = {f.name for f in EMBEDDED.iterdir() if f.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= files
-    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 4 * 2**20
+    assert sum(f.stat().st_size for f in EMBEDDED.rglob("*") if f.is_file()) <= 4 * 2**20
 
 
 def test_it_has_the_architecture_of_deberta_v3():
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((EMBEDDED / "config.json").read_text())
     assert config["model_type"] == "deberta-v2"
     assert config["relative_attention"] and config["share_att_key"] and not config["position_biased_input"]
     assert config["position_buckets"] > 0 and config["type_vocab_size"] == 0 and config["norm_rel_ebd"] == "layer_norm"
@@ -47,7 +46,7 @@ def test_it_has_the_architecture_of_deberta_v3():
 
 
 def test_only_pooler_and_classifier_are_new():
-    model, info = AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=2, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(EMBEDDED, num_labels=2, output_loading_info=True)
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"pooler", "classifier"}
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())

@@ -7,8 +7,9 @@ from hydra.utils import get_class
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from diffora.adapters.export import Origin, load_adapter
-from diffora.backbones import models
+from diffora.adapters.origin import Origin
+from diffora.api import load_adapter
+from diffora.backbones.backbone import Backbone
 from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -33,7 +34,7 @@ def small(name: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
-    return models.freeze_backbone(model)
+    return Backbone.of(model).freeze().model
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -63,8 +64,8 @@ def test_trains_and_is_loaded_again(name, backbone, cfg, tmp_path):
     torch.manual_seed(0)
     adaptation = method.adapt(model, grid, selection, 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    head = set(models.head_modules(model))
-    assert {n.split(".")[0] for n in before} >= head == {"score"}
+    adapted = Backbone.of(model, arguments=get_task(composed.task).head())
+    assert {n.split(".")[0] for n in before} >= set(adapted.head) == {"score"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     inputs = [{k: v for k, v in batch_of(6, seed=i).items() if k in ("input_ids", "attention_mask")} for i in range(4)]
     adaptation.prepare(inputs)
@@ -83,11 +84,11 @@ def test_trains_and_is_loaded_again(name, backbone, cfg, tmp_path):
     assert len(moved) > (len(before) - 1 if name == "head_only" else 0.5 * len(before))
 
     task = get_task(composed.task)
-    record = {"method": name, "task": "mrpc", "seed": 0, "metrics": {}, "params": models.count_parameters(model)}
+    record = {"method": name, "task": "mrpc", "seed": 0, "metrics": {}, "params": adapted.count_parameters()}
     record["selection"] = None if selection is None else {"file": "selection.json"}
     if selection is not None:
         selection.save(tmp_path / "selection.json")
-    adaptation.export(tmp_path, Origin("some/model", task, record, plain(composed), task.head()))
+    adaptation.export(tmp_path, Origin("some/model", task, record, plain(composed), adapted))
     if name == "full_ft":
         again = type(model).from_pretrained(tmp_path / "model")
         torch.testing.assert_close(logits(again), logits(model))

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
-from diffora.adapters.export import load_adapter
-from diffora.backbones import models
+from diffora.api import load_adapter
+from diffora.backbones.backbone import Backbone
 from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
 from diffora.run.experiment import run
@@ -54,7 +54,7 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     path = whole.folder / "model" if method == "full_ft" else EMBEDDED
     fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
     if method != "full_ft":
-        for name in models.head_modules(fresh):  # with the trained head alone it is another model
+        for name in Backbone.of(fresh).head:  # with the trained head alone it is another model
             fresh.get_submodule(name).load_state_dict(whole.model.get_submodule(name).state_dict())
         with torch.no_grad():
             changed = (fresh(input_ids=ids).logits - logits).abs().max()

@@ -10,8 +10,8 @@ from hydra.utils import get_class
 from small import small_task
 from torch import nn
 
-from diffora.adapters.export import Origin
-from diffora.backbones import models
+from diffora.adapters.origin import Origin
+from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
@@ -84,15 +84,14 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     adaptation = adapted(method, model)
     adaptation.prepare([inputs(), inputs(4)])
     adaptation.begin(4)
-    counts = models.count_parameters(model)
-    head = {p for part in models.head_modules(model) for p in model.get_submodule(part).parameters()}
+    counts, head = Backbone.of(model).count_parameters(), Backbone.of(model).head_parameters()
     assert type(model.classifier) is nn.Linear and all(p.requires_grad for p in head) and len(head) == 4
     assert not any(p.requires_grad for key, p in model.named_parameters() if key in before and p not in head)
     if name in SIZES and name != "eva":  # which gives out ranks anew
         assert counts["adapter"] == SIZES[name]
         meta = deberta().to("meta")
         adapted(method, meta)
-        assert models.count_parameters(meta) == counts
+        assert Backbone.of(meta).count_parameters() == counts
     optimizer = adam(model)
     for at in range(2):
         step(adaptation, optimizer, at)
@@ -101,7 +100,8 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     assert frozen and all(torch.equal(before[key], now[key]) for key in frozen)
 
     model.eval()
-    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2}))
+    backbone = Backbone.of(model, arguments={"num_labels": 2})
+    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, backbone))
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     with torch.no_grad():
         ours, plain = model(**inputs()).logits, base(**inputs()).logits
@@ -190,7 +190,7 @@ def test_adalora_reaches_its_budget_however_short_the_run(deberta, total):
     if total == 40:
         assert any(12 < rank < 36 for rank in left)  # on the way, not at once
     needed = sum(len(a) * (a.shape[1] + bt.shape[1]) for _, a, bt, _ in adaptation.pairs())
-    assert adaptation.inference_parameters() == needed <= models.count_parameters(adaptation.model)["adapter"]
+    assert adaptation.inference_parameters() == needed <= Backbone.of(adaptation.model).count_parameters()["adapter"]
 
 
 def test_adalora_exports_modules_without_any_rank(deberta, tmp_path):
@@ -204,7 +204,8 @@ def test_adalora_exports_modules_without_any_rank(deberta, tmp_path):
         for i, (_, layer) in enumerate(adaptation.layers):
             layer.lora_E["default"][:, 0] = torch.tensor([0.0, 2.0, 1.0][: i % 3] + [0.0] * (3 - i % 3))
     assert rank_left(adaptation) == 4
-    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, {"num_labels": 2}))
+    backbone = Backbone.of(model, arguments={"num_labels": 2})
+    adaptation.export(tmp_path, Origin(str(tmp_path / "base"), small_task(), RECORD, {}, backbone))
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     assert len(loaded.base_model.targeted_module_names) == 4

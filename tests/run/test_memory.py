@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from diffora.backbones import models
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
+from diffora.backbones.meta import meta_backbone
 from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
@@ -49,12 +51,13 @@ class Stand:
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
         self.cfg, self.task = check(cfg)
-        self.model, self.layers = self.adapted(models.load_model(self.cfg.model, self.task))
-        self.meta, self.meta_layers = self.adapted(models.meta_model(self.cfg.model, self.task))
+        self.model, self.layers = self.adapted(load_backbone(self.cfg.model, self.task.model_request()))
+        self.meta, self.meta_layers = self.adapted(meta_backbone(self.cfg.model, self.task.model_request()))
 
-    def adapted(self, model: nn.Module):
+    def adapted(self, backbone: Backbone):
+        model = backbone.model
         if self.cfg.trainer.gradient_checkpointing:
-            models.checkpoint_activations(model)
+            backbone.checkpoint_activations()
         grid = find_grid(model, self.cfg.model.layer, self.cfg.model.candidates)
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return model.train(), attach(model, grid.names, everything, 4, None, alpha=8, freeze=False)

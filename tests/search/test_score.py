@@ -15,7 +15,7 @@ from ddp_score import TYPES, scored
 from small import rows_of, small_deberta
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from diffora.backbones.models import freeze_backbone
+from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
@@ -103,7 +103,7 @@ def test_activation_scores_against_a_plain_loop():
 def test_gpt2s_transposed_weights_score_as_usual_ones_do(criterion):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
-    model = freeze_backbone(GPT2ForSequenceClassification(config))
+    model = Backbone.of(GPT2ForSequenceClassification(config)).freeze().model
     usual, types = copy.deepcopy(model), find_grid(model).types
     for name in (name for row in find_grid(model).names for name in row):
         layer = usual.get_submodule(name)

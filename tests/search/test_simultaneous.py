@@ -13,7 +13,7 @@ from conftest import REPO
 from omegaconf import OmegaConf
 from small import small_task
 
-from diffora.backbones.models import checkpoint_activations, freeze_backbone
+from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import LowRankLinear
@@ -95,10 +95,9 @@ def make(name="deberta-v2", kind="classes", dtype=torch.float64, trainer=None, c
         for parameter in model.parameters():  # the usual 0.02 leaves attention all but uniform
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
-    model.trains_head = task.trains_head
-    freeze_backbone(model)
+    backbone = Backbone.of(model, task.trains_head).freeze()
     if checkpointing:
-        checkpoint_activations(model)
+        backbone.checkpoint_activations()
     grid = find_grid(model)
     layers = attach(
         model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 3, None, alpha=6, freeze=False

@@ -386,7 +386,7 @@ def test_a_model_that_cannot_keep_them_apart_is_refused(kind):
 
 def test_a_cache_would_hide_the_packing():
     model = decoder("llama")
-    model.config.use_cache = True  # why `models.model_config` turns it off
+    model.config.use_cache = True  # why `config_json.model_config` turns it off
     with pytest.raises(UserError, match="see each other"):
         task_of().check(model)
 

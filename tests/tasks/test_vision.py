@@ -18,11 +18,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-import diffora
-from diffora.backbones import models
+from diffora.backbones.load import load_backbone
+from diffora.backbones.meta import meta_backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.hub import resolve
+from diffora.hub import EMBEDDED, resolve
 from diffora.loop.data import FineTuneData, SearchData
 from diffora.loop.splits import split_search
 from diffora.run.evaluate import evaluate, read_request
@@ -36,7 +36,7 @@ from diffora.tasks.images.batches import Augment, ImageCollate, centre, random_b
 from diffora.tasks.images.preprocessing import Preprocessing
 from diffora.tasks.images.source import IMAGE
 
-TINY = Path(diffora.__file__).parent / "assets" / "tiny_vit"
+TINY = EMBEDDED.parent / "tiny_vit"
 SMALL = Preprocessing(resize=8, crop=8, resample=2, scale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -245,15 +245,15 @@ def test_hub_tasks_know_their_number_of_classes_without_data(cfg, name, n):
 
 def test_the_true_vit_has_its_grid_and_counts(cfg):
     c = cfg("task=cifar100", "model=vit_base")
-    model = models.meta_model(c.model, get_task(c.task))
-    grid = find_grid(model, c.model.layer, c.model.candidates, c.model.roles)
+    backbone = meta_backbone(c.model, get_task(c.task).model_request())
+    grid = find_grid(backbone.model, c.model.layer, c.model.candidates, c.model.roles)
     assert (grid.n_layers, grid.n_types) == (12, 6) and grid.shapes[0][-1] == (3072, 768)
-    assert models.backbone_parameters(model) == 85_798_656 and models.count_parameters(model)["head"] == 76_900
+    assert backbone.n_parameters == 85_798_656 and backbone.count_parameters()["head"] == 76_900
 
 
 def test_modules_named_from_the_model_itself(cfg):
     c = cfg("task=digits", "model=tiny_vit")
-    model = models.meta_model(c.model, get_task(c.task))
+    model = meta_backbone(c.model, get_task(c.task).model_request()).model
     grid = find_grid(model, ".", ["classifier", "vit.layers.3.mlp.fc2"], c.model.roles)
     assert grid.names == (("classifier", "vit.layers.3.mlp.fc2"),) and grid.shapes == (((64, 5), (128, 64)),)
     found = problems(find_grid, model, ".", ["classifer"])
@@ -834,7 +834,7 @@ def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
     """RM-LoRA's Figure 1 and the measures of its Table 5, in small."""
     from peft import PeftModel
 
-    from diffora.adapters.export import load_adapter
+    from diffora.api import load_adapter
 
     alone = ["task.train_head=false", "model.layer=.", "model.candidates=[classifier]"]
     rank = 3
@@ -844,7 +844,7 @@ def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
     assert params["adapter"] == params["trainable"] == rank * (64 + 5) and params["head"] == 0
 
     torch.manual_seed(c.seed)
-    drawn = models.load_model(c.model, task)
+    drawn = load_backbone(c.model, task.model_request()).model
     layer = result.model.classifier
     assert all(torch.equal(p, drawn.vit.get_parameter(name)) for name, p in result.model.vit.named_parameters())
     best = (layer.lora_bt.T @ layer.lora_a * layer.scaling).detach().double()

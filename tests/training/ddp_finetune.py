@@ -36,7 +36,6 @@ def decoder() -> torch.nn.Module:
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, use_cache=False, **shape, **dropout))  # Llama's norms are float32
     model.requires_grad_(False)
-    model.trains_head = False
     grid = find_grid(model)
     attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), 2, None, alpha=4, freeze=False)
     for _, layer in lowrank_layers(model):

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
-from diffora.backbones import models
+from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -393,7 +393,7 @@ def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deber
     """Adapters in the upper one of two layers: embeddings and lower layer run as in evaluation."""
     model = deberta()
     if checkpointed:
-        models.checkpoint_activations(model)
+        Backbone.of(model).checkpoint_activations()
     grid = find_grid(model, "encoder.layer.*", TYPES)
     adapted = torch.tensor([[TYPES.index(name) >= TYPES.index(lowest) for name in TYPES]])
     attach(model, grid.names[1:], adapted, 2, None, alpha=4, freeze=False)

@@ -1,4 +1,4 @@
-"""The ``manifest.json`` of an exported adapter: digests of its files, and what their formats have no place for."""
+"""The ``manifest.json`` of an exported adapter: digests of its files, and facts that the other files cannot hold."""
 
 import hashlib
 import json
@@ -11,18 +11,20 @@ from diffora.errors import UserError
 from diffora.files import file_digest, read_json, write_text
 
 MANIFEST = "manifest.json"
+ADAPT, TRAINED = "diffora.json", "weights.safetensors"
+"""How to adapt the model, and what was trained, for methods that no PEFT format holds."""
 MOVABLE = ("base_model_name_or_path", "revision", "base_model")
-"""Keys of JSON files that are outside the digests: whoever moves or publishes an adapter has to change them."""
+"""Keys of JSON files that the digests leave out. They change when an adapter is moved or published."""
 NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
 """Names of files beside the manifest."""
 
 
 def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, last of its files.
+    """Write the manifest of a folder. Call this after all other files are written.
 
     Args:
         folder: the adapter's.
-        files: names of the files that `read_manifest` is to check.
+        files: names of the files that `read_manifest` will check.
         content: further entries.
     """
     whole = {**content, "files": {name: digest_of(folder / name) for name in files}}
@@ -30,7 +32,7 @@ def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an adapter whose files are all there and as they were written.
+    """The manifest of an adapter, after a check that all its files are there and unchanged.
 
     Raises:
         FileNotFoundError: there is no manifest.
@@ -65,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def digest_of(file: Path) -> str:
-    """sha256 of a file of an export; of JSON, of its content without the entries that may change."""
+    """sha256 of a file of an export. For JSON: of its content, without the entries in `MOVABLE`."""
     if file.suffix != ".json":
         return file_digest(file)
     content = read_json(file)

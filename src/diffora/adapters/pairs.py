@@ -1,12 +1,12 @@
-"""Low-rank pairs in files: a LoRA adapter that all programs read alike, and what it takes to train on from it.
+"""Low-rank pairs in files: a LoRA adapter that all programs read in the same way, and that can be trained on.
 
-Programs differ in what they make of a rank and a scale for each module. vLLM, TensorRT-LLM and diffusers divide
-``lora_alpha`` by the ``r`` of the configuration for all modules and ignore patterns; llama.cpp divides by each tensor's
-own rank; PEFT knows patterns. So every module gets the largest rank, by rows of zeros, and the scale 1: its own scale
-is multiplied into its B. Modules that share a pair get a copy each.
+Programs disagree about ranks and scales that differ between modules. vLLM, TensorRT-LLM and diffusers divide
+``lora_alpha`` by the ``r`` of the configuration for all modules and ignore patterns. llama.cpp divides by each tensor's
+own rank. PEFT knows patterns. So here every module gets the largest rank, filled up with rows of zeros, and the scale
+1: its own scale is multiplied into its B. Each module that shares a pair gets a copy.
 
-``manifest.json`` has each module's rank, scale and dropout, and which modules share. Dividing by a scale that is a
-power of two gives B back to the bit. Another scale rounds, so that ``exact.safetensors`` has B itself then.
+``manifest.json`` has each module's rank, scale and dropout, and the groups that share. If the scale is a power of two,
+dividing by it restores B exactly. Any other scale rounds, so ``exact.safetensors`` then has B itself.
 """
 
 import json
@@ -23,15 +23,21 @@ from diffora.errors import UserError
 from diffora.files import atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""PEFT's names."""
+"""PEFT's names of its files."""
 EXACT = "exact.safetensors"
+"""B of modules whose scale would round it."""
 
 Kept = Mapping[str, tuple[Tensor, Tensor, float]]
 """(A (rank, in), B^T (rank, out), s) by module, on the CPU."""
 
 
 def equal_groups(kept: Kept, shared: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of the modules that share a pair, those whose updates are the same, gates folded in, in groups of two or more."""
+    """Groups of two or more modules that share a pair and still have the same update after gates are multiplied in.
+
+    Args:
+        kept: the updates, gates multiplied in.
+        shared: groups of modules that share a pair. Their gates may differ.
+    """
     groups = []
     for names in shared:
         there = [name for name in names if name in kept]
@@ -45,7 +51,11 @@ def _same(one: tuple[Tensor, Tensor, float], other: tuple[Tensor, Tensor, float]
 
 
 def pad_and_fold(kept: Kept, groups: Sequence[Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(A and B under PEFT's names, padded to one rank and with the scale in B; B^T where that loses bits)."""
+    """Tensors for PEFT's file: all of one rank and of scale 1.
+
+    Returns:
+        (A and B under PEFT's names, padded to one rank and with the scale in B; exact B^T by module where that rounds).
+    """
     rank = max(len(lora_a) for lora_a, _, _ in kept.values())
     copies = {name for group in groups for name in group[1:]}
     tensors: dict[str, Tensor] = {}
@@ -83,14 +93,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StoredPairs:
-    """What ``manifest.json`` says of low-rank pairs, and the tensors to it.
+    """Low-rank pairs as they are stored: what ``manifest.json`` says about them, and the tensors.
 
     Attributes:
         modules: (rank, scale, dropout) by module.
         groups: modules that share a pair.
         heads: modules that are saved whole.
-        tensors: under PEFT's names.
-        exact: B^T by module, where it cannot be had from ``tensors``; for a group by its first module.
+        tensors: by PEFT's names.
+        exact: B^T by module where ``tensors`` have it rounded. A group has one entry, by its first module.
     """
 
     modules: dict[str, tuple[int, float, float]]
@@ -101,7 +111,7 @@ class StoredPairs:
 
     @classmethod
     def read(cls, folder: Path, manifest: Mapping[str, Any]) -> "StoredPairs":
-        """Read and check what can be checked without the model.
+        """Read the files, and check what can be checked without the model.
 
         Raises:
             UserError: everything that cannot be right.
@@ -116,7 +126,7 @@ class StoredPairs:
         return pairs
 
     def padded(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, B^T), both with rows of zeros, B^T times the scale."""
+        """(A, B^T) as stored: padded with rows of zeros, and the scale multiplied into B^T."""
         place = f"base_model.model.{name}"
         return self.tensors[f"{place}.lora_A.weight"], self.tensors[f"{place}.lora_B.weight"].T
 
@@ -125,12 +135,12 @@ class StoredPairs:
         rank, scale, _ = self.modules[name]
         lora_a, folded = self.padded(name)
         lora_bt = self.exact[name] if name in self.exact else folded[:rank] / scale
-        # Copies: what a file is mapped to is not aligned as other tensors are, so that products on it round otherwise.
+        # Copy them: memory mapped from a file has another alignment, and products with it would round differently.
         form = torch.contiguous_format
         return lora_a[:rank].clone(memory_format=form), lora_bt.clone(memory_format=form)
 
     def problems(self) -> Iterator[str]:
-        """What does not go together in the tensors and the manifest."""
+        """One message for each contradiction between tensors and manifest."""
         most = max(rank for rank, _, _ in self.modules.values())
         known = set()
         for name, (rank, scale, _) in self.modules.items():
@@ -165,7 +175,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be right in the entries of a manifest that describe low-rank pairs."""
+    """One message for each entry of a manifest about low-rank pairs that cannot be right."""
     modules, groups, heads = manifest.get("modules"), manifest.get("shared"), manifest.get("heads")
     if not isinstance(modules, dict) or not modules:
         yield "modules must be a group of entries by module"
@@ -201,18 +211,18 @@ def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
 def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> None:
     """Make the modules that share a pair share it again in a `peft.PeftModel`, in place.
 
-    PEFT gives each module a copy, so that they drift apart when training goes on. Call this right after
+    PEFT gives each module a copy, and the copies drift apart when training goes on. Call this right after
     ``PeftModel.from_pretrained(base, folder, is_trainable=True)`` and before the optimiser is made.
-    ``save_pretrained`` then works as ever, and keeps the copies equal.
+    ``save_pretrained`` works as before, and its copies are equal.
 
     Args:
-        model: the `PeftModel`. What transformers itself puts an adapter into (`AutoModel.from_pretrained(folder)`)
-            cannot be saved with shared weights, and is refused.
+        model: the `PeftModel`. A model into which transformers itself loaded the adapter
+            (``AutoModel.from_pretrained(folder)``) is refused, because it cannot be saved with shared weights.
         folder: the adapter's, with its ``manifest.json``.
         adapter: PEFT's name for it.
 
     Raises:
-        UserError: the folder does not say which modules share, or it is not the adapter of this model.
+        UserError: the folder does not say which modules share, or its adapter is not on this model.
     """
     folder = Path(folder)
     try:
@@ -227,13 +237,13 @@ def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> Non
     }
     for group in pairs.groups:
         if missing := [name for name in group if name not in layers]:
-            raise UserError(f"this is no PeftModel with the adapter {adapter} at {missing[0]}: is {folder} loaded?")
+            raise UserError(f"this is not a PeftModel with the adapter {adapter} at {missing[0]}: is {folder} loaded?")
         for matrix in ("lora_A", "lora_B"):
             first, *others = (getattr(layers[name], matrix)[adapter] for name in group)
             for name, other in zip(group[1:], others, strict=True):
                 if not torch.equal(other.weight, first.weight):
                     raise UserError(
-                        f"{matrix} of {name} and of {group[0]} differ already: load {folder} again, then tie"
+                        f"{matrix} of {name} and of {group[0]} differ already: load {folder} again, then call retie"
                     )
     for group in pairs.groups:
         for matrix in ("lora_A", "lora_B"):

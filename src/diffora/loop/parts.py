@@ -1,6 +1,7 @@
 """What both stages of a run work on: data, backbone and grid, loaded and checked."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,97 +11,145 @@ import numpy as np
 from torch import nn
 
 from diffora import digests
-from diffora.backbones import compatibility, models
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.load import load_backbone
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
-from diffora.tasks.base import Collate, Split, Task
+from diffora.tasks.base import Collate, Rows, Split, Task
 
 
-@dataclass
-class Parts:
-    """What both stages of a run work on; ``data`` is what became of the rows of each split (`Account.record`)."""
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, encoded for its backbone.
 
-    cfg: Settings
-    folder: Path
-    task: Task
-    model: nn.Module
-    arguments: dict[str, Any]
-    backbone_parameters: int
-    grid: Grid
+    Attributes:
+        train: the training split.
+        validation: labelled evaluation splits by name, the official one first.
+        test: splits to predict, by name (``predict=true``).
+        collate: puts training rows together, with augmentation where the task has it.
+        collate_eval: puts rows of any split together as they are.
+        hash: sha256 of training and validation rows.
+        accounts: what became of the rows of each split (`Account.record`). The search adds its own.
+    """
+
     train: Split
     validation: dict[str, Split]
     test: dict[str, Split]
     collate: Collate
     collate_eval: Collate
-    data_hash: str
-    data: dict[str, Any]
-    backbone: dict[str, Any] | None
+    hash: str
+    accounts: dict[str, Any]
+
+    @classmethod
+    def encode(cls, task: Task, processor: Any, rows: Rows, test: Mapping[str, datasets.Dataset]) -> "Data":
+        """Encode all splits, and count what becomes of their rows.
+
+        Args:
+            task: the task.
+            processor: what `Task.processor` returned.
+            rows: training and validation rows.
+            test: rows of the splits to predict, by name.
+        """
+
+        def evaluated(part: datasets.Dataset) -> Split:
+            return Split(part, task.encode(part, processor, training=False))
+
+        train = Split(rows.train, task.encode(rows.train, processor, training=True))
+        validation = {name: evaluated(part) for name, part in rows.validation.items()}
+        tested = {name: evaluated(part) for name, part in test.items()}
+        splits = {"train": train, **validation, **tested}
+        return cls(
+            train,
+            validation,
+            tested,
+            collate=task.collate(processor, training=True),
+            collate_eval=task.collate(processor, training=False),
+            hash=rows.data_hash,
+            accounts={name: task.account(name, split).record() for name, split in splits.items()},
+        )
+
+    @property
+    def official(self) -> Split:
+        """The validation split that chooses models."""
+        return next(iter(self.validation.values()))
+
+
+@dataclass
+class Parts:
+    """What both stages of a run work on.
+
+    Attributes:
+        cfg: the configuration.
+        folder: the run directory.
+        task: the task.
+        backbone: the model with its head. A method adapts it in place.
+        grid: the candidate modules, L x N.
+        data: the encoded rows.
+        identity: digests of the backbone's files (`digests.backbone`); None if they are not on this machine.
+        made_with: settings, data and backbone, to compare with those of another attempt (`digests.made_with`).
+        earlier: what an earlier attempt in this folder left, where the run resumes.
+        first_step_at: when training on the first batch began, in seconds since 1970.
+    """
+
+    cfg: Settings
+    folder: Path
+    task: Task
+    backbone: Backbone
+    grid: Grid
+    data: Data
+    identity: dict[str, Any] | None
     made_with: dict[str, Any]
     earlier: Earlier = field(default_factory=Earlier)
     first_step_at: float | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network of the backbone."""
+        return self.backbone.model
 
     @classmethod
     def load(cls, cfg: Settings, folder: Path, task: Task) -> "Parts":
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
-            UserError: whatever is wrong with data, model, grid or a given selection; or, on a resume, what changed
-                since the run stopped.
+            UserError: anything wrong with data, model, grid or a given selection; or, on a resume, what changed since
+                the run stopped.
         """
         rows = task.load()
-        official = next(iter(rows.validation))
-        _check_halves(rows.source, len(rows.validation[official]))
+        _check_halves(rows.source, len(next(iter(rows.validation.values()))))
         test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
         processor = task.processor(cfg.model)
-        model = models.load_model(cfg.model, task)
-        arguments = task.head() | compatibility.match_processor(model, processor)
-        task.check(model)
+        backbone = load_backbone(cfg.model, task.model_request(), processor)
+        task.check(backbone.model)
         if cfg.trainer.gradient_checkpointing:
-            models.checkpoint_activations(model)
-        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
-        models.check_outside_head(model, itertools.chain(*grid.names))
-        if isinstance(path := getattr(cfg.method, "selection", None), str):
-            Selection.load(Path(path)).check_fits(grid, path)
+            backbone.checkpoint_activations()
+        grid = _grid(cfg, backbone)
 
-        backbone = digests.backbone(cfg.model.path)
+        identity = digests.backbone(cfg.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(cfg.composed, rows.data_hash, n_rows, backbone)
+        made_with = digests.made_with(cfg.composed, rows.data_hash, n_rows, identity)
         before = earlier(folder, made_with) if cfg.resume else Earlier()
 
-        def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:
-            return {name: Split(part, task.encode(part, processor, training=False)) for name, part in splits.items()}
+        data = Data.encode(task, processor, rows, test)
+        _check_halves(rows.source, len(np.unique(examples_of(data.official.encoded))))
+        return cls(cfg, folder, task, backbone, grid, data, identity, made_with, before)
 
-        train = Split(rows.train, task.encode(rows.train, processor, training=True))
-        validation, test_splits = encoded(rows.validation), encoded(test)
-        _check_halves(rows.source, len(np.unique(examples_of(validation[official].encoded))))
-        splits = {"train": train, **validation, **test_splits}
-        return cls(
-            cfg,
-            folder,
-            task,
-            model,
-            arguments=arguments,
-            backbone_parameters=models.backbone_parameters(model),
-            grid=grid,
-            train=train,
-            validation=validation,
-            test=test_splits,
-            collate=task.collate(processor, training=True),
-            collate_eval=task.collate(processor, training=False),
-            data_hash=rows.data_hash,
-            backbone=backbone,
-            made_with=made_with,
-            earlier=before,
-            data={name: task.account(name, split).record() for name, split in splits.items()},
-        )
+
+def _grid(cfg: Settings, backbone: Backbone) -> Grid:
+    """The candidate modules of a backbone, after a check that the head is not among them."""
+    grid = find_grid(backbone.model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
+    backbone.check_outside_head(itertools.chain(*grid.names))
+    if isinstance(path := getattr(cfg.method, "selection", None), str):
+        Selection.load(Path(path)).check_fits(grid, path)
+    return grid
 
 
 def _check_halves(source: str, rows: int) -> None:
-    """Refuse a validation split too small for `held_out_split`, before any search."""
+    """Refuse a validation split that is too small for `held_out_split`, before any search."""
     if rows < 2:
         raise UserError(
             f"{source}: a validation split of {rows} usable row{'' if rows == 1 else 's'} is too small: one half of it "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffora.backbones.models import AUTOCAST
+from diffora.backbones.precision import AUTOCAST
 from diffora.errors import UserError, out_of_memory
 from diffora.loop.data import whole_loader
 from diffora.tasks.base import Collate, Outputs, Split, Task

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffora.adapters.export import Origin, export_adapter
+from diffora.adapters.export import export_adapter
+from diffora.adapters.origin import Origin
 from diffora.core.grid import Grid
 from diffora.core.orthogonality import orthogonality
 from diffora.core.selection import Selection
@@ -141,4 +142,4 @@ class AdaLoRAAdaptation(Adaptation):
     def export(self, folder: Path, origin: Origin) -> None:
         """As plain LoRA with a rank for each module, from the weights there are: those of the best epoch may be older
         than the final allotment, whose ranks PEFT's own format would go by."""
-        export_adapter(self.model, folder / "adapter", origin, self.pairs())
+        export_adapter(folder / "adapter", origin, self.pairs())

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffora.adapters.export import Origin, export_weights
+from diffora.adapters.export import export_weights
+from diffora.adapters.origin import Origin
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -73,7 +74,7 @@ class Adaptation:
 
     def export(self, folder: Path, origin: Origin) -> None:
         """Write the trained model to the run directory ``folder``; the default writes what was trained, and how."""
-        export_weights(self.model, folder / "adapter", origin)
+        export_weights(folder / "adapter", origin)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import nn
 
-from diffora.backbones.models import head_modules
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -29,6 +28,5 @@ class BitFit(Method):
 
 
 def backbone_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Every bias outside the head."""
-    head = {p for name in head_modules(model) for p in model.get_submodule(name).parameters()}
-    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and p not in head]
+    """Every bias outside the head. Only the head of ``model`` requires gradients yet."""
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and not p.requires_grad]

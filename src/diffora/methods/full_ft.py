@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from diffora.adapters.export import Origin, export_model
+from diffora.adapters.export import export_model
+from diffora.adapters.origin import Origin
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.methods.base import Adaptation, Method
@@ -27,4 +28,4 @@ class WholeModel(Adaptation):
     """What was trained is the model itself, so it is the model that is written."""
 
     def export(self, folder: Path, origin: Origin) -> None:
-        export_model(self.model, folder / "model", origin)
+        export_model(folder / "model", origin)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.export import Origin, export_adapter
-from diffora.backbones.models import head_modules
+from diffora.adapters.export import export_adapter
+from diffora.adapters.origin import Origin
 from diffora.core.attach import attach
 from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
@@ -78,6 +78,8 @@ class LowRankAdaptation(Adaptation):
         self.mask = mask if mask is not None and mask.rank is not None else None
         self.seed = seed
         self.adapters: list[list[LowRankLinear]] = _by_pair(model)
+        added = {p for layers in self.adapters for layer in layers for p in layer.parameters()}
+        self.head = [p for p in model.parameters() if p.requires_grad and p not in added]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def before_step(self, step: int, epoch: int) -> None:
@@ -108,10 +110,9 @@ class LowRankAdaptation(Adaptation):
 
     def after_backward(self) -> None:
         if self.mask is not None and self.mask.head and self.adapters[0][0].rows is not None:
-            for name in head_modules(self.model):
-                for parameter in self.model.get_submodule(name).parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.zero_()
+            for parameter in self.head:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
 
     @torch.no_grad()
     def after_step(self, step: int, lr: float) -> None:
@@ -136,7 +137,7 @@ class LowRankAdaptation(Adaptation):
     def export(self, folder: Path, origin: Origin) -> None:
         names = {layer: name for name, layer in lowrank_layers(self.model)}
         shared = [[names[layer] for layer in layers] for layers in self.adapters]
-        export_adapter(self.model, folder / "adapter", origin, self.pairs(), shared)
+        export_adapter(folder / "adapter", origin, self.pairs(), shared)
 
 
 def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:

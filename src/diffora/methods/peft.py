@@ -13,7 +13,7 @@ import json
 import re
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -21,10 +21,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.export import LOAD_WITH_PEFT, Origin, card, export_adapter, head_tensors, made_for
+from diffora.adapters.card import LOAD_WITH_PEFT, card
+from diffora.adapters.export import export_adapter, head_tensors
 from diffora.adapters.manifest import write_manifest
+from diffora.adapters.origin import Origin, made_for
 from diffora.adapters.pairs import CONFIG, WEIGHTS, write_tensors
-from diffora.backbones.models import head_modules
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
@@ -136,7 +137,8 @@ class PEFT(Method):
             config.feedforward_modules = config.target_modules & set(grid.having("ffn_output"))
         if next(model.parameters()).is_meta and hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # no weights to start from, and the same shapes
-        return PEFTAdaptation(model, inject(model, config))
+        head = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        return PEFTAdaptation(model, inject(model, config), head)
 
 
 class PEFTAdaptation(Adaptation):
@@ -145,11 +147,13 @@ class PEFTAdaptation(Adaptation):
     Args:
         model: the adapted model, which is called as it is.
         peft: PEFT's wrapper of the same model.
+        head: the parameters of the head.
     """
 
-    def __init__(self, model: nn.Module, peft: Any) -> None:
+    def __init__(self, model: nn.Module, peft: Any, head: Set[nn.Parameter]) -> None:
         super().__init__(model)
         self.peft = peft
+        self.head = head
         self.config = peft.peft_config[ADAPTER]
         # A0, B0 by module, where PEFT has replaced W by W - s B0 A0: the update is then s (B A - B0 A0).
         self.start: dict[str, tuple[Tensor, Tensor]] = {}
@@ -197,8 +201,7 @@ class PEFTAdaptation(Adaptation):
 
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LoraLayer)]
         pairs = {p for _, layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
-        head = {p for name in head_modules(self.model) for p in self.model.get_submodule(name).parameters()}
-        trained = {p for p in self.model.parameters() if p.requires_grad} - head
+        trained = {p for p in self.model.parameters() if p.requires_grad} - self.head
         # DoRA and the like are variants of LoRA: more than s B A, so that only PEFT knows how they are applied.
         return layers if trained == pairs and not any(layer.lora_variant for _, layer in layers) else []
 
@@ -218,7 +221,7 @@ class PEFTAdaptation(Adaptation):
 
     def export(self, folder: Path, origin: Origin) -> None:
         if pairs := list(self.pairs()):
-            export_adapter(self.model, folder / "adapter", origin, pairs)
+            export_adapter(folder / "adapter", origin, pairs)
         else:
             self._export_as_it_is(folder / "adapter", origin)
 
@@ -228,20 +231,20 @@ class PEFTAdaptation(Adaptation):
 
         # False: do not ask the hub whether the vocabulary has grown.
         tensors = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(self.model).items()}
+        tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(origin.backbone).items()}
         content = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
         content |= {
             "task_type": origin.task.peft_type,
             "base_model_name_or_path": origin.base_model,
             "inference_mode": True,
             "target_modules": sorted(self.peft.base_model.targeted_module_names),
-            "modules_to_save": head_modules(self.model) or None,
+            "modules_to_save": list(origin.backbone.head) or None,
         }
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         write_tensors(folder / WEIGHTS, copies)
         write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
         write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
-        write_manifest(folder, [CONFIG, WEIGHTS], made_for(self.model, origin))
+        write_manifest(folder, [CONFIG, WEIGHTS], made_for(origin))
 
 
 def inject(model: nn.Module, config: Any) -> Any:
@@ -256,6 +259,7 @@ def inject(model: nn.Module, config: Any) -> Any:
     from peft import get_peft_model
 
     kind = type(config).__name__
+    head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for name in config.target_modules)
     try:
@@ -269,8 +273,8 @@ def inject(model: nn.Module, config: Any) -> Any:
         raise UserError(f"PEFT cannot put {kind} on this model: {_first_line(error)}") from error
     if {p for p in peft.parameters() if p.requires_grad} - set(model.parameters()):
         raise UserError(f"{kind} keeps trainable weights outside the model's modules, where they would not be trained")
-    for name in head_modules(model):
-        model.get_submodule(name).requires_grad_(True)
+    for parameter in head:
+        parameter.requires_grad_(True)
     return peft
 
 

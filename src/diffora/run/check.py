@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from diffora.backbones import models
+from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Method
@@ -35,7 +35,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     method, task = _method(reading), _task(reading)
     found = reading.found
     if "model" in sections:
-        found |= {text: text for text in models.problems(sections["model"], sections.get("dry_run", False))}
+        found |= {text: text for text in model_problems(sections["model"], sections.get("dry_run", False))}
     if task is not None and sections.get("predict") and not task.test_splits:
         found["predict"] = f"predict=true: task={task.name} has no split to predict"
     if method is not None:

@@ -1,4 +1,4 @@
-"""``dry_run=true``: the run without weights or data, to see its modules and count its parameters."""
+"""``dry_run=true``: the run without weights or data, to see its modules, parameters and memory."""
 
 import itertools
 import logging
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from diffora import START
-from diffora.backbones import models
+from diffora.backbones.backbone import Backbone
+from diffora.backbones.meta import meta_backbone
 from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
@@ -34,29 +35,30 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Build the adapted model on the meta device, complete its record, print and write it.
+    """Build the adapted model on the meta device. Complete its record, print it and write it to ``folder``.
 
-    The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
+    The dimensions come from a local model folder, or else from ``conf/model``. The hub is asked only without both.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: a model, grid or method that does not fit together.
     """
-    try:
-        model = models.meta_model(cfg.model, task)
-    except UserError:
-        raise
-    except Exception as error:  # transformers has many ways to refuse a shape
-        raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
+    backbone = _meta_backbone(cfg, task)
+    model = backbone.model
     grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
-    models.check_outside_head(model, itertools.chain(*grid.names))
+    backbone.check_outside_head(itertools.chain(*grid.names))
     method.check(model, grid)
     check_stages(cfg, method, grid, None)
     selector = method.selector_to_run
     stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, cfg.seed)
     selection = method.choose(grid, stand_in, cfg.seed)
-    backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
     set_kernel(model, cfg.model.kernel)
-    models.check_trainable(model)
-    params = models.count_parameters(model) | {"backbone": backbone}
-    if selector is not None:
+    backbone.check_trainable()
+    params = backbone.count_parameters() | {"backbone": backbone.n_parameters}
+    if selector is not None:  # nothing is known yet about what the run would choose
         assert isinstance(method, Selecting)
         selection = None
         params |= _unknown_counts(grid, method)
@@ -65,38 +67,50 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
-    record["memory"] = {"estimate": _memory(cfg, task, model, grid if selector and trains(selector) else None)}
+    searched = grid if selector and trains(selector) else None
+    record["memory"] = {"estimate": _memory(cfg, task, backbone, searched)}
     terminal.print_memory(record["memory"]["estimate"])
-    if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # a run's own record stays
+    if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # keep the record of a run
         write_record(folder, record)
     return record
 
 
-def _memory(cfg: Settings, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
-    """Estimates by stage, in MB; those of a stage that cannot be measured are missing, with a warning.
+def _meta_backbone(cfg: Settings, task: Task) -> Backbone:
+    try:
+        return meta_backbone(cfg.model, task.model_request())
+    except UserError:
+        raise
+    except Exception as error:  # transformers has many ways to refuse a shape
+        raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
+
+
+def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
+    """Estimates of memory by stage, in MB. A stage that cannot be measured is left out, with a warning.
 
     Args:
-        model: adapted for fine-tuning; it is used up.
-        searched: the grid of a search, where there is one.
+        cfg: the configuration.
+        task: the task.
+        adapted: the model, adapted for fine-tuning. It cannot be used afterwards.
+        searched: the grid of a search, if there is one.
     """
 
     def search() -> memory.Estimate:
         assert searched is not None
-        fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
+        model = _checkpointing(cfg, _meta_backbone(cfg, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
         rank, alpha, kernel = cfg.search.rank, cfg.method.alpha, cfg.model.kernel
-        attached = attach(fresh, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
-        return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
+        attached = attach(model, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
+        return memory.of_search(cfg, task, model, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}
-    stages["finetune"] = lambda: memory.of_finetuning(cfg, task, _checkpointing(cfg, model))
+    stages["finetune"] = lambda: memory.of_finetuning(cfg, task, _checkpointing(cfg, adapted))
     found = {}
     for name, measure in stages.items():
         try:
             estimate = measure()
         except UserError:
             raise
-        except Exception as error:  # a model may do what needs content, which fake tensors do not have
+        except Exception as error:  # a model may read values, which fake tensors do not have
             log.warning(f"the memory of {name} cannot be estimated: {first_line(error)}")
             continue
         parts = {key: getattr(estimate, key) for key in ("weights", "optimiser", "activations", "total")}
@@ -104,21 +118,23 @@ def _memory(cfg: Settings, task: Task, model: nn.Module, searched: Grid | None) 
     return found
 
 
-def _checkpointing(cfg: Settings, model: nn.Module) -> nn.Module:
+def _checkpointing(cfg: Settings, backbone: Backbone) -> nn.Module:
     if cfg.trainer.gradient_checkpointing:
-        models.checkpoint_activations(model)
-    return model
+        backbone.checkpoint_activations()
+    return backbone.model
 
 
 def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
-    """What is known before the data choose: the mean count over all selections and the extremes, or the budget.
+    """Counts of adapter parameters where the data will choose the modules.
 
-    Under a budget, ``adapter`` is the most there can be; ``rank_*`` or ``modules_*`` bound what the budget will choose.
+    Returns:
+        ``adapter``, the mean over all selections, with ``adapter_min`` and ``adapter_max``. Under a budget: ``adapter``
+        is the budget, and ``rank_*`` or ``modules_*`` bound what it will choose.
     """
     shapes, elsewhere, size = grid.shapes, method.rank_elsewhere, method.size(grid)
     least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
     if (limit := method.limit) is not None and method.scope == "global":
-        # What fits in any order of the modules, and what fits in the best one.
+        # How many modules fit in any order, and how many in the best order.
         sure, possible = (max(m for m, count in enumerate(counts) if count <= limit) for counts in (most, least))
         return {"adapter": limit, "modules_min": sure, "modules_max": possible}
     if limit is not None and size > 0:

@@ -1,8 +1,9 @@
-"""A finished run, used again: metrics and predictions on any split, without training (`evaluate.py`)."""
+"""Metrics and predictions of a finished run on any split, without training (`evaluate.py`)."""
 
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
 from diffora import digests
-from diffora.adapters.export import ADAPT, load_adapter
-from diffora.backbones import compatibility, models
+from diffora.adapters.manifest import ADAPT
+from diffora.api import load_adapter
+from diffora.backbones.load import load_backbone
 from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
@@ -46,7 +48,8 @@ class Request:
         splits: names at the source; None for the task's validation splits.
         output: where metrics and predictions go.
         batch_size: rows per batch.
-        method: the class that adapts the backbone, where the user named it.
+        method: dotted path of the user's own method, if the command line names one.
+        own_backbone: whether the command line names the backbone. It may then differ from that of the run.
     """
 
     cfg: DictConfig
@@ -55,18 +58,43 @@ class Request:
     output: Path
     batch_size: int
     method: str | None = None
-    """Dotted path of the user's own method, where the command line names one."""
     own_backbone: bool = False
-    """Whether the command line names the backbone: then it need not be that of the run."""
 
 
 def read_request(arguments: list[str]) -> Request:
-    """Understand the command line: our own arguments, and overrides of the run's (or the composed) configuration.
+    """Read the command line: our own arguments, and overrides of the run's (or the composed) configuration.
 
     Raises:
         UserError: every argument that cannot be right.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own, choices, values = _parse(arguments)
+    place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
+    cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    if "run" in own:  # only the command line may allow code, not a folder that may come from others
+        OmegaConf.update(cfg, "model.trust_remote_code", False)
+    cfg = _override(cfg, choices if "run" in own else [], values)
+    named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
+    class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
+    if problems := section_problems(cfg, SECTIONS):
+        raise UserError(problems)
+    splits = own.get("split")
+    names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
+    own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
+    output = _output(own, place)
+    return Request(cfg, weights, names, output, own.get("batch_size", 64), own.get("method._target_"), own_backbone)
+
+
+def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """Sort the words of the command line.
+
+    Returns:
+        (our own arguments by name; choices of a section, such as ``task=sst2``; values of settings by key).
+
+    Raises:
+        UserError: every word that cannot be right.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import
 
     own: dict[str, Any] = {}
     choices: list[str] = []
@@ -91,43 +119,38 @@ def read_request(arguments: list[str]) -> Request:
         else:
             hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
             problems.append(f"{checks.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
-    if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
-        problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
-    rows, size, splits = checks.whole(1), own.get("batch_size", 64), own.get("split")
-    if checks.is_int(splits):
-        splits = str(splits)
-    if not rows.fits(size):
-        problems.append(f"batch_size={checks.show(size)} must be {rows.words}")
-    if not (splits is None or checks.TEXT.fits(splits) or (splits and checks.TEXTS.fits(splits))):
-        problems.append(f"split={checks.show(splits)} must be the name of a split, or a list of names")
-    if "output" in own and not checks.PATH.fits(own["output"]):
-        problems.append(f"output={checks.show(own['output'])} must be {checks.PATH.words}")
+    problems += _own_problems(own)
     if problems:
         raise UserError(problems)
+    return own, choices, values
 
-    place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
-    cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
-    if "run" in own:  # only the command line may allow code, not a folder that may come from others
-        OmegaConf.update(cfg, "model.trust_remote_code", False)
-    cfg = _override(cfg, choices if "run" in own else [], values)
-    named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
-    class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
-    if problems := section_problems(cfg, SECTIONS):
-        raise UserError(problems)
-    output = (
-        Path(str(own["output"])).expanduser()
-        if "output" in own
-        else place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+
+def _own_problems(own: dict[str, Any]) -> Iterator[str]:
+    """One message for each of our own arguments that cannot be right."""
+    if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
+        yield "give either run=<run directory> or adapter=<folder> with task= and model="
+    rows, size, splits = checks.whole(1), own.get("batch_size", 64), own.get("split")
+    if not rows.fits(size):
+        yield f"batch_size={checks.show(size)} must be {rows.words}"
+    if checks.is_int(splits):
+        splits = str(splits)
+    if not (splits is None or checks.TEXT.fits(splits) or (splits and checks.TEXTS.fits(splits))):
+        yield f"split={checks.show(splits)} must be the name of a split, or a list of names"
+    if "output" in own and not checks.PATH.fits(own["output"]):
+        yield f"output={checks.show(own['output'])} must be {checks.PATH.words}"
+
+
+def _output(own: dict[str, Any], place: Path) -> Path:
+    """The folder for metrics and predictions: ``output=``, or a new one below the run or adapter."""
+    default = place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = Path(str(own["output"])).expanduser() if "output" in own else default
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
-    names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
-    own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
-    return Request(cfg, weights, names, output, size, method=own.get("method._target_"), own_backbone=own_backbone)
+    return output
 
 
 def _of_run(folder: Path) -> tuple[DictConfig, Path]:
-    """The settings that a run's folder holds, which somebody else may have written, and its weights."""
+    """(settings in a run's folder, the folder of its weights). Somebody else may have written the settings."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
@@ -138,6 +161,7 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
+    """(settings that the command line chooses, the adapter's folder)."""
     if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
         raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
@@ -146,10 +170,10 @@ def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
 
 
 def _compose(choices: list[str]) -> DictConfig:
-    """The configuration with some choices.
+    """The default configuration with some choices, such as ``task=sst2``.
 
     Raises:
-        UserError: every choice that there is not.
+        UserError: every choice that does not exist.
     """
     from hydra import compose, initialize_config_dir
 
@@ -161,6 +185,11 @@ def _compose(choices: list[str]) -> DictConfig:
 
 
 def _override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
+    """Settings with some sections replaced, and then some values.
+
+    Raises:
+        UserError: every key that its section does not have.
+    """
     for choice in choices:
         name = choice.partition("=")[0]
         cfg[name] = _compose([choice])[name]
@@ -195,7 +224,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
         section = key.partition(".")[0]
-        raise UserError(f"the run's settings have no {key}: choose the section anew with {section}=<name>") from error
+        raise UserError(f"the run's settings have no {key}: choose the section again with {section}=<name>") from error
 
 
 def _evaluate(request: Request) -> dict[str, dict[str, float]]:
@@ -243,32 +272,34 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
 def load_trained(
     cfg: DictConfig, weights: Path, method: str | None = None, task: Task | None = None
 ) -> tuple[nn.Module, Any]:
-    """A trained model and its tokenizer or image processor.
+    """A trained model in evaluation mode, and its tokenizer or image processor.
 
     Args:
         cfg: sections ``task`` and ``model``.
         weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
         method: as in `load_adapter`.
-        task: the task where it is there already, and knows its classes from what it has loaded.
+        task: the task, if it has loaded rows already and so knows its classes.
+
+    Raises:
+        UserError: a model, processor or adapter that cannot be read, or that does not fit the others.
     """
     task = task or get_task(cfg.task)
     section = cfg.model
     whole = (weights / "config.json").is_file()
     if whole:
         section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
-    # Whole models that earlier versions wrote have no tokenizer: the backbone's is the same.
+    # Whole models of earlier versions have no tokenizer; the base model's is the same.
     complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     processor = task.processor(section if whole and complete else cfg.model)
-    model = models.load_model(section, task, whole)
-    compatibility.match_processor(model, processor)
+    backbone = load_backbone(section, task.model_request(), processor, finetuned=whole)
     if not whole:
-        load_adapter(model, weights, method)
-        set_kernel(model, cfg.model.get("kernel", "fused"))
-    return model.eval(), processor
+        load_adapter(backbone, weights, method)
+        set_kernel(backbone.model, cfg.model.get("kernel", "fused"))
+    return backbone.model.eval(), processor
 
 
 def _check_backbone(request: Request) -> None:
-    """Refuse a backbone that is not the one that the run was trained on; a warning where the user has chosen it."""
+    """Refuse a backbone that is not the one that the run was trained on. If the user chose it, only warn."""
     whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
     record = read_record(request.weights.parent) or {}
     trained = None if whole else record.get("backbone")

@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from diffora import START, digests
-from diffora.adapters.export import Origin
-from diffora.backbones import models
+from diffora.adapters.origin import Origin
 from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
@@ -122,14 +121,14 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
-    check_stages(settings, method, parts.grid, len(parts.train.encoded))
-    record = new_record(cfg, parts.data_hash) | metric_facts(task)
-    record |= {"backbone": parts.backbone, "data": parts.data}
-    if names := parts.arguments.get("id2label"):
+    check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
+    record = new_record(cfg, parts.data.hash) | metric_facts(task)
+    record |= {"backbone": parts.identity, "data": parts.data.accounts}
+    if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
         if is_main():
-            for line in account_lines(parts.data):
+            for line in account_lines(parts.data.accounts):
                 log.warning(line)
         return execute(parts, method, record, began)
 
@@ -176,7 +175,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
         adaptation = adapt(parts, method, found)
-        record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
+        record["params"] = parts.backbone.count_parameters() | {"backbone": parts.backbone.n_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
         needed = adaptation.inference_parameters()
@@ -185,7 +184,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if is_main():
             path, local = resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.arguments))
+            adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.backbone))
         record["time"] = times(parts, found.seconds, module, began)
         if is_main():
             complete(parts, record)
@@ -205,7 +204,7 @@ def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
     L.seed_everything(parts.cfg.seed, verbose=False)
     adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
     set_kernel(parts.model, parts.cfg.model.kernel)
-    models.check_trainable(parts.model)
+    parts.backbone.check_trainable()
     start_warm(parts, method, found)
     return adaptation
 
@@ -242,10 +241,10 @@ def write_predictions(parts: Parts) -> list[str]:
         The files, relative to the run directory.
     """
     written: list[Path] = []
-    for name, split in parts.test.items():
+    for name, split in parts.data.test.items():
         rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
         try:
-            outputs = predict(parts.model, parts.task, split, parts.collate_eval, rows, parts.cfg.trainer)
+            outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.cfg.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
             log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")

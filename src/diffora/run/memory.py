@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffora.backbones.models import AUTOCAST
+from diffora.backbones.precision import AUTOCAST
 from diffora.core.dam import relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear

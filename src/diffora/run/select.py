@@ -67,8 +67,8 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
 def _searched(parts: Parts, method: Method, selector: str, loggers: Loggers) -> Selected:
     """The scores of a selector, and what the method makes of them; or what an earlier attempt left of both."""
     rows = search_rows(parts)
-    parts.data["search"] = rows.account.record()
-    for line in account_lines({"search": parts.data["search"]}):
+    parts.data.accounts["search"] = rows.account.record()
+    for line in account_lines({"search": parts.data.accounts["search"]}):
         log.warning(line)
     if parts.earlier.search is not None:
         log.info(f"{selector}: finished already, using {parts.folder / FILE}")
@@ -97,7 +97,7 @@ def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | 
 
 def _provenance(parts: Parts) -> dict[str, object]:
     cfg = parts.cfg
-    of = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
+    of = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data.hash}
     return of | {"search": cfg.composed["search"]}
 
 

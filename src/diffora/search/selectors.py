@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.backbones import models
 from diffora.core.attach import attach, detach
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
@@ -207,7 +206,7 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
     grid, model = context.parts.grid, context.parts.model
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
-        for name in models.head_modules(model)
+        for name in context.parts.backbone.head
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     rank, kernel = context.settings.rank, context.parts.cfg.model.kernel
@@ -242,9 +241,9 @@ def _fit_rounds(
             f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
             f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
         )
-    collate, workers = (parts.collate, parts.collate_eval), parts.cfg.trainer.num_workers
+    collate, workers = (parts.data.collate, parts.data.collate_eval), parts.cfg.trainer.num_workers
     data = SearchData(
-        parts.train.encoded, collate, split, s.batch_size, parts.cfg.seed, s.train_steps, workers, matched=matched
+        parts.data.train.encoded, collate, split, s.batch_size, parts.cfg.seed, s.train_steps, workers, matched=matched
     )
     log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
@@ -280,10 +279,10 @@ def _one_pass(
         whole: whether every process gets all rows of a batch.
     """
     parts, s = context.parts, context.settings
-    collate = parts.collate_eval, parts.collate_eval
+    collate = parts.data.collate_eval, parts.data.collate_eval
     workers = parts.cfg.trainer.num_workers
     data = SearchData(
-        parts.train.encoded, collate, context.split, s.batch_size, parts.cfg.seed, num_workers=workers, whole=whole
+        parts.data.train.encoded, collate, context.split, s.batch_size, parts.cfg.seed, num_workers=workers, whole=whole
     )
     log.info(f"{name}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
     training = parts.model.training

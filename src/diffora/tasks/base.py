@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
+from diffora.backbones.processors import ProcessorKind, load_processor
+from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.settings.read import Reading, known_part, read_group
@@ -84,6 +86,8 @@ class Task:
 
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     """The transformers class of the backbone with its head."""
+    processor_kind: ClassVar[ProcessorKind] = "tokenizer"
+    """What makes the model's inputs."""
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     """PEFT's name for this kind of task."""
     trains_head: bool = True
@@ -148,21 +152,24 @@ class Task:
         """
         raise NotImplementedError
 
+    def model_request(self) -> ModelRequest:
+        """What `diffora.backbones.load.load_backbone` needs to know about the task."""
+        return ModelRequest(
+            self.name,
+            self.model_class,
+            self.head(),
+            self.trains_head,
+            self.pretrained_head,
+            getattr(self.cfg, "max_length", None),
+        )
+
     def processor(self, model: Any) -> Any:
-        """The backbone's tokenizer or image processor.
+        """What `encode` and `collate` need of the backbone: its tokenizer, or how it wants its images.
 
         Args:
             model: the ``model`` section of the configuration.
         """
-        from diffora.backbones.models import load_tokenizer
-
-        return load_tokenizer(model)
-
-    def save_processor(self, model: Any, folder: Path) -> None:
-        """Write the tokenizer or image processor to a folder that transformers can load it from."""
-        from diffora.backbones.models import load_tokenizer
-
-        load_tokenizer(model).save_pretrained(folder)
+        return load_processor(model, self.processor_kind)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Encode rows as `Split.encoded`. The result is cached on disk and mapped into memory.

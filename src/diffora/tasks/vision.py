@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch.nn.functional as F
 
-from diffora.backbones.models import load_image_processor
+from diffora.backbones.processors import ProcessorKind
 from diffora.errors import UserError
 from diffora.settings.checks import PATH, Help, whole
 from diffora.settings.sections import TaskSettings
@@ -69,6 +69,7 @@ class ImageTask(Task):
 
     settings: ClassVar[type[TaskSettings]] = ImageSettings
     model_class: ClassVar[str] = "AutoModelForImageClassification"
+    processor_kind: ClassVar[ProcessorKind] = "image_processor"
     peft_type: ClassVar[str | None] = None
 
     def __init__(self, cfg: Any) -> None:
@@ -241,10 +242,7 @@ class ImageTask(Task):
         return classes, others
 
     def processor(self, model: Any) -> Preprocessing:
-        return Preprocessing.of(load_image_processor(model), model.path)
-
-    def save_processor(self, model: Any, folder: Path) -> None:
-        load_image_processor(model).save_pretrained(folder)
+        return Preprocessing.of(super().processor(model), model.path)
 
     def encode(self, rows: datasets.Dataset, processor: Preprocessing, training: bool) -> datasets.Dataset:
         facts = {

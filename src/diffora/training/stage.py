@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-from diffora.backbones import models
 from diffora.loop.data import FineTuneData
 from diffora.loop.fit import fit
 from diffora.loop.loggers import Loggers
@@ -31,20 +30,22 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         The trained module. It holds the metrics of all epochs and the weights of the best one.
     """
     cfg, f = parts.cfg, parts.cfg.finetune
-    n_rows = len(parts.train.encoded)
+    n_rows = len(parts.data.train.encoded)
     rows_per_batch = f.batch_size // f.accumulate
     module = _module(parts, adaptation, warmup_steps(cfg, n_rows))
     data = FineTuneData(
-        parts.train.encoded,
-        {name: split.encoded for name, split in parts.validation.items()},
-        (parts.collate, parts.collate_eval),
+        parts.data.train.encoded,
+        {name: split.encoded for name, split in parts.data.validation.items()},
+        (parts.data.collate, parts.data.collate_eval),
         batch_size=rows_per_batch,
         eval_batch_size=2 * rows_per_batch,
         seed=cfg.seed,
         num_workers=cfg.trainer.num_workers,
     )
-    adaptation.prepare(FirstBatches(parts.train.encoded, parts.task, parts.collate_eval, rows_per_batch, cfg.seed))
-    params |= models.count_parameters(parts.model)  # EVA may have changed the ranks, so count again
+    adaptation.prepare(
+        FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows_per_batch, cfg.seed)
+    )
+    params |= parts.backbone.count_parameters()  # EVA may have changed the ranks, so count again
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
     fit(
         parts,
@@ -65,13 +66,13 @@ def _module(parts: Parts, adaptation: Adaptation, warmup: int) -> FineTuneModule
         log.info(
             f"fine-tune: the recipe's {f.warmup_steps} warm-up steps are too many for this run: using {warmup} instead"
         )
-    official = next(iter(parts.validation.values()))
+    data = parts.data
     return FineTuneModule(
         adaptation,
         parts.task,
-        parts.train,
-        parts.validation,
-        held_out_split(examples_of(official.encoded), parts.cfg.seed),
+        data.train,
+        data.validation,
+        held_out_split(examples_of(data.official.encoded), parts.cfg.seed),
         replace(f, warmup_steps=warmup),
         parts.cfg.seed,
     )

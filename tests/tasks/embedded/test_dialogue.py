@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from diffora.backbones import models
+from diffora.backbones.load import load_backbone
 from diffora.hub import EMBEDDED
 from diffora.loop.predict import predict
 from diffora.run.experiment import run
@@ -88,7 +88,7 @@ def test_a_run_lowers_the_perplexity_and_its_adapter_serves_elsewhere(trained):
     assert [len(row) for row in result.selection.selected] == [3, 3, 3, 3]  # of 7
 
     task = get_task(composed.task)
-    base, tokenizer = models.load_model(composed.model, task), task.processor(composed.model)
+    base, tokenizer = load_backbone(composed.model, task.model_request()).model, task.processor(composed.model)
     rows = task.load().validation["validation"]
     split = Split(rows, task.encode(rows, tokenizer, training=False))
     outputs = predict(base, task, split, task.collate(tokenizer, False), 16, composed.trainer)

@@ -1,0 +1,46 @@
+"""Loads an adapter as plain PEFT does, with checks that PEFT does not make."""
+
+from pathlib import Path
+from typing import Any
+
+from diffora.adapters.origin import check_heads
+from diffora.adapters.pairs import CONFIG, WEIGHTS, read_tensors
+from diffora.backbones.backbone import Backbone
+from diffora.errors import UserError
+from diffora.trust import check_peft_adapter
+
+
+def load_with_peft(backbone: Backbone, folder: Path) -> None:
+    """Let PEFT put its own layers into a model, in place, for inference.
+
+    Raises:
+        UserError: PEFT cannot load the adapter, weights are missing or left over, or the adapter lacks the head.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    check_peft_adapter(folder)
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise UserError(f"{folder} is a prompt ({config.peft_type.value}), which is not part of the model")
+        if getattr(config, "lora_alpha", 1) <= 0:
+            raise UserError(f"{folder / CONFIG}: lora_alpha={config.lora_alpha} must be above 0")
+        check_heads(backbone, config.modules_to_save or [], folder)
+        modules = dict(backbone.model.named_modules())
+        peft: Any = PeftModel.from_pretrained(backbone.model, str(folder))
+        expected = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+    except UserError:
+        raise
+    except Exception as error:  # PEFT raises errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"{folder} does not fit this model: {reason}") from error
+    if not (folder / WEIGHTS).is_file():  # PEFT's older format
+        return
+    tensors = read_tensors(folder / WEIGHTS)
+    if absent := sorted(expected - tensors.keys()):
+        raise UserError(f"{folder / WEIGHTS} does not fit this model: no {absent[0]} (and {len(absent) - 1} more)")
+    places = {key: key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    if strange := [key for key, place in places.items() if place not in modules]:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit this model: no place for {strange[0]} (and {len(strange) - 1} more)"
+        )

@@ -1,0 +1,104 @@
+"""Where an adapter comes from, and whether a model is one that it can be put on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffora.adapters.manifest import MANIFEST
+from diffora.backbones.backbone import Backbone
+from diffora.errors import UserError
+from diffora.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a trained model comes from. The files of an export say it.
+
+    Attributes:
+        base_model: hub id or folder of the pretrained model, for others to load.
+        task: the task that the head is for.
+        record: of the run (``run.json``).
+        config: the run's configuration, as plain containers.
+        backbone: the adapted model, with the names of its head.
+    """
+
+    base_model: str
+    task: Task
+    record: dict[str, Any]
+    config: dict[str, Any]
+    backbone: Backbone
+
+
+def made_for(origin: Origin) -> dict[str, Any]:
+    """Entries of the manifest that say which models can take the adapter: class, number of layers, class names."""
+    model = origin.backbone.model
+    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels_of(origin.backbone.arguments)}
+
+
+def check_made_for(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of another class or depth. The adapter might load on it, but would mean nothing.
+
+    Raises:
+        UserError: names both models.
+    """
+    name, layers = manifest.get("model"), manifest.get("layers")
+    if name is not None and name not in {kind.__name__ for kind in type(model).__mro__}:
+        raise UserError(f"{folder} was trained for a {name}, and this model is a {type(model).__name__}")
+    if None not in (layers, _layers(model)) and layers != _layers(model):
+        raise UserError(f"{folder} was trained on {layers} layers, and this model has {_layers(model)}")
+
+
+def check_heads(backbone: Backbone, saved: Sequence[str], folder: Path) -> None:
+    """Refuse an adapter without the model's head, which would keep its random weights.
+
+    Args:
+        backbone: the model to load onto.
+        saved: names of the modules that the adapter has whole; PEFT allows the ends of names.
+        folder: the adapter's.
+
+    Raises:
+        UserError: names the first head module that the adapter lacks.
+    """
+    absent = [head for head in backbone.head if not any(f".{head}".endswith(f".{name}") for name in saved)]
+    if absent:
+        raise UserError(
+            f"{folder} has no {absent[0]}, the head of a {type(backbone.model).__name__}: "
+            "it was trained for another kind of task"
+        )
+
+
+def labels_of(arguments: Mapping[str, Any]) -> list[str] | None:
+    """The class names among the arguments of ``from_pretrained``, in the order of their numbers; None without names."""
+    names = arguments.get("id2label")
+    return None if names is None else [str(names[i]) for i in sorted(names)]
+
+
+def take_labels(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Give the model's classes the adapter's names, unless it has names of its own.
+
+    Raises:
+        UserError: it has other names, or the same names in another order.
+    """
+    labels, config = manifest.get("labels"), getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    if not labels or not names:
+        return
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{folder / MANIFEST}: labels={labels!r} must be a list of class names")
+    theirs = [str(names[i]) for i in sorted(names)]
+    if theirs == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' names for classes without names
+        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
+    elif theirs != labels:
+        raise UserError(
+            f"{folder} was trained on the classes {', '.join(labels[:10])} ({len(labels)}), in this order; "
+            f"the model's are {', '.join(theirs[:10])} ({len(theirs)}): give it the adapter's id2label and label2id"
+        )
+
+
+def _layers(model: nn.Module) -> int | None:
+    found = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return found if isinstance(found, int) else None

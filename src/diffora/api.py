@@ -1,0 +1,51 @@
+"""diffora as a library: functions for models and adapters in your own code."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffora.adapters.load import load_onto
+from diffora.backbones.backbone import Backbone
+from diffora.core.attach import attach
+from diffora.core.grid import find_grid
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.methods.base import Method
+from diffora.trust import class_at
+
+__all__ = ["Selection", "attach", "find_grid", "load_adapter"]
+
+
+def load_adapter(
+    model: nn.Module | Backbone, folder: Path | str, method: str | None = None, *, freeze: bool = True
+) -> None:
+    """Put an exported adapter on a pretrained model, in place, with ranks, scales and sharing as they were trained.
+
+    What was trained, except for the head, requires gradients afterwards, so training can go on. PEFT's own layers are
+    loaded for inference only.
+
+    Args:
+        model: the pretrained model with a head, without low-rank layers.
+        folder: the ``adapter/`` of a run, or an adapter that PEFT wrote.
+        method: dotted path of your own `Method`, if the adapter was trained with one that is not in this package. For
+            safety, no name in the folder itself is imported from outside the package.
+        freeze: freeze everything else, the head too. To train the head, call ``model.classifier.requires_grad_(True)``
+            afterwards. False leaves everything else as it is; only where the folder has no low-rank pairs, the head
+            then becomes trainable.
+
+    Raises:
+        UserError: missing, damaged or unreadable files, or an adapter of another model.
+    """
+
+    def method_of(cfg: Any, file: Path) -> Method:
+        target, source = (method, None) if method else (cfg.method.get("_target_"), file)
+        kind = class_at(target, Method, "method._target_", source)
+        try:
+            made: Method = kind.from_config(cfg)
+        except UserError as error:
+            raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
+        return made
+
+    backbone = model if isinstance(model, Backbone) else Backbone.of(model)
+    load_onto(backbone, Path(folder), method_of, freeze)

@@ -1,0 +1,38 @@
+"""A backbone on torch's meta device: shapes without memory for weights, for dry runs."""
+
+from typing import Any
+
+import torch
+
+from diffora.backbones.backbone import Backbone, outside_pretrained
+from diffora.backbones.compatibility import check_length
+from diffora.backbones.config_json import model_config
+from diffora.backbones.messages import loading
+from diffora.backbones.precision import dtype_of
+from diffora.backbones.request import ModelRequest
+from diffora.kernels.dropout import use_cheap_dropout
+
+
+def meta_backbone(settings: Any, request: ModelRequest) -> Backbone:
+    """The backbone that `load_backbone` would make, without memory for its weights, and not quantised.
+
+    Its pooler, if it has one, counts as pretrained, since no checkpoint says otherwise.
+
+    Args:
+        settings: the ``model`` section.
+        request: what the task asks for.
+
+    Raises:
+        UserError: files that cannot be read, or a ``task.max_length`` that is too large.
+    """
+    import transformers
+
+    config = model_config(settings, request, meta=True)
+    with loading(settings) as source, torch.device("meta"):
+        model = getattr(transformers, request.model_class).from_config(
+            config, dtype=dtype_of(settings), trust_remote_code=source["trust_remote_code"]
+        )
+    check_length(model, request.max_length)
+    if (getattr(settings, "kernel", None) or "fused") == "fused":
+        use_cheap_dropout(model)
+    return Backbone(model, tuple(outside_pretrained(model)) if request.trains_head else ()).freeze()

@@ -1,0 +1,49 @@
+"""Quantisation of a backbone while it is loaded (``model.quantise``), by bitsandbytes."""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffora.backbones.meta import meta_backbone
+from diffora.backbones.request import ModelRequest
+from diffora.core.stacks import find_stacks
+
+
+def quantisation(settings: Any, request: ModelRequest) -> Any:
+    """The transformers configuration that quantises all linear modules of the repeated layers, and no others."""
+    from transformers import BitsAndBytesConfig
+
+    skipped = _outside_layers(settings, request)
+    if settings.quantise == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if settings.dtype == "float16" else torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _outside_layers(settings: Any, request: ModelRequest) -> list[str]:
+    """Full names of the linear modules outside the repeated layers: heads, output embeddings, poolers."""
+    model = meta_backbone(settings, request).model
+    layers = tuple(f"{place}." for stack in find_stacks(model) for place in stack.layers)
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(layers)]
+
+
+def quantise_problems(settings: Any) -> Iterator[str]:
+    """One message if ``model.quantise`` needs a package that is not installed."""
+    quantise = getattr(settings, "quantise", None)
+    if quantise and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU in the first evaluation: no gradient passes them then."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
