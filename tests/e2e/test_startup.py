@@ -60,7 +60,7 @@ def test_a_run_on_texts_imports_only_what_it_uses(tmp_path):
 def test_imported_objects_are_frozen_for_the_collector_once():
     code = """
 import gc, sys
-from diffora.cli import import_run
+from diffora.run.imports import import_run
 assert gc.isenabled() and not gc.get_freeze_count()
 import_run()
 frozen = gc.get_freeze_count()
@@ -73,4 +73,6 @@ assert gc.get_freeze_count() == frozen
 
 
 def test_a_disabled_collector_stays_disabled():
-    python("import gc; gc.disable()\nfrom diffora.cli import import_run\nimport_run()\nassert not gc.isenabled()")
+    python(
+        "import gc; gc.disable()\nfrom diffora.run.imports import import_run\nimport_run()\nassert not gc.isenabled()"
+    )

@@ -57,7 +57,7 @@ def test_more_gpus_than_there_are_are_named(found):
 
 
 def test_slurms_variables_without_its_launch_are_named(found, monkeypatch):
-    """C: `SLURM_NTASKS=2` outside SLURM's own launch; the other variables are in tests/test_machine.py."""
+    """`SLURM_NTASKS=2` outside SLURM's own launch; the other variables are in tests/loop/test_launch.py."""
     monkeypatch.setenv("SLURM_NTASKS", "2")
     [problem] = found("trainer=cpu")
     assert "SLURM_NTASKS=2" in problem and "srun" in problem

@@ -96,7 +96,7 @@ def test_damaged_results_of_a_search_are_not_reused(searched, tmp_path, name):
     flipped = bytearray((folder / name).read_bytes())
     flipped[-40] ^= 1
     (folder / name).write_bytes(flipped)
-    assert_refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search left it")
+    assert_refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search wrote it")
     (folder / name).unlink()  # as the message says
     run_of(*SEARCH, "method.warm_start=true", "resume=true", folder=folder)
     assert (folder / name).read_bytes() == (searched / name).read_bytes()

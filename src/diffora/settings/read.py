@@ -137,7 +137,7 @@ def combinations(settings: Settings) -> Iterator[str]:
                 f"{name}.batch_size={stage.batch_size} must be a multiple of {name}.accumulate={stage.accumulate}: "
                 "a batch is cut into that many micro-batches"
             )
-    method, search, trainer = settings.method, settings.search, settings.trainer
+    method, search, trainer = settings.method, stages["search"], settings.trainer
     if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":
         yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
     if stages["search"] is None:
