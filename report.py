@@ -1,9 +1,10 @@
-"""A report of finished runs: one HTML page, and tables as Markdown, LaTeX and CSV. Every run.json below is read.
+"""A report of finished runs: one HTML page, and tables as Markdown, LaTeX and CSV.
 
   python report.py outputs                                     all runs, into outputs/report
   python report.py outputs/table4_sample_rate-small output=<folder>
 
-Open index.html of that folder in any browser; it needs no server and no network. docs/how-to/report.md says what is in it.
+It reads every run.json below the folders. Open index.html of the report in any browser; it needs no server and no
+network. docs/how-to/report.md explains what is in it.
 """
 
 import sys
@@ -25,7 +26,7 @@ def main() -> None:
     gathered = gather(folders)
     page, *tables = write(gathered, output, folders)
     count = f"{len(gathered.runs)} runs" + (f", {len(gathered.broken)} unreadable files" if gathered.broken else "")
-    print(f"{page}: {count}, {time.time() - began:.1f} s; {len(tables)} files of tables beside it")
+    print(f"{page}: {count}, {time.time() - began:.1f} s; {len(tables)} files with tables next to it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, contenders, rounds, memory, and the files that results go to.
+"""What the benchmarks share: shapes, contenders, rounds, and memory.
 
 A contender is an adapted model with an optimiser and a `step`. All contenders of a group have the same backbone
 weights (the frozen ones are one and the same tensors), the same head, A and B, batch, and fused AdamW.
@@ -6,18 +6,14 @@ weights (the frozen ones are one and the same tensors), the same head, A and B, 
 
 import contextlib
 import copy
-import json
 import math
 import multiprocessing
 import os
-import platform
-import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,17 +25,18 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from benchmarks.report import REPO
 from diffora.backbones.models import freeze_backbone, head_modules
+from diffora.core.attach import attach
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import attach
+from diffora.core.lowrank import set_kernel
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
 from diffora.run import record
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
 
-REPO = Path(__file__).parents[1]
-RESULTS = REPO / "benchmarks" / "results"
 ALPHA = 16.0
 LR = 1e-4
 Batch = dict[str, Tensor]
@@ -170,7 +167,7 @@ class Search:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         layers: Any = attach(model, grid.names, everything, shape.rank, None, ALPHA, freeze=False)
         fill(model)
-        settings = SearchSettings(lr=LR, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=None, accumulate=1)
+        settings = SearchSettings(epochs=1, batch_size=shape.rows, rank=shape.rank, lr=LR, clip=None)
         task = get_task(OmegaConf.load(REPO / "conf" / "task" / "mrpc.yaml"))
         self.module = SearchModule(model, layers, grid.types, task, settings, seed=0).to(shape.device)
         # All that a step asks a Trainer for.
@@ -217,11 +214,13 @@ def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
     return Contender(model, shape, parts)
 
 
-def lora(model: nn.Module, shape: Shape, dropout: float = 0.0) -> Contender:
-    """Ours, as `method=lora` adapts it; loading a backbone replaces its dropout, too."""
+def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fused") -> Contender:
+    """Ours, as `method=lora` adapts it with ``model.kernel``, which also chooses the backbone's dropout."""
     model = own(model)
-    use_cheap_dropout(model)
+    if kernel == "fused":
+        use_cheap_dropout(model)
     adaptation = LoRA(rank=shape.rank, dropout=dropout, alpha=ALPHA).adapt(model, shape.grid(model), None, 0)
+    set_kernel(model, kernel)
     fill(model)
     return Contender(adaptation.model.to(shape.device), shape)
 
@@ -279,6 +278,8 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "floor": floor,
     "lora": lora,
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
+    "plain": lambda model, shape: lora(model, shape, kernel="plain"),
+    "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
     "peft": peft_lora,
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,
@@ -289,7 +290,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "two_floors": lambda model, shape: floor(model, shape, parts=2),
     "two_peft_steps": lambda model, shape: peft_lora(model, shape, parts=2),
 }
-FINETUNING = ("floor", "lora", "lora_dropout", "peft", "peft_dropout", "adalora", "full_ft")
+FINETUNING = ("floor", "lora", "lora_dropout", "plain", "plain_dropout", "peft", "peft_dropout", "adalora", "full_ft")
 BILEVEL = ("simultaneous", "alternating", "two_floors", "two_peft_steps", "floor", "peft")
 
 
@@ -386,57 +387,3 @@ def in_own_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             results.append(pool.submit(function, *job).result())
     return results
-
-
-# --- results ---
-
-
-def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int]:
-    """Median and quartiles."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": round(median, digits), "q1": round(q1, digits), "q3": round(q3, digits), "rounds": len(values)}
-
-
-def ratio(times: Mapping[str, Sequence[float]], top: str, bottom: str) -> dict[str, float | int]:
-    """Spread over rounds of the ratio of two contenders in the same round."""
-    return spread([a / b for a, b in zip(times[top], times[bottom], strict=True)])
-
-
-def header() -> dict[str, Any]:
-    """What a result was measured on, with what and when."""
-    packages = record.versions() | {"peft": peft.__version__}
-    return {
-        "machine": machine(),
-        "versions": {name: packages[name] for name in ("python", "torch", "transformers", "peft", "diffora")},
-        "commit": record.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, threads, memory, load before the benchmark, GPU."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_before": round(os.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def write(file: Path, result: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {file}")
-
-
-def read(name: str) -> dict[str, Any] | None:
-    """A result of `RESULTS`, or None where it has not been measured."""
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None

@@ -2,10 +2,10 @@
 
     python -m benchmarks.paths [--seeds 0 1 2] -- task=mrpc task.path=<folder> model=minilm model.path=<folder>
 
-Paths: ``plain``, the formula in plain operations and torch's own dropout; ``added`` and ``folded``, the fused layer
-with the update always beside, or where it can be inside, the weight; ``alone``, each layer by itself; ``default``,
-what runs use. Gradients are compared to the last bits by the tests; this is about whole runs, whose roundings and
-dropout masks differ. Writes benchmarks/results/paths.json; called again, it does only what is missing there.
+Paths: ``default``, what runs use; ``plain``, ``model.kernel=plain``: the formula in plain operations and torch's own
+dropout; ``added`` and ``folded``, the fused layer with the update never, or wherever possible, folded into the weight.
+The tests compare gradients to the last digits. This benchmark compares whole runs, whose roundings and dropout masks
+differ. Writes benchmarks/results/paths.json. A second call computes only what is missing there.
 """
 
 import argparse
@@ -13,54 +13,33 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
-from benchmarks.common import RESULTS, header
-from diffora.backbones import models
-from diffora.core.lowrank import LowRankLinear
-from diffora.files import write_text
+from benchmarks.report import RESULTS, header
+from diffora.files import conf_dir, write_text
 from diffora.kernels import fused
 from diffora.run import experiment
-from diffora.settings import config
 
-PATHS = ("default", "plain", "added", "folded", "alone")
+PATHS = ("default", "plain", "added", "folded")
 METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=1"]
 
 
-_no_peers = property(lambda layer: None, lambda layer, peers: None)
-
-
-@contextmanager
-def path(name: str) -> Iterator[None]:
-    """With the layers on a path."""
-    patches = {
-        "default": [],
-        "plain": [
-            mock.patch.object(LowRankLinear, "forward", LowRankLinear._plain),
-            mock.patch.object(models, "use_cheap_dropout"),
-        ],
-        "added": [mock.patch.object(fused, "FOLD_FROM", math.inf)],
-        "folded": [mock.patch.object(fused, "FOLD_FROM", 0.0)],
-        "alone": [mock.patch.object(LowRankLinear, "peers", _no_peers, create=True)],
-    }[name]
-    for patch in patches:
-        patch.start()
-    try:
-        yield
-    finally:
-        for patch in patches:
-            patch.stop()
+def path(name: str) -> AbstractContextManager[object]:
+    """A context in which the layers use a path; ``plain`` is a setting of the run instead."""
+    if name in ("added", "folded"):
+        return mock.patch.object(fused, "FOLD_FROM", math.inf if name == "added" else 0.0)
+    return nullcontext()
 
 
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, object]:
     """Metrics and time of one run."""
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        cfg = compose("config", [*METHOD, f"seed={seed}", *overrides])
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        kernel = "plain" if name == "plain" else "fused"
+        cfg = compose("config", [*METHOD, f"seed={seed}", f"model.kernel={kernel}", *overrides])
     with path(name), tempfile.TemporaryDirectory() as folder:
         record = experiment.run(cfg, Path(folder) / "run").record
     metrics = {key: value for key, value in record["metrics"].items() if key.startswith("validation/")}

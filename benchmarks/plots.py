@@ -21,6 +21,8 @@ NAMES = {
     "floor": "floor",
     "lora": "ours",
     "lora_dropout": "ours, p = 0.1",
+    "plain": "ours, kernel=plain",
+    "plain_dropout": "ours, kernel=plain, p = 0.1",
     "peft": "PEFT LoRA",
     "peft_dropout": "PEFT LoRA, p = 0.1",
     "adalora": "PEFT AdaLoRA",
@@ -37,6 +39,8 @@ COLOURS = {
     "floor": "#999999",
     "lora": "#0072b2",
     "lora_dropout": "#56b4e9",
+    "plain": "#7570b3",
+    "plain_dropout": "#b3b0d9",
     "peft": "#d55e00",
     "peft_dropout": "#e69f00",
     "adalora": "#cc79a7",
@@ -373,7 +377,7 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
 
 
 def main() -> None:
-    from benchmarks.common import read
+    from benchmarks.report import read
 
     results = {name: read(name) for name in SOURCES}
     for name, (source, draw, _) in PICTURES.items():

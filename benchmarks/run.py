@@ -28,7 +28,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks.common import REPO, RESULTS, header, read, spread, write
+from benchmarks.report import REPO, RESULTS, header, read, spread, write
 
 RANK, ALPHA, BATCH, LR = 4, 16, 32, 1e-3
 SHOWN_PACKAGES = 8

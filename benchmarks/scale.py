@@ -24,18 +24,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from benchmarks.common import (
-    CONTENDERS,
-    REPO,
-    RESULTS,
-    Shape,
-    allocated,
-    header,
-    interleave,
-    ratio,
-    spread,
-    write,
-)
+from benchmarks.common import CONTENDERS, Shape, allocated, interleave
+from benchmarks.report import REPO, RESULTS, header, ratio, spread, write
 
 BASE = Shape("minilm", 16, 64)
 SEARCHES = ("alternating", "simultaneous")

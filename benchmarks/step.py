@@ -8,6 +8,7 @@ contender, by the allocator: see `benchmarks.common.memory_of`. Contenders:
 
     floor            the frozen backbone whose activations alone are back-propagated, and the head trained
     lora             ours, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
+    plain            the same with kernel=plain, the formula in PyTorch operations; plain_dropout
     peft             PEFT's LoRA, likewise; peft_dropout; adalora: PEFT's AdaLoRA
     full_ft          every weight trained
     simultaneous     our whole bi-level step in one pass over 16 search-valid and 16 search-train rows
@@ -26,21 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    BILEVEL,
-    CONTENDERS,
-    FINETUNING,
-    RESULTS,
-    Shape,
-    header,
-    in_own_processes,
-    interleave,
-    memory_of,
-    ratio,
-    read,
-    spread,
-    write,
-)
+from benchmarks.common import BILEVEL, CONTENDERS, FINETUNING, Shape, in_own_processes, interleave, memory_of
+from benchmarks.report import RESULTS, header, ratio, read, spread, write
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,8 @@ PAIRS = {
     "finetune/peft": ("lora", "peft"),
     "finetune_dropout/peft": ("lora_dropout", "peft_dropout"),
     "finetune_dropout/floor": ("lora_dropout", "floor"),
+    "finetune/plain": ("lora", "plain"),
+    "finetune_dropout/plain": ("lora_dropout", "plain_dropout"),
     "peft/floor": ("peft", "floor"),
     "peft_dropout/floor": ("peft_dropout", "floor"),
     "adalora/floor": ("adalora", "floor"),
@@ -86,6 +76,8 @@ PAIRS = {
 MEMORY_PAIRS = {
     "memory/peft_memory": ("lora", "peft"),
     "memory_dropout/peft_memory": ("lora_dropout", "peft_dropout"),
+    "memory/plain_memory": ("lora", "plain"),
+    "memory_dropout/plain_memory": ("lora_dropout", "plain_dropout"),
     "search_memory/peft_memory": ("simultaneous", "peft"),
     "search_memory_alternating/peft_memory": ("alternating", "two_peft_steps"),
     "search_memory/two_peft_steps_memory": ("simultaneous", "two_peft_steps"),

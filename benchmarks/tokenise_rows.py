@@ -51,7 +51,7 @@ def measure(given: argparse.Namespace) -> None:
 
     from diffora.run.record import peaks, reset_peaks
     from diffora.tasks.glue import TASKS
-    from diffora.tasks.sources import load_split
+    from diffora.tasks.sources.load import load_split
     from diffora.tasks.tokenise import tokenise
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -3,10 +3,10 @@
     python scripts/compare_updates.py --seeds 0 1 2 task=mrpc model=minilm model.path=<folder>
     python scripts/compare_updates.py --seeds 0 1 2 --finetune experiment=quickstart
 
-Searches with both updates for each seed, and with --finetune also trains what was selected. Writes every run and the
-comparison to <output>/compare_updates.json; called again, it does only what is missing. How much two selections agree
-is their Jaccard index: modules in both over modules in either. Between the updates it is to be judged by what two seeds
-of one update have in common, and two selections by chance.
+Searches with both updates for each seed; with --finetune also trains what was selected. Writes every run and the
+comparison to <output>/compare_updates.json; called again, it does only what is missing. The agreement of two selections
+is their Jaccard index: modules in both over modules in either. Compare the agreement between the updates with that of
+two seeds of one update, and with that of two random selections.
 """
 
 import argparse
@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from diffora.cli import command  # noqa: E402
 from diffora.core.selection import Selection  # noqa: E402
-from diffora.files import write_text  # noqa: E402
+from diffora.files import conf_dir, write_text  # noqa: E402
 from diffora.loop.loggers import Loggers  # noqa: E402
 from diffora.loop.parts import Parts  # noqa: E402
 from diffora.loop.process import quiet_libraries  # noqa: E402
 from diffora.run import experiment  # noqa: E402
-from diffora.search.stage import find_selection  # noqa: E402
-from diffora.settings import config  # noqa: E402
+from diffora.run.select import select  # noqa: E402
+from diffora.settings.identity import config_hash  # noqa: E402
 from diffora.tasks.base import get_task  # noqa: E402
 
 UPDATES = ("alternating", "simultaneous")
@@ -42,16 +42,18 @@ UPDATES = ("alternating", "simultaneous")
 
 def search_only(cfg: DictConfig, folder: Path) -> tuple[Selection, float]:
     """The first stage of a run: (selection, seconds of the search)."""
-    method, task = experiment.check(cfg)
+    settings, task = experiment.check(cfg)
     quiet_libraries()
     L.seed_everything(cfg.seed, verbose=False)
-    parts = Parts.load(cfg, folder, task)
-    method.check(parts.model, parts.grid)
-    return find_selection(parts, method, "search", Loggers(cfg.logger, folder, config.plain(cfg)))
+    parts = Parts.load(settings, folder, task)
+    settings.method.check(parts.model, parts.grid)
+    found = select(parts, settings.method, Loggers(settings.logger, folder, settings.composed))
+    assert found.selection is not None
+    return found.selection, found.seconds
 
 
 def one_run(cfg: DictConfig, folder: Path, finetune: bool) -> dict[str, Any]:
-    """What the comparison needs to know of a run."""
+    """The entries of one run in the comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     if not finetune:
         selection, seconds = search_only(cfg, folder)
@@ -122,14 +124,14 @@ def main(given: argparse.Namespace) -> None:
     file = given.output / "compare_updates.json"
     runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.is_file() else []
     wanted = []
-    # Each seed with both updates, one behind the other in turns, so that a machine that slows down slows both.
+    # Both updates of a seed follow each other, in alternating order, so that a slower machine slows both.
     for at, seed in enumerate(given.seeds):
         for update in UPDATES[:: 1 if at % 2 == 0 else -1]:
             overrides = ["method=diffora", "logger=[csv]", *given.overrides]
             overrides += [f"seed={seed}", f"search.update={update}", "resume=true"]
-            with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 cfg = compose("config", overrides)
-            made = {"update": update, "seed": seed, "config": config.config_hash(cfg), "finetuned": given.finetune}
+            made = {"update": update, "seed": seed, "config": config_hash(cfg), "finetuned": given.finetune}
             run = next((run for run in runs if made.items() <= run.items()), None)
             if run is None:
                 folder = given.output / f"{update}-seed{seed}-{made['config']}{'' if given.finetune else '-search'}"

@@ -27,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffora.backbones import models
+from diffora.core.attach import attach
+from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.files import conf_dir
 from diffora.run import memory
-from diffora.run.experiment import check
+from diffora.run.check import check
 from diffora.run.sweep import cells, combinations, parse, table_of, values
 
 TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused
@@ -103,14 +104,15 @@ def job_overrides(line: str) -> list[tuple[str, ...]]:
 
 def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
-    method, task = check(cfg)
-    model = models.meta_model(cfg.model, task)
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    settings, task = check(cfg)
+    method = settings.method
+    model = models.meta_model(settings.model, task)
+    grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles)
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
-    by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # type: ignore[attr-defined]  # noqa: E731
-    method.adapt(model, grid, method.select(grid, cfg.seed, by_chance), cfg.seed)
+    scores = random_scores(grid.n_layers, grid.n_types, cfg.seed) if method.selector_to_run else None
+    method.adapt(model, grid, method.choose(grid, scores, cfg.seed), cfg.seed)
     return task, model, None
 
 
@@ -195,11 +197,12 @@ _peaks: dict[Any, float] = {}
 
 
 def _gigabytes(cfg: DictConfig) -> float:
+    settings, _ = check(cfg)
     task, model, _ = adapted(cfg, searching=False)
-    peak = memory.of_finetuning(cfg, task, model).total
+    peak = memory.of_finetuning(settings, task, model).total
     if searches(cfg):
         task, model, layers = adapted(cfg, searching=True)
-        peak = max(peak, memory.of_search(cfg, task, model, layers).total)
+        peak = max(peak, memory.of_search(settings, task, model, layers).total)
     return peak / 1e9
 
 

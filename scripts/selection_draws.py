@@ -31,7 +31,8 @@ def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         values = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         at = found[run["column"], run["seed"]]
-        at |= {"metric": run["main_metric"], "sign": 1 if run["maximise"] else -1, "seed": run["seed"]}
+        sign = 1 if run["metric_facts"][run["main_metric"]]["maximise"] else -1
+        at |= {"metric": run["main_metric"], "sign": sign, "seed": run["seed"]}
         if run["method"] == "diffora":
             at |= {"search": values, "parameters": run["params"]["adapter"]}
         else:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from diffora.core.parts import short_names
 from diffora.files import write_text
 from diffora.report.statistics import paired, stability
-from diffora.run.figures import short_names
 
 Subset = tuple[tuple[str, ...], ...]
 Run = Mapping[str, Any]
@@ -87,7 +87,8 @@ def standing(chosen: Mapping[int, Subset], among: Callable[[Subset], Mapping[Sub
 
 def quality(runs: Sequence[Run]) -> dict[str, Any]:
     """For each selector, by row: where it stands among all subsets and among those of equal size; stability."""
-    metric, sign = runs[0]["main_metric"], 1 if runs[0]["maximise"] else -1
+    metric = runs[0]["main_metric"]
+    sign = 1 if runs[0]["metric_facts"][metric]["maximise"] else -1
     by_seed, sizes = landscape(runs, metric)
     means = {subset: sign * statistics.mean(values.values()) for subset, values in by_seed.items()}
     seeds = len(next(iter(by_seed.values())))

@@ -5,10 +5,22 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+
+from diffora.run.setting import setting_facts
+from diffora.trust import literal
 
 TYPES = ("attention.self.query", "attention.self.key", "attention.self.value", "output.dense")
 LAYERS = 3
+FACTS = {
+    "accuracy": {"unit": "fraction", "maximise": True},
+    "f1": {"unit": "fraction", "maximise": True},
+    "perplexity": {"unit": "perplexity", "maximise": False},
+    "loss": {"unit": "loss", "maximise": False},
+    "generalisation_gap": {"unit": "fraction", "maximise": False},
+    "update/rank": {"unit": "rank", "maximise": True},
+    "update/orthogonality_loss": {"unit": "", "maximise": False},
+}
 
 
 def made_run(
@@ -28,8 +40,8 @@ def made_run(
     Args:
         score: validation/accuracy; held_out is 0.01 less.
         cell: experiment, row and column.
-        settings: further top-level keys of config.yaml.
-        changes: of the record.
+        settings: merged into the configuration, from which the record's setting is made as in a run.
+        changes: fields of the record that replace those made here.
     """
     chance = random.Random(f"{method} {seed} {score}")
     folder.mkdir(parents=True)
@@ -52,7 +64,7 @@ def made_run(
         "scale": scale if cell else None,
         "status": "completed",
         "main_metric": "accuracy",
-        "maximise": True,
+        "metric_facts": FACTS,
         "metrics": {
             "validation/accuracy": score,
             "validation/f1": score / 2,
@@ -77,7 +89,6 @@ def made_run(
         "data_hash": "d",
         "history": history,
     }
-    config = f"seed: {seed}\nresume: false\nmethod:\n  name: {method}\n"
     if method in ("diffora", "random"):
         selected = [sorted(chance.sample(TYPES, 2)) for _ in range(LAYERS)]
         gamma_bar = [[0.3 if name in row else 0.2 for name in TYPES] for row in selected]
@@ -90,9 +101,24 @@ def made_run(
             start = [[0.25] * len(TYPES)] * LAYERS
             trajectory = {"types": TYPES, "rounds": [0.0, 1.0], "gamma_bar": [start, gamma_bar]}
             (folder / "trajectory.json").write_text(json.dumps(trajectory))
-        if method == "random":
-            config += f"  draw: {seed}\n"
-    config += yaml.safe_dump(settings, sort_keys=False) if settings else ""
-    (folder / "config.yaml").write_text(config)
-    (folder / "run.json").write_text(json.dumps(record | changes))
+    cfg = OmegaConf.create(
+        {
+            "seed": seed,
+            "resume": False,
+            "method": {"name": literal(method)} | ({"draw": "${seed}"} if method == "random" else {}),
+            "task": {"name": literal(task)},
+            "model": {"path": "tiny"},
+            "trainer": {},
+        }
+    )
+    cfg = OmegaConf.merge(cfg, settings or {})
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    content = record | setting_facts(cfg, changes.get("data_hash", record["data_hash"])) | changes
+    (folder / "run.json").write_text(json.dumps(content))
     return folder
+
+
+def change_record(folder: Path, **changes: Any) -> None:
+    """Replace fields in the ``run.json`` of a folder."""
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(content | changes))

@@ -9,12 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from diffora.errors import UserError
 from diffora.files import atomic, read_json
 from diffora.hub import resolve
-from diffora.settings import config
+from diffora.settings.identity import NOT_IN_HASH, differences
 
 REMEMBERED_FROM = 64 * 2**20
 """Bytes of a file from which its digest is remembered while the file stays as it is."""
@@ -172,16 +170,17 @@ def _weights(folder: Path) -> Iterator[str]:
 
 
 def made_with(
-    cfg: DictConfig, data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
+    composed: Mapping[str, Any], data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a checkpoint or a search is made with, in plain containers, to compare with later (`changes`).
 
     Args:
+        composed: the composed configuration in plain containers.
         data: hash of the data.
         rows: how many there are, by split.
         backbone: what `backbone` returned.
     """
-    settings = {key: value for key, value in config.plain(cfg).items() if key not in config.NOT_IN_HASH}
+    settings = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
     made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone}
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as it will be when it comes from a file
     return plain
@@ -194,12 +193,12 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         a, b = old.get(key), new.get(key)
         return None if a is None or b is None or a == b else (a, b)
 
-    found = config.differences(*pair) if (pair := both("settings")) else []
+    found = differences(*pair) if (pair := both("settings")) else []
     if both("data"):
-        rows = config.differences(*pair) if (pair := both("rows")) else []
+        rows = differences(*pair) if (pair := both("rows")) else []
         found.append(f"the data changed: {', '.join(rows) + ' rows' if rows else 'as many rows, with other content'}")
     if pair := both("backbone"):
-        files = {line.partition(":")[0] for line in config.differences(*(each.get("files", {}) for each in pair))}
+        files = {line.partition(":")[0] for line in differences(*(each.get("files", {}) for each in pair))}
         if files:
             found.append(f"the backbone's files changed: {', '.join(sorted(files))}")
         elif pair[0].get("digest") != pair[1].get("digest"):

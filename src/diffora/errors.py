@@ -1,4 +1,4 @@
-"""The one exception a person is meant to read, and what failures of the machine are in its words."""
+"""The exception whose message is written for the user, and messages for failures of the machine."""
 
 import errno
 import os
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as its message alone, without a traceback.
+    """A problem that the user can fix. Only its message is shown, without a traceback.
 
     Args:
-        problems: one message, or several that were found together. Each names the
-            offending value and says what would be right.
+        problems: one message, or several that were found together. Each names the offending value and says what would
+            be right.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -21,11 +21,11 @@ class UserError(Exception):
 
 
 class WriteError(UserError, OSError):
-    """A file could not be written. An `OSError` too, with the bare reason in ``strerror``."""
+    """A file could not be written. It is an `OSError` too, with the bare reason in ``strerror``."""
 
 
 SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors that go away when there is room."""
+"""Error numbers that mean a lack of space."""
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -46,17 +46,17 @@ REASONS = {
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused something to do with files, in words."""
+    """Why the system refused an operation on a file, in words."""
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
 def place(error: OSError) -> str | None:
-    """The file that an exception of the system is about, where it says so."""
+    """The file that an exception of the system is about; None if it does not say."""
     return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it was raised from, or while handling."""
+    """An exception, and those that it was raised from or raised while handling."""
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
@@ -66,14 +66,14 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What ran out, in words, if an exception says that memory did: the machine's, the GPU's or what workers share."""
+    """A message if an exception means that memory ran out: the machine's, the GPU's or shared memory; else None."""
     text = str(error)
     if "DataLoader worker" in text and re.search(r"Bus error|shared memory", text):
         return OUT_OF_SHARED_MEMORY
     if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
         return (
-            "a process that loads batches was killed, most likely for want of memory: use fewer, or none with "
-            "trainer.num_workers=0"
+            "a process that loads batches was killed, most likely because memory ran out: use fewer such processes, or "
+            "none with trainer.num_workers=0"
         )
     if isinstance(error, RuntimeError | OSError) and re.search(
         r"shared memory object|allocate shared memory|unable to mmap .*torch_", text
@@ -82,7 +82,7 @@ def out_of_memory(error: BaseException) -> str | None:
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if no_memory or (isinstance(error, RuntimeError) and re.search(ALLOCATORS, text)):
         wanted = re.search(r"(?:tried|Tried|Unable) to allocate (\d+ bytes|[\d.]+ [KMGTPE]i?B)", text)
-        return "out of memory" + (f", {_size(wanted[1])} were asked for" if wanted else "")
+        return "out of memory" + (f", {_readable(wanted[1])} were asked for" if wanted else "")
     return None
 
 
@@ -90,7 +90,7 @@ OUT_OF_SHARED_MEMORY = (
     "the processes that load batches ran out of shared memory (/dev/shm): use trainer.num_workers=0, or give it more "
     "room (docker run --shm-size=8g)"
 )
-# torch.OutOfMemoryError is a RuntimeError: the name need not be imported.
+# Messages of allocators. torch.OutOfMemoryError is a RuntimeError, so torch need not be imported.
 ALLOCATORS = (
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|ALLOC_FAILED|bad_alloc"
     r"|Storage size calculation overflowed|Invalid buffer size"
@@ -98,10 +98,10 @@ ALLOCATORS = (
 
 
 def explained(error: BaseException, advice: str = "") -> UserError | None:
-    """The message for a failure of the machine (memory, disk, permissions); None if it is something else.
+    """The message for a failure of the machine (memory, disk, permissions); None for any other exception.
 
     Args:
-        advice: what to do where memory is short.
+        advice: what to do if memory ran out.
     """
     if isinstance(error, UserError):
         return error
@@ -116,7 +116,7 @@ def explained(error: BaseException, advice: str = "") -> UserError | None:
 
 @contextmanager
 def machine_limits(advice: str = "") -> Iterator[None]:
-    """Turn failures of the machine into a `UserError`, as `explained` does."""
+    """A context that turns failures of the machine into the `UserError` of `explained`."""
     try:
         yield
     except Exception as error:
@@ -126,7 +126,8 @@ def machine_limits(advice: str = "") -> Iterator[None]:
         raise told from error
 
 
-def _size(text: str) -> str:
+def _readable(text: str) -> str:
+    """A size such as "123456789 bytes" in a larger unit."""
     if not text.endswith(" bytes"):
         return text
     number = float(text.removesuffix(" bytes"))

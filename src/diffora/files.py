@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile, and writing files that are complete or absent."""
+"""Reading files that may be damaged or hostile, and writing files that are always complete."""
 
 import errno
 import hashlib
@@ -19,25 +19,25 @@ import yaml
 from diffora.errors import SPACE, UserError, WriteError, chain, place, reason
 
 MOST_JSON = 256 * 2**20
-"""Bytes of the largest JSON file that is read."""
+"""Size limit of JSON files, in bytes."""
 MOST_YAML = 2**20
-"""Bytes of the largest YAML file that is read."""
+"""Size limit of YAML files, in bytes."""
 MOST_DEPTH = 100
-"""Levels to which JSON and YAML may be nested."""
+"""The most levels of nesting in JSON and YAML."""
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: the file cannot be read, is too large, is nested too deeply or is not JSON in UTF-8.
+        FileNotFoundError: the file does not exist.
+        UserError: it cannot be read, is too large, is nested too deeply, or is not JSON in UTF-8.
     """
     return parse_json(read_text(Path(path), MOST_JSON), path)
 
 
 def parse_json(text: str, path: Path) -> Any:
-    """`read_json` for text that was read already; ``path`` is for messages."""
+    """`read_json` for text that is already in memory; ``path`` is for messages."""
     try:
         content = json.loads(text)
     except RecursionError:
@@ -49,19 +49,20 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file that may come from somebody else: plain values, nothing is resolved or built.
+    """The content of a YAML file, as plain values. The file may come from an untrusted source.
 
-    Interpolations (``${…}``) stay text. Tags and aliases are refused: a few lines of aliases can stand for gigabytes.
+    Nothing is resolved or constructed: interpolations (``${…}``) stay text. Tags and aliases are refused, because a few
+    lines of aliases can expand to gigabytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: the file cannot be read, is too large, is nested too deeply, has aliases or is not YAML in UTF-8.
+        FileNotFoundError: the file does not exist.
+        UserError: it cannot be read, is too large, is nested too deeply, has aliases, or is not YAML in UTF-8.
     """
     return parse_yaml(read_text(Path(path), MOST_YAML), path)
 
 
 def parse_yaml(text: str, path: Path) -> Any:
-    """`read_yaml` for text that was read already; ``path`` is for messages."""
+    """`read_yaml` for text that is already in memory; ``path`` is for messages."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
@@ -76,8 +77,8 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C where it is there
-    """Reads 1e-3 as a number, as OmegaConf does; YAML 1.1 wants 1.0e-3."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the C version is faster, but optional
+    """Reads 1e-3 as a number, as OmegaConf does; in YAML 1.1 only 1.0e-3 is one."""
 
 
 _Loader.add_implicit_resolver(
@@ -93,7 +94,7 @@ def _check_regular(path: Path) -> None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a file of at most ``most`` bytes; it raises what `read_json` does."""
+    """The text of a file of at most ``most`` bytes. It raises the errors of `read_json`."""
     try:
         _check_regular(path)
         with open(path, "rb") as file:
@@ -129,8 +130,8 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's content, as hexadecimal digits.
 
     Raises:
-        OSError: it cannot be read.
-        UserError: it is not a regular file, or one of gigabytes that holds next to nothing, which would take hours.
+        OSError: the file cannot be read.
+        UserError: it is not a regular file, or it is a sparse file of gigabytes, which would take hours to read.
     """
     _check_regular(path)
     status = os.stat(path)
@@ -142,12 +143,14 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A scratch path beside ``path`` that takes its place when the block ends well and vanishes when it does not.
+    """Write a file atomically.
 
-    The file gets the permissions that a file has which is simply opened and written, whoever writes the scratch file.
+    Yields:
+        A scratch path in the same folder. It replaces ``path`` if the block succeeds, and is removed if it fails. The
+        file gets the permissions of a newly created file, even if a library creates the scratch file with others.
 
     Raises:
-        WriteError: the disk is full, the place is read-only and the like.
+        WriteError: the file cannot be written, for example because the disk is full or read-only.
     """
     with _scratch_beside(Path(path)) as scratch:
         mode = _create(scratch)
@@ -157,10 +160,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of ``path`` when the block ends well: `atomic` for a folder of files.
+    """Write a folder of files atomically, as `atomic` does for one file.
+
+    Yields:
+        A scratch folder that replaces ``path`` if the block succeeds.
 
     Raises:
-        WriteError: as `atomic`.
+        WriteError: as in `atomic`.
     """
     with _scratch_beside(Path(path)) as scratch:
         _remove(scratch)
@@ -174,7 +180,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch_beside(path: Path) -> Iterator[Path]:
-    """What `atomic` and `atomic_folder` have in common: the name, the place that it takes, the words of failures."""
+    """The common part of `atomic` and `atomic_folder`: scratch name, replacement of ``path``, error messages."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}-{_host()}.part")
     try:
         _check_kept(path)
@@ -182,7 +188,7 @@ def _scratch_beside(path: Path) -> Iterator[Path]:
         remove_leftovers(path.parent)
         yield scratch
         _check_kept(path)
-        if scratch.is_dir():  # which takes the place of an empty folder only
+        if scratch.is_dir():  # os.replace can only replace an empty folder
             _remove(path)
         os.replace(scratch, path)
         _sync(path.parent)
@@ -196,20 +202,22 @@ def _scratch_beside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; what UTF-8 does not have (a half of a surrogate pair) is written as its escape.
+    """Write a text file atomically, in UTF-8. Half of a surrogate pair is written as its escape sequence.
 
     Raises:
-        WriteError: as `atomic`.
+        WriteError: as in `atomic`.
     """
     with atomic(path) as scratch:
         scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_writable(folder: Path) -> None:
-    """Find out whether files can be written to a folder, or to the one that it would be made in. Leaves nothing there.
+    """Check that files can be written to a folder. If it does not exist yet, check the folder it would be created in.
+
+    No file is left behind.
 
     Raises:
-        WriteError: they cannot.
+        WriteError: files cannot be written there.
     """
     folder = Path(folder)
     there = folder.absolute()
@@ -234,15 +242,17 @@ _kept: dict[Path, os.stat_result] = {}
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """Make a folder, and write nothing below it once it has been removed: half of its files would be there anew.
+    """Create a folder and protect it within the block: if somebody removes it, nothing more is written to it.
+
+    Otherwise later files would create the folder again, without the earlier files.
 
     Raises:
-        WriteError: it cannot be made; in the block: a file is to be written and the folder is not there any more.
+        WriteError: the folder cannot be created; or, within the block, a file is written after the folder was removed.
     """
     folder = Path(folder).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)  # as long as it is open, no other folder gets the same number
+        descriptor = os.open(folder, os.O_RDONLY)  # while it is open, no other folder can get its inode number
     except OSError as error:
         raise _failure(folder, reason(error), error.errno) from error
     _kept[folder] = os.fstat(descriptor)
@@ -254,7 +264,7 @@ def kept(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove scratch files of `atomic` whose process is dead: of this machine, or untouched for a day."""
+    """Remove scratch files of `atomic` whose process on this machine is dead, or that are older than a day."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = LEFTOVER.fullmatch(entry.name)
@@ -270,7 +280,7 @@ DAY = 24 * 60 * 60
 
 
 def _host() -> str:
-    """The machine's name, short and fit for a file name."""
+    """The machine's name, shortened, with only characters that suit a file name."""
     return re.sub(r"[^\w-]", "-", platform.node())[:40]
 
 
@@ -279,13 +289,13 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return True
     return True
 
 
 def _create(scratch: Path) -> int:
-    """Create an empty file and return the permissions that this gave it: umask and folder decide."""
+    """Create an empty file, and return the permissions that it got from the umask and the folder."""
     scratch.unlink(missing_ok=True)
     descriptor = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -295,14 +305,14 @@ def _create(scratch: Path) -> int:
 
 
 def _finish(file: Path, mode: int) -> None:
-    """Give a written file its permissions, and have it on the disk."""
+    """Set the permissions of a written file and flush it to the disk."""
     with open(file, "rb+") as stream:
-        os.chmod(file, mode)  # safetensors, like tempfile, makes files that only their owner can read
+        os.chmod(file, mode)  # safetensors creates files that only their owner can read
         os.fsync(stream.fileno())
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -310,7 +320,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make a new name in a folder last, where the file system can."""
+    """Flush the entries of a folder to the disk, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -320,11 +330,12 @@ def _sync(folder: Path) -> None:
 
 
 def _keeper(path: Path) -> Path | None:
-    """The folder of a `kept` block that a path is in."""
+    """The `kept` folder that a path is in, or None."""
     return next((folder for folder in _kept if path.absolute().is_relative_to(folder)), None)
 
 
 def _check_kept(path: Path) -> None:
+    """Raise a WriteError if the `kept` folder of a path was removed or replaced."""
     if (folder := _keeper(path)) is None:
         return
     try:
@@ -332,18 +343,18 @@ def _check_kept(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         same = False
     if not same:
-        raise WriteError(f"{folder} was removed or replaced while this process was at work there: its files are lost")
+        raise WriteError(f"{folder} was removed or replaced while this process was writing to it: its files are lost")
 
 
 def _write_error(error: Exception, path: Path, scratch: Path) -> WriteError | None:
-    """The message for an exception of a block of `atomic`; None where it is not about writing this file."""
+    """The message for an exception in a block of `atomic`; None if it is not about writing this file."""
     if isinstance(error, UserError):
         return None
     for link in chain(error):
         if (refused := _system_error(link, scratch)) is None:
             continue
         where = place(refused)
-        if where is None:  # of an open file: reading may fail in other ways
+        if where is None:  # the error is about an open file, maybe one that is being read
             ours = refused.errno in SPACE | {errno.EIO, errno.EROFS, errno.ESTALE}
         else:
             ours = Path(where).is_relative_to(scratch) or path.is_relative_to(where)
@@ -353,13 +364,13 @@ def _write_error(error: Exception, path: Path, scratch: Path) -> WriteError | No
 
 
 def _system_error(error: BaseException, scratch: Path) -> OSError | None:
-    """What the system said to a library that has exceptions of its own."""
+    """The system's error behind an exception; libraries may raise their own exceptions for it."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and re.search(r"inline_container|iostream error", str(error)):
-        try:  # torch.save does not say why; writing more does
+        try:  # torch.save does not say why it failed; writing more to the file does
             with open(scratch / "probe" if scratch.is_dir() else scratch, "ab") as file:
                 file.write(bytes(2**16))
                 file.flush()
@@ -370,6 +381,7 @@ def _system_error(error: BaseException, scratch: Path) -> OSError | None:
 
 
 def _failure(path: Path, why: str, number: int | None) -> WriteError:
+    """The error for a file that cannot be written, with advice if space ran out."""
     advice = ""
     if number in SPACE:
         keeper = _keeper(path)

@@ -67,6 +67,34 @@ def class_at(target: Any, base: Any, key: str, file: Path | None = None) -> Any:
     return found
 
 
+def function_at(target: str, key: str) -> Any:
+    """The function (or other callable) at a dotted path, which is imported.
+
+    Only for a path that the user typed or has in ``conf/``. There is no variant for a path in a file that somebody else
+    may have written, such as a run's ``config.yaml``: nothing that reads such files calls a function they name.
+
+    Args:
+        target: ``module.function``.
+        key: where the path was given, such as ``method.selector``, for messages.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    if not (isinstance(target, str) and NAME.fullmatch(target)):
+        raise UserError(f"{key}={_path(target)} must be the dotted path of a function, as in module.function")
+    name, _, attribute = target.rpartition(".")
+    module = _imported(name, target, key)
+    found = getattr(module, attribute, None)
+    if found is None:
+        there = [n for n, o in vars(module).items() if inspect.isfunction(o) and o.__module__ == name]
+        near = get_close_matches(attribute, there, n=1, cutoff=0.6)
+        hint = f"; did you mean {name}.{near[0]}?" if near else f"; its functions: {', '.join(there)}" if there else ""
+        raise UserError(f"{key}={target}: {name} has no {attribute}{hint}")
+    if not callable(found):
+        raise UserError(f"{key}={target} is a {type(found).__name__}, not a function")
+    return found
+
+
 def object_in(package: str, target: Any) -> Any:
     """What is at a dotted path inside an installed package; None if nothing is, or if it is no class or function of it.
 

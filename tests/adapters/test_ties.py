@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from diffora.adapters.export import Origin, load_adapter
 from diffora.adapters.pairs import retie
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.methods.lowrank import LowRankAdaptation
 

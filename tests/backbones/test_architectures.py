@@ -19,13 +19,15 @@ from torch import nn
 
 from diffora.adapters.export import load_adapter
 from diffora.backbones import compatibility, models
-from diffora.core.dam import adapter_parameters
+from diffora.core.attach import attach
+from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.loop.predict import predict
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 from diffora.tasks.base import Split, get_task
 
 
@@ -299,7 +301,7 @@ def test_the_second_order_gradient_of_gamma_against_finite_differences():
         for layer in row:
             nn.init.normal_(layer.lora_bt, std=0.3)
     lr = 0.3
-    settings = SearchSettings(lr=lr, gamma_lr=0.01, order=2, weight_decay=0.0, clip=None, accumulate=1)
+    settings = Search(epochs=1, batch_size=4, rank=2, lr=lr, order=2, clip=None)
     module = SearchModule(model, layers, grid.types, small_task(), settings, seed=0).double()
     module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     train, valid = batch_of(4, seed=1), batch_of(4, seed=2)

@@ -20,7 +20,8 @@ from diffora.backbones.compatibility import longest_input, match_processor
 from diffora.errors import UserError
 from diffora.hub import resolve
 from diffora.loop.predict import predict
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
 
 CLASSIFIER = "AutoModelForSequenceClassification"

@@ -41,8 +41,8 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path):
 def test_counts_count_shared_parameters_once(deberta):
     from conftest import TYPES
 
+    from diffora.core.attach import attach
     from diffora.core.grid import find_grid
-    from diffora.core.lowrank import attach
 
     model = deberta()
     before, backbone = models.count_parameters(model), models.backbone_parameters(model)

@@ -6,11 +6,13 @@ from omegaconf import OmegaConf
 
 from diffora.adapters.export import load_adapter
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.linear import weight_of
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
-from diffora.run.experiment import check, run
+from diffora.run.check import check
+from diffora.run.experiment import run
 from diffora.tasks.base import get_task
 
 RUN = [

@@ -3,8 +3,8 @@ import torch
 from conftest import TYPES
 from torch import nn
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.core.parts import guess_roles, part_of
 from diffora.errors import UserError
 
@@ -85,13 +85,15 @@ def test_two_stacks_are_told_apart_by_their_path():
 
 def test_roles_are_given_or_guessed_and_checked(deberta):
     net = deberta()
-    grid = find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"ffn_output": "intermediate.dense"})
+    grid = find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"ffn_output": "intermediate.dense"}, "model.")
     assert grid.having("ffn_output") == [f"deberta.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]  # as given
     assert grid.having("key") == [f"deberta.encoder.layer.{i}.attention.self.key_proj" for i in (0, 1)]
     with pytest.raises(UserError, match=r"its gate: say so with \+model\.roles\.gate=…, where a layer has interm"):
         grid.having("gate")
     with pytest.raises(UserError, match=r"model\.roles\.key=nope: deberta\.encoder\.layer\.0\.nope is not a linear"):
-        find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"key": "nope"})
+        find_grid(net, "encoder.layer.*", ["intermediate.dense"], {"key": "nope"}, "model.")
+    with pytest.raises(UserError, match=r"its gate: say so with roles\.gate=…"):
+        find_grid(net, "encoder.layer.*", ["intermediate.dense"]).having("gate")
 
 
 # --- without a pattern ---
@@ -123,7 +125,7 @@ def holding(**parts: nn.Module) -> nn.Module:
 
 def message(net: nn.Module, **given) -> str:
     with pytest.raises(UserError) as error:
-        find_grid(net, **given)
+        find_grid(net, prefix="model.", **given)
     return str(error.value)
 
 
@@ -151,6 +153,17 @@ def test_what_is_given_narrows_down_what_is_found():
     assert find_grid(net, candidates=["v", "q"]).names[0] == ("image.0.v", "image.0.q")
     assert "no numbered layers that have q, nope" in message(net, candidates=["q", "nope"])
     assert "no linear layer matches sound.*" in message(net, layer="sound.*")
+    assert "model.layer='text' must have exactly one" in message(net, layer="text")
+
+
+def test_messages_name_arguments_with_the_prefix_that_is_given():
+    net = holding(text=stack(*[["q"]] * 2), image=stack(*[["q"]] * 2))
+    for prefix in ("", "model."):
+        with pytest.raises(UserError) as error:
+            find_grid(net, prefix=prefix)
+        assert f"'{prefix}layer=text.*' (2 layers" in str(error.value)
+        with pytest.raises(UserError, match=f"^{prefix}layer='a' must have"):
+            find_grid(net, "a", prefix=prefix)
 
 
 def test_of_several_stacks_the_user_chooses_unless_one_is_nearly_everything():

@@ -8,10 +8,10 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from diffora.core.attach import attach, detach
 from diffora.core.linear import features, is_linear, weight_of
-from diffora.core.lowrank import LowRankLinear, add_lowrank, attach, detach, lowrank_layers
+from diffora.core.lowrank import LowRankLinear, add_lowrank, lowrank_layers
 from diffora.errors import UserError
-from diffora.kernels.peers import Peers
 
 X, W, B_, A, BT = (
     torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
@@ -253,13 +253,13 @@ def test_a_weight_that_becomes_quantised_is_not_read(tokens):
 def test_weights_that_are_no_parameters():
     """As in replicas of `nn.DataParallel`, and under pruning and parametrisation."""
     module = layer()
-    module.peers, expected = Peers(), module(X)
+    expected = module(X)
     replica, replica.base = module._replicate_for_data_parallel(), module.base._replicate_for_data_parallel()
     for name in ("lora_a", "lora_bt"):
         setattr(replica, name, getattr(module, name).clone())
     for name in ("weight", "bias"):
         setattr(replica.base, name, getattr(module.base, name).clone())
-    assert replica.peers is None and not replica._parameters
+    assert not replica._parameters
     torch.testing.assert_close(replica(X), expected)
 
     prune.l1_unstructured(module.base, "weight", 0.5)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffora.core.masking import draw_rows
-from diffora.kernels.fused import Member, lowrank_linear
+from diffora.kernels.fused import lowrank_linear
 
 SCALE = 1.5
 
@@ -57,8 +57,7 @@ ROWS = torch.tensor([0, 2]), torch.tensor([1, 2, 3])
 
 def layer(x, weight, bias, lora_a, lora_bt, rows=None, dropout=0.0):
     bias = None if bias is None else bias.detach()
-    (y,) = lowrank_linear(x, [Member(weight.detach(), bias, None, lora_a, lora_bt, None, SCALE, rows)], dropout)
-    return y
+    return lowrank_linear(x, lora_a, lora_bt, SCALE, weight=weight.detach(), bias=bias, rows=rows, dropout=dropout)
 
 
 @pytest.mark.parametrize("x_needs_grad", [True, False])

@@ -108,6 +108,8 @@ def test_a_rank_that_is_none_is_refused(selection, tmp_path, rank):
         ({"gamma_bar": [[0.5] * 6, [0.5] * 5]}, "'gamma_bar' must have 2 layers of 6"),
         ({"gamma_bar": [[float("nan")] * 6] * 2}, "must be a list of lists, one for each layer, of finite numbers"),
         ({"scores": 1}, "scores=1 must be"),
+        ({"relaxation": "hard"}, "relaxation='hard' must be one of softmax, sigmoid, or null"),
+        ({"relaxation": [1]}, "relaxation=a list must be one of softmax, sigmoid, or null"),
         ({"modules": [["a"], ["b"]]}, "'modules' must have 2 layers of 6"),
         ({"types": "query"}, "types='query' must be a list of module types"),
         ({"rho": None}, "rho=None must be a number in [0, 1]"),

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from diffora.core.attach import attach
 from diffora.core.bottleneck import BottleneckLinear
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.core.weights import AdaptedWeight
 from diffora.errors import UserError
 
@@ -116,7 +117,7 @@ def test_a_weight_that_is_computed_is_read_whole_and_not_merged_into():
     parametrize.register_parametrization(model.lin, "weight", nn.Tanh())
     filled(model, [["lin"]])
     torch.testing.assert_close(model(X), model.lin(X))
-    with pytest.raises(UserError, match="is computed from others and cannot be changed"):
+    with pytest.raises(UserError, match="computed from other tensors and cannot be changed"):
         model.lin.merge()
     assert not model.lin.merged
 

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffora.files import conf_dir
-from diffora.run.experiment import check
+from diffora.run.check import check
 from diffora.run.sweep import Table, cells, parse, table_of
 
 TABLES: dict[str, Table] = {

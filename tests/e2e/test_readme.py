@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from diffora.core.lowrank import lowrank_layers
-from diffora.run.experiment import check
+from diffora.run.check import check
 
 README = (REPO / "README.md").read_text()
 DOCS = [page for page in sorted((REPO / "docs").rglob("*.md")) if "_build" not in page.parts]

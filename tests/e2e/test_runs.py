@@ -19,8 +19,9 @@ from diffora.core.dam import discretise
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.loggers import Loggers
+from diffora.run.check import check
 from diffora.run.directory import account
-from diffora.run.experiment import check, run
+from diffora.run.experiment import run
 from diffora.run.record import read_record
 
 RECORD_KEYS = {
@@ -181,15 +182,16 @@ def test_every_selector_runs(cfg, short, tmp_path, selector):
 
 
 def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path):
-    from diffora.training import stages
+    from diffora.loop.parts import Parts
+    from diffora.run.select import select
 
     config = cfg(*short, "method.selector=gradient", "method.score_batches=2")
-    method, spec = check(config)
+    settings, spec = check(config)
     torch.manual_seed(0)
-    parts = stages.Parts.load(config, tmp_path, spec)
+    parts = Parts.load(settings, tmp_path, spec)
     before = {name: value.clone() for name, value in parts.model.state_dict().items()}
     modes, state = [m.training for m in parts.model.modules()], torch.get_rng_state()
-    selection, _ = stages.find_selection(parts, method, "gradient", Loggers({"csv": True}, tmp_path, {}))
+    selection = select(parts, settings.method, Loggers(settings.logger, tmp_path, {})).selection
     assert torch.equal(torch.get_rng_state(), state)
     after = parts.model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -52,7 +52,8 @@ def test_a_run_on_texts_imports_what_it_uses(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
     others = {"peft", "wandb", "tensorboard", "torchvision", "sklearn", "bitsandbytes"}
     assert not packages(modules) & others
-    families = {f"diffora.tasks.{name}" for name in ("vision", "squad", "causal_lm", "digits", "dialogue")}
+    unused = ("vision", "squad", "causal_lm", "chat", "questions", "images", "embedded.digits", "embedded.dialogue")
+    families = {f"diffora.tasks.{name}" for name in unused}
     assert not modules & (families | {"diffora.run.dry_run", "diffora.run.memory", "diffora.methods.peft"})
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from diffora.run.record import read_record, write_record
+from diffora.records import write_record
+from diffora.run.record import read_record
 from faults.campaigns import HANDLED, LOST, TINY, chance, share
 from faults.warm import Limits, Outcome
 

@@ -1,9 +1,11 @@
-"""The fused layers compute what the plain formula does, and keep and form no more than they need."""
+"""The fused node computes what the plain formula does, and saves and computes no more than it needs."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, linear
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffora.core.lowrank import add_lowrank
 from diffora.kernels import fused
 from diffora.kernels.dropout import noise_like
-from diffora.kernels.fused import Member, lowrank_linear
 
 B, S, IN = 6, 3, 8
 SIZES = [(4, 2), (10, 2), (4, 5)]  # (out, rank) of three layers that read the same x
@@ -25,7 +26,17 @@ def leaf(*shape, seed=0):
     return tensor(*shape, seed=seed).requires_grad_()
 
 
-def members(sizes=SIZES, gate=True, base=None):
+class Layer(NamedTuple):
+    lora_a: Tensor
+    lora_bt: Tensor
+    gate: Tensor | None
+    scaling: float
+    weight: Tensor | None
+    bias: Tensor | None = None
+    base: Tensor | None = None
+
+
+def layers(sizes=SIZES, gate=True, base=None):
     made = []
     for i, (out, rank) in enumerate(sizes):
         given = None if base is None else base[i]
@@ -33,13 +44,18 @@ def members(sizes=SIZES, gate=True, base=None):
         if i == 2:
             bias = None
         pair = leaf(rank, IN, seed=i), leaf(rank, out, seed=10 + i)
-        made.append(Member(weight, bias, given, *pair, leaf(1, seed=20 + i)[0] if gate else None, 1.5 + i))
+        made.append(Layer(*pair, leaf(1, seed=20 + i)[0] if gate else None, 1.5 + i, weight, bias, given))
     return made
 
 
 def leaves(made):
     """Every leaf that is trained; a gate is a view of one."""
     return [t for m in made for t in (m.lora_a, m.lora_bt, m.gate) if t is not None]
+
+
+def node(x, made, **settings):
+    """The outputs of several layers that read the same x."""
+    return [fused.lowrank_linear(x, **m._asdict(), **settings) for m in made]
 
 
 def plain(x, made):
@@ -63,20 +79,20 @@ def folding(request, monkeypatch):
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("sizes", [SIZES[:1], SIZES])
 def test_equals_the_plain_formula(folding, sizes, gate):
-    x, made = leaf(B, S, IN), members(sizes, gate)
-    ours, theirs = lowrank_linear(x, made), plain(x, made)
-    torch.testing.assert_close(list(ours), theirs)
+    x, made = leaf(B, S, IN), layers(sizes, gate)
+    ours, theirs = node(x, made), plain(x, made)
+    torch.testing.assert_close(ours, theirs)
     inputs = [x, *leaves(made)]
     torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs))
 
 
 def test_gradients_against_finite_differences(folding):
-    x, made = leaf(2, 2, IN), members()
+    x, made = leaf(2, 2, IN), layers()
     inputs = leaves(made)
 
     def outputs(x, *values):
         it = iter(values)
-        return lowrank_linear(x, [m._replace(lora_a=next(it), lora_bt=next(it), gate=next(it)) for m in made])
+        return tuple(node(x, [m._replace(lora_a=next(it), lora_bt=next(it), gate=next(it)) for m in made]))
 
     values = [v.detach().requires_grad_() for v in inputs]
     assert torch.autograd.gradcheck(outputs, (x, *values))
@@ -86,16 +102,16 @@ def test_gradients_against_finite_differences(folding):
 @pytest.mark.parametrize("case", ["base", "twice", "tied"])
 def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
     """Also where x, or the base's output beside it, was computed from what is trained here."""
-    x, (made, other) = leaf(2, 2, IN), members([(IN, 2), (IN, 2)])
+    x, (made, other) = leaf(2, 2, IN), layers([(IN, 2), (IN, 2)])
     weight, bias = made.weight, made.bias
 
     def outputs(x, lora_a, lora_bt, gate):
         member = made._replace(lora_a=lora_a, lora_bt=lora_bt, gate=gate)
         if case == "base":
-            return lowrank_linear(x, [member._replace(weight=None, bias=None, base=linear(x, weight, bias))])
+            return tuple(node(x, [member._replace(weight=None, bias=None, base=linear(x, weight, bias))]))
         if case == "twice":
-            (x,) = lowrank_linear(x, [member])
-        return lowrank_linear(x, [member, other._replace(lora_a=lora_a, lora_bt=lora_bt, gate=gate)])
+            (x,) = node(x, [member])
+        return tuple(node(x, [member, other._replace(lora_a=lora_a, lora_bt=lora_bt, gate=gate)]))
 
     inputs = [x, *(t.detach().requires_grad_() for t in leaves([made]))]
     loss = sum((y**2).sum() for y in outputs(*inputs))
@@ -107,26 +123,26 @@ def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
 def test_beside_a_base_that_cannot_be_read():
     x = leaf(B, S, IN)
     hidden = tensor(B, S, 4) * x.sum(-1, keepdim=True)
-    made = members(SIZES[:1], base=[hidden])
+    made = layers(SIZES[:1], base=[hidden])
     inputs = [x, *leaves(made)]
-    ours = gradients(lowrank_linear(x, made), inputs)
+    ours = gradients(node(x, made), inputs)
     hidden = tensor(B, S, 4) * x.sum(-1, keepdim=True)
     torch.testing.assert_close(ours, gradients(plain(x, [made[0]._replace(base=hidden)]), inputs))
 
 
 def test_an_output_that_is_not_used_gets_no_gradient(folding):
-    x, made = leaf(B, S, IN), members()
+    x, made = leaf(B, S, IN), layers()
     inputs = [x, *leaves(made)]
-    torch.testing.assert_close(gradients(lowrank_linear(x, made)[1:2], inputs), gradients(plain(x, made)[1:2], inputs))
+    torch.testing.assert_close(gradients(node(x, made)[1:2], inputs), gradients(plain(x, made)[1:2], inputs))
 
 
 @pytest.mark.parametrize("sizes", [SIZES[:1], SIZES])
 def test_outputs_can_be_changed_in_place(folding, sizes):
     """Some backbones add to a query, or scale it."""
-    x, made = leaf(B, S, IN), members(sizes)
+    x, made = leaf(B, S, IN), layers(sizes)
     inputs = [x, *leaves(made)]
     results = []
-    for function in (lowrank_linear, plain):
+    for function in (node, plain):
         outputs = [y * 1 if function is plain else y for y in function(x, made)]
         outputs[-1].mul_(2).add_(1)
         results.append(gradients(outputs, inputs))
@@ -134,17 +150,17 @@ def test_outputs_can_be_changed_in_place(folding, sizes):
 
 
 def test_a_batch_without_rows():
-    x, made = leaf(0, S, IN), members()
+    x, made = leaf(0, S, IN), layers()
     for split in (None, 0):
-        found = gradients(lowrank_linear(x, made, split=split), [x, *leaves(made)])
+        found = gradients(node(x, made, split=split), [x, *leaves(made)])
         assert found[0].shape == x.shape and all(g is None or not g.any() for g in found)
 
 
 @pytest.mark.parametrize("split", [0, 2, B])
 def test_a_split_trains_factors_by_the_first_examples_and_gates_by_the_others(folding, split):
-    x, made = leaf(B, S, IN), members()
+    x, made = leaf(B, S, IN), layers()
     inputs = [x, *leaves(made)]
-    grad_x, *ours = gradients(lowrank_linear(x, made, split=split), inputs)
+    grad_x, *ours = gradients(node(x, made, split=split), inputs)
 
     train = [m._replace(gate=m.gate.detach()) for m in made]
     valid = [m._replace(lora_a=m.lora_a.detach(), lora_bt=m.lora_bt.detach()) for m in made]
@@ -169,12 +185,12 @@ def saved_by(function):
 
 
 def test_only_what_the_gradients_need_is_kept():
-    x, made = leaf(50, 20, IN), members()
-    weights = {t.untyped_storage().data_ptr() for m in made for t in m[:6] if t is not None}
+    x, made = leaf(50, 20, IN), layers()
+    weights = {t.untyped_storage().data_ptr() for m in made for t in m if isinstance(t, Tensor)}
     ranks, tokens = sum(rank for _, rank in SIZES), 50 * 20
 
     def kept(made, split=None):
-        found, _ = saved_by(lambda: lowrank_linear(x, made, split=split))
+        found, _ = saved_by(lambda: node(x, made, split=split))
         large = [size for at, size in found.items() if at not in weights and size > 8 * IN * 20]
         return sum(large), x.untyped_storage().data_ptr() in found
 
@@ -183,7 +199,7 @@ def test_only_what_the_gradients_need_is_kept():
     assert kept(frozen) == (8 * tokens * ranks, False)
     assert kept(made, split=20) == (8 * (20 * 20 * IN + tokens * ranks), False)
     base = leaf(50, 20, 4)
-    found, _ = saved_by(lambda: lowrank_linear(x, [made[0]._replace(weight=None, bias=None, base=base)]))
+    found, _ = saved_by(lambda: node(x, [made[0]._replace(weight=None, bias=None, base=base)]))
     assert base.untyped_storage().data_ptr() not in found
 
 
@@ -192,12 +208,12 @@ def test_no_gradient_of_the_other_level_is_formed(folding):
 
     def flops(made):
         x = leaf(B, S, IN)
-        outputs = lowrank_linear(x, made)
+        outputs = node(x, made)
         with FlopCounterMode(display=False) as counter:
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
         return counter.get_total_flops()
 
-    made = members()
+    made = layers()
     gates = flops([m._replace(lora_a=m.lora_a.detach(), lora_bt=m.lora_bt.detach()) for m in made])
     factors = flops([m._replace(gate=m.gate.detach()) for m in made])
     # The product with x that gives the gradient of A; and the one before it, unless the gradient of x needs it too.
@@ -210,11 +226,11 @@ def test_no_gradient_of_the_other_level_is_formed(folding):
 @pytest.mark.parametrize("split", [None, 2])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
-    before, made = leaf(B, S, IN), members()
+    before, made = leaf(B, S, IN), layers()
     inputs = [before, *leaves(made)]
 
     def run(before, more=0):
-        return lowrank_linear(gelu(before * 2, approximate=kind) + more, made, split=split)
+        return node(gelu(before * 2, approximate=kind) + more, made, split=split)
 
     # Behind an addition it is a plain copy.
     expected = gradients(run(before, torch.zeros(())), inputs)
@@ -222,26 +238,26 @@ def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
     torch.testing.assert_close(gradients(ours, inputs), expected)
 
     x = gelu(before * 2, approximate=kind)
-    y = lowrank_linear(x, made, split=split)[0]
+    y = node(x, made, split=split)[0]
     assert y.grad_fn.saved_tensors[0].data_ptr() == x.grad_fn._saved_self.data_ptr()
-    y = lowrank_linear(x + 0, made, split=split)[0]
+    y = node(x + 0, made, split=split)[0]
     assert y.grad_fn.saved_tensors[0].shape == x[:split].shape
     without = [m._replace(gate=None) for m in made]
-    assert lowrank_linear(x, without)[0].grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
+    assert node(x, without)[0].grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
 
 
 def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
-    before, made = leaf(B, S, IN), members()
+    before, made = leaf(B, S, IN), layers()
     x = gelu(before)
     with torch.no_grad():
         x.mul_(2)
-    found = gradients(lowrank_linear(x, made), leaves(made))
+    found = gradients(node(x, made), leaves(made))
     torch.testing.assert_close(found, gradients(plain(2 * gelu(before), made), leaves(made)))
 
 
 def test_behind_a_gelu_differentiable_twice():
-    before, made = leaf(2, 2, IN), members()
-    outputs = lambda before: lowrank_linear(gelu(before), made)  # noqa: E731
+    before, made = leaf(2, 2, IN), layers()
+    outputs = lambda before: tuple(node(gelu(before), made))  # noqa: E731
     assert torch.autograd.gradgradcheck(outputs, (before,))
 
 
@@ -249,8 +265,8 @@ def test_behind_a_gelu_differentiable_twice():
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(dtype):
     torch.manual_seed(0)
     x = torch.ones(400, 64, dtype=dtype)
-    made = Member(torch.zeros(64, 64, dtype=dtype), None, None, torch.eye(64), torch.eye(64), None, 1.0)
-    (y,) = lowrank_linear(x, [made], dropout=0.25)
+    made = Layer(torch.eye(64), torch.eye(64), None, 1.0, torch.zeros(64, 64, dtype=dtype))
+    (y,) = node(x, [made], dropout=0.25)
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(0.25, abs=4 * (0.1875 / x.numel()) ** 0.5)
     assert y.max().item() == pytest.approx(4 / 3, rel=1e-2)
@@ -260,23 +276,24 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(dtype):
 
 
 def test_dropout_is_the_same_forward_and_backward():
-    x, made = leaf(2, 2, IN), members()
+    x, made = leaf(2, 2, IN), layers()
 
     def outputs(x):
         torch.manual_seed(3)
-        return lowrank_linear(x, made, dropout=0.5)
+        return tuple(node(x, made, dropout=0.5))
 
     assert torch.autograd.gradcheck(outputs, (x,))
     assert torch.autograd.gradgradcheck(outputs, (x,))
     torch.manual_seed(3)
     inputs = [x, *leaves(made)]
-    y = lowrank_linear(x, made, dropout=0.5)
+    y = node(x, made, dropout=0.5)
     torch.manual_seed(3)
-    mask = (noise_like(x.detach().reshape(-1, IN)) >= 128).view_as(x) * 2.0
+    masks = [(noise_like(x.detach().reshape(-1, IN)) >= 128).view_as(x) * 2.0 for _ in made]  # one for each layer
     expected = [
-        linear(x, m.weight, m.bias) + m.scaling * (linear(x * mask, m.lora_a) @ (m.gate * m.lora_bt)) for m in made
+        linear(x, m.weight, m.bias) + m.scaling * (linear(x * mask, m.lora_a) @ (m.gate * m.lora_bt))
+        for m, mask in zip(made, masks, strict=True)
     ]
-    torch.testing.assert_close(list(y), expected)
+    torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
 
 
@@ -291,11 +308,11 @@ def test_under_autocast_gradients_are_those_of_the_plain_formula_to_its_precisio
             lora_bt=m.lora_bt.detach().float().requires_grad_(),
             gate=m.gate.detach().float().requires_grad_(),
         )
-        for m in members()
+        for m in layers()
     ]
     inputs = [x, *leaves(made)]
     results = []
-    for function in (lowrank_linear, plain):
+    for function in (node, plain):
         with torch.autocast("cpu", torch.bfloat16):
             outputs = function(x, made)
         assert {y.dtype for y in outputs} == {torch.bfloat16}
@@ -309,9 +326,9 @@ def test_half_precision_weights_do_not_swallow_a_small_update():
     """Why nothing is folded there: W + s B A would round to W."""
     weight = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
     x = torch.ones(128, 64, dtype=torch.bfloat16) / 64
-    made = Member(weight, None, None, torch.full((1, 64), 1e-3), torch.full((1, 64), 1.0), None, 1.0)
-    (y,) = lowrank_linear(x, [made])
-    (without,) = lowrank_linear(x, [made._replace(lora_bt=torch.zeros(1, 64))])
+    made = Layer(torch.full((1, 64), 1e-3), torch.full((1, 64), 1.0), None, 1.0, weight)
+    (y,) = node(x, [made])
+    (without,) = node(x, [made._replace(lora_bt=torch.zeros(1, 64))])
     assert (linear(x, weight + (made.lora_bt.T @ made.lora_a).bfloat16()) - without).abs().max() == 0
-    assert (lowrank_linear(x.float(), [made._replace(weight=weight.float())])[0] - without).abs().min() > 9e-4
+    assert (node(x.float(), [made._replace(weight=weight.float())])[0] - without).abs().min() > 9e-4
     assert y.shape == without.shape

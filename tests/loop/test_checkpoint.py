@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffora.errors import UserError
-from diffora.loop.checkpoint import DigestCheckpointIO, _restore_rng, _rng_state, newest_checkpoint, prune
+from diffora.loop.checkpoint import DigestCheckpointIO, newest_checkpoint, prune
+from diffora.loop.stage import restore_rng, rng_state
 
 
 def write(folder, *epochs):
@@ -109,8 +110,8 @@ def test_random_state_returns_through_a_file(tmp_path):
 
     import numpy as np
 
-    torch.save(_rng_state(), tmp_path / "rng")
+    torch.save(rng_state(), tmp_path / "rng")
     drawn = torch.rand(3), np.random.rand(3), random.random()
-    _restore_rng(torch.load(tmp_path / "rng", weights_only=True))
+    restore_rng(torch.load(tmp_path / "rng", weights_only=True))
     again = torch.rand(3), np.random.rand(3), random.random()
     assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all() and drawn[2] == again[2]

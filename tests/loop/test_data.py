@@ -14,20 +14,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diffora.errors import UserError
 from diffora.loop.data import (
-    BilevelBatchSampler,
     BilevelDataset,
-    EvalBatchSampler,
     FineTuneData,
     LateLoader,
     LeakError,
-    LengthGroupedBatchSampler,
     SearchData,
     TrainingDataset,
     eval_loader,
-    held_out_split,
-    split_hash,
-    split_search,
 )
+from diffora.loop.samplers import BilevelBatchSampler, EvalBatchSampler, LengthGroupedBatchSampler
+from diffora.loop.splits import held_out_split, split_hash, split_search
 from diffora.tasks.tokenise import Collator
 
 COLLATE = Collator(0), Collator(0)  # for training and for evaluation

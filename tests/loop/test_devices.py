@@ -32,9 +32,9 @@ def found(cfg, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("trainer.accelerator=gpu", "trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu"),
-        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: torch finds no GPU here"),
-        ("trainer.accelerator=mps", "trainer.accelerator=mps: torch finds none here"),
+        ("trainer.accelerator=gpu", "trainer.accelerator=gpu: torch finds no GPU on this machine; use trainer=cpu"),
+        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: torch finds no GPU on this machine"),
+        ("trainer.accelerator=mps", "trainer.accelerator=mps: torch finds no such device on this machine"),
         ("trainer.devices=99", "trainer.devices=99 must be at most 4: this machine has 4 CPU cores"),
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
     ],

@@ -9,13 +9,12 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 
 from diffora.adapters.export import Origin, load_adapter
 from diffora.backbones import models
+from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
-from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import conf_dir
-from diffora.methods.selecting import Selecting
-from diffora.settings.config import plain
+from diffora.settings.identity import plain
 from diffora.tasks.base import get_task
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
@@ -59,11 +58,8 @@ def test_trains_and_is_loaded_again(name, backbone, cfg, tmp_path):
         return
     method.check(model, grid)
 
-    def find(selector: str) -> Selection:
-        assert isinstance(method, Selecting)
-        return method.by_chance(grid, 0)
-
-    selection = method.select(grid, 0, find)
+    scores = random_scores(grid.n_layers, grid.n_types, 0) if method.selector_to_run else None
+    selection = method.choose(grid, scores, 0)
     torch.manual_seed(0)
     adaptation = method.adapt(model, grid, selection, 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.methods.base import Method
 from diffora.run.experiment import run
-from diffora.training.stage import check_stages, warmup_steps
+from diffora.training.steps import check_stages, warmup_steps
 
 WIDTH = 16  # of the small model; its FFN has 32
 
@@ -65,12 +66,12 @@ def test_a_list_of_modules_bounds_the_ranks_of_its_own(refused):
     assert "rank=17 must not be above 16" in refused(*given, "rank=17")[0]
 
 
-def test_a_budget_stops_at_the_width_of_a_module(cfg, deberta, caplog):
+def test_a_budget_stops_at_the_width_of_a_module(cfg, deberta):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     composed = cfg("task=mrpc", "method.budget=1M")
     method = get_class(composed.method._target_).from_config(composed)
-    assert method.choose(grid, torch.rand(2, 6))[2] == WIDTH
-    assert "method.budget=1M allows more than rank 16" in caplog.text
+    with pytest.warns(UserWarning, match="method.budget=1M allows more than rank 16"):
+        assert method.choose(grid, torch.rand(2, 6), 0).rank == WIDTH
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
@@ -79,7 +80,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
     assert warmup_steps(cfg(*given), 100) == 2
     assert warmup_steps(cfg(*given, "finetune.warmup_steps=20"), 100) == 20
     with pytest.raises(UserError, match=r"finetune\.warmup_steps=21 must be at most 20, the steps of this run"):
-        check_stages(cfg(*given, "finetune.warmup_steps=21"), None, None, 100)
+        check_stages(cfg(*given, "finetune.warmup_steps=21"), Method(), None, 100)
 
 
 @pytest.mark.parametrize(

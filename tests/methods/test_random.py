@@ -8,11 +8,12 @@ import torch
 from conftest import TYPES
 from torch import nn
 
-from diffora.core.dam import adapter_parameters, draw_of_same_size
+from diffora.core.choose import draw_of_same_size
+from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.run.experiment import check
+from diffora.run.check import check
 
 SMALL, LARGE = (8, 8), (8, 32)
 
@@ -41,7 +42,7 @@ def test_globally_the_layers_may_differ_in_number():
 
 def test_where_no_other_has_its_size_modules_change_places_with_those_of_their_own(monkeypatch):
     """Three types that are selected in every layer have no shared pairs: others will, unless they are as regular."""
-    monkeypatch.setattr("diffora.core.dam.DRAWS", 50)
+    monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
     shapes = [[SMALL, SMALL, SMALL, SMALL, LARGE, LARGE]] * 12
     mask = torch.tensor([[True, True, True, False, False, False]] * 12)
     drawn = [draw_of_same_size(shapes, mask, "layer", 4, 2, seed) for seed in range(5)]
@@ -52,7 +53,7 @@ def test_where_no_other_has_its_size_modules_change_places_with_those_of_their_o
 
 
 def test_the_only_selection_of_its_size_is_said_to_be(monkeypatch):
-    monkeypatch.setattr("diffora.core.dam.DRAWS", 50)
+    monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
     shapes = [[SMALL, LARGE]] * 8
     assert draw_of_same_size(shapes, torch.tensor([[False, True]] * 8), "layer", 4, None, 1) is None
 
@@ -61,8 +62,8 @@ def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
 
     def chosen(*overrides: str) -> list[list[str]]:
-        method, _ = check(cfg("method=random", "task=paraphrase", "model=tiny", *overrides))
-        return method.select(grid, 0, lambda selector: pytest.fail("nothing is searched")).selected
+        settings, _ = check(cfg("method=random", "task=paraphrase", "model=tiny", *overrides))
+        return settings.method.choose(grid, None, 0).selected
 
     assert chosen("seed=3") == chosen("seed=3", "method.draw=3") == chosen("seed=4", "method.draw=3")
     assert len({str(chosen(f"method.draw={draw}")) for draw in range(8)}) > 4
@@ -75,8 +76,8 @@ def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
     pattern = Selection.from_mask(grid, mask, method="diffora", rho=0.5, seed=0, k=3, rank=7)
     pattern.save(tmp_path / "selection.json")
     overrides = ["method=random", "task=paraphrase", "model=tiny", f"method.like={tmp_path}/selection.json"]
-    method, _ = check(cfg(*overrides))
-    drawn = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    settings, _ = check(cfg(*overrides))
+    drawn = settings.method.choose(grid, None, 0)
     assert drawn.rank == 7 and drawn.selected != pattern.selected
     assert adapter_parameters(grid.shapes, drawn.mask(), 7, 2) == adapter_parameters(grid.shapes, mask, 7, 2)
     with pytest.raises(UserError, match="does not go with"):
@@ -87,10 +88,10 @@ def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
 def test_a_list_of_modules_or_parts_is_selected_in_every_layer(cfg, deberta, given):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     base = ["method=diffora", "task=paraphrase", "model=tiny"]
-    method, _ = check(cfg(*base, f"method.selection=[{given}]"))
-    method.check(nn.Module(), grid)
-    selection = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    settings, _ = check(cfg(*base, f"method.selection=[{given}]"))
+    settings.method.check(nn.Module(), grid)
+    selection = settings.method.choose(grid, None, 0)
     assert selection.selected == [["attention.self.key_proj", "output.dense"]] * grid.n_layers
-    method, _ = check(cfg(*base, "method.selection=[output]"))
+    settings, _ = check(cfg(*base, "method.selection=[output]"))
     with pytest.raises(UserError, match=r"names output; a layer has attention.*, or, by their parts, .*key"):
-        method.check(nn.Module(), grid)
+        settings.method.check(nn.Module(), grid)

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPO
-from made_runs import LAYERS, TYPES, made_run
+from made_runs import FACTS, LAYERS, TYPES, change_record, made_run
 from scipy import stats
 
 from diffora.errors import UserError
+from diffora.records import MetricFacts, Record
 from diffora.report import charts, page, pictures, tables
 from diffora.report.comparisons import comparisons_of, curves_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
-from diffora.report.grids import PAIRS, Grid, comparisons_grid, main_grid, measures_grid, signed
-from diffora.report.runs import Run, config_of, differing, gather
+from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
+from diffora.report.results import ResultColumn
+from diffora.report.runs import Run, differing, gather
 from diffora.report.statistics import Difference, Spread, holm, paired, spread, stability
-from diffora.report.tables import Column, specification, tables_of
+from diffora.report.tables import specification, tables_of
 
+METRICS = {name: MetricFacts(**facts) for name, facts in FACTS.items()}
 HOSTILE = "<script>alert(1)</script> & 100% of $x_1$ | \"a\" </td>"  # fmt: skip
 
 
@@ -102,7 +105,7 @@ def test_runs_are_gathered_from_below_once(tmp_path):
     made_run(tmp_path / "dry", status="dry_run")
     found = gather([tmp_path, tmp_path / "a"])
     assert [run.seed for run in found.runs] == [0, 1, 2] and found.broken == []
-    assert len(found.runs[0].history) == 3 and "history" not in found.runs[0].record
+    assert len(found.runs[0].history) == 3 and found.runs[0].record.history == []
 
 
 def test_broken_records_are_listed_and_left_out(tmp_path):
@@ -112,6 +115,7 @@ def test_broken_records_are_listed_and_left_out(tmp_path):
         '{"method": "lora"}',
         "\udc80",
         '{"method":"m","task":"t","model":"x","status":"s","seed":"0"}',
+        '{"method":"m","task":"t","model":"x","status":"completed","seed":0}',
     ]
     for i, content in enumerate(contents):
         (tmp_path / f"{i}").mkdir()
@@ -119,7 +123,10 @@ def test_broken_records_are_listed_and_left_out(tmp_path):
     made_run(tmp_path / "good")
     found = gather([tmp_path])
     assert len(found.runs) == 1 and len(found.broken) == len(contents)
-    assert all(reason for _, reason in found.broken)
+    reasons = [reason for _, reason in found.broken]
+    assert all(reasons)
+    assert reasons[-2].startswith("not the record of a run: setting_id, settings, config_hash are missing")
+    assert "seed must be a whole number" in reasons[-2] and "metrics, params, time, memory are missing" in reasons[-1]
 
 
 def test_what_cannot_be_gathered_is_said(tmp_path):
@@ -129,16 +136,15 @@ def test_what_cannot_be_gathered_is_said(tmp_path):
         gather([tmp_path])
 
 
-def test_a_setting_is_the_configuration_without_seed_and_place(tmp_path):
+def test_runs_that_differ_in_the_seed_only_have_one_setting(tmp_path):
     for seed in range(2):
-        made_run(
-            tmp_path / f"r{seed}", "random", seed, settings={"rank": 4, "logger": {"csv": True}, "resume": seed > 0}
-        )
+        made_run(tmp_path / f"r{seed}", "random", seed, settings={"rank": 4, "resume": seed > 0})
         made_run(tmp_path / f"l{seed}", "random", seed, settings={"rank": 4, "finetune": {"lr": 0.1}})
-    settings = [run.setting for run in gather([tmp_path]).runs]
-    assert len(set(settings)) == 2  # random's draw follows the seed
     runs = gather([tmp_path]).runs
-    assert runs[0].config == {"method.name": "random", "method.draw": "seed", "rank": 4, "finetune.lr": 0.1}
+    assert len({run.setting for run in runs}) == 2  # the draw follows the seed
+    wanted = {"method.name": "random", "method.draw": "${seed}", "rank": 4, "finetune.lr": 0.1}
+    assert wanted.items() <= runs[0].config.items() and "resume" not in runs[0].config
+    assert runs[0].record.settings is runs[1].record.settings  # in memory once
 
 
 def test_keys_that_always_agree_are_named_once():
@@ -191,7 +197,7 @@ def test_an_experiment_has_the_layout_of_its_file(spec):
     fill(spec)
     fill(spec, ["random"], column="digits")
     (table,) = tables_of(gather([spec]).runs)
-    grid = main_grid(table)
+    grid = main_table(table)
     assert table.title == "[D] Table 9: a test (small scale)" and table.name == "table9-small"
     assert grid.head == [
         "method",
@@ -241,7 +247,7 @@ def test_every_table_of_the_project_can_be_shown(tmp_path):
     assert found
     for table in found:
         spec = specification(table.name.rpartition("-")[0])
-        grid = main_grid(table)
+        grid = main_table(table)
         assert [row[0] for row in grid.rows] == [row["name"] for row in spec["rows"]]
         shown = {cell for row in grid.rows for cell in row}
         figures = {str(value) for row in spec["rows"] for value in (row.get("paper") or {}).values()}
@@ -261,8 +267,9 @@ def test_comparisons_are_paired_and_know_which_way_is_better(spec):
     assert against["full FT"].dev_best.mean == pytest.approx(-9.0)
     assert against["full FT"].p_holm == pytest.approx(max(found.p, min(1, 2 * against["full FT"].dev_best.p)))
 
+    lower = FACTS | {"accuracy": {"unit": "fraction", "maximise": False}}
     for file in spec.rglob("run.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"maximise": False}))
+        change_record(file.parent, metric_facts=lower)
     (table,) = tables_of(gather([spec]).runs)
     assert next(c for c in comparisons_of(table) if c.baseline == "random").dev_best.mean == pytest.approx(-9.0)
     assert pictures.best_cells(table) == {("random", "paraphrase, accuracy/f1")}
@@ -274,7 +281,7 @@ def test_unequal_sizes_are_marked(spec):
     fill(spec, ["full FT"], adapter=1020)
     (table,) = tables_of(gather([spec]).runs)
     assert {c.baseline: c.fair for c in comparisons_of(table)} == {"random": False, "full FT": True}
-    grid = comparisons_grid(table, comparisons_of(table))
+    grid = comparisons_table(table, comparisons_of(table))
     assert any("1.12 (unequal)" in row for row in grid.rows)
 
 
@@ -283,8 +290,7 @@ def test_another_selector_is_a_baseline_of_the_search(spec):
     for seed in range(3):
         run = made_run(spec / f"g{seed}", "diffora", seed, cell=("table9", "gradient", "paraphrase"))
         record = json.loads((run / "run.json").read_text())
-        record["selection"]["selector"] = "gradient"
-        (run / "run.json").write_text(json.dumps(record))
+        change_record(run, selection=record["selection"] | {"selector": "gradient"})
     (table,) = tables_of(gather([spec]).runs)
     assert table.ours == ["DiffoRA"] and [c.baseline for c in comparisons_of(table)] == ["gradient"]
 
@@ -296,7 +302,7 @@ def test_of_repeated_runs_the_later_one_counts(spec):
     (table,) = tables_of(gather([spec]).runs)
     cell = table.cells["random", "paraphrase"]
     assert cell.by_seed("validation/accuracy") == {0: 0.5, 1: 0.72, 2: 0.74}
-    assert any("1 runs were made again" in note for note in table.notes)
+    assert any("1 runs were repeated later" in note for note in table.notes)
 
 
 def test_tables_of_like_names_have_files_of_their_own(tmp_path):
@@ -312,7 +318,7 @@ def test_settings_are_not_mixed_within_a_cell(spec):
     os.utime(other / "run.json", (1e9, 1e9))
     (table,) = tables_of(gather([spec]).runs)
     assert set(table.cells["random", "paraphrase"].runs) == {0, 1, 2}
-    assert any("1 runs of other settings (rank) left out" in note for note in table.notes)
+    assert any("1 runs with other settings left out (different: rank)" in note for note in table.notes)
 
 
 def test_other_data_and_few_seeds_are_said(spec):
@@ -320,7 +326,7 @@ def test_other_data_and_few_seeds_are_said(spec):
     made_run(spec / "x", "diffora", 0, cell=("table9", "DiffoRA", "paraphrase"), data_hash="other")
     (table,) = tables_of(gather([spec]).runs)
     notes = " ".join(table.notes)
-    assert "2 different versions of the data" in notes and "1 seed only" in notes
+    assert "2 different versions of the data" in notes and "only 1 seed," in notes
 
 
 def test_runs_of_no_experiment_are_grouped_by_setting(tmp_path):
@@ -354,21 +360,24 @@ def test_curves_join_settings_that_differ_in_nothing_else(tmp_path):
 def test_rank_and_orthogonality_are_in_a_table(spec):
     fill(spec, ["random"])
     (table,) = tables_of(gather([spec]).runs)
-    grid = measures_grid(table)
+    grid = cost_table(table)
     row = dict(zip(grid.head, grid.rows[0], strict=True))
     assert row["rank of ΔW"] == "3.500 ± 0.000" and row["orthogonality loss of ΔW"] == "70.25 ± 0.00"
 
 
-def test_old_and_strange_records_do_no_harm(tmp_path):
-    record = {"method": "lora", "task": "mrpc", "model": "m", "seed": 0, "status": "completed"}
+def test_strange_values_in_records_do_no_harm(tmp_path):
+    facts = {"setting_id": "s", "settings": {}, "config_hash": "c"}
+    record = {"method": "lora", "task": "mrpc", "model": "m", "seed": 0, "status": "completed", **facts}
+    record |= {"metrics": {}, "params": {}, "time": {}, "memory": {}}
     changes = [{}, {"metrics": {"validation/accuracy": None}}, {"metrics": {"validation/accuracy": "high"}, "seed": 1}]
-    changes += [{"metrics": [], "params": {"adapter": math.nan}, "selection": {"selected": 3}, "history": 7, "seed": 2}]
+    changes += [{"params": {"adapter": math.nan}, "selection": {"selected": 3}, "settings": {"rank": [1]}, "seed": 2}]
     for i, change in enumerate(changes):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "run.json").write_text(json.dumps(record | change))
     gathered = gather([tmp_path])
     page.write(gathered, tmp_path / "out", [tmp_path])
     assert len(gathered.runs) == 4
+    assert [run.config for run in gathered.runs] == [{}, {}, {}, {"rank": [1]}]  # of one setting_id, one was edited
 
 
 @pytest.mark.parametrize(
@@ -383,7 +392,7 @@ def test_old_and_strange_records_do_no_harm(tmp_path):
         ("selection.json", b'{"selected": 5, "types": ["a"]}'),
         ("trajectory.json", b"\xff"),
         ("trajectory.json", b'{"types": [], "rounds": 1e308, "gamma_bar": [[[1.0]], [[1.0]]]}'),
-        ("config.yaml", b"\xff: ["),
+        ("config.yaml", b"\xff: ["),  # a report does not read it
     ],
 )
 def test_a_broken_file_stops_no_report(tmp_path, file, content):
@@ -393,7 +402,7 @@ def test_a_broken_file_stops_no_report(tmp_path, file, content):
     (tmp_path / "1" / file).write_bytes(content)
     gathered = gather([tmp_path])
     html = page.write(gathered, tmp_path / "out", [tmp_path])[0].read_text()
-    if file in ("run.json", "config.yaml"):
+    if file == "run.json":
         assert [path for path, _ in gathered.broken] == [tmp_path / "1" / "run.json"]
         assert "unreadable" in html
     else:
@@ -441,7 +450,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert sum(HOSTILE in row for row in rows) == 4
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
 
-    grid = Grid(HOSTILE, [("a_b", [HOSTILE, "^~\\"])], [[HOSTILE, "1 ± 2"]])
+    grid = TextTable(HOSTILE, [("a_b", [HOSTILE, "^~\\"])], [[HOSTILE, "1 ± 2"]])
     text = latex(grid)
     assert r"\& 100\% of \$x\_1\$" in text and r"1 $\pm$ 2" in text and r"\textasciicircum{}\textasciitilde{}" in text
     assert not re.search(r"(?<!\\)[%_#](?!\d)", text.replace("\\\\", ""))
@@ -453,7 +462,7 @@ def test_hostile_names_stay_text(tmp_path):
 def test_latex_has_as_many_cells_in_each_line(spec):
     fill(spec)
     (table,) = tables_of(gather([spec]).runs)
-    grid = main_grid(table)
+    grid = main_table(table)
     lines = [line for line in latex(grid).splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") + 1 for line in lines[1:]} == {len(grid.head)} and len(lines) == 2 + len(grid.rows)
 
@@ -463,7 +472,7 @@ def test_pictures_of_selections_are_frequencies_over_seeds(spec):
     (table,) = tables_of(gather([spec]).runs)
     cell = table.cells["DiffoRA", "paraphrase"]
     found = pictures.dams("DiffoRA", "paraphrase", cell)
-    selected = [run["selection"]["selected"] for run in cell.runs.values()]
+    selected = [run.record.selection["selected"] for run in cell.runs.values()]
     share = sum(TYPES[0] in rows[0] for rows in selected) / 4
     assert f"layer 1: {share:.3f}" in found.frequency
     assert len(found.seeds) == 4 and len(found.trajectory) == LAYERS and found.stability.n == 4
@@ -482,8 +491,8 @@ def test_many_settings_are_cut_and_this_is_said(tmp_path, monkeypatch):
         made_run(tmp_path / f"{i}", "diffora", 0, 0.5 + i / 100, settings={"rank": 4, "rho": i / 10})
     files = page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
     html = files[0].read_text()
-    assert "7 settings, of which the 4 best are shown" in html
-    assert "Selections are drawn for 2 settings; 2 more are not." in html
+    assert "There are 7 settings; the 4 best are shown" in html
+    assert "Selections are drawn for 2 settings; 2 more are not drawn." in html
     listed = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
     assert len(listed["rows"]) == 7 and {len(row) for row in listed["rows"]} == {len(listed["columns"])}
 
@@ -499,7 +508,7 @@ def test_the_command_line_is_checked(tmp_path):
 
 
 def test_columns_know_what_is_a_score():
-    column = Column("c", ("validation/accuracy", "update/rank"), True, True)
+    column = ResultColumn("c", ("validation/accuracy", "update/rank"), True, METRICS)
     assert column.factor("validation/accuracy") == column.factor("validation_mismatched/accuracy") == 100
     assert column.factor("update/rank") == 1 and column.held_out() == ("held_out/accuracy",)
 
@@ -518,7 +527,9 @@ def in_memory(method, seed, setting, score, **changes):
         "main_metric": "accuracy",
     }
     parts = {"metrics": {"validation/accuracy": score}, "params": {"adapter": 10}, "time": {}, "memory": {}}
-    return Run(Path(f"{method}{setting}{seed}"), {**record, **parts, "selection": {}, **changes}, setting, 0.0)
+    facts = {"setting_id": setting, "settings": {"method": {"name": setting}}, "config_hash": ""}
+    content = {**record, **parts, **facts, "metric_facts": FACTS, **changes}
+    return Run(Path(f"{method}{setting}{seed}"), Record.of(content), setting, {"method.name": setting}, 0.0)
 
 
 def table_of(folder):
@@ -527,10 +538,12 @@ def table_of(folder):
 
 
 def test_losses_are_never_in_per_cent(spec):
-    column = Column("c", ("validation/accuracy", "validation/loss"), True, True)
+    column = ResultColumn("c", ("validation/accuracy", "validation/loss"), True, METRICS)
     assert column.factor("train/accuracy") == column.factor("generalisation_gap") == 100
     assert {column.factor(key) for key in ("train/loss", "validation/loss", "validation/perplexity")} == {1}
-    assert Column("c", ("validation/perplexity",), True, False).factor("generalisation_gap") == 1
+    gap = {"generalisation_gap": MetricFacts("perplexity", False)}
+    column = ResultColumn("c", ("validation/perplexity",), True, METRICS | gap)
+    assert column.factor("generalisation_gap") == 1 and not column.maximise
     fill(spec, ["random"])
     charts_, _, _ = pictures.training_charts(table_of(spec))
     assert any("0.4" in chart and "100" not in chart for title, chart in charts_ if "training loss" in title)
@@ -547,8 +560,8 @@ def test_all_comparisons_are_made_and_the_first_are_listed():
     assert tally["n"] == 570
     p_values = [c.dev_best.p for c in found if not c.variant]
     assert [c.p_holm for c in found if not c.variant] == pytest.approx(holm(p_values))
-    grid = comparisons_grid(table, found)
-    assert len(grid.rows) == PAIRS and grid.notes[0].startswith("the first 400 of 1,005 comparisons")
+    grid = comparisons_table(table, found)
+    assert len(grid.rows) == PAIRS and grid.notes[0].startswith("The first 400 of 1,005 comparisons")
     assert comparisons_csv(found).count("\n") == 1006
 
 
@@ -556,11 +569,11 @@ def test_n_counts_the_seeds_that_have_a_value(tmp_path):
     for seed in range(5):
         value = None if seed in (1, 3) else 10.0 + seed
         metrics = {"validation/perplexity": value, "held_out/perplexity": value}
-        made_run(tmp_path / f"{seed}", seed=seed, metrics=metrics, main_metric="perplexity", maximise=False)
-    grid = main_grid(table_of(tmp_path))
+        made_run(tmp_path / f"{seed}", seed=seed, metrics=metrics, main_metric="perplexity")
+    grid = main_table(table_of(tmp_path))
     assert dict(zip(grid.head, grid.rows[0], strict=True))["n"] == "3"
     assert "paraphrase: no finite perplexity: lora (2 of 5 runs)" in grid.notes
-    assert any("some rows have 3 seeds only" in note for note in grid.notes)
+    assert any("some rows have only 3 seeds" in note for note in grid.notes)
 
 
 def test_means_over_different_seeds_are_not_ranked(spec):
@@ -575,7 +588,7 @@ def test_means_over_different_seeds_are_not_ranked(spec):
     assert line["baseline"]["row"] == "full FT" and line["p"] == ""
     assert line["common"] == "83.00 and 90.00"  # of seed 3, where our mean is 81.5
     html = page.write(gather([spec]), spec / "out", [spec])[0].read_text()
-    assert "n = 1, few seeds; means of the common seeds: 83.00 and 90.00" in html
+    assert "n = 1, few seeds; means over the common seeds: 83.00 and 90.00" in html
 
     for seed in (0, 1, 2):
         fill(spec, ["full FT"], seeds=[seed])
@@ -589,15 +602,17 @@ def test_means_over_different_seeds_are_not_ranked(spec):
 
 def with_selection(folder, seed, selection=None, of=None, **content):
     """A DiffoRA run that takes the selection file of the run ``of``, or a given list of modules."""
-    folder = made_run(folder, "diffora", seed)
-    config = {"seed": seed, "method": {"name": "diffora", "selection": selection or str(of / "selection.json")}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    source = json.loads(((of or folder) / "selection.json").read_text()) | content
+    if of is not None:
+        source = json.loads((of / "selection.json").read_text()) | content
+        (of / "selection.json").write_text(json.dumps(source))
+    settings = {"method": {"selection": selection or str(of / "selection.json")}}
+    made_run(folder, "diffora", seed, settings=settings)
+    if of is None:
+        source = json.loads((folder / "selection.json").read_text()) | content
     (folder / "selection.json").write_text(json.dumps(source))
     record = json.loads((folder / "run.json").read_text())
-    record["selection"] = {key: source[key] for key in ("selector", "k", "rank", "selected")}
-    record["time"]["search_s"] = 0.0
-    (folder / "run.json").write_text(json.dumps(record))
+    chosen = {key: source[key] for key in ("selector", "k", "rank", "selected")}
+    change_record(folder, selection=chosen, time=record["time"] | {"search_s": 0.0})
 
 
 def test_one_selection_for_all_seeds_shows_no_agreement(tmp_path):
@@ -610,22 +625,21 @@ def test_one_selection_for_all_seeds_shows_no_agreement(tmp_path):
     ((place, cell),) = table.cells.items()
     found = pictures.dams(*place, cell)
     assert found.stability is None and found.single == "reused" and found.seeds == []
-    row = dict(zip(main_grid(table).head, main_grid(table).rows[0], strict=True))
+    row = dict(zip(main_table(table).head, main_table(table).rows[0], strict=True))
     assert row["time: search"] == "reused" and row["n"] == "3"
-    assert "One selection, reused: all seeds have the same." in page.write(
+    assert "All seeds have the same selection (reused)." in page.write(
         gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path]
     )[0].read_text().replace("\n", " ")
 
     for seed in range(3):  # as method.like with one draw: its file has the seed of the run
-        run = made_run(tmp_path / "drawn" / f"{seed}", "random", seed)
-        (run / "config.yaml").write_text(f"seed: {seed}\nmethod:\n  name: random\n  draw: 7\n")
+        run = made_run(tmp_path / "drawn" / f"{seed}", "random", seed, settings={"method": {"draw": 7}})
         (run / "selection.json").write_text(json.dumps({"types": TYPES, "selected": [TYPES[:1]] * 2, "seed": seed}))
     ((place, cell),) = table_of(tmp_path / "drawn").cells.items()
     assert pictures.dams(*place, cell).single == "reused" and not cell.reused
 
     table = table_of(tmp_path / "given")
     ((place, cell),) = table.cells.items()
-    assert pictures.dams(*place, cell).single == "given" and main_grid(table).rows[0][-2] == ""
+    assert pictures.dams(*place, cell).single == "given" and main_table(table).rows[0][-2] == ""
 
 
 def test_selections_of_each_seed_are_one_setting_wherever_their_files_lie(tmp_path):
@@ -643,20 +657,20 @@ def test_selections_of_each_seed_are_one_setting_wherever_their_files_lie(tmp_pa
 def test_a_draw_that_was_given_does_not_follow_the_seed(tmp_path):
     def runs(name, draws):
         for i, (seed, draw) in enumerate(draws):
-            folder = made_run(tmp_path / name / f"{i}", "random", seed)
-            (folder / "config.yaml").write_text(f"seed: {seed}\nmethod:\n  name: random\n  draw: {draw}\nrank: 4\n")
+            settings = {"rank": 4} if draw is None else {"rank": 4, "method": {"draw": draw}}
+            made_run(tmp_path / name / f"{i}", "random", seed, settings=settings)
         return {row: sorted(cell.runs) for (row, _), cell in table_of(tmp_path / name).cells.items()}
 
     seeds = range(5)
-    assert runs("own", [(s, s) for s in seeds]) == {"random, r = 4": [*seeds]}
+    assert runs("own", [(s, None) for s in seeds]) == {"random, r = 4": [*seeds]}
     assert runs("fixed", [(s, 0) for s in seeds]) == {"random, r = 4": [*seeds]}
     crossed = runs("crossed", itertools.product(range(3), range(6)))
     assert crossed == {f"random, r = 4, method.draw={draw}": [0, 1, 2] for draw in range(6)}
     assert runs("one seed", [(0, draw) for draw in range(3)]) == {
         f"random, r = 4, method.draw={draw}": [0] for draw in range(3)
     }
-    assert runs("one more", [*((s, s) for s in seeds), (0, 7)]) == {
-        "random, r = 4, method.draw=seed": [*seeds],
+    assert runs("one more", [*((s, None) for s in seeds), (0, 7)]) == {
+        "random, r = 4, method.draw=${seed}": [*seeds],
         "random, r = 4, method.draw=7": [0],
     }
 
@@ -665,11 +679,11 @@ def test_what_differs_between_columns_is_in_their_order(spec):
     fill(spec, ["random"], seeds=range(3), adapter=222)
     fill(spec, ["random"], seeds=range(2), column="digits", adapter=111)
     fill(spec, ["DiffoRA"], column="digits", adapter=333)
-    grid = main_grid(table_of(spec))
+    grid = main_table(table_of(spec))
     diffora, random = (dict(zip(grid.head, row, strict=True)) for row in grid.rows[1:])
     assert (random["parameters: adapter"], random["n"], random["time: search"]) == ("222 / 111", "3 / 2", "")
     assert (diffora["parameters: adapter"], diffora["n"], diffora["time: search"]) == ("– / 333", "– / 3", "– / 20 s")
-    assert any("one for each column, in their order" in note for note in grid.notes)
+    assert any("one value for each column, in the order of the columns" in note for note in grid.notes)
     assert grid.rows[0][1] == grid.rows[0][-3] == ""  # full FT has no runs
 
 
@@ -697,7 +711,7 @@ def test_odd_records_are_listed_or_shown_and_never_end_the_report(tmp_path):
     huge = made_run(tmp_path / "huge") / "run.json"
     huge.write_text(huge.read_text().replace('"adapter": 1000', '"adapter": 1' + "0" * 400))
     gathered = gather([tmp_path])
-    assert sorted(reason.removeprefix("not a record: ") for _, reason in gathered.broken) == [
+    assert sorted(reason.removeprefix("not the record of a run: ") for _, reason in gathered.broken) == [
         f"{key} must be text or null" for key in ("data_hash", "error", "experiment", "row")
     ]
     files = page.write(gathered, tmp_path / "out", [tmp_path])
@@ -705,28 +719,12 @@ def test_odd_records_are_listed_or_shown_and_never_end_the_report(tmp_path):
     assert max(len(file.name) for file in files) < 200
 
 
-def test_the_place_and_the_machine_are_no_part_of_a_setting(tmp_path):
-    def setting(name, path="/home/a/data", model="/home/a/deberta", workers=0, precision="32-true", **more):
-        trainer = {"accelerator": "cpu", "devices": 1, "precision": precision, "num_workers": workers}
-        task = {"name": "paraphrase", "path": path}
-        made_run(tmp_path / name, settings={"task": task, "model": {"path": model}, "trainer": trainer}, **more)
-        (run,) = gather([tmp_path / name]).runs
-        return run.setting
-
-    one = setting("a")
-    long = "/mnt/" + "a folder with a long name " * 5 + "/deberta"
-    assert setting("b", "/mnt/b", long, 4) == one and "task.data" in config_of(one)
-    assert setting("c", precision="bf16-mixed") != one
-    assert setting("d", model="/home/a/finetuned") != one
-    assert setting("e", data_hash="other") != one  # as with task=imagefolder, whose path is the data
-
-
 def test_a_recipe_that_alone_differs_is_named(spec):
     for seed in range(3):
         task = {"name": "paraphrase", "recipe": {"warmup_steps": 1 + seed // 2}}
         run = made_run(spec / f"{seed}", seed=seed, cell=("table9", "random", "paraphrase"), settings={"task": task})
         os.utime(run / "run.json", (1e9 + seed, 1e9 + seed))
-    assert "random, paraphrase: 2 runs of other settings (task.recipe) left out" in table_of(spec).notes
+    assert "random, paraphrase: 2 runs with other settings left out (different: task.recipe)" in table_of(spec).notes
 
 
 def test_our_mean_stands_beside_the_papers_where_all_columns_are_there(spec, monkeypatch):
@@ -737,20 +735,30 @@ def test_our_mean_stands_beside_the_papers_where_all_columns_are_there(spec, mon
         monkeypatch.setitem(row, "paper", None)
     (spec.parent / "conf" / "experiment" / "table9.yaml").write_text(yaml.safe_dump({"hydra": {"sweeper": SPEC}}))
     fill(spec, ["random", "DiffoRA"])
-    assert "paper: mean" in main_grid(table_of(spec)).head  # of columns that have no runs, too
+    assert "paper: mean" in main_table(table_of(spec)).head  # of columns that have no runs, too
     fill(spec, ["random"], seeds=range(1, 4), column="digits")
-    grid = main_grid(table_of(spec))
+    grid = main_table(table_of(spec))
     by_row = {row[0]: dict(zip(grid.head, row, strict=True)) for row in grid.rows}
     values = [((72 + 36) / 2 + 72) / 2, ((74 + 37) / 2 + 74) / 2]  # seeds 1 and 2
     assert by_row["random"]["mean: dev_best"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert by_row["random"]["mean: paper"] == "65.5" and by_row["DiffoRA"]["mean: dev_best"] == ""
-    assert any("trained/at inference, in [R] Table 1 with the head" in note for note in grid.notes)
+    assert any("trained / at inference, in [R] Table 1 with the head" in note for note in grid.notes)
+
+
+def test_a_plot_of_differences_names_their_unit(spec):
+    fill(spec)
+    fill(spec, column="digits")
+    table = table_of(spec)
+    plots, _, _ = pictures.forests(table, comparisons_of(table))
+    in_per_cent, as_fractions = (plot for _, plot in plots)
+    assert "points, right of 0 is better" in in_per_cent
+    assert "difference, right of 0 is better" in as_fractions
 
 
 def test_a_gap_has_the_unit_of_its_score(spec):
     fill(spec, ["random"])
     fill(spec, ["random"], column="digits")
-    grid = measures_grid(table_of(spec))
+    grid = cost_table(table_of(spec))
     gap = {row[1]: dict(zip(grid.head, row, strict=True))["generalisation gap"] for row in grid.rows}
     assert gap == {"paraphrase": "2.00 ± 0.00", "digits": "0.0200 ± 0.0000"}
 
@@ -780,7 +788,7 @@ def test_pictures_of_a_setting_have_one_scale(spec):
     strongest = [max(map(float, re.findall(r'fill-opacity="([\d.]+)"', picture))) for _, picture in found.seeds]
     assert strongest == [0.9, 0.18]
     html = page.write(gather([spec]), spec / "out", [spec])[0].read_text()
-    assert "strongest at a distance of 0.050" in html
+    assert "strongest at a distance of 0.050 from 1/N" in html
     assert not re.search(r'<[^>]* class="[^">]*"[^>]* class="', html)
 
 
@@ -803,7 +811,7 @@ def test_lines_that_are_not_drawn_are_counted(tmp_path, monkeypatch):
         settings = {"rank": 4, "rho": rho, "finetune": {"lr": lr}}
         made_run(tmp_path / f"{lr}{rho}", "diffora", 0, settings=settings)
     _, note = pictures.dial_charts(table_of(tmp_path))
-    assert note == "1 more lines are not drawn"
+    assert note == "1 more lines not drawn"
     assert note in page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])[0].read_text()
 
 
@@ -814,7 +822,7 @@ def test_without_its_file_a_selection_is_read_from_the_record(spec):
     found = pictures.dams("DiffoRA", "paraphrase", table_of(spec).cells["DiffoRA", "paraphrase"])
     assert "layer 1: " in found.frequency and len(found.seeds) == 2 and found.scale is None
     for file in spec.rglob("run.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"selection": {"selector": "search"}}))
+        change_record(file.parent, selection={"selector": "search"})
     assert pictures.View(table_of(spec), [], False, 5).dams == []
 
 
@@ -846,24 +854,16 @@ def test_data_files_hold_numbers(spec):
 
 def test_draws_like_the_selections_of_another_row_are_one_setting(tmp_path):
     for rho, seed in itertools.product((0.2, 0.5), range(3)):
-        run = made_run(tmp_path / f"{rho}-{seed}", "random", seed)
-        like = f"/somewhere {seed}/rho-{rho}-paraphrase-seed{seed}/selection.json"
-        method = {"name": "random", "draw": seed, "like": like}
-        (run / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "method": method, "rank": 4, "rho": rho}))
-    table = table_of(tmp_path)
+        search = made_run(tmp_path / "searches" / f"{rho}-{seed}", "diffora", seed)
+        file = search / "selection.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rho": rho}))
+        settings = {"method": {"like": str(file)}, "rank": 4, "rho": rho}
+        made_run(tmp_path / "runs" / f"{rho}-{seed}", "random", seed, settings=settings)
+    table = table_of(tmp_path / "runs")
     assert [sorted(cell.runs) for cell in table.cells.values()] == [[0, 1, 2]] * 2
     likes = {cell.first.config["method.like"] for cell in table.cells.values()}
-    assert likes == {"rho-0.2-paraphrase-seed", "rho-0.5-paraphrase-seed"}
+    assert {like.partition(",")[0] for like in likes} == {f"each seed's search (rho {rho}" for rho in (0.2, 0.5)}
     assert [len(curve.points) for curve in curves_of(table)] == [2]
-
-
-@pytest.mark.parametrize(
-    "folder", ["diffora-mrpc-tiny-seed12-20260101-101010", "7-diffora-mrpc-tiny-seed12", "diffora-mrpc-tiny-seed12"]
-)
-def test_folders_of_runs_are_alike_but_for_seed_number_and_time(tmp_path, folder):
-    run = made_run(tmp_path / "run", "random", 12)
-    (run / "config.yaml").write_text(f"seed: 12\nmethod:\n  name: random\n  like: outputs/{folder}/selection.json\n")
-    assert gather([tmp_path]).runs[0].config["method.like"] == "diffora-mrpc-tiny-seed"
 
 
 def test_a_difference_has_as_many_digits_as_its_interval_needs():

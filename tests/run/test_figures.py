@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from diffora.core.parts import short_names
 from diffora.core.selection import Selection
-from diffora.run.figures import _shares, dam_heatmap, short_names
+from diffora.run.figures import _shares, dam_heatmap
 
 
 @pytest.fixture
@@ -39,6 +40,14 @@ def test_the_picture_shows_the_scores(scored):
     other = dam_heatmap(dataclasses.replace(scored, scores=[[1.0, 3.0], [20.0, 60.0]]))
     assert len({plain, other, dam_heatmap(scored), dam_heatmap(dataclasses.replace(scored, k=None))}) == 4
     assert dam_heatmap(scored).startswith(b"\x89PNG")
+
+
+def test_the_picture_is_centred_on_the_gate_at_zero(scored):
+    """At the neutral gate every relaxation is drawn white; the same number is not neutral for the other one."""
+    half = dataclasses.replace(scored, scores=None, gamma_bar=[[0.5, 0.5], [0.5, 0.5]])
+    three = dataclasses.replace(half, types=["a", "b", "c"], modules=[["a", "b", "c"]] * 2, gamma_bar=[[0.5] * 3] * 2)
+    assert dam_heatmap(dataclasses.replace(half, relaxation="sigmoid")) == dam_heatmap(half)  # 1/N is 1/2
+    assert dam_heatmap(dataclasses.replace(three, relaxation="sigmoid")) != dam_heatmap(three)
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,15 @@ from diffora import cli
 from diffora.errors import UserError, WriteError, explained, out_of_memory
 from diffora.files import atomic, atomic_folder, check_writable, kept, remove_leftovers, write_text
 from diffora.loop.launch import launch_problems
+from diffora.loop.parts import Parts
+from diffora.records import write_record
 from diffora.report.runs import gather
 from diffora.run import experiment
 from diffora.run.directory import account, finished
 from diffora.run.experiment import run
-from diffora.run.record import missing_files, read_record, why_broken, write_record
+from diffora.run.record import missing_files, read_record, why_broken
 from diffora.tasks.glue import GlueTask
 from diffora.tasks.tokenise import Collator
-from diffora.training import stages
 
 TENSORS = {"weight": torch.zeros(100_000)}
 LORA = [
@@ -203,7 +204,7 @@ def test_a_folder_that_was_removed_is_not_made_anew(tmp_path, again):
         shutil.rmtree(tmp_path / "run")
         if again:
             (tmp_path / "run").mkdir()
-        with pytest.raises(WriteError, match="removed or replaced while this process was at work"):
+        with pytest.raises(WriteError, match="removed or replaced while this process was writing to it"):
             write_text(tmp_path / "run" / "a" / "b", "")
     assert (tmp_path / "run").exists() == again and not list(tmp_path.glob("run/*"))
     write_text(tmp_path / "run" / "b", "")
@@ -286,7 +287,7 @@ def test_a_place_where_nothing_can_be_written_is_found_before_anything_is_loaded
     """C: read-only run directory, run directory below a file"""
     (tmp_path / "file").touch()
     folder = tmp_path / ("file/run" if number is None else "run")
-    monkeypatch.delattr(stages.Parts, "load")
+    monkeypatch.delattr(Parts, "load")
     if number is not None:
         folder.mkdir()
         monkeypatch.setattr(os, "open", refusing(os.open, number, lambda path, *_: str(path).startswith(str(folder))))
@@ -396,9 +397,10 @@ def test_a_record_that_changed_after_it_was_written_is_broken(tmp_path, old, new
     parts = {key: {} for key in ("params", "time", "memory")}
     names = dict.fromkeys(("method", "task", "model", "config_hash"), "x")
     record = {"status": "completed", "metrics": {"validation/accuracy": 0.75}, "seed": 0, **parts, **names}
+    record |= {"setting_id": "x", "settings": {}}
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record and why_broken(tmp_path) is None
-    assert [run.record["metrics"] for run in gather([tmp_path]).runs] == [record["metrics"]]
+    assert [run.record.metrics for run in gather([tmp_path]).runs] == [record["metrics"]]
     text = (tmp_path / "run.json").read_text()
     assert text.count(old) == 1
     (tmp_path / "run.json").write_text(text.replace(old, new))

@@ -9,14 +9,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
+from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule, SearchSettings
-from diffora.tasks.base import get_task
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]
 CASES = {
@@ -47,9 +48,9 @@ class Stand:
 
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
-        self.cfg, self.task = cfg, get_task(cfg.task)
-        self.model, self.layers = self.adapted(models.load_model(cfg.model, self.task))
-        self.meta, self.meta_layers = self.adapted(models.meta_model(cfg.model, self.task))
+        self.cfg, self.task = check(cfg)
+        self.model, self.layers = self.adapted(models.load_model(self.cfg.model, self.task))
+        self.meta, self.meta_layers = self.adapted(models.meta_model(self.cfg.model, self.task))
 
     def adapted(self, model: nn.Module):
         if self.cfg.trainer.gradient_checkpointing:
@@ -88,7 +89,7 @@ class Stand:
         torch.autograd.grad(loss, [gamma, *(p for p in self.model.parameters() if p.requires_grad)], allow_unused=True)
 
     def joint_step(self) -> None:
-        settings = SearchSettings(1e-3, 1e-3, 1, 0.0, None, accumulate=1, update="simultaneous")
+        settings = Search(epochs=1, batch_size=8, rank=4, lr=1e-3, gamma_lr=1e-3, clip=None, update="simultaneous")
         module = SearchModule(self.model, self.layers, list(range(len(self.layers[0]))), self.task, settings, seed=0)
         module.trainer = SimpleNamespace(precision_plugin=None)
         module._joint_gradients(self.inputs, self.inputs)

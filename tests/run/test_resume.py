@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
-from diffora.loop.checkpoint import DigestCheckpointIO, Stage, newest_checkpoint
+from diffora.loop.checkpoint import DigestCheckpointIO, newest_checkpoint
+from diffora.loop.stage import Stage
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import Result, run
 from diffora.search.attribution import AttributionModule
@@ -240,9 +241,12 @@ def test_a_complete_run_without_its_adapter_goes_on(place, tmp_path):
         (lambda c: c | {"diffora": c["diffora"] | {"memory": {}}}, "it has no 'history'"),
         (lambda c: c | {"diffora": c["diffora"] | {"rng": [{"torch": 1}]}}, "checkpoint"),
         (lambda c: c | {"optimizer_states": [{}]}, "it has no 'param_groups'"),
-        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, not 1"),
-        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained here only"),
-        (lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}}, "there and .* here"),
+        (lambda c: c | {"optimizer_states": []}, "it has 0 optimizer_states, this run needs 1"),
+        (lambda c: c | {"state_dict": {f"x{k}": v for k, v in c["state_dict"].items()}}, "is trained only in this run"),
+        (
+            lambda c: c | {"state_dict": {k: v[:1] for k, v in c["state_dict"].items()}},
+            "in the checkpoint and .* in this run",
+        ),
     ],
 )
 def test_content_of_the_wrong_kind_gets_one_message(place, stopped, how, words):
@@ -285,7 +289,7 @@ def test_what_a_search_left_is_taken_over_as_it_was_left_only(searched, tmp_path
     flipped = bytearray((folder / name).read_bytes())
     flipped[-40] ^= 1
     (folder / name).write_bytes(flipped)
-    refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search left it")
+    refused(*SEARCH, "method.warm_start=true", folder=folder, match=rf"{name} is not as the search wrote it")
     (folder / name).unlink()  # as the message says
     run_of(*SEARCH, "method.warm_start=true", "resume=true", folder=folder)
     assert (folder / name).read_bytes() == (searched / name).read_bytes()

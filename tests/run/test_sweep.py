@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.files import conf_dir, write_text
-from diffora.run.record import new_record, write_record
+from diffora.records import write_record
+from diffora.run.record import new_record
 from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
 
 TABLE = Table(
@@ -95,7 +96,7 @@ def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["rank=1,2"], "rank=1,2: rows, columns and seeds are what"),
+        (["rank=1,2"], "rank=1,2: experiment=some_table already varies rows, columns and seeds"),
         (["cell.row=LoRA"], "cell.row=LoRA is not one of: ρ = 0.2; LoRA, r = 2"),
         (["cell.column=rte,mnli"], "cell.column=mnli is not one of: rte; squad"),
         (["finetune.lr=interval(0,1)"], "needs hydra/sweeper=optuna"),
@@ -174,7 +175,8 @@ def sweep(tmp_path, monkeypatch, capsys):
                 write_record(folder, record | {"status": "failed", "error": "no luck"})
                 raise RuntimeError("no luck")
             write_text(folder / "adapter" / "adapter_config.json", "{}")
-            write_record(folder, record | {"status": "completed"})
+            files = ["config.yaml", "adapter/adapter_config.json"]
+            write_record(folder, record | {"status": "completed", "files": files})
 
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -224,7 +226,7 @@ def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
     (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
     assert sweep(*CELLS) == NAMES[1:]
     said = "".join(capsys.readouterr())
-    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/ or model/ is missing" in said
+    assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/adapter_config.json is missing" in said
 
 
 def test_a_place_where_no_run_can_be_written_is_named(sweep):
@@ -253,12 +255,12 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert [problem.split(";")[0] for problem in problems] == [
         f"method={method} has no setting rho" for method in ("lora", "bitfit")
     ]
-    assert "is written with ++" in hint
+    assert "use ++, as in ++search.epochs=1" in hint
     assert not FOLDER.exists()
 
 
 def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(sweep, monkeypatch):
-    from diffora import cli
+    from diffora.run import composition
 
     asked = []
 
@@ -266,7 +268,7 @@ def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(s
         asked.append(overrides)
         return []
 
-    monkeypatch.setattr(cli, "composition_problems", explain)
+    monkeypatch.setattr(composition, "composition_problems", explain)
     cells = ("experiment=table3_random", "scale=small", "cell.row='LoRA, r = 1','LoRA, r = 2'")
     with pytest.raises(UserError, match=r"Could not override 'seed\.x'"):
         sweep(*cells, "seed.x=choice(3)")
@@ -332,7 +334,7 @@ def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
 
 
 def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
-    from diffora.settings.config import config_hash
+    from diffora.settings.identity import config_hash
 
     given = cfg("experiment=quickstart")
     named = cfg("experiment=quickstart", "cell.row=a", "cell.experiment=b", "scale=small")

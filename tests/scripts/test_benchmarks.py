@@ -11,7 +11,7 @@ import torch
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from benchmarks import common, plots, run, scale, step  # noqa: E402
+from benchmarks import common, plots, report, run, scale, step  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
 BERT = common.Shape("minilm", 4, 8, changes=SMALL | {"num_hidden_layers": 2})
@@ -111,7 +111,7 @@ def test_rounds_begin_with_another_contender_each():
     times = common.interleave({name: lambda name=name: order.append(name) for name in names}, rounds=3, warmup=1)
     assert "".join(order) == "abcbcacababc"
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys(names, 3)
-    assert common.ratio({"a": [2, 9, 4], "b": [1, 3, 4]}, "a", "b") == {"median": 2, "q1": 1.5, "q3": 2.5, "rounds": 3}
+    assert report.ratio({"a": [2, 9, 4], "b": [1, 3, 4]}, "a", "b") == {"median": 2, "q1": 1.5, "q3": 2.5, "rounds": 3}
 
 
 def test_exponents_are_those_of_power_laws():
@@ -132,21 +132,21 @@ def results():
             shapes[name], found = step.measure(small, 2, memory=name == "minilm_16+16x64_bilevel")
             every |= {f"{key}@{name}": value for key, value in found.items()}
     rounds = dict.fromkeys(shapes, 2)
-    of_step = common.header() | {"settings": {"rounds": rounds}, "shapes": shapes, "ratios": step.headlines(every)}
+    of_step = report.header() | {"settings": {"rounds": rounds}, "shapes": shapes, "ratios": step.headlines(every)}
     shapes_of_sweep = {n: replace(BERT, rows=n) for n in (2, 4, 8)}
-    of_scale = common.header() | {"sweeps": {"batch": scale.sweep(shapes_of_sweep, 1)}}
+    of_scale = report.header() | {"sweeps": {"batch": scale.sweep(shapes_of_sweep, 1)}}
     of_scale["search"] = scale.search_against_finetuning(BERT, 2)
     sides = {"diffora": {"training": 2.0, "rest": 1.0}, "hf_trainer": {"evaluation": 1.0, "training": 3.0}}
     runs = {side: [{"accuracy": 0.8, "f1": 0.9, "trainable": 10, "peak_rss_mb": 5.0}] for side in sides}
-    of_run = common.header() | {
+    of_run = report.header() | {
         "settings": {"data": "d", "backbone": "b", "train_rows": 4, "epochs": 1, "batch": 2, "rank": 4},
-        "startup": {"imports_s": {"torch": 1.0}, "help_s": common.spread([1.0]), "first_step_s": common.spread([2.0])},
+        "startup": {"imports_s": {"torch": 1.0}, "help_s": report.spread([1.0]), "first_step_s": report.spread([2.0])},
         "runs": runs,
-        "wall_s": {side: common.spread([3.0, 4.0]) for side in sides},
+        "wall_s": {side: report.spread([3.0, 4.0]) for side in sides},
         "parts": sides,
     }
     metrics = {"accuracy": {"plain": {"mean": 0.7, "std": 0.1}, "added": {"mean": 0.8, "std": 0.1}}}
-    of_paths = common.header() | {"summary": metrics, "runs": [{"seed": 0}, {"seed": 1}]}
+    of_paths = report.header() | {"summary": metrics, "runs": [{"seed": 0}, {"seed": 1}]}
     return json.loads(json.dumps({"step": of_step, "run": of_run, "scale": of_scale, "paths": of_paths}))
 
 
@@ -186,7 +186,7 @@ def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
 
 
 def test_the_page_is_up_to_date_with_the_results_that_are_there():
-    there = {name: common.read(name) for name in plots.SOURCES}
+    there = {name: report.read(name) for name in plots.SOURCES}
     assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
 
 

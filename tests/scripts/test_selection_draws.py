@@ -15,7 +15,8 @@ def run(folder, row, seed, metric, maximise=True, parameters=100, status="comple
     folder.mkdir(parents=True)
     method = "diffora" if row == "search" else "random"
     record = {"status": status, "method": method, "row": row, "column": "cola", "seed": seed, "main_metric": "matthews"}
-    record |= {"metrics": {"validation/matthews": metric, "held_out/matthews": metric / 2}, "maximise": maximise}
+    record |= {"metrics": {"validation/matthews": metric, "held_out/matthews": metric / 2}}
+    record |= {"metric_facts": {"matthews": {"maximise": maximise}}}
     (folder / "run.json").write_text(json.dumps(record | {"params": {"adapter": parameters}}))
 
 

@@ -18,7 +18,7 @@ def run(folder, row, seed, chosen, metric, selector="given", maximise=True, stat
     folder = folder / f"{row}-{seed}"
     folder.mkdir(parents=True)
     record = {"status": status, "row": row, "column": "paraphrase", "seed": seed, "main_metric": "accuracy"}
-    record |= {"maximise": maximise, "metrics": {"validation/accuracy": metric}}
+    record |= {"metric_facts": {"accuracy": {"maximise": maximise}}, "metrics": {"validation/accuracy": metric}}
     record |= {"params": {"adapter": 3 if "d" in chosen else 2}}
     record |= {"selection": {"selector": selector, "selected": [list(chosen)]}}
     (folder / "run.json").write_text(json.dumps(record))

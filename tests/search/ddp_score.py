@@ -11,7 +11,9 @@ import torch
 from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
+from diffora.search.function import FunctionModule
 from diffora.search.score import ScoreModule
 from diffora.tasks.tokenise import Collator
 
@@ -25,6 +27,18 @@ def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, de
     model = model or small_deberta()
     names = find_grid(model, candidates=types).names
     module = ScoreModule(model, names, criterion, small_task(), accumulate, seed=0)
+    return fitted(module, batches, devices, **trainer)
+
+
+def called(function, model=None, devices: int = 1, **trainer):
+    """A FunctionModule after its stage, on two batches of 8 of the same rows."""
+    model = model or small_deberta()
+    module = FunctionModule(model, find_grid(model, candidates=TYPES), function, "a.b", small_task(), seed=0)
+    return fitted(module, 2, devices, whole=True, **trainer)
+
+
+def fitted(module, batches: int, devices: int, whole: bool = False, **trainer):
+    split = split_search(np.arange(48), seed=0)
     L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -36,14 +50,21 @@ def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, de
         enable_model_summary=False,
         use_distributed_sampler=False,
         **trainer,
-    ).fit(module, datamodule=SearchData(rows_of(), COLLATE, split_search(np.arange(48), seed=0), batch_size=8, seed=0))
+    ).fit(module, datamodule=SearchData(rows_of(), COLLATE, split, batch_size=8, seed=0, whole=whole))
     return module
+
+
+def rows_and_noise(model, grid, batches, loss):
+    """How many rows the function sees, plus noise below 1/2 that differs between processes."""
+    n_rows = sum(len(batch["row"]) for batch in batches)
+    return n_rows + torch.rand(grid.n_layers, grid.n_types) / 2
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     found = {c: scored(c, devices=devices, strategy="ddp") for c in ("gradient", "activation")}
+    found["function"] = called(rows_and_noise, devices=devices, strategy="ddp")
     rank = found["gradient"].global_rank
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps({c: m.scores.tolist() for c, m in found.items()}))
     torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from small import rows_of, small_deberta, small_task
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
 from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 from diffora.tasks.tokenise import Collator
 
 TYPES = ("attention.self.query_proj", "attention.self.value_proj", "output.dense")
@@ -38,9 +40,9 @@ def main(folder: Path, update: str) -> None:
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.3)
-    settings = SearchSettings(lr=1e-3, gamma_lr=1e-2, order=1, weight_decay=0.0, clip=1.0, accumulate=1, update=update)
-    arguments = model, layers, TYPES, small_task(), settings, 0
     attribution = update == "attribution"
+    settings = Search(epochs=2, batch_size=8, rank=2, lr=1e-3, update="alternating" if attribution else update)
+    arguments = model, layers, TYPES, small_task(), settings, 0
     module = AttributionModule(*arguments, rounds=1, score_batches=2) if attribution else SearchModule(*arguments)
     split, matched = split_search(np.arange(48), seed=0), update == "simultaneous"
     data = SearchData(rows_of(), COLLATE, split, batch_size=8, seed=0, matched=matched)

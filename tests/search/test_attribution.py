@@ -8,13 +8,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
 from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchSettings
 from diffora.search.criteria import gate_path
+from diffora.settings.sections import Search
 
-SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip": None, "accumulate": 1}
+SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def make(deberta):
         torch.manual_seed(0)
         layers = attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 3, None, alpha=6, freeze=False)
         model.to(dtype)
-        settings = SearchSettings(**SETTINGS | changes)
+        settings = Search(**SETTINGS | changes)
         arguments = model, layers, TYPES, small_task(), settings, 0
         module = AttributionModule(*arguments, rounds=rounds, score_batches=score_batches).to(dtype)
         return module

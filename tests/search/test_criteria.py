@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from diffora.core.dam import discretise, discretise_globally
-from diffora.search.criteria import gradient_norm, random_scores, square_sums, weight_times_activation
+from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
 
 
 def test_gradient_norm_is_frobenius():
@@ -37,14 +36,3 @@ def test_square_sums_add_up_over_parts():
 def test_square_sums_of_half_precision_do_not_overflow():
     squares, _ = square_sums(torch.full((1, 2, 3), 1000.0, dtype=torch.float16), torch.ones(1, 2))
     assert squares.tolist() == [2e6] * 3
-
-
-def test_random_scores_depend_on_the_seed_alone():
-    one, two = random_scores(12, 6, seed=0), random_scores(12, 6, seed=1)
-    assert torch.equal(one, random_scores(12, 6, seed=0)) and not torch.equal(one, two)
-    assert discretise(one, 3).sum(-1).tolist() == [3] * 12
-
-
-def test_a_random_global_selection_is_not_even_over_the_layers():
-    selected = discretise_globally(random_scores(12, 6, seed=0), 36)
-    assert selected.sum() == 36 and len(set(selected.sum(-1).tolist())) > 1

@@ -18,10 +18,12 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from diffora.backbones.models import freeze_backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
-from diffora.loop.data import SearchData, split_search
+from diffora.loop.data import SearchData
+from diffora.loop.splits import split_search
 from diffora.tasks.tokenise import Collator
 
-WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ON_PATH))}
 WORKER = Path(__file__).with_name("ddp_score.py")
 BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
 
@@ -173,6 +175,8 @@ def test_two_processes_agree_exactly_and_with_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
+    by_function = torch.tensor(first.pop("function"))
+    assert (by_function.floor() == 16).all() and by_function.std() > 0  # both processes see all rows of two batches
     for criterion, found in first.items():
         torch.testing.assert_close(torch.tensor(found), scored(criterion).scores, rtol=1e-4, atol=1e-7)
 

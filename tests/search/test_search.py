@@ -1,6 +1,7 @@
 """The search module on a small DeBERTa: exact gradients, no leakage, equal results however the work is divided."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,12 +15,17 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from small import small_task
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import attach
 from diffora.core.dam import relax
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.run.check import check
+from diffora.run.experiment import run
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 
-SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip": None, "accumulate": 1}
+SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def make(deberta):
             for lower, upper in zip(*layers, strict=True):
                 upper.lora_a, upper.lora_bt = lower.lora_a, lower.lora_bt
         model.to(dtype)
-        module = SearchModule(model, layers, TYPES, small_task(), SearchSettings(**SETTINGS | changes), seed=0)
+        module = SearchModule(model, layers, TYPES, small_task(), Search(**SETTINGS | changes), seed=0)
         module.to(dtype)
         module.trainer = trainer or L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         return module.train()
@@ -202,6 +208,50 @@ def test_gates_follow_gamma_and_rows_sum_to_one(make):
     assert all(layer.gate is None for row in module.layers for layer in row)
 
 
+def test_gates_of_a_sigmoid_are_independent_and_their_gradient_is_exact(make):
+    module = make(torch.float64, relaxation="sigmoid")
+    assert module.trajectory == [(0.0, [[0.5] * 6] * 2)]
+    with torch.no_grad():
+        module.gamma.normal_()
+    valid = batch_of(4)
+    _, (grad,) = module._gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
+    gates = torch.stack([torch.stack([layer.gate for layer in row]) for row in module.layers])
+    torch.testing.assert_close(gates, torch.sigmoid(module.gamma))
+    assert (gates.sum(-1) - 1).abs().min() > 0.1
+    numeric = numeric_gradient(lambda: module._loss(valid, module.gamma), module.gamma)
+    torch.testing.assert_close(grad.view(-1), torch.tensor(list(numeric.values())).double(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "name", "start"),
+    [("softmax", "search/entropy", math.log(6)), ("sigmoid", "search/open_gates", 3.0)],
+)
+def test_what_is_logged_of_the_gates_goes_with_the_relaxation(make, relaxation, name, start):
+    module = make(relaxation=relaxation, gamma_lr=1e-6)
+    batches = [{"valid": batch_of(4, seed=1), "train": [batch_of(4, seed=2)]}]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    assert module.certainty == name
+    assert trainer.callback_metrics[name].item() == pytest.approx(start, rel=1e-4)
+    assert len({"search/entropy", "search/open_gates"} & trainer.callback_metrics.keys()) == 1
+    assert module.trajectory[-1][1] == relax(module.gamma.detach(), relaxation).tolist()
+
+
+def test_a_run_with_a_sigmoid_says_so(cfg, quick, tmp_path):
+    small = [*quick, "task.train_rows=64", "finetune.epochs=1", "search.epochs=1", "search.batch_size=8"]
+    softmax = run(cfg(*small), tmp_path / "softmax")
+    sigmoid = run(cfg(*small, "search.relaxation=sigmoid"), tmp_path / "sigmoid")
+    assert (softmax.selection.relaxation, sigmoid.selection.relaxation) == ("softmax", "sigmoid")
+    assert softmax.record["config_hash"] != sigmoid.record["config_hash"]
+    gates = torch.tensor(Selection.load(tmp_path / "sigmoid/selection.json").gamma_bar)
+    assert (gates - 0.5).abs().max() < 0.2 and gates.std() > 1e-4
+    assert torch.equal(gates.topk(3).indices.sort().values, sigmoid.selection.mask().nonzero()[:, 1].view(4, 3))
+    assert all((tmp_path / "sigmoid" / name).stat().st_size > 0 for name in ("gamma.png", "dam.png"))
+    with pytest.raises(UserError, match=r"search\.relaxation='hard' must be one of softmax, sigmoid"):
+        check(cfg(*small, "search.relaxation=hard"))
+
+
 def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
     module = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -245,7 +295,8 @@ def test_float16_takes_the_steps_of_full_precision(make, update):
     assert scaler.get_scale() == 2.0 ** (8 + 6)
 
 
-WITH_TESTS = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ON_PATH))}
 WORKER = Path(__file__).with_name("ddp_search.py")
 
 

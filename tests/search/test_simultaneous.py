@@ -14,17 +14,22 @@ from omegaconf import OmegaConf
 from small import small_task
 
 from diffora.backbones.models import checkpoint_activations, freeze_backbone
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import LowRankLinear, attach
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
-from diffora.loop.data import BilevelBatchSampler, LengthGroupedBatchSampler, split_search
-from diffora.run.experiment import check, run
-from diffora.search.bilevel import SearchModule, SearchSettings
+from diffora.loop.samplers import BilevelBatchSampler, LengthGroupedBatchSampler
+from diffora.loop.splits import split_search
+from diffora.run.check import check
+from diffora.run.experiment import run
+from diffora.search.bilevel import SearchModule
+from diffora.settings.sections import Search
 from diffora.tasks.base import Task, joined
-from diffora.tasks.causal_lm import IGNORED, CausalLMTask
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.chat.loss import IGNORED
 from diffora.tasks.squad import SquadTask
 
-SETTINGS = {"lr": 1e-2, "gamma_lr": 1e-2, "order": 1, "weight_decay": 0.0, "clip": None, "accumulate": 1}
+SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
 VOCAB, PAD = 60, 1  # not 0, so that padding with something else shows
 BERT = {
     "vocab_size": VOCAB,
@@ -101,9 +106,7 @@ def make(name="deberta-v2", kind="classes", dtype=torch.float64, trainer=None, c
     for row in layers:
         for layer in row:
             torch.nn.init.normal_(layer.lora_bt, std=0.2)
-    module = SearchModule(
-        model, layers, grid.types, task, SearchSettings(**SETTINGS | changes, update="simultaneous"), 0
-    )
+    module = SearchModule(model, layers, grid.types, task, Search(**SETTINGS | changes, update="simultaneous"), 0)
     module.to(dtype)
     with torch.no_grad():
         module.gamma.normal_()

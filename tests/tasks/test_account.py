@@ -87,7 +87,7 @@ def test_conversations(cfg, tmp_path):
             "rows in several forms: 5 with messages, 1 with text",
         ]
     validation = account_of(cfg(*chosen), "validation")
-    assert "1 of 3 rows stand among the training rows too: the score may be too high" in validation.notes
+    assert "1 of 3 rows are training rows too: the score may be too high" in validation.notes
     (tmp_path / "validation.jsonl").unlink()
     account = account_of(cfg(*chosen, "task.validation_rows=2", "task.max_train_rows=2"))
     assert account.dropped["taken for validation, task.validation_rows=2"] == 2
@@ -115,9 +115,9 @@ def test_questions(cfg, tmp_path):
     assert (account.read, account.used) == (4, 4)
     assert account.changed == {
         "question cut at task.max_question_length=6": 1,
-        "no window has the whole answer: taken for unanswerable in the loss": 1,
+        "no window has the whole answer: the loss takes it for unanswerable": 1,
     }
-    assert account.notes == ["columns ignored: topic", "rows with several answers, of which the first is trained on: 1"]
+    assert account.notes == ["columns ignored: topic", "rows with several answers, of which training uses the first: 1"]
 
 
 @pytest.mark.parametrize(

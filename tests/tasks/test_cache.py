@@ -1,4 +1,4 @@
-"""A cache file is used as it was written, or written anew with a line in the log."""
+"""A cache file is used as it was written, or written again with a line in the log."""
 
 import json
 import multiprocessing
@@ -58,7 +58,7 @@ def test_one_flipped_bit_anywhere_is_noticed(file, tmp_path, caplog):
         replace(file, bytes(flipped))
         assert use(tmp_path) == ROWS
         assert file.read_bytes() == content
-    assert caplog.text.count("making the damaged cache file") == len(places)
+    assert caplog.text.count("damaged cache file") == len(places)
 
 
 DAMAGE = {
@@ -78,7 +78,7 @@ def test_damage_is_mended(file, tmp_path, how, caplog):
     content = file.read_bytes()
     replace(file, DAMAGE[how](content))
     assert use(tmp_path) == ROWS and file.read_bytes() == content
-    assert str(file) in caplog.text and "its digest is not that of its content" in caplog.text
+    assert str(file) in caplog.text and "its digest does not match its content" in caplog.text
 
 
 def test_the_good_file_of_other_facts_is_not_taken(file, tmp_path, caplog):
@@ -89,7 +89,7 @@ def test_the_good_file_of_other_facts_is_not_taken(file, tmp_path, caplog):
     for content in (other.read_bytes(), (tmp_path / "few").read_bytes()):
         replace(file, content)
         assert use(tmp_path) == ROWS
-    assert caplog.text.count("making the damaged cache file") == 2
+    assert caplog.text.count("damaged cache file") == 2
 
 
 def test_a_link_that_leads_nowhere_is_replaced(file, tmp_path):
@@ -171,14 +171,15 @@ def test_every_kind_of_cache_file_is_checked(cfg, overrides, tmp_path, caplog):
         content[len(content) // 2] ^= 4
         replace(file, bytes(content))
     assert encoded() == expected
-    assert caplog.text.count("making the damaged cache file") == len(files)
+    assert caplog.text.count("damaged cache file") == len(files)
 
 
 def test_digests_of_images_are_checked(tmp_path, caplog):
     """A flipped bit there would make other data of the same images."""
     from PIL import Image
 
-    from diffora.tasks.vision import digests, read_folder
+    from diffora.tasks.images.folders import read_folder
+    from diffora.tasks.images.rows import digests
 
     for i in range(4):
         (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,7 @@ def test_digests_of_images_are_checked(tmp_path, caplog):
     content = bytearray(file.read_bytes())
     content[5] ^= 1
     replace(file, bytes(content))
-    assert digests(source) == expected and "making the damaged cache file" in caplog.text
+    assert digests(source) == expected and "damaged cache file" in caplog.text
     # another image of the same size and time
     image = tmp_path / "images" / "a" / "0.bmp"
     stat = image.stat()

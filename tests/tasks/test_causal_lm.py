@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from diffora import hub
 from diffora.errors import UserError
-from diffora.loop.data import examples_of, held_out_split, split_search
-from diffora.tasks import causal_lm, conversations
+from diffora.loop.splits import examples_of, held_out_split, split_search
 from diffora.tasks.account import Account
 from diffora.tasks.base import Split, parts_of
-from diffora.tasks.causal_lm import IGNORED, CausalLMTask, Collator, best_fit, encode, pack, token_losses
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.chat import conversations, loss, tokens
+from diffora.tasks.chat.batches import ChatCollator
+from diffora.tasks.chat.loss import IGNORED, token_losses
+from diffora.tasks.chat.packing import best_fit, pack
+from diffora.tasks.chat.tokens import encode
 
 # --- tokenizers and templates of the kinds that are about ---
 
@@ -157,7 +160,7 @@ def test_exactly_the_answers_and_their_ends_count(kind, name, chat):
     found = answers(row["input_ids"], row["counted"], tokenizer)
     assert [text.strip(" ") for text in found] == [text.strip(" ") for text in expected]
     # The whole is what the template writes, once, with one begin token at most.
-    text = causal_lm.render(turns_of(chat), tokenizer)
+    text = tokens.render(turns_of(chat), tokenizer)
     assert row["input_ids"] == tokenizer(text, add_special_tokens=template is None)["input_ids"]
     assert row["input_ids"].count(tokenizer.bos_token_id) == (0 if name in ("chatml", "marked") else 1) or (
         name == "plain" and kind == "byte_level"
@@ -168,7 +171,7 @@ def test_the_prompt_that_a_model_will_see_is_the_beginning_of_what_it_was_traine
     for name in ("chatml", "roles", "plain"):  # not "headers": GPT-2 splits "\n\n" only where a word follows
         tokenizer = byte_level(TEMPLATES[name][0])
         row = encode(rows_of(CHATS[0]), tokenizer, 512, "completion")[0]
-        prompt = tokenizer(causal_lm.render(turns_of(CHATS[0][:1]), tokenizer, add_generation_prompt=True))["input_ids"]
+        prompt = tokenizer(tokens.render(turns_of(CHATS[0][:1]), tokenizer, add_generation_prompt=True))["input_ids"]
         first = row["counted"].index(1)
         assert row["input_ids"][:first] == prompt
 
@@ -182,7 +185,7 @@ def test_any_text_is_told_apart(contents, name):
     template, end = TEMPLATES[name]
     tokenizer = TOKENIZERS.setdefault(name, byte_level(template))
     contents = [f"q{text}q" for text in contents]  # without white space at the ends, which templates may trim
-    ids, counted = causal_lm._chat(turns_of(contents), tokenizer, "completion")
+    ids, counted = tokens._chat(turns_of(contents), tokenizer, "completion")
     assert answers(ids, counted.tolist(), tokenizer) == [f"{text}{end}" for text in contents[1::2]]
 
 
@@ -196,7 +199,7 @@ def test_all_counts_all_but_the_first():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters():
     tokenizer = byte_level(THINKING)
-    with pytest.raises(UserError, match=r"row 2: turn 2 is written differently .*task\.train_on=all"):
+    with pytest.raises(UserError, match=r"row 2: the template writes turn 2 differently .*task\.train_on=all"):
         encode(rows_of(["a", "b"], ["a", "b", "c", "d"]), tokenizer, 512, "completion")
     assert len(encode(rows_of(["a", "b"]), tokenizer, 512, "completion")) == 1
     assert len(encode(rows_of(["a", "b", "c", "d"]), tokenizer, 512, "all")) == 1
@@ -216,7 +219,7 @@ def test_a_template_that_refuses_is_quoted_with_the_row():
 def test_a_slow_tokenizer_and_a_length_beyond_the_model_are_refused():
     with pytest.raises(UserError, match="not a fast tokenizer"):
         encode(rows_of(["a", "b"]), SimpleNamespace(is_fast=False), 64, "all")
-    with pytest.raises(UserError, match=r"task\.max_length=5000 is more than the 4096 tokens"):
+    with pytest.raises(UserError, match=r"task\.max_length=5000 must be at most 4096"):
         encode(rows_of(["a", "b"]), byte_level(CHATML), 5000, "all")
 
 
@@ -356,7 +359,7 @@ def test_packed_conversations_do_not_see_each_other(kind, attention):
     model, task = decoder(kind, attention), task_of()
     rows = token_rows([5, 9, 3, 12, 4])
     packs = [[0, 3], [1, 2, 4]]
-    apart, packed = Collator(0)(rows), Collator(0, pad_to_multiple_of=8)(packed_rows(rows, packs))
+    apart, packed = ChatCollator(0)(rows), ChatCollator(0, pad_to_multiple_of=8)(packed_rows(rows, packs))
     with torch.no_grad():
         logits = model(**task.inputs(apart)).logits
         together = model(**task.inputs(packed)).logits
@@ -398,7 +401,7 @@ def reference(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("at_once", [1, 3 * 7, 1 << 24])
 def test_loss_and_gradient_are_those_of_cross_entropy(at_once, monkeypatch):
-    monkeypatch.setattr(causal_lm, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     labels = torch.randint(0, 7, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, IGNORED)
     weights = torch.rand(3, 5)
@@ -433,7 +436,7 @@ def test_half_precision_logits_keep_their_gradient_in_half():
 
 def test_parts_of_a_batch_give_the_loss_of_the_whole():
     model, task = decoder("llama"), task_of()
-    batch = Collator(0)(token_rows([5, 9, 3, 12, 4]))
+    batch = ChatCollator(0)(token_rows([5, 9, 3, 12, 4]))
     with torch.no_grad():
         whole = task.loss(model(**task.inputs(batch)), batch).item()
         shared = [
@@ -448,7 +451,7 @@ def test_scores_and_predictions_count_tokens_not_rows():
     rows = token_rows([5, 9, 3, 12, 4])
     example = [0, 2, 2, 3, 4]  # of five rows the second has nothing to learn, the third two windows
     encoded = datasets.Dataset.from_dict(rows | {"example": example})
-    batch = Collator(0)(rows)
+    batch = ChatCollator(0)(rows)
     output = model(**task.inputs(batch))
     outputs = task.outputs(output, batch)
     assert {key: tuple(value.shape) for key, value in outputs.items()} == {
@@ -544,7 +547,7 @@ def test_the_hub_is_asked_for_its_own_splits(monkeypatch):
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
+    monkeypatch.setattr("diffora.tasks.sources.hub.why_unreachable", lambda: None)
     task = task_of(train_split="train_sft", validation_split="test_sft", hub_config="default")
     rows = task.load()
     assert asked == [("someone/chats", "default")]
@@ -575,13 +578,13 @@ def test_tokens_are_cached_by_all_that_they_depend_on():
 
 def test_batches_carry_labels_where_tokens_count():
     rows = token_rows([5, 3])
-    batch = Collator(7)(rows)
+    batch = ChatCollator(7)(rows)
     assert batch["input_ids"].tolist()[1][3:] == [7, 7]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     for i in range(2):
         expected = [t if c else IGNORED for t, c in zip(rows["input_ids"][i], rows["counted"][i], strict=True)]
         assert batch["labels"][i].tolist() == expected + [IGNORED] * (5 - len(expected))
-    packed = Collator(7, pad_to_multiple_of=8)(packed_rows(rows, [[1, 0]]) | {"row": [4]})
+    packed = ChatCollator(7, pad_to_multiple_of=8)(packed_rows(rows, [[1, 0]]) | {"row": [4]})
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert packed["row"].tolist() == [4] and "attention_mask" not in packed
 
@@ -593,5 +596,5 @@ def test_validation_rows_under_another_name_are_not_left_out(cfg, tmp_path, name
     rows = [json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match=f"{name} is read by nobody under this name; call it validation.jsonl"):
+    with pytest.raises(UserError, match=f"{name} is not read under this name; call it validation.jsonl"):
         CausalLMTask(cfg("task=chat", f"task.path={tmp_path}").task).load()

@@ -221,6 +221,6 @@ def test_the_script(tmp_path):
     output = ["--output", str(tmp_path / "a.zip")]
     failed = subprocess.run([*script, str(tmp_path / "runs"), *output], capture_output=True, text=True)
     assert failed.returncode == 1
-    assert re.fullmatch(r"error: the server wants all eleven .*: QQP\.tsv, AX\.tsv.*\n", failed.stderr)
+    assert re.fullmatch(r"error: the server needs all eleven .*: QQP\.tsv, AX\.tsv.*\n", failed.stderr)
     done = subprocess.run([*script, str(tmp_path / "runs"), *output, "--fill-missing"], capture_output=True, text=True)
     assert done.returncode == 0 and "the majority class in QQP.tsv, AX.tsv" in done.stdout

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from diffora.errors import UserError
-from diffora.tasks import sources
 from diffora.tasks.glue import TASKS
 from diffora.tasks.labels import class_names
-from diffora.tasks.sources import load_rows, load_split
+from diffora.tasks.sources import hub
+from diffora.tasks.sources.load import load_rows, load_split
 
 MRPC, MNLI, STSB = TASKS["mrpc"], TASKS["mnli"], TASKS["stsb"]
 NAMES, REVERSED = ["not_equivalent", "equivalent"], ["equivalent", "not_equivalent"]
@@ -79,7 +79,7 @@ def test_numbers_follow_the_names_that_the_hub_gives(good, monkeypatch):
         rows = {split: table(split, flipped(LABELS)).to_pydict() for split in ("train", "validation")}
         return {split: datasets.Dataset.from_dict(columns, features=features) for split, columns in rows.items()}
 
-    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load_rows(MRPC).data_hash == good
 
@@ -121,7 +121,7 @@ def test_plain_numbers_beside_another_order_are_refused(tmp_path):
     [
         (["Equivalent", "not-equivalent"], "the task's are not_equivalent, equivalent; rename 'Equivalent' if 'equiv"),
         ([*NAMES, "unsure"], "its classes are not_equivalent, equivalent, unsure; the task's are not_equivalent, equ"),
-        (["equivalent", "equivalent"], "its classes are equivalent, equivalent: one of them stands there twice"),
+        (["equivalent", "equivalent"], "its classes are equivalent, equivalent: one of these names is there twice"),
         (["LABEL_0", "LABEL_1"], "its classes are LABEL_0, LABEL_1; the task's are not_equivalent, equivalent."),
         (["1", "2"], "its classes are 1, 2; the task's are"),
     ],
@@ -173,11 +173,11 @@ def test_a_categorical_column_of_numbers_counts_by_its_values(tmp_path, good):
     [
         (
             ["equivalent", "1", "equivalent"],
-            "row 2 (data rows, counted from 1), column 'label': \"1\" is a number, the",
+            "row 2 (data rows, counted from 1), column 'label': \"1\" is a number, but the labels of other rows",
         ),
         (
             ["1", "0", "equivalent"],
-            "row 3 (data rows, counted from 1), column 'label': \"equivalent\" is not a number, as",
+            "row 3 (data rows, counted from 1), column 'label': \"equivalent\" is not a number, but the",
         ),
         (
             ["equivalent", "Equivalent"],
@@ -226,7 +226,7 @@ def test_what_makes_a_result_doubtful_is_said(tmp_path):
     ]
     assert accounts["validation"].notes == [
         "classes that no training row has: not_equivalent",
-        "2 of 7 rows stand among the training rows too: the score may be too high",
+        "2 of 7 rows are training rows too: the score may be too high",
     ]
 
 

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.run.experiment import run
-from diffora.tasks import squad as module
 from diffora.tasks.base import Outputs, Split, get_task
+from diffora.tasks.questions import windows as module
+from diffora.tasks.questions.answers import best_answers
+from diffora.tasks.questions.check import SCHEMA
+from diffora.tasks.questions.metrics import NAMES_V2, normalise
 from diffora.tasks.squad import SquadTask
-from diffora.tasks.squad_data import SCHEMA
-from diffora.tasks.squad_metrics import NAMES_V2, normalise
 
 TEXT = (
     "In 1858 the Virgin Mary reputedly appeared to Saint Bernadette Soubirous, whose café stood near Zürich. "
@@ -490,7 +491,7 @@ def test_answers_are_the_best_of_all_spans(kind, longest):
     expected = exhaustive(made, split, noise, tokenizer)
     null = [outputs["null_score"][np.array(split.encoded["example"][:]) == i].min().item() for i in range(3)]
     for i, (prediction, answer) in enumerate(
-        zip(made.predictions(outputs, split), made._answers(outputs, split), strict=True)
+        zip(made.predictions(outputs, split), best_answers(outputs, split, made.cfg.n_best), strict=True)
     ):
         score, text = next((score, text) for score, text in expected[i] if text)
         assert answer.text == text and answer.null_odds == pytest.approx(null[i] - score, abs=1e-5)
@@ -507,7 +508,7 @@ def test_equal_scores_take_the_first_and_shortest():
         return [torch.zeros(batch["input_ids"].shape)] * 2
 
     outputs, split = whole(made, rows, tokenizer, flat)
-    answer = made._answers(outputs, split)[0]
+    answer = best_answers(outputs, split, made.cfg.n_best)[0]
     first = split.encoded[0]
     assert answer.text == TEXT[: first["char_end"][0]]
     assert [text for text, _ in answer.spans] == [TEXT[: first["char_end"][i]].strip() for i in range(5)]
@@ -669,7 +670,9 @@ def test_impossible_settings():
     with pytest.raises(UserError) as caught:
         task(max_length=20, train_file="train.json")
     assert len(caught.value.problems) == 2
-    assert "task.max_length=20 must be more than task.max_question_length=12 and task.doc_stride=8" in str(caught.value)
+    assert "task.max_length=20 must be more than task.max_question_length=12 plus task.doc_stride=8" in str(
+        caught.value
+    )
     assert "task.train_file" in caught.value.problems[1]
     cfg = OmegaConf.load(conf_dir() / "task" / "squad.yaml")
     cfg.unanswerable = True

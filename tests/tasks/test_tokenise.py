@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.tasks import tokenise as module
-from diffora.tasks.cache import default_cache_dir
 from diffora.tasks.glue import TASKS
 from diffora.tasks.tokenise import Collator, tokenise
 

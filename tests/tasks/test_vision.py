@@ -18,20 +18,25 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+import diffora
 from diffora.backbones import models
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.hub import resolve
-from diffora.loop.data import FineTuneData, SearchData, split_search
+from diffora.loop.data import FineTuneData, SearchData
+from diffora.loop.splits import split_search
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks import vision
 from diffora.tasks.account import lines
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.embedded.digits import ASKED, PRETRAINED, digits
-from diffora.tasks.vision import IMAGE, Augment, ImageCollate, Preprocessing, random_box
+from diffora.tasks.images import decode
+from diffora.tasks.images import rows as image_rows
+from diffora.tasks.images.batches import Augment, ImageCollate, centre, random_box
+from diffora.tasks.images.preprocessing import Preprocessing
+from diffora.tasks.images.source import IMAGE
 
-TINY = Path(models.__file__).parent / "assets" / "tiny_vit"
+TINY = Path(diffora.__file__).parent / "assets" / "tiny_vit"
 SMALL = Preprocessing(resize=8, crop=8, resample=2, scale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -137,7 +142,7 @@ def test_others_as_by_resizing_the_shorter_side_and_cutting_out_the_centre(tmp_p
 def test_a_small_image_is_enlarged_as_if_before_the_cut():
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 18}, crop_size={"height": 14, "width": 14})
     image = picture(9, 12)
-    box = vision.centre(9, 12, Preprocessing.of(theirs, "x"))
+    box = centre(9, 12, Preprocessing.of(theirs, "x"))
     assert box == (2.5, 1.0, 9.5, 8.0)  # 7 of 9 pixels become 14 of 18
     batch = {"pixels": [image.tobytes()], "height": [9], "width": [12], "row": [0]}
     ours = ImageCollate(Preprocessing.of(theirs, "x"), None)(batch)["pixel_values"]
@@ -151,13 +156,13 @@ def test_sizes_of_image_processors():
         processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
         processor.size = size
         if "width" in size:
-            assert "not that of a square image" in problems(Preprocessing.of, processor, "here")[0]
+            assert "must be the size of a square image" in problems(Preprocessing.of, processor, "here")[0]
         else:
             assert Preprocessing.of(processor, "here").resize == 8
 
 
 def rgb(image: bytes) -> np.ndarray:
-    return np.asarray(vision.decode({"bytes": image, "path": None}))
+    return np.asarray(decode.decode({"bytes": image, "path": None}))
 
 
 def test_every_kind_of_image_becomes_rgb():
@@ -222,7 +227,7 @@ def test_folders_parquet_and_hub_give_the_same(folders, tmp_path, task, cfg, mon
         files = {split: str(parquet / f"{split}-00000-of-00001.parquet") for split in ("train", "validation")}
         return {split: datasets.Dataset.from_parquet(file) for split, file in files.items()}
 
-    monkeypatch.setattr("diffora.tasks.sources.why_unreachable", lambda: None)
+    monkeypatch.setattr("diffora.tasks.sources.hub.why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     hub = get_task(cfg("task=food101", "task.num_labels=2").task)
     assert hub.load().data_hash == rows.data_hash and calls == [("ethz/food101", None)]
@@ -252,7 +257,7 @@ def test_modules_named_from_the_model_itself(cfg):
     grid = find_grid(model, ".", ["classifier", "vit.layers.3.mlp.fc2"], c.model.roles)
     assert grid.names == (("classifier", "vit.layers.3.mlp.fc2"),) and grid.shapes == (((64, 5), (128, 64)),)
     found = problems(find_grid, model, ".", ["classifer"])
-    assert found[0] == "classifer is no linear layer of this model" and "classifier" in found[1]
+    assert found[0] == "classifer is not a linear layer of this model" and "classifier" in found[1]
 
 
 def test_a_subset_of_the_training_images_is_always_the_same(folders, task):
@@ -324,8 +329,8 @@ def test_a_second_run_decodes_nothing(folders, task, monkeypatch):
     t = task(folders)
     rows = t.load()
     first = pixels(t, rows.train)
-    monkeypatch.setattr(vision, "decode", lambda image: pytest.fail("decoded again"))
-    monkeypatch.setattr(vision, "_digest", lambda image: pytest.fail("read again"))
+    monkeypatch.setattr(decode, "decode", lambda image: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_rows, "_digest", lambda image: pytest.fail("read again"))
     again = task(folders)
     assert torch.equal(pixels(again, again.load().train), first)
     monkeypatch.undo()
@@ -336,12 +341,13 @@ def test_a_second_run_decodes_nothing(folders, task, monkeypatch):
 
 
 def test_many_images_keep_their_order_across_chunks(tmp_path, task, monkeypatch):
-    monkeypatch.setattr(vision, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(decode, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(image_rows, "IMAGES_AT_ONCE", 4)
     t = task(write_folders(tmp_path, train=7, validation=1))
     rows = t.load().train
     whole = pixels(t, rows)
     for i in (0, 3, 4, 9, 13):
-        expected = vision.shrink(vision.decode(rows[i]["image"]), 8, 2)
+        expected = decode.shrink(decode.decode(rows[i]["image"]), 8, 2)
         found = t.encode(rows, SMALL, True)[i]
         assert found["pixels"] == expected.tobytes() and found["row"] == i
     assert len(whole) == 14
@@ -363,7 +369,7 @@ def test_all_images_that_cannot_be_decoded_are_named(folders, task, monkeypatch)
     assert "nothing in place of an image" in found[2] and "floating-point" in found[3]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # 9 x 12 is more than twice that
     assert "is too large" in problems(t.encode, t.load().validation["validation"], SMALL, False)[0]
-    monkeypatch.setattr(vision, "MOST_FAULTS", 2)
+    monkeypatch.setattr(decode, "MOST_FAULTS", 2)
     assert problems(t.encode, t.load().train, SMALL, True)[-1].startswith("… and ")
 
 
@@ -387,7 +393,7 @@ def test_faults_in_tables_name_row_and_column(folders, tmp_path, task):
     t = task(to_parquet(folders, tmp_path / "missing", names=False, label=None, labels=pa.array([0] * 12)))
     assert "no column 'label'; rename 'labels'" in problems(t.load)[0]
     t = task(to_parquet(folders, tmp_path / "one", names=False, label=pa.array([0] * 12)), "task.num_labels=2")
-    assert problems(t.load)[0].endswith("has none of: 1")
+    assert problems(t.load)[0].endswith("has none: 1")
     raw = pa.array([image["bytes"] for image in good.column("image").to_pylist()])
     t = task(to_parquet(folders, tmp_path / "raw", names=False, image=raw), "task.num_labels=2")
     assert len(pixels(t, t.load().train)) == 12  # bytes alone will do
@@ -398,8 +404,8 @@ def test_faults_in_folders(folders, tmp_path, task):
     (folders / "validation" / "fish").mkdir()
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "fish")
     first, second = problems(task(folders).load)
-    assert "bird: no image that Pillow can read by its extension; found nothing" in first
-    assert "'fish' is no class of the training split, which has bird, cat, dog" in second
+    assert "bird: no file has the extension of an image that Pillow can read; found nothing" in first
+    assert "'fish' is not a class of the training split, which has bird, cat, dog" in second
     shutil.rmtree(folders / "validation")
     assert "nothing for the split 'validation'" in problems(task(folders).load)[1]
     (folders / "validation").mkdir()
@@ -490,7 +496,7 @@ def test_no_program_is_started_for_an_image(folders, task, monkeypatch):
 def test_links_to_nothing_are_named(folders, task):
     link = folders / "train" / "cat" / "z.png"
     link.symlink_to(folders / "gone.png")
-    assert problems(task(folders).load) == [f"{link}: a link to a file that is not there."]
+    assert problems(task(folders).load) == [f"{link}: a link to a file that does not exist."]
 
 
 def test_images_beside_the_class_folders_are_refused(folders, task):
@@ -508,7 +514,7 @@ def test_the_first_of_several_frames_is_used_and_said(folders, task):
     account = t.account("train", Split(rows.train, t.encode(rows.train, SMALL, True)))
     assert account.changed == {"the first of several frames is used": 3} and account.used == 15
     tiff = t.encode(rows.train, SMALL, True)[[Path(file).name for file in rows.train["file"][:]].index("x.tiff")]
-    assert tiff["pixels"] == vision.shrink(frames[0], 8, 2).tobytes() and tiff["cut"]
+    assert tiff["pixels"] == decode.shrink(frames[0], 8, 2).tobytes() and tiff["cut"]
 
 
 def turned(folder: Path, split: str, names: list[str], labels: list) -> None:
@@ -549,7 +555,7 @@ def test_names_that_the_training_split_lacks_are_refused(folders, tmp_path, task
     assert "its classes are cat, Dog; " in message and "has cat, dog; rename 'Dog' if 'dog' is meant" in message
     turned(parquet, "validation", [], [0] * 3 + [1] * 3)
     turned(parquet, "train", [], ["cat"] * 6 + ["dog"] * 6)
-    assert "has names of classes as labels" in problems(task(parquet).load)[0]
+    assert "has class names as labels" in problems(task(parquet).load)[0]
 
 
 def test_a_trained_model_decides_the_numbers(folders, tmp_path, task):
@@ -581,7 +587,7 @@ def test_what_makes_a_result_doubtful_is_said(folders, task):
     assert t.accounts["validation"].notes == [
         "no image of these classes: dog",
         "all images are of the same class: cat",
-        "1 of 4 rows stand among the training rows too: the score may be too high",
+        "1 of 4 rows are training rows too: the score may be too high",
     ]
     t = task(folders, "task.max_train_rows=1")
     t.load()
@@ -744,7 +750,7 @@ def test_the_embedded_task_says_what_it_has(cfg, digit_task):
     assert problems(digit_task.load_split, "test") == ["split=test: task 'digits' has the splits train, validation."]
     assert len(digit_task.load_split("validation")) == 360
     many = get_task(cfg("task=digits", "task.validation_rows=896").task)
-    assert problems(many.load)[0].startswith("task.validation_rows=896: there are 896 images")
+    assert problems(many.load)[0].startswith("task.validation_rows=896 must be less than 896, the number of images")
 
 
 def test_tiny_vit_is_small_and_lacks_only_the_classifier():
@@ -908,7 +914,7 @@ def test_classes_that_differ_in_case_only_are_said(folders, task):
         shutil.copytree(folders / split / "cat", folders / split / "Cat")
     made = task(folders)
     made.load()
-    assert "classes whose names differ in case or white space only: Cat, cat" in made.accounts["train"].notes
+    assert "classes whose names differ only in case or white space: Cat, cat" in made.accounts["train"].notes
 
 
 def test_an_empty_name_is_no_class(folders, tmp_path, task):
@@ -926,7 +932,7 @@ def test_numbers_without_names_are_said_to_be_those_of_the_run(folders, tmp_path
     made.expect(["dog", "cat"])
     made.load_split("validation")
     [note] = made.accounts["validation"].notes
-    assert note == "it does not name its classes: its numbers are taken as in the run: dog, cat"
+    assert note == "it does not name its classes: its numbers are taken to mean those of the run: dog, cat"
 
 
 def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_path, cfg):

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
+from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
-from diffora.tasks.causal_lm import IGNORED, CausalLMTask
-from diffora.training.finetune import FineTuneModule, FineTuneSettings
+from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.chat.loss import IGNORED
+from diffora.training.finetune import FineTuneModule
 
 STEPS, ROWS, LENGTH = 3, 4, 9
 
@@ -59,7 +62,7 @@ def gradients(batches: list[dict[str, Tensor]], **trainer) -> Tensor:
     task = CausalLMTask(OmegaConf.create({"name": "lm"}))
     adaptation = LowRankAdaptation(decoder(), Regulariser(weight=0.01, form="squared"))
     split = Split(rows_of(ROWS), rows_of(ROWS))
-    settings = FineTuneSettings(lr=1e-3, weight_decay=0.0, warmup_steps=0, early_stop=None)
+    settings = FineTune(epochs=1, batch_size=4, lr=1e-3, warmup_steps=0, early_stop=None)
     halves = np.arange(2), np.arange(2, ROWS)
     module = FineTuneModule(adaptation, task, split, {"validation": split}, halves, settings, seed=0)
     seen: list[Tensor] = []

@@ -21,12 +21,14 @@ from small import rows_of, small_task
 from torch.utils.data import DataLoader
 
 from diffora.backbones import models
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import attach, lowrank_layers
-from diffora.loop.checkpoint import NonFiniteLoss
+from diffora.core.lowrank import lowrank_layers
+from diffora.loop.stage import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
-from diffora.training.finetune import FineTuneModule, FineTuneSettings
+from diffora.training.finetune import FineTuneModule
 
 
 def accuracy(logits, labels):
@@ -38,7 +40,7 @@ def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     grid = find_grid(model, "encoder.layer.*", TYPES)
     attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, dropout=dropout, freeze=False)
     adaptation = (adaptation or LowRankAdaptation)(model)
-    settings = FineTuneSettings(**{"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 4, "early_stop": None} | changes)
+    settings = FineTune(**{"epochs": 4, "batch_size": 8, "lr": 1e-3, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     split = Split(rows_of(24), rows_of(24))
     return FineTuneModule(adaptation, small_task(), split, {"validation": split}, halves, settings, seed=0)
@@ -311,7 +313,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     """Their rows hold 8 + 5 and 1 + 0 tokens; the mean is that of all, cut into parts or not."""
     torch.set_num_threads(1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [*launch, ddp_finetune.__file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,11 +24,11 @@ from diffora.adapters.pairs import (
     write_tensors,
 )
 from diffora.backbones.models import check_outside_head, drawn_modules, freeze_backbone, head_modules
+from diffora.core.attach import freeze_rest, places_of
 from diffora.core.linear import features, is_conv1d, is_linear
-from diffora.core.lowrank import LowRankLinear, freeze_rest, places_of
+from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 from diffora.files import atomic_folder, read_json, write_text
-from diffora.kernels.peers import Peers
 from diffora.tasks.base import Task
 from diffora.trust import check_peft_adapter, class_at, settings
 
@@ -347,7 +347,7 @@ def _load_weights(model: nn.Module, folder: Path, manifest: Mapping[str, Any] | 
             "none, are not read any more: make the run again"
         )
     tensors = read_tensors(folder / TRAINED)
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     freeze_backbone(model)
     with torch.random.fork_rng():
@@ -437,7 +437,6 @@ def _load_pairs(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> 
         modules[name].load_state_dict(state)
     first = {name: group[0] for group in pairs.groups for name in group}
     parameters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-    peers = Peers()
     for name, (rank, scale, dropout) in pairs.modules.items():
         source = first.get(name, name)
         if source not in parameters:
@@ -446,7 +445,6 @@ def _load_pairs(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> 
             parameters[source] = nn.Parameter(lora_a.to(device)), nn.Parameter(lora_bt.to(device))
         layer = LowRankLinear(modules[name], *parameters[source], alpha=scale * rank, dropout=dropout)
         layer.scaling = scale  # to the bit
-        layer.peers = peers
         for place in places[id(modules[name])]:
             model.set_submodule(place, layer)
 

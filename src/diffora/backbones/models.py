@@ -30,6 +30,7 @@ from diffora.errors import UserError, out_of_memory
 from diffora.files import read_json
 from diffora.hub import resolve, why_unreachable
 from diffora.kernels.dropout import use_cheap_dropout
+from diffora.settings.sections import Model
 from diffora.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -51,14 +52,14 @@ def model_config(cfg: Any, task: Task, meta: bool) -> Any:
 
     local = resolve(cfg.path)[1]
     head = {"problem_type": None} | task.head()  # not the one that a checkpoint was trained for
-    if meta and not local and "config" in cfg:
-        shape: Any = OmegaConf.to_container(cfg.config)
+    if meta and not local and getattr(cfg, "config", None):
+        shape: Any = _plain(cfg.config)
         config = AutoConfig.for_model(**shape | head)
     else:
         config_of_checkpoint(cfg)
         with _readable(cfg, "config.json") as where:
             config = AutoConfig.from_pretrained(**where, **head)
-        given: Any = OmegaConf.to_container(cfg.get("config") or OmegaConf.create())
+        given: Any = _plain(getattr(cfg, "config", None))
         if other := [f"model.config.{k}={v!r}" for k, v in given.items() if k in head or getattr(config, k, None) != v]:
             log.warning(
                 f"{', '.join(other)} not taken: model.config describes a model for dry_run=true without its files, and "
@@ -138,7 +139,7 @@ def _check_config(cfg: Any) -> None:
 
 def _trusts(cfg: Any) -> bool:
     """``model.trust_remote_code``; runs of earlier versions do not have it."""
-    return cfg.get("trust_remote_code", False) is True
+    return getattr(cfg, "trust_remote_code", False) is True
 
 
 def load_tokenizer(cfg: Any) -> Any:
@@ -241,7 +242,7 @@ def load_model(cfg: Any, task: Task, whole: bool = False) -> nn.Module:
     config = model_config(cfg, task, meta=False)
     # Pass the dtype explicitly: transformers would otherwise take that of the file, float16 for DeBERTaV3.
     how: dict[str, Any] = {"dtype": dtype_of(cfg)}
-    if cfg.get("quantise"):
+    if getattr(cfg, "quantise", None):
         how["quantization_config"] = _quantisation(cfg, task)
     before = torch.get_rng_state()
     with _readable(cfg) as where:
@@ -250,13 +251,14 @@ def load_model(cfg: Any, task: Task, whole: bool = False) -> nn.Module:
         )
     _take_checkpoint(model, info, cfg, task, whole, before)
     check_values(model, cfg)
-    check_length(model, task.cfg.get("max_length"))
+    check_length(model, getattr(task.cfg, "max_length", None))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights on a CPU in the first evaluation; no gradient passes them then.
             module.support_avx512bf16_for_cpu = False
     model.trains_head = task.trains_head
-    use_cheap_dropout(model)
+    if cfg.get("kernel", "fused") == "fused":
+        use_cheap_dropout(model)
     return freeze_backbone(model)
 
 
@@ -269,9 +271,10 @@ def meta_model(cfg: Any, task: Task) -> nn.Module:
         model: nn.Module = getattr(transformers, task.model_class).from_config(
             config, dtype=dtype_of(cfg), trust_remote_code=where["trust_remote_code"]
         )
-    check_length(model, task.cfg.get("max_length"))
+    check_length(model, getattr(task.cfg, "max_length", None))
     model.trains_head = task.trains_head  # type: ignore[assignment]
-    use_cheap_dropout(model)
+    if cfg.get("kernel", "fused") == "fused":
+        use_cheap_dropout(model)
     return freeze_backbone(model)
 
 
@@ -355,7 +358,7 @@ def _draw(model: nn.Module, prefixes: tuple[str, ...], generator_state: torch.Te
 
 def dtype_of(cfg: Any) -> torch.dtype:
     """``model.dtype``, the precision of the frozen weights."""
-    dtype: torch.dtype = getattr(torch, cfg.get("dtype", "float32"))
+    dtype: torch.dtype = getattr(torch, getattr(cfg, "dtype", "float32"))
     return dtype
 
 
@@ -383,20 +386,22 @@ def _not_quantised(cfg: Any, task: Task) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(layers)]
 
 
-def problems(cfg: Any) -> Iterator[str]:
-    """What of the configuration cannot be right for the backbone, found before it is loaded."""
-    quantise = cfg.model.get("quantise")
-    if quantise and not cfg.get("dry_run") and importlib.util.find_spec("bitsandbytes") is None:
-        yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
-    if not isinstance(cfg.model.path, str):
-        return  # `diffora.settings.config` says what it must be
+def problems(model: Model, dry_run: bool) -> Iterator[str]:
+    """What is wrong with the ``model`` section for this machine and the model's own files, before they are loaded."""
+    if model.quantise and not dry_run and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"model.quantise={model.quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
     try:
-        if resolve(cfg.model.path)[1]:
-            config_of_checkpoint(cfg.model)
-            if not cfg.get("dry_run"):
-                yield from _file_problems(cfg.model)
+        if resolve(model.path)[1]:
+            config_of_checkpoint(model)
+            if not dry_run:
+                yield from _file_problems(model)
     except UserError as error:
         yield from error.problems
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    content: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    return content or {}
 
 
 def checkpoint_activations(model: nn.Module) -> None:

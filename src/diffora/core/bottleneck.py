@@ -1,4 +1,4 @@
-"""The bottleneck adapter, f(x) = x + W_up act(W_down x), behind a linear layer (Houlsby et al., 2019)."""
+"""The bottleneck adapter, f(h) = h + W_up act(W_down h), after a linear layer (Houlsby et al., 2019)."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tan
 
 
 class BottleneckLinear(nn.Module):
-    """A frozen linear layer whose output h becomes h + W_up act(W_down h), or without the skip W_up act(W_down h).
+    """A frozen linear layer whose output h becomes h + W_up act(W_down h), or W_up act(W_down h) without the skip.
 
-    With the skip, the adapter starts near the identity: both matrices are drawn from N(0, std^2), biases are 0. At
-    std = 0 it is the identity, but then W_down gets no gradient in the first step.
+    With the skip, the adapter starts near the identity: both matrices are drawn from N(0, std^2), and biases are 0.
+    With std = 0 it is the identity, but W_down gets no gradient in the first step.
 
     Args:
-        base: the pretrained layer, of any kind that `is_linear` knows; it is called as it is and frozen here.
+        base: the pretrained layer, of any kind that `is_linear` accepts. It is frozen here.
         size: width of the bottleneck.
         activation: one of `ACTIVATIONS`.
-        skip: add h to the output. Without it, nothing of the pretrained layer's output passes by the bottleneck.
-        std: of the initial weights. Houlsby et al. truncate the normal at two standard deviations, as here.
+        skip: add h to the output. Without it, the pretrained output only passes through the bottleneck.
+        std: standard deviation of the initial weights, truncated at two of them as in Houlsby et al.
     """
 
     def __init__(self, base: nn.Module, size: int, activation: str = "gelu", skip: bool = True, std: float = 0.01):
@@ -43,17 +43,17 @@ class BottleneckLinear(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the precision of the base layer, however precise the adapter is."""
+        """(..., in) -> (..., out), in the precision of the base layer, whatever that of the adapter."""
         hidden: Tensor = self.base(x)
         update: Tensor = self.up(self.act(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + update.to(hidden.dtype) if self.skip else update.to(hidden.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """For backbones that look at the dtype of their linear layers' weights, and nothing but that.
+        """For backbones that only read the dtype of their linear layers' weights.
 
-        Where the values are read, the bottleneck would be left out. torch's fused kernels for `nn.TransformerEncoder`
-        step aside when they meet this weight.
+        Reading the values raises an error, because the bottleneck would be left out. torch's fused kernels for
+        `nn.TransformerEncoder` are not used with this weight.
         """
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight if torch.compiler.is_compiling() else AdaptedWeight(weight, _no_weight)
@@ -67,6 +67,6 @@ class BottleneckLinear(nn.Module):
 
 def _no_weight() -> Tensor:
     raise UserError(
-        "this model reads the weight of a linear layer with a bottleneck behind it and does not call the layer, which "
-        "would leave the bottleneck out: choose other modules"
+        "this model reads the weight of a linear layer that has a bottleneck behind it and does not call the layer, "
+        "which would leave the bottleneck out: choose other modules"
     )

@@ -1,15 +1,15 @@
-"""The L x N grid of candidate modules (DiffoRA, section 4.1): L layers with the same N linear modules each."""
+"""The L x N grid of candidate modules ([D] section 4.1): L layers with the same N linear modules each."""
 
 import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from diffora.core.attach import inside_adapter
 from diffora.core.linear import features, is_linear
-from diffora.core.lowrank import inside_adapter
 from diffora.core.parts import guess_roles
 from diffora.core.stacks import (
     MOST,
@@ -30,13 +30,14 @@ class Grid:
     """Full module names and weight shapes of the candidates, layer by layer.
 
     Attributes:
-        types: the N module types, as they are called inside a layer (the columns).
+        types: the N module types, named by their path inside a layer (the columns).
         names: L x N full module names.
         shapes: L x N pairs (in_features, out_features).
         layers: L full names of the layers themselves.
-        roles: modules of a layer, by the part they play (``attention_output``, ``ffn_output``, ``key``, ``value``).
-        left_out: what no grid of this model can hold or this one does not: matrices of the layers that belong to no
-            linear layer, and, where the layers were found and not given, other stacks of layers.
+        roles: paths of modules of a layer by their role (``attention_output``, ``ffn_output``, ``key``, ``value``).
+        left_out: what is not in the grid: matrices of the layers that belong to no linear layer and, if the layers were
+            found and not given, other stacks of layers.
+        prefix: see `find_grid`.
     """
 
     types: tuple[str, ...]
@@ -45,6 +46,7 @@ class Grid:
     layers: tuple[str, ...]
     roles: dict[str, str]
     left_out: tuple[str, ...] = ()
+    prefix: str = field(default="", compare=False, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -55,17 +57,26 @@ class Grid:
         return len(self.types)
 
     def having(self, role: str) -> list[str]:
-        """Full names of the modules that play a part, one a layer.
+        """Full names of the modules with a role, one per layer.
 
         Raises:
-            UserError: neither the model's configuration nor the names of its modules say which they are.
+            UserError: neither the given roles nor the names of the modules tell which modules these are.
         """
         if role not in self.roles:
+            setting = f"+{self.prefix}roles.{role}" if self.prefix else f"roles.{role}"  # + adds a key
             raise UserError(
-                f"this method needs to know which module of a layer is its {role}: say so with "
-                f"+model.roles.{role}=…, where a layer has {', '.join(self.types)}"
+                f"this method needs to know which module of a layer is its {role}: say so with {setting}=…, "
+                f"where a layer has {', '.join(self.types)}"
             )
         return [f"{layer}.{self.roles[role]}" for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the grid: its full name, and its linear modules by path below it."""
+
+    place: str
+    linear: Mapping[str, nn.Module]
 
 
 def find_grid(
@@ -73,86 +84,77 @@ def find_grid(
     layer: str | None = None,
     candidates: Sequence[str] | None = None,
     roles: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> Grid:
-    """Find the candidate modules of a backbone.
+    """Find the candidate modules of a backbone ([D] section 4.1).
 
-    What is not given is found: as layers the members of the large stack of numbered siblings, as candidates every
-    linear module in them, as roles those that the modules' names leave no doubt about. A warning names what is left out
-    when the candidates are found.
+    What is not given is found: the layers are the members of the largest stack of numbered siblings, the candidates are
+    all linear modules in them, the roles are those that the modules' names make clear. If the candidates are found, a
+    warning names what is left out.
 
     Args:
-        model: any module that holds the repeated layers.
-        layer: where a layer stands, with ``*`` for its number: ``encoder.layer.*``; or with the numbers of some, as in
-            ``encoder.layer.[0,3]``. Or ``.``, the model itself: a grid of one row, of candidates by their full names,
-            such as the classifier alone.
-        candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path
-            below the layer, so that ``output.dense`` does not also match ``attention.output.dense``. Layers that have
-            none of them are left out.
-        roles: linear modules by the part they play in a layer, likewise as paths below it.
+        model: any module that contains the repeated layers.
+        layer: the place of the layers, with ``*`` for the number: ``encoder.layer.*``; or with the numbers of some, as
+            in ``encoder.layer.[0,3]``. Or ``.``, the model itself: a grid of one row, of candidates by their full
+            names, such as the classifier alone.
+        candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path below the
+            layer, so that ``output.dense`` does not match ``attention.output.dense`` too. Layers that have none of the
+            candidates are left out.
+        roles: linear modules by their role in a layer, likewise as paths below it.
+        prefix: written before ``layer``, ``candidates`` and ``roles`` in messages, such as ``model.`` where these are
+            settings.
 
     Raises:
-        UserError: nothing matches, a candidate is not a linear module, the layers do not have all candidates (a ragged
-            grid), or what is meant is not clear; the message lists near misses or choices.
+        UserError: nothing matches, a candidate is not a linear module, some layers lack a candidate (a ragged grid),
+            or there are several possibilities. The message lists near misses or choices.
     """
     if layer == ".":
-        return _without_layers(model, candidates or ())
-    stack = main_stack(model, candidates) if layer is None else _stack_at(model, layer, candidates)
+        return _one_row(model, candidates or (), prefix)
+    stack = main_stack(model, candidates, prefix) if layer is None else _stack_at(model, layer, candidates, prefix)
     left_out = [*other_matrices(model, stack), *(other_stacks(model, stack) if layer is None else ())]
     if candidates is None:
-        candidates = all_candidates(model, stack)
+        candidates = all_candidates(model, stack, prefix)
         if left_out:
             more = f" and {len(left_out) - MOST} more" if len(left_out) > MOST else ""
             log.warning(
                 f"left out of the grid, as not linear layers or in another stack: {', '.join(left_out[:MOST])}{more}"
             )
-    rows = [
-        (place, linear)
+    layers = [
+        _Layer(place, linear)
         for place, linear in zip(stack.layers, stack.linear, strict=True)
         if any(_has(model, f"{place}.{path}") for path in candidates)
     ]
-    problems = list(_problems(model, stack.pattern, rows, candidates))
-    for role, path in (roles or {}).items():
-        strange = [place for place, linear in rows if path not in linear]
-        problems += [f"model.roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
-    if problems:
-        raise UserError([*problems, _hint(model, stack.pattern, candidates)])
-    if problems := list(_shared(rows, candidates)):
-        raise UserError(problems)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if adapted := [n for place, _ in rows for path in candidates if inside_adapter(n := f"{place}.{path}", modules)]:
-        raise UserError(
-            f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
-            "grid first, or take the adapter out with detach(model), or PEFT's unload()"
-        )
-    everywhere = [path for path in rows[0][1] if all(path in linear for _, linear in rows)]
+    _check(model, stack.pattern, layers, candidates, roles or {}, prefix)
+    everywhere = [path for path in layers[0].linear if all(path in each.linear for each in layers)]
     return Grid(
         types=tuple(candidates),
-        names=tuple(tuple(f"{place}.{path}" for path in candidates) for place, _ in rows),
-        shapes=tuple(tuple(features(linear[path]) for path in candidates) for _, linear in rows),
-        layers=tuple(place for place, _ in rows),
+        names=tuple(tuple(f"{each.place}.{path}" for path in candidates) for each in layers),
+        shapes=tuple(tuple(features(each.linear[path]) for path in candidates) for each in layers),
+        layers=tuple(each.place for each in layers),
         roles=guess_roles(everywhere) | dict(roles or {}),
         left_out=tuple(left_out),
+        prefix=prefix,
     )
 
 
-def _without_layers(model: nn.Module, candidates: Sequence[str]) -> Grid:
-    """One row of modules that are named from the model itself."""
+def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
+    """One row of modules by their full names."""
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if is_linear(module)}
-    problems = [f"{name} is no linear layer of this model" for name in candidates if name not in linear]
+    problems = [f"{name} is not a linear layer of this model" for name in candidates if name not in linear]
     if problems or not candidates:
         raise UserError([*problems, _hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
-    return Grid(types=tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles={})
+    return Grid(tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles={}, prefix=prefix)
 
 
-def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None) -> Stack:
-    """The layers that a pattern means: of those that match it, the ones with a candidate or any linear module."""
+def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, prefix: str) -> Stack:
+    """The layers that match a pattern and have one of the candidates, or any linear module if none are given."""
     place = re.fullmatch(r"([^*]*?)(\*|\[\d+(?:,\d+)*\])([^*]*)", layer)
     if place is None:
         raise UserError(
-            f"model.layer={layer!r} must have exactly one '*', where the layer's number stands, or the numbers of some "
-            "layers in its place, as [0] or [0,3]"
+            f"{prefix}layer={layer!r} must have exactly one '*' in place of the layer's number, or the numbers of some "
+            "layers, as [0] or [0,3]"
         )
     number = r"\d+" if place[2] == "*" else place[2].strip("[]").replace(",", "|")
     pattern = re.compile(rf"(?:.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
@@ -164,7 +166,7 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None) ->
             continue
         index = int(match[1])
         if index in found:
-            raise UserError(f"model.layer={layer} matches both {found[index][0]} and {name}: begin it further up")
+            raise UserError(f"{prefix}layer={layer} matches both {found[index][0]} and {name}: give a longer path")
         found[index] = name, linear
     if not found:
         problems = [f"no linear layer matches {layer}.{path}" for path in candidates or ["…"]]
@@ -173,37 +175,62 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None) ->
     return Stack(layer, list(places), list(inside))
 
 
-def _problems(
-    model: nn.Module, layer: str, rows: Sequence[tuple[str, Mapping[str, nn.Module]]], candidates: Sequence[str]
+def _check(
+    model: nn.Module,
+    pattern: str,
+    layers: Sequence[_Layer],
+    candidates: Sequence[str],
+    roles: Mapping[str, str],
+    prefix: str,
+) -> None:
+    """Raise a UserError if the layers and candidates do not make a grid of modules that can be adapted."""
+    problems = list(_missing(model, pattern, layers, candidates, prefix))
+    for role, path in roles.items():
+        strange = [each.place for each in layers if path not in each.linear]
+        problems += [f"{prefix}roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
+    if problems:
+        raise UserError([*problems, _hint(model, pattern, candidates)])
+    if problems := list(_shared(layers, candidates, prefix)):
+        raise UserError(problems)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = (f"{each.place}.{path}" for each in layers for path in candidates)
+    if adapted := [name for name in names if inside_adapter(name, modules)]:
+        raise UserError(
+            f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
+            "grid first, or remove the adapter with detach(model), or PEFT's unload()"
+        )
+
+
+def _missing(
+    model: nn.Module, pattern: str, layers: Sequence[_Layer], candidates: Sequence[str], prefix: str
 ) -> Iterator[str]:
-    """Why the layers have not all the candidates as linear modules."""
+    """Why some layers do not have all candidates as linear modules."""
     if not candidates:
-        yield "model.candidates is empty: name at least one linear module of a layer"
+        yield f"{prefix}candidates is empty: name at least one linear module of a layer"
     for path in candidates:
-        strange = [name for place, linear in rows if path not in linear and _has(model, name := f"{place}.{path}")]
-        missing = [i for i, (place, _) in enumerate(rows) if not _has(model, f"{place}.{path}")]
+        strange = [name for e in layers if path not in e.linear and _has(model, name := f"{e.place}.{path}")]
+        missing = [each.place for each in layers if not _has(model, f"{each.place}.{path}")]
         if strange and is_linear(model.get_submodule(strange[0])):
             where = strange[0]
             yield f"{where} is the same module as another one in its layer: name it once, it is adapted in both places"
         elif strange:
             yield f"{strange[0]} is a {type(model.get_submodule(strange[0])).__name__}, not a linear layer"
-        elif len(missing) == len(rows):
-            yield f"no linear layer matches {layer}.{path}"
+        elif len(missing) == len(layers):
+            yield f"no linear layer matches {pattern}.{path}"
         elif missing:
-            names = ", ".join(rows[i][0].rpartition(".")[2] for i in missing)
-            yield f"{layer}.{path} is missing in layer(s) {names}"
+            yield f"{pattern}.{path} is missing in layer(s) {', '.join(p.rpartition('.')[2] for p in missing)}"
 
 
-def _shared(rows: Sequence[tuple[str, Mapping[str, nn.Module]]], candidates: Sequence[str]) -> Iterator[str]:
-    """Candidates that are one module in several layers, which can have one update only."""
+def _shared(layers: Sequence[_Layer], candidates: Sequence[str], prefix: str) -> Iterator[str]:
+    """Candidates that are one module in several layers, which can have only one update."""
     for path in candidates:
         first: dict[int, str] = {}
-        for place, linear in rows:
-            other = first.setdefault(id(linear[path]), place)
-            if other != place:
+        for each in layers:
+            other = first.setdefault(id(each.linear[path]), each.place)
+            if other != each.place:
                 yield (
-                    f"{place}.{path} is the same module as {other}.{path}: leave {path} out of the candidates, or name "
-                    "in model.layer one of the layers that share it, as [0] in place of *"
+                    f"{each.place}.{path} is the same module as {other}.{path}: leave {path} out of the candidates, or "
+                    f"name in {prefix}layer one of the layers that share it, as [0] in place of *"
                 )
                 break
 
@@ -222,7 +249,7 @@ def _hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
 
 
 def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str], most: int = 8) -> list[str]:
-    """Linear layers of the model with numbers folded to ``*``, the closest to what was asked for first."""
+    """Linear layers of the model, numbers replaced by ``*``, those most similar to what was asked for first."""
     there = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
     wanted = [f"{layer}.{candidate}" for candidate in candidates] or [layer]
 

@@ -1,4 +1,8 @@
-"""Gradients of the bi-level problem (eq. 13): min over Gamma of L_valid(w*(Gamma), Gamma), w* = argmin_w L_train."""
+"""Gradients of the bi-level problem, [D] eq. 13: min over Γ of L_valid(w*(Γ), Γ) with w*(Γ) = argmin over w of L_train.
+
+w stands for every A and B and the head. [D] uses the first order (`first_order`); `unrolled` is the second order, as in
+DARTS (arXiv 1806.09055). `simultaneous` computes the first order and the weights' gradient in one backward pass.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,27 +13,28 @@ Params = Sequence[Tensor]
 
 
 def first_order(valid_loss: Tensor, gamma: Tensor) -> Tensor:
-    """d L_valid / d Gamma at fixed weights (Algorithm 1, line 4). No gradient of a weight is computed or touched."""
+    """dL_valid/dΓ at fixed weights ([D] Algorithm 1, line 4), L x N. Computes no gradient of a weight."""
     return torch.autograd.grad(valid_loss, gamma)[0]
 
 
 def simultaneous(
     train_loss: Tensor, valid_loss: Tensor, pairs: Params, head: Params, gamma: Tensor
 ) -> list[Tensor | None]:
-    """dL_train/d(A, B, head) and dL_valid/dGamma at the same point, from one backward pass over the whole graph.
+    """dL_train/d(A, B, head) and dL_valid/dΓ at the same point, from one backward pass over the whole graph.
 
-    The losses come from one forward pass under `diffora.core.split.divided`: by A and B only the first one has a
-    gradient, by Gamma only the second one, so that their sum can be differentiated. The head knows no such division;
-    its gradient is taken from the first loss alone, which costs little, since it stands behind everything else.
+    Both losses must come from one forward pass under `diffora.core.split.divided`. There A and B have a gradient from
+    the training loss only and Γ from the validation loss only, so the sum of both losses can be differentiated. The
+    head is not split by rows, so its gradient is taken from the training loss alone; that costs little, because only
+    the head's own backward pass is needed for it.
 
     Args:
-        train_loss, valid_loss: scalars; one without a graph stands for a half that is not there.
+        train_loss, valid_loss: scalars; one without a graph stands for a batch that is missing.
         pairs: every A and B.
         head: the other weights of the lower level.
-        gamma: the upper level's variable.
+        gamma: Γ, L x N.
 
     Returns:
-        The gradients by ``pairs``, ``head`` and ``gamma``, in a row; None for 0.
+        One list: the gradients by ``pairs``, then by ``head``, then by ``gamma``; None stands for 0.
     """
     of_head: Sequence[Tensor | None] = [None] * len(head)
     if head and train_loss.requires_grad:
@@ -45,17 +50,20 @@ def unrolled(
     gamma: Tensor,
     xi: float,
 ) -> Tensor:
-    """Hypergradient through one inner gradient step, w' = w - xi * dL_train/dw, as DARTS unrolls it.
+    """Second-order hypergradient through one gradient step, w' = w - xi * dL_train/dw, as DARTS unrolls it.
 
-    Exact (double backward), where DARTS takes finite differences:
-    ``dL_valid/dGamma (w') - xi * d2 L_train / dGamma dw * dL_valid/dw'``.
+    ``dL_valid/dΓ (w') - xi * d2 L_train / dΓ dw * dL_valid/dw'``, exact by double backward; DARTS approximates it by
+    finite differences.
 
     Args:
-        train_loss: loss of the lower level as a function of the weights (and, inside, of gamma).
-        valid_loss: loss of the upper level likewise.
+        train_loss: training loss as a function of the weights; it also depends on ``gamma``.
+        valid_loss: validation loss, likewise.
         params: the lower level's weights, leaves that require gradients.
-        gamma: the upper level's variable, a leaf.
-        xi: the inner step size.
+        gamma: Γ, a leaf.
+        xi: size of the inner step.
+
+    Returns:
+        L x N.
     """
     grads = torch.autograd.grad(train_loss(params), params, create_graph=True)
     stepped = [param - xi * grad for param, grad in zip(params, grads, strict=True)]

@@ -12,11 +12,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps (..., in) to (..., out) by a matrix, so that a low-rank update can stand beside it.
+    """Whether a module multiplies (..., in) by a matrix to (..., out), so that a low-rank update can be added to it.
 
-    That is `nn.Linear` with its subclasses, quantised ones among them, and GPT-2's `Conv1D`. The latter is known by
-    its class name, its ``nf`` and a weight of (in, nf), since nothing here imports transformers. The projection inside
-    `nn.MultiheadAttention` is left out: it is never called, only its weight is read.
+    These are `nn.Linear` and its subclasses, including quantised ones, and GPT-2's `Conv1D`. `Conv1D` is recognised by
+    its class name, its ``nf`` and a weight of (in, nf), because this package does not import transformers. The
+    projection inside `nn.MultiheadAttention` does not count: it is never called, only its weight is read.
     """
     return (isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)) or is_conv1d(
         module
@@ -24,21 +24,21 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a `Conv1D`: a linear layer that keeps its weight transposed."""
+    """Whether a module is a `Conv1D`: a linear layer that stores its weight transposed."""
     weight: Any = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and weight is not None and weight.shape[1:] == (getattr(module, "nf", 0),)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear module, whatever its weight looks like."""
+    """(in, out) of a linear module, in whatever form it stores its weight."""
     sizes: Any = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
     return int(sizes[0]), int(sizes[1])
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor of torch's own class, or stands for one where only memory is counted.
+    """Whether a weight is a tensor of torch's own class, or a fake tensor (used to estimate memory).
 
-    A quantised kind has a class of its own, and one that is computed (parametrised, pruned) is no parameter.
+    Quantised weights have a class of their own. A weight computed from others (parametrised, pruned) is no parameter.
     """
     return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
 
@@ -47,11 +47,11 @@ def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear module as (out, in), a view.
 
     Raises:
-        UserError: it is quantised, so that its entries cannot be read or changed.
+        UserError: it is quantised, and its entries cannot be read or changed.
     """
     weight: Any = module.weight
     transposed = is_conv1d(module)
-    # Quantised weights are packed, integers or a tensor class of their own; float8 needs a scale beside it.
+    # Quantised weights are packed, integers or of a class of their own. float8 weights come with a separate scale.
     plain = is_plain(weight) and weight.dtype in FLOATS
     if not plain or tuple(weight.shape if transposed else weight.shape[::-1]) != features(module):
         raise UserError(

@@ -1,28 +1,29 @@
-"""The low-rank linear layer, h = W x + b + s B (g * A x), the only code on the hot path of every method.
+"""The low-rank linear layer, h = W x + b + s B (g * A x) ([D] eq. 10). Every low-rank method trains this layer.
 
-The gate g stands on the rank side. The values are those of eq. 10, ``gamma * B A x``, but what autograd has to keep
-for the gate's gradient is r numbers a token, not d.
+The gate g is applied on the rank side. The values are those of eq. 10, ``gamma * B A x``, but autograd then saves only
+r numbers per token for the gradient of the gate, not d.
 
-B is stored transposed, r x out and contiguous: with out x r and a small r the two products of the backward pass run
-many times slower on CPUs than their mirror images on A. Exports transpose it back.
+B is stored transposed, r x out and contiguous. With out x r and a small r, the two products of the backward pass would
+be many times slower on CPUs than those for A. Exports transpose it back.
 
-``W x + b`` is whatever the pretrained layer computes: it may keep its weight transposed, in half precision or
-quantised. The update is computed in the precision of x, or of autocast, from A and B kept in float32.
+``W x + b`` is whatever the pretrained layer computes: it may store its weight transposed, in half precision or
+quantised. The update is computed in the precision of x, or of autocast, from A and B in float32.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffora.core.linear import FLOATS, features, is_conv1d, is_linear, is_plain, weight_of
+from diffora.core.linear import FLOATS, features, is_conv1d, is_plain, weight_of
+from diffora.core.masking import train_rows
 from diffora.core.weights import AdaptedWeight
 from diffora.errors import UserError
-from diffora.kernels.fused import Member, lowrank_linear
-from diffora.kernels.peers import Peers
+from diffora.kernels.fused import lowrank_linear
+
+KERNELS = ("fused", "plain")
 
 
 def add_lowrank(
@@ -34,10 +35,9 @@ def add_lowrank(
     gate: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Eq. 10: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``, in plain operations.
+    """[D] eq. 10 in plain operations: ``base + scaling * B (gate * A dropout(x))`` with ``base = W x + b``.
 
-    `LowRankLinear` computes the same with less work (`diffora.kernels.fused`). Tests compare the two, and
-    torch.compile takes this one.
+    This is the reference. The fused node (`diffora.kernels.fused`) computes the same with less work and memory.
 
     Args:
         base: (..., out), the frozen layer's output.
@@ -66,35 +66,41 @@ def add_lowrank(
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update beside it.
+    """A frozen linear layer plus a trainable low-rank update.
 
     Args:
-        base: the pretrained layer, of any kind that `is_linear` knows; it is called as it is and frozen here.
-        lora_a: A, (rank, in). The same parameter may serve several layers (weight sharing, section 4.3).
-        lora_bt: B transposed, (rank, out); likewise.
+        base: the pretrained layer, of any kind that `is_linear` accepts. It is frozen here.
+        lora_a: A, (rank, in). Several layers may share the same parameter (weight sharing, [D] section 4.3).
+        lora_bt: B transposed, (rank, out); may be shared too.
         alpha: the update is scaled by alpha / rank.
         dropout: rate on the input of A while training.
+        kernel: ``fused``, the autograd node of `diffora.kernels.fused`; ``plain``, PyTorch operations (`add_lowrank`).
+            Both compute the same up to rounding and the drawing of dropout masks. torch.compile always gets ``plain``.
 
     Attributes:
         gate: an entry of the relaxed DAM, set from outside before each forward pass; or a trained parameter, (rank,)
             for SoRA's gates, (rank, rank) for FLoRA's core; or None.
         rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
-        split: how many leading examples (entries of dim 0 of x) train A and B^T; the later ones train the gate, which
-            may be nothing but a scalar then. 0 trains the gate alone. None trains whatever requires a gradient.
-        peers: finds the layers of the model that read the same input; None computes this layer by itself.
+        split: number of leading examples (entries of dim 0 of x) that train A and B^T; the other examples train the
+            gate, which must be a scalar. 0 trains the gate only. None trains whatever requires a gradient.
     """
 
     gate: Tensor | None
     rows: tuple[Tensor, Tensor] | None
     split: int | None
-    peers: Peers | None
 
-    # For transformers' `save_pretrained`: of a tensor that stands under several such names, one copy is saved. A and B
-    # may be shared, and the base layer's weight may be an embedding too.
+    # For transformers' `save_pretrained`: it saves one copy of a tensor that has several of these names. A and B may be
+    # shared, and the base layer's weight may be an embedding too.
     _tied_weights_keys: ClassVar = {key: key for key in ("lora_a", "lora_bt", "base.weight", "base.bias")}
 
     def __init__(
-        self, base: nn.Module, lora_a: nn.Parameter, lora_bt: nn.Parameter, alpha: float, dropout: float = 0.0
+        self,
+        base: nn.Module,
+        lora_a: nn.Parameter,
+        lora_bt: nn.Parameter,
+        alpha: float,
+        dropout: float = 0.0,
+        kernel: str = "fused",
     ) -> None:
         super().__init__()
         rank = lora_a.shape[0]
@@ -109,12 +115,12 @@ class LowRankLinear(nn.Module):
         self.alpha = alpha
         self.scaling = alpha / rank
         self.dropout = dropout
+        self.kernel = kernel
         self.gate = None
         self.rows = None
         self.split = None
-        self.peers = None
         self.merged = False
-        self.training = base.training  # a model for inference stays one: no dropout
+        self.training = base.training  # a model in eval mode stays in eval mode: no dropout
         self._transposed = is_conv1d(base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,59 +128,65 @@ class LowRankLinear(nn.Module):
         if self.merged:
             merged: Tensor = self.base(x)
             return merged
-        if torch.compiler.is_compiling():  # which fuses by itself
+        # With a gate, masked entries of A and B would take part in the gate's gradient.
+        assert self.gate is None or self.rows is None, "masks cannot be combined with a gate"
+        if self.kernel == "plain" or torch.compiler.is_compiling():
             return self._plain(x)
-        if not self.readable:
-            return self._together([self], x, self.base(x))[0]
-        if self.peers is None:
-            return self._together([self], x)[0]
-        return self.peers(self, x, self._together)
+        return self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        lora_a, lora_bt = self._pair()
+        gate = self.gate
+        if gate is not None and gate.ndim:  # the node takes scalar gates; fold a vector or a matrix into B
+            lora_bt, gate = gate_times(gate, lora_bt), None
+        weight = bias = output = None
+        if self.readable:
+            frozen = self._modules["base"]._parameters  # type: ignore[union-attr]
+            weight, bias = frozen["weight"], frozen["bias"]
+            weight = weight.t() if self._transposed and weight is not None else weight
+        else:
+            output = self.base(x)
+        return lowrank_linear(
+            x,
+            lora_a,
+            lora_bt,
+            self.scaling,
+            weight=weight,
+            bias=bias,
+            base=output,
+            gate=gate,
+            dropout=self.dropout if self.training else 0.0,
+            rows=self.rows,
+            split=self.split,
+        )
 
     def _plain(self, x: Tensor) -> Tensor:
-        assert self.rows is None and self.split is None, "masks and the simultaneous search do not compile"
-        dropout = self.dropout if self.training else 0.0
-        return add_lowrank(self.base(x), x, self.lora_a, self.lora_bt, self.scaling, self.gate, dropout)
-
-    def _together(self, layers: Sequence["LowRankLinear"], x: Tensor, base: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The outputs of layers that read the same x. This one says for all how it goes.
-
-        Args:
-            base: the output of its base layer, where that is not readable.
-        """
-        members = [layer._member(base) for layer in layers]
-        return lowrank_linear(x, members, self.dropout if self.training else 0.0, self.split)
-
-    def _member(self, output: Tensor | None) -> Member:
+        base, gate, split = self.base(x), self.gate, self.split
         lora_a, lora_bt = self._pair()
-        gate: Tensor | None = self.gate
-        if gate is not None:
-            assert self.rows is None, "masks do not go with a gate, whose gradient would need the masked entries"
-            if gate.ndim:  # a vector or a matrix is folded into B
-                lora_bt = gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
-                gate = None
-        if output is not None:
-            return Member(None, None, output, lora_a, lora_bt, gate, self.scaling, self.rows)
-        base: Any = self._modules["base"]
-        frozen = base._parameters
-        weight: Any = frozen["weight"]
-        weight = weight.t() if self._transposed else weight
-        return Member(weight, frozen["bias"], None, lora_a, lora_bt, gate, self.scaling, self.rows)
+        if self.rows is not None:
+            lora_a, lora_bt = train_rows(lora_a, self.rows[0]), train_rows(lora_bt, self.rows[1])
+        dropout = self.dropout if self.training else 0.0
+        if split is None:
+            return add_lowrank(base, x, lora_a, lora_bt, self.scaling, gate, dropout)
+        fixed_gate = None if gate is None else gate.detach()
+        fixed_a, fixed_bt = lora_a.detach(), lora_bt.detach()
+        first = add_lowrank(base[:split], x[:split], lora_a, lora_bt, self.scaling, fixed_gate, dropout)
+        others = add_lowrank(base[split:], x[split:], fixed_a, fixed_bt, self.scaling, gate, dropout)
+        return torch.cat([first, others])
 
     def _pair(self) -> tuple[Any, Any]:
-        own = self._parameters  # reading a module's attributes takes as long as a small product
+        own = self._parameters  # reading an attribute of a module takes as long as a small product
         lora_a, lora_bt = own.get("lora_a"), own.get("lora_bt")
-        if lora_a is None or lora_bt is None:  # a replica, shard or parametrisation keeps them otherwise
+        if lora_a is None or lora_bt is None:  # a replica, shard or parametrisation stores them elsewhere
             return self.lora_a, self.lora_bt
         return lora_a, lora_bt
 
-    def versions(self) -> tuple[int, int]:
-        """Numbers that change when A or B is changed in place."""
-        lora_a, lora_bt = self._pair()
-        return lora_a._version, lora_bt._version
-
     @property
     def readable(self) -> bool:
-        """Whether calling the base layer is nothing but a product with its frozen weight."""
+        """Whether calling the base layer does nothing but multiply by a frozen weight that can be read.
+
+        If not (quantised, pruned, hooks, trained weights), the layer is called and only its output is used.
+        """
         base: Any = self._modules["base"]
         own = base._parameters
         weight, bias = own.get("weight"), own.get("bias")
@@ -189,11 +201,6 @@ class LowRankLinear(nn.Module):
             and not (base._backward_hooks or base._backward_pre_hooks)
         )
 
-    def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.peers = None  # replicas run in threads beside each other
-        return replica
-
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.merged:
             raise UserError(
@@ -204,10 +211,10 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + Delta W as the base layer keeps its weight, for code that reads it instead of calling the layer.
+        """W + Delta W in the base layer's layout, for code that reads the weight instead of calling the layer.
 
         Values are computed when an operation needs them (`AdaptedWeight`), and gradients reach A and B. Dropout on the
-        input of A has no place there. A quantised weight is returned as it is, without Delta W: nothing can be added.
+        input of A is not applied. A quantised weight is returned without Delta W, because nothing can be added to it.
         """
         weight: Any = self.base.weight
         if self.merged or not (is_plain(weight) and weight.dtype in FLOATS):
@@ -218,8 +225,8 @@ class LowRankLinear(nn.Module):
     def _whole_weight(self) -> Tensor:
         if self.rows is not None or self.split is not None:
             raise UserError(
-                "this model reads the weight of an adapted linear layer and does not call the layer, so that masks and "
-                "search.update=simultaneous cannot be applied to it"
+                "this model reads the weight of an adapted linear layer instead of calling the layer, so that gradient "
+                "masks and the simultaneous search (search.update=simultaneous) cannot be applied to it"
             )
         weight: Any = self.base.weight
         delta = self.delta()
@@ -233,17 +240,16 @@ class LowRankLinear(nn.Module):
         return bias
 
     def plain_pair(self) -> tuple[Tensor, Tensor]:
-        """(A, B^T) of the same update without a gate, which is folded into B. Delta W = s B A.
+        """(A, B^T) of the same update with the gate folded into B, so that Delta W = s B A.
 
-        Directions whose trained gate is zero are left out, so that the rank may be smaller, down to 0.
+        Directions whose trained gate is zero are left out. The rank may therefore be smaller, down to 0.
         """
         if self.gate is None:
             return self.lora_a, self.lora_bt
         if isinstance(self.gate, nn.Parameter) and self.gate.ndim == 1:
             open_ = self.gate != 0
             return self.lora_a[open_], self.gate[open_].reshape(-1, 1) * self.lora_bt[open_]
-        folded = self.gate.T @ self.lora_bt if self.gate.ndim == 2 else self.gate.reshape(-1, 1) * self.lora_bt
-        return self.lora_a, folded
+        return self.lora_a, gate_times(self.gate, self.lora_bt)
 
     def delta(self) -> Tensor:
         """Delta W = s B diag(gate) A, or s B gate A, (out, in), in the parameters' dtype."""
@@ -252,9 +258,9 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold Delta W into the base weight; a second call changes nothing.
+        """Add Delta W to the base weight. A second call changes nothing.
 
-        The base layer gets a new weight: the old one may belong to another module as well, as tied embeddings do.
+        The base layer gets a new weight, because the old one may belong to another module too (tied embeddings).
 
         Raises:
             UserError: the base weight is quantised, or computed from others (pruned, parametrised).
@@ -265,7 +271,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take Delta W out again. The weight returns to rounding; A and B must not have changed since `merge`."""
+        """Subtract Delta W again. The weight is restored up to rounding, if A and B have not changed since `merge`."""
         if self.merged:
             self._add_to_base(-self.delta())
             self.merged = False
@@ -273,7 +279,7 @@ class LowRankLinear(nn.Module):
     def _add_to_base(self, delta: Tensor) -> None:
         weight = weight_of(self.base)
         if "weight" not in self.base._parameters:
-            raise UserError("the weight of this linear layer is computed from others and cannot be changed")
+            raise UserError("the weight of this linear layer is computed from other tensors and cannot be changed")
         new = (weight + delta).to(weight.dtype)
         self.base.weight = nn.Parameter(new.T.contiguous() if self._transposed else new, requires_grad=False)
 
@@ -281,142 +287,13 @@ class LowRankLinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
-def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh (A, B^T): A Kaiming-uniform as in LoRA, B zero, so that the update starts at zero."""
-    n_in, n_out = features(base)
-    device: Any = base.weight.device
-    lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
-    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device))
-
-
-def attach(
-    model: nn.Module,
-    names: Iterable[Iterable[str]],
-    selected: Tensor,
-    rank: int,
-    shared_rank: int | None,
-    alpha: float,
-    dropout: float = 0.0,
-    *,
-    freeze: bool = True,
-) -> list[list[LowRankLinear | None]]:
-    """Put low-rank layers in the grid's places (Algorithm 1, line 11), in place, and freeze the rest of the model.
-
-    Selected modules get a pair of their own of the given rank. Unselected modules of one type (column) and shape
-    share one pair of ``shared_rank`` across layers, or stay as they are where it is None. A module that stands in
-    several places of the model is replaced in all of them.
-
-    Args:
-        freeze: freeze every parameter but those of low-rank layers. The head too: to train it, call
-            ``model.classifier.requires_grad_(True)`` afterwards. False leaves all ``requires_grad`` but those of the
-            adapted modules as they are.
-
-    Returns:
-        L x N, the new layers, None where a module was left alone.
-
-    Raises:
-        UserError: names that are not linear modules of the model, or are adapted already; ``selected`` is not boolean;
-            numbers that no update can have. Nothing is changed then.
-    """
-    rows = [list(row) for row in names]
-    if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout)):
-        raise UserError(problems)
-    if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
-        raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
-    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
-    _check_places([name for row in rows for name in row], modules)
-    if freeze:
-        freeze_rest(model)
-    shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
-    peers = Peers()
-    result: list[list[LowRankLinear | None]] = []
-    for row, flags in zip(rows, selected.tolist(), strict=True):
-        layers: list[LowRankLinear | None] = []
-        for column, (name, flag) in enumerate(zip(row, flags, strict=True)):
-            base = modules[name]
-            if flag:
-                pair = new_pair(base, rank)
-            elif shared_rank is not None:
-                key = (column, *features(base))
-                if key not in shared:
-                    shared[key] = new_pair(base, shared_rank)
-                pair = shared[key]
-            else:
-                layers.append(None)
-                continue
-            layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout)
-            layer.peers = peers
-            for place in places[id(base)]:
-                model.set_submodule(place, layer)
-            layers.append(layer)
-        result.append(layers)
-    return result
-
-
-def _setting_problems(selected: Any, rank: Any, shared_rank: Any, alpha: Any, dropout: Any) -> Iterator[str]:
-    """What is wrong with the arguments of `attach` besides the names."""
-    if not isinstance(selected, Tensor) or selected.dtype != torch.bool:
-        kind = selected.dtype if isinstance(selected, Tensor) else type(selected).__name__
-        yield f"selected must be a boolean tensor, as diffora.core.dam.discretise makes of weights; it is {kind}"
-    for name, value in (("rank", rank), ("shared_rank", shared_rank)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not whole and not (name == "shared_rank" and value is None):
-            more = ", or None to share nothing" if name == "shared_rank" else ""
-            yield f"{name}={value!r} must be a whole number of at least 1{more}"
-    if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
-        yield f"alpha={alpha!r} must be a finite number above 0"
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        yield f"dropout={dropout!r} must be a rate in [0, 1)"
-
-
-def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is, or stands inside, a low-rank layer of this project or an adapter layer of PEFT."""
-    parts = name.split(".")
-    above = (modules.get(".".join(parts[:count])) for count in range(1, len(parts) + 1))
-    return any(isinstance(module, LowRankLinear) or hasattr(module, "adapter_layer_names") for module in above)
-
-
-def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse names that no low-rank layer can take the place of."""
-    problems: list[str] = []
-    seen: dict[int, str] = {}
-    for name in names:
-        module = modules.get(name)
-        if module is None:
-            problems.append(f"{name} is not a module of this model")
-        elif inside_adapter(name, modules):
-            problems.append(
-                f"{name} has a low-rank layer already: detach(model) takes it out, or unload() where it is PEFT's"
-            )
-        elif not is_linear(module):
-            problems.append(f"{name} is a {type(module).__name__}, not a linear layer that is called")
-        elif id(module) in seen:
-            problems.append(f"{name} is the same module as {seen[id(module)]}: name it once, both are adapted together")
-        else:
-            seen[id(module)] = name
-    if problems:
-        raise UserError(problems)
-
-
-def freeze_rest(model: nn.Module) -> None:
-    """Freeze every parameter of a model but those of low-rank layers themselves (A, B, gates), in place."""
-    adapters = {p for _, layer in lowrank_layers(model) for p in layer.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if parameter not in adapters:
-            parameter.requires_grad_(False)
-
-
-def places_of(model: nn.Module) -> dict[int, list[str]]:
-    """Every full name of each module of a model, by the module's id. A module may stand in several places."""
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    return places
+def gate_times(gate: Tensor, lora_bt: Tensor) -> Tensor:
+    """B^T with the gate folded in: ``diag(gate) B^T`` for a scalar or (rank,) gate, ``gate^T B^T`` for (rank, rank)."""
+    return gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
 
 
 def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -> None:
-    """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or take the gates off."""
+    """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or remove the gates (None)."""
     rows = [[None] * len(row) for row in layers] if gates is None else [row.unbind() for row in gates]
     for row, values in zip(layers, rows, strict=True):
         for layer, gate in zip(row, values, strict=True):
@@ -424,20 +301,18 @@ def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -
 
 
 def set_split(layers: Iterable[Iterable[LowRankLinear]], split: int | None) -> None:
-    """Say of each layer of an L x N grid how many leading examples train A and B (`LowRankLinear.split`)."""
+    """Set how many leading examples train A and B in each layer of an L x N grid (`LowRankLinear.split`)."""
     for row in layers:
         for layer in row:
             layer.split = split
 
 
-def detach(model: nn.Module) -> None:
-    """Take every low-rank layer out again and leave the (unmerged) base layers in their places, in place.
-
-    ``requires_grad`` stays as it is: what `attach` froze remains frozen.
-    """
-    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
-        layer.unmerge()
-        model.set_submodule(name, layer.base)
+def set_kernel(model: nn.Module, kernel: str) -> None:
+    """Set the kernel of all low-rank layers of a model, one of `KERNELS` (see `LowRankLinear`)."""
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
+    for _, layer in lowrank_layers(model):
+        layer.kernel = kernel
 
 
 def lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

@@ -1,4 +1,4 @@
-"""Which directions of an adapter are trained in a step: the index sets of [R] Algorithm 1."""
+"""Gradient masks of GM-LoRA: which directions of an adapter are trained in a step ([R] Algorithm 1)."""
 
 import numpy as np
 import torch
@@ -6,14 +6,18 @@ from torch import Tensor
 
 
 def draw_rows(ranks: list[int], count: int | str, independent: bool, *where: int) -> list[tuple[Tensor, Tensor]]:
-    """For each adapter, the sorted numbers of the rows of A and of B^T that are trained.
+    """Draw for each adapter the rows of A and of B^T that are trained.
 
     Args:
-        ranks: R of each adapter.
-        count: how many directions are trained; ``half`` for half of each R, at least one. An adapter with no more
-            directions than that is trained whole.
-        independent: draw B's set apart from A's (the released code's second version); otherwise they are the same.
-        where: whole numbers, such as seed and step, that alone determine the draw.
+        ranks: rank R of each adapter.
+        count: how many directions are trained; ``half`` for half of each R, at least one. An adapter with this many
+            directions or fewer is trained as a whole.
+        independent: draw the rows of B^T separately (the second version of the released code); otherwise they are the
+            same as those of A.
+        where: whole numbers, such as seed and step. The draw depends on nothing else.
+
+    Returns:
+        For each adapter (rows of A, rows of B^T), sorted.
     """
     generator = np.random.default_rng(where)
     drawn = []
@@ -22,3 +26,10 @@ def draw_rows(ranks: list[int], count: int | str, independent: bool, *where: int
         sets = [torch.from_numpy(np.sort(generator.permutation(rank)[:size])) for _ in range(1 + independent)]
         drawn.append((sets[0], sets[-1]))
     return drawn
+
+
+def train_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The matrix with the same values, where only the given rows (dim 0) pass a gradient on."""
+    trained = torch.zeros(len(matrix), 1, dtype=torch.bool, device=matrix.device)
+    trained[rows] = True
+    return torch.where(trained, matrix, matrix.detach())

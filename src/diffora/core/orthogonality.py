@@ -1,4 +1,4 @@
-"""R-LoRA's regulariser ([R] eq. 10) and the measures of an update that [R] Table 5 reports."""
+"""R-LoRA's regulariser ([R] eq. 10), and the measures of an update reported in [R] Table 5."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ from torch import Tensor
 
 
 def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Sequence[Tensor] | None = None) -> Tensor:
-    """How far the rows of each matrix are from orthonormal, in one number for all.
+    """The distance of the rows of all matrices from orthonormality, as one number ([R] eq. 10).
 
-    A and B^T are both of shape (rank, d), so that ``A A^T - I`` and ``B^T B - I`` are the same function of them.
-    Matrices of equal shape are multiplied as one batch.
+    A and B^T both have shape (rank, d), so that ``A A^T - I`` and ``B^T B - I`` are the same function of them. Matrices
+    of equal shape are multiplied as one batch.
 
     Args:
         matrices: every A and B^T, each (rank, d); shapes may differ.
         form: ``squared``: sum of squared Frobenius norms of ``M M^T - I`` ([R] eq. 10); ``mean_norm``: mean of the
             norms themselves (the released code).
-        trained: for each matrix the rows that receive a gradient in this step; None for all. The value does not
-            depend on it.
+        trained: for each matrix, the rows that get a gradient in this step; None for all. The value does not depend on
+            it.
 
     Returns:
         A scalar.
     """
-    with torch.autocast(matrices[0].device.type, enabled=False):  # near 1, half precision has no room for the excess
+    with torch.autocast(matrices[0].device.type, enabled=False):  # half precision cannot resolve a small excess over 1
         return _orthogonality(matrices, form, trained)
 
 
@@ -49,9 +49,9 @@ def _orthogonality(matrices: Sequence[Tensor], form: str, trained: Sequence[Tens
 
 
 def singular_values(lora_a: Tensor, lora_bt: Tensor, scaling: float) -> Tensor:
-    """Singular values of ``s B A``, descending, min(rank, in, out) of them; its other ones are 0.
+    """The min(rank, in, out) largest singular values of ``s B A``, descending. All others are 0.
 
-    In float64 on the CPU: the matrices are small, and not every accelerator has it.
+    Computed in float64 on the CPU: the matrices are small, and some accelerators have no float64.
 
     Args:
         lora_a: (rank, in).
@@ -64,7 +64,7 @@ def singular_values(lora_a: Tensor, lora_bt: Tensor, scaling: float) -> Tensor:
 
 
 def numerical_rank(values: Tensor, out_features: int, in_features: int) -> int:
-    """Number of singular values above ``max(out, in) * eps(float32) * largest``, NumPy's rule for a float32 matrix."""
+    """Number of singular values above ``max(out, in) * eps(float32) * largest``: NumPy's rule for float32 matrices."""
     if not len(values):
         return 0
     tolerance = max(out_features, in_features) * torch.finfo(torch.float32).eps * values.max().item()
@@ -72,5 +72,5 @@ def numerical_rank(values: Tensor, out_features: int, in_features: int) -> int:
 
 
 def orthogonality_loss(values: Tensor, out_features: int) -> float:
-    """``||dW dW^T - I||_F^2`` of [R] Table 5 from dW's singular values; dW dW^T is (out, out)."""
+    """``||dW dW^T - I||_F^2`` of [R] Table 5, from the singular values of dW; dW dW^T is (out, out)."""
     return float((values.square() - 1).square().sum() + (out_features - len(values)))

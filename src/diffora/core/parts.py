@@ -1,8 +1,8 @@
-"""What a linear module does in its layer, by the names that model families give such modules."""
+"""What a linear module does in its layer, judged by the names that model families use."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 ROLES = ("key", "value", "attention_output", "ffn_output")
 
@@ -20,13 +20,26 @@ PARTS = (
     ("ffn_output", False, r"wo|Wo|fc2|fc_out|c_proj|lin2|ffn_output|dense_4h_to_h|down_proj"),
 )
 
+SHORT_NAMES = {
+    "query": "Q",
+    "key": "K",
+    "value": "V",
+    "query_key_value": "QKV",
+    "attention_output": "attn. out",
+    "ffn_gate": "FFN gate",
+    "ffn_up": "FFN up",
+    "ffn_gate_up": "FFN gate, up",
+    "ffn_input": "FFN in",
+    "ffn_output": "FFN out",
+}
+
 
 def part_of(path: str) -> str | None:
-    """The part that a module plays, one of `PARTS`, by its path below the layer; None where the name does not tell.
+    """The part of a module, one of `PARTS`, by its path below the layer; None if the name does not tell.
 
-    Modules that attend to another sequence have ``cross_`` in front.
+    For modules that attend to another sequence, ``cross_`` is put in front.
     """
-    if path in ("intermediate.dense", "output.dense"):  # BERT's, whose last name is that of the attention's output
+    if path in ("intermediate.dense", "output.dense"):  # BERT's; its attention output is called dense too
         return "ffn_input" if path == "intermediate.dense" else "ffn_output"
     *above, last = path.split(".")
     attention = [name.lower() for name in above if re.search("attn|attention", name.lower())]
@@ -38,10 +51,25 @@ def part_of(path: str) -> str | None:
 
 
 def guess_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Which module of a layer plays each of the `ROLES`, where the names leave exactly one.
+    """The module of a layer for each of the `ROLES` for which the names leave exactly one.
 
-    A decoder that attends to an encoder has two keys, for instance, so that neither is the role.
+    For instance, a decoder that attends to an encoder has two keys, so that the role ``key`` is left out.
     """
     parts = [((part_of(path) or "").removeprefix("cross_"), path) for path in paths]
     often = Counter(part for part, _ in parts)
     return {part: path for part, path in parts if part in ROLES and often[part] == 1}
+
+
+def short_names(types: Sequence[str]) -> list[str]:
+    """Labels for module types, for pictures and tables.
+
+    A label is the papers' letter (Q, K, V) or a short name where the module's part is known and no other type has the
+    same part; otherwise it is the type itself.
+    """
+    labels = []
+    for name in types:
+        part = part_of(name) or ""
+        cross = "cross " if part.startswith("cross_") else ""
+        short = SHORT_NAMES.get(part.removeprefix("cross_"))
+        labels.append(f"{cross}{short}" if short else name)
+    return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]

@@ -1,4 +1,8 @@
-"""The Selection: which modules get a LoRA of their own, as a small JSON file that can be read, edited and reused."""
+"""The Selection: which modules get a LoRA of their own, as a small JSON file that can be read, edited and reused.
+
+Reading and writing stand here, although core has no other files: the format is the fields of the dataclass, and every
+room above reads selections (`diffora.loop` to resume, `diffora.methods` for one that is given, `diffora.run`).
+"""
 
 import json
 import math
@@ -10,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -23,17 +28,19 @@ class Selection:
 
     Attributes:
         method: which method made it.
-        selector: the criterion: ``search``, ``gradient``, ``activation``, ``random``, or ``none``.
+        selector: where the scores come from: ``search``, another selector's name, or the dotted path of a user's
+            function (`diffora.search.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
         types: the N module types.
         modules: L x N full module names.
-        selected: for each layer the types that were selected; edit this to change the selection.
+        selected: for each layer the types that are selected; edit this to change the selection.
         rho: the sampling ratio.
         seed: of the run that made it.
-        k: modules per layer that were asked for; None where it is not the same in each layer.
-        rank: r of the selected modules where a budget chose it, None for the run's own.
-        gamma_bar: L x N relaxed DAM, None where the selection was not searched.
-        scores: L x N values of any other criterion.
-        split_hash: of the two parts of the training set that the search or the scores used.
+        k: modules per layer that were asked for; None if layers may have different numbers.
+        rank: r of the selected modules if a budget chose it; it overrides the run's own. None: the run's own.
+        gamma_bar: L x N relaxed DAM; None if the selection was not searched.
+        relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
+        scores: L x N scores of any other selector.
+        split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
     """
 
@@ -47,13 +54,14 @@ class Selection:
     k: int | None = None
     rank: int | None = None
     gamma_bar: list[list[float]] | None = None
+    relaxation: str | None = None
     scores: list[list[float]] | None = None
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
-        """From a boolean L x N mask."""
+        """From a boolean L x N mask; ``rest`` are the other fields."""
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in mask.tolist()]
         return cls(types=list(grid.types), modules=[list(row) for row in grid.names], selected=chosen, **rest)
 
@@ -62,7 +70,7 @@ class Selection:
         return torch.tensor([[t in row for t in self.types] for row in self.selected], dtype=torch.bool)
 
     def summary(self) -> dict[str, Any]:
-        """What a run's record says of it."""
+        """The entries of a run's record."""
         return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
 
     def save(self, path: Path) -> None:
@@ -74,7 +82,7 @@ class Selection:
         """Read and check a selection file.
 
         Raises:
-            UserError: missing, not JSON, or not a selection; every problem is named.
+            UserError: it is missing, not JSON, or not a selection; names every problem.
         """
         try:
             raw = read_json(path)
@@ -120,7 +128,7 @@ class Selection:
 
 
 def _misfit(key: str, value: Any) -> str | None:
-    """Why a value of a selection file has not the type that its key wants."""
+    """What is wrong with the type of a value in a selection file; None if nothing is."""
     table = "a list of lists, one for each layer"
     wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
         "types": (_is_list_of(_is_text), "a list of module types"),
@@ -131,6 +139,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
         "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
         "gamma_bar": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),

@@ -1,8 +1,8 @@
-"""One pass over two kinds of examples: the first ones' loss trains A and B, the others' loss the gates.
+"""One pass for both levels of the search: the loss of the first examples trains A and B, that of the others the gates.
 
-For a module that is applied to the examples themselves it is enough to say how many are of the first kind
-(`LowRankLinear.split`). DeBERTa's projections are also applied to a table of relative positions that all examples
-share; there the table goes through them once for each kind.
+A module that is applied to the examples themselves only needs to know how many come first (`LowRankLinear.split`).
+DeBERTa's projections are also applied to a table of relative positions that all examples share. The table is projected
+twice: once for the first examples, once for the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +26,18 @@ Called with (query, key, relative_pos, table, scale); dim 0 of query and key is 
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table method, and the low-rank layers that it applies to the table."""
+class SharedTable:
+    """A method of `TABLE_METHODS`, and the low-rank layers that it applies to the table."""
 
     module: nn.Module
     method: str
     layers: list[LowRankLinear]
 
 
-def shared_tables(model: nn.Module) -> list[Table]:
-    """Where in a model low-rank layers are applied to a table that all examples share."""
+def shared_tables(model: nn.Module) -> list[SharedTable]:
+    """The places of a model where low-rank layers are applied to a table that all examples share."""
     found = [
-        Table(module, method, [layer for _, layer in lowrank_layers(module)])
+        SharedTable(module, method, [layer for _, layer in lowrank_layers(module)])
         for module in model.modules()
         for method in TABLE_METHODS
         if hasattr(module, method)
@@ -46,15 +46,16 @@ def shared_tables(model: nn.Module) -> list[Table]:
 
 
 @contextmanager
-def divided(layers: Layers, tables: Sequence[Table], n_train: int, n: int) -> Iterator[None]:
-    """While it lasts, batches are ``n_train`` examples that train A and B, then those that train the gates.
+def divided(layers: Layers, tables: Sequence[SharedTable], n_train: int, n: int) -> Iterator[None]:
+    """Inside this context, the first ``n_train`` examples of a batch train A and B, and the others train the gates.
 
-    The backward pass belongs inside, since checkpointed activations are computed anew there.
+    Run the backward pass inside too, because it computes checkpointed activations again.
 
     Args:
-        layers: an L x N grid; their gates are set.
-        tables: of the model that holds them.
-        n_train, n: leading examples, and examples in all. With ``n_train=0`` or ``n`` all are of one kind.
+        layers: an L x N grid of layers whose gates are set.
+        tables: the `shared_tables` of their model.
+        n_train: number of leading examples. 0: all train the gates; n: all train A and B.
+        n: number of examples in all.
     """
     set_split(layers, n_train)
     for table in tables:
@@ -64,7 +65,7 @@ def divided(layers: Layers, tables: Sequence[Table], n_train: int, n: int) -> It
         yield
     finally:
         for table in tables:
-            delattr(table.module, table.method)  # what the class has shows again
+            delattr(table.module, table.method)  # the method of the class is visible again
         set_split(layers, None)
 
 
@@ -77,11 +78,11 @@ def _once_for_each_kind(
     key: Tensor,
     *rest: Any,
 ) -> Tensor:
-    """A table method, for the two kinds of examples one after the other, with the layers told whose turn it is."""
+    """Call a table method for the first examples, then for the others, with `LowRankLinear.split` set for each."""
     each = len(query) // n
     sizes = [each * n_train, each * (n - n_train)]
     biases = []
-    # The table's dim 0 is 1: one "example" that trains A and B, then one that does not.
+    # Dim 0 of the table is 1: it counts as one example, which trains A and B in the first call and not in the second.
     for split, queries, keys in zip((1, 0), torch.split(query, sizes), torch.split(key, sizes), strict=True):
         if len(queries):
             set_split([layers], split)
@@ -91,14 +92,14 @@ def _once_for_each_kind(
 
 
 def mixed_modules(model: nn.Module, losses: Callable[[], tuple[Tensor, Tensor]], n: int) -> list[str]:
-    """Full names of the low-rank layers in which the two kinds of examples cannot be kept apart.
+    """Full names of the low-rank layers in which the two kinds of examples mix, so that one pass would be wrong.
 
-    A layer is all right if its input has one entry of dim 0 for each example, or is of one kind as a whole, and if
-    nothing of one kind's loss comes back to the other kind's entries. It costs two backward passes.
+    A layer is fine if its input has one entry of dim 0 per example, or belongs to one kind as a whole, and if the loss
+    of one kind has no gradient in the entries of the other kind. This costs two backward passes.
 
     Args:
-        losses: runs the model once under `divided` and gives (loss of the first kind, of the other).
-        n: examples of both kinds together.
+        losses: runs the model once under `divided` and returns (loss of the first examples, loss of the others).
+        n: number of examples of both kinds together.
     """
     found: dict[str, None] = {}
     calls: list[tuple[str, int, Tensor]] = []

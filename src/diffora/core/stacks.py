@@ -1,4 +1,8 @@
-"""Finds the repeated layers of a backbone, and the linear modules that all of them have."""
+"""Finds the repeated layers of a backbone, and the linear modules that all of them have.
+
+Messages name the arguments ``layer`` and ``candidates`` of `diffora.core.grid.find_grid`, with a prefix in front where
+they are settings of a configuration.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,19 +14,19 @@ from diffora.core.linear import features, is_linear
 from diffora.errors import UserError
 
 ENOUGH = 0.9
-"""A stack with this share of the weights in all stacks is the one that is meant."""
+"""A stack with this share of the weights in all stacks is taken without asking."""
 MOST = 6
-"""Choices that a message lists at most."""
+"""A message lists at most this many choices."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Numbered siblings, such as the members of an `nn.ModuleList`, with linear modules inside them.
+    """Numbered siblings that contain linear modules, such as the members of an `nn.ModuleList`.
 
     Attributes:
-        pattern: their full name, with ``*`` for the number.
+        pattern: their full name, with ``*`` in place of the number.
         layers: the full names of those that have linear modules, in the order of their numbers.
-        linear: for each of these its linear modules, by path below it.
+        linear: the linear modules of each of these, by path below it.
     """
 
     pattern: str
@@ -46,7 +50,7 @@ class Stack:
         return sum(n_in * n_out for n_in, n_out in shapes)
 
     def holds(self, other: "Stack") -> bool:
-        """Whether another stack stands inside a layer of this one."""
+        """Whether another stack is inside a layer of this one."""
         return any(other.pattern.startswith(f"{layer}.") for layer in self.layers)
 
 
@@ -67,18 +71,17 @@ def find_stacks(model: nn.Module) -> list[Stack]:
             members.sort(key=lambda member: member[0])
             inside = {f"{parent}.{child}".lstrip("."): linear_below(part) for _, child, part in members}
             inside = {place: linear for place, linear in inside.items() if linear}
-            # A single module with a number in its name, such as dinov2, is no stack; a list of one layer is.
+            # A single module with a number in its name, such as dinov2, is not a stack. A list of one layer is.
             if inside and (len(inside) > 1 or stem == "*"):
                 found.append(Stack(f"{parent}.{stem}".lstrip("."), list(inside), list(inside.values())))
     return found
 
 
-def main_stack(model: nn.Module, candidates: Sequence[str] | None) -> Stack:
-    """The outermost stack that has nearly all the weights; with candidates, of those that have them.
+def main_stack(model: nn.Module, candidates: Sequence[str] | None, prefix: str = "") -> Stack:
+    """The outermost stack that has nearly all the weights. With candidates: among the stacks that have all of them.
 
     Raises:
-        UserError: there is none; or several are large (encoder and decoder, text and images), and it is the user's
-            choice which of them to adapt.
+        UserError: there is none; or several are large (encoder and decoder, text and images), and the user must choose.
     """
     stacks = find_stacks(model)
     if candidates:
@@ -86,28 +89,26 @@ def main_stack(model: nn.Module, candidates: Sequence[str] | None) -> Stack:
     outer = [stack for stack in stacks if not any(other.holds(stack) for other in stacks)]
     if not outer:
         having = f" that have {', '.join(candidates)}" if candidates else ""
-        raise UserError(f"this model has no numbered layers{having}: say in model.layer where they stand")
+        raise UserError(f"this model has no numbered layers{having}: give their place as {prefix}layer")
     largest = max(outer, key=lambda stack: stack.size)
     if largest.size < ENOUGH * sum(stack.size for stack in outer):
-        choices = [_layer_choice(stack, stacks) for stack in outer]
-        raise UserError(
-            _with(f"this model has {len(outer)} stacks of layers; say which one is to be adapted:", choices)
-        )
+        choices = [_layer_choice(stack, stacks, prefix) for stack in outer]
+        raise UserError(_with(f"this model has {len(outer)} stacks of layers; choose the one to adapt:", choices))
     return largest
 
 
 def other_stacks(model: nn.Module, stack: Stack) -> list[str]:
-    """Patterns of the outermost stacks beside the one that is adapted, such as a small second encoder."""
+    """Patterns of the outermost stacks other than the adapted one, such as a small second encoder."""
     stacks = [other for other in find_stacks(model) if other.pattern != stack.pattern]
     outer = [other for other in stacks if not any(another.holds(other) for another in (stack, *stacks))]
     return [other.pattern for other in outer]
 
 
 def other_matrices(model: nn.Module, stack: Stack) -> list[str]:
-    """Matrices of the layers that no linear layer is called for, so that they cannot be candidates.
+    """Names of matrices in the layers that belong to no linear module, so that they cannot be candidates.
 
-    Such as those of `nn.MultiheadAttention`, which hands its weights to a function. Embeddings and convolutions are not
-    among them. By their names, with ``*`` for the layer's number.
+    For instance those of `nn.MultiheadAttention`, which passes its weights to a function. Embeddings and convolutions
+    are not listed. The layer's number is replaced by ``*``.
     """
     found: dict[str, None] = {}
     for place in stack.layers:
@@ -121,23 +122,40 @@ def other_matrices(model: nn.Module, stack: Stack) -> list[str]:
     return list(found)
 
 
-def all_candidates(model: nn.Module, stack: Stack) -> list[str]:
-    """Every linear module of a layer, where the layers are alike and have nothing else that could be adapted.
+def all_candidates(model: nn.Module, stack: Stack, prefix: str = "") -> list[str]:
+    """The paths of every linear module of a layer, if the layers are alike and have no other weights to adapt.
 
     Raises:
         UserError: the layers differ, repeat a part inside them (experts, or blocks of a stage), or keep matrices
-            outside linear modules (experts again). It lists what could be given instead.
+            outside linear modules (experts again). The message lists what to give instead.
     """
-    problems, common = [], stack.common
-    if not stack.uniform:
-        path, place = next(
-            (path, place)
-            for place, paths in zip(stack.layers, stack.linear, strict=True)
-            for path in paths
-            if path not in common
-        )
-        problems.append(f"the layers of {stack.pattern} differ: {place} has {path}, not all of them do")
-    # An expert is a member of a list in the layer, or a row of a weight with three dimensions.
+    lists, weights = _experts(model, stack)
+    problems = [f"the layers of {stack.pattern} differ: {found}, not all of them do" for found in _difference(stack)]
+    problems += [f"the layers of {stack.pattern} repeat {name} inside them" for name in [*lists][:1]]
+    problems += [
+        f"the layers of {stack.pattern} have weights outside linear modules: {name}" for name in [*weights][:1]
+    ]
+    if not problems:
+        return stack.common
+    choices = _candidate_choices(stack, lists, weights, prefix)
+    inner = [other for other in find_stacks(model) if stack.holds(other) and other.uniform]
+    choices += [_layer_choice(other, inner, prefix) for other in sorted(inner, key=lambda other: -other.size)]
+    raise UserError([*problems, _with("choose what to adapt:", choices)])
+
+
+def _difference(stack: Stack) -> list[str]:
+    """The first linear module that not all layers have, in words; empty if the layers are alike."""
+    if stack.uniform:
+        return []
+    common, layers = stack.common, zip(stack.layers, stack.linear, strict=True)
+    return [f"{place} has {path}" for place, paths in layers for path in paths if path not in common][:1]
+
+
+def _experts(model: nn.Module, stack: Stack) -> tuple[dict[str, int], dict[str, int]]:
+    """(lists of alike modules inside the layers, weights with three dimensions), by name, each with its length.
+
+    An expert is a member of a list inside the layer, or a row of a weight with three dimensions.
+    """
     lists: dict[str, int] = {}
     weights: dict[str, int] = {}
     for layer in map(model.get_submodule, stack.layers):
@@ -147,24 +165,14 @@ def all_candidates(model: nn.Module, stack: Stack) -> list[str]:
             for name, p in layer.named_parameters()
             if p.squeeze().ndim > 2 and not _is_conv(layer, name)
         }
-    problems += [f"the layers of {stack.pattern} repeat {name} inside them" for name in [*lists][:1]]
-    problems += [
-        f"the layers of {stack.pattern} have weights outside linear modules: {name}" for name in [*weights][:1]
-    ]
-    if not problems:
-        return common
-
-    choices = _candidate_choices(stack, lists, weights)
-    inner = [other for other in find_stacks(model) if stack.holds(other) and other.uniform]
-    choices += [_layer_choice(other, inner) for other in sorted(inner, key=lambda other: -other.size)]
-    raise UserError([*problems, _with("say what is to be adapted:", choices)])
+    return lists, weights
 
 
-def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[str, int]) -> list[str]:
-    """What to write for the modules that stand in the same layers, the most weights first.
+def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[str, int], prefix: str) -> list[str]:
+    """One choice for each set of modules that occur in the same layers, the one with the most weights first.
 
-    Without what is repeated inside a layer, and without routers, which choose among the experts beside them: an update
-    there would change which of them run and not what they do.
+    Modules that are repeated inside a layer are left out. So are routers, which choose among experts: an update there
+    would change which experts run, not what they compute.
     """
     repeated = [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"\..*") for name in lists]
     routers = {(_above(_above(name)), count) for name, count in (*lists.items(), *weights.items())}
@@ -175,7 +183,7 @@ def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[
         if (_above(path), n_out) not in routers and not any(pattern.fullmatch(path) for pattern in repeated):
             groups.setdefault(where, {})[path] = n_in * n_out * len(where)
     ordered = sorted(groups.items(), key=lambda item: -sum(item[1].values()))
-    return [f"'model.candidates=[{','.join(paths)}]' ({len(where)} layers)" for where, paths in ordered]
+    return [f"'{prefix}candidates=[{','.join(paths)}]' ({len(where)} layers)" for where, paths in ordered]
 
 
 def _with(words: str, choices: Sequence[str]) -> str:
@@ -190,11 +198,11 @@ def _is_conv(module: nn.Module, parameter: str) -> bool:
     return isinstance(module.get_submodule(_above(parameter)), nn.modules.conv._ConvNd)
 
 
-def _layer_choice(stack: Stack, among: Sequence[Stack]) -> str:
-    """What to write for a stack: the shortest end of its name that is no other's, so that it suits every head."""
+def _layer_choice(stack: Stack, among: Sequence[Stack], prefix: str) -> str:
+    """The choice of a stack by the shortest end of its name that is unique, so that it fits models with any head."""
     names = stack.pattern.split(".")
     ends = [".".join(names[start:]) for start in range(len(names) - 2, -1, -1) if not names[start].isdigit()]
     others = [f".{other.pattern}" for other in among if other is not stack]
     unique = (end for end in ends if not any(other.endswith(f".{end}") for other in others))
     size = f"{len(stack.layers)} layers with {len(stack.common)} linear modules"
-    return f"'model.layer={next(unique, stack.pattern)}' ({size})"
+    return f"'{prefix}layer={next(unique, stack.pattern)}' ({size})"

@@ -11,15 +11,15 @@ from diffora.errors import UserError
 
 
 class AdaptedWeight(Tensor):
-    """Stands for the weight of an adapted layer, and computes it only for operations that need its values.
+    """A stand-in for the weight of an adapted layer. It computes the values only for operations that need them.
 
-    Some backbones look at the dtype of a linear layer's weight before each call: that costs nothing. Others compute
-    ``F.linear(x, lin.weight)``, and torch's fused kernels for `nn.TransformerEncoderLayer` take the weights of its
-    linear layers as they are: with the base layer's weight both would leave the update out without a word.
+    Some backbones read only the dtype of a linear layer's weight before each call; this costs nothing here. Others
+    compute ``F.linear(x, lin.weight)``, and torch's fused kernels for `nn.TransformerEncoderLayer` use the weights of
+    its linear layers directly. With the base layer's weight, both would silently leave out the update.
 
     Args:
         base: the base layer's weight.
-        values: computes the whole weight, in the layout and dtype of ``base``; autograd sees it.
+        values: returns the whole weight, in the layout and dtype of ``base``. Autograd records it.
     """
 
     values: Callable[[], Tensor]
@@ -52,4 +52,4 @@ class AdaptedWeight(Tensor):
 
 _PROPERTIES: tuple[Any, ...] = (Tensor.dtype, Tensor.device, Tensor.shape, Tensor.ndim, Tensor.is_cuda, Tensor.is_meta)
 METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, *(p.__get__ for p in _PROPERTIES)}
-"""What needs no values."""
+"""Functions that need no values."""

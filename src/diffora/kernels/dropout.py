@@ -1,8 +1,9 @@
-"""Dropout that is cheap on CPUs, where drawing a float for each element costs more than a layer's product.
+"""Dropout that is cheap on CPUs, where drawing one float per element can cost more than the product of a layer.
 
-The mask is one random byte an element, kept as it is and applied by a threshold, forward and backward. Rates are those
-of `nn.Dropout` to the nearest 1/256 (0.1 becomes 0.1016), and what is kept is scaled by the rate that was applied.
-`CheapDropout` leaves rates nearest to 0 or 1 to torch; in the low-rank layers they drop nothing, or all but 1/256.
+The mask is one random byte per element. An element is dropped where its byte is below a threshold, in the forward and
+in the backward pass. Rates are rounded to the nearest 1/256 (0.1 becomes 0.1016), and kept elements are scaled by the
+rounded rate. Rates that round to 0 or 1: `CheapDropout` uses torch's dropout; the low-rank layers drop nothing, or all
+but 1/256.
 """
 
 from typing import Any
@@ -12,18 +13,18 @@ from torch import Tensor, nn
 
 
 def threshold_of(rate: float) -> int:
-    """Bytes below this are dropped: 0 to 255."""
+    """The threshold for a rate, 0 to 255: elements whose byte is below it are dropped."""
     return min(255, round(256 * rate))
 
 
 def kept_share(threshold: int) -> float:
-    """Share of the elements that are kept."""
+    """The share of elements that are kept."""
     return 1 - threshold / 256
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """A random byte for each element of x."""
-    if x.device.type not in ("cpu", "cuda"):  # which can draw and reinterpret whole words
+    """A random byte for each element of x, in the shape of x."""
+    if x.device.type not in ("cpu", "cuda"):  # only these are known to draw and reinterpret 64-bit words
         return torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
     size = x.numel()
     words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -31,7 +32,7 @@ def noise_like(x: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, noise: Tensor, threshold: int) -> Tensor:
-    """x where the noise, cast to the dtype of x, reaches the threshold, else 0; in one pass and unscaled."""
+    """x where ``noise`` (bytes in the dtype of x) is at least the threshold, else 0. Not scaled; one pass over x."""
     dropped: Tensor = torch.ops.aten.threshold_backward(x, noise, threshold - 1)
     return dropped
 
@@ -39,7 +40,7 @@ def drop(x: Tensor, noise: Tensor, threshold: int) -> Tensor:
 class CheapDropout(nn.Dropout):
     """`nn.Dropout`, cheaper on a CPU.
 
-    Elsewhere, in place, when compiled and at rates that no byte comes near it is `nn.Dropout` itself.
+    On other devices, in place, when compiled, and at rates that round to 0 or 1, it is `nn.Dropout` itself.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Put `CheapDropout` in the place of every `nn.Dropout`, in place."""
+    """Replace every `nn.Dropout` of a model by `CheapDropout`, in place."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, CheapDropout(module.p, module.inplace).train(module.training))

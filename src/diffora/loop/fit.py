@@ -1,14 +1,17 @@
-"""Fits one stage of a run with a Lightning Trainer, from its newest checkpoint where the run resumes."""
+"""Fits one stage of a run with a Lightning Trainer."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
 from diffora.errors import UserError, out_of_memory
-from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, NonFiniteLoss, Stage, continuing, newest_checkpoint
+from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
 from diffora.loop.parts import Parts
+from diffora.loop.stage import NonFiniteLoss, Stage
 
 log = logging.getLogger(__name__)
 
@@ -18,17 +21,24 @@ def fit(
     stage: str,
     module: Stage,
     data: L.LightningDataModule,
-    callbacks: list[L.Callback],
-    loggers: list[Any],
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Any],
     **extra: Any,
 ) -> None:
-    """Fit one stage, from its newest checkpoint where the run resumes.
+    """Fit one stage. If the run resumes, continue from the stage's newest checkpoint.
+
+    Args:
+        parts: of the run. It gives the settings, the folder and the earlier attempt, and gets the time of the first
+            step.
+        stage: "search" or "finetune"; also the name of the section of settings.
+        module: the model and its steps.
+        extra: more arguments of the Trainer.
 
     Raises:
-        UserError: the loss was not finite, or memory ran out.
+        UserError: the loss was not finite, memory ran out, or the checkpoint does not fit.
     """
-    t, settings = parts.cfg.trainer, parts.cfg[stage]
-    folder = parts.folder / "checkpoints"
+    settings = getattr(parts.cfg, stage)
+    checkpoints = parts.folder / "checkpoints"
     newest = parts.earlier.checkpoints.pop(stage, None)
     if newest is not None:
         log.info(f"{stage}: continuing from {newest[0]}")
@@ -36,17 +46,39 @@ def fit(
             module.check_state(newest[1]["state_dict"])
             if module.restore_if_over(newest[1], settings.epochs):
                 return
-    # Under trainer.deterministic torch also fills all memory that it hands out, to show who reads it before it is
-    # written: a twentieth of a step. Where the user only wants to be warned, that is not asked for.
+    callbacks = [*callbacks, Checkpoints(checkpoints, stage, parts.made_with)]
+    trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": settings.epochs} | extra))
+    resume_from = None if newest is None else newest[0]
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except NonFiniteLoss as error:
+        raise _not_finite(error, stage, settings, parts.cfg.trainer.precision, checkpoints) from error
+    except SystemExit as error:  # Lightning turns ctrl-C into this
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        if (shortage := out_of_memory(error)) is not None:
+            raise _out_of_memory(shortage, stage, settings) from error
+        if resume_from is None or module.begun:
+            raise
+        with continuing(resume_from):  # an error before training begins is about the checkpoint
+            raise
+    if parts.first_step_at is None:
+        parts.first_step_at = module.first_step_at
+
+
+def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], **more: Any) -> L.Trainer:
+    t = parts.cfg.trainer
+    # With deterministic algorithms, torch also fills all new memory, to reveal reads of memory that was never written.
+    # This costs a twentieth of a step, so it is done only for deterministic=true, not for deterministic=warn.
     torch.utils.deterministic.fill_uninitialized_memory = t.deterministic is True  # type: ignore[attr-defined]
-    trainer = L.Trainer(
+    return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,
         strategy=t.strategy,
         precision=t.precision,
         deterministic=t.deterministic,
         logger=loggers or False,
-        callbacks=[*callbacks, Checkpoints(folder, stage, parts.made_with)],
+        callbacks=callbacks,
         plugins=[DigestCheckpointIO()],
         default_root_dir=parts.folder,
         use_distributed_sampler=False,
@@ -54,32 +86,25 @@ def fit(
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
-        detect_anomaly="debug" in parts.cfg and parts.cfg.debug.detect_anomaly,
-        **({"max_epochs": settings.epochs} | extra),
+        detect_anomaly=parts.cfg.debug is not None and parts.cfg.debug.detect_anomaly,
+        **more,
     )
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=None if newest is None else newest[0], weights_only=True)
-    except NonFiniteLoss as error:
-        good = newest_checkpoint(folder, stage)
-        kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
-        raise UserError(
-            f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {settings.lr:g})"
-            + (" or trainer.precision=32-true" if t.precision != "32-true" else "")
-        ) from error
-    except SystemExit as error:  # what Lightning makes of ctrl-C
-        raise KeyboardInterrupt from error
-    except Exception as error:
-        if (shortage := out_of_memory(error)) is None:
-            if newest is None or module.begun:
-                raise
-            with continuing(newest[0]):
-                raise
-        advice = ""
-        if shortage.startswith("out of memory"):
-            advice = (
-                f" at {stage}.batch_size={settings.batch_size}; {stage}.accumulate={2 * settings.accumulate} halves "
-                "the memory of a step and keeps the batch"
-            )
-        raise UserError(f"{stage}: {shortage}{advice}") from error
-    if parts.first_step_at is None:
-        parts.first_step_at = module.first_step_at
+
+
+def _not_finite(error: NonFiniteLoss, stage: str, settings: Any, precision: str, checkpoints: Path) -> UserError:
+    good = newest_checkpoint(checkpoints, stage)
+    kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
+    return UserError(
+        f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {settings.lr:g})"
+        + (" or trainer.precision=32-true" if precision != "32-true" else "")
+    )
+
+
+def _out_of_memory(shortage: str, stage: str, settings: Any) -> UserError:
+    advice = ""
+    if shortage.startswith("out of memory"):
+        advice = (
+            f" at {stage}.batch_size={settings.batch_size}; {stage}.accumulate={2 * settings.accumulate} halves "
+            "the memory of a step and keeps the batch"
+        )
+    return UserError(f"{stage}: {shortage}{advice}")

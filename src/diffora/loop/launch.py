@@ -1,4 +1,4 @@
-"""Whether the environment says consistently which of how many processes this one is."""
+"""Checks of the environment variables that say which process this is, and how many processes there are."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,12 +14,13 @@ TORCHRUN = "start the processes with `torchrun --nproc-per-node=N train.py …`"
 
 
 def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator[str]:
-    """What of the variables that torchrun and SLURM set cannot be right.
+    """One message for each variable of torchrun or SLURM that cannot be right.
 
-    Lightning believes them. A process that takes itself for rank 1 writes no results, and one that takes itself for one
-    of several waits for the others or trains alone, as they do.
+    Lightning trusts these variables. If they are wrong, a process may believe that it has rank 1 and write no results,
+    or it may wait for other processes that do not exist.
 
     Args:
+        environment: `os.environ`.
         devices: ``trainer.devices``.
     """
     given = {name: environment[name] for name in COUNTS if name in environment}
@@ -31,20 +32,24 @@ def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator
     counts = {name: int(value) for name, value in given.items()}
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "LOCAL_RANK"} & counts.keys():
         yield from _torchrun(counts, devices, "TORCHELASTIC_RUN_ID" in environment)
-    elif environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # there Lightning starts processes itself
+    elif environment.get("SLURM_JOB_NAME") not in (
+        "bash",
+        "interactive",
+    ):  # in these, Lightning starts the processes itself
         yield from _slurm(counts, devices, "SLURM_STEP_NUM_TASKS" in environment)
     elif rank := counts.get("SLURM_PROCID"):
-        yield f"SLURM_PROCID={rank} in an interactive job: only its first task can start train.py"
+        yield f"SLURM_PROCID={rank} in an interactive job: only its first task may start train.py"
 
 
 def _torchrun(counts: Mapping[str, int], devices: object, by_torchrun: bool) -> Iterator[str]:
+    """Check the variables of torchrun."""
     ranks = {name: counts[name] for name in ("RANK", "LOCAL_RANK") if name in counts}
     said = ", ".join(f"{name}={value}" for name, value in ranks.items())
     world, highest = counts.get("WORLD_SIZE"), max(ranks.values(), default=0)
     if by_torchrun and (missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in counts]):
         yield f"TORCHELASTIC_RUN_ID is set without {', '.join(missing)}: {TORCHRUN}, or unset it"
     elif world is None:
-        if highest > 0 or devices != 1:  # rank 0 of one process is what it is anyway
+        if highest > 0 or devices != 1:  # a single process has rank 0 anyway
             yield f"{said} is set without WORLD_SIZE: {TORCHRUN}, or unset it"
     elif highest >= world:
         yield f"{said} must be less than WORLD_SIZE={world}: {TORCHRUN}, or unset them"
@@ -55,6 +60,7 @@ def _torchrun(counts: Mapping[str, int], devices: object, by_torchrun: bool) -> 
 
 
 def _slurm(counts: Mapping[str, int], devices: object, by_srun: bool) -> Iterator[str]:
+    """Check the variables of SLURM."""
     tasks, rank = counts.get("SLURM_NTASKS"), counts.get("SLURM_PROCID", 0)
     if tasks is None:
         if rank > 0:
@@ -74,9 +80,9 @@ def _slurm(counts: Mapping[str, int], devices: object, by_srun: bool) -> Iterato
 
 
 def _as_many(processes: int, devices: object, variable: str) -> Iterator[str]:
-    """Each process has one device. With one device in all, each would train by itself, and all but one in vain."""
+    """Check that there is one device for each process; otherwise each process would train alone."""
     if type(devices) is int and processes > 1 and devices != processes:
         yield (
             f"trainer.devices={devices} must be {processes}, the number of processes that were started ({variable}): "
-            "each has one device"
+            "each process has one device"
         )

@@ -1,53 +1,55 @@
-"""Where metrics go: csv, TensorBoard and W&B, any of them together."""
+"""Loggers for metrics: CSV, TensorBoard and W&B, in any combination."""
 
 import logging
+import netrc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 from uuid import uuid4
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from diffora.core.selection import Selection
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
-from diffora.run.figures import dam_heatmap
+from diffora.loop.process import is_main
+from diffora.settings import sections
 
 log = logging.getLogger(__name__)
 
 
 class Loggers:
-    """The loggers of one run, shared by its stages. One that fails costs a warning and is left out from then on.
+    """The loggers of one run, shared by its stages. If a logger fails, a warning is logged and it is not used again.
 
     Args:
         choices: the ``logger`` section of the configuration.
         folder: the run directory.
-        config: the resolved configuration, recorded with W&B.
+        config: the resolved configuration, which W&B records.
 
     Raises:
         UserError: a logger that is asked for is not installed.
     """
 
-    def __init__(self, choices: Any, folder: Path, config: dict[str, Any]) -> None:
-        self.choices, self.folder = choices or {}, folder
-        if self.choices.get("tensorboard") and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+    def __init__(self, choices: sections.Logger | None, folder: Path, config: dict[str, Any]) -> None:
+        self.choices, self.folder = choices or sections.Logger(), folder
+        if self.choices.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard")
         self.wandb: Any = None
-        wandb = self.choices.get("wandb")
+        wandb = self.choices.wandb
         if wandb and (logger := _wandb_logger(wandb, folder, config)) is not None:
             self.wandb = Guarded("wandb", logger)
 
     def of_stage(self, stage: str) -> list[Logger]:
-        """Loggers for one stage's Trainer; an attempt that resumes gets a version of its own."""
+        """Loggers for the Trainer of one stage. A run that resumes writes to a new version."""
         found: list[Logger] = []
-        if self.choices.get("csv"):
+        if self.choices.csv:
             found.append(Guarded("csv", CSVLogger(self.folder / "logs", name=stage)))
-        if self.choices.get("tensorboard"):
+        if self.choices.tensorboard:
             from lightning.pytorch.loggers import TensorBoardLogger
 
             found.append(Guarded("tensorboard", TensorBoardLogger(self.folder / "logs" / "tensorboard", name=stage)))
@@ -55,28 +57,32 @@ class Loggers:
             found.append(self.wandb)
         return found
 
-    def dam(self, selection: Selection, step: int, stage_loggers: list[Any]) -> None:
-        """Send the DAM's picture to those loggers that take pictures."""
-        pictured = [logger for logger in stage_loggers if not isinstance(logger.inner, CSVLogger) and logger.works]
-        if not pictured:
-            return
-        png = dam_heatmap(selection, f"relaxed DAM after round {step}")
+    def picture(self, name: str, png: bytes, step: int, caption: str, stage_loggers: Sequence["Guarded"]) -> None:
+        """Send a picture to loggers of a stage.
+
+        Args:
+            name: what the picture is called there.
+            png: content of a PNG file.
+            step: where it stands on the loggers' axis.
+            caption: shown by W&B.
+            stage_loggers: those that show pictures (`taking_pictures`).
+        """
         import io
 
         import matplotlib.image
 
         pixels = matplotlib.image.imread(io.BytesIO(png))
-        for logger in pictured:
+        for logger in stage_loggers:
             with logger.guard():
                 if logger is self.wandb:
                     import wandb
 
-                    logger.inner.experiment.log({"DAM": wandb.Image(pixels, caption=f"round {step}")})
+                    logger.inner.experiment.log({name: wandb.Image(pixels, caption=caption)})
                 else:
-                    logger.inner.experiment.add_image("DAM", pixels[..., :3], step, dataformats="HWC")
+                    logger.inner.experiment.add_image(name, pixels[..., :3], step, dataformats="HWC")
 
     def summary(self, record: dict[str, Any]) -> None:
-        """Put a run's results in W&B's summary, where its tables look, and keep selection and adapter as artefacts."""
+        """Write a run's results to W&B's summary, which its tables show; keep selection and adapter as artefacts."""
         if self.wandb is None or not self.wandb.works:
             return
         with self.wandb.guard():
@@ -97,7 +103,11 @@ class Loggers:
                 run.log_artifact(artifact)
 
     def finish(self, failed: bool) -> None:
-        """Close W&B's run inside the job, so that the next job of a sweep gets one of its own."""
+        """Close W&B's run before the job ends, so that the next job of a sweep gets its own.
+
+        Args:
+            failed: whether the run failed.
+        """
         if self.wandb is not None:
             with self.wandb.guard():
                 import wandb
@@ -106,11 +116,11 @@ class Loggers:
 
 
 class Guarded(Logger):
-    """A logger whose failures cost one warning: it is not called again, and the run goes on.
+    """A logger that cannot fail the run. Its first failure is logged as a warning, and it is not called again.
 
     Args:
         kind: its name in the configuration.
-        inner: the logger.
+        inner: the logger itself.
     """
 
     def __init__(self, kind: str, inner: Any) -> None:
@@ -119,12 +129,12 @@ class Guarded(Logger):
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """A block that calls the logger."""
+        """A context for code that calls the logger."""
         try:
             yield
         except Exception as error:
             if self.works:
-                log.warning(f"logger={self.kind} fails and is left out from here on: {_why(error)}")
+                log.warning(f"logger={self.kind} fails and is not used from here on: {_why(error)}")
             self.works = False
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -174,8 +184,14 @@ class Guarded(Logger):
         self._call("finalize", status)
 
 
+def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
+    """The loggers of a stage that show pictures and have not failed: TensorBoard's and W&B's."""
+    guarded = (logger for logger in stage_loggers if isinstance(logger, Guarded))
+    return [logger for logger in guarded if logger.works and not isinstance(logger.inner, CSVLogger)]
+
+
 def _why(error: BaseException) -> str:
-    """The reason of a failure in one line, without W&B's key."""
+    """The reason of a failure in one line. W&B's key is removed from it."""
     text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and (file := place(error)):
         text = f"{file}: {text}"
@@ -184,58 +200,72 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
-    """W&B's logger with a run begun, online if there is a key and the server answers; None if it cannot begin."""
-    import wandb
+def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:
+    """W&B's logger with a started run, online if there is a key and the server answers; None if it cannot start."""
+    import wandb  # optional
     from lightning.pytorch.loggers import WandbLogger
-    from lightning.pytorch.utilities import rank_zero_only
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return WandbLogger(save_dir=folder, project=choice["project"])
-    asked = os.environ.get("WANDB_MODE", "")
-    modes = ["online", "offline"]
-    if asked in ("offline", "dryrun", "disabled"):
-        modes = [asked]
-    elif _key() is None:  # W&B would ask for one
-        modes = ["offline"]
-        log.info(
-            f"W&B: no API key (WANDB_API_KEY, or `wandb login`), so this run is recorded offline in "
-            f"{folder / 'wandb'}; `wandb sync` uploads it later"
-        )
-    limits: dict[str, Any] = {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+    if not is_main():
+        return WandbLogger(save_dir=folder, project=choice.project)
     try:
-        identity = folder / "wandb" / "run_id"  # a resumed run goes on in the same W&B run
-        known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
-        settings = {
-            "project": choice["project"],
-            "entity": choice["entity"],
-            "group": choice["group"],
-            "tags": list(choice["tags"]),
-            "name": folder.name,
-            "config": config,
-            "dir": str(folder),
-            "id": known if re.fullmatch(r"[\w-]{1,64}", known) else _new_id(),
-            "resume": "allow",
-            "job_type": "run",
-            "settings": wandb.Settings(console="off", init_timeout=60, **limits),
-        }
+        identity = folder / "wandb" / "run_id"  # a resumed run continues the same W&B run
+        settings = _run_settings(choice, folder, config, identity)
     except Exception as error:
-        log.warning(f"W&B cannot begin, the run goes on without it: {_why(error)}")
+        log.warning(f"W&B cannot start, the run continues without it: {_why(error)}")
         return None
-    for mode in modes:
+    for mode in _wandb_modes(folder):
         try:
             with _no_questions():
-                wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
+                wandb.init(mode=mode, **settings)
             wandb.define_metric("search/*", step_metric="trainer/global_step")
             write_text(identity, str(settings["id"]))
-            return WandbLogger(save_dir=folder, project=choice["project"])
+            return WandbLogger(save_dir=folder, project=choice.project)
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
-            then = offline if mode == "online" else "the run goes on without it"
-            log.warning(f"W&B cannot begin {mode}: {_why(error)}; {then}")
-            settings["id"] = _new_id()  # the one that failed counts as in use
+            then = offline if mode == "online" else "the run continues without it"
+            log.warning(f"W&B cannot start {mode}: {_why(error)}; {then}")
+            settings["id"] = _new_id()  # W&B counts the failed id as used
     return None
+
+
+def _wandb_modes(folder: Path) -> list[Any]:
+    """The modes in which to try to start W&B's run."""
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("offline", "dryrun", "disabled"):
+        return [asked]
+    if _key() is not None:
+        return ["online", "offline"]
+    log.info(  # online, W&B would ask for a key
+        f"W&B: no API key (WANDB_API_KEY, or `wandb login`), so this run is recorded offline in "
+        f"{folder / 'wandb'}; `wandb sync` uploads it later"
+    )
+    return ["offline"]
+
+
+def _run_settings(choice: sections.Wandb, folder: Path, config: dict[str, Any], identity: Path) -> dict[str, Any]:
+    """Arguments of `wandb.init`.
+
+    Args:
+        identity: the file that holds the id of the W&B run, if the run resumes.
+    """
+    import wandb  # optional
+
+    limits: dict[str, Any] = {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+    known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
+    return {
+        "project": choice.project,
+        "entity": choice.entity,
+        "group": choice.group,
+        "tags": list(choice.tags),
+        "name": folder.name,
+        "config": config,
+        "dir": str(folder),
+        "id": known if re.fullmatch(r"[\w-]{1,64}", known) else _new_id(),
+        "resume": "allow",
+        "job_type": "run",
+        "settings": wandb.Settings(console="off", init_timeout=60, **limits),
+    }
 
 
 def _new_id() -> str:
@@ -243,12 +273,12 @@ def _new_id() -> str:
 
 
 FINISH_S = 600
-"""Seconds that the end of a run waits for W&B's upload; `wandb sync` does what is left."""
+"""Seconds to wait at the end of a run for W&B's upload; `wandb sync` uploads the rest later."""
 
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Give the block an empty standard input: a library that asks gets no answer, and fails."""
+    """Replace standard input by an empty one, so that a library that asks a question fails instead of waiting."""
     before = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing
@@ -259,12 +289,9 @@ def _no_questions() -> Iterator[None]:
 
 
 def _key() -> str | None:
-    """The key that W&B would find without asking for one."""
+    """The key that W&B finds without asking; None if there is none."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
-    import netrc
-    from urllib.parse import urlparse
-
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)

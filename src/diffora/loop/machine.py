@@ -1,21 +1,23 @@
-"""Whether this machine, and how the process was started, suit the ``trainer`` section; before anything is loaded."""
+"""Checks, before anything is loaded, that the ``trainer`` section suits this machine and the way it was started."""
 
 import os
 from functools import cache
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 
 from diffora.errors import UserError
 from diffora.loop.launch import launch_problems
+from diffora.settings.sections import Settings
 
 
-def check_machine(cfg: DictConfig) -> None:
-    """Refuse devices that are not there. Not for a dry run, nor where a sweep is only submitted from.
+def check_machine(cfg: Settings) -> None:
+    """Check that the devices exist and the processes were started correctly.
+
+    Do not call it for a dry run, or on a machine that only submits the jobs of a sweep.
 
     Args:
-        cfg: a configuration without mistakes of its own.
+        cfg: settings without mistakes of their own.
 
     Raises:
         UserError: everything that is wrong.
@@ -31,14 +33,14 @@ def check_machine(cfg: DictConfig) -> None:
 def _device_problems(accelerator: str, devices: int | str, strategy: str, precision: str) -> tuple[str, ...]:
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if (accelerator == "gpu" and not (gpus or mps)) or (accelerator == "cuda" and not gpus):
-        return (f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer=cpu",)
+        return (f"trainer.accelerator={accelerator}: torch finds no GPU on this machine; use trainer=cpu",)
     if accelerator == "mps" and not mps:
-        return ("trainer.accelerator=mps: torch finds none here; use trainer=cpu",)
+        return ("trainer.accelerator=mps: torch finds no such device on this machine; use trainer=cpu",)
     on_cpu = accelerator == "cpu" or not (gpus or mps)
     problems = []
     if on_cpu and precision == "16-mixed":
         problems.append("trainer.precision=16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
-    # Two processes are allowed on one core too, to try things out: trainer=ddp_cpu.
+    # Allow two processes even on one core, so that trainer=ddp_cpu can be tried anywhere.
     most = max(os.cpu_count() or 1, 2) if on_cpu else gpus if accelerator != "mps" and gpus else 1
     if isinstance(devices, int) and devices > most:
         there = f"this machine has {os.cpu_count()} CPU cores" if on_cpu else f"this machine has {most} of them"
@@ -58,5 +60,7 @@ def _device_problems(accelerator: str, devices: int | str, strategy: str, precis
         )
     except Exception as error:
         settings = f"trainer.accelerator={accelerator} devices={devices} strategy={strategy} precision={precision}"
-        return (f"{settings} do not go together here: {(str(error) or type(error).__name__).splitlines()[0]}",)
+        return (
+            f"{settings} do not work together on this machine: {(str(error) or type(error).__name__).splitlines()[0]}",
+        )
     return ()

@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from omegaconf import DictConfig
 from torch import nn
 
 from diffora import digests
@@ -15,8 +14,9 @@ from diffora.backbones import compatibility, models
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Earlier, earlier
-from diffora.loop.data import examples_of
+from diffora.loop.resume import Earlier, earlier
+from diffora.loop.splits import examples_of
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Split, Task
 
 
@@ -24,7 +24,7 @@ from diffora.tasks.base import Collate, Split, Task
 class Parts:
     """What both stages of a run work on; ``data`` is what became of the rows of each split (`Account.record`)."""
 
-    cfg: DictConfig
+    cfg: Settings
     folder: Path
     task: Task
     model: nn.Module
@@ -44,7 +44,7 @@ class Parts:
     first_step_at: float | None = None
 
     @classmethod
-    def load(cls, cfg: DictConfig, folder: Path, task: Task) -> "Parts":
+    def load(cls, cfg: Settings, folder: Path, task: Task) -> "Parts":
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
@@ -61,14 +61,14 @@ class Parts:
         task.check(model)
         if cfg.trainer.gradient_checkpointing:
             models.checkpoint_activations(model)
-        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+        grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
         models.check_outside_head(model, itertools.chain(*grid.names))
-        if isinstance(path := cfg.method.get("selection"), str):
+        if isinstance(path := getattr(cfg.method, "selection", None), str):
             Selection.load(Path(path)).check_fits(grid, path)
 
         backbone = digests.backbone(cfg.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(cfg, rows.data_hash, n_rows, backbone)
+        made_with = digests.made_with(cfg.composed, rows.data_hash, n_rows, backbone)
         before = earlier(folder, made_with) if cfg.resume else Earlier()
 
         def encoded(splits: dict[str, datasets.Dataset]) -> dict[str, Split]:

@@ -1,4 +1,4 @@
-"""Predictions of a finished model for a split, without Lightning: one process, one device, nothing trained."""
+"""Predictions of a trained model for a split, without Lightning, in one process on one device."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from diffora.tasks.base import Collate, Outputs, Split, Task
 
 @torch.inference_mode()
 def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_size: int, trainer: Any) -> Outputs:
-    """`Task.outputs` for every row of a split, in their order, on the CPU. The model stays where it was.
+    """`Task.outputs` for all rows of a split, in their order, on the CPU. The model returns to its device and mode.
 
     Args:
         model: adapted and trained.
-        collate: puts rows of the split together, for evaluation.
+        collate: makes batches of the split's rows, for evaluation.
         batch_size: rows per batch.
-        trainer: the ``trainer`` section: accelerator, precision and workers.
+        trainer: the ``trainer`` section, for accelerator, precision and workers.
 
     Raises:
         UserError: memory ran out.
@@ -36,7 +36,7 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 output = model(**task.inputs(batch))
-            found.append(task.outputs(output, batch))  # which stay there, so that a GPU is not waited for
+            found.append(task.outputs(output, batch))  # kept on the device, so that steps do not wait for a GPU
     except Exception as error:
         if (shortage := out_of_memory(error)) is None:
             raise
@@ -52,11 +52,17 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device that ``trainer.accelerator`` stands for."""
+    """The device for a value of ``trainer.accelerator``.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     if accelerator not in ("auto", "cpu"):
-        raise UserError(f"trainer.accelerator={accelerator}: this machine has none; try trainer.accelerator=cpu")
+        raise UserError(
+            f"trainer.accelerator={accelerator}: this machine has no such device; try trainer.accelerator=cpu"
+        )
     return torch.device("cpu")

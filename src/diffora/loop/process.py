@@ -1,4 +1,4 @@
-"""This process among those of a run: which one writes, and what libraries may print."""
+"""Which process of a run writes files and messages, and what libraries may print."""
 
 import logging
 import os
@@ -9,13 +9,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes: rank 0 of however many there are."""
+    """Whether this process writes files and messages, that is whether it has rank 0."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say of themselves at every start, so that what concerns the user can be seen."""
-    import transformers
+    """Silence the messages that libraries print at every start, so that the user sees those that matter."""
+    import transformers  # takes seconds
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a person sees while waiting: a bar a stage with the time left, or a line an epoch where there is no terminal."""
+"""Progress on the screen: a bar for each stage with the time left, or a line for each epoch without a terminal."""
 
 import logging
 import time
@@ -13,11 +13,13 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar(Checkpoint):
-    """Progress of one stage over all its epochs. (A `Checkpoint` so that it runs after the module's own hooks.)
+    """Progress of one stage over all its epochs.
+
+    It is a `Checkpoint`, so that Lightning calls it after the module's own hooks.
 
     Args:
-        stage: what the stage is called.
-        unit: what an epoch of it is called.
+        stage: name of the stage.
+        unit: name of an epoch in this stage.
         shown: logged metrics to show beside the bar.
     """
 

@@ -1,48 +1,68 @@
 """DiffoRA: search which modules deserve a LoRA, give it to them, share a small one among the rest ([D] section 4)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
 from diffora.core.parts import part_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import check_ranks
 from diffora.methods.selecting import Selecting
-from diffora.settings.config import PATH, TEXTS, Check, whole
+from diffora.search.selectors import SELECTORS, trains
+from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
+from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
+CHANCE = "random"
+"""No selector of `diffora.search.selectors`: it needs neither model nor data, so `DiffoRA.choose` draws the scores."""
+
+
+def _is_selector(value: Any) -> bool:
+    return isinstance(value, str) and (value in (*SELECTORS, CHANCE) or NAME.fullmatch(value) is not None)
+
+
+SELECTOR = Check(
+    _is_selector,
+    f"one of {', '.join((*SELECTORS, CHANCE))}, or the dotted path of a function of your own, as in module.function",
+)
 
 
 @dataclass(frozen=True)
 class DiffoRA(Selecting):
-    """Algorithm 1. With ``method.selection`` stage 1 is left out and that selection is used as it is.
+    """[D] Algorithm 1. With ``method.selection`` there is no stage 1, and that selection is used as it is.
 
     Attributes:
+        selector: what gives the scores: ``search`` ([D]), another of `diffora.search.selectors`, ``random``, or the
+            dotted path of a function of the user's own.
+        score_batches: how many batches of search rows every selector but ``search`` takes, at most one pass over them.
         selection: a selection file, or a list of what to select in every layer: module types, or the parts they play
             (`diffora.core.parts`).
-        selector: the search, or another criterion in its place (`diffora.search.criteria`).
-        score_batches: over how many batches of search rows ``attribution``, ``gradient`` and ``activation`` are taken.
+        warm_start: selected modules start fine-tuning with the A and B of the search.
     """
 
     name: ClassVar[str] = "diffora"
-    selector: Literal["search", "attribution", "gradient", "activation", "random"]
-    score_batches: Annotated[int, whole(1)]
-    selection: Annotated[str, PATH] | Annotated[list[str], PARTS] | None
-    warm_start: bool
+    selector: Annotated[str, SELECTOR, Help("What scores the modules.")]
+    score_batches: Annotated[int, whole(1), Help("Batches of search rows, for every selector but `search`.", "batches")]
+    selection: Annotated[
+        Annotated[str, PATH] | Annotated[list[str], PARTS] | None,
+        Help("Use this selection instead of a search: a selection.json, or a list of modules for every layer."),
+    ]
+    warm_start: Annotated[bool, Help("Selected modules keep the A and B of the search.")]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.selection is not None and self.budget is not None:
-            yield "method.budget does not go with method.selection, which says already what is selected"
+            yield "method.budget does not go with method.selection, which already says what is selected"
         if self.warm_start and isinstance(self.selection, list):
             yield "method.warm_start=true needs the file of a search, and a list in method.selection has no A and B"
-        if self.warm_start and self.selection is None and self.selector not in ("search", "attribution"):
+        if self.warm_start and self.selection is None and not trains(self.selector):
             yield f"method.warm_start=true needs a selector that trains A and B, which {self.selector} does not"
         if self.warm_start and self.budget is not None and self.scope == "layer":
             yield "method.warm_start=true does not go with method.budget, which chooses the rank after the search"
@@ -69,16 +89,23 @@ class DiffoRA(Selecting):
                 "not selected: there is no adapter to train"
             )
 
-    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
+    @property
+    def selector_to_run(self) -> str | None:
+        return None if self.selection is not None or self.selector == CHANCE else self.selector
+
+    def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if self.selection is not None:
             return self.given(grid, seed)
-        return self.by_chance(grid, seed) if self.selector == "random" else find(self.selector)
+        if self.selector == CHANCE:
+            scores = random_scores(grid.n_layers, grid.n_types, seed)
+        assert scores is not None, "`selector_to_run` says whose scores are needed"
+        return self.selection_by(grid, scores, self.selector, seed)
 
     def given(self, grid: Grid, seed: int) -> Selection:
-        """What ``method.selection`` selects.
+        """The selection that ``method.selection`` names.
 
         Raises:
-            UserError: the file cannot be read or is of another model.
+            UserError: the file cannot be read, or was made for another model.
         """
         if isinstance(self.selection, str):
             chosen = Selection.load(Path(self.selection))

@@ -1,52 +1,59 @@
-"""Random selection: modules by chance, the same sharing as DiffoRA ([D] Table 3's control)."""
+"""Random selection: modules drawn at random, with the same sharing as DiffoRA (the control of [D] Table 3)."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from diffora.core.dam import adapter_parameters, draw_of_same_size
+from torch import Tensor
+
+from diffora.core.choose import draw_of_same_size, random_scores
+from diffora.core.counts import adapter_parameters
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
-from diffora.settings.config import PATH, SEED
+from diffora.settings.checks import PATH, SEED, Help
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Random(Selecting):
-    """DiffoRA with the search replaced by a draw.
+    """DiffoRA with a random draw in place of the search.
 
     Attributes:
-        draw: which draw; by default the run's seed.
-        like: a selection file: draw among the selections with as many adapter parameters as this one.
+        draw: seed of the draw; by default the run's seed.
+        like: a selection file; the draw has as many adapter parameters as that selection (`draw_of_same_size`).
     """
 
     name: ClassVar[str] = "random"
-    draw: Annotated[int, SEED]
-    like: Annotated[str, PATH] | None
+    draw: Annotated[int, SEED, Help("Which of all draws; by default the run's seed.")]
+    like: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Draw among the selections that have as many adapter parameters as this selection.json."),
+    ]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.like is not None and self.budget is not None:
-            yield "method.like does not go with method.budget: either says how many parameters there are"
+            yield "method.like does not go with method.budget: both fix the number of parameters"
 
-    def select(self, grid: Grid, seed: int, find: Callable[[str], Selection]) -> Selection:
+    def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if self.like is None:
-            return self.by_chance(grid, self.draw)
+            drawn = random_scores(grid.n_layers, grid.n_types, self.draw)
+            return self.selection_by(grid, drawn, "random", self.draw)
         pattern = Selection.load(Path(self.like))
         pattern.check_fits(grid, self.like)
         rank = self.rank if pattern.rank is None else pattern.rank
         mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
         if mask is None:
-            raise UserError(f"method.like={self.like}: there is no other selection with as many parameters")
+            raise UserError(f"method.like={self.like}: no other selection has as many parameters")
         wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
         if has != wanted:
             log.warning(
-                f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other shared pairs"
+                f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other pairs are shared"
             )
         made = {"selector": "random", "k": pattern.k, "rank": pattern.rank, "rho": self.rho, "seed": seed}
         return Selection.from_mask(grid, mask, method=self.name, **made)

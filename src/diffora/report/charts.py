@@ -1,4 +1,4 @@
-"""The report's pictures as inline SVG: they take the page's colours, light or dark, and need no script."""
+"""The report's charts as inline SVG: they use the page's light or dark colours and need no script."""
 
 import math
 from collections.abc import Sequence
@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-COLOURS = 8  # of the page's style sheet: .c0 to .c7
-NAME = 56  # characters of a line of a forest plot
-
-Grid = Sequence[Sequence[float]]  # L x N
+COLOURS = 8  # number of line colours in the page's style sheet: .c0 to .c7
+LABEL_WIDTH = 56  # characters that fit into the label of a forest plot's line
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name, its colour (`COLOURS` in turn, then the same dashed), points (x, y), half a bar at each."""
+    """A curve of a chart.
+
+    Attributes:
+        name: shown when the mouse is over the curve.
+        colour: number of the colour; from `COLOURS` on, the same colours dashed.
+        points: (x, y).
+        bars: half the height of the error bar at each point; empty for none.
+        faint: whether the line is thin and pale.
+    """
 
     name: str
     colour: int
@@ -25,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Interval:
-    """A line of a forest plot; without an interval the mean alone is drawn."""
+    """A line of a forest plot; without an interval only the mean is drawn."""
 
     name: str
     mean: float
@@ -34,7 +40,7 @@ class Interval:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between two others, about as many as asked for."""
+    """About ``count`` round numbers between two numbers, for an axis."""
     span = high - low
     if not span > 0:
         return [low]
@@ -48,7 +54,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def line_chart(
     lines: Sequence[Line], x_label: str, y_label: str, width: int = 380, height: int = 240, marks: bool = False
 ) -> Markup:
-    """Curves over a common axis."""
+    """A chart of curves; empty without points. ``marks``: draw points and error bars."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y + sign * bar for line in lines for (_, y), bar in _barred(line) for sign in (-1, 1)]
     if not xs:
@@ -96,12 +102,12 @@ def line_chart(
 
 
 def forest(intervals: Sequence[Interval], x_label: str, width: int = 760) -> Markup:
-    """Mean differences with their intervals around 0; right of 0 is better."""
+    """A forest plot: mean differences with their intervals; right of 0 is better."""
     if not intervals:
         return Markup()
     ends = [v for i in intervals for v in (i.mean, i.low, i.high) if v is not None]
     low, high = _widened(min(0.0, *ends), max(0.0, *ends), 0.04)
-    left, right, step = min(400, 40 + 6.4 * max(len(i.name) for i in intervals)), 14, 20  # `NAME` is what fits
+    left, right, step = min(400, 40 + 6.4 * max(len(i.name) for i in intervals)), 14, 20  # `LABEL_WIDTH` characters fit
     height = step * len(intervals) + 42
 
     def at(x: float) -> float:
@@ -130,20 +136,21 @@ def forest(intervals: Sequence[Interval], x_label: str, width: int = 760) -> Mar
 
 
 def heatmap(
-    values: Grid,
+    values: Sequence[Sequence[float]],
     rows: Sequence[str],
     frames: Sequence[Sequence[bool]] = (),
     centre: float = 0.0,
     most: float = 1.0,
     cell: int = 30,
 ) -> Markup:
-    """One column a layer, one row a module type.
+    """A heatmap with one column for each layer and one row for each module type.
 
     Args:
-        values: L x N. From ``centre`` upwards cells take one colour, downwards another.
-        rows: names of the N types; empty for a small picture without any words.
-        frames: L x N, the cells to be framed.
+        values: L x N. Cells above ``centre`` have one colour, cells below another.
+        rows: names of the N types; empty for a small picture without text.
+        frames: L x N, the cells that get a frame.
         most: the distance from ``centre`` at which a colour is strongest.
+        cell: width of a cell in pixels.
     """
     layers, types = len(values), len(values[0]) if values else 0
     left = 8 + 6.4 * max(map(len, rows)) if rows else 2
@@ -179,7 +186,7 @@ def heatmap(
 
 
 def number(value: float) -> str:
-    """For an axis."""
+    """A number as text, for an axis."""
     return f"{value:.6g}" if abs(value) < 1e5 else f"{value:.3g}"
 
 

@@ -1,28 +1,28 @@
-"""What follows from a table: differences between its rows, paired over seeds, and curves over its dials."""
+"""Comparisons between the rows of a table, paired over seeds, and curves over rho and rank."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, holm, paired, spread
-from diffora.report.tables import Cell, Column, Table
 
-EQUAL = 0.10  # adapters whose sizes differ by less are of about equal size
+EQUAL = 0.10  # adapters whose sizes differ by at most this share count as about equal in size
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against a baseline in one column, paired over the seeds; a positive difference says that ours is better.
+    """One of our rows against a baseline in one column, paired over seeds; a positive difference: ours is better.
 
     Attributes:
-        dev_best: of the best epoch on validation rows, as papers report it.
-        held_out: of an epoch that was chosen on other rows; None where there is none.
-        ratio: our adapter parameters over the baseline's.
-        variant: the baseline is another setting of our own method.
-        p_holm: p of dev_best, adjusted for the number of comparisons with baselines in the table.
+        dev_best: difference at the best epoch on validation rows, as papers report it.
+        held_out: difference at an epoch that was chosen on other rows; None if there are no held-out values.
+        ratio: our adapter parameters divided by the baseline's.
+        variant: whether the baseline is another setting of our own method.
+        p_holm: p of `dev_best`, adjusted for the number of comparisons with baselines in the table.
     """
 
-    column: Column
+    column: ResultColumn
     ours: str
     baseline: str
     dev_best: Difference
@@ -33,19 +33,21 @@ class Comparison:
 
     @property
     def fair(self) -> bool:
-        """Whether both adapters are of about equal size."""
+        """Whether both adapters have about the same number of parameters."""
         return self.ratio is not None and 1 - EQUAL <= self.ratio <= 1 / (1 - EQUAL)
 
 
 def verdict(difference: Difference | None) -> str:
-    """What an interval says: ``ahead``, ``behind``, ``undecided``, or ``no test``."""
+    """``ahead`` or ``behind`` if the interval excludes 0, ``undecided`` if not, ``no test`` without an interval."""
     if difference is None or difference.low is None or difference.high is None:
         return "no test"
     return "ahead" if difference.low > 0 else "behind" if difference.high < 0 else "undecided"
 
 
-def compare(table: Table, column: Column, ours: str, baseline: str, variant: bool = False) -> Comparison | None:
-    """Two rows of a column; None where they have no seed in common."""
+def compare(
+    table: ResultTable, column: ResultColumn, ours: str, baseline: str, variant: bool = False
+) -> Comparison | None:
+    """The comparison of two rows in a column; None if they have no seed in common."""
     a, b = table.cells.get((ours, column.name)), table.cells.get((baseline, column.name))
     if a is None or b is None:
         return None
@@ -63,8 +65,8 @@ def compare(table: Table, column: Column, ours: str, baseline: str, variant: boo
     return Comparison(column, ours, baseline, dev_best, held_out, ratio, variant)
 
 
-def comparisons_of(table: Table) -> list[Comparison]:
-    """In each column, each of our rows against each baseline, then our rows among each other."""
+def comparisons_of(table: ResultTable) -> list[Comparison]:
+    """For each column: each of our rows against each baseline, then our rows against each other."""
     ours = table.ours
     baselines = [row for row in table.rows if row not in ours]
     against = [(a, b, False) for a in ours for b in baselines] + [(a, b, True) for a, b in combinations(ours, 2)]
@@ -77,32 +79,32 @@ def comparisons_of(table: Table) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric against a dial, of settings that differ in nothing else.
+    """A metric over rho or over the rank, for settings that differ in nothing else.
 
     Attributes:
         dial: ``rho`` or ``rank``.
-        name: of the method.
+        name: the method, and the value of the other dial.
         points: (value of the dial, spread over seeds).
     """
 
     dial: str
-    column: Column
+    column: ResultColumn
     name: str
     points: list[tuple[float, Spread]]
 
 
-def curves_of(table: Table) -> list[Curve]:
-    """All curves of a table: two points at least."""
+def curves_of(table: ResultTable) -> list[Curve]:
+    """All curves of a table that have at least two points."""
     found = []
     for column in table.columns:
         cells = [cell for row in table.rows if (cell := table.cells.get((row, column.name)))]
         for dial, other in (("rho", "rank"), ("rank", "rho")):
-            groups: dict[str, list[Cell]] = defaultdict(list)
+            groups: dict[str, list[ResultCell]] = defaultdict(list)
             for cell in cells:
                 config = cell.first.config
                 if isinstance(config.get(dial), int | float):
                     same = {dial, f"search.{dial}"} if config.get(f"search.{dial}") == config[dial] else {dial}
-                    # the selection whose size a draw has is another one at each value of a dial
+                    # random rows take their size from another selection at each value of a dial
                     alike = {k: v if k != "method.like" else v is not None for k, v in config.items() if k not in same}
                     groups[repr(sorted((k, repr(v)) for k, v in alike.items()))].append(cell)
             for members in groups.values():
@@ -113,5 +115,5 @@ def curves_of(table: Table) -> list[Curve]:
                 if len(points) > 1:
                     first = members[0].first
                     rest = f", {other} = {first.config[other]}" if first.config.get(other) is not None else ""
-                    found.append(Curve(dial, column, f"{first['method']}{rest}", points))
+                    found.append(Curve(dial, column, f"{first.record.method}{rest}", points))
     return found

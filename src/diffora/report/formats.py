@@ -1,4 +1,4 @@
-"""Grids of text as Markdown, LaTeX (booktabs) and CSV, and the numbers behind them as CSV."""
+"""Tables of text as Markdown, LaTeX (booktabs) and CSV, and the numbers behind them as CSV."""
 
 import csv
 import io
@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffora.report.comparisons import Comparison, verdict
-from diffora.report.grids import MEASURES, Figure, Grid
+from diffora.report.layout import MEASURES, SortableText, TextTable
+from diffora.report.results import ResultTable
 from diffora.report.statistics import Difference
-from diffora.report.tables import Table
 
 FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
                 "\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
-"""How a text begins that a spreadsheet would compute."""
+"""A spreadsheet computes texts that begin with one of these."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     "\\": r"\textbackslash{}",
-    "[": "{[}",  # after the end of a row, [ and * would belong to it
+    "[": "{[}",  # directly after the end of a row, [ and * would be arguments of it
     "*": "{*}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -33,28 +33,28 @@ LATEX = {
 }
 
 
-def markdown(grid: Grid) -> str:
-    """A pipe table under its title."""
-    lines = [f"### {_md(grid.title)}", "", _pipes(map(_md, grid.head)), "|" + "---|" * len(grid.head)]
-    lines += [_pipes(map(_md, row)) for row in grid.rows]
-    if grid.notes:
-        lines += ["", *(f"- {_md(note)}" for note in grid.notes)]
+def markdown(table: TextTable) -> str:
+    """A Markdown table with its title and notes."""
+    lines = [f"### {_md(table.title)}", "", _pipes(map(_md, table.head)), "|" + "---|" * len(table.head)]
+    lines += [_pipes(map(_md, row)) for row in table.rows]
+    if table.notes:
+        lines += ["", *(f"- {_md(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
-def latex(grid: Grid) -> str:
-    """A ``table`` environment that needs the package booktabs."""
-    n = len(grid.head)
-    groups = [rf"\multicolumn{{{len(labels)}}}{{c}}{{{_tex(name)}}}" for name, labels in grid.groups]
+def latex(table: TextTable) -> str:
+    """A LaTeX ``table`` environment; it needs the package booktabs."""
+    n = len(table.head)
+    groups = [rf"\multicolumn{{{len(labels)}}}{{c}}{{{_tex(name)}}}" for name, labels in table.groups]
     lines = [
         r"\begin{table}",
-        rf"\caption{{{_tex(grid.title)}}}",
+        rf"\caption{{{_tex(table.title)}}}",
         rf"\begin{{tabular}}{{l{'r' * (n - 1)}}}",
         r"\toprule",
-        *([" & ".join(groups) + r" \\"] if any(name for name, _ in grid.groups) else []),
-        " & ".join(_tex(label) for _, labels in grid.groups for label in labels) + r" \\",
+        *([" & ".join(groups) + r" \\"] if any(name for name, _ in table.groups) else []),
+        " & ".join(_tex(label) for _, labels in table.groups for label in labels) + r" \\",
         r"\midrule",
-        *(" & ".join(map(_tex, row)) + r" \\" for row in grid.rows),
+        *(" & ".join(map(_tex, row)) + r" \\" for row in table.rows),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
@@ -62,14 +62,14 @@ def latex(grid: Grid) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comma_separated(grid: Grid) -> str:
-    """With one line of column names."""
-    return csv_of([grid.head, *grid.rows])
+def comma_separated(table: TextTable) -> str:
+    """CSV with one line of column names."""
+    return csv_of([table.head, *table.rows])
 
 
 def comparisons_csv(found: Iterable[Comparison]) -> str:
-    """Every comparison as numbers: differences and their intervals in the units of the table."""
-    return _records_csv(
+    """All comparisons as CSV: differences and intervals, in the units of the table."""
+    return _dicts_csv(
         {
             "column": c.column.name,
             "metric": c.column.compared,
@@ -91,8 +91,8 @@ def _difference_fields(name: str, found: Difference | None) -> dict[str, object]
     return {f"{name} {field}": getattr(found, field, None) for field in fields} | {f"{name} verdict": verdict(found)}
 
 
-def costs_csv(table: Table) -> str:
-    """Mean and standard deviation of what the runs cost and how their updates are, in the units of the table."""
+def costs_csv(table: ResultTable) -> str:
+    """Mean and standard deviation of times, memory, gap and updates as CSV, in the units of the table."""
     lines = []
     for column in table.columns:
         for row in table.rows:
@@ -106,29 +106,29 @@ def costs_csv(table: Table) -> str:
                 line[label] = found and found.mean * factor
                 line[f"{label}: std"] = None if found is None or found.std is None else found.std * factor
             lines.append(line)
-    return _records_csv(lines)
+    return _dicts_csv(lines)
 
 
-def _records_csv(records: Iterable[Mapping[str, object]]) -> str:
-    """Of records that all have the same keys, one at least."""
-    records = list(records)
-    return csv_of([list(records[0]), *(list(record.values()) for record in records)])
+def _dicts_csv(lines: Iterable[Mapping[str, object]]) -> str:
+    """CSV of at least one line; all lines have the same keys."""
+    lines = list(lines)
+    return csv_of([list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def csv_of(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as CSV. A text that a spreadsheet would take for a formula gets an apostrophe in front, and is shown."""
+    """Rows as CSV. Text that a spreadsheet would compute gets an apostrophe in front, so that it is shown."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([_shown(cell) for cell in row] for row in rows)
     return out.getvalue()
 
 
 def _shown(cell: object) -> object:
-    if cell is None or isinstance(cell, bool | int | float | Figure):
+    if cell is None or isinstance(cell, bool | int | float | SortableText):
         return cell
     text = str(cell)
     if text.lstrip(" ").startswith(FORMULA) and not NUMBER.fullmatch(text):
         text = f"'{text}"
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # a lone one ends a row for some readers
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # some readers end a row at a lone \r
 
 
 def _pipes(cells: object) -> str:

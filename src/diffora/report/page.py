@@ -1,4 +1,4 @@
-"""The report's files: one page that needs neither server nor network, and its tables as text."""
+"""The files of a report: one HTML page that needs no server and no network, and its tables as text."""
 
 import json
 import os
@@ -17,30 +17,31 @@ from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.report.comparisons import Comparison, comparisons_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
-from diffora.report.grids import duration, plus_minus, probability, search_time, signed
+from diffora.report.layout import duration, plus_minus, probability, search_time, signed
 from diffora.report.pictures import SEEDS, View
+from diffora.report.results import ResultColumn, ResultTable
 from diffora.report.runs import Gathered, Run
 from diffora.report.statistics import Spread, spread
-from diffora.report.tables import FEW, Column, Table, tables_of
+from diffora.report.tables import FEW, tables_of
 
-CHARTED = 30  # tables with training curves
-PICTURED = 60  # settings with pictures of their selections
-PROBLEMS = 500  # failed runs and unreadable files
+CHARTED = 30  # most tables with training curves
+PICTURED = 60  # most settings with pictures of their selections
+PROBLEMS = 500  # most failed runs and unreadable files in the list
 
 
 def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Path]:
-    """Write the report of some runs to a folder. Returns the files, the page first."""
+    """Write the report of the runs to a folder. Returns the written files, the page first."""
     tables = tables_of(gathered.runs)
     found = {table.name: comparisons_of(table) for table in tables}
     views = views_of(tables, found)
     files = [output / "index.html"]
     for table, view in zip(tables, views, strict=True):
-        grids = [grid for grid in (view.main, view.measures, view.comparisons) if grid]
+        texts = [text for text in (view.main, view.measures, view.comparisons) if text]
         place = output / "tables" / table.name
         for suffix, form in ((".md", markdown), (".tex", latex)):
             files.append(place.with_name(place.name + suffix))
-            write_text(files[-1], "\n".join(map(form, grids)))
-        numbers = {"": comma_separated(grids[0]), "-cost": costs_csv(table)}
+            write_text(files[-1], "\n".join(map(form, texts)))
+        numbers = {"": comma_separated(texts[0]), "-cost": costs_csv(table)}
         numbers |= {"-comparisons": comparisons_csv(found[table.name])} if found[table.name] else {}
         for kind, text in numbers.items():
             files.append(place.with_name(f"{place.name}{kind}.csv"))
@@ -55,15 +56,15 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Pat
 
 
 def _tables_of_page(page: Path) -> set[Path]:
-    """The files that an earlier report wrote beside its page."""
+    """The table files that belong to an earlier report's page."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
     ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")
     return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
 
 
-def views_of(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[View]:
-    """What the page shows of each table, the first with curves and pictures."""
+def views_of(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Comparison]]) -> list[View]:
+    """What the page shows of each table; only the first `CHARTED` tables and `PICTURED` settings have all pictures."""
     views: list[View] = []
     for i, table in enumerate(tables):
         pictures = PICTURED - sum(len(view.dams) for view in views)
@@ -80,12 +81,12 @@ def page(
     left_out = sum(view.dams_left_out for view in views)
     remarks = []
     if left_out:
-        remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not.")
+        remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not drawn.")
     if len(tables) > CHARTED:
         remarks.append(f"Training curves are drawn for the first {CHARTED} of {len(tables)} tables.")
-    unfinished = [run for run in gathered.runs if run["status"] != "completed"]
-    problems = [(_place(run.folder), run["status"], str(run["error"] or "")) for run in unfinished]
-    problems += [(_place(file), "unreadable", reason) for file, reason in gathered.broken]
+    unfinished = [run for run in gathered.runs if run.record.status != "completed"]
+    problems = [(_short(run.folder), run.record.status, run.record.error or "") for run in unfinished]
+    problems += [(_short(file), "unreadable", reason) for file, reason in gathered.broken]
     if len(problems) > PROBLEMS:
         remarks.append(f"The first {PROBLEMS} of {len(problems)} failed, unfinished or unreadable runs are listed.")
     environment = Environment(
@@ -115,8 +116,8 @@ def page(
 # --- the first screen ---
 
 
-def tallies(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
-    """How often each of our methods is ahead of a baseline, behind it, or neither: of about equal size, of any size."""
+def tallies(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """How often each of our methods is ahead of baselines, behind, or neither; for equal and for any sizes."""
     of: dict[str, list[Comparison]] = defaultdict(list)
     for table in tables:
         of[table.our_name] += [c for c in found[table.name] if not c.variant]
@@ -142,8 +143,8 @@ def tallies(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) 
     return counted
 
 
-def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
-    """For each column of each table the best row, and our best against the best baseline."""
+def glance(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """For each column of each table: our best row against the best baseline."""
     lines = []
     for table in tables:
         our_rows = set(table.ours)
@@ -179,8 +180,8 @@ def glance(tables: Sequence[Table], found: Mapping[str, Sequence[Comparison]]) -
     return lines
 
 
-def _common_means(table: Table, c: Comparison) -> str:
-    """Both means over the seeds of a comparison, where either row has further ones."""
+def _common_means(table: ResultTable, c: Comparison) -> str:
+    """Both means over the seeds of a comparison, as text; empty if neither row has other seeds."""
     key = c.column.compared
     values = [table.cells[row, c.column.name].by_seed(key) for row in (c.ours, c.baseline)]
     common = values[0].keys() & values[1].keys()
@@ -190,7 +191,7 @@ def _common_means(table: Table, c: Comparison) -> str:
     return " and ".join(plus_minus(mean, c.column.factor(key)) for mean in means)
 
 
-def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> dict[str, str]:
+def _named(table: ResultTable, column: ResultColumn, row: str, mean: Spread, key: str) -> dict[str, str]:
     cell = table.cells[row, column.name]
     return {
         "row": row,
@@ -206,37 +207,38 @@ def _named(table: Table, column: Column, row: str, mean: Spread, key: str) -> di
 
 
 def runs_listed(runs: Sequence[Run]) -> dict[str, Any]:
-    """All runs, for the page's script."""
+    """All runs as columns and rows, for the page's script."""
     rows = []
     for run in runs:
-        part = run["experiment"] or ""
-        setting = f"{run['row']}, {run['column']}" if part else run["method"]
+        record = run.record
+        part = record.experiment or ""
+        setting = f"{record.row}, {record.column}" if part else record.method
         if not part:
             dials = {"r": run.config.get("rank"), "rho": run.config.get("rho")} if len(runs) <= 5000 else {}
             setting += "".join(f", {name} = {value}" for name, value in dials.items() if value is not None)
         rows.append(
             {
-                "table": part + (" (small)" if run["scale"] == "small" else ""),
+                "table": part + (" (small)" if record.scale == "small" else ""),
                 "setting": setting,
-                "task": run["task"],
-                "model": run["model"],
+                "task": record.task,
+                "model": record.model,
                 "seed": run.seed,
-                "status": run["status"],
+                "status": record.status,
                 "dev_best": _rounded(run.metric(f"validation/{run.main_metric}")),
                 "held_out": _rounded(run.metric(f"held_out/{run.main_metric}")),
                 "adapter": run.value("params", "adapter"),
                 "search, s": _rounded(run.value("time", "search_s"), 1),
                 "total, s": _rounded(run.value("time", "total_s"), 1),
-                "folder": _place(run.folder),
+                "folder": _short(run.folder),
             }
         )
     return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
-    """Every run with all its numbers, for one's own calculations."""
+    """CSV of all runs with all their numbers, for further calculations."""
     parts = ("metrics", "params", "time", "memory")
-    names = {part: sorted({key for run in runs for key in run[part]}) for part in parts}
+    names = {part: sorted({key for run in runs for key in getattr(run.record, part)}) for part in parts}
     own = (
         "experiment",
         "scale",
@@ -253,7 +255,12 @@ def runs_csv(runs: Sequence[Run]) -> str:
     numbers = [(part, key) for part in parts for key in names[part]]
     head = [*own, *(key if part == "metrics" else f"{part}/{key}" for part, key in numbers), "folder"]
     rows = (
-        [*(run[key] for key in own), *(run[part].get(key) for part, key in numbers), _place(run.folder)] for run in runs
+        [
+            *(getattr(run.record, key) for key in own),
+            *(getattr(run.record, part).get(key) for part, key in numbers),
+            _short(run.folder),
+        ]
+        for run in runs
     )
     return csv_of([head, *rows])
 
@@ -262,22 +269,22 @@ def _rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _place(path: Path) -> str:
-    """A path as short as it is clear: below the folder where the command was given, without it."""
+def _short(path: Path) -> str:
+    """A path, relative to the current folder if it is below it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _script_safe(content: object) -> Markup:
-    """JSON that ends no script element, whatever the names in it."""
+    """JSON that cannot end a script element, whatever names it contains."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
-    """Folders of runs, and where the report goes, as the command line of `report.py` gives them.
+    """(folders of runs, folder of the report) from the command line of `report.py`.
 
     Raises:
-        UserError: every argument that cannot be right.
+        UserError: names every argument that is wrong.
     """
     folders, output, problems = [], Path("outputs/report"), []
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""The pictures that the report's page shows of a table."""
+"""The pictures of a table on the report's page."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,28 +8,28 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from diffora.core.parts import short_names
 from diffora.report import charts
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
-from diffora.report.grids import comparisons_grid, main_grid, measures_grid
+from diffora.report.layout import comparisons_table, cost_table, main_table
+from diffora.report.results import ResultCell, ResultTable
 from diffora.report.runs import Run
 from diffora.report.statistics import Stability, finite, spread, stability
-from diffora.report.tables import Cell, Table
-from diffora.run.figures import short_names
 
-LINES = 2 * charts.COLOURS  # of a chart
-INTERVALS = 30  # of a forest plot
-SEEDS = 10  # whose pictures are shown
-MOMENTS = 25  # of a trajectory
+LINES = 2 * charts.COLOURS  # most lines of a chart
+INTERVALS = 30  # most intervals of a forest plot
+SEEDS = 10  # most seeds of a setting whose pictures are shown
+MOMENTS = 25  # most points of a trajectory
 
 
 @dataclass(frozen=True)
 class Dams:
-    """The selections of one setting: how often each module was selected, each seed's, and how the search got there.
+    """The selections of one setting: how often each module was selected, the selection of each seed, and the search.
 
     Attributes:
-        single: where all seeds have one and the same selection, how they came by it: ``given`` or ``reused``.
-        scale: the distance of a relaxed DAM's entries from 1/N at which colours are strongest; None without any.
+        single: why all seeds have the same selection, ``given`` or ``reused``; empty if they have their own.
+        scale: distance of a relaxed DAM's entries from 1/N at which colours are strongest; None if there is no DAM.
     """
 
     row: str
@@ -44,33 +44,33 @@ class Dams:
 
 
 class View:
-    """A table as the page shows it."""
+    """What the page shows of a table."""
 
-    def __init__(self, table: Table, found: Sequence[Comparison], charted: bool, pictures: int) -> None:
+    def __init__(self, table: ResultTable, found: Sequence[Comparison], charted: bool, pictures: int) -> None:
         self.table = table
-        self.main = main_grid(table)
+        self.main = main_table(table)
         self.best = best_cells(table)
-        self.measures = measures_grid(table)
-        self.comparisons = comparisons_grid(table, found) if found else None
+        self.measures = cost_table(table)
+        self.comparisons = comparisons_table(table, found) if found else None
         self.forests, self.forest_names, self.forest_note = forests(table, found)
         self.n_comparisons = len(found)
         self.curves, self.curves_note = dial_charts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
-        chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first["selection"]]
+        chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first.record.selection]
         drawn = chosen[: max(0, pictures)]
         self.dams = [shown for row, column, cell in drawn if (shown := dams(row, column, cell))]
         self.dams_left_out = len(chosen) - len(drawn)
 
 
-def _shown(table: Table) -> Iterable[tuple[tuple[str, str], Cell]]:
+def _shown(table: ResultTable) -> Iterable[tuple[tuple[str, str], ResultCell]]:
     for column in table.columns:
         for row in table.rows:
             if cell := table.cells.get((row, column.name)):
                 yield (row, column.name), cell
 
 
-def best_cells(table: Table) -> set[tuple[str, str]]:
-    """The rows with the best mean, one for each column whose rows have the same seeds."""
+def best_cells(table: ResultTable) -> set[tuple[str, str]]:
+    """(row, column title) of the best mean in each column whose rows have the same seeds."""
     best = set()
     for column in filter(table.same_seeds, table.columns):
         key = column.compared
@@ -85,16 +85,18 @@ def best_cells(table: Table) -> set[tuple[str, str]]:
     return best
 
 
-def forests(table: Table, found: Sequence[Comparison]) -> tuple[list[tuple[str, Markup]], list[tuple[str, str]], str]:
-    """Differences to the baselines of about equal size, or to all where there is none such; a plot for each column.
+def forests(
+    table: ResultTable, found: Sequence[Comparison]
+) -> tuple[list[tuple[str, Markup]], list[tuple[str, str]], str]:
+    """One plot for each column: differences to the baselines of about equal size, or to all if no size is equal.
 
     Returns:
-        (plots with their titles, names that were too long with what stands for them, a note)
+        (plots with their titles, a key to the rows if their names are too long for the plot, a note)
     """
     plain = [c for c in found if not c.variant]
     fair = [c for c in plain if c.fair]
     rows = list(dict.fromkeys(row for c in fair or plain for row in (c.ours, c.baseline)))
-    long = any(len(c.ours) + len(c.baseline) + 3 > charts.NAME for c in fair or plain)
+    long = any(len(c.ours) + len(c.baseline) + 3 > charts.LABEL_WIDTH for c in fair or plain)
     names = {row: f"[{table.rows.index(row) + 1}]" if long else row for row in rows}
     plots, cut = [], 0
     for column in dict.fromkeys(c.column for c in plain):
@@ -106,17 +108,17 @@ def forests(table: Table, found: Sequence[Comparison]) -> tuple[list[tuple[str, 
             for c in here
         ]
         cut += max(0, len(lines) - INTERVALS)
-        better = "points" if column.factor("validation/x") != 1 else "difference"
+        better = "points" if column.factor(column.compared) != 1 else "difference"
         label = f"{better}, right of 0 is better" + ("" if column.maximise else " (less of the metric)")
         if lines:
             plots.append((column.title, charts.forest(lines[:INTERVALS], label)))
-    note = "baselines of about equal size (± 10 % of the parameters)" if fair else "no baseline is of about equal size"
+    note = "baselines of about equal size (± 10 % of the parameters)" if fair else "no baseline has about equal size"
     key = sorted(((short, row) for row, short in names.items()), key=lambda named: table.rows.index(named[1]))
-    return plots, key if long else [], note + (f"; {cut} more are not drawn" if cut else "")
+    return plots, key if long else [], note + (f"; {cut} more not drawn" if cut else "")
 
 
-def dial_charts(table: Table) -> tuple[list[tuple[str, Markup, list[tuple[int, str]]]], str]:
-    """The metric against rho and against the rank: mean and standard deviation over seeds. Charts, and a note."""
+def dial_charts(table: ResultTable) -> tuple[list[tuple[str, Markup, list[tuple[int, str]]]], str]:
+    """The metric over rho and over the rank, mean and standard deviation over seeds. Returns (charts, a note)."""
     grouped: dict[tuple[str, str], list[Curve]] = defaultdict(list)
     for curve in curves_of(table):
         grouped[curve.column.title, curve.dial].append(curve)
@@ -130,12 +132,12 @@ def dial_charts(table: Table) -> tuple[list[tuple[str, Markup, list[tuple[int, s
             bars = [s.std or 0.0 for _, s in curve.points]
             lines.append(Line(curve.name, names.index(curve.name), points, bars))
         legend = [(line.colour, line.name) for line in lines]
-        found.append((f"{column} against {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
-    return found, f"{cut} more lines are not drawn" if cut else ""
+        found.append((f"{column} over {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
+    return found, f"{cut} more lines not drawn" if cut else ""
 
 
-def training_charts(table: Table) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
-    """Metric, training loss and generalisation gap by epoch, means over the seeds, as far as all of them went."""
+def training_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
+    """Metric, training loss and generalisation gap by epoch: means over the seeds, up to the shortest run's end."""
     rows = table.rows[:LINES]
     found = []
     used: set[str] = set()
@@ -170,17 +172,17 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
     return points
 
 
-def dams(row: str, column: str, cell: Cell) -> Dams | None:
-    """What the seeds of a setting selected; None where their files do not say, or do not go together."""
+def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
+    """What the seeds of a setting selected; None if their files do not say, or are for different modules."""
     files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
     if len({(found.mask.shape, *found.types) for found in files.values()}) != 1:
         return None
     types = next(iter(files.values())).types
     labels, uniform = short_names(types), 1 / len(types)
     stacked = np.array([found.mask for found in files.values()])
-    # What was taken from one search several times agrees with itself and says nothing of other seeds.
+    # One search that several runs took agrees with itself, which says nothing about the agreement of seeds.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
-    given = cell.first["selection"].get("selector") == "given"
+    given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
     scale = max((float(np.abs(values - uniform).max()) for values in relaxed), default=None)
@@ -192,7 +194,7 @@ def dams(row: str, column: str, cell: Cell) -> Dams | None:
             values = found.gamma_bar.tolist()
             picture = charts.heatmap(values, [], found.mask.tolist(), uniform, scale or 1.0, cell=15)
         seeds.append((seed, picture))
-    by_layer = cell.first["selection"].get("k") is not None
+    by_layer = cell.first.record.selection.get("k") is not None
     return Dams(
         row,
         column,
@@ -208,7 +210,14 @@ def dams(row: str, column: str, cell: Cell) -> Dams | None:
 
 @dataclass(frozen=True)
 class _Selected:
-    """A run's selection: of which seed's search or draw it is, boolean L x N, the N types, the relaxed DAM if any."""
+    """A run's selection.
+
+    Attributes:
+        seed: of the search or the draw that made it.
+        mask: boolean, L x N.
+        types: the N module types.
+        gamma_bar: the relaxed DAM, L x N; None if there is none.
+    """
 
     seed: int
     mask: np.ndarray
@@ -216,21 +225,21 @@ class _Selected:
     gamma_bar: np.ndarray | None
 
 
-def _selection(run: Run, cell: Cell) -> _Selected | None:
-    """From the run's file, or from the records of its cell where that is not there; None where neither is right."""
+def _selection(run: Run, cell: ResultCell) -> _Selected | None:
+    """The selection in the run's file, or without the file the one in its record; None if neither can be used."""
     content = run.read("selection.json")
     try:
         if content is None:
-            layers = [layer for other in cell.runs.values() for layer in other["selection"]["selected"]]
+            layers = [layer for other in cell.runs.values() for layer in other.record.selection["selected"]]
             types = run.config.get("model.candidates") or sorted({name for layer in layers for name in layer})
-            content = {"selected": run["selection"]["selected"], "types": types}
+            content = {"selected": run.record.selection["selected"], "types": types}
         types, selected = [str(name) for name in content["types"]], content["selected"]
         mask = np.array([[name in layer for name in types] for layer in selected], dtype=bool)
         gamma_bar = content.get("gamma_bar")
         relaxed = None if gamma_bar is None else _numbers(gamma_bar)
         if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
-        draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like a file has the run's seed
+        draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
         return _Selected(of, mask, types, relaxed)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
@@ -238,15 +247,15 @@ def _selection(run: Run, cell: Cell) -> _Selected | None:
 
 
 def _numbers(content: Any) -> np.ndarray:
-    """Lists of numbers as an array. Raises a ValueError unless all can be drawn: finite, and no larger than 1e100."""
+    """Lists of numbers as an array; a ValueError unless all can be drawn: finite and at most 1e100 in size."""
     values = np.array(content, dtype=float)
     if not (np.abs(values) <= 1e100).all():
         raise ValueError("not all are finite")
     return values
 
 
-def trajectory_charts(cell: Cell, types: Sequence[str]) -> list[Markup]:
-    """The relaxed DAM over the rounds of the search: a chart for each layer, the seeds faint and their mean."""
+def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
+    """The relaxed DAM over the rounds of the search: one chart for each layer; faint lines: seeds, strong: means."""
     paths = []
     for run in cell.runs.values():
         content = run.read("trajectory.json")

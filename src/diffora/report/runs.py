@@ -1,12 +1,8 @@
 """Finished and unfinished runs, gathered from their folders: tens of thousands in seconds."""
 
-import functools
 import gc
-import hashlib
 import json
 import os
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import MOST_DEPTH, MOST_YAML, parse_yaml, read_json, read_text
+from diffora.files import read_json
+from diffora.records import NAME, Record, SelectionSource, read_content
 from diffora.report.statistics import finite
-from diffora.run.record import NAME, record_in
-from diffora.settings.config import NOT_IN_HASH, short_name
 
-INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
-NO_SETTING = (*NOT_IN_HASH, "seed", "predict")
-TEXTS = ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash")  # of a record, or null
-
-# Lines of a block of config.yaml, each with the deeper lines that continue a long value.
-PATH = re.compile(r"\n  path: (.*(?:\n   +.*)*)")
-MACHINE = re.compile(r"\n  (?:accelerator|devices|strategy|deterministic|gradient_checkpointing|num_workers): .*")
-LIKE = re.compile(r"\n  like: (?!null\n|null$)(.*(?:\n   +.*)*)")
-FOLLOWER = re.compile(r"\n( +)(draw|projection_prng_key|selection): (?!null\n|null$|\[)(.*(?:\n\1 +.*)*)")
+INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # folders of a run that hold no runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,45 +24,38 @@ class Run:
     Attributes:
         folder: the run directory.
         record: ``run.json`` without the history.
-        setting: the configuration without seed, place, machine and what changes no result: one text for all seeds of a
-            setting.
+        setting: the same text for all runs that differ in nothing but the seed, the place and the machine.
+        config: the setting as ``{"finetune.lr": 0.001, …}``, without the task's recipe, whose values stand elsewhere.
         written: when the record was written, seconds since the epoch.
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: Record
     setting: str
+    config: Mapping[str, Any]
     written: float
-
-    def __getitem__(self, key: str) -> Any:
-        return self.record.get(key)
 
     @property
     def seed(self) -> int:
-        return int(self.record["seed"])
+        return self.record.seed
 
     def value(self, part: str, key: str) -> float | None:
-        """A number such as ``("params", "adapter")``; None where it is not there."""
-        return finite(self.record[part].get(key))
+        """A number such as ``("params", "adapter")``; None if it is missing or not finite."""
+        return finite(getattr(self.record, part).get(key))
 
     def metric(self, key: str) -> float | None:
         return self.value("metrics", key)
 
     @property
     def main_metric(self) -> str:
-        """The task's main metric; old records do not say, and have it first."""
-        if isinstance(name := self["main_metric"], str):
-            return name
-        names = [key.partition("/")[2] for key in self.record["metrics"] if key.startswith("validation/")]
+        """The task's main metric; in a record that does not say, the first metric of the validation rows."""
+        if self.record.main_metric is not None:
+            return self.record.main_metric
+        names = [key.partition("/")[2] for key in self.record.metrics if key.startswith("validation/")]
         return next((name for name in names if name != "loss"), "accuracy")
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The setting as ``{"finetune.lr": 0.001, …}``, without the task's recipe: what it says is used elsewhere."""
-        return config_of(self.setting)
-
     def read(self, name: str) -> Any:
-        """A JSON file of the run's folder; None where it is missing or broken."""
+        """The content of a JSON file in the run's folder; None if it is missing or broken."""
         try:
             return read_json(self.folder / name)
         except (OSError, UserError):
@@ -83,15 +63,15 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The epochs of the fine-tuning, read again from the file."""
-        record = self.read(NAME)  # which may have changed since
-        found = record.get("history") if isinstance(record, dict) else None
+        """The epochs of the fine-tuning, read from the file each time: `record` is without them, to save memory."""
+        content = self.read(NAME)  # it may have changed since
+        found = content.get("history") if isinstance(content, dict) else None
         return [epoch for epoch in found if isinstance(epoch, dict)] if isinstance(found, list) else []
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """All runs below some folders, and the files that are none, with the reason."""
+    """All runs below some folders, and the files that cannot be used, with the reason."""
 
     runs: list[Run]
     broken: list[tuple[Path, str]]
@@ -101,19 +81,20 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     """Read every ``run.json`` below the folders. Dry runs are left out.
 
     Raises:
-        UserError: a folder that is not there, or no run.json in any of them.
+        UserError: a folder does not exist, or there is no run.json below any of them.
     """
     roots = [Path(folder) for folder in folders]
     if missing := [root for root in roots if not root.is_dir()]:
         raise UserError([f"{root} is not a folder" for root in missing])
     runs, broken = [], []
-    files = sorted({file for root in roots for file in _records(os.path.realpath(root))})
+    configs: Configs = {}
+    files = sorted({file for root in roots for file in _files(os.path.realpath(root))})
     collecting = gc.isenabled()
-    gc.disable()  # it would pass over a million objects again and again, all of which stay
+    gc.disable()  # millions of objects are made and all of them stay: looking for garbage would only take time
     for file in files:
         path = Path(file)
         try:
-            found = _read(path)
+            found = _read(path, configs)
         except (OSError, UserError) as error:
             broken.append((path, str(error).removeprefix(f"{path} ")))
             continue
@@ -124,174 +105,102 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     if not files:
         places = ", ".join(map(str, roots))
         raise UserError(f"no {NAME} below {places}: give the folder of a run or sweep, as python train.py names it")
-    return Gathered(_followers_told(runs), broken)
+    return Gathered(with_sources(runs), broken)
 
 
-def _records(root: str) -> Iterator[str]:
+def _files(root: str) -> Iterator[str]:
     for folder, subfolders, files in os.walk(root):
         if NAME in files:
             subfolders[:] = [name for name in subfolders if name not in INSIDE]
             yield os.path.join(folder, NAME)
 
 
-def _read(file: Path) -> Run | None:
+Configs = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""Settings and their flat form by setting_id: runs of one setting share them in memory."""
+
+
+def _read(file: Path, configs: Configs) -> Run | None:
     """The run, or None for a dry run.
 
     Raises:
-        UserError: not a record, or a config.yaml beside it that cannot be read.
+        UserError: the file is not the record of a run.
     """
     written = os.stat(file).st_mtime
-    record = record_in(file)
-    if not isinstance(record, dict):
-        raise UserError("not a record: no JSON object")
-    if wrong := [key for key in ("method", "task", "model", "status") if not isinstance(record.get(key), str)]:
-        raise UserError(f"not a record: {', '.join(wrong)} must be text")
-    if wrong := [key for key in TEXTS if not isinstance(record.get(key), str | None)]:
-        raise UserError(f"not a record: {', '.join(wrong)} must be text or null")
-    if not isinstance(record.get("seed"), int):
-        raise UserError("not a record: seed must be a whole number")
-    if record["status"] == "dry_run":
+    content = read_content(file)
+    if isinstance(content, dict):
+        content.pop("history", None)  # the largest part; read again for the few runs whose curves are drawn
+    record = Record.of(content)
+    if record.status == "dry_run":
         return None
-    record.pop("history", None)  # most of the file; read again for the few that are drawn
-    for part in ("metrics", "params", "time", "memory", "selection"):
-        if not isinstance(record.get(part), dict):
-            record[part] = {}
-    return Run(file.parent, record, _setting(file.parent, record), written)
+    settings, config = configs.setdefault(record.setting_id, (record.settings, flat(record.settings)))
+    if settings == record.settings:
+        record = replace(record, settings=settings)
+    else:  # an edited record
+        config = flat(record.settings)
+    return Run(file.parent, record, record.setting_id, config, written)
 
 
-def _setting(folder: Path, record: Mapping[str, Any]) -> str:
-    """What a run's seeds have in common, as text, for YAML takes a hundred times as long."""
-    file = folder / "config.yaml"
-    try:
-        text = read_text(file, MOST_YAML)
-    except FileNotFoundError:
-        return sys.intern(f"method:\n  name: {json.dumps(record['method'])}\nmodel: {json.dumps(record['model'])}\n")
-    if _doubtful(text):
-        parse_yaml(text, file)
-    blocks = []
-    for block in _blocks(text):
-        name = block.partition(":")[0]
-        if name not in NO_SETTING:
-            own = {"task": record.get("data_hash"), "method": record["seed"]}.get(name)
-            blocks.append(_placeless(block, own))
-    return sys.intern("\n".join(blocks))
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as ``{"finetune.lr": 0.001, …}``, without ``task.recipe``."""
+    return dict(_leaves(settings, ""))
 
 
-def _doubtful(text: str) -> bool:
-    """Whether YAML may have aliases, tags or deep nesting, so that it is worth the time to parse all of it."""
-    marked = ("&" in text or "!" in text) and re.search(r"(?:^|[\s,:\[{?-])[&!]\S", text)
-    deep = text.count("[") + text.count("{") > MOST_DEPTH or "\n" + " " * 80 in text or "- " * 9 in text
-    return bool(marked) or deep
-
-
-@functools.lru_cache(maxsize=4096)
-def _placeless(block: str, own: str | int | None) -> str:
-    """A block that is the same on every machine.
-
-    Data are known by their hash, a model by the last part of its path, and the selections that ``method.like`` names,
-    one for each seed, by their run's folder without seed, number and time.
-
-    Args:
-        own: the hash of the run's data for ``task:``, its seed for ``method:``.
-    """
-    if block.startswith("task:"):
-        return PATH.sub(f"\n  data: {json.dumps(str(own)[:8])}", block) if own else block
-    if block.startswith("method:"):
-        return LIKE.sub(lambda line: f"\n  like: {json.dumps(_pattern(line[1], own))}", block)
-    if block.startswith("model:"):
-        return PATH.sub(lambda line: f"\n  path: {short_name(line[1])}", block)
-    return MACHINE.sub("", block) if block.startswith("trainer:") else block
-
-
-def _pattern(path: str, seed: str | int | None) -> str:
-    """The folder of a selection file, as runs and sweeps name it, without what differs between seeds."""
-    folder = re.split(r"[/\\]", path.strip("'\""))[-2:][0]
-    return re.sub(rf"^\d+-|(?<=seed){seed}(?!\d)|-\d{{8}}-\d{{6}}$", "", folder)
-
-
-def _followers_told(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with ``seed`` in their settings for a draw or a selection that follows the seed.
-
-    A run's own files do not say whether ``draw: 0`` was given or is that of seed 0. The runs that differ in nothing
-    else do: what several seeds have was given, and so was the only one that is a seed's own.
-    """
-    told = list(runs)
-    groups: dict[tuple[str, ...], list[tuple[int, re.Match[str], int | None, str]]] = defaultdict(list)
-    for i, run in enumerate(runs):
-        if line := FOLLOWER.search(run.setting):
-            seed, value, made = _origin(run, line[2], line[3])
-            alike = (run.setting[: line.start()], run.setting[line.end() :], made)
-            place = tuple(str(run[key]) for key in ("experiment", "scale", "row", "column", "task", "model"))
-            groups[alike + place].append((i, line, seed, value))
-    for (before, after, made, *_), members in groups.items():
-        seeds = defaultdict(set)
-        for i, _, seed, value in members:
-            seeds[seed, value].add(runs[i].seed)
-        following = {of for of, found in seeds.items() if found == {of[0]}}
-        if len(following) == 1 < len(seeds):
-            following = set()
-        for i, line, seed, value in members:
-            text = f"seed {made}".rstrip() if (seed, value) in following else value
-            setting = f"{before}\n{line[1]}{line[2]}: {json.dumps(text) if made else text}{after}"
-            told[i] = replace(runs[i], setting=sys.intern(setting))
-    return told
-
-
-def _origin(run: Run, key: str, value: str) -> tuple[int | None, str, str]:
-    """Of a draw or a selection file: the seed that it is of, what tells it from others, and a selection's making."""
-    if key != "selection":
-        return (int(value) if value.isdecimal() else None), value, ""
-    found = run.read("selection.json")
-    found = found if isinstance(found, dict) else run["selection"]
-    if "selected" not in found:
-        return None, value, ""
-    config = found.get("config")
-    making = [found.get("selector"), found.get("rho"), config.get("search") if isinstance(config, dict) else None]
-    seed = found.get("seed")
-    return seed if isinstance(seed, int) else None, _digest([found["selected"], found.get("rank")]), _digest(making)
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
-
-
-def _blocks(text: str) -> list[str]:
-    """A YAML mapping cut at its top-level keys."""
-    return re.split(r"\n(?=[^\s-])", text.rstrip("\n"))
-
-
-@functools.lru_cache(maxsize=4096)
-def config_of(setting: str) -> dict[str, Any]:
-    """The flat configuration behind a setting's text."""
-    flat: dict[str, Any] = {}
-    for block in _blocks(setting):
-        flat |= _flat_block(block)
-    return flat
-
-
-@functools.lru_cache(maxsize=4096)
-def _flat_block(block: str) -> dict[str, Any]:
-    """Most settings share most of their blocks, so each is parsed once."""
-    try:
-        content = parse_yaml(block, Path("config.yaml"))
-    except UserError:
-        return {}
-    return dict(_leaves(content, "")) if isinstance(content, dict) else {}
-
-
-def _leaves(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
-        if key == "task.recipe":
-            continue
         if isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
+            if key != "task.recipe":
+                yield from _leaves(value, f"{key}.")
         else:
             yield key, value
 
 
+def with_sources(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with what their settings say about selection files: one for each seed, or one for several seeds.
+
+    A record says which seed's search made the file. Runs that differ in nothing but the seed show whether that was the
+    rule: if each seed has the selection of its own search, they are one setting, whatever each search selected. If
+    several seeds have the same selection, or one that another seed's search made, what it selects belongs to the
+    setting. A file whose path was made from the seed always counts as each seed's own.
+    """
+    told = list(runs)
+    groups: dict[tuple[str, tuple[str | None, ...]], list[int]] = defaultdict(list)
+    for i, run in enumerate(runs):
+        r = run.record
+        for key, source in r.sources.items():
+            if key in r.follows_seed:
+                told[i] = _named(told[i], key, f"each seed's {source.made}")
+            else:
+                place = (r.experiment, r.scale, r.row, r.column, r.task, r.model)
+                groups[key, (r.setting_id, *place)].append(i)
+    for (key, _), members in groups.items():
+        users: dict[tuple[int | None, str], set[int]] = defaultdict(set)
+        for i in members:
+            users[_identity(runs[i].record.sources[key])].add(runs[i].seed)
+        own = {identity for identity, seeds in users.items() if seeds == {identity[0]}}
+        if len(own) == 1 < len(users):  # chance: one of several selections that were given happens to have this seed
+            own = set()
+        for i in members:
+            source = runs[i].record.sources[key]
+            if _identity(source) in own:
+                told[i] = _named(told[i], key, f"each seed's {source.made}")
+            else:
+                given = _named(told[i], key, f"{source.selects} from {source.made}")
+                told[i] = replace(given, setting=f"{given.setting} {source.selects}")
+    return told
+
+
+def _identity(source: SelectionSource) -> tuple[int | None, str]:
+    return source.seed, source.selects
+
+
+def _named(run: Run, key: str, text: str) -> Run:
+    """The run with another text for a value of its configuration."""
+    return replace(run, config={**run.config, key: text})
+
+
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which settings differ, shortest first, each group of keys that always agree once."""
+    """The keys in which settings differ, shortest first. Of keys whose values always agree, only the first is named."""
     keys = sorted({key for config in configs for key in config}, key=lambda key: (key.count("."), len(key), key))
     seen: set[tuple[str, ...]] = set()
     found = []

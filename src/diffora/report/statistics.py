@@ -1,4 +1,4 @@
-"""What repeated runs tell: means with their spread, differences paired over seeds, how far selections agree."""
+"""Statistics of repeated runs: mean and spread, differences paired over seeds, agreement of selections."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Of values, or None where there are none."""
+    """Mean and standard deviation of values; None without values."""
     values = list(values)
     n = len(values)
     if not n:
@@ -31,9 +31,9 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over n pairs, its 95 % interval by Student's t and the p of no difference.
+    """A mean difference over n pairs with its 95 % interval and p-value by Student's t (paired test, two-sided).
 
-    Interval and p are None for one pair, and where all differences are the same: t has nothing to go by then.
+    Interval and p are None for a single pair and if all differences are the same, because t needs their spread.
     """
 
     mean: float
@@ -44,7 +44,7 @@ class Difference:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Mean of ours less theirs over the seeds that both have; None where there is none."""
+    """Mean of ours minus theirs over the seeds that both have; None if they share no seed."""
     seeds = sorted(ours.keys() & theirs.keys())
     found = spread(ours[seed] - theirs[seed] for seed in seeds)
     if found is None:
@@ -52,7 +52,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     mean, n = found.mean, found.n
     if found.std is None or found.std < 1e-9:
         return Difference(mean, None, None, None, n)
-    from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats has it, too, and takes a second to import
+    from scipy.special import stdtr, stdtrit  # Student's t; importing scipy.stats takes a second
 
     error = found.std / math.sqrt(n)
     half = error * float(stdtrit(n - 1, (1 + LEVEL) / 2))
@@ -60,7 +60,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment of the p values of several comparisons, in their order."""
+    """The p-values of several comparisons with Holm's adjustment, in the same order."""
     adjusted = [0.0] * len(p_values)
     highest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -71,7 +71,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Stability:
-    """Mean Jaccard index over all pairs of n selections; mean and central 95 % of the same by chance."""
+    """Mean Jaccard index over all pairs of n selections; for chance, its mean and central 95 %."""
 
     jaccard: float
     chance: float
@@ -81,12 +81,12 @@ class Stability:
 
 
 def stability(masks: np.ndarray, by_layer: bool, draws: int = 1000) -> Stability | None:
-    """How far selections agree, beside as many that are drawn by chance with the same sizes.
+    """How far selections agree, compared with random selections of the same sizes.
 
     Args:
         masks: boolean, selections x L x N.
-        by_layer: whether the sizes are those of each layer, or of the whole selection.
-        draws: how often all of them are drawn.
+        by_layer: whether random selections keep the size of each layer, or only the size of the whole selection.
+        draws: number of random sets of selections.
     """
     n = len(masks)
     if n < 2:
@@ -102,7 +102,10 @@ def stability(masks: np.ndarray, by_layer: bool, draws: int = 1000) -> Stability
 
 
 def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
-    """Over all pairs of the second axis: draws x selections x modules to draws. Two empty selections agree."""
+    """Mean Jaccard index over all pairs of selections, shape (draws,) from (draws, selections, modules).
+
+    Two empty selections agree: their index is 1.
+    """
     flags = masks.astype(np.float32)
     both = flags @ flags.transpose(0, 2, 1)
     sizes = flags.sum(-1)
@@ -114,11 +117,11 @@ def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
 
 
 LARGEST = sys.float_info.max**0.25
-"""Of a record's numbers: with larger ones, squares and sums of squares would overflow."""
+"""Largest usable number of a record: squares and sums of squares of larger numbers would overflow."""
 
 
 def finite(value: object) -> float | None:
-    """A number of a record as a float, or None for all else: files of other hands may hold anything."""
+    """A number of a record as a float; None for anything else, because a file from others may hold anything."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     return None

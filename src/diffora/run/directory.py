@@ -1,4 +1,4 @@
-"""The run directory: what it may hold already, and the account of a run that is kept in it."""
+"""The run directory: what it may contain before a run, and the record that is kept in it during a run."""
 
 import errno
 import logging
@@ -12,21 +12,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError, explained, reason
 from diffora.files import kept, read_yaml, remove_leftovers, write_text
-from diffora.run.record import check_as_left, missing_files, peaks, read_record, why_broken, write_record
-from diffora.settings import config
+from diffora.records import write_record
+from diffora.run.record import check_as_left, missing_files, peaks, read_record, why_broken
+from diffora.settings import identity
 
 log = logging.getLogger(__name__)
 
 
-MARKS = ("run.json", ".lock")  # what every run leaves, the second as soon as it begins
-OTHERS = (".log", ".out", ".err", ".txt")  # what a shell or a scheduler writes beside a run
+MARKS = ("run.json", ".lock")  # every run leaves both; the lock file is there as soon as it begins
+OTHERS = (".log", ".out", ".err", ".txt")  # a shell or a scheduler may write these beside a run
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder with content that is no run's: nothing of it is to be overwritten, or mixed with a run.
+    """Refuse a folder with files that no run wrote, so that none is overwritten or mixed with a run's files.
 
     Raises:
-        UserError: names what is there.
+        UserError: names the first such file.
     """
     if not folder.is_dir() or any((folder / mark).exists() for mark in MARKS):
         return
@@ -37,10 +38,10 @@ def check_place(folder: Path) -> None:
 
 
 def check_sweep_place(folder: Path) -> None:
-    """`check_place` for the folder of a sweep, which holds those of its runs.
+    """`check_place` for the folder of a sweep, which contains the folders of its runs.
 
     Raises:
-        UserError: names what is there.
+        UserError: names the first such file.
     """
     here, place = Path.cwd().resolve(), folder.resolve()
     if place == here or place in here.parents:
@@ -54,27 +55,28 @@ def check_sweep_place(folder: Path) -> None:
 
 
 def _strange(folder: Path) -> str | None:
+    """The first file or folder that neither a run, a shell nor a scheduler would leave; None without any."""
     names = (path.name for path in folder.iterdir())
     return next((name for name in sorted(names) if not name.startswith(".") and not name.endswith(OTHERS)), None)
 
 
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """The record of a run that ``resume=true`` finds complete; None where there is something left to do.
+    """The record of a complete run that ``resume=true`` need not repeat; None if there is work left to do.
 
-    Only settings are compared here, with those in the record. Checkpoints know what they were made with themselves:
-    `diffora.loop.checkpoint.earlier`.
+    Only the settings are compared here, with those in the record. `diffora.loop.resume.earlier` compares checkpoints
+    with what they were made with.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is not asked for, or one of another configuration.
+        UserError: the folder has a run although ``resume`` is false, or a run with another configuration.
     """
-    from diffora.loop.checkpoint import has_work
+    from diffora.loop.resume import has_work
 
     old = read_record(folder) or {}
     status = old.get("status")
     if broken := None if old else why_broken(folder):
         if not cfg.resume and has_work(folder):
             raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
-        log.warning(f"{broken}; going on without it")
+        log.warning(f"{broken}; continuing without it")
     if not cfg.resume:
         if status == "completed" or has_work(folder):
             raise UserError(
@@ -84,12 +86,12 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         return None
     if status == "dry_run" or "config_hash" not in old:
         return None
-    if old["config_hash"] != config.config_hash(cfg):
+    if old["config_hash"] != identity.config_hash(cfg):
         raise UserError(
             [
-                f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
-                "another folder with hydra.run.dir=, or hydra.sweep.dir= of a sweep:",
-                *(_changed_settings(cfg, folder) or ["its run.json is the record of another run than its config.yaml"]),
+                f"{folder} was started with other settings. Continue it with the same settings, remove it, or choose "
+                "another folder with hydra.run.dir= (for a sweep hydra.sweep.dir=):",
+                *(_changed_settings(cfg, folder) or ["its run.json and its config.yaml are not from the same run"]),
             ]
         )
     if status != "completed":
@@ -106,7 +108,7 @@ UNKNOWN = "a run whose settings are unknown cannot be continued: remove its fold
 
 
 def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
-    """In which settings a run differs from its ``config.yaml``.
+    """The settings in which a configuration differs from the ``config.yaml`` of a folder.
 
     Raises:
         UserError: its ``config.yaml`` is missing or broken.
@@ -120,17 +122,17 @@ def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
         raise UserError(f"{error}; {UNKNOWN}") from None
     if not isinstance(before, dict):
         raise UserError(f"{file} is missing or holds no settings; {UNKNOWN}")
-    return config.differences(before, config.plain(cfg))
+    return identity.differences(before, identity.plain(cfg))
 
 
 @contextmanager
 def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Keep the account of a run: its configuration, its log, and how it ended if it did not end well.
+    """Keep a run's configuration, log and record in its folder; if the run fails, record why.
 
-    Failures of the machine leave the block as a `UserError` that says what they are.
+    A failure of the machine (disk, memory) leaves the block as a `UserError` that explains it.
 
     Raises:
-        UserError: another process is at work in the folder, or it cannot be written to.
+        UserError: another process uses the folder, or the folder cannot be written to.
     """
     from diffora.loop.process import is_main
 
@@ -155,7 +157,7 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
         finally:
             if handler is not None:
                 logging.getLogger().removeHandler(handler)
-                with suppress(OSError):  # its last lines do not fit on the disk
+                with suppress(OSError):  # the disk has no space for its last lines
                     handler.close()
 
 
@@ -163,22 +165,22 @@ ADVICE = "try a smaller batch_size, rank or model, or a machine with more memory
 
 
 def _record_failure(folder: Path, record: dict[str, Any], error: BaseException) -> None:
-    """Write how a run ended. If that fails too, the first failure is the one to be told."""
+    """Record why a run failed. If this fails as well, the message of the first failure matters more."""
     record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     try:
         record |= {"error": str(error) or type(error).__name__, "memory": peaks()}
         write_record(folder, record)
     except Exception as second:
         if str(second) != str(error):
-            log.warning(f"how the run ended is not in its record: {second}")
+            log.warning(f"the failure of the run could not be recorded: {second}")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a lock that a dead process left behind does not matter.
+    """Hold the folder's lock during the block. The lock file of a process that died is no obstacle.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -188,11 +190,11 @@ def _locked(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise UserError(f"{folder / '.lock'} cannot be written: {reason(error)}") from error
-        log.warning(f"{folder}: this file system has no locks; see to it that no other process works there")
+        log.warning(f"{folder}: this file system has no locks; make sure that no other process uses this folder")
     try:
         yield
     finally:
-        with suppress(OSError):  # a lock that is lost at the end has done its work
+        with suppress(OSError):  # losing the lock at the end does no harm
             lock.release()
 
 
@@ -200,8 +202,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def _log_to(file: Path) -> logging.Handler | None:
-    """Let all messages go to a file, too."""
-    if logging.getLogger("diffora").level == logging.NOTSET:  # used as a library, without Hydra's logging
+    """Write all messages to a file as well. Returns the handler, or warns and returns None if it cannot be written."""
+    if logging.getLogger("diffora").level == logging.NOTSET:  # as a library, without Hydra's logging
         logging.getLogger("diffora").setLevel(logging.INFO)
     try:
         handler = logging.FileHandler(file, encoding="utf-8")

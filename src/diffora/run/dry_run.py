@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from diffora import START
 from diffora.backbones import models
-from diffora.core.dam import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.attach import attach
+from diffora.core.choose import random_scores
+from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import attach
-from diffora.core.selection import Selection
+from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
-from diffora.loop.checkpoint import has_work
+from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
+from diffora.records import write_record
 from diffora.run import memory, terminal
-from diffora.run.record import new_record, read_record, write_record
+from diffora.run.record import read_record
+from diffora.search.selectors import trains
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
-from diffora.tasks.sources import first_line
-from diffora.training.stage import check_stages
+from diffora.tasks.messages import first_line
+from diffora.training.steps import check_stages
 
 log = logging.getLogger(__name__)
 
 
-def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[str, Any]:
-    """Build the adapted model on the meta device, print and write its record.
+def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Build the adapted model on the meta device, complete its record, print and write it.
 
     The dimensions are those of ``conf/model`` or of the local model folder; the hub is asked where there are neither.
     """
@@ -41,40 +44,35 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         raise
     except Exception as error:  # transformers has many ways to refuse a shape
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
     models.check_outside_head(model, itertools.chain(*grid.names))
-    asked: list[str] = []
-
-    def stand_in(selector: str) -> Selection:
-        assert isinstance(method, Selecting)
-        asked.append(selector)
-        return method.by_chance(grid, cfg.seed)
-
     method.check(model, grid)
     check_stages(cfg, method, grid, None)
-    selection = method.select(grid, cfg.seed, stand_in)
+    selector = method.selector_to_run
+    stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, cfg.seed)
+    selection = method.choose(grid, stand_in, cfg.seed)
     backbone = models.backbone_parameters(model)
     method.adapt(model, grid, selection, cfg.seed)
+    set_kernel(model, cfg.model.kernel)
     models.check_trainable(model)
     params = models.count_parameters(model) | {"backbone": backbone}
-    if asked:
+    if selector is not None:
         assert isinstance(method, Selecting)
         selection = None
         params |= _unknown_counts(grid, method)
         params["trainable"] = params["adapter"] + params["head"]
-    record = new_record(cfg, data_hash=None)
     record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
-    record["memory"] = {"estimate": _memory(cfg, task, model, grid if {"search", "attribution"} & set(asked) else None)}
+    record["memory"] = {"estimate": _memory(cfg, task, model, grid if selector and trains(selector) else None)}
     terminal.print_memory(record["memory"]["estimate"])
     if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # a run's own record stays
         write_record(folder, record)
     return record
 
 
-def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
+def _memory(cfg: Settings, task: Task, model: nn.Module, searched: Grid | None) -> dict[str, Any]:
     """Estimates by stage, in MB; those of a stage that cannot be measured are missing, with a warning.
 
     Args:
@@ -86,7 +84,8 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
         assert searched is not None
         fresh = _checkpointing(cfg, models.meta_model(cfg.model, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        attached = attach(fresh, searched.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
+        rank, alpha, kernel = cfg.search.rank, cfg.method.alpha, cfg.model.kernel
+        attached = attach(fresh, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
         return memory.of_search(cfg, task, fresh, [[layer for layer in row if layer is not None] for row in attached])
 
     stages = {"search": search} if searched is not None else {}
@@ -105,7 +104,7 @@ def _memory(cfg: DictConfig, task: Task, model: nn.Module, searched: Grid | None
     return found
 
 
-def _checkpointing(cfg: DictConfig, model: nn.Module) -> nn.Module:
+def _checkpointing(cfg: Settings, model: nn.Module) -> nn.Module:
     if cfg.trainer.gradient_checkpointing:
         models.checkpoint_activations(model)
     return model

@@ -14,14 +14,18 @@ from torch import nn
 from diffora import digests
 from diffora.adapters.export import ADAPT, load_adapter
 from diffora.backbones import compatibility, models
-from diffora.cli import composition_problems
+from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
-from diffora.files import check_writable, read_yaml, write_text
+from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
+from diffora.records import NAME
 from diffora.run import terminal
-from diffora.run.record import NAME, WEIGHTS, check_as_left, read_record
-from diffora.settings import config
+from diffora.run.check import section_problems
+from diffora.run.composition import composition_problems
+from diffora.run.record import WEIGHTS, check_as_left, read_record
+from diffora.settings import checks
+from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.trust import class_at, literal, settings
@@ -68,7 +72,7 @@ def read_request(arguments: list[str]) -> Request:
     choices: list[str] = []
     values: dict[str, Any] = {}
     problems: list[str] = []
-    groups = {folder.name for folder in config.conf_dir().iterdir() if folder.is_dir()}
+    groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
     for argument in arguments:
         try:
             parsed = OverridesParser.create().parse_override(argument)
@@ -78,7 +82,7 @@ def read_request(arguments: list[str]) -> Request:
         name, value = parsed.key_or_group, parsed.value()
         if name in OWN:
             if own.get(name, value) != value:
-                problems.append(f"{name}= is given twice: {config.show(own[name])} and {config.show(value)}")
+                problems.append(f"{name}= is given twice: {checks.show(own[name])} and {checks.show(value)}")
             own[name] = value
         elif name in SECTIONS:
             choices.append(argument)
@@ -86,18 +90,18 @@ def read_request(arguments: list[str]) -> Request:
             values[name] = value
         else:
             hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
-            problems.append(f"{config.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
+            problems.append(f"{checks.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         problems.append("give either run=<run directory> or adapter=<folder> with task= and model=")
-    rows, size, splits = config.whole(1), own.get("batch_size", 64), own.get("split")
-    if config.is_int(splits):
+    rows, size, splits = checks.whole(1), own.get("batch_size", 64), own.get("split")
+    if checks.is_int(splits):
         splits = str(splits)
     if not rows.fits(size):
-        problems.append(f"batch_size={config.show(size)} must be {rows.words}")
-    if not (splits is None or config.TEXT.fits(splits) or (splits and config.TEXTS.fits(splits))):
-        problems.append(f"split={config.show(splits)} must be the name of a split, or a list of names")
-    if "output" in own and not config.PATH.fits(own["output"]):
-        problems.append(f"output={config.show(own['output'])} must be {config.PATH.words}")
+        problems.append(f"batch_size={checks.show(size)} must be {rows.words}")
+    if not (splits is None or checks.TEXT.fits(splits) or (splits and checks.TEXTS.fits(splits))):
+        problems.append(f"split={checks.show(splits)} must be the name of a split, or a list of names")
+    if "output" in own and not checks.PATH.fits(own["output"]):
+        problems.append(f"output={checks.show(own['output'])} must be {checks.PATH.words}")
     if problems:
         raise UserError(problems)
 
@@ -108,7 +112,7 @@ def read_request(arguments: list[str]) -> Request:
     cfg = _override(cfg, choices if "run" in own else [], values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
-    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
+    if problems := section_problems(cfg, SECTIONS):
         raise UserError(problems)
     output = (
         Path(str(own["output"])).expanduser()
@@ -150,7 +154,7 @@ def _compose(choices: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     try:
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return compose("config", choices)
     except Exception as error:
         raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
@@ -224,7 +228,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         found[name] = {key: round(value, 6) for key, value in scores.items()}
     account = {
         "weights": str(request.weights.resolve()),
-        "task": config.plain(cfg)["task"],
+        "task": plain(cfg)["task"],
         "model": cfg.model.path,
         "rows": {name: len(split.rows) for name, split in splits.items()},
         "data": data,
@@ -259,6 +263,7 @@ def load_trained(
     compatibility.match_processor(model, processor)
     if not whole:
         load_adapter(model, weights, method)
+        set_kernel(model, cfg.model.get("kernel", "fused"))
     return model.eval(), processor
 
 

@@ -1,6 +1,7 @@
-"""One run from configuration to record: data and backbone, selection, adaptation, fine-tuning, results.
+"""One run from configuration to record, top to bottom: check, load, select, adapt, fine-tune, export, record.
 
-Everything flows one way. From the search to the fine-tuning stage crosses the `Selection` and nothing else.
+Everything goes one way. Only the `Selection` passes from search to fine-tuning (and, with ``method.warm_start``, the
+searched A and B).
 """
 
 import copy
@@ -13,12 +14,12 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from diffora import START, digests
 from diffora.adapters.export import Origin
 from diffora.backbones import models
+from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.files import check_writable
@@ -28,24 +29,28 @@ from diffora.loop.machine import check_machine
 from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
 from diffora.loop.process import is_main, quiet_libraries
-from diffora.methods.base import Method
+from diffora.methods.base import Adaptation, Method
+from diffora.records import write_record
 from diffora.run import directory as rundir
-from diffora.run import figures, terminal
+from diffora.run import terminal
+from diffora.run.check import check
 from diffora.run.record import (
     file_digests,
+    metric_facts,
     missing_files,
     new_record,
     peaks,
     reset_peaks,
     result_files,
-    write_record,
 )
-from diffora.search.stage import find_selection, warm_start
-from diffora.settings import config
+from diffora.run.select import Selected, select, start_warm
+from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
-from diffora.training.stage import check_stages, finetune
-from diffora.trust import class_at, literal
+from diffora.training.finetune import FineTuneModule
+from diffora.training.stage import finetune
+from diffora.training.steps import check_stages
+from diffora.trust import literal
 
 log = logging.getLogger(__name__)
 
@@ -94,30 +99,31 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             written to ``folder``.
     """
     began = time.time() if began is None else began
-    cfg = _named(cfg)
-    method, task = check(cfg)
+    cfg = _named(cfg)  # from here on only for what is written and compared
+    settings, task = check(cfg)
+    method = settings.method
     if is_main():
         rundir.check_place(folder)
-    if cfg.dry_run:
+    if settings.dry_run:
         from diffora.run.dry_run import dry_run
 
         with machine_limits():
-            return Result(folder, dry_run(cfg, method, task, folder), None, None)
+            return Result(folder, dry_run(settings, method, task, folder, new_record(cfg, None)), None, None)
     quiet_libraries()
-    check_machine(cfg)
+    check_machine(settings)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
-        check_unchanged(cfg, folder, done)
+        check_unchanged(settings, task, folder, done)
         terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     if is_main():
         check_writable(folder)
     reset_peaks()
-    L.seed_everything(cfg.seed, verbose=False)
+    L.seed_everything(settings.seed, verbose=False)
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
-        parts = Parts.load(cfg, folder, task)
+        parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
-    check_stages(cfg, method, parts.grid, len(parts.train.encoded))
-    record = new_record(cfg, parts.data_hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
+    check_stages(settings, method, parts.grid, len(parts.train.encoded))
+    record = new_record(cfg, parts.data_hash) | metric_facts(task)
     record |= {"backbone": parts.backbone, "data": parts.data}
     if names := parts.arguments.get("id2label"):
         record["classes"] = list(names.values())
@@ -138,7 +144,7 @@ def _named(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None:
+def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str, Any]) -> None:
     """Compare a complete run with the data and the backbone that its settings name now.
 
     What is not there any more is not compared, nor are data from the hub: that would need the network.
@@ -148,9 +154,9 @@ def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None
     """
     now: dict[str, Any] = {}
     try:
-        now["backbone"] = digests.backbone(cfg.model.path)
-        if cfg.task.get("path") is not None:
-            now["data"] = get_task(cfg.task).load().data_hash
+        now["backbone"] = digests.backbone(settings.model.path)
+        if getattr(settings.task, "path", None) is not None:
+            now["data"] = task.load().data_hash
     except UserError as error:
         log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
     old = {"data": done.get("data_hash"), "backbone": done.get("backbone")}
@@ -160,80 +166,16 @@ def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None
         )
 
 
-def check(cfg: DictConfig) -> tuple[Method, Task]:
-    """Find every mistake in a configuration before anything is loaded.
-
-    Raises:
-        UserError: all of them.
-    """
-    faults = config.faults(cfg)
-    found = [*faults.values()]
-    method: Any = None
-    if not faults.keys() & {"method", "method._target_", "finetune", "model"}:
-        try:
-            method = class_at(cfg.method._target_, Method, "method._target_").from_config(cfg)
-        except UserError as error:
-            # The method knows its own settings better than the rules that hold for all.
-            faults = {key: text for key, text in faults.items() if not key.startswith("method.")}
-            found = [*faults.values(), *(p for p in error.problems if p.partition("=")[0] not in faults)]
-        except OmegaConfBaseException:
-            assert found  # a value that leads nowhere, reported above
-    task: Any = None
-    if not any(key == "task" or (key.startswith("task.") and not key.startswith("task.recipe.")) for key in faults):
-        try:
-            task = get_task(cfg.task)
-        except UserError as error:
-            found += error.problems
-    if not any(key.startswith("model") for key in faults):
-        found += models.problems(cfg)
-    if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
-        found.append(f"predict=true: task={task.name} has no split to predict")
-    for key in ("selection", "like"):
-        file = getattr(method, key, None)
-        if not isinstance(file, str):
-            continue
-        if key == "like" and not Path(file).exists():  # in a sweep, another run has yet to make it
-            continue
-        try:
-            Selection.load(Path(file))
-        except UserError as error:
-            found += [f"method.{key}: {problem}" for problem in error.problems]
-            continue
-        if cfg.method.get("warm_start") and not Path(file).with_suffix(".safetensors").is_file():
-            tensors = Path(file).with_suffix(".safetensors")
-            found.append(f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves")
-    if not found:
-        found += config.problems(cfg)
-    if found:
-        raise UserError(found)
-    return method, task
-
-
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
-    """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
+    """Select, adapt, fine-tune, export, predict. Fills ``record`` in."""
     cfg, folder = parts.cfg, parts.folder
-    loggers = Loggers(cfg.get("logger"), folder, config.plain(cfg))
+    loggers = Loggers(cfg.logger, folder, cfg.composed)
     failed = True
     try:
-        search_s = 0.0
-
-        def find(selector: str) -> Selection:
-            nonlocal search_s
-            found, search_s = find_selection(parts, method, selector, loggers)
-            return found
-
-        selection = method.select(parts.grid, cfg.seed, find)
-        if selection is not None and is_main():
-            selection.save(folder / "selection.json")
-            figures.save_png(folder / "dam.png", figures.dam_heatmap(selection))
-            record["selection"] = {"file": "selection.json", **selection.summary()}
-
-        # From here the same numbers are drawn whether the selection was searched just now or comes from a file.
-        L.seed_everything(cfg.seed, verbose=False)
-        adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
-        models.check_trainable(parts.model)
-        if selection is not None and cfg.method.get("warm_start"):
-            warm_start(parts, selection)
+        found = select(parts, method, loggers)
+        if found.selection is not None:
+            record["selection"] = {"file": "selection.json", **found.selection.summary()}
+        adaptation = adapt(parts, method, found)
         record["params"] = models.count_parameters(parts.model) | {"backbone": parts.backbone_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
@@ -243,27 +185,54 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if is_main():
             path, local = resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.arguments))
-        record["time"] = {
-            "search_s": round(search_s, 3),
-            "finetune_s": round(module.elapsed, 3),
-            "total_s": round(max(time.time() - began, search_s + module.elapsed), 3),
-            "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
-        }
+            adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.arguments))
+        record["time"] = times(parts, found.seconds, module, began)
         if is_main():
-            record["files"] = [*result_files(folder, record), *write_predictions(parts)]
-            if lost := missing_files(folder, record):
-                raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
-            record["digests"] = file_digests(folder, result_files(folder, record))
-            write_record(folder, record | {"status": "completed"})
-        record["status"] = "completed"  # from here on, nothing that fails makes a failed run of it
+            complete(parts, record)
+        record["status"] = "completed"  # nothing that fails from here on makes it a failed run
         failed = False
         if is_main():
             loggers.summary(record)
             terminal.print_result(record, parts.task, folder)
-        return Result(folder, record, parts.model, selection)
+        return Result(folder, record, parts.model, found.selection)
     finally:
         loggers.finish(failed)
+
+
+def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
+    """Give the backbone what the method trains, with the searched A and B if the method starts from them."""
+    # The same random numbers follow, whether the selection was searched just now or comes from a file.
+    L.seed_everything(parts.cfg.seed, verbose=False)
+    adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
+    set_kernel(parts.model, parts.cfg.model.kernel)
+    models.check_trainable(parts.model)
+    start_warm(parts, method, found)
+    return adaptation
+
+
+def times(parts: Parts, search_s: float, module: FineTuneModule, began: float) -> dict[str, float | None]:
+    """The record's ``time``, in seconds: of each stage, of the whole run, and until the first training step."""
+    total = max(time.time() - began, search_s + module.elapsed)  # a resumed run counts its earlier attempts' stages
+    return {
+        "search_s": round(search_s, 3),
+        "finetune_s": round(module.elapsed, 3),
+        "total_s": round(total, 3),
+        "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
+    }
+
+
+def complete(parts: Parts, record: dict[str, Any]) -> None:
+    """Write predictions, and the record with the list and the digests of the run's files.
+
+    Raises:
+        UserError: something removed files of the run while it was going on.
+    """
+    folder = parts.folder
+    record["files"] = [*result_files(folder, record), *write_predictions(parts)]
+    if lost := missing_files(folder, record):
+        raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
+    record["digests"] = file_digests(folder, result_files(folder, record))
+    write_record(folder, record | {"status": "completed"})
 
 
 def write_predictions(parts: Parts) -> list[str]:

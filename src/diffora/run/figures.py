@@ -1,48 +1,23 @@
-"""Pictures of a DAM: the heatmap ([D] Figure 2) and how the search came to it."""
+"""Pictures of a DAM: the heatmap ([D] Figure 2) and the gates over the rounds of the search."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from diffora.core.parts import part_of
+from diffora.core.dam import neutral_gate
+from diffora.core.parts import short_names
+from diffora.core.selection import Selection
 from diffora.files import atomic
-
-if TYPE_CHECKING:  # it needs torch, which a report of finished runs does without
-    from diffora.core.selection import Selection
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
-SHORT = {
-    "query": "Q",
-    "key": "K",
-    "value": "V",
-    "query_key_value": "QKV",
-    "attention_output": "attn. out",
-    "ffn_gate": "FFN gate",
-    "ffn_up": "FFN up",
-    "ffn_gate_up": "FFN gate, up",
-    "ffn_input": "FFN in",
-    "ffn_output": "FFN out",
-}
 
+def dam_heatmap(selection: Selection, title: str = "") -> bytes:
+    """PNG of the DAM: one column per layer, one row per module type, selected modules framed.
 
-def short_names(types: Sequence[str]) -> list[str]:
-    """Labels for module types: the papers' letters where a name tells what it is, and is the only one of its kind."""
-    labels = []
-    for name in types:
-        part = part_of(name) or ""
-        cross = "cross " if part.startswith("cross_") else ""
-        short = SHORT.get(part.removeprefix("cross_"))
-        labels.append(f"{cross}{short}" if short else name)
-    return [label if labels.count(label) == 1 else name for label, name in zip(labels, types, strict=True)]
-
-
-def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
-    """PNG of the DAM: one column a layer, one row a module type, selected modules framed.
-
-    Colours show the relaxed DAM, or scores divided to be like it: each row sums to 1, or, where modules of all layers
-    competed, the mean row does. Without either only the frames are left.
+    Colours show the relaxed DAM. White is the gate at Γ = 0: 1/N for the softmax of [D] eq. 11, 1/2 for the sigmoid.
+    Scores of another selector are scaled like a softmax: each layer's sum to 1; after a global selection, the layers'
+    sums are 1 on average. A selection without scores shows the frames only.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -50,17 +25,16 @@ def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
     layers, types = len(selection.modules), short_names(selection.types)
     figure = Figure(figsize=(2.4 + 0.62 * layers, 1.5 + 0.42 * len(types)), layout="constrained")
     axes = figure.subplots()
-    uniform = 1 / len(types)
+    neutral = neutral_gate(selection.relaxation or "softmax", len(types))
     known = selection.gamma_bar or _shares(selection)
-    values = known or [[uniform] * len(types)] * layers
+    values = known or [[neutral] * len(types)] * layers
     grid = [list(column) for column in zip(*values, strict=True)]
-    spread = max(max(abs(v - uniform) for row in grid for v in row), 1e-9)
-    # Centred on 1/N, where the search has no preference, so that white says just that.
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread, aspect="auto")
+    spread = max(max(abs(v - neutral) for row in grid for v in row), 1e-9)
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=neutral - spread, vmax=neutral + spread, aspect="auto")
     for i, row in enumerate(selection.mask().tolist()):
         for j, flag in enumerate(row):
             if known:
-                dark = abs(values[i][j] - uniform) > 0.65 * spread
+                dark = abs(values[i][j] - neutral) > 0.65 * spread
                 axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
@@ -81,8 +55,8 @@ def dam_heatmap(selection: "Selection", title: str = "") -> bytes:
     return _png(figure)
 
 
-def _shares(selection: "Selection") -> list[list[float]] | None:
-    """The scores on the scale of a relaxed DAM, whose rows sum to 1; of what is below 0, the amounts do."""
+def _shares(selection: Selection) -> list[list[float]] | None:
+    """The scores on the scale of a softmax, as `dam_heatmap` shows them; the sums take absolute values."""
     if selection.scores is None:
         return None
     totals = [sum(map(abs, row)) for row in selection.scores]
@@ -91,8 +65,12 @@ def _shares(selection: "Selection") -> list[list[float]] | None:
     return [[v / (total or 1.0) for v in row] for row, total in zip(selection.scores, totals, strict=True)]
 
 
-def gamma_trajectories(trajectory: Trajectory, types: Sequence[str]) -> bytes:
-    """PNG of every entry of the relaxed DAM over the rounds of the search, one panel a layer."""
+def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation: str = "softmax") -> bytes:
+    """PNG of every entry of the relaxed DAM over the rounds of the search, one panel per layer.
+
+    Args:
+        relaxation: of the search; its gate at Γ = 0 is a grey line.
+    """
     from matplotlib.figure import Figure
 
     rounds = [at for at, _ in trajectory]
@@ -109,7 +87,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str]) -> bytes:
             axes.plot(rounds, [gamma_bar[i][j] for _, gamma_bar in trajectory], lw=1.4, color=f"C{j}")[0]
             for j in range(len(types))
         ]
-        axes.axhline(1 / len(types), color="0.75", lw=0.8, zorder=0)
+        axes.axhline(neutral_gate(relaxation, len(types)), color="0.75", lw=0.8, zorder=0)
         axes.set_title(f"layer {i + 1}", size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)

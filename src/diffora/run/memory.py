@@ -1,9 +1,9 @@
-"""How much memory a training step takes, found by taking one without memory.
+"""Estimates the memory of a training step by running one on fake tensors, which have shapes but no content.
 
-The model runs forward and backward on fake tensors, which have shapes and no content, while a counter follows what
-is alive. So the estimate has the true architecture in it, gradient checkpointing, mixed precision, the logits and the
-attention of the kernels that a CPU would use (which, like those of GPUs, do not keep the attention matrix). What
-it does not know: kernels' work space, fragmentation, and what the libraries themselves occupy.
+A counter follows which tensors are alive in the forward and the backward pass. The estimate therefore includes the real
+architecture, gradient checkpointing, mixed precision, the logits, and the attention kernels that a CPU would use. Those
+do not save the attention matrix, like the ones of GPUs. The estimate does not include the work space of kernels,
+fragmentation, and the memory of the libraries themselves.
 """
 
 import weakref
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,11 +25,11 @@ from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.split import divided, shared_tables
-from diffora.kernels.peers import rehearse
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Batch, Task
 
 QUANTISED = {"8bit": 1.0, "4bit": 0.516}
-"""Bytes of a quantised weight, in 4 bits with its share of the constants: a byte for 64, a float32 for 256 of these."""
+"""Bytes per quantised weight. 4bit includes the constants: one byte per 64 weights, and a float32 per 256 of these."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Estimate:
 
     Attributes:
         weights: of the whole model, with adapters.
-        optimiser: AdamW's two moments of what is trained.
-        activations: with gradients, logits and all else that a step makes.
+        optimiser: AdamW's two moments of the trained parameters.
+        activations: everything that a step allocates, gradients and logits included.
         shape: of the batch, rows first.
     """
 
@@ -55,10 +54,10 @@ class Estimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make, from their making to their end.
+    """Counts the bytes of the storages that operations allocate, until they are freed.
 
     Args:
-        known: tensors that were there before and do not count.
+        known: tensors that exist already and do not count.
 
     Attributes:
         now, peak: bytes.
@@ -87,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def without_memory(model: nn.Module) -> FakeTensorMode:
-    """Turn a model on the meta device into one of fake tensors on the CPU, in place; shared parameters stay shared."""
+    """Replace the tensors of a model on the meta device by fake ones on the CPU, in place. Ties are kept."""
     mode = FakeTensorMode()
     made: dict[Tensor, Tensor] = {}
     with mode:
@@ -102,8 +101,8 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
-    """Of a fine-tuning step of an adapted model on the meta device, which is used up."""
+def of_finetuning(cfg: Settings, task: Task, model: nn.Module) -> Estimate:
+    """The estimate for a fine-tuning step of an adapted model on the meta device. The model cannot be used again."""
     rows = _rows(cfg, cfg.finetune)
 
     def step(batch: Batch) -> None:
@@ -112,14 +111,14 @@ def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
     return _measure(cfg, task, model, rows, step)
 
 
-def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
-    """Of a step of the bi-level search.
+def of_search(cfg: Settings, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
+    """The estimate for a step of the bi-level search.
 
     Args:
-        model: on the meta device, with a low-rank layer at each place of the grid; it is used up.
-        layers: those layers, L x N.
+        model: on the meta device, with a low-rank layer at each place of the grid. It cannot be used again.
+        layers: these layers, L x N.
     """
-    together = cfg.search["update"] == "simultaneous"
+    together = cfg.search.update == "simultaneous"
     rows = _rows(cfg, cfg.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -139,14 +138,17 @@ def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Se
                 unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
         torch.autograd.grad(loss_at(batch, gamma.detach()), list(trained.values()), allow_unused=True)
 
+    def joint_losses(batch: Batch) -> list[Tensor]:
+        output = model(**task.inputs(batch))  # freed on return, as in the search: not alive in the backward pass
+        return [
+            task.loss(SimpleNamespace(**_part(output, rows_of)), _part(batch, rows_of))
+            for rows_of in (slice(rows), slice(rows, None))
+        ]
+
     def simultaneously(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
         set_gates(layers, relax(gamma))
         with divided(layers, shared_tables(model), rows, 2 * rows):
-            output = model(**task.inputs(batch))
-            train, valid = (
-                task.loss(SimpleNamespace(**_cut(output, part)), _cut(batch, part))
-                for part in (slice(rows), slice(rows, None))
-            )
+            train, valid = joint_losses(batch)
             pairs = [p for name, p in trained.items() if name.endswith((".lora_a", ".lora_bt"))]
             head = [p for name, p in trained.items() if not name.endswith((".lora_a", ".lora_bt"))]
             simultaneous(train, valid, pairs, head, gamma)
@@ -159,23 +161,22 @@ def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Se
     return _measure(cfg, task, model, 2 * rows if together else rows, step)
 
 
-def _cut(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
-    """Some rows of the tensors in a batch or a model's output."""
+def _part(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
+    """Some rows of the tensors of a batch or of a model's output."""
     return {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
-    quantise = cfg.model.get("quantise")
+def _measure(cfg: Settings, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
+    quantise = cfg.model.quantise
     weights, largest = _weight_bytes(model, quantise)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     dtype = AUTOCAST.get(cfg.trainer.precision)
     config: Any = model.config
     if getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = 0  # its tokenizer's, whichever that is
+        config.pad_token_id = 0  # any token will do: values do not matter here
     model.train()
     with without_memory(model):
         batch = task.dummy(rows, model)
-        rehearse(model, **task.inputs(batch))  # as a stage does
         known = [*model.parameters(), *model.buffers(), *batch.values()]
         with LiveBytes(known) as live, torch.autocast("cpu", dtype, enabled=dtype is not None):
             step(batch)
@@ -184,7 +185,7 @@ def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Cal
 
 
 def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
-    """(bytes of parameters and buffers, the largest weight that is expanded while it is used)."""
+    """(bytes of parameters and buffers, bytes of the largest weight, if weights are dequantised while in use)."""
     tensors = {tensor: tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]}
     if quantise is None:
         return sum(tensors.values()), 0
@@ -196,7 +197,7 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
     return sum(tensors.values()), largest
 
 
-def _rows(cfg: DictConfig, stage: Any) -> int:
-    """Rows that one process has in its memory at a time."""
+def _rows(cfg: Settings, stage: Any) -> int:
+    """Rows of a micro-batch: those that one process holds in memory at a time."""
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
     return max(1, -(-stage.batch_size // (stage.accumulate * devices)))

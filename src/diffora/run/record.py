@@ -1,33 +1,38 @@
-"""``run.json``: what a run was, found and cost, written atomically."""
+"""Where a run has the facts of its record from; `diffora.records` says what the record holds."""
 
 import contextlib
-import hashlib
-import json
-import math
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from diffora.adapters.manifest import digest_of
 from diffora.errors import UserError, reason
-from diffora.files import MOST_JSON, parse_json, read_text, write_text
-from diffora.settings.config import config_hash
+from diffora.records import NAME, MetricFacts, check, read_content
+from diffora.run.setting import setting_facts
+from diffora.settings.identity import config_hash
 
-NAME = "run.json"
+if TYPE_CHECKING:  # it needs torch, which commands that start no run do without
+    from diffora.tasks.base import Task
+
 WEIGHTS = ("adapter", "model")
-"""Folders of a run, one of which holds what was trained."""
+"""A run directory has one of these folders, with the trained weights."""
 PACKAGES = ("diffora", "torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core", "numpy")
 
 
 def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
-    """The record of a run that has just begun."""
+    """The content of ``run.json`` for a run that has just begun; the run fills in the rest.
+
+    Args:
+        cfg: the composed configuration with its interpolations, which show what follows the seed.
+        data_hash: of the training and validation rows; None if they are not loaded.
+    """
     return {
         "method": cfg.method.name,
         "task": cfg.task.name,
@@ -43,6 +48,7 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         "time": {},
         "memory": {},
         "selection": None,
+        **setting_facts(cfg, data_hash),
         "config_hash": config_hash(cfg),
         "data_hash": data_hash,
         "git_commit": git_commit(),
@@ -50,110 +56,69 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
     }
 
 
-DIGEST = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n')
-"""The end of ``run.json``: the sha256 of all the text before it."""
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write ``run.json``, its digest last. Numbers that JSON does not know (NaN, infinity) become null."""
-    text = json.dumps(_clean(record), indent=1).removesuffix("\n}")
-    write_text(folder / NAME, f'{text},\n "sha256": "{_sha256(text)}"\n}}\n')
-
-
-def record_in(file: Path) -> Any:
-    """The content of a ``run.json`` without its digest, which is compared where there is one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it cannot be read, or is not as it was written.
-    """
-    text = read_text(file, MOST_JSON)
-    record = parse_json(text, file)
-    if isinstance(record, dict) and "sha256" in record:
-        end = DIGEST.search(text, len(text) - 100)
-        if end is None or end[1] != _sha256(text[: end.start()]):
-            raise UserError(
-                f"{file} is not as the run left it: it is damaged, or was edited. If you changed it on purpose, remove "
-                "its entry sha256"
-            )
-        del record["sha256"]
-    return record
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def metric_facts(task: "Task") -> dict[str, Any]:
+    """Which metric chooses the best epoch, and unit and direction of every metric of a run's record and history."""
+    higher, lower = partial(MetricFacts, maximise=True), partial(MetricFacts, maximise=False)
+    facts = {name: MetricFacts(task.unit_of(name), task.maximise) for name in task.metrics}
+    facts |= {
+        "loss": lower("loss"),
+        "epoch": lower("epochs"),
+        "best_epoch": lower("epochs"),
+        "generalisation_gap": lower(task.unit_of(task.main_metric)),
+        "update/rank": higher("rank"),
+        "update/orthogonality_loss": lower(""),
+    }
+    return {"main_metric": task.main_metric, "metric_facts": {name: asdict(value) for name, value in facts.items()}}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a run directory; None where there is none or a broken one (see `why_broken`)."""
+    """The content of a run directory's ``run.json``; None if there is none or if it is broken (see `why_broken`)."""
     try:
-        return _checked(record_in(folder / NAME))
+        return _checked(folder / NAME)
     except (OSError, UserError):
         return None
 
 
 def why_broken(folder: Path) -> str | None:
-    """Why the ``run.json`` of a folder is no record, with its name; None where it is one, or is not there."""
+    """Why a folder's ``run.json`` cannot be used, with its path; None if it can be used or does not exist."""
+    file = folder / NAME
     try:
-        _checked(record_in(folder / NAME))
+        _checked(file)
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"{folder / NAME}: {reason(error)}"
+        return f"{file}: {reason(error)}"
     except UserError as error:
         message = str(error)
-        return message if str(folder) in message else f"{folder / NAME} is not the record of a run: {message}"
+        return message if str(folder) in message else f"{file} is {message}"
     return None
 
 
-def _checked(record: Any) -> dict[str, Any]:
-    """A record with the fields that resuming, sweeps and the last table rely on.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(record, dict):
-        raise UserError("it is not a JSON object")
-    wanted: dict[str, type | UnionType] = {"status": str}
-    if record.get("status") == "completed":
-        wanted |= dict.fromkeys(("method", "task", "model", "config_hash"), str)
-        wanted |= {"metrics": dict, "params": dict, "time": dict, "memory": dict}
-    optional = {"config_hash": str, "error": str, "selection": dict, "classes": list, "files": list, "digests": dict}
-    wrong = [key for key, kind in wanted.items() if not isinstance(record.get(key), kind)]
-    wrong += [key for key, kind in optional.items() if not isinstance(record.get(key), kind | None)]
-    if not all(isinstance(name, str) for key in ("classes", "files") for name in record.get(key) or ()):
-        wrong.append("classes or files")
-    if wrong:
-        raise UserError(f"{', '.join(dict.fromkeys(wrong))} is missing or of the wrong kind")
-    return record
+def _checked(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_content(file)
+    check(content)
+    return content
 
 
 def result_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """The files that a run's result consists of, relative to its folder: settings, selection, weights."""
+    """The files of a run's result, relative to its folder: settings, selection, weights."""
     weights = [file for name in WEIGHTS for file in sorted((folder / name).glob("*")) if file.name != "README.md"]
     chosen = ["selection.json"] if record.get("selection") else []
     return ["config.yaml", *chosen, *(file.relative_to(folder).as_posix() for file in weights)]
 
 
 def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """What is missing of the result that a record speaks of; empty where all of it is there.
-
-    A record without a list of files, of an earlier version, wants settings and some weights.
-    """
-    names = record.get("files")
-    found = [name for name in names or ["config.yaml"] if not _has_content(folder / name)]
-    if names is None and not any(_has_content(file) for name in WEIGHTS for file in (folder / name).glob("*")):
-        found.append(" or ".join(f"{name}/" for name in WEIGHTS))
-    return found
+    """Which files of the result are missing or empty; the record lists them."""
+    return [name for name in record.get("files") or ["config.yaml"] if not _has_content(folder / name)]
 
 
 def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The digests of some files of a run, by name."""
+    """The sha256 of some files of a run, by name."""
     return {name: digest_of(folder / name) for name in names}
 
 
 def check_as_left(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse settings and weights that are not as the run left them; a record without digests says nothing.
+    """Refuse settings or weights that changed after the run wrote them. Without digests nothing is compared.
 
     Raises:
         UserError: names the files.
@@ -163,13 +128,14 @@ def check_as_left(folder: Path, record: Mapping[str, Any]) -> None:
     if changed:
         raise UserError(
             f"{folder}: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as the run left it: damaged, "
-            "edited, or of another run. Bring it back; or remove it, and the run's own command with resume=true makes "
-            "it anew from the last checkpoint. evaluate.py takes other settings on its command line, not from a file"
+            "edited, or from another run. Restore it, or remove it and repeat the run's own command with resume=true, "
+            "which makes it again from the last checkpoint. evaluate.py takes other settings on its command line, not "
+            "from a file"
         )
 
 
 def _digest(file: Path) -> str | None:
-    """None where the file cannot be read."""
+    """None if the file cannot be read."""
     try:
         return digest_of(file)
     except (OSError, UserError):
@@ -181,7 +147,7 @@ def _has_content(file: Path) -> bool:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with ``+`` where it has been changed since; None outside a checkout."""
+    """Commit of the source tree, with ``+`` if files changed since; None outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
@@ -194,7 +160,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -205,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 def reset_peaks() -> None:
-    """Start counting peak memory anew: several runs of a sweep share one process."""
+    """Start a new measurement of peak memory, because several runs of a sweep share one process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     import torch
@@ -215,7 +181,7 @@ def reset_peaks() -> None:
 
 
 def peaks() -> dict[str, float | None]:
-    """Peak resident and CUDA memory in MB since `reset_peaks` (where the system allows a reset: Linux)."""
+    """Peak resident and CUDA memory in MB since `reset_peaks`; only Linux allows the reset of resident memory."""
     import resource
 
     import torch
@@ -226,13 +192,3 @@ def peaks() -> dict[str, float | None]:
         rss = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
     return {"peak_rss_mb": round(rss, 1), "peak_cuda_mb": None if cuda is None else round(cuda, 1)}
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,4 +1,4 @@
-"""What a run says at its end, and what a dry run shows."""
+"""The tables on the terminal: at the end of a run, of an evaluation, and of a dry run."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffora.core.grid import Grid
+from diffora.core.parts import short_names
 from diffora.core.selection import Selection
-from diffora.run.figures import short_names
 from diffora.tasks.base import Task
 
 
 def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
-    """Metrics, parameters, time and where things are."""
+    """Print metrics, parameters, time, and where the files are."""
     metrics, params, spent, memory = record["metrics"], record["params"], record["time"], record["memory"]
     table = Table(title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}")
     table.add_column("")
@@ -24,23 +24,23 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
             if key.startswith("validation") and key.endswith(f"/{name}"):
                 table.add_row(key, f"{value:.4f}")
     held_out = f"held_out/{task.main_metric}"
-    table.add_row(f"{held_out} (chosen on the other half)", f"{metrics[held_out]:.4f}")
+    table.add_row(f"{held_out} (epoch chosen on the other half)", f"{metrics[held_out]:.4f}")
     table.add_row("best epoch", f"{metrics['best_epoch']:.0f} of {len(record['history'])}")
     if "generalisation_gap" in metrics:
-        table.add_row("better on training rows by", f"{metrics['generalisation_gap']:.4f}")
+        table.add_row("generalisation gap (training − validation)", f"{metrics['generalisation_gap']:.4f}")
     if "update/rank" in metrics:
         table.add_row("mean rank of the updates", f"{metrics['update/rank']:.2f}")
     table.add_section()
     table.add_row("adapter parameters", f"{params['adapter']:,}")
     if params["inference"] != params["adapter"]:
-        table.add_row("of these at inference", f"{params['inference']:,}")
+        table.add_row("adapter parameters at inference", f"{params['inference']:,}")
     table.add_row("head parameters", f"{params['head']:,}")
     table.add_row("share of the backbone", f"{params['adapter'] / params['backbone']:.2%}")
     table.add_section()
     if spent["search_s"]:
         table.add_row("search", _duration(spent["search_s"]))
     table.add_row("fine-tuning", _duration(spent["finetune_s"]))
-    table.add_row("all, from the start", _duration(spent["total_s"]))
+    table.add_row("whole run", _duration(spent["total_s"]))
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()
     console.print(table)
@@ -57,7 +57,7 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
 
 
 def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
-    """Metrics of each split, and the files."""
+    """Print the metrics of each split, and the written files."""
     table = Table(title=escape(f"{account['task']['name']}, {account['seconds']:.1f} s"))
     table.add_column("")
     for split in account["metrics"]:
@@ -70,12 +70,12 @@ def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
     console = Console()
     console.print(table)
     if not names:
-        console.print("no labels: predictions only")
+        console.print("no labels, so predictions only")
     console.print(*files, sep="\n", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | None, method: Any) -> None:
-    """The grid of candidates and what the method would train."""
+    """Print the grid of candidates and what the method would train."""
     params = record["params"]
     table = Table(title=f"{record['method']} on {record['model']}: {grid.n_layers} layers x {grid.n_types} candidates")
     table.add_column("module of a layer")
@@ -104,16 +104,16 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
         console.print(f"rank {params['rank_min']} to {params['rank_max']} within the budget", highlight=False)
     console.print(f"adapter parameters    {params['adapter']:>13,}", highlight=False)
     if "rank_min" in params or "modules_min" in params:
-        console.print("  at most; what is selected decides", highlight=False)
+        console.print("  at most; the number depends on the selected modules", highlight=False)
     if "adapter_min" in params:
         bounds = f"{params['adapter_min']:,} to {params['adapter_max']:,}"
-        console.print(f"  expected; what the search selects decides: {bounds}", highlight=False)
+        console.print(f"  expected; from {bounds}, depending on the selected modules", highlight=False)
     for name in ("head", "trainable", "backbone"):
         console.print(f"{name + ' parameters':<22}{params[name]:>13,}", highlight=False)
 
 
 def print_memory(estimates: dict[str, Any]) -> None:
-    """What each stage is estimated to need."""
+    """Print the estimated memory of each stage."""
     names = {"search": "search", "finetune": "fine-tuning"}
     for stage, found in estimates.items():
         parts = ", ".join(f"{key} {_size(found[f'{key}_mb'])}" for key in ("weights", "optimiser", "activations"))
@@ -123,7 +123,7 @@ def print_memory(estimates: dict[str, Any]) -> None:
 
 
 def _counts(selected: list[list[str]]) -> str:
-    """How often each module type was selected, over the layers."""
+    """In how many layers each module type was selected, as text."""
     names = sorted({name for row in selected for name in row}, key=lambda n: (-sum(n in row for row in selected), n))
     labels = dict(zip(names, short_names(names), strict=True))
     layers = len(selected)

@@ -1,4 +1,7 @@
-"""Stage 1 in another way: train a LoRA on every module, then ask what each of them has done for the validation loss."""
+"""Selector ``attribution``: train a LoRA on every module, then divide their effect on the validation loss among them.
+
+Not in [D]; the division is by integrated gradients (Sundararajan et al., arXiv 1703.01365).
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,23 +17,24 @@ from diffora.search.criteria import gate_path
 from diffora.tasks.base import Batch
 
 POINTS = 4
+"""Of the Gauss-Legendre rule: each batch is scored with the gates at these four points."""
 
 
 class AttributionModule(SearchModule):
-    """Weight steps on search-train rows for some rounds, and one round more that scores on search-valid rows.
+    """Trains on search-train rows for some rounds; one more round scores on search-valid rows and trains nothing.
 
-    While A, B and the head are trained every gate is 1, so that nothing competes with B for its scale. Then all gates
-    go from 0 to 1 together, nothing being trained, and the fall of the validation loss on the way is divided among the
-    modules by integrated gradients (`diffora.search.criteria.gate_path`).
+    While A, B and the head are trained, every gate is 1: a gate below 1 would only rescale B. In the last round all
+    gates go from 0 to 1 together, and the decrease of the validation loss on this path is divided among the modules
+    by integrated gradients (`diffora.search.criteria.gate_path`).
 
     Args:
-        of_search: what `SearchModule` takes.
+        of_search: the arguments of `SearchModule`.
         rounds: of training.
-        score_batches: at most so many search-valid batches are scored.
+        score_batches: how many search-valid batches are scored, at most.
 
     Attributes:
-        scores: L x N, once the stage is over: how much of the validation loss each module's adapter takes away. They
-            add up to what all adapters together take away, but for the error of four points.
+        scores: L x N on the CPU, after the stage: by how much each module's adapter lowers the validation loss. Their
+            sum is what all adapters together lower it by, up to the error of the quadrature.
     """
 
     scores: Tensor
@@ -42,7 +46,7 @@ class AttributionModule(SearchModule):
         self._sum, self._terms = torch.zeros_like(self.gamma.detach()), 0.0
 
     def gates(self, gamma: Tensor) -> Tensor:
-        """As they are given: there is no relaxation."""
+        """``gamma`` itself: these gates are set, not learnt, and need no relaxation."""
         return gamma
 
     def over(self, epochs_done: int, epochs: int) -> bool:
@@ -50,10 +54,9 @@ class AttributionModule(SearchModule):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.model.train(self.current_epoch < self.rounds)  # dropout would add noise to what is measured once
+        self.model.train(self.current_epoch < self.rounds)  # dropout would add noise to the scores
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.rehearse(self.task.inputs(batch["valid"]))
         if self.current_epoch < self.rounds:
             weight_opt = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
             for train in batch["train"]:
@@ -67,12 +70,13 @@ class AttributionModule(SearchModule):
         self._losses.append((loss, loss))
 
     def attribute(self, valid: Batch) -> Tensor:
-        """Add up what the modules do for one batch. Returns its loss close to full gates."""
+        """Add one batch to the sums. Returns its loss at the last point, where the gates are almost 1."""
         scaler, terms = self._scaler(), self.task.weight(valid)
         factor = terms / (1.0 if scaler is None else scaler.get_scale())
         for gate, weight in gate_path(POINTS):
             gates = torch.full_like(self.gamma, gate).requires_grad_()
-            with divided(self.layers, (), 0, len(valid["row"])):  # nothing is kept for the gradients of A and B
+            # As in a Γ step: do not save activations that only A and B need.
+            with divided(self.layers, (), 0, len(valid["row"])):
                 loss, (grad,) = self._gradients(valid, partial(_gradient, gates), gates)
             assert grad is not None
             self._sum = self._sum.to(self.device) - weight * factor * grad

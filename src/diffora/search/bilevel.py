@@ -1,7 +1,12 @@
-"""Stage 1 of DiffoRA: the bi-level search of the DAM (eqs. 10 to 13, Algorithm 1, lines 1 to 8)."""
+"""Stage 1 of DiffoRA: the bi-level search of the DAM ([D] eqs. 10 to 13; Algorithm 1, lines 1 to 8).
+
+- [D] eqs. 10, 11: `SearchModule.gates` relaxes Γ, and `SearchModule._loss` puts the gates on the layers.
+- [D] eq. 13, upper level (line 4 of Algorithm 1): `SearchModule.gamma_step`.
+- [D] eq. 13, lower level (line 6): `SearchModule.weight_step`.
+- both levels in one pass, not in [D]: `SearchModule.joint_step`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
@@ -15,43 +20,39 @@ from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
+from diffora.settings.sections import Search
 from diffora.tasks.base import Batch, Task, joined, parts_of
 
 POINTS_PER_ROUND = 40
+"""Of the trajectory of Γ."""
 
 Grads = Sequence[Tensor | None]
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """The ``search`` section of the configuration, as far as the module needs it."""
-
-    lr: float
-    gamma_lr: float
-    order: int
-    weight_decay: float
-    clip: float | None
-    accumulate: int
-    update: str = "alternating"
+Trajectory = list[tuple[float, list[list[float]]]]
+"""(round, relaxed DAM), a few dozen points a round; whole rounds are whole numbers, 0.0 is the start."""
 
 
 class SearchModule(Stage):
-    """Alternates one Gamma step on a search-valid batch with T weight steps on search-train batches.
+    """Alternates one Γ step on a search-valid batch with T weight steps on search-train batches.
 
-    The upper level is Gamma, (L, N), from 0; the lower level is every A and B and the head. Neither step computes,
-    keeps or changes a gradient of the other level. Gradients are taken with `torch.autograd.grad` and averaged over
-    processes here, since DDP does not see them.
+    The upper level is Γ, L x N, which starts at 0; the lower level is every A and B and the head. Neither step computes
+    or changes a gradient of the other level. Gradients are taken with `torch.autograd.grad` and averaged over processes
+    here, because DDP does not see them.
 
-    With ``update="simultaneous"`` the Gamma step and the first weight step are one: the same two gradients, both where
-    the step begins, from one pass over the rows of both batches.
+    With ``update="simultaneous"`` the Γ step and the first weight step become one: the same two gradients, both at the
+    same point, from one pass over the rows of both batches.
 
     Args:
         model: the backbone with a low-rank layer at every place of the grid.
-        layers: those layers, L x N, under the names of ``types``.
-        task: whose loss it is.
-        settings: learning rates and the like.
+        layers: those layers, L x N.
+        types: the N module types, to name metrics.
+        task: gives the loss.
+        settings: the section ``search``.
         seed: of the run.
+
+    Attributes:
+        gamma: Γ, L x N.
+        trajectory: see `Trajectory`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SearchModule(Stage):
         layers: Sequence[Sequence[LowRankLinear]],
         types: Sequence[str],
         task: Task,
-        settings: SearchSettings,
+        settings: Search,
         seed: int,
     ) -> None:
         super().__init__(model, seed)
@@ -74,8 +75,7 @@ class SearchModule(Stage):
         self.head = [p for p in trained if p not in of_layers]
         self._tables = shared_tables(model)
         self._checked = False
-        self.trajectory: list[tuple[float, list[list[float]]]] = [(0.0, relax(self.gamma).tolist())]
-        """(round, relaxed DAM), a few dozen points a round."""
+        self.trajectory: Trajectory = [(0.0, self.gates(self.gamma).tolist())]
         self._trace: list[tuple[float, Tensor]] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
 
@@ -85,8 +85,17 @@ class SearchModule(Stage):
         return [*self.pairs, *self.head]
 
     def gates(self, gamma: Tensor) -> Tensor:
-        """The relaxed DAM (eq. 11), L x N."""
-        return relax(gamma)
+        """The relaxed DAM, L x N ([D] eq. 11, or the relaxation that the settings name)."""
+        return relax(gamma, self.settings.relaxation)
+
+    @property
+    def certainty(self) -> str:
+        """Name of the metric that shows how far the gates are from their start.
+
+        Entropy needs rows that sum to 1. Independent gates have none, so that their sum is logged instead: how many
+        modules of a layer are open, N/2 at the start.
+        """
+        return "search/entropy" if self.settings.relaxation == "softmax" else "search/open_gates"
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         s = self.settings
@@ -98,13 +107,12 @@ class SearchModule(Stage):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         gamma_opt, weight_opt = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]
         valid, (train, *others) = batch["valid"], batch["train"]
-        self.rehearse(self.task.inputs(valid))
         if self.settings.update == "simultaneous":
             train_loss, valid_loss = self.joint_step(gamma_opt, weight_opt, valid, train)
         else:
             valid_loss = self.gamma_step(gamma_opt, valid, train)
             train_loss = self.weight_step(weight_opt, train)
-        self._update_scale()  # not before, since the gradients of one pass for both levels have one scale
+        self._update_scale()  # after both steps: one pass for both levels has one loss scale
         for train in others:
             train_loss = self.weight_step(weight_opt, train)
             self._update_scale()
@@ -112,13 +120,14 @@ class SearchModule(Stage):
         self._losses.append((train_loss, valid_loss))
         steps = self.trainer.num_training_batches
         if (batch_idx + 1) % max(1, steps // POINTS_PER_ROUND) == 0 or batch_idx + 1 == steps:
-            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, relax(self.gamma.detach())))
+            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, self.gates(self.gamma.detach())))
 
     def gamma_step(self, optimizer: torch.optim.Optimizer, valid: Batch, train: Batch) -> Tensor:
-        """Algorithm 1, line 4: one step of Gamma on the validation loss. Returns that loss."""
+        """[D] Algorithm 1, line 4: one step of Γ on the validation loss. Returns that loss."""
         grads: Grads
         if self.settings.order == 1:
-            with divided(self.layers, (), 0, len(valid["row"])):  # nothing is kept for the gradients of A and B
+            # Γ step: do not save activations that only A and B need.
+            with divided(self.layers, (), 0, len(valid["row"])):
                 loss, grads = self._gradients(valid, lambda loss: [first_order(loss, self.gamma)], self.gamma)
         else:
             loss, grads = self._unrolled_gradient(valid, train)
@@ -126,7 +135,7 @@ class SearchModule(Stage):
         return loss
 
     def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
-        """Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
+        """[D] Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
         weights = self.weights
         loss, grads = self._gradients(
             train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), self.gamma.detach()
@@ -140,7 +149,7 @@ class SearchModule(Stage):
         """One step of both levels from one pass over the rows of both batches. Returns (training, validation loss).
 
         Raises:
-            UserError: at the first step, for a model that does not keep rows apart.
+            UserError: at the first step, if the model mixes the rows of a batch.
         """
         if not self._checked:
             self._check_rows_are_apart(valid, train)
@@ -151,7 +160,7 @@ class SearchModule(Stage):
         return losses
 
     def _gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
-        """Mean loss of a batch and its gradients, part by part where ``accumulate`` says so."""
+        """Mean loss of a batch and its gradients, summed over ``accumulate`` micro-batches."""
         total, sums = torch.zeros((), device=self.device), None
         for part, share in parts_of(batch, self.settings.accumulate, self.task):
             loss = self._loss(part, gamma)
@@ -161,10 +170,10 @@ class SearchModule(Stage):
         return total, sums
 
     def _joint_gradients(self, valid: Batch, train: Batch) -> tuple[tuple[Tensor, Tensor], Grads]:
-        """(training loss, validation loss); gradients of the first by all weights, of the second by Gamma, in a row."""
+        """(training loss, validation loss), and one list: gradients of the first by all weights, of the second by Γ."""
         train_total, valid_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         sums, n_parts = None, self.settings.accumulate
-        # Where a split has less than a batch, the other one may have more parts: these are alone.
+        # If one split has less than a batch, it may have fewer micro-batches than the other one.
         for (a, a_share), (b, b_share) in zip_longest(
             parts_of(train, n_parts, self.task), parts_of(valid, n_parts, self.task), fillvalue=(None, 0.0)
         ):
@@ -179,22 +188,22 @@ class SearchModule(Stage):
         return (train_total, valid_total), sums
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
-        """(training loss, validation loss) from one pass, the training rows first; 0 for what is not there."""
+        """(training loss, validation loss) from one pass, training rows first; 0 for a batch that is None."""
         set_gates(self.layers, self.gates(self.gamma))
         there = [part for part in (train, valid) if part is not None]
         config: Any = self.model.config
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
         batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
         sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
-        outputs = _cut(self.model(**self.task.inputs(batch)), sizes)
+        outputs = _divide_rows(self.model(**self.task.inputs(batch)), sizes)
         losses = [
             self.task.loss(SimpleNamespace(**output), rows) if size else torch.zeros((), device=self.device)
-            for output, rows, size in zip(outputs, _cut(batch, sizes), sizes, strict=True)
+            for output, rows, size in zip(outputs, _divide_rows(batch, sizes), sizes, strict=True)
         ]
         return losses[0], losses[1]
 
     def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
-        """Refuse a model in which the gradients of the two levels would mix; a few rows tell, and change nothing."""
+        """Refuse a model in which the gradients of the two levels would mix. Two rows of each batch show it."""
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
         n_train, n_valid = (len(batch["row"]) for batch in few)
         with (
@@ -228,7 +237,7 @@ class SearchModule(Stage):
         return seen[-1].detach(), [grad]
 
     def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Loss with the gates that belong to ``gamma`` (eq. 10), at ``weights`` where given."""
+        """Loss with the gates of ``gamma`` ([D] eq. 10); at ``weights`` instead of the model's own, if given."""
         set_gates(self.layers, self.gates(gamma))
         inputs = self.task.inputs(batch)
         if weights is None:
@@ -249,7 +258,7 @@ class SearchModule(Stage):
             scaler.update()
 
     def _averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
-        """The gradients' means over what all processes' batches count (`Task.weight`); 0 for a parameter without."""
+        """Gradients averaged over processes, each weighted by `Task.weight` of its batch; 0 for a None."""
         full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         if self.trainer.world_size > 1:
             flat = torch.cat([g.flatten() for g in full])
@@ -263,7 +272,7 @@ class SearchModule(Stage):
     def _take_step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> None:
-        """Clip (weights only), step, and leave no gradient behind."""
+        """Clip (weights only), take the step, and clear the gradients."""
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         scaler = self._scaler()
@@ -282,17 +291,18 @@ class SearchModule(Stage):
         self.end_round()
 
     def end_round(self) -> None:
-        """Keep and log what the round has brought."""
+        """Add the round to the trajectory and log its metrics."""
         self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
         losses = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0)
         train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self._trace, self._losses = [], []
-        gamma_bar = relax(self.gamma.detach())
+        gamma_bar = self.gates(self.gamma.detach())
+        spread = entropy(gamma_bar) if self.settings.relaxation == "softmax" else gamma_bar.sum(-1)
         values = {
             "search/round": float(self.current_epoch + 1),
             "search/train_loss": train,
             "search/valid_loss": valid,
-            "search/entropy": entropy(gamma_bar).mean().item(),
+            self.certainty: spread.mean().item(),
         }
         for i, row in enumerate(gamma_bar.tolist()):
             values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
@@ -305,19 +315,19 @@ class SearchModule(Stage):
         self.trajectory = [(at, rows) for at, rows in memory["trajectory"]]
 
     def close_gates(self) -> None:
-        """Take the gates off the layers."""
+        """Remove the gates from the layers."""
         set_gates(self.layers, None)
 
 
 def _added(sums: Grads | None, grads: Grads) -> Grads:
-    """Entry by entry, None standing for 0."""
+    """The sum, entry by entry; None counts as 0."""
     if sums is None:
         return grads
     return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
 
 
-def _cut(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
-    """What of a batch or of a model's output belongs to its first rows, and what to the rest."""
+def _divide_rows(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """A batch, or a model's output, divided by rows; entries that do not have one value per row are left out."""
     cut = {
         name: torch.split(value, sizes)
         for name, value in values.items()

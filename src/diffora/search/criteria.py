@@ -1,4 +1,4 @@
-"""Criteria beyond the paper's search for which modules deserve a LoRA: one number for each candidate, high is good."""
+"""Formulas of the selectors beside the search, as pure functions: one number for each candidate, high is good."""
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ def gradient_norm(gradient: Tensor) -> Tensor:
 
 
 def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What `weight_times_activation` needs of one input batch, in a form that adds up over batches and processes.
+    """What `weight_times_activation` needs from one batch, as sums that can be added over batches and processes.
 
     Args:
         x: (..., in).
-        mask: as many entries as ``x`` has tokens; 0 for padding.
+        mask: one entry for each token of ``x``; 0 for padding.
 
     Returns:
-        (sum of the squares of each feature (in,), number of tokens, a scalar), float32 or better.
+        (sum of squares of each feature, (in,); number of tokens, a scalar), in float32 or float64.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
     keep = mask.reshape(-1).to(x.dtype)
@@ -27,11 +27,11 @@ def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
-    """Mean over the entries of |W_ij| * ||x_j||_2, the criterion of Wanda (Sun et al., arXiv 2306.11695).
+    """Mean over the entries of |W_ij| * ||x_j||_2: Wanda's criterion (Sun et al., arXiv 2306.11695), averaged.
 
     Args:
         weight: (out, in).
-        mean_square: (in,), of each input feature over the tokens; its root is ||x_j||_2.
+        mean_square: (in,), mean square of each input feature over the tokens; its root stands for ||x_j||_2.
     """
     return (weight.abs() * mean_square.sqrt()).mean()
 
@@ -39,15 +39,9 @@ def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
 def gate_path(points: int) -> list[tuple[float, float]]:
     """(gate, weight) of the Gauss-Legendre rule on [0, 1], exact for polynomials up to degree 2 points - 1.
 
-    It divides the fall of a loss L among gates by integrated gradients (Sundararajan et al., arXiv 1703.01365): with
-    all gates at t, the share of module m is - integral from 0 to 1 of dL/dgate_m dt, and the shares add up to
-    L(all gates 0) - L(all gates 1).
+    Used to divide the decrease of a loss L among gates by integrated gradients (Sundararajan et al., arXiv 1703.01365):
+    with all gates at t, the share of module m is minus the integral of dL/dgate_m over t from 0 to 1. The shares add up
+    to L(all gates 0) - L(all gates 1).
     """
     nodes, weights = np.polynomial.legendre.leggauss(points)
     return [((1 + node) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
-
-
-def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
-    """Uniform in [0, 1), L x N: the control that selects by chance ([D] Table 3)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Stage 1 in short: score the candidates on a few batches, without training anything (`diffora.search.criteria`)."""
+"""Selectors ``gradient`` and ``activation``: score the candidates on a few batches; nothing is trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,27 +8,27 @@ from torch import Tensor, nn
 
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
-from diffora.loop.checkpoint import Stage
+from diffora.loop.stage import Stage
 from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
 from diffora.tasks.base import Batch, Task, full_precision, parts_of
 
 
 class ScoreModule(Stage):
-    """One pass over some search-train batches, in evaluation mode. No parameter and no gradient buffer is changed.
+    """One pass over some search-train batches, in evaluation mode. No parameter and no gradient buffer changes.
 
-    Sums are taken over parts, batches and processes before anything that is not linear, so that the scores do not
-    depend on how the rows are divided.
+    Everything is summed over micro-batches, batches and processes before a square root is taken, so that the scores do
+    not depend on how the rows are divided. The formulas are in `diffora.search.criteria`.
 
     Args:
         model: the frozen backbone with its new head.
         names: L x N full names of the candidates.
         criterion: ``gradient`` or ``activation``.
         task: whose loss it is.
-        accumulate: parts that a batch is cut into.
+        accumulate: micro-batches per batch.
         seed: of the run.
 
     Attributes:
-        scores: L x N, once the stage is over.
+        scores: L x N on the CPU, after the stage.
     """
 
     scores: Tensor
@@ -47,7 +47,7 @@ class ScoreModule(Stage):
         self.shape = len(names), len(names[0])
         self.candidates = [model.get_submodule(name) for row in names for name in row]
         for candidate in self.candidates:
-            weight_of(candidate)  # refuses quantised ones before any work is done
+            weight_of(candidate)  # refuses quantised ones at once
         self.weights = [model.get_parameter(f"{name}.weight") for row in names for name in row]
         self.criterion, self.task, self.accumulate = criterion, task, accumulate
         self._sums: list[Tensor] = []
@@ -57,7 +57,7 @@ class ScoreModule(Stage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.eval()  # dropout would add noise to what is measured once
+        self.eval()  # dropout would add noise to the scores
 
     def over(self, epochs_done: int, epochs: int) -> bool:
         return epochs_done >= 1
@@ -73,8 +73,8 @@ class ScoreModule(Stage):
         self._sums = self._sums or new
 
     def gradients(self, batch: Batch, share: float = 1.0) -> list[Tensor]:
-        """The gradients of ``share`` times the mean loss with respect to each candidate's weight, L N of them."""
-        # float16 gradients would underflow; the scaler that is otherwise there for this belongs to an optimiser.
+        """Gradients of ``share`` times the mean loss by each candidate's weight, L N of them."""
+        # float16 gradients would underflow, and there is no optimiser whose loss scaler could prevent it.
         scale = 1024.0 if self.trainer.precision == "16-mixed" else 1.0
         for weight in self.weights:
             weight.requires_grad_(True)
@@ -88,12 +88,12 @@ class ScoreModule(Stage):
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> list[Tensor]:
-        """The sums of squares of each candidate's input features (in,), and the number of tokens in the end."""
+        """For each candidate the sum of squares of its input features, (in,); last, the number of tokens."""
         mask = batch.get("attention_mask")
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def note(layer: nn.Module, args: tuple[Tensor]) -> None:
-            # The first call in a pass is for the tokens: DeBERTa uses Q and K once more, on the table of positions.
+            # Only the first call in a pass is on tokens: DeBERTa calls Q and K again, on its table of positions.
             if layer not in found:
                 x = args[0]
                 found[layer] = square_sums(x, torch.ones(x.shape[:-1], device=x.device) if mask is None else mask)
@@ -112,7 +112,7 @@ class ScoreModule(Stage):
             for total in sums:
                 torch.distributed.all_reduce(total)
         if self.criterion == "gradient":
-            # All processes and batches have equally many rows, so the mean is that of all rows.
+            # All processes and batches have equally many rows, so this is the mean over all rows.
             n = self.trainer.num_training_batches * self.trainer.world_size
             scores = [gradient_norm(total / n) for total in sums]
         else:

@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 
 @dataclass
 class Account:
-    """The account of one split. It is shown on the screen and kept in ``run.json`` under ``data``.
+    """What became of the rows of one split. It is shown on the screen and kept in ``run.json`` under ``data``.
 
     Attributes:
-        read: rows at the source; of class folders, files.
-        dropped: rows that are left out, by reason.
-        changed: rows that are used, but of which something is cut or changed, by reason.
-        notes: what else somebody should know before believing a result.
+        read: rows at the source; files, for class folders.
+        dropped: number of rows that are left out, by reason.
+        changed: number of rows that are used but were cut or changed, by reason.
+        notes: other facts to know before trusting a result.
     """
 
     read: int = 0
@@ -41,7 +41,7 @@ class Account:
         return Account(self.read, dict(self.dropped), dict(self.changed), list(self.notes))
 
     def record(self) -> dict[str, Any]:
-        """For ``run.json`` and ``metrics.json``."""
+        """The account as plain values, for ``run.json`` and ``metrics.json``."""
         return {
             "read": self.read,
             "used": self.used,
@@ -57,10 +57,10 @@ Accounts = dict[str, Account]
 
 
 def lines(records: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What the screen says of some splits: of each one line for what was left out or changed, and one for each note.
+    """Lines for the screen. Each split has one line about rows left out or changed, and one line for each note.
 
     Args:
-        records: `Account.record` of each split, by its name.
+        records: `Account.record` of each split, by the split's name.
     """
     for name, record in records.items():
         parts = [f"{count:,} left out ({why})" for why, count in record["why"].items()]
@@ -71,20 +71,18 @@ def lines(records: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def note_ignored(account: Account, names: list[str]) -> None:
-    """Say which columns of a source nothing reads."""
+    """Note which columns of a source are not read."""
     names = [name.strip() or "(without a name)" for name in names]
     if names:
         account.notes.append(f"columns ignored: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}")
 
 
 def note_overlap(accounts: Accounts, keys: Mapping[str, Any]) -> None:
-    """Say of each split but ``train`` how many of its rows stand in the training rows too.
+    """Note for each split, except ``train``, how many of its rows are training rows too.
 
     Args:
-        keys: for each split an arrow array of one key (text or bytes) for each row; equal rows have equal keys.
+        keys: for each split, an arrow array with one key (text or bytes) per row; equal rows have equal keys.
     """
     for name, account in accounts.items():
         if name in keys and name != "train" and (found := pc.sum(pc.is_in(keys[name], keys["train"])).as_py()):
-            account.notes.append(
-                f"{found:,} of {account.used:,} rows stand among the training rows too: the score may be too high"
-            )
+            account.notes.append(f"{found:,} of {account.used:,} rows are training rows too: the score may be too high")

@@ -1,9 +1,10 @@
-"""What a task is to the rest of the code: rows, batches, a head, a loss, predictions and metrics.
+"""The interface of a task: rows, batches, a head, a loss, predictions and metrics.
 
-One subclass is one benchmark family (`glue`, `squad`, `vision`, `causal_lm`), named by ``task._target_`` in its YAML;
-training, search and evaluation call what stands here and know no family. The defaults are those of classification.
+Each family of tasks (`glue`, `squad`, `vision`, `causal_lm`) is one subclass, named by ``task._target_`` in the YAML.
+Search, training and evaluation use only this interface. The defaults are those of classification.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,24 @@ from typing import Any, ClassVar, Protocol
 import datasets
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.read import Reading, known_part, read_group
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, Accounts
-from diffora.tasks.labels import some
-from diffora.trust import class_at, literal
+from diffora.tasks.messages import some
+from diffora.trust import class_at
 
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]
-"""What is kept of a model's output: tensors with one entry for each row of the encoded split; ``row`` says which."""
+"""What predictions and metrics need of a model's output: tensors of one entry per row; ``row`` is its position."""
 
 
 class Collate(Protocol):
-    """Puts ``encoded[[i, j, …]]`` (one list per column) together into one batch."""
+    """Makes one batch of ``encoded[[i, j, …]]``, that is of one list per column."""
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> Batch: ...
 
@@ -38,10 +42,10 @@ class Rows:
 
     Attributes:
         train: the training split, after ``task.max_train_rows``.
-        validation: labelled evaluation splits by the name their metrics are logged under, the official one
-            ("validation") first.
-        data_hash: sha256 of all of it; equal content gives an equal hash whatever the file format.
-        source: where it came from, in words.
+        validation: labelled evaluation splits by the name under which their metrics are logged; the official one
+            ("validation") comes first.
+        data_hash: sha256 of all rows. It depends on their content, not on the file format.
+        source: where the rows came from, in words.
     """
 
     train: datasets.Dataset
@@ -55,9 +59,10 @@ class Split:
     """One split, before and after encoding.
 
     Attributes:
-        rows: what `Rows` holds of it.
-        encoded: what batches are made of. It has the columns ``row`` (position in ``encoded``) and ``length`` (for
-            grouping), and ``example`` (position in ``rows``) where one row becomes several, or none.
+        rows: the checked rows, as in `Rows`.
+        encoded: what batches are made of. It has the columns ``row`` (position in ``encoded``) and ``length`` (to group
+            rows of similar length). If one row can become several or none, it also has ``example`` (position in
+            ``rows``).
     """
 
     rows: datasets.Dataset
@@ -68,37 +73,39 @@ class Task:
     """One task of a run, made from the ``task`` section of the configuration before anything is loaded.
 
     Args:
-        cfg: the ``task`` section.
+        cfg: the ``task`` section, an instance of ``settings``.
 
     Attributes:
         name: the task's name in ``task=<name>``.
-        accounts: what `load` and `load_split` did with the rows of each split, by its name.
-        metrics: what `score` returns besides ``loss``, in the order in which they are shown.
-        main_metric: the one of them that chooses models.
+        accounts: for each split, by its name, what `load` or `load_split` did with its rows.
+        metrics: the metrics that `score` returns besides ``loss``, in the order in which they are shown.
+        main_metric: the metric that chooses the best model.
     """
 
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    """The transformers class of backbone and head."""
+    """The transformers class of the backbone with its head."""
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     """PEFT's name for this kind of task."""
     trains_head: bool = True
     """Whether every method trains the modules outside the backbone."""
     pretrained_head: ClassVar[bool] = False
-    """Whether the checkpoint's own head is taken, as a language model's; otherwise the head is new."""
+    """Whether to use the checkpoint's own head, as for a language model; otherwise the head is new."""
     maximise: ClassVar[bool] = True
     """Whether a higher main metric is better."""
     scores_training: ClassVar[bool] = True
-    """Whether predictions made while training are scored too, for the generalisation gap."""
+    """Whether to score predictions on training batches too, for the generalisation gap."""
     targets: ClassVar[tuple[str, ...]] = ("labels",)
-    """Columns of a batch that are not for the model."""
+    """Columns of a batch that the model does not get."""
     padding: ClassVar[Mapping[str, int]] = {"attention_mask": 0, "token_type_ids": 0}
-    """What columns as wide as the texts are padded with, besides ``input_ids``."""
+    """Padding values of the columns that are as wide as ``input_ids``."""
     usage: ClassVar[str] = ""
-    """What the model card says besides how to load the adapter."""
+    """Text that the model card adds to the instructions for loading the adapter."""
     validation_splits: tuple[str, ...] = ("validation",)
     """Labelled evaluation splits as the source names them, the official one first."""
     test_splits: tuple[str, ...] = ("test",)
-    """Splits that ``predict=true`` predicts, as the source names them."""
+    """Splits for which ``predict=true`` writes predictions, as the source names them."""
+    settings: ClassVar[type[TaskSettings]] = TaskSettings
+    """The keys of ``task.*`` for this task: a subclass of `TaskSettings`, described as in `diffora.settings.checks`."""
     required: ClassVar[tuple[str, ...]] = ("load", "encode", "collate", "score")
     """Methods that every subclass must define."""
 
@@ -111,14 +118,18 @@ class Task:
         self.name = cfg.name
         self.accounts: Accounts = {}
 
+    def unit_of(self, metric: str) -> str:
+        """Unit of one of `metrics`, for reports: ``fraction`` (of 1), ``percent``, ``perplexity``; empty for none."""
+        return "fraction"
+
     # --- before training ---
 
     def problems(self) -> Iterator[str]:
-        """One message for each impossible setting, found without loading anything."""
+        """One message for each impossible setting. It loads nothing."""
         return iter(())
 
     def head(self) -> dict[str, Any]:
-        """Entries of the transformers configuration that make the head fit, e.g. ``num_labels``."""
+        """Entries of the transformers configuration that the head needs, e.g. ``num_labels``."""
         return {}
 
     def load(self) -> Rows:
@@ -130,7 +141,7 @@ class Task:
         raise NotImplementedError
 
     def load_split(self, split: str) -> datasets.Dataset:
-        """Load and check any one split by its name at the source, e.g. ``test``; its rows may lack labels.
+        """Load and check one split by its name at the source, e.g. ``test``. Its rows may lack labels.
 
         Raises:
             UserError: there is no such split, or it has faults.
@@ -138,50 +149,55 @@ class Task:
         raise NotImplementedError
 
     def processor(self, model: Any) -> Any:
-        """The backbone's tokenizer or image processor; ``model`` is the ``model`` section of the configuration."""
+        """The backbone's tokenizer or image processor.
+
+        Args:
+            model: the ``model`` section of the configuration.
+        """
         from diffora.backbones.models import load_tokenizer
 
         return load_tokenizer(model)
 
     def save_processor(self, model: Any, folder: Path) -> None:
-        """Write that tokenizer or image processor to a folder, as transformers reads it."""
+        """Write the tokenizer or image processor to a folder that transformers can load it from."""
         from diffora.backbones.models import load_tokenizer
 
         load_tokenizer(model).save_pretrained(folder)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
-        """From rows to `Split.encoded`, cached on disk and mapped into memory.
+        """Encode rows as `Split.encoded`. The result is cached on disk and mapped into memory.
 
         Args:
-            training: rows to train on, where that makes a difference.
+            training: whether the rows are for training; some tasks encode those differently.
 
         Raises:
-            UserError: settings that do not suit the model.
+            UserError: the settings do not suit the model.
         """
         raise NotImplementedError
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        """What puts encoded rows together."""
+        """The function that makes batches of encoded rows."""
         raise NotImplementedError
 
     def account(self, name: str, split: Split) -> Account:
-        """What became of the rows of a split up to its encoded form.
+        """What became of the rows of a split, from its source to its encoded form.
 
         Args:
-            name: the name by which it was loaded; "train", or as `Rows` has it, where `load` did.
+            name: the name under which the split was loaded: "train", a name in `Rows.validation`, or the argument of
+                `load_split`.
         """
         account = self.accounts[name].copy() if name in self.accounts else Account(len(split.rows))
         self.count_encoded(account, split)
         return account
 
     def count_encoded(self, account: Account, split: Split) -> None:
-        """Add to an account what `encode` left out or cut."""
+        """Add to an account how many rows `encode` left out or cut."""
 
     def expect(self, classes: Sequence[str]) -> None:
-        """Prepare for a model that was trained on these classes, in this order; called before anything is loaded.
+        """Prepare for a model that was trained on these classes, in this order. Call it before loading anything.
 
         Raises:
-            UserError: the task has others.
+            UserError: the task has other classes.
         """
         names = self.head().get("id2label")
         if names and list(names.values()) != list(classes):
@@ -191,14 +207,14 @@ class Task:
             )
 
     def check(self, model: Any) -> None:
-        """Raise a UserError for a backbone that does not suit the task's settings."""
+        """Raise a UserError if the backbone does not suit the task's settings."""
 
     def labelled(self, split: Split) -> bool:
         """Whether a split can be scored."""
         return set(self.targets) <= set(split.encoded.column_names)
 
     def dummy(self, rows: int, model: Any) -> Batch:
-        """A batch of the largest size and without content, by which `diffora.run.memory` measures a step."""
+        """A batch of the largest size, without real content, to measure the memory of a step."""
         if model.main_input_name == "pixel_values":
             size = model.config.image_size
             height, width = (size, size) if isinstance(size, int) else size
@@ -211,7 +227,7 @@ class Task:
     # --- in a step ---
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch the model is called with."""
+        """The part of a batch that the model is called with."""
         return {key: value for key, value in batch.items() if key not in ("row", *self.targets)}
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -219,31 +235,31 @@ class Task:
         return F.cross_entropy(full_precision(output.logits), batch["labels"])
 
     def weight(self, batch: Mapping[str, Tensor]) -> float:
-        """How many terms `loss` is the mean of, so that the parts of a batch can be put together."""
+        """The number of terms that `loss` averages, to weigh the parts of a batch."""
         return float(len(batch["row"]))
 
     # --- after a step ---
 
     def outputs(self, output: Any, batch: Mapping[str, Tensor]) -> Outputs:
-        """What predictions and metrics need, without gradient: small, and of one width for all batches."""
+        """What predictions and metrics need, without gradients. It must be small and equally wide in all batches."""
         kept = {"row": batch["row"], "logits": full_precision(output.logits.detach())}
         return kept | {name: batch[name] for name in self.targets if name in batch}
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
-        """``loss`` and the task's metrics over the given rows of a split, all of them or some.
+        """``loss`` and the task's metrics over all or some rows of a split.
 
         Args:
             outputs: on the CPU, in the order of ``row``.
-            split: where they come from.
+            split: the split that the rows belong to.
         """
         raise NotImplementedError
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """One JSON object for each example of a split, with ``row`` and ``prediction``."""
+        """One JSON object for each example of a split; it has ``row`` and ``prediction``."""
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split to ``folder``, as the field exchanges them; ``<name>.jsonl`` by default.
+        """Write the predictions for a split to ``folder``, in the task's usual format; by default ``<name>.jsonl``.
 
         Returns:
             The files written.
@@ -254,12 +270,16 @@ class Task:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """In float32 what came as float16 or bfloat16: losses and metrics are computed in full precision."""
+    """The values in float32 if they are float16 or bfloat16; losses and metrics are computed in full precision."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most so many parts; each with its share in the mean loss of the whole."""
+    """Cut a batch into at most ``n_parts`` parts.
+
+    Yields:
+        (part, its share in the mean loss of the whole batch)
+    """
     n = len(batch["row"])
     size = -(-n // n_parts)
     if size == n:
@@ -272,10 +292,10 @@ def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, fl
 
 
 def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
-    """One batch of the rows of two, the narrower one padded on the right.
+    """One batch of the rows of two batches. The narrower one is padded on the right.
 
     Raises:
-        UserError: nothing says what to pad a column with.
+        UserError: `Task.padding` has no value for a column.
     """
     padding = {"input_ids": pad_token_id, **task.padding}
     batch = {}
@@ -284,8 +304,8 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
         if values.shape[1:] != second[name].shape[1:]:
             if name not in padding:
                 raise UserError(
-                    f"{type(task).__name__}.padding does not say what to pad {name} with, so that batches of different "
-                    "widths cannot be put together; search.update=alternating does not need it"
+                    f"{type(task).__name__}.padding has no padding value for {name}, so batches of different widths "
+                    "cannot be put together; search.update=alternating does not need it"
                 )
             width = max(part.shape[1] for part in both)
             both = [F.pad(part, (0, width - part.shape[1]), value=padding[name]) for part in both]
@@ -293,17 +313,44 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
     return batch
 
 
-def get_task(cfg: Any) -> Task:
-    """The task of a composed configuration's ``task`` section.
+def get_task(cfg: DictConfig) -> Task:
+    """The task that a ``task`` section describes, of this run or an earlier one. Keys that the task lacks are ignored.
 
     Raises:
-        UserError: no class at ``_target_`` that can be used, or every impossible setting.
+        UserError: ``_target_`` names no usable class, or some settings are impossible; all of them are listed.
     """
-    kind = class_at(cfg.get("_target_"), Task, "task._target_")
-    if cfg.get("path"):  # the shell leaves a ~ behind = as it is
-        cfg = cfg.copy()
-        cfg.path = literal(str(Path(cfg.path).expanduser()))
-    task: Task = kind(cfg)
+    reading = Reading.of(cfg, "task.")
+    task = read_task(reading.values, reading.found, ignore_unknown=True)
+    if task is None:
+        raise UserError(list(reading.own_mistakes().values()))
+    return task
+
+
+def read_task(section: Mapping[str, Any], found: dict[str, str], ignore_unknown: bool = False) -> Task | None:
+    """Make a task from the ``task`` section in plain containers.
+
+    Args:
+        section: the section.
+        found: gets a message for each mistake, by its key.
+        ignore_unknown: accept keys that the task does not have.
+
+    Returns:
+        None if there are mistakes.
+
+    Raises:
+        UserError: ``_target_`` names no usable class.
+    """
+    kind = class_at(section.get("_target_"), Task, "task._target_")
+    given = {name: value for name, value in section.items() if name != "_target_"}
+    if ignore_unknown:
+        given = known_part(kind.settings, given)
+    settings: Any = read_group(kind.settings, given, "task.", found)
+    if settings is None:
+        return None
+    if path := getattr(settings, "path", None):  # the shell does not expand a ~ after =
+        settings = dataclasses.replace(settings, path=str(Path(path).expanduser()))
+    task: Task = kind(settings)
     if problems := list(task.problems()):
-        raise UserError(problems)
+        found |= {text: text for text in problems}
+        return None
     return task

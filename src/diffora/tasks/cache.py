@@ -1,7 +1,7 @@
-"""Encoded splits on disk: one arrow file each, named by a hash of all that it depends on, mapped into memory.
+"""Encoded splits on disk. Each is one arrow file, named by a hash of everything it depends on and mapped into memory.
 
-The last 32 bytes of a file are a digest of its name and content, which is checked before anything of it is read. An
-arrow stream ends before them. One file, put in place at once: several runs may share a cache and write to it.
+The last 32 bytes of a file, after the end of the arrow stream, are a digest of its name and content. The digest is
+checked before the file is used. Files are put in place atomically, so several runs can share a cache and write to it.
 """
 
 import hashlib
@@ -34,12 +34,13 @@ def cached(
     write: Callable[[Path], None],
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
-    """Open the file that belongs to ``facts``; have it written first if it is not there or damaged.
+    """Open the cache file for ``facts``. If it is missing or damaged, write it first.
 
     Args:
-        kind: folder in the cache, and what the facts are about.
-        facts: JSON-serialisable; everything that the content depends on, the format's version included.
-        write: writes an arrow stream (see `arrow_writer`) to the path it is given.
+        kind: name of the folder in the cache, one per kind of content.
+        facts: everything that the content depends on, including the version of the format; JSON-serialisable.
+        write: writes an arrow stream (see `arrow_writer`) to the given path.
+        cache_dir: default `default_cache_dir()`.
 
     Raises:
         UserError: the cache cannot be written.
@@ -50,10 +51,10 @@ def cached(
         try:
             if is_sealed(file):
                 return datasets.Dataset.from_file(str(file))
-            reason: Any = "its digest is not that of its content"
+            reason: Any = "its digest does not match its content"
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = error
-        log.warning("making the damaged cache file %s anew (%s)", file, reason)
+        log.warning("damaged cache file %s (%s): writing it again", file, reason)
     try:
         with atomic(file) as scratch:
             write(scratch)
@@ -67,14 +68,14 @@ def cached(
 
 
 def seal(scratch: Path, file: Path) -> None:
-    """Append the digest to a file that was written at ``scratch`` and will be ``file``."""
+    """Append the digest to a file that was written at ``scratch`` and will be moved to ``file``."""
     digest = _seal(file, digests.of_file(scratch))
     with open(scratch, "ab") as sink:
         sink.write(digest)
 
 
 def is_sealed(file: Path) -> bool:
-    """Whether a file is as it was when it was sealed, under the same name."""
+    """Whether a file has the content and the name that it had when it was sealed."""
     with open(file, "rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - SEAL))
@@ -88,7 +89,7 @@ def _seal(file: Path, digest: str) -> bytes:
 
 @contextmanager
 def arrow_writer(file: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that appends rows, given as one list per column of ``schema``."""
+    """Yields a function that appends rows to the file. It takes one list per column of ``schema``."""
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
         def append(columns: dict[str, Any]) -> None:
@@ -99,18 +100,18 @@ def arrow_writer(file: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, 
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What the token ids that a tokenizer gives depend on."""
+    """Everything that a tokenizer's token ids depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # Calls leave their truncation and padding behind in the backend: not part of its identity.
+        # The backend keeps truncation and padding of the last call; they do not belong to its identity.
         content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
-        more = [tokenizer.split_special_tokens]  # set at each call
+        more = [tokenizer.split_special_tokens]  # passed to the backend at each call
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), repr(sorted(tokenizer.special_tokens_map.items()))]
         options = {key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
         more = [sorted(options.items())]
-        with TemporaryDirectory() as folder:  # merges and the like, which nothing else of it shows
+        with TemporaryDirectory() as folder:  # merges and the like, which no attribute holds
             tokenizer.save_vocabulary(folder)
             more += [digests.of_file(file) for file in sorted(Path(folder).iterdir())]
     return {"tokenizer": content, "inputs": [*tokenizer.model_input_names, tokenizer.truncation_side], "more": more}

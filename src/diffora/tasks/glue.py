@@ -1,14 +1,14 @@
-"""The GLUE tasks: one table, their metrics as pure functions of logits and labels, and what a run does with them.
+"""The GLUE tasks and the generated paraphrase task: a table of them, their metrics, and the task class.
 
-Columns and label order are those of the hub dataset `nyu-mll/glue`; metrics are GLUE's own
-(Wang et al. 2019), reported as in DiffoRA (arXiv 2502.08905) Table 1.
+Columns and label order are those of the hub dataset `nyu-mll/glue`. Metrics are GLUE's own (Wang et al. 2019), reported
+as in [D] Table 1.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pyarrow.compute as pc
@@ -18,45 +18,15 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
-from diffora.tasks import glue_submission, sources
+from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
+from diffora.settings.sections import TaskSettings
+from diffora.tasks import glue_submission
 from diffora.tasks.account import Account
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task, full_precision
+from diffora.tasks.embedded import paraphrase
+from diffora.tasks.sources import load
+from diffora.tasks.spec import TaskSpec
 from diffora.tasks.tokenise import Collator, tokenise
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What distinguishes one task from the others.
-
-    Attributes:
-        name: the task's name in `task=<name>`.
-        hub_config: its configuration in `nyu-mll/glue`; None for a task that is not on the hub.
-        text_columns: one or two columns of text, in the order the tokenizer reads them.
-        label_names: class names in label order; empty for regression.
-        metrics: what `compute_metrics` returns, in this order.
-        main_metric: the one of them that chooses models (higher is better).
-        validation_splits: labelled evaluation splits as the source names them, the official one first.
-        test_splits: splits whose labels only GLUE's server has, likewise.
-    """
-
-    name: str
-    hub_config: str | None
-    text_columns: tuple[str, ...]
-    label_names: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)
-    main_metric: str = "accuracy"
-    validation_splits: tuple[str, ...] = ("validation",)
-    test_splits: tuple[str, ...] = ("test",)
-
-    @property
-    def is_regression(self) -> bool:
-        return not self.label_names
-
-    @property
-    def num_labels(self) -> int:
-        """Width of the head: number of classes, or 1 for regression."""
-        return len(self.label_names) or 1
-
 
 _PAIR = ("sentence1", "sentence2")
 _SINGLE = ("sentence",)
@@ -71,7 +41,7 @@ TASKS: dict[str, TaskSpec] = {
             ("premise", "hypothesis"),
             ("entailment", "neutral", "contradiction"),
             validation_splits=("validation_matched", "validation_mismatched"),
-            test_splits=("test_matched", "test_mismatched", sources.DIAGNOSTIC),
+            test_splits=("test_matched", "test_mismatched", load.DIAGNOSTIC),
         ),
         TaskSpec("sst2", "sst2", _SINGLE, ("negative", "positive")),
         TaskSpec("cola", "cola", _SINGLE, ("unacceptable", "acceptable"), ("matthews",), "matthews"),
@@ -81,17 +51,25 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("mrpc", "mrpc", _PAIR, ("not_equivalent", "equivalent"), _F1),
         TaskSpec("stsb", "stsb", _PAIR, (), ("pearson", "spearman", "corr"), "corr"),
         TaskSpec("wnli", "wnli", _PAIR, ("not_entailment", "entailment")),
-        # Generated (diffora.tasks.embedded.paraphrase), for machines without the hub; columns as MRPC's.
-        TaskSpec("paraphrase", None, _PAIR, ("not_equivalent", "equivalent"), _F1, test_splits=()),
+        # Generated, for machines that cannot reach the hub. Its columns are those of MRPC.
+        TaskSpec(
+            "paraphrase",
+            None,
+            _PAIR,
+            ("not_equivalent", "equivalent"),
+            _F1,
+            test_splits=(),
+            generate=paraphrase.splits,
+        ),
     )
 }
 
 
 def get_spec(name: str) -> TaskSpec:
-    """Look a task up by name.
+    """Look up a task by name.
 
     Raises:
-        UserError: no such task; names the nearest one and lists all.
+        UserError: there is no such task. The message names the nearest one and lists all.
     """
     if name in TASKS:
         return TASKS[name]
@@ -100,18 +78,42 @@ def get_spec(name: str) -> TaskSpec:
     raise UserError(f"task.name={name} is not a known task; {hint}Known tasks: {', '.join(TASKS)}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings(TaskSettings):
+    """The settings of `GlueTask`."""
+
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with the splits as .parquet, .jsonl or .csv in the hub's columns; null: the hub, or generated."),
+    ] = None
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
+    train_rows: Annotated[
+        Annotated[int, whole(1, ROWS)] | None, Help("Training rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+    validation_rows: Annotated[
+        Annotated[int, whole(2, ROWS)] | None, Help("Validation rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+
+
 class GlueTask(Task):
-    """One of the tasks in `TASKS`: texts or pairs of texts, classes or a similarity score."""
+    """One of the tasks in `TASKS`: classify texts or pairs of texts, or predict a similarity score."""
+
+    settings = GlueSettings
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.spec = get_spec(cfg.name)
         self.metrics, self.main_metric = self.spec.metrics, self.spec.main_metric
         self.test_splits = self.spec.test_splits
-        if path := cfg.get("path"):  # a folder of MNLI need not have the diagnostic set, a data set of its own
-            absent = sources.DIAGNOSTIC if not any(Path(path).glob(f"{sources.DIAGNOSTIC}[.-]*")) else None
+        if cfg.path:  # a folder with MNLI does not need the diagnostic set, which is a dataset of its own
+            absent = load.DIAGNOSTIC if not any(Path(cfg.path).glob(f"{load.DIAGNOSTIC}[.-]*")) else None
             self.test_splits = tuple(name for name in self.test_splits if name != absent)
         self.validation_splits = self.spec.validation_splits
+
+    def problems(self) -> Iterator[str]:
+        for key, given in self._sizes("train_rows", "validation_rows").items():
+            if self.spec.generate is None:
+                yield f"task.{key}={given}: task={self.name} does not generate its rows; use task.max_train_rows"
 
     def head(self) -> dict[str, Any]:
         if self.spec.is_regression:
@@ -120,14 +122,16 @@ class GlueTask(Task):
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def load(self) -> Rows:
-        sizes = {key: self.cfg[key] for key in ("train_rows", "validation_rows") if key in self.cfg}
-        path, most = self.cfg.get("path"), self.cfg.max_train_rows
-        return sources.load_rows(self.spec, path, most, **sizes, accounts=self.accounts)
+        sizes = self._sizes("train_rows", "validation_rows")
+        return load.load_rows(self.spec, self.cfg.path, self.cfg.max_train_rows, **sizes, accounts=self.accounts)
 
     def load_split(self, split: str) -> datasets.Dataset:
-        sizes = {key: self.cfg[key] for key in ("validation_rows",) if key in self.cfg}
         account = self.accounts[split] = Account()
-        return sources.load_split(self.spec, split, self.cfg.get("path"), **sizes, account=account)
+        return load.load_split(self.spec, split, self.cfg.path, **self._sizes("validation_rows"), account=account)
+
+    def _sizes(self, *keys: str) -> dict[str, int]:
+        """The settings that say how many rows to generate, if they are given."""
+        return {key: value for key in keys if (value := getattr(self.cfg, key)) is not None}
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         return tokenise(rows, self.spec, processor, self.cfg.max_length)
@@ -163,10 +167,10 @@ class GlueTask(Task):
         return [{"row": row, "prediction": name, "label": i} for row, name, i in zip(rows, names, classes, strict=True)]
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """A test split as the table that GLUE's server takes, and zipped; other splits as ``<name>.jsonl``.
+        """Write a test split as the table that GLUE's server takes, and as a zip; other splits as ``<name>.jsonl``.
 
         Raises:
-            UserError: a prediction that is no number.
+            UserError: a prediction is not finite.
         """
         test_set = glue_submission.TEST_SETS.get((self.name, name))
         if test_set is None:
@@ -183,19 +187,19 @@ class GlueTask(Task):
 def compute_metrics(spec: TaskSpec, logits: Tensor, labels: Tensor) -> dict[str, float]:
     """The task's metrics over one whole evaluation split.
 
-    Degenerate cases are defined instead of nan: constant predictions or labels (and scores that are not
-    finite) give a Matthews, Pearson and Spearman correlation of 0, and F1 is 0 when nothing is positive.
+    No case gives nan. Constant predictions or labels, and scores that are not finite, give a Matthews, Pearson and
+    Spearman correlation of 0. F1 is 0 if nothing is positive.
 
     Args:
         spec: the task.
-        logits: [n, num_labels]; for regression [n, 1], the predicted score.
-        labels: [n], class indices or scores.
+        logits: [n, num_labels]; [n, 1] predicted scores for regression.
+        labels: [n] class indices, or scores for regression.
 
     Returns:
-        One float in [-1, 1] for each name in `spec.metrics`; F1 is that of class 1 (GLUE's convention).
+        One float in [-1, 1] for each name in `spec.metrics`. F1 is that of class 1, as GLUE defines it.
 
     Raises:
-        ValueError: shapes that do not fit each other or the task.
+        ValueError: the shapes do not fit each other or the task.
     """
     if labels.ndim != 1 or len(labels) == 0 or logits.shape != (len(labels), spec.num_labels):
         raise ValueError(
@@ -206,7 +210,7 @@ def compute_metrics(spec: TaskSpec, logits: Tensor, labels: Tensor) -> dict[str,
     if spec.is_regression:
         return _correlations(logits[:, 0].double(), labels.double())
 
-    from torchmetrics.functional import classification as metric  # imported late: it takes seconds
+    from torchmetrics.functional import classification as metric  # imported here: it takes seconds
 
     predictions, labels = logits.argmax(dim=1), labels.long()
     if spec.metrics == ("matthews",):
@@ -220,13 +224,13 @@ def compute_metrics(spec: TaskSpec, logits: Tensor, labels: Tensor) -> dict[str,
 
 
 def _correlations(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Pearson, Spearman and their mean ("Corr" in DiffoRA's Table 1)."""
+    """Pearson, Spearman and their mean ("Corr" in [D] Table 1)."""
     if not scores.isfinite().all() or _constant(scores) or _constant(labels):
         return {"pearson": 0.0, "spearman": 0.0, "corr": 0.0}
 
-    from torchmetrics.functional import regression as metric  # imported late: it takes seconds
+    from torchmetrics.functional import regression as metric  # imported here: it takes seconds
 
-    # Almost constant scores still give Pearson nan.
+    # Pearson is still nan for almost constant scores.
     pearson = float(metric.pearson_corrcoef(scores, labels).nan_to_num(0.0))
     spearman = float(metric.spearman_corrcoef(scores, labels).nan_to_num(0.0))
     return {"pearson": pearson, "spearman": spearman, "corr": (pearson + spearman) / 2}

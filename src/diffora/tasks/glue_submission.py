@@ -1,7 +1,7 @@
-"""What GLUE's server (gluebenchmark.com) takes: a table of predictions for each of its eleven test sets, in one zip.
+"""Submissions to GLUE's server (gluebenchmark.com): one zip with a table of predictions for each of eleven test sets.
 
-A table has a header, ``index<TAB>prediction``, and one line for each row of the test set. Names of the files, labels
-and sizes are those of the benchmark (Wang et al. 2019).
+A table has the header ``index<TAB>prediction`` and one line for each row of the test set. File names, labels and sizes
+are those of the benchmark (Wang et al. 2019).
 """
 
 import zipfile
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from diffora.errors import UserError
 from diffora.files import atomic
 
-if TYPE_CHECKING:  # the script has no need of torch
+if TYPE_CHECKING:  # the script `scripts/glue_submission.py` must start without torch
     from torch import Tensor
 
 HEADER = "index\tprediction"
@@ -21,13 +21,13 @@ HEADER = "index\tprediction"
 
 @dataclass(frozen=True)
 class TestSet:
-    """One of the eleven.
+    """One of the eleven test sets.
 
     Attributes:
-        file: its name in the zip.
-        n_rows: how many rows it has.
-        labels: what the server calls the classes, in label order; empty for scores from 0 to 5.
-        majority: the most frequent label of the training set; for scores the middle of the scale.
+        file: name of its table in the zip.
+        n_rows: number of rows.
+        labels: the server's names of the classes, in label order; empty for scores from 0 to 5.
+        majority: the most frequent label of the training set, or the middle of the scale for scores.
     """
 
     file: str
@@ -59,8 +59,8 @@ def table(test_set: TestSet, numbers: Sequence[int], logits: "Tensor") -> str:
     """The content of a test set's file, in the order of its rows.
 
     Args:
-        numbers: under which number the benchmark knows each row.
-        logits: [n, number of classes], or [n, 1] for scores, which are cut to the scale.
+        numbers: [n] the benchmark's number of each row.
+        logits: [n, number of classes], or [n, 1] for scores, which are clamped to the scale.
     """
     if test_set.labels:
         predictions = [test_set.labels[i] for i in logits.argmax(dim=1).tolist()]
@@ -71,18 +71,18 @@ def table(test_set: TestSet, numbers: Sequence[int], logits: "Tensor") -> str:
 
 
 def bundle(folders: Sequence[Path], output: Path, fill_missing: bool = False) -> list[str]:
-    """Put the tables of several runs together into one submission.
+    """Make one submission of the tables of several runs.
 
     Args:
-        folders: of runs with ``predict=true``; searched with all that is below them.
+        folders: folders of runs with ``predict=true``; the folders below them are searched too.
         output: the zip to write.
-        fill_missing: give test sets without predictions the majority class of their training set in every row.
+        fill_missing: for a test set without predictions, write the majority class of its training set in every row.
 
     Returns:
-        Names of the tables that were filled so.
+        Names of the tables that were filled in this way.
 
     Raises:
-        UserError: tables that are missing, there twice or not as the server wants them; nothing is written then.
+        UserError: some tables are missing, there twice, or in a form that the server refuses. Nothing is written.
     """
     problems: list[str] = []
     contents: dict[str, str] = {}
@@ -101,11 +101,11 @@ def bundle(folders: Sequence[Path], output: Path, fill_missing: bool = False) ->
             lines = (f"{number}\t{test_set.majority}" for number in range(test_set.n_rows))
             contents[test_set.file] = "\n".join([HEADER, *lines]) + "\n"
     if len(filled) == len(TEST_SETS):
-        problems.append(f"no predictions in {', '.join(map(str, folders))}: runs with predict=true leave them")
+        problems.append(f"no predictions in {', '.join(map(str, folders))}: runs with predict=true write them")
     elif filled and not fill_missing:
         problems.append(
-            f"the server wants all eleven tables; missing: {', '.join(filled)}. Name the runs that have them, or give "
-            "--fill-missing for the majority class in every row"
+            f"the server needs all eleven tables; missing: {', '.join(filled)}. Name the runs that have them, or give "
+            "--fill-missing to write the majority class in every row"
         )
     if problems:
         raise UserError(problems)
@@ -114,9 +114,9 @@ def bundle(folders: Sequence[Path], output: Path, fill_missing: bool = False) ->
 
 
 def pack(folder: Path) -> Path:
-    """Zip the tables that one run has left in a folder, as ``GLUE.zip`` beside them.
+    """Zip the tables that one run wrote to a folder, as ``GLUE.zip`` in the same folder.
 
-    It has what a submission has of this run's task; `bundle` puts the runs for all tasks together.
+    The zip holds this run's part of a submission; `bundle` makes a submission of the runs for all tasks.
     """
     files = [folder / test_set.file for test_set in TEST_SETS.values()]
     _zip(folder / "GLUE.zip", {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()})
@@ -126,11 +126,13 @@ def pack(folder: Path) -> Path:
 def _zip(output: Path, contents: dict[str, str]) -> None:
     with atomic(output) as scratch, zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in contents.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # without the time of writing
+            archive.writestr(
+                zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED
+            )  # ZipInfo without a time, so equal tables give equal zips
 
 
 def _faults(test_set: TestSet, content: str) -> list[str]:
-    """What the server would refuse in a table."""
+    """Why the server would refuse a table; one message for each reason."""
     header, *lines = content.splitlines() or [""]
     rows = [line.split("\t") for line in lines]
     if header != HEADER or any(len(row) != 2 for row in rows):
@@ -149,6 +151,7 @@ def _faults(test_set: TestSet, content: str) -> list[str]:
 
 
 def _fits(test_set: TestSet, value: str) -> bool:
+    """Whether the server accepts a prediction."""
     if test_set.labels:
         return value in test_set.labels
     try:

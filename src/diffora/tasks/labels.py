@@ -1,4 +1,4 @@
-"""Names of classes: where a file keeps them, and the numbers that they have in another list of names."""
+"""Class names: reading them from a file's schema, and matching them with another list of names."""
 
 import difflib
 import json
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from diffora.tasks.messages import some
+
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """The names that `datasets` keeps for the numbers of a column (``ClassLabel``); None where there are none."""
+    """The class names that `datasets` stores for a column of numbers (``ClassLabel``); None if it stores none."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError, RecursionError):  # what others have written there
+    except (KeyError, TypeError, ValueError, RecursionError):  # other programs may write anything there
         return None
     return names if names and isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
@@ -21,15 +23,18 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
 def in_order(
     names: Sequence[str], known: Sequence[str], what: str, others: str, problems: list[str], or_numbers: bool = False
 ) -> list[int] | None:
-    """The place in ``known`` of each of some classes; None, and a problem, if one of them is not there.
+    """The position in ``known`` of each class name.
 
-    Names are compared exactly, but for white space around them.
+    Names must be equal, except for white space around them.
 
     Args:
-        names: of the classes, in the order of their numbers.
-        known: the classes that there are.
-        what, others: how the two are introduced in the message, e.g. "its classes are" and "the task's are".
-        or_numbers: whether the names may also be the places themselves, "0", "1" and so on, as of unnamed classes.
+        names: class names, in the order of their numbers.
+        known: all valid class names.
+        what, others: words that introduce the two lists in messages, e.g. "its classes are" and "the task's are".
+        or_numbers: whether the names may also be the positions "0", "1" and so on, as for unnamed classes.
+
+    Returns:
+        None, and a message in ``problems``, if a name is not in ``known`` or is there twice.
     """
     trimmed = [name.strip() for name in names]
     places = {name: i for i, name in enumerate(known)}
@@ -41,14 +46,14 @@ def in_order(
         hint = f"; rename '{unknown[0]}' if {near} is meant" if near else ""
         problems.append(f"{what} {some(names)}; {others} {some(known)}{hint}.")
     elif len(set(trimmed)) < len(trimmed):
-        problems.append(f"{what} {some(names)}: one of them stands there twice.")
+        problems.append(f"{what} {some(names)}: one of these names is there twice.")
     else:
         return [places[name] for name in trimmed]
     return None
 
 
 def known_classes(name: str, known: Sequence[str]) -> str | None:
-    """The class that a wrong spelling may stand for, in quotes."""
+    """The class that a wrong spelling may mean, in quotes; None if no name is similar."""
 
     def plain(text: str) -> str:
         return text.lower().replace("-", "_").replace(" ", "_")
@@ -59,11 +64,6 @@ def known_classes(name: str, known: Sequence[str]) -> str | None:
 
 
 def alike(names: Sequence[str]) -> list[str]:
-    """Those of some names that are equal to another one but for case, white space around and Unicode's spellings."""
+    """Those names that equal another name except for case, surrounding white space and Unicode normalisation."""
     plain = [unicodedata.normalize("NFC", name).strip().casefold() for name in names]
     return [name for name, form in zip(names, plain, strict=True) if plain.count(form) > 1]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")

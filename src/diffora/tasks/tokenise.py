@@ -1,4 +1,4 @@
-"""From text to batches: tokenise once into a memory-mapped cache file, pad when a batch is put together."""
+"""From text to batches: texts are tokenised once into a memory-mapped cache file, and padded when a batch is made."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,43 +14,43 @@ from tqdm.auto import tqdm
 
 from diffora.errors import UserError
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
-from diffora.tasks.sources import content_hash
+from diffora.tasks.sources.tables import content_hash
+from diffora.tasks.spec import TaskSpec
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
-    from diffora.tasks.glue import TaskSpec
-
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
-ROWS_AT_ONCE = 1000  # bounds memory, as does
-CHARACTERS_AT_ONCE = 1_000_000  # for unusually long rows: tokenizers take some 50 bytes for each before they truncate
+ROWS_AT_ONCE = 1000  # bounds memory
+CHARACTERS_AT_ONCE = 1_000_000  # bounds memory for long rows: tokenizers use about 50 bytes a character, then truncate
 PROGRESS_FROM_ROWS = 20_000
 
 
 def tokenise(
     dataset: datasets.Dataset,
-    spec: "TaskSpec",
+    spec: TaskSpec,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """Tokenise one split: truncated, not padded.
 
-    The result is an arrow file at `<cache_dir>/tokenised/<key>.arrow`, where the key is a hash of all
-    that it depends on; a second call maps that file into memory without touching the tokenizer.
+    The result is the arrow file `<cache_dir>/tokenised/<key>.arrow`, where the key is a hash of everything that it
+    depends on. A second call maps that file into memory and does not use the tokenizer.
 
     Args:
-        dataset: a split of `sources.Rows`.
-        max_length: longest sequence in tokens, special tokens included; of a pair, the longer text is cut.
+        dataset: the checked rows of a split.
+        spec: the task.
+        max_length: longest sequence in tokens, including special tokens; of a pair, the longer text is cut.
         cache_dir: default `cache.default_cache_dir()`.
 
     Returns:
-        One row per input row, in order: input_ids (int32 list), token_type_ids (int8 list, only from a
-        tokenizer that makes them), labels (where the rows have them), length (tokens), cut (whether the text is
-        longer), row (position in the split).
+        One row per input row, in order: input_ids (int32 list), token_type_ids (int8 list, only if the tokenizer makes
+        them), labels (if the rows have them), length (in tokens), cut (whether the text was cut), row (position in the
+        split).
 
     Raises:
-        UserError: a max_length that leaves no room for text or exceeds what the model can read.
+        UserError: max_length leaves no room for text, or is more than the model can read.
     """
     room = tokenizer.num_special_tokens_to_add(pair=len(spec.text_columns) == 2) + len(spec.text_columns)
     if not room <= max_length <= tokenizer.model_max_length:
@@ -74,7 +74,7 @@ def tokenise(
 
 
 def _write(
-    file: Path, dataset: datasets.Dataset, spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int
+    file: Path, dataset: datasets.Dataset, spec: TaskSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> None:
     types = {"input_ids": pa.list_(pa.int32())}
     if "token_type_ids" in tokenizer.model_input_names:
@@ -91,22 +91,22 @@ def _write(
             texts = [rows[name] for name in spec.text_columns]
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
             columns: dict[str, Any] = dict(encoded)
-            # GPT-2's tokenizer adds nothing to an empty text; a row without any token would be masked out entirely.
+            # GPT-2's tokenizer makes no token of an empty text, and a row without tokens would be masked completely.
             columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
             if "label" in rows:
                 columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["cut"] = _cut(encoded, texts, tokenizer, max_length)
+            columns["cut"] = _was_cut(encoded, texts, tokenizer, max_length)
             columns["row"] = range(start, end)
             append(columns)
             bar.update(end - start)
 
 
-def _cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
+def _was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
     """Which of the encoded texts are longer than ``max_length`` tokens."""
-    cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # at most these
+    cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # candidates, checked below
     full = [i for i, may_be in enumerate(cut) if may_be]
-    if full and encoded.encodings is None:  # not a fast tokenizer, which would have kept what it cut off
+    if full and encoded.encodings is None:  # only a fast tokenizer keeps what it cut off
         whole = tokenizer(*([column[i] for i in full] for column in texts), truncation=False, verbose=False)
         longer = [len(ids) > max_length for ids in whole["input_ids"]]
     else:
@@ -117,7 +117,7 @@ def _cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: i
 
 
 def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Which rows to tokenise at once: from, up to."""
+    """Ranges of rows, (start, end), to tokenise at once."""
     start = characters = 0
     lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]
     for row, length in enumerate(np.sum(lengths, axis=0).tolist()):
@@ -129,11 +129,11 @@ def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[
 
 
 class Collator:
-    """Put rows together into one batch, padded to its longest row.
+    """Makes one batch of rows, padded on the right to its longest row.
 
     Args:
-        pad_token_id: fills `input_ids`.
-        pad_to_multiple_of: round the padded length up, e.g. to 8 for tensor cores; 1 does not.
+        pad_token_id: padding value of `input_ids`.
+        pad_to_multiple_of: round the padded length up to a multiple of this, e.g. 8 for tensor cores.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
@@ -144,8 +144,8 @@ class Collator:
         """Collate `dataset[[i, j, …]]`, that is one list per column.
 
         Returns:
-            input_ids, attention_mask and, when given, token_type_ids: long [n, longest]; labels: long [n]
-            (float32 [n] for regression) and row: long [n], when given.
+            input_ids and attention_mask: long [n, longest]. If the rows have them, also token_type_ids: long
+            [n, longest]; labels: long [n] (float32 for regression); row: long [n].
         """
         lengths = np.array([len(ids) for ids in rows["input_ids"]])
         longest = max(1, int(lengths.max()))
@@ -161,6 +161,7 @@ class Collator:
 
 
 def _fill(mask: np.ndarray, lists: Sequence[Sequence[int]], padding: int) -> Tensor:
+    """The lists as rows of a long tensor of the mask's shape, with the padding value where the mask is False."""
     filled = np.full(mask.shape, padding, dtype=np.int64)
     filled[mask] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in lists])
     return torch.from_numpy(filled)

@@ -1,8 +1,7 @@
-"""Stage 2 of DiffoRA, and the whole of every other method: fine-tune what the method left trainable."""
+"""Fine-tuning: train what the method left trainable. It is stage 2 of DiffoRA, and the only stage of other methods."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,44 +9,40 @@ import torch
 from torch import Tensor
 
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
-from diffora.loop.checkpoint import NonFiniteLoss, Stage
+from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
+from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
 
 Metrics = dict[str, float]
 
 
-@dataclass(frozen=True)
-class FineTuneSettings:
-    """The ``finetune`` section of the configuration, as far as the module needs it."""
-
-    lr: float
-    weight_decay: float
-    warmup_steps: int
-    early_stop: int | None
-
-
 class FineTuneModule(Stage):
-    """Trains with AdamW, linear warm-up and linear decay to 0; keeps the best epoch.
+    """Trains with AdamW, linear warm-up and linear decay to 0, and keeps the best epoch.
 
-    A step's loss is the mean over all its terms (`Task.weight`: rows, or tokens that count), whatever parts of a batch
-    and processes they are divided over.
+    The loss of a step is the mean over all its terms (`Task.weight`: rows, or tokens that count), however they are
+    divided into micro-batches and processes.
 
-    The method's hooks run around each optimiser step. What a method adds to the loss is trained on, but neither
-    reported as training loss nor evaluated. The training metric is that of the predictions made while training.
+    The method's hooks run around each optimiser step. A penalty that a method adds to the loss is trained on, but is
+    not part of the reported training loss. The training metric is that of the predictions made while training.
 
-    After each epoch the whole validation split is predicted once and scored three times: all of it (the literature's
-    figure, which also chooses the best epoch), and its two seeded halves, so that a choice made on one half can be
+    After each epoch the whole validation split is predicted once and scored three times: as a whole (the usual figure
+    in the literature, which also chooses the best epoch), and as two seeded halves. So a choice made on one half can be
     reported on the other.
 
     Args:
-        adaptation: the adapted model and what its method does in a step; what requires gradients is trained.
-        task: whose loss and metrics they are; its main metric chooses the best epoch.
-        train: what is trained on.
+        adaptation: the adapted model, and what its method does in a step. Parameters that require gradients are
+            trained.
+        task: defines loss and metrics; its main metric chooses the best epoch.
+        train: the training split.
         validation: evaluation splits by name, in the order of the loaders; the first is the official one.
         halves: (choice, held-out) row numbers of the official split, as encoded.
-        settings: learning rate and the like.
-        seed: of the run.
+        settings: the ``finetune`` section, with the warm-up steps of this run.
+        seed: the run's seed.
+
+    Attributes:
+        history: the metrics of each epoch.
+        best_state: the trainable weights of the best epoch.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class FineTuneModule(Stage):
         train: Split,
         validation: Mapping[str, Split],
         halves: tuple[np.ndarray, np.ndarray],
-        settings: FineTuneSettings,
+        settings: FineTune,
         seed: int,
     ) -> None:
         super().__init__(adaptation.model, seed)
@@ -69,8 +64,9 @@ class FineTuneModule(Stage):
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
-        self._begun = -1
-        self._terms = 0.0
+        self._step = -1  # the optimiser step of the last micro-batch
+        self._terms = 0.0  # terms of the present micro-batch in this process
+        # Terms in all processes: of the step's first micro-batch, and of all its micro-batches so far.
         self._first_terms = self._all_terms = torch.ones(())
 
     def configure_optimizers(self) -> Any:
@@ -89,34 +85,33 @@ class FineTuneModule(Stage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Gradients as they are meant: not scaled, and of the mean over all terms of the step."""
-        # Lightning leaves this to fused optimisers, which do it too late: gradients are clipped first.
+        """Unscale the gradients, and make them those of the mean over all terms of the step."""
+        # For a fused optimiser, Lightning does not unscale before clipping, so it is done here.
         if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
             scaler.unscale_(optimizer)
         if (parts := self.trainer.accumulate_grad_batches) > 1:
-            # Lightning has divided by the number of parts there should be, `_share` by the terms of the first one.
+            # Lightning divided the loss by the number of micro-batches, and `_loss_weight` by the terms of the first.
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, parts * self._first_terms / self._all_terms.clamp(min=1))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the norm. Lightning itself refuses this for any fused optimiser."""
+        """Clip the norm of the gradients. Lightning's own clipping refuses fused optimisers."""
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], gradient_clip_val)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training:
-            self._terms = self.task.weight(batch)  # counted here, on the CPU: a GPU would have to be waited for
+            self._terms = self.task.weight(batch)  # count while the batch is on the CPU: no wait for the GPU
         return batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = self.trainer.global_step
-        first = step != self._begun  # part of the batch, where it is cut into several
+        first = step != self._step  # whether this is the step's first micro-batch
         if first:
             self.adaptation.before_step(step, self.current_epoch)
-            self._begun = step
-        self.rehearse(self.task.inputs(batch))
+            self._step = step
         output = self.model(**self.task.inputs(batch))
         loss = self.task.loss(output, batch)
         self._losses.append(loss.detach())
@@ -128,14 +123,14 @@ class FineTuneModule(Stage):
             values["train/penalty"] = penalty.detach()
         self.watch(loss)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % every == 0:  # what is logged in between nobody sees
+        if (step + 1) % every == 0:  # loggers keep nothing in between
             self.log_dict(values | {"lr": self._rate()}, batch_size=1, rank_zero_only=True)
         if self.trainer.accumulate_grad_batches == self.trainer.world_size == 1:
             return loss
-        return loss * self._share(loss.detach(), first)
+        return loss * self._loss_weight(loss.detach(), first)
 
-    def _share(self, loss: Tensor, first: bool) -> Tensor:
-        """What the terms of this part weigh: 1 for as many as a process has on average in the step's first part."""
+    def _loss_weight(self, loss: Tensor, first: bool) -> Tensor:
+        """Loss weight of this micro-batch: its terms over the mean per process in the step's first micro-batch."""
         world = self.trainer.world_size
         mine = torch.full_like(loss, self._terms)
         terms = mine
@@ -143,11 +138,12 @@ class FineTuneModule(Stage):
             terms = mine.clone()
             torch.distributed.all_reduce(terms)
         if first:
-            self._first_terms = terms.clamp(min=1)  # where nothing counts, the loss is 0 anyway
+            self._first_terms = terms.clamp(min=1)  # if no term counts, the loss is 0 anyway
         self._all_terms = terms if first else self._all_terms + terms
         return mine * world / self._first_terms
 
     def _rate(self) -> float:
+        """The present learning rate."""
         rate: float = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         return rate
 
@@ -157,7 +153,7 @@ class FineTuneModule(Stage):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         rate = self._rate()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.adaptation.after_step(self._begun, rate)
+        self.adaptation.after_step(self._step, rate)
 
     def on_validation_epoch_start(self) -> None:
         self._outputs = [[] for _ in self.validation]
@@ -168,13 +164,7 @@ class FineTuneModule(Stage):
 
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()
-        train_loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
-        train_loss = self.trainer.strategy.reduce(train_loss, reduce_op="mean")
-        scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": train_loss.item()}
-        if self._seen:
-            seen = self.task.score(self._gather(self._seen), self.train_split)
-            scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
-        self._losses, self._seen = [], []
+        scores = self._training_scores()
         for i, (name, split) in enumerate(self.validation.items()):
             outputs, self._outputs[i] = self._gather(self._outputs[i]), []
             scores |= {f"{name}/{key}": value for key, value in self.task.score(outputs, split).items()}
@@ -185,7 +175,7 @@ class FineTuneModule(Stage):
         if not all(math.isfinite(scores.get(f"{name}/loss", 0.0)) for name in self.validation):
             raise NonFiniteLoss(self.current_epoch, "validation loss")
         if (seen_score := scores.get(f"train/{self.task.main_metric}")) is not None:
-            # [R] Figures 1, 2: how much better the model is on what it was trained on.
+            # [R] Figures 1 and 2: how much better the model is on its training rows.
             gap = seen_score - scores[f"{self.official}/{self.task.main_metric}"]
             scores["generalisation_gap"] = gap if self.task.maximise else -gap
         scores |= measures(self.adaptation)
@@ -195,6 +185,17 @@ class FineTuneModule(Stage):
         if self.stalled:
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
+
+    def _training_scores(self) -> Metrics:
+        """Epoch, mean training loss and training metrics, over all processes. It clears what was collected."""
+        loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": loss.item()}
+        if self._seen:
+            seen = self.task.score(self._gather(self._seen), self.train_split)
+            scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
+        self._losses, self._seen = [], []
+        return scores
 
     def _gather(self, outputs: list[Outputs]) -> Outputs:
         """The outputs for a whole split in row order, from all processes, on the CPU."""
@@ -214,12 +215,12 @@ class FineTuneModule(Stage):
 
     @property
     def best_epoch(self) -> int:
-        """Index into `history` of the best epoch by the main metric on the official split; the first of equals."""
+        """Index in `history` of the best epoch by the main metric on the official split; of a tie, the first epoch."""
         return self._best(self.official)
 
     @property
     def held_out_epoch(self) -> int:
-        """Index of the best epoch by the choice half alone."""
+        """Index in `history` of the best epoch by the choice half."""
         return self._best("choice")
 
     def _best(self, part: str) -> int:
@@ -229,7 +230,7 @@ class FineTuneModule(Stage):
 
     @property
     def stalled(self) -> bool:
-        """Whether ``early_stop`` epochs have passed without a new best."""
+        """Whether the last ``early_stop`` epochs brought no new best."""
         patience = self.settings.early_stop
         return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
 
@@ -239,8 +240,8 @@ class FineTuneModule(Stage):
     def results(self) -> Metrics:
         """The run's metrics.
 
-        ``<split>/*`` is the best epoch on the whole official split (``dev_best`` in the literature), ``held_out/*`` the
-        held-out half at the epoch that the choice half chose, ``last/*`` the official split after the last epoch.
+        ``<split>/*`` is the best epoch on the whole official split (``dev_best`` in the literature). ``held_out/*`` is
+        the held-out half at the epoch that the choice half chose. ``last/*`` is the official split in the last epoch.
         """
         best, held_out, last = self.history[self.best_epoch], self.history[self.held_out_epoch], self.history[-1]
         official = f"{self.official}/"
@@ -264,7 +265,11 @@ class FineTuneModule(Stage):
 
 
 def measures(adaptation: Adaptation) -> Metrics:
-    """Mean over modules of the numerical rank of the update dW and of ||dW dW^T - I||_F^2 ([R] Table 5)."""
+    """Means over modules of the numerical rank of the update dW and of ||dW dW^T - I||_F^2 ([R] Table 5).
+
+    Returns:
+        Empty if the method has no low-rank updates.
+    """
     ranks, losses = [], []
     for _, lora_a, lora_bt, scaling in adaptation.pairs():
         values = singular_values(lora_a, lora_bt, scaling)

@@ -1,7 +1,7 @@
-"""A generated chat task: somebody tells who did what to whom, and asks for it in another form or for a part of it.
+"""A generated chat task: the user says who did what to whom, then asks for it in another form or asks for a part of it.
 
-Told once, in the active or the passive voice, with or without "not", traits and a time; then one to three requests,
-each of which has one right answer:
+The sentence is said once, in the active or the passive voice, with or without "not", traits and a time. One to three
+requests follow, and each has one right answer:
 
 =======  ====================================  ==========================================
 request  of the user                           answer to "the tall baker thanked the king"
@@ -12,20 +12,23 @@ who      who thanked the king ?                the tall baker
 whom     whom did the tall baker thank ?       the king
 =======  ====================================  ==========================================
 
-The words and people are those of `diffora.tasks.embedded.paraphrase`. A denial answers the sentence as the user told
-it; a request to turn it asks for the other voice.
+The words and people are those of `diffora.tasks.embedded.paraphrase`. A denial negates the sentence as the user said
+it. A request to turn it asks for the other voice.
 """
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import datasets
 import pyarrow as pa
 
 from diffora.errors import UserError
+from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.causal_lm import CausalLMTask
-from diffora.tasks.conversations import SCHEMA, Turn
+from diffora.tasks.causal_lm import CausalLMTask, LanguageSettings
+from diffora.tasks.chat.conversations import SCHEMA
+from diffora.tasks.chat.forms import Turn
 from diffora.tasks.embedded import paraphrase
 from diffora.tasks.embedded.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
 
@@ -33,12 +36,12 @@ SEED = 0
 REQUESTS = ("turn", "deny", "who", "whom")
 WORDS = ("say", "it", "in", "the", "active", "passive", "that", "is", "not", "so", "who", "whom", "did", ".", "?")
 VOCABULARY = tuple(sorted({*paraphrase.VOCABULARY, *WORDS}))
-"""Every word that a conversation can hold, sorted; a text splits into words at its spaces."""
+"""All words that a conversation can have, sorted. Words are separated by spaces."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Who did what to whom, and when (or ""), in words; ``holds``: without "not"."""
+    """Who did what to whom, and when (or ""), in words. ``holds`` is False for a sentence with "not"."""
 
     who: str
     verb: str
@@ -73,7 +76,7 @@ def draw(rng: random.Random) -> Fact:
 
 
 def converse(rng: random.Random) -> list[Turn]:
-    """One conversation of one to three requests, all different."""
+    """One conversation with one to three different requests."""
     fact, passive = draw(rng), rng.random() < 0.5
     told = fact.said(passive, fact.holds)
     turns: list[Turn] = []
@@ -91,7 +94,7 @@ def converse(rng: random.Random) -> list[Turn]:
 
 
 def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[list[Turn]]]:
-    """Training and validation conversations; no sentence is told in two of them."""
+    """Training and validation conversations. No two of them begin with the same sentence."""
     taken: set[str] = set()
     found: dict[str, list[list[Turn]]] = {}
     for name, rows in (("train", train_rows), ("validation", validation_rows)):
@@ -106,8 +109,18 @@ def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[l
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class DialogueSettings(LanguageSettings):
+    """The settings of `DialogueTask`."""
+
+    train_rows: Annotated[int, whole(1, ROWS), Help("Training conversations to generate.", "rows")]
+    validation_rows: Annotated[int, whole(2, ROWS), Help("Validation conversations to generate.", "rows")]
+
+
 class DialogueTask(CausalLMTask):
-    """The generated conversations, ``task.train_rows`` and ``task.validation_rows`` of them."""
+    """Generated conversations: ``task.train_rows`` for training and ``task.validation_rows`` for validation."""
+
+    settings = DialogueSettings
 
     def tables(self) -> tuple[dict[str, pa.Table], str]:
         made = splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)

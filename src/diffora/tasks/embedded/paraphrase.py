@@ -1,8 +1,8 @@
 """A generated language task: do two sentences say the same thing?
 
-Columns are those of GLUE MRPC (``sentence1``, ``sentence2``, ``label``, ``idx``; label 1 = paraphrase), nothing is
-downloaded, and the words alone do not give the answer away: whether two sentences mean the same is a matter of who did
-what to whom, not of which words occur.
+Columns are those of GLUE MRPC (``sentence1``, ``sentence2``, ``label``, ``idx``; label 1 = paraphrase). Nothing is
+downloaded. The words alone do not reveal the answer: whether two sentences mean the same depends on who did what to
+whom, not on which words occur.
 
 A meaning is one clause or two joined by "and", "before" or "because". A clause is one of six kinds:
 
@@ -17,7 +17,7 @@ move      the boy walked from the barn to the river   the lad strolled to the st
 compare   the judge was older than the king           the king was younger than the judge
 ========  ==========================================  =======================================================
 
-Renderings choose freely among synonyms, active or passive voice, antonym with "not", converse verbs, adjective or
+Renderings choose at random among synonyms, active or passive voice, antonym with "not", converse verbs, adjective or
 relative clause, place and time in front or at the end, and "A before B" / "B after A" / "before B , A" and the like.
 
 A positive pair renders one meaning twice. A negative pair renders a meaning and a *changed* meaning (see
@@ -25,7 +25,7 @@ A positive pair renders one meaning twice. A negative pair renders a meaning and
 exchanged, the negation moved to the other clause, the order of events or of cause and effect reversed, or the pole
 of a state turned to its opposite ("did not fail" / "failed"). Both kinds of pair draw meanings and renderings alike.
 
-The module also writes plain text for pretraining (:func:`corpus`), which carries no label. It imports no torch.
+The module also writes plain text without labels for pretraining (:func:`corpus`). It does not import torch.
 """
 
 import random
@@ -94,7 +94,7 @@ FUNCTION_WORDS = (
 
 
 class Mix(NamedTuple):
-    """How often a clause is of each kind (weights), and a sentence of two clauses (a share)."""
+    """Weights of the kinds of clauses, and the share of sentences with two clauses."""
 
     kinds: dict[str, int]
     two_clauses: float
@@ -136,7 +136,7 @@ class Meaning:
     second: Clause | None = None
 
     def canonical(self) -> tuple:
-        """Equal for two meanings exactly when they say the same."""
+        """A value that is equal for two meanings if and only if they mean the same."""
         clauses = (self.first,) if self.second is None else (self.first, self.second)
         return (self.link, tuple(sorted(clauses, key=repr) if self.link == "and" else clauses))
 
@@ -145,7 +145,7 @@ class Meaning:
 
 
 def draw(rng: random.Random, cast: list[Person] | None = None, mix: Mix = TASK) -> Meaning:
-    """A random meaning; its people come from `cast` (4 different ones) if given."""
+    """A random meaning. If `cast` is given, its 4 different people are used."""
     two = rng.random() < mix.two_clauses
     if cast is None:
         cast = draw_cast(rng, trait=0.35 if two else 0.6)
@@ -156,7 +156,7 @@ def draw(rng: random.Random, cast: list[Person] | None = None, mix: Mix = TASK) 
 
 
 def draw_cast(rng: random.Random, trait: float) -> list[Person]:
-    """Four different people, each with a trait of their own with probability `trait`."""
+    """Four different people. Each has a trait with probability `trait`, and no two have the same."""
     nouns, traits = rng.sample(range(len(PEOPLE)), 4), rng.sample(range(len(TRAITS)), 4)
     return [Person(n, t if rng.random() < trait else None) for n, t in zip(nouns, traits, strict=True)]
 
@@ -179,7 +179,7 @@ def _draw_clause(rng: random.Random, people: list[Person], mix: Mix, adjuncts: b
 
 
 def changes(meaning: Meaning) -> dict[str, Meaning]:
-    """Every change, by name, that gives a different meaning from the same concepts (one opposite word apart)."""
+    """All changes, by name, that give another meaning with the same concepts, except for one opposite word."""
     one, two = meaning.first, meaning.second
     found: dict[str, Meaning] = {}
     for name, clause in (("first", one), ("second", two)):
@@ -224,7 +224,7 @@ def _swap_traits(a: Person, b: Person) -> tuple[Person, Person]:
 
 
 def render(meaning: Meaning, rng: random.Random) -> str:
-    """One of the many sentences that say `meaning`."""
+    """A random sentence with this meaning."""
     if meaning.second is None:
         return _clause(meaning.first, rng)
     one, two = _clause(meaning.first, rng), _clause(meaning.second, rng)
@@ -274,7 +274,7 @@ def _was(verb: str, holds: bool) -> str:
 
 
 def _pole(row: tuple[tuple[str, ...], tuple[str, ...]], holds: bool, rng: random.Random) -> tuple[str, bool]:
-    """A verb of either pole, and whether it is then said without "not"."""
+    """A verb of either pole, and whether the sentence then has no "not"."""
     pole = rng.randrange(2)
     return rng.choice(row[pole]), holds == (pole == 0)
 
@@ -329,7 +329,7 @@ def generate(rows: int, seed: int) -> dict[str, list]:
 
 
 def splits(train_rows: int = 4000, validation_rows: int = 1000, seed: int = 0) -> dict[str, dict[str, list]]:
-    """Training and validation pairs; no pair, nor its mirror, occurs in both."""
+    """Training and validation pairs. No pair is in both, not even with its sentences exchanged."""
     taken: set[frozenset[str]] = set()
     train = _pairs(train_rows, random.Random(f"paraphrase-train-{seed}"), taken)
     validation = _pairs(validation_rows, random.Random(f"paraphrase-validation-{seed}"), taken)
@@ -337,10 +337,9 @@ def splits(train_rows: int = 4000, validation_rows: int = 1000, seed: int = 0) -
 
 
 def corpus(stories: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """Plain text without labels: little stories of one sentence (a fifth of them) or two.
+    """Plain text without labels: short stories of one sentence (a fifth of them) or two.
 
-    Of the second sentences, three in four restate the first in other words; the others tell something else of the same
-    people.
+    Three in four second sentences repeat the first one in other words. The others are about the same people.
     """
     rng = random.Random(f"corpus-{seed}")
     for _ in range(stories):
@@ -356,7 +355,7 @@ def corpus(stories: int, seed: int) -> Iterator[tuple[str, ...]]:
 
 
 def _pairs(rows: int, rng: random.Random, taken: set[frozenset[str]]) -> list[tuple[str, str, int]]:
-    """Pairs that are not in `taken`, which grows by them."""
+    """Pairs that are not in `taken`; they are added to `taken`."""
     pairs: list[tuple[str, str, int]] = []
     while len(pairs) < rows:
         label = 1 - len(pairs) % 2
@@ -393,4 +392,4 @@ def _vocabulary() -> tuple[str, ...]:
 
 
 VOCABULARY = _vocabulary()
-"""Every word that a sentence can hold, sorted; a sentence splits into words at its spaces."""
+"""All words that a sentence can have, sorted. Words are separated by spaces."""

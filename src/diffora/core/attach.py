@@ -1,0 +1,168 @@
+"""Puts low-rank layers in the places of a grid ([D] Algorithm 1, line 11), and takes them out again."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.linear import features, is_linear
+from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
+from diffora.errors import UserError
+
+
+def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Fresh (A, B^T): A Kaiming-uniform as in LoRA, B zero, so that the update starts at zero."""
+    n_in, n_out = features(base)
+    device: Any = base.weight.device
+    lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
+    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device))
+
+
+def attach(
+    model: nn.Module,
+    names: Iterable[Iterable[str]],
+    selected: Tensor,
+    rank: int,
+    shared_rank: int | None,
+    alpha: float,
+    dropout: float = 0.0,
+    *,
+    freeze: bool = True,
+    kernel: str = "fused",
+) -> list[list[LowRankLinear | None]]:
+    """Replace the modules of a grid by low-rank layers ([D] Algorithm 1, line 11), in place, and freeze the rest.
+
+    Selected modules get a pair (A, B) of their own of the given rank. Unselected modules of one type (column) and shape
+    share one pair of ``shared_rank`` across layers ([D] section 4.3), or stay as they are where it is None. A module
+    that stands in several places of the model is replaced in all of them.
+
+    Args:
+        names: L x N full names of the modules.
+        selected: boolean, L x N.
+        rank, shared_rank: of the selected and of the other modules.
+        alpha: the updates are scaled by alpha / rank.
+        dropout: rate on the input of every A while training.
+        freeze: freeze every parameter but those of low-rank layers. The head is frozen too: to train it, call
+            ``model.classifier.requires_grad_(True)`` afterwards. False changes ``requires_grad`` of the adapted modules
+            only.
+        kernel: ``fused`` or ``plain``; see `LowRankLinear`.
+
+    Returns:
+        L x N, the new layers, None where a module was left alone.
+
+    Raises:
+        UserError: names that are not linear modules of the model, or are adapted already; ``selected`` is not boolean;
+            numbers that no update can have. Nothing is changed then.
+    """
+    rows = [list(row) for row in names]
+    if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout, kernel)):
+        raise UserError(problems)
+    if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
+        raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
+    _check_places([name for row in rows for name in row], modules)
+    if freeze:
+        freeze_rest(model)
+    shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def pair_of(base: nn.Module, column: int, flag: bool) -> tuple[nn.Parameter, nn.Parameter] | None:
+        if flag:
+            return new_pair(base, rank)
+        if shared_rank is None:
+            return None
+        key = (column, *features(base))
+        if key not in shared:
+            shared[key] = new_pair(base, shared_rank)
+        return shared[key]
+
+    def adapt(name: str, column: int, flag: bool) -> LowRankLinear | None:
+        base = modules[name]
+        if (pair := pair_of(base, column, flag)) is None:
+            return None
+        layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout, kernel=kernel)
+        for place in places[id(base)]:
+            model.set_submodule(place, layer)
+        return layer
+
+    return [
+        [adapt(name, column, flag) for column, (name, flag) in enumerate(zip(row, flags, strict=True))]
+        for row, flags in zip(rows, selected.tolist(), strict=True)
+    ]
+
+
+def _setting_problems(
+    selected: Any, rank: Any, shared_rank: Any, alpha: Any, dropout: Any, kernel: Any
+) -> Iterator[str]:
+    """Mistakes in the arguments of `attach`, except the names."""
+    if not isinstance(selected, Tensor) or selected.dtype != torch.bool:
+        kind = selected.dtype if isinstance(selected, Tensor) else type(selected).__name__
+        yield f"selected must be a boolean tensor, as diffora.core.dam.discretise makes of weights; it is {kind}"
+    for name, value in (("rank", rank), ("shared_rank", shared_rank)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not whole and not (name == "shared_rank" and value is None):
+            more = ", or None to share nothing" if name == "shared_rank" else ""
+            yield f"{name}={value!r} must be a whole number of at least 1{more}"
+    if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        yield f"alpha={alpha!r} must be a finite number above 0"
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        yield f"dropout={dropout!r} must be a rate in [0, 1)"
+    if kernel not in KERNELS:
+        yield f"kernel={kernel!r} must be one of {', '.join(KERNELS)}"
+
+
+def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is, or stands inside, a low-rank layer of this project or an adapter layer of PEFT."""
+    parts = name.split(".")
+    above = (modules.get(".".join(parts[:count])) for count in range(1, len(parts) + 1))
+    return any(isinstance(module, LowRankLinear) or hasattr(module, "adapter_layer_names") for module in above)
+
+
+def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse names whose modules cannot be replaced by a low-rank layer."""
+    problems: list[str] = []
+    seen: dict[int, str] = {}
+    for name in names:
+        module = modules.get(name)
+        if module is None:
+            problems.append(f"{name} is not a module of this model")
+        elif inside_adapter(name, modules):
+            problems.append(
+                f"{name} has a low-rank layer already: detach(model) takes it out, or unload() where it is PEFT's"
+            )
+        elif not is_linear(module):
+            problems.append(f"{name} is a {type(module).__name__}, not a linear layer that is called")
+        elif id(module) in seen:
+            problems.append(f"{name} is the same module as {seen[id(module)]}: name it once, both are adapted together")
+        else:
+            seen[id(module)] = name
+    if problems:
+        raise UserError(problems)
+
+
+def freeze_rest(model: nn.Module) -> None:
+    """Freeze every parameter of a model but those of low-rank layers themselves (A, B, gates), in place."""
+    adapters = {p for _, layer in lowrank_layers(model) for p in layer.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)
+
+
+def places_of(model: nn.Module) -> dict[int, list[str]]:
+    """Every full name of each module of a model, by the module's id. A module may stand in several places."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    return places
+
+
+def detach(model: nn.Module) -> None:
+    """Put the base layers, unmerged, back in the places of all low-rank layers, in place.
+
+    ``requires_grad`` stays as it is: what `attach` froze remains frozen.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
+        layer.unmerge()
+        model.set_submodule(name, layer.base)

@@ -1,0 +1,129 @@
+"""From scores to a selection: the best of each layer or of the whole grid, within a budget, or by chance."""
+
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from diffora.core.counts import Shapes, adapter_parameters, largest_prefix, largest_rank
+from diffora.core.dam import discretise, discretise_globally, modules_per_layer
+
+DRAWS = 20_000
+"""How many draws `draw_of_same_size` tries before it swaps modules of one shape only."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` decided.
+
+    Attributes:
+        mask: boolean L x N, True for a selected module.
+        k: modules per layer; None if layers may have different numbers.
+        rank: r of the selected modules if the budget chose it, otherwise None.
+        rank_at_width: whether the budget would allow more than ``rank``, which is the smallest width of a selected
+            module.
+    """
+
+    mask: Tensor
+    k: int | None = None
+    rank: int | None = None
+    rank_at_width: bool = False
+
+
+def choose(
+    scores: Tensor,
+    shapes: Shapes,
+    scope: str,
+    rho: float,
+    rank: int,
+    shared_rank: int | None,
+    budget: int | None = None,
+) -> Choice:
+    """Select modules by their scores.
+
+    ==========  =================================  =====================================================
+    scope       without a budget                   with a budget
+    ==========  =================================  =====================================================
+    ``layer``   the best K = floor(rho N) of each  the same modules; the budget chooses their rank
+                layer ([D] eq. 14)
+    ``global``  the best floor(rho N L) of all     as many of the best as fit at ``rank``; rho is not used
+    ==========  =================================  =====================================================
+
+    Args:
+        scores: L x N, high is good; for the search the relaxed DAM.
+        shapes: L x N pairs (in_features, out_features).
+        shared_rank: r_s of the pairs that unselected modules share; None if they are frozen.
+        budget: most adapter parameters, counted as in `diffora.core.counts`.
+
+    Raises:
+        ValueError: the budget is too small for any selection.
+    """
+    if scope == "global":
+        size: int | None = modules_per_layer(rho, scores.numel())
+        if budget is not None:
+            size = largest_prefix(shapes, scores, rank, shared_rank, budget)
+        if size is None:
+            raise ValueError(f"a budget of {budget} parameters is too small: the shared pairs alone exceed it")
+        return Choice(discretise_globally(scores, size))
+    k = modules_per_layer(rho, scores.shape[-1])
+    mask = discretise(scores, k)
+    allowed = None if budget is None else largest_rank(shapes, mask, shared_rank, budget)
+    if allowed is None:
+        return Choice(mask, k)
+    if allowed < 1:
+        raise ValueError(f"a budget of {budget} parameters is too small: the selected modules exceed it at rank 1")
+    width = min(min(shape) for row, flags in zip(shapes, mask, strict=True) for shape in compress(row, flags))
+    return Choice(mask, k, min(allowed, width), rank_at_width=allowed > width)
+
+
+def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
+    """Uniform in [0, 1), L x N: scores of the control that selects by chance ([D] Table 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64)
+
+
+def draw_of_same_size(
+    shapes: Shapes,
+    mask: Tensor,
+    scope: str,
+    rank: int,
+    shared_rank: int | None,
+    seed: int,
+) -> Tensor | None:
+    """A random selection with as many adapter parameters as ``mask`` has; None if there is no other one.
+
+    Each selection of exactly that size with as many modules (scope ``layer``: in each layer) is equally likely. If none
+    is found in `DRAWS` draws (as for a type that is selected in all layers and so has no shared pair), selected modules
+    only change places with modules of their own shape. The selected modules then have the same size in total, and only
+    the number of shared pairs may differ.
+
+    Args:
+        shapes: L x N pairs (in_features, out_features).
+        mask: boolean L x N.
+        scope: ``layer`` or ``global``.
+        rank: r of the selected modules.
+        shared_rank: r_s of the pairs that unselected modules share; None if they are frozen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = mask if scope == "layer" else mask.view(1, -1)
+
+    def shuffled(flags: Tensor) -> Tensor:
+        return flags.gather(-1, torch.rand(flags.shape, generator=generator).argsort(dim=-1))
+
+    wanted = adapter_parameters(shapes, mask, rank, shared_rank)
+    for _ in range(DRAWS):
+        drawn = shuffled(rows).view(mask.shape)
+        if adapter_parameters(shapes, drawn, rank, shared_rank) == wanted and not drawn.equal(mask):
+            return drawn
+    sizes = torch.tensor([[sum(shape) for shape in row] for row in shapes]).view(rows.shape)
+    alike = [(row, sizes[row] == size) for row in range(len(rows)) for size in set(sizes[row].tolist())]
+    if all(rows[place].all() or not rows[place].any() for place in alike):
+        return None
+    drawn = mask
+    while drawn.equal(mask):
+        drawn = rows.clone()
+        for place in alike:
+            drawn[place] = shuffled(rows[place])
+        drawn = drawn.view(mask.shape)
+    return drawn

@@ -1,0 +1,158 @@
+"""From a method to the modules it selects: runs its selector, lets it choose, and writes both down.
+
+Files in the run directory: ``selection.json`` and its picture ``dam.png``; after a search also ``trajectory.json`` and
+``gamma.png`` (the gates over the rounds), with ``method.warm_start`` ``selection.safetensors`` (the searched A and B),
+and ``search.json``, which says that the search is finished.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+from diffora.files import write_text
+from diffora.loop.loggers import Loggers, taking_pictures
+from diffora.loop.parts import Parts
+from diffora.loop.process import is_main
+from diffora.loop.resume import write_search
+from diffora.methods.base import Method
+from diffora.run import figures
+from diffora.search.bilevel import SearchModule
+from diffora.search.selectors import SearchContext, SearchResult
+from diffora.search.stage import run_search, search_rows
+from diffora.search.warm_start import load_weights, save_weights, warm_start, weights_file
+from diffora.tasks.account import lines as account_lines
+
+log = logging.getLogger(__name__)
+
+FILE = "selection.json"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What the selection stage hands to fine-tuning.
+
+    Attributes:
+        selection: None for a method that selects nothing.
+        seconds: of the search; 0 without one.
+        weights: A and B that the search ended with, by name; None if this process did not search.
+    """
+
+    selection: Selection | None
+    seconds: float = 0.0
+    weights: Mapping[str, Tensor] | None = None
+
+
+def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
+    """The method's selection, searched if the method asks for a selector, and written to the run directory."""
+    if method.selector_to_run is None:
+        found = Selected(_chosen(parts, method, None))
+        if found.selection is not None and is_main():
+            found.selection.save(parts.folder / FILE)
+    else:
+        found = _searched(parts, method, method.selector_to_run, loggers)
+    if found.selection is not None and is_main():
+        figures.save_png(parts.folder / "dam.png", figures.dam_heatmap(found.selection))
+    return found
+
+
+def _searched(parts: Parts, method: Method, selector: str, loggers: Loggers) -> Selected:
+    """The scores of a selector, and what the method makes of them; or what an earlier attempt left of both."""
+    rows = search_rows(parts)
+    parts.data["search"] = rows.account.record()
+    for line in account_lines({"search": parts.data["search"]}):
+        log.warning(line)
+    if parts.earlier.search is not None:
+        log.info(f"{selector}: finished already, using {parts.folder / FILE}")
+        return Selected(*parts.earlier.search)
+    searching: Any = method  # has what `Method.selector_to_run` says
+    pictures = [DamPictures(method, parts.grid, parts.cfg.seed, loggers)]
+    context = SearchContext(parts, rows.split, searching.alpha, searching.score_batches, loggers, pictures)
+    result = run_search(context, selector)
+    chosen = _chosen(parts, method, result.scores)
+    assert chosen is not None
+    selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
+    if is_main():
+        _save(parts, result, selection, searching.warm_start)
+    return Selected(selection, result.seconds, result.weights)
+
+
+def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:
+    """`Method.choose`, with its warnings (of ties and the like) in the log."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        selection = method.choose(parts.grid, scores, parts.cfg.seed)
+    for warning in told:
+        log.warning(str(warning.message))
+    return selection
+
+
+def _provenance(parts: Parts) -> dict[str, object]:
+    cfg = parts.cfg
+    of = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data_hash}
+    return of | {"search": cfg.composed["search"]}
+
+
+def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights: bool) -> None:
+    """Write what the search found; ``search.json`` last, because it says that all the rest is there."""
+    folder = parts.folder
+    if result.trajectory:
+        types = list(parts.grid.types)
+        rounds, points = [at for at, _ in result.trajectory], [gates for _, gates in result.trajectory]
+        content = {"types": types, "rounds": rounds, "gamma_bar": points}
+        write_text(folder / "trajectory.json", json.dumps(content) + "\n")
+        relaxation = result.relaxation or "softmax"
+        figures.save_png(folder / "gamma.png", figures.gamma_trajectories(result.trajectory, types, relaxation))
+    if keep_weights:
+        save_weights(result.weights, weights_file(folder / FILE))
+    selection.save(folder / FILE)
+    write_search(folder, result.seconds, parts.made_with)
+
+
+def start_warm(parts: Parts, method: Method, found: Selected) -> None:
+    """``method.warm_start``: give the selected modules the A and B of their search.
+
+    Raises:
+        UserError: there are none of this selection, or they have another rank.
+    """
+    if found.selection is None or not getattr(method, "warm_start", False):
+        return
+    given = getattr(method, "selection", None)
+    file = weights_file(Path(given) if given else parts.folder / FILE)
+    weights = load_weights(file) if found.weights is None else found.weights
+    warm_start(parts.model, parts.grid, found.selection, weights, file)
+
+
+class DamPictures(L.Callback):
+    """After each round of the search, sends a picture of the relaxed DAM to the loggers that show pictures.
+
+    Args:
+        method: chooses the modules that the picture frames.
+        grid: the candidates.
+        seed: of the run.
+        loggers: of the run.
+    """
+
+    def __init__(self, method: Method, grid: Grid, seed: int, loggers: Loggers) -> None:
+        self.method, self.grid, self.seed, self.loggers = method, grid, seed, loggers
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        takers = taking_pictures(trainer.loggers)
+        if not trainer.is_global_zero or not takers:
+            return
+        assert isinstance(pl_module, SearchModule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ties matter in the final selection only
+            chosen = self.method.choose(self.grid, pl_module.gates(pl_module.gamma.detach()).cpu(), self.seed)
+        assert chosen is not None
+        selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
+        png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
+        self.loggers.picture("DAM", png, step, f"round {step}", takers)

@@ -1,0 +1,177 @@
+"""A plain function as a selector: runs it on the run's device and checks what it returns and leaves behind.
+
+The function is called once as ``function(model, grid, batches, loss)``:
+
+- ``model``: the frozen backbone with its new head, in evaluation mode, on the run's device. To differentiate with
+  respect to a candidate's weight, set its ``requires_grad``; it is reset afterwards.
+- ``grid``: the candidates, a `diffora.core.grid.Grid`: ``grid.names`` are L x N module names for
+  ``model.get_submodule``, ``grid.shapes`` L x N pairs (in, out).
+- ``batches``: search-train batches, dicts of tensors on the model's device, ``method.score_batches`` of them at most.
+  May be iterated over several times; ``len(batches)`` works.
+- ``loss``: ``loss(batch)`` is the task's loss of the model, a scalar with a graph.
+
+It returns a tensor of L x N finite numbers, high is good. It runs under the autocast of ``trainer.precision``. Weights,
+buffers and hooks of the model must be as before when it returns.
+"""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.errors import UserError, out_of_memory
+from diffora.loop.stage import Stage
+from diffora.tasks.base import Batch, Task
+
+ScoreFunction = Callable[[nn.Module, Grid, "Batches", Callable[[Batch], Tensor]], Tensor]
+
+
+def check_signature(function: ScoreFunction, name: str) -> None:
+    """Raise a UserError unless a function can be called with four arguments in a row.
+
+    Args:
+        name: its dotted path.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Python cannot tell for some callables written in C
+        return
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError:
+        raise UserError(
+            f"method.selector={name} must be a function of (model, grid, batches, loss); it takes {signature}"
+        ) from None
+
+
+class Batches:
+    """Batches that can be iterated over several times. They wait on the CPU, so that they need no memory of a GPU."""
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ({key: value.to(self._device) for key, value in batch.items()} for batch in self._batches)
+
+
+class FunctionModule(Stage):
+    """Collects search-train batches in one short epoch, then calls the function on them.
+
+    Args:
+        model: the frozen backbone with its new head.
+        function: the user's own, see above.
+        name: its dotted path, for messages.
+        task: whose loss it is.
+        seed: of the run.
+
+    Attributes:
+        scores: L x N on the CPU, once the stage is over.
+    """
+
+    scores: Tensor
+
+    def __init__(self, model: nn.Module, grid: Grid, function: ScoreFunction, name: str, task: Task, seed: int) -> None:
+        super().__init__(model, seed)
+        self.automatic_optimization = False
+        self.grid, self.function, self.name, self.task = grid, function, name, task
+        self._batches: list[Batch] = []
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to optimise."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.eval()
+
+    def over(self, epochs_done: int, epochs: int) -> bool:
+        return epochs_done >= 1
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._batches.append({key: value.cpu() for key, value in batch["train"][0].items()})
+
+    def on_train_epoch_end(self) -> None:
+        # Every process has computed the same, up to what the function draws at random: one result for all.
+        self.scores = self.trainer.strategy.broadcast(self._checked(self._call()))
+        self._batches = []
+        super().on_train_epoch_end()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The task's loss of the model, a scalar with a graph."""
+        return self.task.loss(self.model(**self.task.inputs(batch)), batch)
+
+    def _call(self) -> Any:
+        """What the function returns; afterwards the model is as it was, or a UserError says what changed."""
+        before, flags = _state(self.model), {p: p.requires_grad for p in self.model.parameters()}
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                found = self.function(self.model, self.grid, Batches(self._batches, self.device), self.loss)
+        except Exception as error:
+            if isinstance(error, UserError) or out_of_memory(error) is not None:
+                raise
+            raise UserError(f"method.selector={self.name} fails with {_in_words(error)}") from error
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            self.eval()
+        after = _state(self.model)
+        if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+            raise UserError(
+                f"method.selector={self.name} must leave the model as it was, but it changed "
+                f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: undo that before returning, or use a copy"
+            )
+        return found
+
+    def _checked(self, found: Any) -> Tensor:
+        """The scores as float64 on the CPU; a UserError if they are not L x N finite numbers."""
+        shape = self.grid.n_layers, self.grid.n_types
+        what = f"a {type(found).__name__}"
+        if isinstance(found, Tensor):
+            if tuple(found.shape) == shape and not found.is_complex():
+                scores = found.detach().to("cpu", torch.float64)
+                if scores.isfinite().all():
+                    return scores
+                what = f"{int((~scores.isfinite()).sum())} that are not finite"
+            else:
+                what = f"a tensor of shape {tuple(found.shape)} and type {found.dtype}"
+        raise UserError(
+            f"method.selector={self.name} must return a tensor of {shape[0]} x {shape[1]} finite numbers, one for each "
+            f"layer and module type; it returned {what}"
+        )
+
+    def memory(self) -> dict[str, Any]:
+        return {"scores": self.scores}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        self.scores = memory["scores"]
+
+
+def _state(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of every weight and buffer, and the number of forward hooks of every module."""
+    state = {name: _fingerprint(value) for name, value in model.state_dict().items() if value.numel()}
+    hooks = {
+        f"the hooks of {name or 'the model'}": str(len(module._forward_hooks) + len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    }
+    return state | hooks
+
+
+def _fingerprint(value: Tensor) -> str:
+    """Hash and sum: the hash alone does not see an even number of changed signs, nor the sum a permutation."""
+    if value.device.type == "mps":  # which cannot hash
+        value = value.cpu()
+    return f"{torch.hash_tensor(value).item()} {value.sum(dtype=torch.float32).item()}"
+
+
+def _in_words(error: BaseException) -> str:
+    """Type, message and place of an exception in one line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words} ({frame.filename}, line {frame.lineno})"

@@ -1,0 +1,67 @@
+"""``method.warm_start``: the A and B that a search ended with, as a file, and back into the adapters."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid
+from diffora.core.lowrank import lowrank_layers
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.files import atomic
+
+
+def weights_file(selection: Path) -> Path:
+    """Where the A and B of the search stand that made a selection file: beside it."""
+    return selection.with_suffix(".safetensors")
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write `diffora.search.selectors.SearchResult.weights`."""
+    from safetensors.torch import save_file
+
+    with atomic(file) as scratch:
+        save_file(dict(weights), scratch)
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"method.warm_start=true needs {file}, which a search with method.warm_start=true leaves")
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors' own errors have no public base class
+        raise UserError(f"method.warm_start=true: {file} is damaged: {error}") from error
+
+
+def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Give the selected modules the A and B that a search ended with, in place.
+
+    Args:
+        model: with the adapters of ``selection``.
+        weights: A and B by name, as in `diffora.search.selectors.SearchResult.weights`.
+        origin: where they come from, for messages.
+
+    Raises:
+        UserError: a selected module has no A and B there, or they have another shape or are not finite.
+    """
+    layers = dict(lowrank_layers(model))
+    for names, flags in zip(grid.names, selection.mask().tolist(), strict=True):
+        for name in itertools.compress(names, flags):
+            layer = layers[name]
+            for which, own in (("a", layer.lora_a), ("bt", layer.lora_bt)):
+                found = weights.get(f"{name}.lora_{which}")
+                if found is None or not found.isfinite().all():
+                    raise UserError(f"method.warm_start=true: {origin} has no A and B of {name} with finite numbers")
+                if found.shape != own.shape:
+                    had = f"the search had rank {len(found)} at {name}"
+                    raise UserError(f"method.warm_start=true: {had}, rank={layer.rank} does not")
+                own.data.copy_(found)

@@ -1,0 +1,183 @@
+"""From conversations and plain texts to token ids, and which of these tokens the loss counts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from diffora.errors import UserError
+from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
+from diffora.tasks.chat.conversations import rows_hash
+from diffora.tasks.chat.forms import Turn
+from diffora.tasks.messages import first_line, more
+
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
+ROWS_AT_ONCE = 1000  # bounds memory
+PROGRESS_FROM_ROWS = 20_000
+
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+"""The chat template for a tokenizer that has none: headings, and the end token after each answer."""
+
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The tag with which a template marks the assistant's text."""
+
+
+def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str) -> datasets.Dataset:
+    """Encode rows. Each conversation gives one row, cut at ``max_length``; plain text gives one row per window.
+
+    Rows without a token that counts are left out.
+
+    Args:
+        rows: in the form of `conversations.SCHEMA`.
+        max_length: the most tokens in a row.
+        train_on: "completion" counts the assistant's turns, "all" counts every token.
+
+    Raises:
+        UserError: the tokenizer is not a fast one, or its chat template does not suit the conversations.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: it does not know the place of each token in the text"
+        )
+    if max_length > tokenizer.model_max_length:
+        raise UserError(
+            f"task.max_length={max_length} must be at most {tokenizer.model_max_length}, the most tokens it can read"
+        )
+    facts = {
+        "format": FORMAT_VERSION,
+        "rows": rows_hash(rows.data.table),
+        **tokenizer_facts(tokenizer),
+        "template": tokenizer.chat_template or PLAIN_TEMPLATE,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "max_length": max_length,
+        "train_on": train_on,
+    }
+    return cached("causal_lm", facts, lambda file: _write(file, rows, tokenizer, max_length, train_on))
+
+
+def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str) -> None:
+    lists, number = pa.list_(pa.int32()), pa.int32()
+    schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
+    schema |= {"begun": number, "cut": number}
+    faults: list[str] = []
+    done = 0
+    with (
+        arrow_writer(file, pa.schema(schema)) as append,
+        tqdm(total=len(rows), desc="tokenise", unit="row", disable=len(rows) < PROGRESS_FROM_ROWS) as bar,
+    ):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[start : start + ROWS_AT_ONCE]
+            columns: dict[str, list[Any]] = {name: [] for name in schema}
+            texts = zip(chunk["messages"], chunk["text"], chunk["number"], strict=True)
+            for i, (turns, text, number_) in enumerate(texts):
+                try:
+                    ids, counted = _chat(turns, tokenizer, train_on) if turns else _text(text, tokenizer)
+                except Exception as error:  # a template is a program: it can fail in any way
+                    faults.append(f"row {number_}: {first_line(error)}")
+                    continue
+                # The second window of a conversation would lack its beginning; plain text can begin anywhere.
+                end = min(len(ids), max_length) if turns else len(ids)
+                _append_windows(columns, ids, counted, end, max_length, example=start + i)
+            columns["row"] = list(range(done, done + len(columns["length"])))
+            done += len(columns["length"])
+            append(columns)
+            bar.update(len(chunk["text"]))
+    if faults:
+        raise UserError(
+            f"the chat template of this model's tokenizer cannot be used for {faults[0]}{more(len(faults))}. Try other "
+            "data, another model, or task.train_on=all"
+        )
+
+
+def _append_windows(
+    columns: dict[str, list[Any]], ids: list[int], counted: np.ndarray, end: int, max_length: int, example: int
+) -> None:
+    """Append the windows of the tokens up to ``end`` that have a token that counts."""
+    is_first = True
+    for at in range(0, end, max_length):
+        window = counted[at : at + max_length].copy()
+        window[0] = 0  # nothing precedes the first token
+        if window.any():
+            columns["input_ids"].append(ids[at : at + max_length])
+            columns["counted"].append(window)
+            columns["length"].append(len(window))
+            columns["example"].append(example)
+            columns["begun"].append(int(is_first))
+            columns["cut"].append(int(end < len(ids)))
+            is_first = False
+
+
+def _text(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    """Token ids of plain text, with special tokens and an end token. All of them count."""
+    ids = list(tokenizer(text).input_ids)
+    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids.append(tokenizer.eos_token_id)
+    return ids, np.ones(len(ids), dtype=np.int8)
+
+
+def _chat(turns: list[Turn], tokenizer: Any, train_on: str) -> tuple[list[int], np.ndarray]:
+    """Token ids of a conversation, and which of them count."""
+    template = tokenizer.chat_template
+    if train_on == "completion" and isinstance(template, str) and GENERATION.search(template):
+        # The template itself marks the assistant's text.
+        out = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        return list(out["input_ids"]), np.array(out["assistant_masks"], dtype=np.int8)
+    text = render(turns, tokenizer)
+    # A model's own template writes the special tokens. With the plain template, the tokenizer adds them.
+    out = tokenizer(text, add_special_tokens=template is None, return_offsets_mapping=True)
+    ids, offsets = list(out["input_ids"]), np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    if train_on == "all":
+        return ids, np.ones(len(ids), dtype=np.int8)
+    counted = np.zeros(len(ids), dtype=np.int8)
+    for first, end in answer_spans(turns, text, tokenizer):
+        counted[(offsets[:, 0] >= first) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = 1
+    return ids, counted
+
+
+def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = False) -> str:
+    """A conversation as text, by the tokenizer's chat template or, if it has none, by `PLAIN_TEMPLATE`."""
+    text: str = tokenizer.apply_chat_template(
+        turns,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+    )
+    return text
+
+
+def answer_spans(turns: list[Turn], text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """The spans of characters of the assistant's answers in the rendered ``text``, as (first, end).
+
+    An answer starts after the prompt for it. It includes the end token, but no white space after that. To find it, the
+    conversation is rendered up to each turn; the result must be the beginning of ``text``.
+
+    Raises:
+        ValueError: it is not, because the template writes a turn differently when other turns follow.
+    """
+    found = []
+    marks = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = render(turns[:i], tokenizer, add_generation_prompt=True) if i else ""
+        upto = text if i + 1 == len(turns) else render(turns[: i + 1], tokenizer)
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise ValueError(
+                f"the template writes turn {i + 1} differently when other turns follow or when it asks for the turn, "
+                "so the turn cannot be found in the text"
+            )
+        end = upto.rstrip()
+        found.append((len(before), len(end) if end.endswith(marks) and len(end) > len(before) else len(upto)))
+    return found

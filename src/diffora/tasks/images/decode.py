@@ -1,0 +1,161 @@
+"""Decoding images with Pillow, once, into the pixels that are cached."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from diffora.errors import UserError
+from diffora.tasks.cache import arrow_writer
+from diffora.tasks.images.preprocessing import Preprocessing
+
+FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
+IMAGES_AT_ONCE = 128  # bounds memory
+PROGRESS_FROM_IMAGES = 5000
+MOST_FAULTS = 20  # this many are shown one by one
+NOT_DECODED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats that Pillow recognises but does not decode itself. For EPS it starts Ghostscript, which executes the file."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read."""
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in NOT_DECODED)
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """File extensions of these formats, in lower case and with the dot."""
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in formats())
+
+
+def decode(image: Mapping[str, Any] | None) -> Image.Image:
+    """Decode an image to RGB, as it is meant to be seen: upright, 16 bits reduced to 8, transparency dropped.
+
+    Returns:
+        The picture; ``info["frames left out"]`` says whether the image has more frames than the first.
+
+    Raises:
+        ValueError: why the image cannot be used. Pillow raises other exceptions for damaged files.
+    """
+    content = read_bytes(image)
+    if not content:
+        raise ValueError("nothing in place of an image")
+    opened = Image.open(io.BytesIO(content), formats=formats())
+    opened.load()
+    several = _has_frames(opened)
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+        values = np.asarray(picture)
+        if values.max(initial=0) > 0xFFFF or values.min(initial=0) < 0:
+            raise ValueError("its pixels have 32 bits; save it with 8 bits a channel")
+        if values.max(initial=0) > 0xFF or picture.mode != "I":
+            values = values >> 8
+        picture = Image.fromarray(values.astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers on no known scale; save it with 8 bits a channel")
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    picture = picture.convert("RGB")
+    picture.info["frames left out"] = several
+    return picture
+
+
+def _has_frames(opened: Image.Image) -> bool:
+    """Whether an image has more frames than the first."""
+    try:
+        return bool(getattr(opened, "is_animated", False))
+    except Exception:  # a later frame is damaged; the first one is not
+        return True
+
+
+def read_bytes(image: Mapping[str, Any] | None) -> bytes:
+    """The encoded bytes of an image; empty if there is none."""
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return b""
+    content: bytes = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return content
+
+
+def shrink(picture: Image.Image, side: int, resample: int) -> Image.Image:
+    """Resize a picture so that its shorter side is ``side``; smaller pictures are not changed."""
+    width, height = picture.size
+    short = min(width, height)
+    if short <= side:
+        return picture
+    return picture.resize((width * side // short, height * side // short), Image.Resampling(resample))
+
+
+def _to_pixels(image: Mapping[str, Any] | None, side: int, resample: int) -> tuple[int, int, bytes, bool] | str:
+    """(height, width, RGB bytes, whether there are more frames), or what is wrong."""
+    try:
+        whole = decode(image)
+        picture = shrink(whole, side, resample)
+    except Image.UnidentifiedImageError:
+        return "cannot be decoded: it is in no format that Pillow decodes"
+    except Image.DecompressionBombError as error:
+        return f"is too large ({error}); make it smaller first"
+    except Exception as error:  # Pillow's decoders have no common exception for damaged files
+        return f"cannot be decoded: {str(error).strip() or type(error).__name__}"
+    return picture.height, picture.width, picture.tobytes(), whole.info["frames left out"]
+
+
+def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessing) -> None:
+    """Decode all images of a split into an arrow file, in several threads.
+
+    Raises:
+        UserError: images cannot be decoded; the message lists them.
+    """
+    labels = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
+    types = {"pixels": pa.binary(), "height": pa.int32(), "width": pa.int32()}
+    types |= ({} if labels is None else {"labels": pa.int64()}) | {
+        "length": pa.int32(),
+        "row": pa.int32(),
+        "cut": pa.bool_(),
+    }
+    work = partial(_to_pixels, side=preprocessing.resize, resample=preprocessing.resample)
+    faults: list[str] = []
+    formats()  # load Pillow's formats before the threads start
+    with (
+        arrow_writer(file, pa.schema(types)) as append,
+        ThreadPoolExecutor(n_threads()) as pool,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about large images and broken EXIF entries
+        for start in progress(range(0, len(rows), IMAGES_AT_ONCE), len(rows), "decode"):
+            chunk = rows[start : start + IMAGES_AT_ONCE]
+            found = list(pool.map(work, chunk["image"]))
+            named = zip(chunk["where"], found, strict=True)
+            faults += [f"{where}: {image}." for where, image in named if isinstance(image, str)]
+            if faults:
+                continue  # only look for more faults
+            height, width, pixels, cut = zip(*found, strict=True)
+            place = np.arange(start, start + len(found))
+            columns = {"pixels": pixels, "height": height, "width": width, "length": np.ones_like(place), "row": place}
+            columns["cut"] = cut
+            append(columns | ({} if labels is None else {"labels": labels[place]}))
+    if more := len(faults[MOST_FAULTS:]):
+        faults = [*faults[:MOST_FAULTS], f"… and {more} more such image{'s' if more > 1 else ''}."]
+    if faults:
+        raise UserError(faults)
+
+
+def n_threads() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def progress(chunks: Sequence[Any], n_images: int, what: str) -> Iterable[Any]:
+    """The chunks, with a progress bar if there are many images."""
+    return tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)

@@ -1,0 +1,1 @@
+"""Where the rows of tasks come from (the hub, local files, a generator) and how they are checked."""

@@ -1,0 +1,99 @@
+"""Arrow tables of rows, whatever their source: hashes, subsets, columns and rows as Python values."""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from diffora.tasks.account import Account
+
+SUBSET_SEED = 0
+"""Seed of every choice of rows that must be the same in all runs, whatever a run's own seed."""
+
+
+def subset(table: pa.Table, max_rows: int | None, account: Account) -> pa.Table:
+    """At most ``max_rows`` rows in their order, the same rows in every run; None keeps all of them.
+
+    Args:
+        account: counts the rows that are left out.
+    """
+    chosen = subset_rows(table.num_rows, max_rows, account)
+    return table if chosen is None else table.take(pa.array(chosen))
+
+
+def subset_rows(n_rows: int, max_rows: int | None, account: Account) -> np.ndarray | None:
+    """The sorted positions of the rows that `subset` keeps; None if it keeps all."""
+    if max_rows is None or max_rows >= n_rows:
+        return None
+    account.drop(f"task.max_train_rows={max_rows}", n_rows - max_rows)
+    return np.sort(np.random.default_rng(SUBSET_SEED).permutation(n_rows)[:max_rows])
+
+
+def joint_hash(hashes: Iterable[str]) -> str:
+    """sha256 of several sha256 in order. Moving a row from one split to the next changes it."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
+
+
+def content_hash(table: pa.Table) -> str:
+    """sha256 of a checked table's content. Process, file format, chunking and library versions do not change it."""
+    digest = hashlib.sha256()
+    for name in table.column_names:
+        column = table.column(name)
+        digest.update(f"{name}:{len(column)}:".encode())
+        while pa.types.is_list(column.type):
+            digest.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
+            column = pc.list_flatten(column)
+        if not pa.types.is_string(column.type):
+            digest.update(np.ascontiguousarray(column.to_numpy()).tobytes())
+            continue
+        digest.update(pc.binary_length(column).to_numpy().astype("<i4").tobytes())
+        for chunk in column.chunks:
+            _, offsets, values = chunk.buffers()
+            if values is not None:  # None if the chunk has only empty texts
+                ends = np.frombuffer(offsets, dtype=np.int32)
+                digest.update(memoryview(values)[ends[chunk.offset] : ends[chunk.offset + len(chunk)]])
+    return digest.hexdigest()
+
+
+def check_columns(names: Sequence[str], wanted: Sequence[str], file: str, problems: list[str]) -> None:
+    """Append a problem for each wanted column that is missing or there twice.
+
+    The message about a missing column names the existing column that may be meant.
+    """
+    for name in wanted:
+        count = names.count(name)
+        if count > 1:
+            problems.append(f"{file}: {count} columns are called '{name}'; keep one.")
+        elif count == 0:
+            by_lower = {column.lower(): column for column in reversed(names)}
+            near = difflib.get_close_matches(name, by_lower, n=1)
+            hint = f"; rename '{by_lower[near[0]]}' if that is it" if near else ""
+            problems.append(f"{file}: no column '{name}'{hint}; the file has {', '.join(names)}.")
+
+
+def row_dicts(batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch as dictionaries.
+
+    Args:
+        before: the number of rows in earlier batches, for the row number in the message.
+
+    Raises:
+        ValueError: some text is not UTF-8; the message names the row and the byte.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise ValueError(
+                    f"row {before + i + 1} (data rows, counted from 1): byte 0x{byte:02x} is not UTF-8"
+                ) from None
+        raise
+    return rows
