@@ -16,6 +16,7 @@ from diffora.cli import command, import_run
 
 
 def main() -> None:
+    """Evaluate as the command line asks."""
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         return

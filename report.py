@@ -14,6 +14,7 @@ from diffora.cli import command
 
 
 def main() -> None:
+    """Write the report that the command line asks for."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__.strip())

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
+    """Run one job; a sweep calls this for each of its jobs."""
     return job(cfg)
 
 

@@ -109,6 +109,7 @@ def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
 
 
 def setup(app: Any) -> None:
+    """Register what this site adds to Sphinx."""
     copy_outside_pages()
     app.connect("source-read", relink_page)
     app.connect("autodoc-process-docstring", plain_docstring)

@@ -1,7 +1,7 @@
-"""Looks up the versions in ``requirements/`` in PyPI's list of known vulnerabilities; ``make audit`` calls it.
+"""Look up the versions in ``requirements/`` in PyPI's list of known vulnerabilities. `make audit` calls this script.
 
-The status is 1 if a version has a known vulnerability, or if some versions could not be looked up while others could.
-It is 0, with a line that says so, if the service cannot be reached at all. No vulnerability is ignored.
+The exit status is 1 if a version has a known vulnerability, or if only some of the versions could be looked up.
+It is 0 if the service cannot be reached at all; a line says so. No vulnerability is ignored.
 """
 
 import json
@@ -15,10 +15,10 @@ SKIPPED = "audit skipped: the vulnerability service cannot be reached"
 
 
 def verdict(dependencies: list[dict[str, Any]]) -> tuple[int, list[str]]:
-    """The status and the lines to print, from the dependencies in pip-audit's JSON.
+    """The exit status and the lines to print, from the dependencies in pip-audit's JSON.
 
-    Where PyPI's vulnerability service is not served (a mirror, a proxy), pip-audit reports every package as unknown,
-    and by itself calls that a success.
+    A mirror or a proxy may not have PyPI's vulnerability service. Then pip-audit reports every package as unknown and
+    exits with 0, so this function tells the two cases apart.
     """
     unknown = [f"{d['name']}: {d['skip_reason']}" for d in dependencies if "skip_reason" in d]
     if not dependencies or len(unknown) == len(dependencies):
@@ -26,9 +26,9 @@ def verdict(dependencies: list[dict[str, Any]]) -> tuple[int, list[str]]:
     lines = [f"not audited: {line}" for line in unknown]
     for found in dependencies:
         for flaw in found.get("vulns", ()):
-            mended = ", ".join(flaw["fix_versions"]) or "no version yet"
+            fixed = ", ".join(flaw["fix_versions"]) or "no version yet"
             names = ", ".join([flaw["id"], *flaw.get("aliases", ())])
-            lines.append(f"vulnerable: {found['name']} {found['version']}: {names}; mended in {mended}")
+            lines.append(f"vulnerable: {found['name']} {found['version']}: {names}; fixed in {fixed}")
     return (1, lines) if lines else (0, [f"{len(dependencies)} packages audited, no known vulnerability"])
 
 
@@ -42,7 +42,7 @@ def main() -> int:
         if "ConnectionError" in done.stderr or "ServiceError" in done.stderr or "Timeout" in done.stderr:
             dependencies = []
         else:
-            print(done.stderr, file=sys.stderr)  # a fault of the audit itself is no skip
+            print(done.stderr, file=sys.stderr)  # the audit itself failed, which is not a skip
             return 1
     status, lines = verdict(dependencies)
     print("\n".join(lines))

@@ -1,10 +1,10 @@
-"""Is `tiny` on the paraphrase task a fair playing field? Validation accuracy, mean ± standard deviation over the seeds.
+"""Check that `tiny` on the paraphrase task can tell methods apart: validation accuracy, mean ± std over seeds.
 
     python scripts/check_tiny.py                      # frozen backbone, LoRA on every module, full fine-tuning
     python scripts/check_tiny.py --methods lora       # one of them
-    python scripts/check_tiny.py --methods modules    # LoRA on one kind of module at a time: does the place matter?
+    python scripts/check_tiny.py --methods modules    # LoRA on one kind of module at a time: does the position matter?
 
-Pooler and classifier are trained in every method. Plain torch loop; the last epoch counts, none is picked.
+Every method trains the pooler and the classifier. The loop is plain torch. The result is that of the last epoch.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -29,26 +30,26 @@ HEAD = ("pooler", "classifier")
 
 
 def kind_of(name: str) -> str | None:
-    """Which of KINDS the module called `name` is, if any."""
+    """The member of KINDS that a module's name stands for; None for other modules."""
     match = re.search(r"encoder\.layer\.\d+\.(attention\.self\.)?(.+)$", name)
     return match[2] if match and match[2] in KINDS else None
 
 
-def encode(folder: Path, rows: dict[str, list]) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (rows, longest), labels (rows)."""
+def encode(folder: Path, rows: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (rows, longest row), labels (rows,)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt")
     return {**tokens, "labels": torch.tensor(rows["label"])}
 
 
 def batch_of(data: dict[str, torch.Tensor], chosen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The chosen rows, cut to their longest."""
+    """The chosen rows, cut to the length of the longest one."""
     longest = int(data["attention_mask"][chosen].sum(1).max())
     return {k: v[chosen] if v.ndim == 1 else v[chosen, :longest] for k, v in data.items()}
 
 
 def build(folder: Path, method: str, rank: int) -> torch.nn.Module:
-    """`method`: frozen, full, lora, or one of KINDS (LoRA on these modules only)."""
+    """The model for a method: `frozen`, `full`, `lora`, or one of KINDS (LoRA on these modules only)."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     if method == "full":
         return model
@@ -75,8 +76,8 @@ def accuracy(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> float:
     return right / len(data["labels"])
 
 
-def train(method: str, seed: int, data: dict[str, dict[str, torch.Tensor]], args: argparse.Namespace) -> dict:
-    """One run: its last validation accuracy, the mean seconds of an epoch and the number of trained parameters."""
+def train(method: str, seed: int, data: dict[str, dict[str, torch.Tensor]], args: argparse.Namespace) -> dict[str, Any]:
+    """One run: last validation accuracy, mean seconds per epoch and number of trainable parameters."""
     torch.manual_seed(seed)
     model = build(args.model, method, args.rank)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -135,7 +135,7 @@ _counted: dict[Any, Step] = {}
 def _count(cfg: DictConfig, searching: bool) -> Step:
     task, model, _ = adapted(cfg, searching)
     model.train()
-    dtype = memory.AUTOCAST.get(cfg.trainer.precision)
+    dtype = models.AUTOCAST.get(cfg.trainer.precision)
     with memory.without_memory(model), torch.autocast("cpu", dtype, enabled=dtype is not None):
         batch = task.dummy(ROWS, model)
         tokens = 1
@@ -153,8 +153,8 @@ def _count(cfg: DictConfig, searching: bool) -> Step:
                 value = loss()
             with FlopCounterMode(display=False) as backward:
                 value.backward()
-    flops = [counter.get_total_flops() / (ROWS * tokens) for counter in (forward, backward)]
-    return Step(*flops, kernels.count)
+    count = ROWS * tokens
+    return Step(forward.get_total_flops() / count, backward.get_total_flops() / count, kernels.count)
 
 
 def hours(cfg: DictConfig, given: argparse.Namespace) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Makes the lists in ``requirements/`` from pyproject.toml; ``make lock`` calls it.
+"""Write the lists in ``requirements/`` from pyproject.toml. `make lock` calls this script.
 
-  python scripts/lock.py              keep the versions of the lists as far as pyproject.toml allows, add what is new
+  python scripts/lock.py              keep the listed versions where pyproject.toml allows them, add what is new
   python scripts/lock.py --upgrade    take the newest versions
 
 Each version is listed with the hashes of all its files on PyPI: for every platform, and for Python 3.11 and later.
@@ -16,8 +16,8 @@ REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "requirements"
 BUILD = ("pip", "setuptools", "hatchling", "editables")
 
-# For Linux, PyPI has torch with CUDA only. These are files of PyTorch's CPU build, such as 2.13.0+cpu, which
-# `make venv` prefers where PIP_FIND_LINKS names a folder that holds one.
+# PyPI has torch for Linux with CUDA only. These are hashes of PyTorch's CPU builds, such as 2.13.0+cpu. `make venv`
+# prefers such a build if PIP_FIND_LINKS names a folder that holds one.
 CPU_BUILDS = {
     "2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"],  # Python 3.11, Linux, x86_64
 }
@@ -33,7 +33,7 @@ HEADS = {
 
 
 def blocks(text: str) -> dict[str, str]:
-    """The lines of each package in a list, by its name. One package may have several versions, by Python version."""
+    """The lines of each package in a list, by name. A package may have a version for each Python."""
     found: dict[str, str] = {}
     for block in re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip()):
         if "==" in block:
@@ -43,10 +43,10 @@ def blocks(text: str) -> dict[str, str]:
 
 
 def compile_list(output: Path, *sources: str, stdin: str = "") -> dict[str, str]:
-    """What uv resolves; the versions that ``output`` holds already are kept where they fit."""
+    """Resolve the sources with uv: the lines of each package. Versions in ``output`` are kept where they fit."""
     uv = Path(sys.executable).with_name("uv")
     flags = ["--universal", "--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
-    command = [uv, "pip", "compile", *sources, *flags, f"--output-file={output}"]
+    command = [str(uv), "pip", "compile", *sources, *flags, f"--output-file={output}"]
     done = subprocess.run(command, input=stdin, stderr=subprocess.PIPE, text=True, cwd=REPO)
     if done.returncode:
         sys.exit(done.stderr)
@@ -54,7 +54,7 @@ def compile_list(output: Path, *sources: str, stdin: str = "") -> dict[str, str]
 
 
 def place(name: str, build: set[str]) -> str:
-    """The list that a package belongs to."""
+    """The name of the list that a package belongs to."""
     if re.fullmatch(r"torch|triton|(nvidia|cuda)-.*", name):
         return "torch"
     return "build" if name in build else "dev"
@@ -73,7 +73,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for kind, head in HEADS.items():
         lines = [found[name] for name in sorted(found) if place(name, build) == kind]
-        (FOLDER / f"{kind}.txt").write_text(f"{head}# Made by `make lock`; not to be edited.\n{''.join(lines)}")
+        (FOLDER / f"{kind}.txt").write_text(f"{head}# Made by `make lock`; do not edit.\n{''.join(lines)}")
         print(f"requirements/{kind}.txt: {len(lines)} packages")
 
 

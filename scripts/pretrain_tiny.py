@@ -1,10 +1,10 @@
-"""Makes the `tiny` backbone: a small DeBERTa pretrained on plain text of the generated grammar, on CPU.
+"""Make the `tiny` backbone: a small DeBERTa, pretrained on a CPU on plain text of the generated grammar.
 
-    python scripts/pretrain_tiny.py            # the shipped folder, src/diffora/assets/tiny
+    python scripts/pretrain_tiny.py            # into src/diffora/assets/tiny, which the package ships
 
-The text is `diffora.tasks.embedded.paraphrase.corpus`: stories of one or two sentences, generated anew for every
-step, without labels. Stage one is masked language modelling. Stage two adds DeBERTa-v3's objective: to tell which words
-of the text were replaced. Nothing else is trained on, and no pair is marked as a paraphrase or not.
+The text is `diffora.tasks.embedded.paraphrase.corpus`: stories of one or two sentences, newly generated
+for each step, without labels. Stage one is masked language modelling. Stage two adds DeBERTa-v3's objective: find the
+words of the text that were replaced. The model sees no pairs and no label that says "paraphrase".
 """
 
 import argparse
@@ -35,9 +35,9 @@ MAX_LENGTH = 64
 
 @dataclass(frozen=True)
 class Stage:
-    """How words are hidden: the share asked for, and of these the shares masked and replaced.
+    """How words are hidden: `rate` is the share to predict; `masked` and `replaced` are shares of these words.
 
-    `nearby` and `confused` say where replacements come from (see `corrupt`); `detect` weighs the loss of finding them.
+    `nearby` and `confused` say where replacements come from (see `corrupt`). `detect` is the weight of their detection.
     """
 
     name: str
@@ -72,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_config(layers: int, hidden: int, intermediate: int, heads: int) -> DebertaV2Config:
     """DeBERTa-v3 style: relative positions only, shared content and position keys, no segment embeddings."""
-    return DebertaV2Config(
+    return DebertaV2Config(  # type: ignore[call-arg]  # the stubs lack arguments that transformers accepts
         vocab_size=len(SPECIAL) + len(VOCABULARY),
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -96,7 +96,7 @@ def build_config(layers: int, hidden: int, intermediate: int, heads: int) -> Deb
 
 
 def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless padded batches (size, length); stories of similar length share one."""
+    """Endless padded batches (size, length). Stories of similar length are in one batch."""
     ids = {w: i + len(SPECIAL) for i, w in enumerate(VOCABULARY)}
     shuffle = random.Random(seed)
     stories = corpus(sys.maxsize, seed)
@@ -115,10 +115,11 @@ def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
 def corrupt(
     ids: torch.Tensor, stage: Stage, confusion: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs, and which words are asked for (both rows, length): asked words are masked, replaced or kept.
+    """The model's inputs, and which words it must predict (both rows, length).
 
-    Row w of `confusion` (words, words) weighs what the model itself has predicted where word w was right. A replacement
-    is a fitting word of the same story (in the share `nearby` of cases), a word of that row (`confused`), or any word.
+    A word to predict is masked, replaced or kept. `confusion` (words, words) is the running sum of the model's own
+    predictions: row w for positions whose true word is w. A replacement is a likely word of the same story (in the
+    share `nearby` of cases), a word drawn from row w (`confused`), or any word.
     """
     rand = partial(torch.rand, ids.shape, generator=generator)
     asked = (rand() < stage.rate) & (ids >= len(SPECIAL))

@@ -1,11 +1,11 @@
-"""Makes the `tiny_llama` backbone: a small Llama pretrained on generated text, on one CPU core.
+"""Make the `tiny_llama` backbone: a small Llama, pretrained on generated text on one CPU core.
 
-    python scripts/pretrain_tiny_llama.py            # the shipped folder, src/diffora/assets/tiny_llama
+    python scripts/pretrain_tiny_llama.py            # into src/diffora/assets/tiny_llama, which the package ships
 
-The text is generated anew for every step. It is of three kinds: stories of
-`diffora.tasks.embedded.paraphrase.corpus`; lists of any words of the vocabulary, each list twice; and chats in which
-the assistant says in other words what the user said. It holds no conversation, request or question of the `dialogue`
-task.
+The text is newly generated for each step. There are three kinds: stories of
+`diffora.tasks.embedded.paraphrase.corpus`; lists of random words of the vocabulary, each list twice; and chats in which
+the assistant repeats the user's sentence in other words. There is no conversation, request or question of the
+`dialogue` task.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def documents(seed: int) -> Iterator[list[int]]:
-    """Token ids of endless documents: half of them stories, the others lists and chats."""
+    """Token ids of endless documents: one half are stories, the other half lists and chats."""
     ids = {word: i + len(SPECIAL) for i, word in enumerate(VOCABULARY)}
     rng = random.Random(f"tiny-llama-{seed}")
     stories = paraphrase.corpus(sys.maxsize, seed)
@@ -82,7 +82,7 @@ def documents(seed: int) -> Iterator[list[int]]:
 
 
 def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless padded batches (size, length); documents of similar length share one."""
+    """Endless padded batches (size, length). Documents of similar length are in one batch."""
     shuffle = random.Random(seed)
     source = documents(seed)
     while True:
@@ -150,7 +150,7 @@ def main() -> None:
             spent = time.perf_counter() - start
             left = spent / step * (args.steps - step)
             print(f"{step}/{args.steps}  loss {mean:.3f}  {spent:.0f} s spent, {left:.0f} s left", flush=True)
-    model.half().save_pretrained(args.output)  # rounded: half the size, and loaded in float32 all the same
+    model.half().save_pretrained(args.output)  # half the size; it is loaded as float32
     (args.output / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(args.output)
     size = sum(f.stat().st_size for f in args.output.iterdir())

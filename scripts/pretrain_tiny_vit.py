@@ -1,9 +1,9 @@
-"""Makes the `tiny_vit` backbone: a small ViT pretrained on the handwritten digits 0 to 4, on CPU, in about a minute.
+"""Make the `tiny_vit` backbone: a small ViT, pretrained on a CPU on the handwritten digits 0 to 4, in about a minute.
 
-    python scripts/pretrain_tiny_vit.py            # the shipped folder, src/diffora/assets/tiny_vit
+    python scripts/pretrain_tiny_vit.py            # into src/diffora/assets/tiny_vit, which the package ships
 
-It learns to tell the five digits apart, in images moved, turned and scaled a little; the classifier is thrown away. The
-digits 5 to 9 are the embedded task (`diffora.tasks.embedded.digits`) and are not looked at here.
+It learns to classify the five digits in images that are moved, turned and scaled a little. The classifier is not kept.
+The digits 5 to 9 are the embedded task (`diffora.tasks.embedded.digits`); this script does not use them.
 """
 
 import argparse
@@ -26,8 +26,8 @@ SIZE = 8
 
 
 def build_config(layers: int, hidden: int, intermediate: int, heads: int) -> ViTConfig:
-    """17 tokens: 4 x 4 patches of 2 x 2 pixels, and one for the class."""
-    return ViTConfig(
+    """A configuration with 17 tokens: 4 x 4 patches of 2 x 2 pixels, and one for the class."""
+    return ViTConfig(  # type: ignore[call-arg]  # the stubs lack num_labels
         image_size=SIZE,
         patch_size=2,
         hidden_size=hidden,
@@ -41,7 +41,7 @@ def build_config(layers: int, hidden: int, intermediate: int, heads: int) -> ViT
 
 
 def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (n, 3, side, side) in [-1, 1], each turned, scaled and moved at random; what becomes free is black."""
+    """Images (n, 3, side, side) in [-1, 1], each turned, scaled and moved at random. Uncovered pixels are black."""
     n = len(images)
     draw = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = draw[:, 0] * math.radians(15), 1 + draw[:, 1] * 0.15
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # small matrices; and sums in one order
+    torch.set_num_threads(1)  # the matrices are small, and sums keep one order
     torch.manual_seed(args.seed)
     model = ViTForImageClassification(build_config(args.layers, args.hidden, args.intermediate, args.heads))
     train(model, args)

@@ -62,8 +62,8 @@ def over_seeds(seeds: Sequence[Mapping[str, Any]], split: str) -> tuple[Differen
 
 def table(columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a line for each column and seed, and one for all seeds of a column."""
-    head = "task", "seed", "parameters (draws)", "draws", "their mean ± std", "their best", "search", "percentile"
-    head += "held_out: mean ± std", "search", "percentile"
+    head = ["task", "seed", "parameters (draws)", "draws", "their mean ± std", "their best", "search", "percentile"]
+    head += ["held_out: mean ± std", "search", "percentile"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for column, seeds in columns.items():
         for one in seeds:

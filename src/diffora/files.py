@@ -393,5 +393,6 @@ def _failure(path: Path, why: str, number: int | None) -> WriteError:
 
 
 def conf_dir() -> Path:
-    """The project's ``conf/`` folder."""
-    return Path(__file__).resolve().parents[2] / "conf"
+    """The ``conf/`` folder: the one inside an installed package, else the repository's."""
+    package = Path(__file__).resolve().parent
+    return installed if (installed := package / "conf").is_dir() else package.parents[1] / "conf"

@@ -49,7 +49,8 @@ def resolve(path: str) -> tuple[str, bool]:
         return str(folder), True
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path} is not a folder; give a folder of a transformers model or a hub id")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(path)

@@ -35,6 +35,7 @@ def encoder(**settings) -> nn.TransformerEncoder:
 
 @pytest.mark.parametrize("settings", [{}, {"norm_first": True}, {"activation": "gelu"}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # torch, about its own fast path
 def test_torchs_fused_encoder_does_not_leave_the_update_out(settings, mask):
     """B15: it crashed for want of a bias; the fused kernel would have taken the frozen weights alone."""
     plain = encoder(**settings)

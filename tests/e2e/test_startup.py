@@ -1,4 +1,4 @@
-"""What a command imports, and what it leaves alone: properties of a fresh interpreter."""
+"""Which modules a command imports, in a fresh interpreter, and how it sets the garbage collector."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ with open(out, "w") as file:
 
 
 def python(code: str, *arguments: str) -> str:
-    """What a program prints, run in a fresh interpreter in the project's folder."""
+    """Run a program in a fresh interpreter in the project's folder and return what it prints."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,7 @@ def python(code: str, *arguments: str) -> str:
 
 
 def modules_of(folder: Path, *command: str) -> set[str]:
-    """Full names of the modules that a command has imported at its end."""
+    """Full names of the modules that are imported when a command ends."""
     python(COMMAND, str(folder / "modules.json"), *command)
     return set(json.loads((folder / "modules.json").read_text()))
 
@@ -40,13 +40,13 @@ def packages(modules: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("command", [("train.py", "--help"), ("train.py", "--cfg=job"), ("evaluate.py", "--help")])
-def test_a_command_that_trains_nothing_imports_nothing_large(command, tmp_path):
+def test_a_command_that_does_not_train_imports_no_large_package(command, tmp_path):
     modules = modules_of(tmp_path, *command)
     assert "diffora.cli" in modules
     assert not packages(modules) & LARGE
 
 
-def test_a_run_on_texts_imports_what_it_uses(tmp_path):
+def test_a_run_on_texts_imports_only_what_it_uses(tmp_path):
     overrides = ["experiment=quickstart", "method=lora", "task.train_rows=64", "task.validation_rows=32"]
     modules = modules_of(tmp_path, "train.py", *overrides, "finetune.epochs=1", f"hydra.run.dir={tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
@@ -57,7 +57,7 @@ def test_a_run_on_texts_imports_what_it_uses(tmp_path):
     assert not modules & (families | {"diffora.run.dry_run", "diffora.run.memory", "diffora.methods.peft"})
 
 
-def test_imports_are_put_out_of_the_collectors_sight_once():
+def test_imported_objects_are_frozen_for_the_collector_once():
     code = """
 import gc, sys
 from diffora.cli import import_run
@@ -72,5 +72,5 @@ assert gc.get_freeze_count() == frozen
     python(code)
 
 
-def test_a_collector_that_is_off_stays_off():
+def test_a_disabled_collector_stays_disabled():
     python("import gc; gc.disable()\nfrom diffora.cli import import_run\nimport_run()\nassert not gc.isenabled()")

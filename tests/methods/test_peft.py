@@ -168,8 +168,8 @@ def test_prepare_sees_the_first_batches_of_training(cfg, quick, tmp_path, monkey
 
 # --- AdaLoRA ---
 
-SETTINGS = dict(rank=1, dropout=0.0, alpha=8.0, init_rank=3, initial=0.1, final=0.3, every=3)
-SETTINGS |= dict(beta1=0.85, beta2=0.85, orthogonality=0.5)
+SETTINGS = {"rank": 1, "dropout": 0.0, "alpha": 8.0, "init_rank": 3, "initial": 0.1, "final": 0.3, "every": 3}
+SETTINGS |= {"beta1": 0.85, "beta2": 0.85, "orthogonality": 0.5}
 
 
 def rank_left(adaptation):

@@ -27,8 +27,7 @@ def make(deberta):
         model.to(dtype)
         settings = Search(**SETTINGS | changes)
         arguments = model, layers, TYPES, small_task(), settings, 0
-        module = AttributionModule(*arguments, rounds=rounds, score_batches=score_batches).to(dtype)
-        return module
+        return AttributionModule(*arguments, rounds=rounds, score_batches=score_batches).to(dtype)
 
     return build
 

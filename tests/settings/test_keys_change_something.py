@@ -240,7 +240,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.chdir(folders["mrpc"].parent)
     (tmp_path / "table").mkdir()
-    images = [file for file in sorted(folders["imagefolder"].glob("train/*/*.png"))]
+    images = sorted(folders["imagefolder"].glob("train/*/*.png"))
     for split in ("train", "validation"):
         rows = [{"image": {"bytes": f.read_bytes(), "path": None}, "label": f.parent.name} for f in images]
         pq.write_table(datasets.Dataset.from_list(rows).data.table, tmp_path / "table" / f"{split}.parquet")

@@ -454,9 +454,7 @@ def test_scores_and_predictions_count_tokens_not_rows():
     batch = ChatCollator(0)(rows)
     output = model(**task.inputs(batch))
     outputs = task.outputs(output, batch)
-    assert {key: tuple(value.shape) for key, value in outputs.items()} == {
-        key: (5,) for key in ("row", "loss", "tokens")
-    }
+    assert {key: tuple(value.shape) for key, value in outputs.items()} == dict.fromkeys(("row", "loss", "tokens"), (5,))
     split = Split(datasets.Dataset.from_dict({"number": [1, 2, 3, 4, 5]}), encoded)
     losses = reference(output.logits.detach(), batch["labels"])
     counted = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))

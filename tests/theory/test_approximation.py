@@ -1,4 +1,4 @@
-"""Best updates of a rank against other updates of it, and bounds against the errors that they bound."""
+"""Best updates of a rank compared with other updates, and bounds compared with the errors that they bound."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_no_other_update_of_the_rank_is_nearer():
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
-def test_orthonormal_factors_leave_what_is_said_and_no_less(scaling):
+def test_orthonormal_factors_reach_the_stated_error_and_no_less(scaling):
     u, _, vh = torch.linalg.svd(E, full_matrices=False)
     least = orthonormal_error(E, 2, scaling)
     assert torch.linalg.matrix_norm(E - scaling * u[:, :2] @ vh[:2]).item() == pytest.approx(least)
@@ -60,7 +60,7 @@ def forward(weights, biases, x):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("rank", [0, 2, 6])
-def test_the_bound_holds_for_the_adapters_that_its_proof_makes(depth, rank):
+def test_the_bound_holds_for_the_adapters_of_its_proof(depth, rank):
     x = torch.randn(4000, 6, dtype=torch.float64, generator=G) @ torch.randn(6, 6, dtype=torch.float64, generator=G)
     moment = x.T @ x / len(x)
     for _ in range(5):
@@ -74,14 +74,14 @@ def test_the_bound_holds_for_the_adapters_that_its_proof_makes(depth, rank):
         assert (reached == pytest.approx(0, abs=1e-9)) == (rank == 6)
 
 
-def test_one_layer_by_hand_and_the_size_as_printed():
+def test_the_bound_of_one_layer_and_the_printed_beta():
     eye = torch.eye(16).double()
     target, bias = 0.1 * eye, torch.zeros(16).double()
     assert network_bound([target], [bias], [0.2], eye) == pytest.approx(4 * 0.2)
     assert network_bound([target], [bias], [0.2], eye, printed=True) == pytest.approx(2 * 0.2)
 
 
-def test_as_printed_a_single_layer_can_be_further_off_than_the_bound():
+def test_the_printed_bound_can_be_too_small():
     """Without the ReLU, whatever the update of rank 1: 15 of 16 directions keep their error of 0.2."""
     eye = torch.eye(16).double()
     x = torch.randn(20_000, 16, dtype=torch.float64, generator=G)

@@ -1,4 +1,4 @@
-"""Gram matrices: exact values against closed forms and sampling, the orders between them, gradient descent itself."""
+"""Gram matrices: exact values against closed forms and samples, inequalities between them, and gradient descent."""
 
 import math
 
@@ -104,7 +104,7 @@ def test_probabilities_are_a_positive_semi_definite_matrix(seed):
     assert ((found > -1e-12) & (found <= 1)).all()
 
 
-def test_a_batch_is_its_problems():
+def test_a_batch_gives_the_values_of_its_problems():
     x, gate, w0 = problem(0, batch=(2, 3))
     whole = active_together(x, gate, w0)
     kernels = tangent_kernel(x, gate, whole)
@@ -169,7 +169,7 @@ def test_without_pretrained_weights_the_assumption_needs_equal_angles(seed):
 
 @given(SEEDS)
 @settings(max_examples=30, deadline=None)
-def test_the_assumption_needs_inputs_that_the_pretrained_neuron_fires_on(seed):
+def test_the_assumption_needs_inputs_on_which_the_pretrained_neuron_is_active(seed):
     x, gate, w0 = problem(seed, n=3)
     difference = active_together(x, gate, w0) - active_together(x, torch.ones_like(gate), w0)
     off = (x @ w0) < 0
@@ -184,7 +184,7 @@ def test_the_theorems_conclusion_about_the_matrices_follows_from_its_assumption(
     assert (least_eigenvalue(gram(x, gated)) >= least_eigenvalue(gram(x, plain)) - 1e-12)[holds].all()
 
 
-def test_a_net_without_trained_coordinates_breaks_the_bound_that_is_claimed_for_it():
+def test_a_net_without_trained_coordinates_breaks_the_claimed_bound():
     """One input on which w0 fires, Gamma = 0: the assumption holds, the claimed rate is 1, and nothing is trained."""
     x, gate, w0 = torch.tensor([[0.6, 0.8]]).double(), torch.zeros(2).double(), torch.tensor([1.0, 1.0]).double()
     plain, gated = active_together(x, torch.ones_like(gate), w0), active_together(x, gate, w0)
@@ -196,7 +196,7 @@ def test_a_net_without_trained_coordinates_breaks_the_bound_that_is_claimed_for_
     assert losses[-1] / losses[0] > convergence_bound(1.0, torch.tensor(5.0))
 
 
-def test_descent_is_that_of_autograd():
+def test_a_step_of_descent_uses_the_gradient_of_autograd():
     x, gate, w0 = problem(5)
     y = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     net = TwoLayerNet.drawn(32, gate, w0, torch.Generator().manual_seed(2))

@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 )
     if problems:
         raise UserError(problems)
-    return content
+    return dict(content)
 
 
 def digest_of(file: Path) -> str:

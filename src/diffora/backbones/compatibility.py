@@ -119,6 +119,7 @@ def left_over(model: Any, unexpected: Iterable[str]) -> tuple[list[str], list[st
 
 
 def natural(key: str) -> list[Any]:
+    """A sorting key that orders the numbers within a dotted name by their value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 

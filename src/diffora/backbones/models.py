@@ -178,7 +178,7 @@ def _check_vocabulary(cfg: Any, tokenizer: Any) -> None:
     Args:
         tokenizer: None if it could not be loaded.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path, _ = resolve(cfg.path)
 

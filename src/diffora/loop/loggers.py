@@ -154,19 +154,23 @@ class Guarded(Logger):
 
     @property
     def name(self) -> str | None:
-        return self._get("name")
+        value: str | None = self._get("name")
+        return value
 
     @property
     def version(self) -> int | str | None:
-        return self._get("version")
+        value: int | str | None = self._get("version")
+        return value
 
     @property
     def save_dir(self) -> str | None:
-        return self._get("save_dir")
+        value: str | None = self._get("save_dir")
+        return value
 
     @property
     def log_dir(self) -> str | None:
-        return self._get("log_dir")
+        value: str | None = self._get("log_dir")
+        return value
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._call("log_metrics", metrics, step)

@@ -197,6 +197,7 @@ def figures_of(cell: ResultCell | None, column: ResultColumn, keys: Sequence[str
 
 
 def plus_minus(found: Spread | None, factor: float) -> str:
+    """Mean and standard deviation, times ``factor``; empty for None."""
     if found is None:
         return ""
     mean, digits = found.mean * factor, _digits(found.mean * factor, factor)
@@ -210,14 +211,14 @@ def signed(found: Difference | None) -> str:
     if found is None:
         return ""
     largest = max(abs(value) for value in (found.mean, found.low, found.high) if value is not None)
-    digits = (
-        2 if largest >= 0.5 else 4
-    )  # differences in points need two digits, those of fractions and correlations four
+    # Differences in points need two digits, those of fractions and correlations four.
+    digits = 2 if largest >= 0.5 else 4
     interval = f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})" if found.low is not None else ""
     return SortableText(f"{found.mean:+.{digits}f}{interval}", found.mean)
 
 
 def probability(p: float | None) -> str:
+    """A p-value with three digits; empty for None."""
     return "" if p is None else SortableText("< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 

@@ -200,4 +200,4 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
 def _rows(cfg: Settings, stage: Any) -> int:
     """Rows of a micro-batch: those that one process holds in memory at a time."""
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
-    return max(1, -(-stage.batch_size // (stage.accumulate * devices)))
+    return int(max(1, -(-stage.batch_size // (stage.accumulate * devices))))

@@ -31,7 +31,7 @@ The module also writes plain text without labels for pretraining (:func:`corpus`
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # One row per concept; the words of a row are interchangeable.
 PEOPLE = (
@@ -106,6 +106,8 @@ TEXT = Mix({"act": 6, "polar": 2, "state": 2, "give": 2, "move": 2, "compare": 2
 
 @dataclass(frozen=True)
 class Person:
+    """A noun and, for some, a trait; both are positions in lists of words."""
+
     noun: int
     trait: int | None = None
 
@@ -135,7 +137,7 @@ class Meaning:
     link: str | None = None
     second: Clause | None = None
 
-    def canonical(self) -> tuple:
+    def canonical(self) -> tuple[object, ...]:
         """A value that is equal for two meanings if and only if they mean the same."""
         clauses = (self.first,) if self.second is None else (self.first, self.second)
         return (self.link, tuple(sorted(clauses, key=repr) if self.link == "and" else clauses))
@@ -258,6 +260,7 @@ def _person(person: Person | None, rng: random.Random) -> str:
 
 
 def past(verb: str) -> str:
+    """The past tense of a verb."""
     return _IRREGULAR.get(verb) or (verb + "d" if verb.endswith("e") else verb + "ed")
 
 
@@ -323,12 +326,12 @@ _CORES = {"act": _act, "polar": _act, "state": _state, "give": _give, "move": _m
 # ---- the public part -----------------------------------------------------------------------------
 
 
-def generate(rows: int, seed: int) -> dict[str, list]:
+def generate(rows: int, seed: int) -> dict[str, list[Any]]:
     """`rows` different pairs, half of them paraphrases (one more when `rows` is odd), in random order."""
     return _columns(_pairs(rows, random.Random(f"paraphrase-{seed}"), set()))
 
 
-def splits(train_rows: int = 4000, validation_rows: int = 1000, seed: int = 0) -> dict[str, dict[str, list]]:
+def splits(train_rows: int = 4000, validation_rows: int = 1000, seed: int = 0) -> dict[str, dict[str, list[Any]]]:
     """Training and validation pairs. No pair is in both, not even with its sentences exchanged."""
     taken: set[frozenset[str]] = set()
     train = _pairs(train_rows, random.Random(f"paraphrase-train-{seed}"), taken)
@@ -372,7 +375,7 @@ def _pairs(rows: int, rng: random.Random, taken: set[frozenset[str]]) -> list[tu
     return pairs
 
 
-def _columns(pairs: list[tuple[str, str, int]]) -> dict[str, list]:
+def _columns(pairs: list[tuple[str, str, int]]) -> dict[str, list[Any]]:
     first, second, labels = (list(column) for column in zip(*pairs, strict=True)) if pairs else ([], [], [])
     return {"sentence1": first, "sentence2": second, "label": labels, "idx": list(range(len(pairs)))}
 
