@@ -78,6 +78,12 @@ def test_what_is_wrong_with_a_record_is_said_at_once(changes, message):
     assert message in str(caught.value)
 
 
+def test_the_record_of_an_earlier_version_is_named_as_such():
+    old = {key: value for key, value in RUNNING.items() if key not in ("setting_id", "settings")}
+    with pytest.raises(UserError, match=r"setting_id, settings are missing \(a run of an earlier version"):
+        Record.of(old)
+
+
 def test_a_run_continues_without_the_facts_that_only_a_report_needs():
     check({"status": "failed"})
     with pytest.raises(UserError, match="method, task, model, seed, setting_id, settings, config_hash are missing"):

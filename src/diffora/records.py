@@ -163,6 +163,8 @@ def check(content: Any, needed: Sequence[str] = ("status",)) -> None:
     wanted = [*needed, *(COMPLETED + RESULTS if content.get("status") == "completed" else ())]
     missing = [key for key in dict.fromkeys(wanted) if key not in content]
     wrong = [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
+    if "setting_id" in missing and "config_hash" in content:
+        wrong[0] += " (a run of an earlier version does not have them; repeat the run)"
     for words, (keys, fits) in KINDS.items():
         if odd := [key for key in keys if key in content and not fits(content[key])]:
             wrong.append(f"{', '.join(odd)} must be {words}")

@@ -852,6 +852,19 @@ def test_data_files_hold_numbers(spec):
     assert float(line["generalisation gap"]) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("written", "rows"), [("seed${seed}", 1), ("seed0", 1), ("seed{}", 2)])
+def test_a_file_whose_path_is_made_from_the_seed_is_always_the_seeds_own(tmp_path, written, rows):
+    """Both files say that seed 0 made them, but select different modules; only the interpolation shows the rule."""
+    for seed in range(2):
+        search = made_run(tmp_path / "searches" / f"seed{seed}", "diffora", seed)
+        file = search / "selection.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 0}))
+    for seed in range(2):
+        like = f"{tmp_path}/searches/{written.format(seed) if '$' not in written else written}/selection.json"
+        made_run(tmp_path / "runs" / f"{seed}", "random", seed, settings={"method": {"like": like}})
+    assert len(table_of(tmp_path / "runs").cells) == rows
+
+
 def test_draws_like_the_selections_of_another_row_are_one_setting(tmp_path):
     for rho, seed in itertools.product((0.2, 0.5), range(3)):
         search = made_run(tmp_path / "searches" / f"{rho}-{seed}", "diffora", seed)

@@ -164,12 +164,19 @@ def with_sources(runs: Sequence[Run]) -> list[Run]:
     setting. A file whose path was made from the seed always counts as each seed's own.
     """
     told = list(runs)
+    configs: dict[tuple[int, str, str], dict[str, Any]] = {}  # runs with the same text share it in memory
+
+    def named(run: Run, key: str, text: str) -> Run:
+        """The run with another text for a value of its configuration."""
+        config = configs.setdefault((id(run.config), key, text), {**run.config, key: text})
+        return replace(run, config=config)
+
     groups: dict[tuple[str, tuple[str | None, ...]], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         r = run.record
         for key, source in r.sources.items():
             if key in r.follows_seed:
-                told[i] = _named(told[i], key, f"each seed's {source.made}")
+                told[i] = named(told[i], key, f"each seed's {source.made}")
             else:
                 place = (r.experiment, r.scale, r.row, r.column, r.task, r.model)
                 groups[key, (r.setting_id, *place)].append(i)
@@ -178,25 +185,20 @@ def with_sources(runs: Sequence[Run]) -> list[Run]:
         for i in members:
             users[_identity(runs[i].record.sources[key])].add(runs[i].seed)
         own = {identity for identity, seeds in users.items() if seeds == {identity[0]}}
-        if len(own) == 1 < len(users):  # chance: one of several selections that were given happens to have this seed
+        if len(own) == 1 < len(users):  # by chance, one of several given selections is of this seed
             own = set()
         for i in members:
             source = runs[i].record.sources[key]
             if _identity(source) in own:
-                told[i] = _named(told[i], key, f"each seed's {source.made}")
+                told[i] = named(told[i], key, f"each seed's {source.made}")
             else:
-                given = _named(told[i], key, f"{source.selects} from {source.made}")
+                given = named(told[i], key, f"{source.selects} from {source.made}")
                 told[i] = replace(given, setting=f"{given.setting} {source.selects}")
     return told
 
 
 def _identity(source: SelectionSource) -> tuple[int | None, str]:
     return source.seed, source.selects
-
-
-def _named(run: Run, key: str, text: str) -> Run:
-    """The run with another text for a value of its configuration."""
-    return replace(run, config={**run.config, key: text})
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
