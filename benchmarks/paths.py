@@ -23,10 +23,9 @@ from hydra import compose, initialize_config_dir
 from benchmarks.common import RESULTS, header
 from diffora.backbones import load
 from diffora.core.lowrank import LowRankLinear
-from diffora.files import write_text
+from diffora.files import conf_dir, write_text
 from diffora.kernels import fused
 from diffora.run import experiment
-from diffora.settings import config
 
 PATHS = ("default", "plain", "added", "folded", "alone")
 METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=1"]
@@ -59,7 +58,7 @@ def path(name: str) -> Iterator[None]:
 
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, object]:
     """Metrics and time of one run."""
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [*METHOD, f"seed={seed}", *overrides])
     with path(name), tempfile.TemporaryDirectory() as folder:
         record = experiment.run(cfg, Path(folder) / "run").record

@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from diffora.cli import command  # noqa: E402
 from diffora.core.selection import Selection  # noqa: E402
-from diffora.files import write_text  # noqa: E402
+from diffora.files import conf_dir, write_text  # noqa: E402
 from diffora.loop.loggers import Loggers  # noqa: E402
 from diffora.loop.parts import Parts  # noqa: E402
 from diffora.loop.process import quiet_libraries  # noqa: E402
 from diffora.run import experiment  # noqa: E402
 from diffora.search.stage import find_selection  # noqa: E402
-from diffora.settings import config  # noqa: E402
+from diffora.settings.identity import config_hash  # noqa: E402
 from diffora.tasks.base import get_task  # noqa: E402
 
 UPDATES = ("alternating", "simultaneous")
@@ -42,12 +42,12 @@ UPDATES = ("alternating", "simultaneous")
 
 def search_only(cfg: DictConfig, folder: Path) -> tuple[Selection, float]:
     """The first stage of a run: (selection, seconds of the search)."""
-    method, task = experiment.check(cfg)
+    settings, task = experiment.check(cfg)
     quiet_libraries()
     L.seed_everything(cfg.seed, verbose=False)
-    parts = Parts.load(cfg, folder, task)
-    method.check(parts.model, parts.grid)
-    return find_selection(parts, method, "search", Loggers(cfg.logger, folder, config.plain(cfg)))
+    parts = Parts.load(settings, folder, task)
+    settings.method.check(parts.model, parts.grid)
+    return find_selection(parts, settings.method, "search", Loggers(settings.logger, folder, settings.composed))
 
 
 def one_run(cfg: DictConfig, folder: Path, finetune: bool) -> dict[str, Any]:
@@ -127,9 +127,9 @@ def main(given: argparse.Namespace) -> None:
         for update in UPDATES[:: 1 if at % 2 == 0 else -1]:
             overrides = ["method=diffora", "logger=[csv]", *given.overrides]
             overrides += [f"seed={seed}", f"search.update={update}", "resume=true"]
-            with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 cfg = compose("config", overrides)
-            made = {"update": update, "seed": seed, "config": config.config_hash(cfg), "finetuned": given.finetune}
+            made = {"update": update, "seed": seed, "config": config_hash(cfg), "finetuned": given.finetune}
             run = next((run for run in runs if made.items() <= run.items()), None)
             if run is None:
                 folder = given.output / f"{update}-seed{seed}-{made['config']}{'' if given.finetune else '-search'}"

@@ -103,13 +103,14 @@ def job_overrides(line: str) -> list[tuple[str, ...]]:
 
 def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     """(task, adapted model on the meta device, its low-rank layers), for the search or for fine-tuning."""
-    method, task = check(cfg)
-    model = meta_backbone(cfg.model, task.model_request()).model
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    settings, task = check(cfg)
+    method = settings.method
+    model = meta_backbone(settings.model, task.model_request()).model
+    grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles)
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
-    by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # type: ignore[attr-defined]  # noqa: E731
+    by_chance: Any = lambda selector: method.by_chance(grid, cfg.seed)  # noqa: E731
     method.adapt(model, grid, method.select(grid, cfg.seed, by_chance), cfg.seed)
     return task, model, None
 
@@ -195,11 +196,12 @@ _peaks: dict[Any, float] = {}
 
 
 def _gigabytes(cfg: DictConfig) -> float:
+    settings, _ = check(cfg)
     task, model, _ = adapted(cfg, searching=False)
-    peak = memory.of_finetuning(cfg, task, model).total
+    peak = memory.of_finetuning(settings, task, model).total
     if searches(cfg):
         task, model, layers = adapted(cfg, searching=True)
-        peak = max(peak, memory.of_search(cfg, task, model, layers).total)
+        peak = max(peak, memory.of_search(settings, task, model, layers).total)
     return peak / 1e9
 
 

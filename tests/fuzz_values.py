@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
 from diffora.run.experiment import check
-from diffora.settings import config
+from diffora.settings import identity
 
 NASTY: list[Any] = [
     float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 5e-324, -1, 0, 1, 0.5, 2.0, 10**10, 10**20, -(10**20),
@@ -72,8 +72,8 @@ def outcome(cfg: DictConfig) -> list[str] | None:
         if not all(error.problems):
             raise AssertionError("an empty message") from error
         return error.problems
-    json.dumps(config.plain(cfg), allow_nan=False)
-    config.config_hash(cfg)
+    json.dumps(identity.plain(cfg), allow_nan=False)
+    identity.config_hash(cfg)
     return None
 
 

@@ -3,12 +3,11 @@
 import datasets
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from diffora.backbones.backbone import Backbone
-from diffora.tasks.glue import GlueTask
+from diffora.tasks.glue import GlueSettings, GlueTask
 
 
 def small_deberta(
@@ -59,4 +58,4 @@ def rows_of(n: int = 48) -> datasets.Dataset:
 
 def small_task(name: str = "mrpc") -> GlueTask:
     """A task without data: head, loss and metrics."""
-    return GlueTask(OmegaConf.create({"name": name, "path": None, "max_train_rows": None, "max_length": 32}))
+    return GlueTask(GlueSettings(name=name, max_length=32))

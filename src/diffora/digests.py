@@ -9,12 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from diffora.errors import UserError
 from diffora.files import atomic, read_json
 from diffora.hub import resolve
-from diffora.settings import config
+from diffora.settings.identity import NOT_IN_HASH, differences
 
 REMEMBERED_FROM = 64 * 2**20
 """Digests of files of at least this many bytes are remembered until the file changes."""
@@ -172,12 +170,12 @@ def _weights(folder: Path) -> Iterator[str]:
 
 
 def made_with(
-    cfg: DictConfig, data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
+    composed: Mapping[str, Any], data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a checkpoint or a search is made with, to compare later with `changes`.
 
     Args:
-        cfg: the run's configuration.
+        composed: the composed configuration in plain containers.
         data: hash of the data.
         rows: number of rows by split.
         backbone: what `backbone` returned.
@@ -185,7 +183,7 @@ def made_with(
     Returns:
         Plain containers, equal to what comes back from a JSON file.
     """
-    settings = {key: value for key, value in config.plain(cfg).items() if key not in config.NOT_IN_HASH}
+    settings = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
     made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone}
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as it will be when it comes from a file
     return plain
@@ -198,13 +196,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         a, b = old.get(key), new.get(key)
         return None if a is None or b is None or a == b else (a, b)
 
-    found = config.differences(*pair) if (pair := both("settings")) else []
+    found = differences(*pair) if (pair := both("settings")) else []
     if both("data"):
-        rows = config.differences(*pair) if (pair := both("rows")) else []
+        rows = differences(*pair) if (pair := both("rows")) else []
         what = f"{', '.join(rows)} rows" if rows else "as many rows, with other content"
         found.append(f"the data changed: {what}")
     if pair := both("backbone"):
-        files = {line.partition(":")[0] for line in config.differences(*(each.get("files", {}) for each in pair))}
+        files = {line.partition(":")[0] for line in differences(*(each.get("files", {}) for each in pair))}
         if files:
             found.append(f"the backbone's files changed: {', '.join(sorted(files))}")
         elif pair[0].get("digest") != pair[1].get("digest"):

@@ -1,7 +1,7 @@
-"""Hydra's sweeper for this project: tables of experiments and plain sweeps, which survive failed runs.
+"""Hydra's sweeper for this project: tables of experiments and plain sweeps. A failed run does not stop the others.
 
-All configurations are checked before the first run starts; what is complete already is left out; what fails is listed
-at the end, with exit status 1. Runs go to whatever launcher is configured.
+It checks all configurations before the first run starts and skips runs that are complete. It lists failed runs at the
+end, with exit status 1. Runs are started by the configured launcher.
 """
 
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_o
 
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
 
-SHOWN = 20  # of the problems that are found before anything starts
-MANY = 20  # runs, to check which takes long enough to be announced
+SHOWN = 20  # the most problems to show before anything starts
+MANY = 20  # announce the check if there are more runs than this
 
 Jobs = dict[Path, tuple[str, ...]]  # the overrides of each run, by its folder
 
 
 class TableSweeper(Sweeper):
-    """Runs what `diffora.run.sweep` says that a sweep consists of."""
+    """Runs the sweeps that `diffora.run.sweep` describes."""
 
     def __init__(self, **table: Any) -> None:
-        pass  # the table is that of each experiment= that the command names
+        pass  # the table comes from each experiment= on the command line
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.command = hydra_context.config_loader, config
@@ -44,14 +44,14 @@ class TableSweeper(Sweeper):
         path = self.loader.get_search_path().get_path()
         self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
         launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
-        self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # others may run where the devices are
+        self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what the overrides on the command line ask for.
+        """Run the sweep that the command line asks for.
 
         Raises:
-            UserError: everything that is wrong with any configuration, before anything runs; or the runs that failed.
+            UserError: every mistake in any configuration, before anything runs; or the runs that failed.
         """
         check_sweep_place(Path(self.command.hydra.sweep.dir))
         jobs = self.fitting(self.jobs(arguments))
@@ -82,12 +82,12 @@ class TableSweeper(Sweeper):
         print(f"\nall {len(jobs)} runs are complete", flush=True)
 
     def jobs(self, arguments: Sequence[str]) -> Jobs:
-        """All runs, complete ones too.
+        """All runs, with those that are complete.
 
-        A table has a folder of its own below ``outputs``, or is in the one that ``hydra.sweep.dir=`` names. Where
-        there are several experiments, each has a folder of its own there, too.
+        A table is written to a folder of its own below ``outputs``, or to ``hydra.sweep.dir=``. Each of several
+        experiments has a folder of its own there.
         """
-        from diffora.cli import composition_problems, short, with_sweep_hint
+        from diffora.run.composition import composition_problems, short, with_sweep_hint
 
         given = parse(arguments, self.loader)
         for override in given:
@@ -106,7 +106,7 @@ class TableSweeper(Sweeper):
             place = there / name if len(experiments) > 1 else there
             if table.rows and not elsewhere:
                 place = Path("outputs") / name
-                self.command.hydra.sweep.dir = str(place)  # where Hydra leaves multirun.yaml
+                self.command.hydra.sweep.dir = str(place)  # Hydra writes multirun.yaml there
             if table.rows:
                 for cell, overrides in cells(others, table, experiment, self.command.scale, place).items():
                     found[place / cell] = (*overrides, *resuming)
@@ -126,9 +126,9 @@ class TableSweeper(Sweeper):
         return found
 
     def fitting(self, jobs: Jobs) -> Jobs:
-        """Leave ``++key=value`` out of the runs without such a key, where others have it; say so.
+        """Remove ``++key=value`` from runs that do not have the key, if other runs have it, and say so.
 
-        Runs that are the same then are run once.
+        Runs that become equal are run once.
         """
         keys = {line: parse([line])[0].key_or_group for line in chain(*jobs.values()) if line.startswith("++")}
         there: dict[str, set[Path]] = {key: set() for key in keys.values()}
@@ -152,9 +152,9 @@ class TableSweeper(Sweeper):
         return {folder: overrides for overrides, folder in left.items()}
 
     def compose(self, overrides: tuple[str, ...]) -> DictConfig:
-        """A run's configuration, until the next call.
+        """A run's configuration; valid until the next call.
 
-        Hydra takes a third of a second for one, so that runs which differ in nothing but the seed share it.
+        Composing takes Hydra a third of a second, so runs that differ only in their seed share one.
         """
         setting, seed = _apart(overrides)
         if setting not in self.composed:
@@ -165,21 +165,22 @@ class TableSweeper(Sweeper):
         return cfg
 
     def missing(self, jobs: Jobs) -> Jobs:
-        """The runs that are not complete yet, once all configurations are found to be right."""
-        from diffora.cli import composition_problems, import_run, short, with_sweep_hint
+        """The runs that are not complete yet. All configurations are checked first."""
+        from diffora.run.composition import composition_problems, short, with_sweep_hint
+        from diffora.run.imports import import_run
 
         import_run()
         from diffora.loop.machine import check_machine
         from diffora.loop.process import quiet_libraries
+        from diffora.run.check import check
         from diffora.run.directory import finished
-        from diffora.run.experiment import check
 
-        quiet_libraries()  # before Lightning is asked about devices, which it would tell of
+        quiet_libraries()  # before Lightning prints what devices it finds
         found: Jobs = {}
         checked: set[tuple[str, ...]] = set()
         impossible: set[tuple[str, ...]] = set()
-        explained: set[tuple[str, ...]] = set()  # which takes seconds, so that one task stands for all
-        problems: dict[str, None] = {}  # each once, in their order
+        explained: set[tuple[str, ...]] = set()  # explaining takes seconds, so one task stands for all
+        problems: dict[str, None] = {}  # each problem once, in order
         for folder, overrides in jobs.items():
             setting, _ = _apart(overrides)
             if setting in impossible:
@@ -198,9 +199,9 @@ class TableSweeper(Sweeper):
                 cfg.pop("hydra", None)
             try:
                 if not checked.issuperset(_apart(overrides)):
-                    check(cfg)
-                    if self.local and not cfg.dry_run:
-                        check_machine(cfg)
+                    settings, _ = check(cfg)
+                    if self.local and not settings.dry_run:
+                        check_machine(settings)
                     checked.update(_apart(overrides))
                 if finished(cfg, folder) is None:
                     found[folder] = overrides
@@ -214,16 +215,19 @@ class TableSweeper(Sweeper):
         return found
 
     def launch(self, jobs: Jobs) -> dict[Path, str]:
-        """Why each of the runs that did not complete did not. What counts is what is written in its folder.
+        """Start runs. Returns the reason for each run that did not complete, judged by the record in its folder.
 
-        Runs that take their size from other runs' selections start when these are done.
+        Runs that take their size from the selections of other runs start after those.
         """
         waiting = {folder: lines for folder, lines in jobs.items() if any(o.startswith("method.like=") for o in lines)}
         first = {folder: lines for folder, lines in jobs.items() if folder not in waiting}
         return self.launch_at_once(first, 0) | self.launch_at_once(waiting, len(first))
 
     def launch_at_once(self, jobs: Jobs, number: int) -> dict[Path, str]:
-        """Give runs to the launcher, the first of them with this job number: the time of job 0 includes the start."""
+        """Give runs to the launcher; the first gets job number ``number``.
+
+        The time of job 0 includes the program's start.
+        """
         from diffora.run.record import missing_files, read_record
 
         batch = [
@@ -233,7 +237,7 @@ class TableSweeper(Sweeper):
         lost = "it did not end"
         try:
             returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
-        except Exception as error:  # where a launcher's worker died; of the others the folders tell
+        except Exception as error:  # a worker of the launcher died; the folders tell which runs completed
             returned, lost = [], str(explained(error) or f"{type(error).__name__}: {error}")
         failed = {}
         for folder, job in zip_longest(jobs, returned):

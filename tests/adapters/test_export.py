@@ -29,7 +29,7 @@ from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
 from diffora.kernels.peers import rehearse
 from diffora.methods.lowrank import LowRankAdaptation
-from diffora.settings.config import plain
+from diffora.settings.identity import plain
 from diffora.tasks.base import get_task
 
 

@@ -184,12 +184,12 @@ def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path
     from diffora.training import stages
 
     config = cfg(*short, "method.selector=gradient", "method.score_batches=2")
-    method, spec = check(config)
+    settings, spec = check(config)
     torch.manual_seed(0)
-    parts = stages.Parts.load(config, tmp_path, spec)
+    parts = stages.Parts.load(settings, tmp_path, spec)
     before = {name: value.clone() for name, value in parts.model.state_dict().items()}
     modes, state = [m.training for m in parts.model.modules()], torch.get_rng_state()
-    selection, _ = stages.find_selection(parts, method, "gradient", Loggers({"csv": True}, tmp_path, {}))
+    selection, _ = stages.find_selection(parts, settings.method, "gradient", Loggers(settings.logger, tmp_path, {}))
     assert torch.equal(torch.get_rng_state(), state)
     after = parts.model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from diffora.cli import composition_problems
 from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.run.composition import composition_problems
 from diffora.run.experiment import check
-from diffora.settings import config
 from faults.campaigns import HANDLED, LOST, chance, share
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
@@ -120,7 +120,7 @@ def near(value: Any) -> list[str]:
 
 def composed(lines: tuple[str, ...] | list[str]) -> Any:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", [*lines])
 
 

@@ -16,8 +16,9 @@ from diffora.errors import UserError
 from diffora.loop import loggers as module
 from diffora.loop.loggers import Guarded, Loggers
 from diffora.run.experiment import check
+from diffora.settings import sections
 
-CHOICE = {"project": "test", "entity": None, "group": "g", "tags": []}
+CHOICE = sections.Wandb(project="test", group="g")
 RECORD = {"method": "diffora", "task": "mrpc", "model": "tiny", "seed": 3, "metrics": {"validation/accuracy": 0.9},
           "params": {}, "time": {}, "memory": {}}  # fmt: skip
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -32,7 +33,7 @@ def test_selection_and_adapter_are_kept_as_artefacts(tmp_path, monkeypatch):
     (run / "selection.json").write_text("{}")
     kept = {}
     monkeypatch.setattr(wandb.Run, "log_artifact", lambda self, artifact: kept.update({artifact.type: artifact}))
-    loggers = Loggers({"wandb": CHOICE}, run, {})
+    loggers = Loggers(sections.Logger(wandb=CHOICE), run, {})
     about = {key: RECORD[key] for key in ("method", "task", "model", "seed")}
     loggers.summary(RECORD)
     name = loggers.wandb.experiment.id
@@ -111,17 +112,17 @@ def test_a_trainer_goes_on_without_loggers_that_fail(cfg, tmp_path, monkeypatch,
 
 def test_a_picture_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch, caplog):
     selection = Selection("diffora", ["a"], [["m"]], [["a"]], 0.5, 0, gamma_bar=[[0.5]])
-    stage_loggers = Loggers({"csv": True, "tensorboard": True}, tmp_path, {}).of_stage("search")
+    stage_loggers = Loggers(sections.Logger(csv=True, tensorboard=True), tmp_path, {}).of_stage("search")
     monkeypatch.setattr(type(stage_loggers[1].experiment), "add_image", fails)
     for step in range(2):
-        Loggers({}, tmp_path, {}).dam(selection, step, stage_loggers)
+        Loggers(None, tmp_path, {}).dam(selection, step, stage_loggers)
     assert len(caplog.messages) == 1 and "logger=tensorboard fails" in caplog.text
 
 
 def test_a_logger_that_is_not_installed_is_named_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        Loggers({"tensorboard": True}, tmp_path, {})
+        Loggers(sections.Logger(tensorboard=True), tmp_path, {})
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def wandb_begun(tmp_path, monkeypatch):
 
         monkeypatch.setattr(wandb, "init", try_to_begin)
         monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: None)
-        begun.append(Loggers({"wandb": CHOICE}, tmp_path / "run", {"a": 1}))
+        begun.append(Loggers(sections.Logger(wandb=CHOICE), tmp_path / "run", {"a": 1}))
         return begun[-1]
 
     begin.asked = asked

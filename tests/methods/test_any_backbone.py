@@ -16,7 +16,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import conf_dir
 from diffora.methods.selecting import Selecting
-from diffora.settings.config import plain
+from diffora.settings.identity import plain
 from diffora.tasks.base import get_task
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))

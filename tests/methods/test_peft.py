@@ -308,7 +308,7 @@ def test_adalora_resumed_ends_as_if_never_stopped(cfg, quick, tmp_path):
         ("+method.config.use_dra=true", "use_dra (did you mean use_dora?)"),
         ("+method.config.target_modules=[query]", "method.config.target_modules cannot be set: method.places says"),
         ("+method.config.modules_to_save=[classifier]", "the head is trained and saved anyway"),
-        ("+method.config.bias=some", "method.config.bias=some must be one of none, all, lora_only"),
+        ("+method.config.bias=some", "method.config.bias='some' must be one of none, all, lora_only"),
         ("+method.config.init_lora_weights=corda", "needs PEFT's own pass over data"),
         ("+method.config.use_bdlora={_target_:os.system}", "must be a configuration class of PEFT"),
         ("+method.config.layers_pattern=layer", "PEFT refuses method.config (peft.LoraConfig): When `layers_pattern`"),

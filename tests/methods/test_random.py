@@ -61,8 +61,8 @@ def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
 
     def chosen(*overrides: str) -> list[list[str]]:
-        method, _ = check(cfg("method=random", "task=paraphrase", "model=tiny", *overrides))
-        return method.select(grid, 0, lambda selector: pytest.fail("nothing is searched")).selected
+        settings, _ = check(cfg("method=random", "task=paraphrase", "model=tiny", *overrides))
+        return settings.method.select(grid, 0, lambda selector: pytest.fail("nothing is searched")).selected
 
     assert chosen("seed=3") == chosen("seed=3", "method.draw=3") == chosen("seed=4", "method.draw=3")
     assert len({str(chosen(f"method.draw={draw}")) for draw in range(8)}) > 4
@@ -75,8 +75,8 @@ def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
     pattern = Selection.from_mask(grid, mask, method="diffora", rho=0.5, seed=0, k=3, rank=7)
     pattern.save(tmp_path / "selection.json")
     overrides = ["method=random", "task=paraphrase", "model=tiny", f"method.like={tmp_path}/selection.json"]
-    method, _ = check(cfg(*overrides))
-    drawn = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    settings, _ = check(cfg(*overrides))
+    drawn = settings.method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
     assert drawn.rank == 7 and drawn.selected != pattern.selected
     assert adapter_parameters(grid.shapes, drawn.mask(), 7, 2) == adapter_parameters(grid.shapes, mask, 7, 2)
     with pytest.raises(UserError, match="does not go with"):
@@ -87,10 +87,10 @@ def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
 def test_a_list_of_modules_or_parts_is_selected_in_every_layer(cfg, deberta, given):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     base = ["method=diffora", "task=paraphrase", "model=tiny"]
-    method, _ = check(cfg(*base, f"method.selection=[{given}]"))
-    method.check(nn.Module(), grid)
-    selection = method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
+    settings, _ = check(cfg(*base, f"method.selection=[{given}]"))
+    settings.method.check(nn.Module(), grid)
+    selection = settings.method.select(grid, 0, lambda selector: pytest.fail("nothing is searched"))
     assert selection.selected == [["attention.self.key_proj", "output.dense"]] * grid.n_layers
-    method, _ = check(cfg(*base, "method.selection=[output]"))
+    settings, _ = check(cfg(*base, "method.selection=[output]"))
     with pytest.raises(UserError, match=r"names output; a layer has attention.*, or, by their parts, .*key"):
-        method.check(nn.Module(), grid)
+        settings.method.check(nn.Module(), grid)

@@ -16,9 +16,8 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import attach
 from diffora.run import dry_run as dryrun
 from diffora.run import memory
-from diffora.run.experiment import run
+from diffora.run.experiment import check, run
 from diffora.search.bilevel import SearchModule, SearchSettings
-from diffora.tasks.base import get_task
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]
 CASES = {
@@ -49,9 +48,9 @@ class Stand:
 
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
-        self.cfg, self.task = cfg, get_task(cfg.task)
-        self.model, self.layers = self.adapted(load_backbone(cfg.model, self.task.model_request()))
-        self.meta, self.meta_layers = self.adapted(meta_backbone(cfg.model, self.task.model_request()))
+        self.cfg, self.task = check(cfg)
+        self.model, self.layers = self.adapted(load_backbone(self.cfg.model, self.task.model_request()))
+        self.meta, self.meta_layers = self.adapted(meta_backbone(self.cfg.model, self.task.model_request()))
 
     def adapted(self, backbone: Backbone):
         model = backbone.model

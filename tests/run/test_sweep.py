@@ -95,7 +95,7 @@ def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["rank=1,2"], "rank=1,2: rows, columns and seeds are what"),
+        (["rank=1,2"], "rank=1,2: experiment=some_table already varies rows, columns and seeds"),
         (["cell.row=LoRA"], "cell.row=LoRA is not one of: ρ = 0.2; LoRA, r = 2"),
         (["cell.column=rte,mnli"], "cell.column=mnli is not one of: rte; squad"),
         (["finetune.lr=interval(0,1)"], "needs hydra/sweeper=optuna"),
@@ -253,12 +253,12 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert [problem.split(";")[0] for problem in problems] == [
         f"method={method} has no setting rho" for method in ("lora", "bitfit")
     ]
-    assert "is written with ++" in hint
+    assert "use ++, as in ++search.epochs=1" in hint
     assert not FOLDER.exists()
 
 
 def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(sweep, monkeypatch):
-    from diffora import cli
+    from diffora.run import composition
 
     asked = []
 
@@ -266,7 +266,7 @@ def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(s
         asked.append(overrides)
         return []
 
-    monkeypatch.setattr(cli, "composition_problems", explain)
+    monkeypatch.setattr(composition, "composition_problems", explain)
     cells = ("experiment=table3_random", "scale=small", "cell.row='LoRA, r = 1','LoRA, r = 2'")
     with pytest.raises(UserError, match=r"Could not override 'seed\.x'"):
         sweep(*cells, "seed.x=choice(3)")
@@ -332,7 +332,7 @@ def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
 
 
 def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
-    from diffora.settings.config import config_hash
+    from diffora.settings.identity import config_hash
 
     given = cfg("experiment=quickstart")
     named = cfg("experiment=quickstart", "cell.row=a", "cell.experiment=b", "scale=small")

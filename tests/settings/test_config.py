@@ -5,14 +5,20 @@ import json
 
 import fuzz_values
 import pytest
+from hydra.utils import get_class
 
-from diffora.cli import added_paths, composition_problems
+from diffora.cli import added_paths
 from diffora.errors import UserError
 from diffora.files import conf_dir
+from diffora.methods.base import DIALS
 from diffora.methods.selecting import parse_budget
+from diffora.run.composition import composition_problems
 from diffora.run.evaluate import read_request
 from diffora.run.experiment import check
-from diffora.settings.config import RULES, config_hash, differences, plain, problems
+from diffora.settings.identity import config_hash, differences, plain
+from diffora.settings.read import keys_of
+from diffora.settings.sections import Recipe, Settings
+from diffora.tasks.base import Task
 
 OPTUNA = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")  # an extra
 GROUPS = {
@@ -26,8 +32,8 @@ GROUPS = {
 def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
     given = {"model=hf": ["model.path=some/model"], "task=imagefolder": ["task.path=some/folder"]}
     composed = cfg(choice, *given.get(choice, []))
-    assert problems(composed) == []
-    check(composed)
+    settings, _ = check(composed)
+    assert settings.composed == plain(composed)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +61,29 @@ def test_every_method_goes_with_every_kind_of_task(cfg, method, task):
     check(cfg(f"method={method}", f"task={task}"))
 
 
-def test_every_rule_is_about_a_key_that_exists(cfg):
-    """A rule for a key that no configuration has would be a dead option."""
-    there = set()
+def test_every_key_of_every_settings_class_is_in_a_configuration(cfg):
+    """A key that no file in conf/ has could only be set with a plus sign, so that nobody would find it."""
+    there: dict[str, set[str]] = {}
     for group, names in GROUPS.items():
         for name in names:
-            there |= set(leaves(plain(cfg(f"{group}={name}"))))
-    for rule in RULES:
-        assert any(key.startswith(rule[:-1]) if rule.endswith("*") else key == rule for key in there), rule
+            composed = plain(cfg(f"{group}={name}", *(["model.path=some/model"] if name == "hf" else [])))
+            for section in ("task", "method"):
+                kind = composed[section]["_target_"]
+                there.setdefault(kind, set()).update(leaves({section: composed[section]}))
+            there.setdefault("", set()).update(leaves(composed))
+    for where, keys in there.items():
+        for key in keys_of_class(where):
+            assert any(k == key or k.startswith(f"{key}.") for k in keys), (where, key)
+
+
+def keys_of_class(target):
+    """The keys of a task's or a method's class, or of the sections that all runs have."""
+    if not target:
+        return [*keys_of(Settings), *keys_of(Recipe, "task.recipe.")]
+    kind = get_class(target)
+    if issubclass(kind, Task):
+        return [key for key in keys_of(kind.settings, "task.") if not key.startswith("task.recipe.")]
+    return [key for key in keys_of(kind, "method.") if key.removeprefix("method.") not in DIALS]
 
 
 def leaves(node, prefix=""):
@@ -104,10 +125,10 @@ def messages(cfg, *overrides):
         ("method.selection=nowhere.json", "no selection file at nowhere.json"),
         (
             "method.selector=magic",
-            "method.selector='magic' must be 'search' or 'attribution' or 'gradient' or 'activation' or 'random'",
+            "method.selector='magic' must be one of search, attribution, gradient, activation, random",
         ),
         ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
-        ("method.scope=row", "method.scope='row' must be 'layer' or 'global'"),
+        ("method.scope=row", "method.scope='row' must be one of layer, global"),
         ("method.budget=0", "method.budget=0 must be a number of parameters above 0"),
         ("method.budget=-350k", "method.budget='-350k' must be a number of parameters above 0"),
         ("method.budget=much", "method.budget='much' must be a number of parameters above 0"),
@@ -132,26 +153,26 @@ def test_each_mistake_has_its_message(cfg, override, words):
     [
         ("houlsby", "method.size=0", "method.size=0 must be a whole number of at least 1"),
         ("pfeiffer", "method.init_std=-1", "method.init_std=-1 must be a number above 0"),
-        ("pfeiffer", "method.activation=sin", "method.activation='sin' must be 'gelu' or 'relu' or 'silu' or 'tanh'"),
+        ("pfeiffer", "method.activation=sin", "method.activation='sin' must be one of gelu, relu, silu, tanh"),
         ("sora", "method.lam=-0.1", "method.lam=-0.1 must be a number of at least 0"),
         ("sora", "method.lam_start=0.1", "method.lam_start=0.1 must lie between 0 and method.lam=0.001"),
         ("sora", "method.stages=0", "method.stages=0 must be a whole number of at least 1"),
         ("r_lora", "method.regulariser.weight=-1", "method.regulariser.weight=-1 must be a number of at least 0"),
-        ("r_lora", "method.regulariser.form=cube", "method.regulariser.form='cube' must be 'squared' or 'mean_norm'"),
+        ("r_lora", "method.regulariser.form=cube", "method.regulariser.form='cube' must be one of squared, mean_norm"),
         ("r_lora", "+method.regulariser.wait=1", "method=r_lora has no setting method.regulariser.wait"),
         ("gm_lora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
         ("gm_lora", "method.mask.rank=0", "method.mask.rank=0 must be a whole number of at least 1"),
         (
             "gm_lora",
             "method.mask.rank=all",
-            "method.mask.rank='all' must be a whole number of at least 1, at most 1,000,000,000 or 'half' or null",
+            "method.mask.rank='all' must be a whole number of at least 1, at most 1,000,000,000, or half, or null",
         ),
         (
             "gm_lora",
             "method.mask.head=true",
             "with method.mask.start=0 never trains the head",
         ),
-        ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be 'step' or 'epoch'"),
+        ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be one of step, epoch"),
         ("diffora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
         ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),
         ("peft", "method.config._target_=peft.DoraConfig", "peft.DoraConfig does not exist in PEFT; did you mean"),

@@ -4,9 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.files import conf_dir
+from diffora.run.composition import composition_problems
 from diffora.run.experiment import check, run
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))

@@ -27,7 +27,7 @@ def fit(
     Raises:
         UserError: the loss was not finite, or memory ran out.
     """
-    t, settings = parts.cfg.trainer, parts.cfg[stage]
+    t, settings = parts.cfg.trainer, getattr(parts.cfg, stage)
     folder = parts.folder / "checkpoints"
     newest = parts.earlier.checkpoints.pop(stage, None)
     if newest is not None:
@@ -54,7 +54,7 @@ def fit(
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
-        detect_anomaly="debug" in parts.cfg and parts.cfg.debug.detect_anomaly,
+        detect_anomaly=parts.cfg.debug is not None and parts.cfg.debug.detect_anomaly,
         **({"max_epochs": settings.epochs} | extra),
     )
     try:

@@ -17,6 +17,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
 from diffora.run.figures import dam_heatmap
+from diffora.settings import sections
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +34,21 @@ class Loggers:
         UserError: a logger that is asked for is not installed.
     """
 
-    def __init__(self, choices: Any, folder: Path, config: dict[str, Any]) -> None:
-        self.choices, self.folder = choices or {}, folder
-        if self.choices.get("tensorboard") and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+    def __init__(self, choices: sections.Logger | None, folder: Path, config: dict[str, Any]) -> None:
+        self.choices, self.folder = choices or sections.Logger(), folder
+        if self.choices.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard")
         self.wandb: Any = None
-        wandb = self.choices.get("wandb")
+        wandb = self.choices.wandb
         if wandb and (logger := _wandb_logger(wandb, folder, config)) is not None:
             self.wandb = Guarded("wandb", logger)
 
     def of_stage(self, stage: str) -> list[Logger]:
         """Loggers for one stage's Trainer; an attempt that resumes gets a version of its own."""
         found: list[Logger] = []
-        if self.choices.get("csv"):
+        if self.choices.csv:
             found.append(Guarded("csv", CSVLogger(self.folder / "logs", name=stage)))
-        if self.choices.get("tensorboard"):
+        if self.choices.tensorboard:
             from lightning.pytorch.loggers import TensorBoardLogger
 
             found.append(Guarded("tensorboard", TensorBoardLogger(self.folder / "logs" / "tensorboard", name=stage)))
@@ -184,7 +185,7 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
+def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:
     """W&B's logger with a run begun, online if there is a key and the server answers; None if it cannot begin."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -192,7 +193,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     if getattr(rank_zero_only, "rank", 0) != 0:
-        return WandbLogger(save_dir=folder, project=choice["project"])
+        return WandbLogger(save_dir=folder, project=choice.project)
     asked = os.environ.get("WANDB_MODE", "")
     modes = ["online", "offline"]
     if asked in ("offline", "dryrun", "disabled"):
@@ -208,10 +209,10 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
         identity = folder / "wandb" / "run_id"  # a resumed run goes on in the same W&B run
         known = identity.read_text(errors="replace").strip() if identity.is_file() else ""
         settings = {
-            "project": choice["project"],
-            "entity": choice["entity"],
-            "group": choice["group"],
-            "tags": list(choice["tags"]),
+            "project": choice.project,
+            "entity": choice.entity,
+            "group": choice.group,
+            "tags": list(choice.tags),
             "name": folder.name,
             "config": config,
             "dir": str(folder),
@@ -229,7 +230,7 @@ def _wandb_logger(choice: Any, folder: Path, config: dict[str, Any]) -> Any:
                 wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
             wandb.define_metric("search/*", step_metric="trainer/global_step")
             write_text(identity, str(settings["id"]))
-            return WandbLogger(save_dir=folder, project=choice["project"])
+            return WandbLogger(save_dir=folder, project=choice.project)
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
             then = offline if mode == "online" else "the run goes on without it"

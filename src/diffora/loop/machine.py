@@ -5,17 +5,17 @@ from functools import cache
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 
 from diffora.errors import UserError
 from diffora.loop.launch import launch_problems
+from diffora.settings.sections import Settings
 
 
-def check_machine(cfg: DictConfig) -> None:
+def check_machine(cfg: Settings) -> None:
     """Refuse devices that are not there. Not for a dry run, nor where a sweep is only submitted from.
 
     Args:
-        cfg: a configuration without mistakes of its own.
+        cfg: settings without mistakes of their own.
 
     Raises:
         UserError: everything that is wrong.

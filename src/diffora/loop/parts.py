@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from omegaconf import DictConfig
 from torch import nn
 
 from diffora import digests
@@ -19,6 +18,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.checkpoint import Earlier, earlier
 from diffora.loop.data import examples_of
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Rows, Split, Task
 
 
@@ -95,7 +95,7 @@ class Parts:
         first_step_at: when training on the first batch began, in seconds since 1970.
     """
 
-    cfg: DictConfig
+    cfg: Settings
     folder: Path
     task: Task
     backbone: Backbone
@@ -112,7 +112,7 @@ class Parts:
         return self.backbone.model
 
     @classmethod
-    def load(cls, cfg: DictConfig, folder: Path, task: Task) -> "Parts":
+    def load(cls, cfg: Settings, folder: Path, task: Task) -> "Parts":
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
@@ -131,7 +131,7 @@ class Parts:
 
         identity = digests.backbone(cfg.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(cfg, rows.data_hash, n_rows, identity)
+        made_with = digests.made_with(cfg.composed, rows.data_hash, n_rows, identity)
         before = earlier(folder, made_with) if cfg.resume else Earlier()
 
         data = Data.encode(task, processor, rows, test)
@@ -139,11 +139,11 @@ class Parts:
         return cls(cfg, folder, task, backbone, grid, data, identity, made_with, before)
 
 
-def _grid(cfg: DictConfig, backbone: Backbone) -> Grid:
+def _grid(cfg: Settings, backbone: Backbone) -> Grid:
     """The candidate modules of a backbone, after a check that the head is not among them."""
-    grid = find_grid(backbone.model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(backbone.model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
     backbone.check_outside_head(itertools.chain(*grid.names))
-    if isinstance(path := cfg.method.get("selection"), str):
+    if isinstance(path := getattr(cfg.method, "selection", None), str):
         Selection.load(Path(path)).check_fits(grid, path)
     return grid
 

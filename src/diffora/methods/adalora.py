@@ -14,7 +14,7 @@ from diffora.core.orthogonality import orthogonality
 from diffora.core.selection import Selection
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.peft import ADAPTER, Pair, inject
-from diffora.settings.config import FRACTION, NOT_NEGATIVE, number, whole
+from diffora.settings.checks import FRACTION, NOT_NEGATIVE, RANK, Help, number, whole
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 SHARE_OF_STEPS = number(lambda v: 0 <= v < 1, "a number in [0, 1): it is a share of all steps")
@@ -22,28 +22,20 @@ SHARE_OF_STEPS = number(lambda v: 0 <= v < 1, "a number in [0, 1): it is a share
 
 @dataclass(frozen=True)
 class AdaLoRA(Method):
-    """dW = alpha / init_rank B diag(E) A; E's least important entries are set to 0 until ``rank`` a module are left.
-
-    Attributes:
-        rank: the mean rank in the end.
-        init_rank: the rank of every module in the beginning.
-        initial, final: shares of all optimiser steps, before and after the ranks are reduced.
-        every: steps between two allotments.
-        beta1, beta2: of the averages of importance and of its uncertainty.
-        orthogonality: the weight of the penalty.
-    """
+    """dW = alpha / init_rank B diag(E) A. The least important entries of E are set to 0 until the modules have, on
+    average, rank ``rank``."""
 
     name: ClassVar[str] = "adalora"
     rank: Rank
     dropout: Rate
     alpha: Alpha
-    init_rank: Rank
-    initial: Annotated[float, SHARE_OF_STEPS]
-    final: Annotated[float, SHARE_OF_STEPS]
-    every: Annotated[int, whole(1)]
-    beta1: Annotated[float, FRACTION]
-    beta2: Annotated[float, FRACTION]
-    orthogonality: Annotated[float, NOT_NEGATIVE]
+    init_rank: Annotated[int, RANK, Help("Rank of every module at the start.", "directions")]
+    initial: Annotated[float, SHARE_OF_STEPS, Help("Share of all optimiser steps before ranks are reduced.")]
+    final: Annotated[float, SHARE_OF_STEPS, Help("Share of all optimiser steps after ranks are reduced.")]
+    every: Annotated[int, whole(1), Help("Steps between two reductions.", "steps")]
+    beta1: Annotated[float, FRACTION, Help("Decay of the average of importance.")]
+    beta2: Annotated[float, FRACTION, Help("Decay of the average of the importance's uncertainty.")]
+    orthogonality: Annotated[float, NOT_NEGATIVE, Help("Weight of the penalty that keeps A and B orthonormal.")]
 
     def problems(self) -> Iterator[str]:
         if self.init_rank <= self.rank:

@@ -3,15 +3,11 @@
 `Method` is what the user sets and never changes; `Adaptation` is what a method does with one model while it is trained.
 """
 
-import dataclasses
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from diffora.adapters.export import export_weights
@@ -19,26 +15,15 @@ from diffora.adapters.origin import Origin
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.settings.config import (
-    FLAG,
-    GROUP,
-    MOST,
-    NULL,
-    NUMBER,
-    POSITIVE,
-    RANK,
-    RATE,
-    TEXT,
-    TEXTS,
-    Check,
-    one_of,
-    show,
-    whole,
-)
+from diffora.settings.checks import MOST, POSITIVE, RANK, RATE, Help
+from diffora.settings.read import Reading, read_group
 
 Rank = Annotated[int, RANK]
 Rate = Annotated[float, RATE]
-Alpha = Annotated[float, POSITIVE]  # updates are scaled by alpha / rank
+Alpha = Annotated[float, POSITIVE, Help("Low-rank updates are scaled by alpha / rank.")]
+
+DIALS = {"rank": "rank", "rho": "rho", "dropout": "finetune.dropout"}
+"""The settings of a method that stand outside the section ``method``, and their keys."""
 
 
 class Adaptation:
@@ -96,41 +81,53 @@ class Adaptation:
 class Method:
     """A fine-tuning method. A subclass is a frozen dataclass: its fields are its settings.
 
-    Fields named ``rank``, ``rho`` and ``dropout`` are read from the top-level dials ``rank``, ``rho`` and from
-    ``finetune.dropout``; every other field from ``method.<field>``. A field may be a dataclass itself. Its type says
-    what it may be; where that is less than the type allows, as for all numbers, ``Annotated[type, check]`` does, with
-    one of the checks of `diffora.settings.config`.
+    Fields named ``rank``, ``rho`` and ``dropout`` are read from the keys in `DIALS`, every other field from
+    ``method.<field>``. A field is described as in `diffora.settings.checks`: by its type, a check where the type
+    allows too much (as for all numbers), and a help text. A field may be a dataclass itself.
     """
 
     name: ClassVar[str]
+    """The name in ``method=<name>``: an instance has that of the configuration, the class a usual one."""
     required: ClassVar[tuple[str, ...]] = ("adapt",)
     """Methods that every subclass must define."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":
-        """Build from the composed configuration.
+        """Build from a composed configuration, or from the sections of one that an adapter's file holds.
 
         Raises:
             UserError: every unknown, missing, wrongly typed or impossible setting.
         """
-        dials = {"rank": ("rank", cfg), "rho": ("rho", cfg), "dropout": ("finetune.dropout", cfg.get("finetune", {}))}
-        given: dict[str, tuple[str, Any]] = {
-            name: (key, node[name]) for name, (key, node) in dials.items() if name in node
-        }
-        problems: list[str] = []
-        who = f"method={cfg.method.name}"
-        for name, value in cfg.method.items():
-            if name in dials:
-                problems.append(f"{who} has no setting method.{name}")
-            elif name not in ("_target_", "name"):
-                given[str(name)] = f"method.{name}", value
-        missing = {name: key for name, (key, _) in dials.items()}
-        values = _read(cls, given, "method.", who, problems, missing)
-        if problems:
-            raise UserError(problems)
-        method = cls(**values)
+        reading = Reading.of(cfg)
+        method = cls.read(reading.values, reading.found)
+        if method is None or reading.found:
+            raise UserError(list(reading.own_mistakes().values()))
+        return method
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], found: dict[str, str]) -> "Method | None":
+        """Build from a configuration in plain containers; None if that is not possible.
+
+        Args:
+            found: the message for each mistake is added here, by its key.
+        """
+        section = values["method"]
+        given = {name: value for name, value in section.items() if name not in ("_target_", "name")}
+        for name in DIALS.keys() & given.keys():
+            found[f"method.{name}"] = f"method={section['name']} has no setting method.{name}"
+            del given[name]
+        for name, key in DIALS.items():
+            group, _, last = key.rpartition(".")
+            node = values.get(group) if group else values
+            if isinstance(node, Mapping) and last in node:
+                given[name] = node[last]
+        method: Method | None = read_group(cls, given, "method.", found, f"method={section['name']}", DIALS)
+        if method is None:
+            return None
+        object.__setattr__(method, "name", section["name"])  # several files in conf/method share a class
         if problems := list(method.problems()):
-            raise UserError(problems)
+            found |= {text: text for text in problems}
+            return None
         return method
 
     def problems(self) -> Iterator[str]:
@@ -183,63 +180,3 @@ def check_ranks(grid: Grid, ranks: Mapping[str, int], where: Tensor | None = Non
     ]
     if problems:
         raise UserError(problems)
-
-
-def _read(
-    kind: Any,
-    given: Mapping[str, tuple[str, Any]],
-    prefix: str,
-    who: str,
-    problems: list[str],
-    elsewhere: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Values for a dataclass's fields from ``name: (key, value)``; what does not fit is added to ``problems``.
-
-    Args:
-        elsewhere: keys of fields that do not stand below ``prefix``.
-    """
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    problems += [
-        f"{who} has no {'setting ' if key.startswith('method.') else ''}{key}"
-        for name, (key, _) in given.items()
-        if name not in fields
-    ]
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        key, value = given.get(name, ((elsewhere or {}).get(name, f"{prefix}{name}"), dataclasses.MISSING))
-        if value is dataclasses.MISSING:
-            if field.default is dataclasses.MISSING:
-                problems.append(f"{key} is missing")
-        elif dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping | DictConfig):
-                names = ", ".join(inner.name for inner in dataclasses.fields(hints[name]))
-                problems.append(f"{key}={show(value)} must be a group of settings: {names}")
-                continue
-            before = len(problems)
-            inner = _read(hints[name], {str(k): (f"{key}.{k}", v) for k, v in value.items()}, f"{key}.", who, problems)
-            if len(problems) == before:
-                values[name] = hints[name](**inner)
-        else:
-            values[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            checks = list(_checks(hints[name]))
-            if not any(check.fits(values[name]) for check in checks):
-                problems.append(f"{key}={show(values[name])} must be {' or '.join(check.words for check in checks)}")
-    return values
-
-
-PLAIN = {int: whole(-MOST), float: NUMBER, bool: FLAG, str: TEXT, dict: GROUP, list: TEXTS, types.NoneType: NULL}
-
-
-def _checks(hint: Any) -> Iterator[Check]:
-    """What a field may be, one check for each member of a union. A boolean is no number; a whole number is a float."""
-    if typing.get_origin(hint) is Annotated:
-        yield hint.__metadata__[0]
-    elif typing.get_origin(hint) in (types.UnionType, typing.Union):
-        for member in typing.get_args(hint):
-            yield from _checks(member)
-    elif typing.get_origin(hint) is Literal:
-        for choice in typing.get_args(hint):
-            yield one_of(choice)._replace(words=repr(choice))
-    else:
-        yield PLAIN[typing.get_origin(hint) or hint]

@@ -11,25 +11,23 @@ from diffora.core.linear import features
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation, Method
-from diffora.settings.config import POSITIVE, whole
+from diffora.settings.checks import POSITIVE, Help, whole
 
 
 @dataclass(frozen=True)
 class Bottleneck(Method):
     """Adapters behind some of each layer's output projections, before dropout, residual and LayerNorm.
 
-    Attributes:
-        size: width b; an adapter behind d outputs has 2 d b + b + d parameters.
-        activation: between the two matrices.
-        skip: h + f(h) rather than f(h).
-        init_std: of the initial weights, near 0 for a start near the identity.
+    An adapter of width b behind d outputs has 2 d b + b + d parameters.
     """
 
     roles: ClassVar[tuple[str, ...]]
-    size: Annotated[int, whole(1)]
-    activation: Literal["gelu", "relu", "silu", "tanh"]
-    skip: bool
-    init_std: Annotated[float, POSITIVE]  # at 0 neither matrix would ever get a gradient
+    size: Annotated[int, whole(1), Help("Width of the bottleneck.", "units")]
+    activation: Annotated[Literal["gelu", "relu", "silu", "tanh"], Help("Activation between the two matrices.")]
+    skip: Annotated[bool, Help("Return h + f(h); false: f(h).")]
+    init_std: Annotated[  # at 0 neither matrix would ever get a gradient
+        float, POSITIVE, Help("Standard deviation of the first weights; near 0 the adapter starts near the identity.")
+    ]
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         for role in self.roles:

@@ -14,7 +14,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import check_ranks
 from diffora.methods.selecting import Selecting
-from diffora.settings.config import PATH, TEXTS, Check, whole
+from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
 
@@ -31,10 +31,17 @@ class DiffoRA(Selecting):
     """
 
     name: ClassVar[str] = "diffora"
-    selector: Literal["search", "attribution", "gradient", "activation", "random"]
-    score_batches: Annotated[int, whole(1)]
-    selection: Annotated[str, PATH] | Annotated[list[str], PARTS] | None
-    warm_start: bool
+    selector: Annotated[
+        Literal["search", "attribution", "gradient", "activation", "random"], Help("What scores the modules.")
+    ]
+    score_batches: Annotated[
+        int, whole(1), Help("Batches of search rows for `attribution`, `gradient` and `activation`.", "batches")
+    ]
+    selection: Annotated[
+        Annotated[str, PATH] | Annotated[list[str], PARTS] | None,
+        Help("Use this selection instead of a search: a selection.json, or a list of modules for every layer."),
+    ]
+    warm_start: Annotated[bool, Help("Selected modules keep the A and B of the search.")]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -15,40 +15,45 @@ from diffora.core.lowrank import LowRankLinear, attach, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
-from diffora.settings.config import NOT_NEGATIVE, RANK, whole
+from diffora.settings.checks import NOT_NEGATIVE, RANK, Help, whole
 
 
 @dataclass(frozen=True)
 class Regulariser:
-    """R-LoRA ([R] section 4.2): ``weight`` times the distance of every A and B from orthonormality; 0 for none.
+    """R-LoRA ([R] section 4.2): ``weight`` times the distance of every A and B from orthonormality."""
 
-    ``form`` is that of eq. 10, ``squared``, or the released code's ``mean_norm`` (see `orthogonality`).
-    """
-
-    weight: Annotated[float, NOT_NEGATIVE]
-    form: Literal["squared", "mean_norm"]
+    weight: Annotated[float, NOT_NEGATIVE, Help("Weight λ of the penalty; 0: no penalty.")]
+    form: Annotated[
+        Literal["squared", "mean_norm"], Help("Form of the penalty: [R] eq. 10 (`squared`), or the released code's.")
+    ]
 
 
 @dataclass(frozen=True)
 class Mask:
-    """GM-LoRA ([R] section 4.3, Algorithm 1): only ``rank`` directions of each adapter are trained in a step.
+    """GM-LoRA ([R] section 4.3, [R] Algorithm 1): only some directions of each adapter are trained in a step."""
 
-    Attributes:
-        rank: how many of the R directions; ``half`` of them; or null, to train all.
-        every: draw anew each ``step`` (Algorithm 1) or each ``epoch`` (the paper's introduction).
-        independent: the directions of B are drawn apart from those of A (the released code's second version).
-        target: ``gradient``: masked entries get no gradient, but a momentum still moves them (the paper);
-            ``update``: they stay where they are.
-        start: the first step that is masked; the released code begins with 1.
-        head: the head gets no gradient in masked steps (the released code), though a momentum still moves it.
-    """
-
-    rank: Annotated[int, RANK] | Literal["half"] | None
-    every: Literal["step", "epoch"]
-    independent: bool
-    target: Literal["gradient", "update"]
-    start: Annotated[int, whole(0)]
-    head: bool
+    rank: Annotated[
+        Annotated[int, RANK] | Literal["half"] | None,
+        Help("Directions to train in a step: a number, half of the rank, or null for all.", "directions"),
+    ]
+    every: Annotated[
+        Literal["step", "epoch"],
+        Help("Draw the directions for each step ([R] Algorithm 1) or each epoch ([R] introduction)."),
+    ]
+    independent: Annotated[
+        bool, Help("Draw the directions of B independently of A's, as the second version of the released code does.")
+    ]
+    target: Annotated[
+        Literal["gradient", "update"],
+        Help(
+            "What to mask. gradient: masked entries get no gradient, but momentum still moves them (the paper). "
+            "update: they do not move."
+        ),
+    ]
+    start: Annotated[int, whole(0), Help("The first masked step; the released code starts with 1.", "steps")]
+    head: Annotated[
+        bool, Help("Give the head no gradient in masked steps, as the released code does; momentum still moves it.")
+    ]
 
     def problems(self, rank: int | None) -> Iterator[str]:
         """What is wrong, for adapters of a given rank, or of one not known yet."""

@@ -13,13 +13,12 @@ import json
 import re
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from omegaconf import ListConfig
 from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_PEFT, card
@@ -34,7 +33,8 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
-from diffora.settings.config import FLAG, MOST, NUMBER, POSITIVE, RATE, TEXTS, Check, odd_value, show, whole
+from diffora.settings.checks import GROUP, POSITIVE, RATE, TEXTS, Check, Help, whole
+from diffora.settings.read import value_problem
 from diffora.trust import object_in
 
 ADAPTER = "default"
@@ -71,35 +71,40 @@ REFUSED_INIT = {
     "lora_ga": "it needs PEFT's own pass over data beforehand",
 }
 
-PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types, or null for every candidate")
-R = whole(1, 2**16)  # VeRA and the like draw matrices as wide
+PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types")
+BOUNDS = {"r": whole(1, 2**16), "dropout": RATE, "alpha": POSITIVE}
+"""Bounds of the arguments of PEFT's classes, by the last word of their names. VeRA draws matrices as wide as ``r``."""
 
 
 @dataclass(frozen=True)
 class PEFT(Method):
     """What a configuration class of PEFT describes, at the candidate modules.
 
-    Attributes:
-        config: the class as ``_target_`` and its arguments; ``rank`` and ``dropout`` are for it to refer to.
-        places: the roles or module types to adapt; None for every candidate.
+    The configuration refers to ``rank`` and ``dropout``; nothing else reads them.
     """
 
     name: ClassVar[str] = "peft"
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], GROUP, Help("PEFT's configuration class as `_target_`, and its arguments.")]
     rank: Rank | None = None
     dropout: Rate | None = None
-    places: Annotated[list[str], PLACES] | None = None
+    places: Annotated[
+        Annotated[list[str], PLACES] | None,
+        Help("The roles (`model.roles`) or module types to adapt; null: every candidate."),
+    ] = None
 
     @classmethod
-    def from_config(cls, cfg: Any) -> Method:
-        method = super().from_config(cfg)
-        assert isinstance(method, PEFT)
-        candidates = cfg.model.get("candidates")
-        if isinstance(candidates, ListConfig):  # which are otherwise known once the model is, see `targets`
-            there = dict.fromkeys((*(cfg.model.get("roles") or ()), *ROLES, *candidates))
-            if strange := [place for place in method.places or () if place not in there]:
-                hint = f"no role and no candidate of model={cfg.model.name}, which has {', '.join(there)}"
-                raise UserError([f"method.places: {place} is {hint}" for place in strange])
+    def read(cls, values: Mapping[str, Any], found: dict[str, str]) -> Method | None:
+        method = super().read(values, found)
+        model = values.get("model")
+        if not isinstance(method, PEFT) or not isinstance(model, Mapping):
+            return method
+        candidates = model.get("candidates")
+        if isinstance(candidates, list):  # otherwise they are known with the model, see `targets`
+            there = dict.fromkeys((*(model.get("roles") or ()), *ROLES, *candidates))
+            for place in method.places or ():
+                if place not in there:
+                    hint = f"no role and no candidate of model={model.get('name')}, which has {', '.join(there)}"
+                    found[f"method.places.{place}"] = f"method.places: {place} is {hint}"
         return method
 
     def problems(self) -> Iterator[str]:
@@ -348,24 +353,10 @@ def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[s
     except (NameError, TypeError):
         hints = {}
     for name, value in given.items():
-        hint = hints.get(name)
-        rule = NUMBER if hint in (int, float) else FLAG if hint is bool else None
-        if name == "r":
-            rule = R
-        elif name.endswith("dropout"):
-            rule = RATE
-        elif name.endswith("alpha") and hint in (int, float):
-            rule = POSITIVE
-        elif hint is int:
-            rule = whole(-MOST)
-        if rule is not None and not rule.fits(value):
-            yield f"{key}.{name}={show(value)} must be {rule.words}"
-        elif odd := odd_value(f"{key}.{name}", value):
-            yield odd
+        if problem := value_problem(f"{key}.{name}", value, _hint(name, hints.get(name))):
+            yield problem
         elif name == "init_lora_weights" and isinstance(value, str) and value in REFUSED_INIT:
             yield f"{key}.{name}={value} cannot be used here: {REFUSED_INIT[value]}"
-        elif (choices := _choices(hint)) and isinstance(value, str) and not any(map(_is_choice(value), choices)):
-            yield f"{key}.{name}={value} must be one of {', '.join(choices)}"
     if str(given.get("init_lora_weights", "")).startswith(MOVES_BASE):
         also = [n for n in ("use_dora", "lora_bias", "trainable_token_indices") if given.get(n)]
         also += ["bias"] if given.get("bias", "none") != "none" else []
@@ -373,16 +364,22 @@ def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[s
             yield f"{key}.init_lora_weights={given['init_lora_weights']} does not go with {key}.{also[0]}"
 
 
-def _choices(hint: Any) -> list[str]:
-    """The texts that an argument may be, where it may not be any text."""
+def _hint(name: str, hint: Any) -> Any:
+    """PEFT's type hint of an argument as far as it can be relied on, with its bounds."""
+    bound = BOUNDS.get(name.rpartition("_")[2])
+    if bound is not None and hint in (int, float):
+        return Annotated[hint, bound]
+    if hint in (int, float, bool):
+        return hint
     parts = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
-    literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal]
-    return [] if str in parts else [choice for choices in literals for choice in choices if isinstance(choice, str)]
-
-
-def _is_choice(value: str) -> Callable[[str], bool]:
-    """PEFT writes ``pissa_niter_[number of iters]`` for ``pissa_niter_4``."""
-    return lambda choice: value == choice or ("[" in choice and value.startswith(choice.partition("[")[0]))
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    choices = [choice for part in literals for choice in typing.get_args(part) if isinstance(choice, str)]
+    if choices and str not in parts:
+        # PEFT writes pissa_niter_[number of iters] for pissa_niter_4.
+        starts = tuple(choice.partition("[")[0] for choice in choices if "[" in choice)
+        fits = lambda v: not isinstance(v, str) or v in choices or v.startswith(starts or ("\0",))  # noqa: E731
+        return Annotated[Any, Check(fits, f"one of {', '.join(choices)}")]
+    return Any
 
 
 def _tokens(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:

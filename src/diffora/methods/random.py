@@ -11,7 +11,7 @@ from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.selecting import Selecting
-from diffora.settings.config import PATH, SEED
+from diffora.settings.checks import PATH, SEED, Help
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,11 @@ class Random(Selecting):
     """
 
     name: ClassVar[str] = "random"
-    draw: Annotated[int, SEED]
-    like: Annotated[str, PATH] | None
+    draw: Annotated[int, SEED, Help("Which of all draws; by default the run's seed.")]
+    like: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Draw among the selections that have as many adapter parameters as this selection.json."),
+    ]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -25,7 +25,7 @@ from diffora.errors import UserError
 from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation, Mask, Regulariser
 from diffora.search.criteria import random_scores
-from diffora.settings.config import SHARE_OF_MODULES, Check, is_int, show
+from diffora.settings.checks import RANK, SHARE_OF_MODULES, Check, Help, is_int, show
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,18 @@ class Selecting(Method):
     rho: Annotated[float, SHARE_OF_MODULES]
     dropout: Rate
     alpha: Alpha
-    weight_sharing: bool
-    shared_rank: Rank
-    scope: Literal["layer", "global"]
-    budget: Annotated[int | str, BUDGET] | None
-    regulariser: Regulariser
-    mask: Mask
+    weight_sharing: Annotated[bool, Help("Give unselected modules small shared pairs; false: they stay frozen.")]
+    shared_rank: Annotated[int, RANK, Help("Rank of the pairs that unselected modules share.", "directions")]
+    scope: Annotated[
+        Literal["layer", "global"],
+        Help("Select the best K = floor(ρ N) modules of each layer, or the best floor(ρ N L) of the whole model."),
+    ]
+    budget: Annotated[
+        Annotated[int | str, BUDGET] | None,
+        Help("Most adapter parameters: chooses the rank (`scope=layer`) or the number of modules (`scope=global`)."),
+    ]
+    regulariser: Annotated[Regulariser, Help("R-LoRA's penalty on the adapters.")]
+    mask: Annotated[Mask, Help("GM-LoRA's masks on the adapters.")]
 
     def problems(self) -> Iterator[str]:
         # A budget chooses the rank; adapters of fewer directions than the mask has are trained whole.

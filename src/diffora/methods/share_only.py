@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
@@ -10,8 +10,9 @@ from torch import nn
 from diffora.core.grid import Grid
 from diffora.core.lowrank import attach
 from diffora.core.selection import Selection
-from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
+from diffora.methods.base import Alpha, Method, Rate, check_ranks
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.settings.checks import RANK, Help
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ShareOnly(Method):
     name: ClassVar[str] = "share_only"
     dropout: Rate
     alpha: Alpha
-    shared_rank: Rank
+    shared_rank: Annotated[int, RANK, Help("Rank of the pairs that modules share across layers.", "directions")]
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         check_ranks(grid, {"method.shared_rank": self.shared_rank})

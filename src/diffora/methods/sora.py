@@ -11,7 +11,7 @@ from diffora.core.grid import Grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.core.selection import Selection
 from diffora.methods.lowrank import Everywhere, LowRankAdaptation
-from diffora.settings.config import NOT_NEGATIVE, whole
+from diffora.settings.checks import NOT_NEGATIVE, Help, whole
 
 
 def soft_threshold(x: Tensor, by: float) -> Tensor:
@@ -23,19 +23,16 @@ def soft_threshold(x: Tensor, by: float) -> Tensor:
 class SoRA(Everywhere):
     """h = W x + b + alpha/r B (g * A x); after each optimiser step g is soft-thresholded.
 
-    Attributes:
-        lam: lambda, how much each gate loses a step. It is the threshold itself, as in the released code and in the
-            values that papers give for it; with ``times_lr`` it is lambda in the formula, a threshold of
-            learning rate times lambda.
-        lam_start: lambda of the first stage, and
-        stages: in how many equal stages it grows, linearly, to ``lam`` (the sparsifying schedule); 1: always ``lam``.
+    ``lam`` is the threshold itself, as in the released code and in the values that papers give. With ``times_lr``
+    it is lambda in the paper's formula, where the threshold is learning rate times lambda. From ``lam_start`` it grows
+    linearly to ``lam`` in ``stages`` equal stages (the sparsifying schedule).
     """
 
     name: ClassVar[str] = "sora"
-    lam: Annotated[float, NOT_NEGATIVE]
-    times_lr: bool
-    lam_start: Annotated[float, NOT_NEGATIVE]
-    stages: Annotated[int, whole(1)]
+    lam: Annotated[float, NOT_NEGATIVE, Help("λ: each step moves each gate this far towards 0.")]
+    times_lr: Annotated[bool, Help("Multiply λ by the learning rate, as in the paper's formula.")]
+    lam_start: Annotated[float, NOT_NEGATIVE, Help("λ of the first stage.")]
+    stages: Annotated[int, whole(1), Help("Equal stages in which λ grows to `lam`; 1: `lam` from the start.", "stages")]
 
     def problems(self) -> Iterator[str]:
         if self.lam_start > self.lam:

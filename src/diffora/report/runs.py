@@ -17,7 +17,7 @@ from diffora.errors import UserError
 from diffora.files import MOST_DEPTH, MOST_YAML, parse_yaml, read_json, read_text
 from diffora.report.statistics import finite
 from diffora.run.record import NAME, record_in
-from diffora.settings.config import NOT_IN_HASH, short_name
+from diffora.settings.identity import NOT_IN_HASH, short_name
 
 INSIDE = {"checkpoints", "logs", "adapter", "model", "wandb", "predictions"}  # of a run's folder, where no run is
 NO_SETTING = (*NOT_IN_HASH, "seed", "predict")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffora.errors import UserError, explained, reason
 from diffora.files import kept, read_yaml, remove_leftovers, write_text
 from diffora.run.record import check_as_left, missing_files, peaks, read_record, why_broken, write_record
-from diffora.settings import config
+from diffora.settings import identity
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         return None
     if status == "dry_run" or "config_hash" not in old:
         return None
-    if old["config_hash"] != config.config_hash(cfg):
+    if old["config_hash"] != identity.config_hash(cfg):
         raise UserError(
             [
                 f"{folder} was started with other settings, and to continue it takes the same; remove it, or choose "
@@ -120,7 +120,7 @@ def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
         raise UserError(f"{error}; {UNKNOWN}") from None
     if not isinstance(before, dict):
         raise UserError(f"{file} is missing or holds no settings; {UNKNOWN}")
-    return config.differences(before, config.plain(cfg))
+    return identity.differences(before, identity.plain(cfg))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from diffora import START
@@ -23,7 +22,8 @@ from diffora.loop.checkpoint import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run import memory, terminal
-from diffora.run.record import new_record, read_record, write_record
+from diffora.run.record import read_record, write_record
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
 from diffora.tasks.sources import first_line
 from diffora.training.stage import check_stages
@@ -31,8 +31,8 @@ from diffora.training.stage import check_stages
 log = logging.getLogger(__name__)
 
 
-def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[str, Any]:
-    """Build the adapted model on the meta device. Print its record and write it to ``folder``.
+def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Build the adapted model on the meta device. Complete its record, print it, and write it to ``folder``.
 
     The dimensions come from a local model folder, or else from ``conf/model``. The hub is asked only without both.
 
@@ -44,7 +44,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     """
     backbone = _meta_backbone(cfg, task)
     model = backbone.model
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles)
     backbone.check_outside_head(itertools.chain(*grid.names))
     asked: list[str] = []
 
@@ -64,7 +64,6 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
         selection = None
         params |= _unknown_counts(grid, method)
         params["trainable"] = params["adapter"] + params["head"]
-    record = new_record(cfg, data_hash=None)
     record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
@@ -77,7 +76,7 @@ def dry_run(cfg: DictConfig, method: Method, task: Task, folder: Path) -> dict[s
     return record
 
 
-def _meta_backbone(cfg: DictConfig, task: Task) -> Backbone:
+def _meta_backbone(cfg: Settings, task: Task) -> Backbone:
     try:
         return meta_backbone(cfg.model, task.model_request())
     except UserError:
@@ -86,7 +85,7 @@ def _meta_backbone(cfg: DictConfig, task: Task) -> Backbone:
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
 
 
-def _memory(cfg: DictConfig, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
+def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
     """Estimates of memory by stage, in MB. A stage that cannot be measured is left out, with a warning.
 
     Args:
@@ -119,7 +118,7 @@ def _memory(cfg: DictConfig, task: Task, adapted: Backbone, searched: Grid | Non
     return found
 
 
-def _checkpointing(cfg: DictConfig, backbone: Backbone) -> nn.Module:
+def _checkpointing(cfg: Settings, backbone: Backbone) -> nn.Module:
     if cfg.trainer.gradient_checkpointing:
         backbone.checkpoint_activations()
     return backbone.model

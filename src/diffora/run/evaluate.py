@@ -16,14 +16,16 @@ from diffora import digests
 from diffora.adapters.manifest import ADAPT
 from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
-from diffora.cli import composition_problems
 from diffora.errors import UserError
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
 from diffora.run import terminal
+from diffora.run.check import section_problems
+from diffora.run.composition import composition_problems
 from diffora.run.record import NAME, WEIGHTS, check_as_left, read_record
-from diffora.settings import config
+from diffora.settings import checks
+from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.trust import class_at, literal, settings
@@ -72,7 +74,7 @@ def read_request(arguments: list[str]) -> Request:
     cfg = _override(cfg, choices if "run" in own else [], values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
-    if problems := [p for p in config.problems(cfg) if p.startswith(("task.", "model.", "trainer.", "recipe="))]:
+    if problems := section_problems(cfg, SECTIONS):
         raise UserError(problems)
     splits = own.get("split")
     names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
@@ -106,7 +108,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
         name, value = parsed.key_or_group, parsed.value()
         if name in OWN:
             if own.get(name, value) != value:
-                problems.append(f"{name}= is given twice: {config.show(own[name])} and {config.show(value)}")
+                problems.append(f"{name}= is given twice: {checks.show(own[name])} and {checks.show(value)}")
             own[name] = value
         elif name in SECTIONS:
             choices.append(argument)
@@ -114,7 +116,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
             values[name] = value
         else:
             hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
-            problems.append(f"{config.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
+            problems.append(f"{checks.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
     problems += _own_problems(own)
     if problems:
         raise UserError(problems)
@@ -125,15 +127,15 @@ def _own_problems(own: dict[str, Any]) -> Iterator[str]:
     """One message for each of our own arguments that cannot be right."""
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         yield "give either run=<run directory> or adapter=<folder> with task= and model="
-    rows, size, splits = config.whole(1), own.get("batch_size", 64), own.get("split")
+    rows, size, splits = checks.whole(1), own.get("batch_size", 64), own.get("split")
     if not rows.fits(size):
-        yield f"batch_size={config.show(size)} must be {rows.words}"
-    if config.is_int(splits):
+        yield f"batch_size={checks.show(size)} must be {rows.words}"
+    if checks.is_int(splits):
         splits = str(splits)
-    if not (splits is None or config.TEXT.fits(splits) or (splits and config.TEXTS.fits(splits))):
-        yield f"split={config.show(splits)} must be the name of a split, or a list of names"
-    if "output" in own and not config.PATH.fits(own["output"]):
-        yield f"output={config.show(own['output'])} must be {config.PATH.words}"
+    if not (splits is None or checks.TEXT.fits(splits) or (splits and checks.TEXTS.fits(splits))):
+        yield f"split={checks.show(splits)} must be the name of a split, or a list of names"
+    if "output" in own and not checks.PATH.fits(own["output"]):
+        yield f"output={checks.show(own['output'])} must be {checks.PATH.words}"
 
 
 def _output(own: dict[str, Any], place: Path) -> Path:
@@ -253,7 +255,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         found[name] = {key: round(value, 6) for key, value in scores.items()}
     account = {
         "weights": str(request.weights.resolve()),
-        "task": config.plain(cfg)["task"],
+        "task": plain(cfg)["task"],
         "model": cfg.model.path,
         "rows": {name: len(split.rows) for name, split in splits.items()},
         "data": data,

@@ -13,12 +13,10 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from diffora import START, digests
 from diffora.adapters.origin import Origin
-from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError, machine_limits
 from diffora.files import check_writable
@@ -31,6 +29,7 @@ from diffora.loop.process import is_main, quiet_libraries
 from diffora.methods.base import Method
 from diffora.run import directory as rundir
 from diffora.run import figures, terminal
+from diffora.run.check import check
 from diffora.run.record import (
     file_digests,
     missing_files,
@@ -41,11 +40,11 @@ from diffora.run.record import (
     write_record,
 )
 from diffora.search.stage import find_selection, warm_start
-from diffora.settings import config
+from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
 from diffora.training.stage import check_stages, finetune
-from diffora.trust import class_at, literal
+from diffora.trust import literal
 
 log = logging.getLogger(__name__)
 
@@ -94,29 +93,30 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             written to ``folder``.
     """
     began = time.time() if began is None else began
-    cfg = _named(cfg)
-    method, task = check(cfg)
+    cfg = _named(cfg)  # from here on only for what is written and compared
+    settings, task = check(cfg)
+    method = settings.method
     if is_main():
         rundir.check_place(folder)
-    if cfg.dry_run:
+    if settings.dry_run:
         from diffora.run.dry_run import dry_run
 
         with machine_limits():
-            return Result(folder, dry_run(cfg, method, task, folder), None, None)
+            return Result(folder, dry_run(settings, method, task, folder, new_record(cfg, None)), None, None)
     quiet_libraries()
-    check_machine(cfg)
+    check_machine(settings)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
-        check_unchanged(cfg, folder, done)
+        check_unchanged(settings, task, folder, done)
         terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     if is_main():
         check_writable(folder)
     reset_peaks()
-    L.seed_everything(cfg.seed, verbose=False)
+    L.seed_everything(settings.seed, verbose=False)
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
-        parts = Parts.load(cfg, folder, task)
+        parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
-    check_stages(cfg, method, parts.grid, len(parts.data.train.encoded))
+    check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     record = new_record(cfg, parts.data.hash) | {"main_metric": task.main_metric, "maximise": task.maximise}
     record |= {"backbone": parts.identity, "data": parts.data.accounts}
     if names := parts.backbone.arguments.get("id2label"):
@@ -138,7 +138,7 @@ def _named(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None:
+def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str, Any]) -> None:
     """Compare a complete run with the data and the backbone that its settings name now.
 
     What is not there any more is not compared, nor are data from the hub: that would need the network.
@@ -148,9 +148,9 @@ def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None
     """
     now: dict[str, Any] = {}
     try:
-        now["backbone"] = digests.backbone(cfg.model.path)
-        if cfg.task.get("path") is not None:
-            now["data"] = get_task(cfg.task).load().data_hash
+        now["backbone"] = digests.backbone(settings.model.path)
+        if getattr(settings.task, "path", None) is not None:
+            now["data"] = task.load().data_hash
     except UserError as error:
         log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
     old = {"data": done.get("data_hash"), "backbone": done.get("backbone")}
@@ -160,59 +160,10 @@ def check_unchanged(cfg: DictConfig, folder: Path, done: dict[str, Any]) -> None
         )
 
 
-def check(cfg: DictConfig) -> tuple[Method, Task]:
-    """Find every mistake in a configuration before anything is loaded.
-
-    Raises:
-        UserError: all of them.
-    """
-    faults = config.faults(cfg)
-    found = [*faults.values()]
-    method: Any = None
-    if not faults.keys() & {"method", "method._target_", "finetune", "model"}:
-        try:
-            method = class_at(cfg.method._target_, Method, "method._target_").from_config(cfg)
-        except UserError as error:
-            # The method knows its own settings better than the rules that hold for all.
-            faults = {key: text for key, text in faults.items() if not key.startswith("method.")}
-            found = [*faults.values(), *(p for p in error.problems if p.partition("=")[0] not in faults)]
-        except OmegaConfBaseException:
-            assert found  # a value that leads nowhere, reported above
-    task: Any = None
-    if not any(key == "task" or (key.startswith("task.") and not key.startswith("task.recipe.")) for key in faults):
-        try:
-            task = get_task(cfg.task)
-        except UserError as error:
-            found += error.problems
-    if not any(key.startswith("model") for key in faults):
-        found += model_problems(cfg.model, cfg.dry_run is True)
-    if task is not None and "predict" not in faults and cfg.predict and not task.test_splits:
-        found.append(f"predict=true: task={task.name} has no split to predict")
-    for key in ("selection", "like"):
-        file = getattr(method, key, None)
-        if not isinstance(file, str):
-            continue
-        if key == "like" and not Path(file).exists():  # in a sweep, another run has yet to make it
-            continue
-        try:
-            Selection.load(Path(file))
-        except UserError as error:
-            found += [f"method.{key}: {problem}" for problem in error.problems]
-            continue
-        if cfg.method.get("warm_start") and not Path(file).with_suffix(".safetensors").is_file():
-            tensors = Path(file).with_suffix(".safetensors")
-            found.append(f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves")
-    if not found:
-        found += config.problems(cfg)
-    if found:
-        raise UserError(found)
-    return method, task
-
-
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
     """Select, adapt, fine-tune, evaluate, export. Fills ``record`` in."""
     cfg, folder = parts.cfg, parts.folder
-    loggers = Loggers(cfg.get("logger"), folder, config.plain(cfg))
+    loggers = Loggers(cfg.logger, folder, cfg.composed)
     failed = True
     try:
         search_s = 0.0
@@ -232,7 +183,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         L.seed_everything(cfg.seed, verbose=False)
         adaptation = method.adapt(parts.model, parts.grid, selection, cfg.seed)
         parts.backbone.check_trainable()
-        if selection is not None and cfg.method.get("warm_start"):
+        if selection is not None and getattr(method, "warm_start", False):
             warm_start(parts, selection)
         record["params"] = parts.backbone.count_parameters() | {"backbone": parts.backbone.n_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
@@ -243,7 +194,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         if is_main():
             path, local = resolve(cfg.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.task, record, config.plain(cfg), parts.backbone))
+            adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.backbone))
         record["time"] = {
             "search_s": round(search_s, 3),
             "finetune_s": round(module.elapsed, 3),

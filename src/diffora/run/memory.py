@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +26,7 @@ from diffora.core.linear import is_linear
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.split import divided, shared_tables
 from diffora.kernels.peers import rehearse
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Batch, Task
 
 QUANTISED = {"8bit": 1.0, "4bit": 0.516}
@@ -102,7 +102,7 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
+def of_finetuning(cfg: Settings, task: Task, model: nn.Module) -> Estimate:
     """Of a fine-tuning step of an adapted model on the meta device, which is used up."""
     rows = _rows(cfg, cfg.finetune)
 
@@ -112,14 +112,14 @@ def of_finetuning(cfg: DictConfig, task: Task, model: nn.Module) -> Estimate:
     return _measure(cfg, task, model, rows, step)
 
 
-def of_search(cfg: DictConfig, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
+def of_search(cfg: Settings, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
     """Of a step of the bi-level search.
 
     Args:
         model: on the meta device, with a low-rank layer at each place of the grid; it is used up.
         layers: those layers, L x N.
     """
-    together = cfg.search["update"] == "simultaneous"
+    together = cfg.search.update == "simultaneous"
     rows = _rows(cfg, cfg.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -164,8 +164,8 @@ def _cut(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _measure(cfg: DictConfig, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
-    quantise = cfg.model.get("quantise")
+def _measure(cfg: Settings, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
+    quantise = cfg.model.quantise
     weights, largest = _weight_bytes(model, quantise)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     dtype = AUTOCAST.get(cfg.trainer.precision)
@@ -196,7 +196,7 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
     return sum(tensors.values()), largest
 
 
-def _rows(cfg: DictConfig, stage: Any) -> int:
+def _rows(cfg: Settings, stage: Any) -> int:
     """Rows that one process has in its memory at a time."""
     devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
     return max(1, -(-stage.batch_size // (stage.accumulate * devices)))

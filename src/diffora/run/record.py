@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from diffora.adapters.manifest import digest_of
 from diffora.errors import UserError, reason
 from diffora.files import MOST_JSON, parse_json, read_text, write_text
-from diffora.settings.config import config_hash
+from diffora.settings.identity import config_hash
 
 NAME = "run.json"
 WEIGHTS = ("adapter", "model")

@@ -1,6 +1,6 @@
-"""What a sweep consists of: the rows x columns x seeds of an experiment's table, or every combination of values.
+"""The runs of a sweep: rows x columns x seeds of an experiment's table, or every combination of values.
 
-`hydra_plugins.diffora_table` runs it. The tables are files in ``conf/experiment/``.
+`hydra_plugins.diffora_table` starts them. The tables are files in ``conf/experiment/``.
 """
 
 import math
@@ -23,23 +23,23 @@ MOST_RUNS = 10_000
 
 @dataclass
 class Row:
-    """A method and its settings."""
+    """A row of a table: a method and its settings."""
 
     name: str = ""
-    set: list[str] = field(default_factory=list)  # overrides; they go before the column's
-    small: list[str] | None = None  # in their place at scale=small
-    columns: dict[str, list[str]] = field(default_factory=dict)  # further ones, for one column
-    like: str | None = None  # a row whose selections, of the same column and seed, say how many parameters this one has
-    paper: dict[str, Any] | None = None  # what the paper has: params, and a figure for each column; null: a control
+    set: list[str] = field(default_factory=list)  # overrides; they win over the column's
+    small: list[str] | None = None  # used instead at scale=small
+    columns: dict[str, list[str]] = field(default_factory=dict)  # more overrides, by column
+    like: str | None = None  # draw selections as large as those of this row, column by column and seed by seed
+    paper: dict[str, Any] | None = None  # the paper's figures: params, and one for each column; null: a control
 
 
 @dataclass
 class Column:
-    """A task and its backbone."""
+    """A column of a table: a task and its backbone."""
 
     set: list[str] = field(default_factory=list)
-    metrics: list[str] | None = None  # that the paper's figures are of; null: the task's main one on validation rows
-    percent: bool | None = None  # null: as the table
+    metrics: list[str] | None = None  # the metrics of the paper's figures; null: the main one on validation rows
+    percent: bool | None = None  # overrides the table's
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Table:
 
     _target_: str = "hydra_plugins.diffora_table.TableSweeper"
     title: str | None = None
-    percent: bool = False  # the paper's figures are in per cent, the metrics are shares
+    percent: bool = False  # the paper's figures are in percent; our metrics are shares
     seeds: dict[str, list[int]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     columns: dict[str, dict[str, Column]] = field(default_factory=dict)
 
 
 def table_of(node: DictConfig) -> Table:
-    """The table in a composed configuration. What is interpolated in its overrides stays for each run to resolve."""
+    """The table in a composed configuration. Interpolations in its overrides are left for each run to resolve."""
     content: Any = OmegaConf.to_container(node, resolve=False)
     rows = [Row(**row) for row in content.pop("rows", [])]
     columns = {
@@ -71,19 +71,21 @@ def parse(overrides: Sequence[str], config_loader: Any = None) -> list[Override]
 
 
 def values(override: Override) -> list[str]:
-    """What an override gives its key, one value or several, each as it is written."""
+    """The values that an override gives its key, each as it is written."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
-        raise UserError(f"{override.input_line} gives no list of values: it needs hydra/sweeper=optuna")
+        raise UserError(f"{override.input_line} is not a list of values: it needs hydra/sweeper=optuna")
     try:
         found = list(islice(override.sweep_string_iterator(), MOST_RUNS + 1))
     except (ValueError, OverflowError) as error:  # range() with a step of 0, or to infinity
         raise UserError(f"{override.input_line}: {error}") from error
     if not found:
-        raise UserError(f"{override.input_line} gives no value, so that there is nothing to run")
+        raise UserError(f"{override.input_line} gives no value, so there is nothing to run")
     if len(found) > MOST_RUNS:
-        raise UserError(f"{override.input_line} gives more than {MOST_RUNS:,} values, the most that a sweep has runs")
+        raise UserError(
+            f"{override.input_line} gives more than {MOST_RUNS:,} values; a sweep has at most that many runs"
+        )
     return found
 
 
@@ -98,18 +100,17 @@ def combinations(given: Iterable[Override]) -> list[tuple[str, ...]]:
 def cells(
     given: Sequence[Override], table: Table, experiment: str, scale: str, place: Path = Path()
 ) -> dict[str, tuple[str, ...]]:
-    """The overrides of a table's runs by the names of their folders: for each seed, row and column.
+    """The overrides of a table's runs, by the names of their folders: for each seed, row and column.
 
-    What is given goes before what the table says of the same key.
-
-    ``task=`` takes the place of all columns, but one that has this task comes with its settings; ``method=`` takes the
-    place of all rows, ``seed=`` of the seeds; ``cell.row=`` and ``cell.column=`` choose among them.
+    Overrides that are given win over the table's. ``task=`` replaces all columns (a column of the table with this task
+    keeps its settings), ``method=`` all rows and ``seed=`` the seeds. ``cell.row=`` and ``cell.column=`` choose among
+    rows and columns.
 
     Args:
-        place: the folder of the sweep, where a row that is ``like`` another finds its selections.
+        place: the folder of the sweep; a row with ``like`` finds its selections there.
 
     Raises:
-        UserError: a row or column that is not there, or several values for another key.
+        UserError: a row or column that does not exist, or several values for another key.
     """
     by_key = {o.key_or_group: o for o in given}
     rows, columns = list(table.rows), dict(table.columns.get(scale, {}))
@@ -131,7 +132,7 @@ def cells(
         value, *more = values(override)
         if more:
             raise UserError(
-                f"{override.input_line}: rows, columns and seeds are what experiment={experiment} goes through; only "
+                f"{override.input_line}: experiment={experiment} already varies rows, columns and seeds; only "
                 "method=, task=, seed=, cell.row= and cell.column= may have several values"
             )
         others[key] = _line(override, value)
@@ -181,7 +182,7 @@ def quoted(value: object) -> str:
 
 
 def slug(text: str) -> str:
-    """A name as a part of a folder's: lower case, letters, digits and dots, all else as dashes."""
+    """A name as part of a folder's name: lower-case letters, digits and dots; anything else becomes a dash."""
     spelt = text.lower().replace("\N{GREEK SMALL LETTER RHO}", "rho")
     ascii_only = unicodedata.normalize("NFKD", spelt).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9._]+", "-", ascii_only).strip("-.")

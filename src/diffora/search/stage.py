@@ -30,7 +30,6 @@ from diffora.run import figures
 from diffora.search.attribution import AttributionModule
 from diffora.search.bilevel import SearchModule, SearchSettings
 from diffora.search.score import ScoreModule
-from diffora.settings import config
 from diffora.tasks.account import Account
 from diffora.tasks.account import lines as account_lines
 
@@ -65,7 +64,7 @@ def find_selection(parts: Parts, method: Method, selector: str, loggers: Loggers
             selector,
             cfg.seed,
             split_hash=split_hash(*split),
-            config=provenance | {"search": config.plain(cfg)["search"]},
+            config=provenance | {"search": cfg.composed["search"]},
         )
 
     if selector in ("search", "attribution"):
@@ -114,7 +113,7 @@ def search(
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     attached = attach(model, grid.names, everything, s.rank, None, alpha, freeze=False)
     layers = [[layer for layer in row if layer is not None] for row in attached]
-    settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s["update"])
+    settings = SearchSettings(s.lr, s.gamma_lr, s.order, s.weight_decay, s.clip, s.accumulate, s.update)
     arguments = model, layers, grid.types, parts.task, settings, cfg.seed
     bilevel = selector == "search"
     module = SearchModule(*arguments)
@@ -128,7 +127,7 @@ def search(
         cfg.seed,
         s.train_steps,
         cfg.trainer.num_workers,
-        matched=bilevel and s["update"] == "simultaneous",
+        matched=bilevel and s.update == "simultaneous",
     )
     log.info(f"{selector}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     stage_loggers = loggers.of_stage("search")
@@ -147,7 +146,7 @@ def search(
             folder / "trajectory.json", json.dumps({"types": names, "rounds": rounds, "gamma_bar": points}) + "\n"
         )
         figures.save_png(folder / "gamma.png", figures.gamma_trajectories(module.trajectory, names))
-    if is_main() and cfg.method.get("warm_start"):
+    if is_main() and getattr(cfg.method, "warm_start", False):
         _save_searched(parts, gates, layers)
     detach(model)
     for name, state in head.items():

@@ -4,6 +4,7 @@ One subclass is one benchmark family (`glue`, `squad`, `vision`, `causal_lm`), n
 training, search and evaluation call what stands here and know no family. The defaults are those of classification.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from typing import Any, ClassVar, Protocol
 import datasets
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 
 from diffora.backbones.processors import ProcessorKind, load_processor
 from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.read import Reading, known_part, read_group
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, Accounts
 from diffora.tasks.labels import some
-from diffora.trust import class_at, literal
+from diffora.trust import class_at
 
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -70,7 +74,7 @@ class Task:
     """One task of a run, made from the ``task`` section of the configuration before anything is loaded.
 
     Args:
-        cfg: the ``task`` section.
+        cfg: the ``task`` section, an instance of ``settings``.
 
     Attributes:
         name: the task's name in ``task=<name>``.
@@ -103,6 +107,8 @@ class Task:
     """Labelled evaluation splits as the source names them, the official one first."""
     test_splits: tuple[str, ...] = ("test",)
     """Splits that ``predict=true`` predicts, as the source names them."""
+    settings: ClassVar[type[TaskSettings]] = TaskSettings
+    """The keys of ``task.*`` for this task: a subclass of `TaskSettings`, described as in `diffora.settings.checks`."""
     required: ClassVar[tuple[str, ...]] = ("load", "encode", "collate", "score")
     """Methods that every subclass must define."""
 
@@ -304,17 +310,40 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
     return batch
 
 
-def get_task(cfg: Any) -> Task:
-    """The task of a composed configuration's ``task`` section.
+def get_task(cfg: DictConfig) -> Task:
+    """The task of a ``task`` section, of this run or of an earlier one: keys that the task does not have are ignored.
 
     Raises:
         UserError: no class at ``_target_`` that can be used, or every impossible setting.
     """
-    kind = class_at(cfg.get("_target_"), Task, "task._target_")
-    if cfg.get("path"):  # the shell leaves a ~ behind = as it is
-        cfg = cfg.copy()
-        cfg.path = literal(str(Path(cfg.path).expanduser()))
-    task: Task = kind(cfg)
+    reading = Reading.of(cfg, "task.")
+    task = read_task(reading.values, reading.found, ignore_unknown=True)
+    if task is None:
+        raise UserError(list(reading.own_mistakes().values()))
+    return task
+
+
+def read_task(section: Mapping[str, Any], found: dict[str, str], ignore_unknown: bool = False) -> Task | None:
+    """Make a task from the ``task`` section in plain containers; None if that is not possible.
+
+    Args:
+        found: the message for each mistake is added here, by its key.
+        ignore_unknown: keys that the task does not have are no mistake.
+
+    Raises:
+        UserError: there is no class at ``_target_`` that can be used.
+    """
+    kind = class_at(section.get("_target_"), Task, "task._target_")
+    given = {name: value for name, value in section.items() if name != "_target_"}
+    if ignore_unknown:
+        given = known_part(kind.settings, given)
+    settings: Any = read_group(kind.settings, given, "task.", found)
+    if settings is None:
+        return None
+    if path := getattr(settings, "path", None):  # the shell leaves a ~ behind = as it is
+        settings = dataclasses.replace(settings, path=str(Path(path).expanduser()))
+    task: Task = kind(settings)
     if problems := list(task.problems()):
-        raise UserError(problems)
+        found |= {text: text for text in problems}
+        return None
     return task

@@ -9,8 +9,9 @@ import bisect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffora.errors import UserError
+from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks import conversations
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
@@ -50,9 +53,42 @@ LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNOR
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LanguageSettings(TaskSettings):
+    """What every task for a language model has."""
+
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length at which rows are cut.", "tokens")]
+    packing: Annotated[
+        bool, Help("Put several conversations into one training row, each with attention to itself only.")
+    ]
+    train_on: Annotated[
+        Literal["completion", "all"], Help("Tokens to learn: the assistant's turns (`completion`), or all.")
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMSettings(LanguageSettings):
+    """The settings of `CausalLMTask`."""
+
+    hub: Annotated[str, Help("Data set on the hub.")]
+    hub_config: Annotated[str | None, Help("Configuration of that data set, if it has several.")] = None
+    train_split: Annotated[str, Help("Name of the training split on the hub.")]
+    validation_split: Annotated[
+        str | None, Help("Name of the validation split on the hub; null: `validation_rows` of the training rows.")
+    ] = None
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with train and, if there is one, validation as .jsonl or .parquet; null: the hub."),
+    ] = None
+    validation_rows: Annotated[
+        int, whole(2, ROWS), Help("Training rows to validate on if there is no validation split.", "rows")
+    ]
+
+
 class CausalLMTask(Task):
     """Conversations or plain text from the hub or from files, for a decoder with its pretrained language-model head."""
 
+    settings: ClassVar[type[TaskSettings]] = CausalLMSettings
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
     trains_head: bool = False

@@ -5,10 +5,10 @@ Columns and label order are those of the hub dataset `nyu-mll/glue`; metrics are
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pyarrow.compute as pc
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks import glue_submission, sources
 from diffora.tasks.account import Account
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task, full_precision
@@ -100,18 +102,52 @@ def get_spec(name: str) -> TaskSpec:
     raise UserError(f"task.name={name} is not a known task; {hint}Known tasks: {', '.join(TASKS)}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings(TaskSettings):
+    """The settings of `GlueTask`."""
+
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with the splits as .parquet, .jsonl or .csv in the hub's columns; null: the hub, or generated."),
+    ] = None
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
+    train_rows: Annotated[
+        Annotated[int, whole(1, ROWS)] | None, Help("Training rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+    validation_rows: Annotated[
+        Annotated[int, whole(2, ROWS)] | None, Help("Validation rows to generate, for `task=paraphrase`.", "rows")
+    ] = None
+
+
 class GlueTask(Task):
     """One of the tasks in `TASKS`: texts or pairs of texts, classes or a similarity score."""
+
+    settings = GlueSettings
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.spec = get_spec(cfg.name)
         self.metrics, self.main_metric = self.spec.metrics, self.spec.main_metric
         self.test_splits = self.spec.test_splits
-        if path := cfg.get("path"):  # a folder of MNLI need not have the diagnostic set, a data set of its own
+        if path := cfg.path:  # a folder of MNLI need not have the diagnostic set, a data set of its own
             absent = sources.DIAGNOSTIC if not any(Path(path).glob(f"{sources.DIAGNOSTIC}[.-]*")) else None
             self.test_splits = tuple(name for name in self.test_splits if name != absent)
         self.validation_splits = self.spec.validation_splits
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the rows are generated rather than read."""
+        return self.spec.hub_config is None
+
+    def _sizes(self, *keys: str) -> dict[str, int]:
+        """Those of these settings that are given."""
+        return {key: value for key in keys if (value := getattr(self.cfg, key)) is not None}
+
+    def problems(self) -> Iterator[str]:
+        for key in ("train_rows", "validation_rows"):
+            given = getattr(self.cfg, key)
+            if given is not None and not self.embedded:
+                yield f"task.{key}={given}: task={self.name} does not generate its rows; use task.max_train_rows"
 
     def head(self) -> dict[str, Any]:
         if self.spec.is_regression:
@@ -120,14 +156,14 @@ class GlueTask(Task):
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def load(self) -> Rows:
-        sizes = {key: self.cfg[key] for key in ("train_rows", "validation_rows") if key in self.cfg}
-        path, most = self.cfg.get("path"), self.cfg.max_train_rows
-        return sources.load_rows(self.spec, path, most, **sizes, accounts=self.accounts)
+        c = self.cfg
+        sizes = self._sizes("train_rows", "validation_rows")
+        return sources.load_rows(self.spec, c.path, c.max_train_rows, **sizes, accounts=self.accounts)
 
     def load_split(self, split: str) -> datasets.Dataset:
-        sizes = {key: self.cfg[key] for key in ("validation_rows",) if key in self.cfg}
+        sizes = self._sizes("validation_rows")
         account = self.accounts[split] = Account()
-        return sources.load_split(self.spec, split, self.cfg.get("path"), **sizes, account=account)
+        return sources.load_split(self.spec, split, self.cfg.path, **sizes, account=account)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         return tokenise(rows, self.spec, processor, self.cfg.max_length)

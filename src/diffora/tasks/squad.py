@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import numpy as np
@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 
 from diffora.errors import UserError
 from diffora.files import write_text
+from diffora.settings.checks import LENGTH, NUMBER, PATH, Help, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks import squad_data, squad_metrics
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
@@ -34,6 +36,33 @@ from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 500  # bounds memory
 WINDOWS_AT_ONCE = 2000  # the same, for rows of many windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadSettings(TaskSettings):
+    """The settings of `SquadTask`."""
+
+    hub: Annotated[str, Help("Data set on the hub.")]
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with train and validation as .parquet, .jsonl or SQuAD's own .json; null: the hub."),
+    ] = None
+    train_file: Annotated[
+        Annotated[str, PATH] | None, Help("Name of the training file in that folder; null: a usual one.")
+    ] = None
+    validation_file: Annotated[
+        Annotated[str, PATH] | None, Help("Name of the validation file in that folder; null: a usual one.")
+    ] = None
+    unanswerable: Annotated[bool, Help("Whether a question may have no answer (SQuAD 2.0).")]
+    null_threshold: Annotated[
+        Annotated[float, NUMBER] | None,
+        Help('"No answer" is predicted if its score exceeds that of the best span by more than this.'),
+    ] = None
+    max_length: Annotated[int, whole(4, LENGTH), Help("Length of a window.", "tokens")]
+    doc_stride: Annotated[int, whole(0, LENGTH), Help("Overlap of two windows.", "tokens")]
+    max_question_length: Annotated[int, whole(1, LENGTH), Help("Length at which questions are cut.", "tokens")]
+    n_best: Annotated[int, whole(1, 1000), Help("Spans to keep for each window and each question.", "spans")]
+    max_answer_length: Annotated[int, whole(1, LENGTH), Help("Longest answer.", "tokens")]
 
 
 class SquadTask(Task):
@@ -47,6 +76,7 @@ class SquadTask(Task):
     1.1 the null position is the target of windows without the answer, and never a prediction.
     """
 
+    settings = SquadSettings
     model_class = "AutoModelForQuestionAnswering"
     peft_type: ClassVar[str | None] = "QUESTION_ANS"
     scores_training = False
@@ -68,7 +98,7 @@ class SquadTask(Task):
             )
         if cfg.path is None and (cfg.train_file or cfg.validation_file):
             yield "task.train_file and task.validation_file are files in the folder task.path, which is not given"
-        if cfg.unanswerable and "null_threshold" not in cfg:
+        if cfg.unanswerable and cfg.null_threshold is None:
             yield "task.unanswerable=true needs task.null_threshold: start from task=squad_v2"
 
     def head(self) -> dict[str, Any]:
@@ -96,7 +126,7 @@ class SquadTask(Task):
         )
 
     def load_split(self, split: str) -> datasets.Dataset:
-        file = self.cfg.get(f"{split}_file")
+        file = getattr(self.cfg, f"{split}_file", None)
         loaded = self.accounts.copy()  # predict=true reads the validation split once more
         rows = datasets.Dataset(self._read({split: file}, labelled=False)[split])
         self.accounts |= loaded

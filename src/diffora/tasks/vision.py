@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import numpy as np
@@ -32,6 +32,8 @@ from tqdm.auto import tqdm
 from diffora.backbones.processors import ProcessorKind
 from diffora.errors import UserError
 from diffora.files import atomic
+from diffora.settings.checks import PATH, Help, number, whole
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_ignored, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import SEAL, arrow_writer, cached, default_cache_dir, is_sealed, seal
@@ -530,20 +532,22 @@ def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessin
 
 # --- from pixels to batches ---
 
+AREA = number(lambda v: 0 < v <= 1, "a number in (0, 1]: a share of the area")
+SHIFT = number(lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5: a share of the side")
+
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images are varied.
+    """How training images are varied."""
 
-    Attributes:
-        crop_area: random resized crops of at least this share of the area, of aspect 3:4 to 4:3; None for none.
-        flip: left and right exchanged in half of the cases.
-        shift: by up to this share of the side in both directions, filled up with black.
-    """
-
-    crop_area: float | None
-    flip: bool
-    shift: float
+    crop_area: Annotated[
+        Annotated[float, AREA] | None,
+        Help("Least share of the area in random resized crops, of aspect 3:4 to 4:3; null: no crops."),
+    ]
+    flip: Annotated[bool, Help("Exchange left and right in half of the cases.")]
+    shift: Annotated[
+        float, SHIFT, Help("Shift by up to this share of the side in both directions; the rest becomes black.")
+    ]
 
 
 class ImageCollate:
@@ -644,9 +648,35 @@ def shifted(image: np.ndarray, right: int, down: int) -> np.ndarray:
 # --- the task ---
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionSettings(TaskSettings):
+    """What every image task has."""
+
+    train_head: Annotated[bool, Help("Train the head; false: only the adapters on it.")]
+    augment: Annotated[Augment, Help("How training images are varied.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(VisionSettings):
+    """The settings of `ImageTask`."""
+
+    hub: Annotated[str | None, Help("Data set on the hub; null: `path` must be given.")] = None
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Folder with a folder of images for each class, or with .parquet files; null: the hub."),
+    ] = None
+    validation_split: Annotated[str | None, Help("Split to validate on, by its name at the source.")] = "validation"
+    image_column: Annotated[str, Help("Column of the images in .parquet files and on the hub.")] = "image"
+    label_column: Annotated[str, Help("Column of the labels in .parquet files and on the hub.")] = "label"
+    num_labels: Annotated[
+        Annotated[int, whole(2, 10**6)] | None, Help("Number of classes, if the data do not name them.", "classes")
+    ] = None
+
+
 class ImageTask(Task):
     """Images of one class each, from the hub, a folder of class folders, or parquet files; accuracy."""
 
+    settings: ClassVar[type[TaskSettings]] = ImageSettings
     model_class: ClassVar[str] = "AutoModelForImageClassification"
     processor_kind: ClassVar[ProcessorKind] = "image_processor"
     peft_type: ClassVar[str | None] = None
@@ -655,7 +685,7 @@ class ImageTask(Task):
         super().__init__(cfg)
         self.metrics, self.main_metric = ("accuracy",), "accuracy"
         self.trains_head = cfg.train_head
-        self.validation_splits = (cfg.get("validation_split", "validation"),)
+        self.validation_splits = (getattr(cfg, "validation_split", "validation"),)
         self.classes: list[str] | None = None
         """Names of the classes, once anything is loaded."""
         self.reference: list[str] | None = None
@@ -666,7 +696,7 @@ class ImageTask(Task):
     def problems(self) -> Iterator[str]:
         if self.validation_splits == (None,):
             yield "task.validation_split=null: images have no validation rows cut for them; give the split's name"
-        if self.cfg.path is None and "hub" not in self.cfg:
+        if self.cfg.path is None and self.cfg.hub is None:
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"
 
     def head(self) -> dict[str, Any]:
@@ -772,7 +802,7 @@ class ImageTask(Task):
             self._checked(("train",), labelled=True)  # whose names are numbered first
         named = [source for source in sources if source.classes is not None]
         unnamed = [source for source in sources if source.classes is None]
-        declared = self.cfg.get("num_labels")
+        declared = getattr(self.cfg, "num_labels", None)
         classes, others = self.reference, "the run's are"
         if classes is None and named:
             classes, others = named[0].classes, f"{named[0].name} has"
@@ -826,7 +856,7 @@ class ImageTask(Task):
         return cached("images", facts, lambda file: write_pixels(file, rows, processor))
 
     def collate(self, processor: Preprocessing, training: bool) -> Collate:
-        return ImageCollate(processor, Augment(**self.cfg.augment) if training else None)
+        return ImageCollate(processor, self.cfg.augment if training else None)
 
     # --- after a step ---
 

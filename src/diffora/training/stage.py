@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from omegaconf import DictConfig
 from torch import Tensor
 
 from diffora.core.grid import Grid
@@ -18,6 +17,7 @@ from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
 from diffora.methods.base import Adaptation, Method, check_ranks
+from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Task
 from diffora.training.finetune import FineTuneModule, FineTuneSettings
 
@@ -85,14 +85,14 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     return module
 
 
-def steps_of(cfg: DictConfig, n_rows: int) -> tuple[int, str]:
+def steps_of(cfg: Settings, n_rows: int) -> tuple[int, str]:
     """(optimiser steps of the fine-tuning stage, what they are, for messages)"""
     f = cfg.finetune
     made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"
     return -(-n_rows // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"
 
 
-def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
+def warmup_steps(cfg: Settings, n_rows: int) -> int:
     """``finetune.warmup_steps``; the recipe's is cut to a tenth of a run that was made too short for it.
 
     Raises:
@@ -100,7 +100,7 @@ def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
     """
     steps, run = steps_of(cfg, n_rows)
     given: int = cfg.finetune.warmup_steps
-    if given == cfg.task.recipe.get("warmup_steps") and given > steps // 2:
+    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
         return steps // 10
     if given > steps:
         raise UserError(
@@ -109,7 +109,7 @@ def warmup_steps(cfg: DictConfig, n_rows: int) -> int:
     return given
 
 
-def check_stages(cfg: DictConfig, method: Method, grid: Grid, n_rows: int | None) -> None:
+def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) -> None:
     """Refuse settings of the two stages that do not suit the backbone, or the number of training rows.
 
     Args:

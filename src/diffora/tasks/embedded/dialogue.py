@@ -18,13 +18,15 @@ it; a request to turn it asks for the other voice.
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import datasets
 import pyarrow as pa
 
 from diffora.errors import UserError
+from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.causal_lm import CausalLMTask, LanguageSettings
 from diffora.tasks.conversations import SCHEMA, Turn
 from diffora.tasks.embedded import paraphrase
 from diffora.tasks.embedded.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
@@ -106,8 +108,18 @@ def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[l
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class DialogueSettings(LanguageSettings):
+    """The settings of `DialogueTask`."""
+
+    train_rows: Annotated[int, whole(1, ROWS), Help("Training conversations to generate.", "rows")]
+    validation_rows: Annotated[int, whole(2, ROWS), Help("Validation conversations to generate.", "rows")]
+
+
 class DialogueTask(CausalLMTask):
     """The generated conversations, ``task.train_rows`` and ``task.validation_rows`` of them."""
+
+    settings = DialogueSettings
 
     def tables(self) -> tuple[dict[str, pa.Table], str]:
         made = splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)

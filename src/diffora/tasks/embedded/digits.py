@@ -6,14 +6,16 @@ this task is to tell 5 to 9 apart: no image is in both, and no two of the 1797 a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 
 from diffora.errors import UserError
+from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.vision import IMAGE, ImageTask, Source
+from diffora.tasks.vision import IMAGE, ImageTask, Source, VisionSettings
 
 PRETRAINED, ASKED = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 SPLIT_SEED = 0  # the same split in every run, whatever the run's own seed
@@ -34,8 +36,17 @@ def digits(which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(found.images[wanted] * (255 / 16)).astype(np.uint8), found.target[wanted]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DigitsSettings(VisionSettings):
+    """The settings of `DigitsTask`."""
+
+    validation_rows: Annotated[int, whole(2, ROWS), Help("Images to validate on, of the 896.", "rows")]
+
+
 class DigitsTask(ImageTask):
     """Tell the digits 5 to 9 apart."""
+
+    settings = DigitsSettings
 
     test_splits = ()
 

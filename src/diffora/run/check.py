@@ -1,0 +1,109 @@
+"""Every mistake in a configuration, before anything is loaded or written."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from diffora.backbones.load import model_problems
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.methods.base import Method
+from diffora.settings.identity import plain
+from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
+from diffora.settings.sections import Settings
+from diffora.tasks.base import Task, read_task
+from diffora.trust import class_at
+
+
+def check(cfg: DictConfig) -> tuple[Settings, Task]:
+    """Read a composed configuration.
+
+    Returns:
+        (the typed settings, with the method; the task)
+
+    Raises:
+        UserError: every mistake.
+    """
+    reading = Reading.of(cfg)
+    if problem := reading.recipe_for_other_tasks():
+        raise UserError(problem)
+    sections = read_sections(reading)
+    method, task = _method(reading), _task(reading)
+    found = reading.found
+    if "model" in sections:
+        found |= {text: text for text in model_problems(sections["model"], sections.get("dry_run", False))}
+    if task is not None and sections.get("predict") and not task.test_splits:
+        found["predict"] = f"predict=true: task={task.name} has no split to predict"
+    if method is not None:
+        found |= {text: text for text in _selection_problems(method)}
+    if found:
+        raise UserError(list(reading.own_mistakes().values()))
+    assert method is not None and task is not None
+    settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
+    if problems := list(combinations(settings)):
+        raise UserError(problems)
+    return settings, task
+
+
+def section_problems(cfg: DictConfig, names: Sequence[str]) -> list[str]:
+    """The mistakes in some sections of an earlier run's configuration. Keys that it has and we do not are ignored."""
+    reading = Reading.of(cfg)
+    if problem := reading.recipe_for_other_tasks():
+        return [problem]
+    for field in dataclasses.fields(Settings):
+        section, value = section_of(field.type), reading.values.get(field.name)
+        if section is not None and isinstance(value, dict):
+            reading.values[field.name] = known_part(section, value)
+    read_sections(reading)
+    if "task" in names:
+        _task(reading, ignore_unknown=True)
+    return [text for key, text in reading.own_mistakes().items() if key.partition(".")[0] in names]
+
+
+def _method(reading: Reading) -> Method | None:
+    """The method; its mistakes are added to ``reading.found``."""
+    if reading.found.keys() & {"method", "method._target_", "method.name"}:
+        return None
+    try:
+        kind = class_at(reading.values["method"]["_target_"], Method, "method._target_")
+    except UserError as error:
+        reading.found |= {text: text for text in error.problems}
+        return None
+    method: Method | None = kind.read(reading.values, reading.found)
+    return method
+
+
+def _task(reading: Reading, ignore_unknown: bool = False) -> Task | None:
+    """The task; its mistakes are added to ``reading.found``."""
+    if reading.found.keys() & {"task", "task._target_", "task.name"}:
+        return None
+    try:
+        return read_task(reading.values["task"], reading.found, ignore_unknown)
+    except UserError as error:
+        reading.found |= {text: text for text in error.problems}
+        return None
+
+
+def _selection_problems(method: Any) -> list[str]:
+    """What is wrong with the selection files that a method names."""
+    problems = []
+    for key in ("selection", "like"):
+        file = getattr(method, key, None)
+        if not isinstance(file, str):
+            continue
+        if key == "like" and not Path(file).exists():  # in a sweep, another run makes it first
+            continue
+        try:
+            Selection.load(Path(file))
+        except UserError as error:
+            problems += [f"method.{key}: {problem}" for problem in error.problems]
+            continue
+        tensors = Path(file).with_suffix(".safetensors")
+        if getattr(method, "warm_start", False) and not tensors.is_file():
+            problems.append(
+                f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves"
+            )
+    return problems

@@ -1,0 +1,122 @@
+"""Why overrides do not compose: every reason at once, where Hydra stops at the first."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.settings.checks import unknown_key
+from diffora.settings.read import known_keys
+
+
+def with_sweep_hint(problems: list[str]) -> list[str]:
+    """The problems of a sweep, and how to give a setting that only some of its runs have."""
+    if "has no setting" not in "".join(problems):
+        return problems
+    return [
+        *problems,
+        "this setting exists only for some of the swept methods or tasks: use ++, as in ++search.epochs=1; the other "
+        "runs ignore it",
+    ]
+
+
+def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[str]:
+    """Every reason why these overrides do not compose, and every wrong value among those that do.
+
+    Hydra stops at the first mistake, so each override is tried alone: first the choices from ``conf/``, then the
+    values, together with the choices that work.
+
+    Args:
+        paths: folders with more choices than ``conf/``, as in ``hydra.searchpath``.
+    """
+    # Imported here: Hydra and torch take seconds, and most commands have nothing to explain.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from diffora.run.check import check
+    from diffora.run.sweep import quoted
+
+    folders = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
+    if lost := [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]:
+        return lost
+    GlobalHydra.instance().clear()
+    groups = [group for folder in (conf_dir(), *folders) for group in folder.iterdir() if group.is_dir()]
+    given = [o for o in given if not re.match(r"[+~]*hydra\b", o)]
+    choices = [o for o in given if o.partition("=")[0].lstrip("+~") in {group.name for group in groups}]
+    found: list[str] = []
+    kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for override in [*choices, *(o for o in given if o not in choices)]:
+            right = []
+            for line in _each_value(override):
+                try:
+                    compose("config", [*kept, line])
+                    right.append(line)
+                except Exception as error:
+                    key = line.partition("=")[0]
+                    if "is not in struct" in str(error) or "Could not override" in str(error):
+                        found.append(_no_such_key(key, compose("config", kept)))
+                        break  # the other values of this key would have the same message
+                    found.append(
+                        missing_plugin(error) or _no_such_choice(line, error, groups) or f"{line}: {short(error)}"
+                    )
+            kept += right[:1]
+        try:
+            check(compose("config", kept))
+        except UserError as error:
+            found += error.problems
+    return found
+
+
+def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str | None:
+    """The message if an override asks for a choice that there is not, else None; ``groups`` are folders of choices."""
+    key = line.partition("=")[0]
+    files = [file for group in groups if group.name == key for file in group.glob("*.yaml")]
+    if "Got NoneType" in str(error) or ("must be a string" in str(error) and files):
+        none = "; logger=[] for none" if key == "logger" else ""
+        return f"{line} is not one of: {', '.join(sorted({file.stem for file in files}))}{none}"
+    if options := re.search(r"Available options in '([^']*)':((?:\n\t\S+)*)", str(error)):
+        inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+        if inner and options[1] != key.lstrip("+"):  # the chosen file asks for it in its defaults
+            line += f" asks for {inner[1]}, which"
+        return f"{line} is not one of: {', '.join(options[2].split())}"
+    return None
+
+
+def missing_plugin(error: Exception) -> str | None:
+    """What to install if a launcher or sweeper is not there, else None."""
+    wanted = re.search(r"Could not find 'hydra/(?:launcher|sweeper)/((joblib|submitit|ray|optuna)\w*)'", str(error))
+    return f"{wanted[1]} is not installed: pip install 'diffora[{wanted[2]}]'" if wanted else None
+
+
+def _each_value(override: str) -> list[str]:
+    """One override for each value of a sweep's override; an unreadable one stays as it is."""
+    from diffora.run.sweep import parse, values
+
+    try:
+        [parsed] = parse([override])
+        return [override] if parsed.is_delete() else [f"{parsed.get_key_element()}={v}" for v in values(parsed)]
+    except Exception:
+        return [override]
+
+
+def _no_such_key(key: str, cfg: DictConfig) -> str:
+    """The message for a key that the composed configuration does not have."""
+    of_method = key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout"
+    if of_method and isinstance(cfg.get("method"), DictConfig):  # ~method takes it away
+        there = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
+        there += [name for name in ("rank", "rho", "search") if name in cfg]
+        return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(there)}" if there else "")
+    if key.startswith("task.") and isinstance(cfg.get("task"), DictConfig):
+        there = [f"task.{name}" for name in cfg.task if name != "_target_"]
+        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(there)}"
+    return unknown_key(key, [*known_keys(), *map(str, cfg)])
+
+
+def short(error: Exception) -> str:
+    """The first lines of a message from Hydra, without its advice on how to force a key in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(line for line in lines[:3] if not line.startswith("To append"))

@@ -1,0 +1,261 @@
+"""The settings of a run: one class for each section of its configuration.
+
+Each field has a type, a check, a help text and, where it may be left out, a default. Tasks and methods declare theirs
+in their own files, in the same way. The values that a run starts from are in ``conf/``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from diffora.settings.checks import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RANK,
+    RATE,
+    SEED,
+    SHARE_OF_MODULES,
+    TEXTS,
+    Check,
+    Help,
+    is_path,
+    number,
+    whole,
+)
+
+COUNT = whole(1)
+BACKBONE = Check(is_path, "a hub id or a folder")
+CANDIDATES = Check(
+    lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of the linear modules of a layer, each once"
+)
+SHARE_OF_ROWS = number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Which cell of an experiment's table a run fills. The sweep writes it for the report; it changes no result."""
+
+    experiment: Annotated[str | None, Help("The table's name.")] = None
+    row: Annotated[str | None, Help("The row's name; with `-m`, also chooses rows.")] = None
+    column: Annotated[str | None, Help("The column's name; with `-m`, also chooses columns.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The training settings that a paper or a task's author recommends; other settings take their values from here.
+
+    ``recipe=<name>`` replaces some of them.
+    """
+
+    rank: Annotated[int | None, RANK, Help("Rank of the adapter of a selected module.", "directions")] = None
+    rho: Annotated[float | None, SHARE_OF_MODULES, Help("Share of each layer's modules to select.")] = None
+    shared_rank: Annotated[
+        int | None, RANK, Help("Rank of the pairs that unselected modules share across layers.", "directions")
+    ] = None
+    alpha: Annotated[float | None, POSITIVE, Help("Low-rank updates are scaled by alpha / rank.")] = None
+    dropout: Annotated[float | None, RATE, Help("Dropout rate on the input of the low-rank path.")] = None
+    lr: Annotated[float | None, POSITIVE, Help("Learning rate for adapters and head.")] = None
+    full_ft_lr: Annotated[float | None, POSITIVE, Help("Learning rate for `method=full_ft`.")] = None
+    batch_size: Annotated[int | None, COUNT, Help("Batch size, over all devices.", "rows")] = None
+    epochs: Annotated[int | None, COUNT, Help("Passes over the training rows.", "epochs")] = None
+    warmup_steps: Annotated[int | None, whole(0), Help("Steps in which the learning rate rises.", "steps")] = None
+    early_stop: Annotated[
+        Annotated[int, COUNT] | None, Help("Stop after this many epochs without improvement; null: never.", "epochs")
+    ] = None
+    search_epochs: Annotated[int | None, COUNT, Help("Rounds of the search.", "rounds")] = None
+    sora_lambda: Annotated[float | None, NOT_NEGATIVE, Help("`method.lam` of `method=sora`.")] = None
+    of: Annotated[
+        dict[str, Any] | None, Help("Settings by task, in recipe files; the settings above refer to them.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What every task has. A task's own settings are a subclass, named by its ``settings`` attribute."""
+
+    name: Annotated[str, Help("The task's name, in run directories and records.")]
+    recipe: Annotated[Recipe, Help("Training settings for this task.")] = field(default_factory=Recipe)
+    max_train_rows: Annotated[
+        Annotated[int, COUNT] | None,
+        Help("Use only this many training rows, the same ones in every run; null: all.", "rows"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The pretrained backbone."""
+
+    name: Annotated[str, Help("A short name, in run directories and records.")]
+    path: Annotated[str, BACKBONE, Help("Hub id or folder of the pretrained model; `embedded`: one that comes along.")]
+    layer: Annotated[str | None, Help("Where a layer stands, as in `encoder.layer.*`; null: found in the model.")] = (
+        None
+    )
+    candidates: Annotated[
+        Annotated[list[str], CANDIDATES] | None,
+        Help("The linear modules of a layer that may get an adapter; null: all of them."),
+    ] = None
+    roles: Annotated[
+        dict[str, str] | None,
+        Help("Modules by their role (`key`, `value`, `attention_output`, `ffn_output`); null: guessed from names."),
+    ] = None
+    full_ft_lr: Annotated[float, POSITIVE, Help("Learning rate for `method=full_ft` without one in the recipe.")] = 2e-5
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Help("Type of the frozen weights; trainable weights are always float32."),
+    ] = "float32"
+    quantise: Annotated[
+        Literal[None, "8bit", "4bit"],
+        Help("Quantise the frozen weights of the layers; needs `pip install diffora[quantised]`."),
+    ] = None
+    kernel: Annotated[
+        Literal["plain", "fused"],
+        Help("How low-rank layers are computed: by their plain formula, or fused with less work."),
+    ] = "fused"
+    trust_remote_code: Annotated[
+        bool, Help("Run Python code that comes with the checkpoint. Read that code first.")
+    ] = False
+    config: Annotated[
+        dict[str, Any] | None,
+        Help("The transformers configuration, for `dry_run=true` without the hub; null: the checkpoint's own."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Hardware and precision, for Lightning's Trainer."""
+
+    accelerator: Annotated[
+        Literal["auto", "cpu", "gpu", "cuda", "mps"], Help("Where to compute; auto: a GPU if there is one.")
+    ]
+    devices: Annotated[
+        int | str,
+        Check(lambda v: v == "auto" or whole(1, 10**6).fits(v), "a whole number of at least 1, or auto"),
+        Help("How many devices to use; auto: all of them.", "devices"),
+    ]
+    strategy: Annotated[  # others are not tested
+        Literal["auto", "ddp", "ddp_find_unused_parameters_true"], Help("How several devices share the work.")
+    ]
+    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Help("Precision of the computation.")]
+    deterministic: Annotated[
+        Literal[True, False, "warn"],
+        Help("Refuse operations that are not deterministic (true), warn about them, or allow them (false)."),
+    ]
+    gradient_checkpointing: Annotated[
+        bool,
+        Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
+    ]
+    num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """The fine-tuning stage."""
+
+    epochs: Annotated[int, COUNT, Help("Passes over the training rows.", "epochs")]
+    batch_size: Annotated[int, COUNT, Help("Rows per optimiser step, over all devices.", "rows")]
+    lr: Annotated[float, POSITIVE, Help("Peak learning rate.")]
+    warmup_steps: Annotated[int, whole(0), Help("Steps in which the learning rate rises to its peak.", "steps")]
+    early_stop: Annotated[
+        Annotated[int, COUNT] | None, Help("Stop after this many epochs without improvement; null: never.", "epochs")
+    ]
+    weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of AdamW.")] = 0.0
+    clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
+    accumulate: Annotated[
+        int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
+    ] = 1
+    dropout: Annotated[
+        float | None, RATE, Help("Dropout rate on the input of the low-rank path, for methods that have one.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The search for modules, for methods with a selector."""
+
+    epochs: Annotated[int, COUNT, Help("Rounds over the search-train rows.", "rounds")]
+    batch_size: Annotated[int, COUNT, Help("Rows per step, of each of the two parts.", "rows")]
+    lr: Annotated[float, POSITIVE, Help("Learning rate of A, B and the head.")]
+    rank: Annotated[int, RANK, Help("Rank of the candidates' adapters.", "directions")]
+    gamma_lr: Annotated[float, POSITIVE, Help("Learning rate of Γ.")] = 0.01
+    update: Annotated[
+        Literal["alternating", "simultaneous"],
+        Help("Update weights and Γ in turn, as in [D], or both from one pass over train and validation rows."),
+    ] = "alternating"
+    order: Annotated[
+        Literal[1, 2], Help("Order of the hypergradient; 2 differentiates through one unrolled weight step.")
+    ] = 1
+    relaxation: Annotated[
+        Literal["softmax", "sigmoid"],
+        Help("From Γ to gates: softmax over the modules of a layer ([D] eq. 11), or an independent sigmoid for each."),
+    ] = "softmax"
+    train_steps: Annotated[int, COUNT, Help("Weight steps per Γ step, T.", "steps")] = 1
+    fraction: Annotated[float, SHARE_OF_ROWS, Help("Share of the training rows to search on.")] = 1.0
+    valid_fraction: Annotated[float, FRACTION, Help("Share of these rows for the Γ steps.")] = 0.5
+    weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of the weight steps.")] = 0.0
+    clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
+    accumulate: Annotated[
+        int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Weights & Biases."""
+
+    project: Annotated[str, Help("The project.")]
+    entity: Annotated[str | None, Help("The user or team; null: that of the account.")] = None
+    group: Annotated[str | None, Help("The group of runs; by default, the runs that differ only in their seed.")] = None
+    tags: Annotated[list[str], TEXTS, Help("The run's tags.")] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger:
+    """Where curves are logged. ``logger=[csv,wandb]`` chooses several, ``logger=[]`` none."""
+
+    csv: Annotated[bool, Help("Write `logs/<stage>/version_<n>/metrics.csv`.")] = False
+    tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs `pip install diffora[tensorboard]`.")] = False
+    wandb: Annotated[Wandb | None, Help("Log to Weights & Biases.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debug:
+    """Help in finding mistakes; any ``debug=<name>`` also shows full tracebacks."""
+
+    detect_anomaly: Annotated[bool, Help("Let autograd name the operation that made a NaN; slow.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A run's settings, as `diffora.run.check.check` reads them once from the composed configuration.
+
+    Attributes:
+        method: the `Method`; its ``name`` is the one in ``method=<name>``.
+        task: the `TaskSettings` of the task's class.
+        composed: the composed configuration in plain containers, as ``config.yaml`` and the loggers record it.
+    """
+
+    seed: Annotated[int, SEED, Help("Seed of every random draw; with `-m`, a list of seeds.")]
+    rank: Annotated[int | None, RANK, Help("Rank of the method's adapters, for methods that have one.")] = None
+    rho: Annotated[
+        float | None, SHARE_OF_MODULES, Help("Share of each layer's modules to select, for methods that select.")
+    ] = None
+    resume: Annotated[bool, Help("Continue the run in `hydra.run.dir`, or the sweep in `hydra.sweep.dir`.")] = False
+    predict: Annotated[bool, Help("Write predictions for the test split after training.")] = False
+    dry_run: Annotated[
+        bool, Help("Show modules, parameter counts and memory without weights or data; with `-m`, list the runs.")
+    ] = False
+    scale: Annotated[
+        Literal["paper", "small"],
+        Help("Size of an `experiment=` table: the paper's backbones, data and seeds, or small embedded ones."),
+    ] = "paper"
+    cell: Annotated[Cell, Help("Which cell of a table the run fills.")] = field(default_factory=Cell)
+    model: Annotated[Model, Help("The backbone.")]
+    finetune: Annotated[FineTune, Help("The fine-tuning stage.")]
+    # None for methods that do not search; the type is for the code of those that do.
+    search: Annotated[Search, Help("The search stage.")] = None  # type: ignore[assignment]
+    trainer: Annotated[Trainer, Help("Hardware and precision.")]
+    logger: Annotated[Logger | None, Help("Where curves are logged.")] = None
+    debug: Annotated[Debug | None, Help("Help in finding mistakes.")] = None
+    method: Any
+    task: Any
+    composed: dict[str, Any] = field(repr=False)

@@ -1,0 +1,330 @@
+"""Every setting changes something: a result, a record, a file or a refusal. No words are looked for.
+
+A fast test checks that each key of each settings class has a case below. The slow tests run the cases: once as they
+stand, and once with the key changed; the outcomes must differ.
+"""
+
+import hashlib
+import json
+import shutil
+
+import datasets
+import lightning as L
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from test_config import keys_of_class
+
+from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.hub import EMBEDDED
+from diffora.loop.loggers import Loggers
+from diffora.run.check import check
+from diffora.run.experiment import run
+from diffora.tasks.base import get_task
+
+CPU = "trainer=cpu logger=[csv]"
+SHORT = "finetune.epochs=1 finetune.warmup_steps=0 finetune.batch_size=8"
+TINY = f"experiment=quickstart task.train_rows=32 task.validation_rows=16 {SHORT}"
+SEARCH = f"{TINY} search.epochs=1"
+LORA = f"{TINY} method=lora"
+FIVE = f"{LORA} finetune.epochs=5"
+CHAT = f"method=lora task=chat model=tiny_llama {CPU} {SHORT} task.max_length=64 task.path=chat"
+SQUAD = f"method=lora task=squad_v2 model=tiny {CPU} {SHORT} predict=true task.path=squad_v2 task.max_length=32"
+SQUAD += " task.doc_stride=4 task.max_question_length=8"
+IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
+DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
+TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
+MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
+SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
+# (overrides, {key: another value}) for each settings class; "" is what all runs have.
+CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "": [
+        (SEARCH, {
+            "seed": "1", "rank": "2", "rho": "0.9", "predict": "true", "dry_run": "true", "cell.row": "x",
+            "cell.column": "x", "cell.experiment": "x", "model.name": "x", "model.path": "embedded:tiny_vit",
+            "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
+            "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",
+            "search.rank": "2", "search.gamma_lr": "0.5", "search.update": "simultaneous", "search.order": "2",
+            "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
+            "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
+            "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
+            "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
+        }),
+        (f"{SEARCH} cell.experiment=x", {"scale": "small"}),
+        (f"{TINY} search.epochs=1 finetune.epochs=2", {"resume": "true"}),  # in a folder with a complete run
+        (f"{TINY} method=houlsby", {"model.roles.ffn_output": "intermediate.dense"}),
+        (f"{TINY} method=full_ft", {"model.full_ft_lr": "0.1", "task.recipe.full_ft_lr": "0.1"}),
+        (f"{LORA} model=hf model.path=coded", {"model.trust_remote_code": "true"}),
+        (SIZES, {"model.config.intermediate_size": "64"}),
+        (FIVE, {
+            "finetune.epochs": "2", "finetune.batch_size": "4", "finetune.lr": "0.1", "finetune.warmup_steps": "8",
+            "finetune.weight_decay": "0.9", "finetune.clip": "1e-4", "finetune.accumulate": "2",
+            "finetune.dropout": "0.5",
+        }),
+        (f"{FIVE} finetune.lr=1e-12", {"finetune.early_stop": "1"}),
+        ("experiment=quickstart task.train_rows=32 task.validation_rows=16 task.recipe.epochs=1"
+         " task.recipe.batch_size=8 task.recipe.warmup_steps=0 task.recipe.search_epochs=1", {
+            "task.recipe.epochs": "2", "task.recipe.batch_size": "4", "task.recipe.warmup_steps": "2",
+            "task.recipe.search_epochs": "2",
+        }),
+        ("experiment=quickstart method=lora task.train_rows=32 task.validation_rows=16 finetune.lr=1e-12"
+         " task.recipe.epochs=4 task.recipe.warmup_steps=0", {"task.recipe.early_stop": "1"}),
+        (f"{TINY} method=sora", {"task.recipe.sora_lambda": "0.5"}),
+        (f"{TINY} method=sora recipe=rm_lora '+task.recipe.of.paraphrase={{epochs: 1, sora_lambda: 0.5}}'",
+         {"task.recipe.of.paraphrase.sora_lambda": "0.001"}),
+        (LORA, {
+            "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.strategy": "ddp",
+            "trainer.precision": "bf16-mixed", "trainer.deterministic": "true", "trainer.num_workers": "1",
+            "trainer.gradient_checkpointing": "true", "logger.csv": "false", "++logger.tensorboard": "true",
+        }),
+        (f"{LORA} debug=default", {"debug.detect_anomaly": "true"}),
+        (f"{LORA} logger=[wandb]", {
+            "logger.wandb.project": "x", "logger.wandb.entity": "x", "logger.wandb.group": "x",
+            "logger.wandb.tags": "[x]",
+        }),
+    ],
+    "GlueTask": [
+        (LORA, {"task.name": "x", "task.max_length": "8", "task.train_rows": "24", "task.validation_rows": "24",
+                "task.max_train_rows": "16"}),
+        (f"method=lora task=mrpc model=tiny {CPU} {SHORT} task.path=mrpc", {"task.path": "elsewhere"}),
+    ],
+    "SquadTask": [
+        (SQUAD, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.train_file": "x.jsonl",
+            "task.validation_file": "x.jsonl", "task.unanswerable": "false", "task.null_threshold": "-1000",
+            "task.max_length": "24", "task.doc_stride": "2", "task.max_question_length": "1", "task.n_best": "1",
+            "task.max_answer_length": "1",
+        }),
+        ("task=squad", {"task.hub": "x"}),
+    ],
+    "CausalLMTask": [
+        (CHAT, {"task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.max_length": "16",
+                "task.packing": "false", "task.train_on": "all"}),
+        ("task=alpaca task.validation_rows=4", {
+            "task.hub": "x", "task.hub_config": "x", "task.train_split": "test", "task.validation_split": "test",
+            "task.validation_rows": "2",
+        }),
+    ],
+    "DialogueTask": [
+        (TALK, {"task.name": "x", "task.max_train_rows": "16", "task.max_length": "16", "task.packing": "false",
+                "task.train_on": "all", "task.train_rows": "24", "task.validation_rows": "6"}),
+    ],
+    "ImageTask": [
+        (IMAGES, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.validation_split": "dev",
+            "task.num_labels": "3", "task.train_head": "false", "task.augment.crop_area": "0.9",
+            "task.augment.flip": "false", "task.augment.shift": "0.4",
+        }),
+        (f"{IMAGES} task.path=table", {"task.image_column": "x", "task.label_column": "x"}),
+        ("task=cifar100", {"task.hub": "x"}),
+    ],
+    "DigitsTask": [
+        (DIGITS, {
+            "task.name": "x", "task.max_train_rows": "24", "task.validation_rows": "700", "task.train_head": "false",
+            "task.augment.crop_area": "0.5", "task.augment.flip": "true", "task.augment.shift": "0.4",
+        }),
+    ],
+    "DiffoRA": [
+        (SEARCH, {
+            "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1",
+            "method.selector": "random", "method.scope": "global",
+            "method.budget": "30k", "method.selection": "[key]", "method.warm_start": "true",
+            "method.regulariser.weight": "0.1", "method.mask.rank": "1",
+        }),
+        (f"{SEARCH} method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
+        (f"{SEARCH} '{MASK}'", {
+            "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",
+            "method.mask.start": "1", "method.mask.head": "true",
+        }),
+        (f"{SEARCH} method.selector=gradient", {"method.score_batches": "1"}),
+    ],
+    "Random": [
+        (f"{TINY} method=random", {
+            "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1", "method.scope": "global",
+            "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
+            "method.like": "conf",
+        }),
+        (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
+        (f"{TINY} method=random '{MASK}'", {
+            "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",
+            "method.mask.start": "1", "method.mask.head": "true",
+        }),
+    ],
+    "ShareOnly": [(f"{TINY} method=share_only", {"method.alpha": "2", "method.shared_rank": "1"})],
+    "LoRA": [(LORA, {"method.alpha": "2"})],
+    "FLoRA": [(f"{TINY} method=flora", {"method.alpha": "2"})],
+    "RLoRA": [(f"{TINY} method=r_lora", {
+        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+    })],
+    "GMLoRA": [(f"{TINY} method=gm_lora", {
+        "method.alpha": "2", "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
+        "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
+    })],
+    "RMLoRA": [(f"{TINY} method=rm_lora", {
+        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+        "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
+        "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
+    })],
+    "SoRA": [
+        (f"{TINY} method=sora method.lam=0.1 finetune.epochs=2", {
+            "method.alpha": "2", "method.lam": "0.5", "method.times_lr": "true", "method.stages": "2",
+        }),
+        (f"{TINY} method=sora method.lam=0.1 method.stages=2", {"method.lam_start": "0.1"}),
+    ],
+    "AdaLoRA": [(f"{FIVE} method=adalora finetune.lr=0.03", {
+        "method.alpha": "2", "method.init_rank": "5", "method.initial": "0.4", "method.final": "0.6",
+        "method.every": "1", "method.beta1": "0.1", "method.beta2": "0.1", "method.orthogonality": "0",
+    })],
+    "Houlsby": [(f"{TINY} method=houlsby", {
+        "method.size": "4", "method.activation": "tanh", "method.skip": "false", "method.init_std": "0.1",
+    })],
+    "Pfeiffer": [(f"{TINY} method=pfeiffer", {
+        "method.size": "4", "method.activation": "tanh", "method.skip": "false", "method.init_std": "0.1",
+    })],
+    "PEFT": [(f"{TINY} method=dora", {"method.config.lora_alpha": "2", "method.places": "[key]"})],
+}  # fmt: skip
+FLAT = [
+    (where, base, key, value) for where, given in CASES.items() for base, keys in given for key, value in keys.items()
+]
+ELSEWHERE = {"model.kernel", "search.relaxation"}
+"""Their tests compare kernels and relaxations: tests/kernels, tests/search."""
+
+
+def classes() -> dict[str, str]:
+    """The classes of tasks and methods in conf/, by their names."""
+    targets = {
+        OmegaConf.select(OmegaConf.load(file), key)
+        for group, key in (("task", "_target_"), ("method", "method._target_"))
+        for file in (conf_dir() / group).glob("*.yaml")
+    }
+    return {target.rpartition(".")[2]: target for target in targets}
+
+
+def test_every_key_has_a_case():
+    for name, target in {"": "", **classes()}.items():
+        cases = {key.lstrip("+") for where, _, key, _ in FLAT if where == name}
+        missing = [k for k in keys_of_class(target) if not any(c == k or c.startswith(f"{k}.") for c in cases)]
+        assert [key for key in missing if key not in ELSEWHERE and key != "task.name"] == [], name
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Data of every kind of task that reads files, by the task's name."""
+    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder")}
+    for split, n in (("train", 16), ("validation", 8)):
+        for place in places.values():
+            place.mkdir(exist_ok=True)
+        rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2, "idx": i} for i in range(n)]
+        context, starts = "the cat sat on the mat near the door", [4, 19]
+        answers = [{"text": [("cat", "mat")[i % 2]], "answer_start": [starts[i % 2]]} for i in range(n)]
+        questions = [{"id": f"{split}{i}", "question": "who ?", "context": context} for i in range(n)]
+        chats = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(n)]
+        squad = [q | {"title": "", "answers": a} for q, a in zip(questions, answers, strict=True)]
+        for name, table in (("mrpc", rows), ("squad_v2", squad), ("chat", chats)):
+            (places[name] / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+        for label in ("cat", "dog"):
+            folder = places["imagefolder"] / split / label
+            folder.mkdir(parents=True)
+            for i in range(n // 2):
+                Image.new("RGB", (9, 9), (20 * i, 100, len(label + split))).save(folder / f"{i}.png")
+    return places
+
+
+@pytest.fixture
+def outcome(cfg, folders, tmp_path, monkeypatch):
+    """Runs a configuration; returns what came of it."""
+    import pyarrow.parquet as pq
+
+    torch.set_num_threads(1)
+    monkeypatch.chdir(folders["mrpc"].parent)
+    (tmp_path / "table").mkdir()
+    images = [file for file in sorted(folders["imagefolder"].glob("train/*/*.png"))]
+    for split in ("train", "validation"):
+        rows = [{"image": {"bytes": f.read_bytes(), "path": None}, "label": f.parent.name} for f in images]
+        pq.write_table(datasets.Dataset.from_list(rows).data.table, tmp_path / "table" / f"{split}.parquet")
+    shutil.copytree(EMBEDDED, tmp_path / "coded")
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "absent.X"}}))
+    asked = {}
+    monkeypatch.setattr("wandb.init", lambda **given: asked.update({k: str(v) for k, v in given.items()}))
+    monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
+
+    def load_dataset(name, config):
+        if name not in ("yahma/alpaca-cleaned", "x"):
+            raise OSError("no such data")
+        made = {
+            split: [{"prompt": f"{name} {config} {split} {i}", "completion": "yes"} for i in range(8)]
+            for split in ("train", "test")
+        }
+        return {split: datasets.Dataset.from_list(rows) for split, rows in made.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    facts, fit = [], L.Trainer.fit
+
+    def watched(trainer, module, datamodule=None, **given):
+        det = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        facts.append([type(trainer.strategy).__name__, trainer.precision, trainer._detect_anomaly, det])
+        facts[-1] += [datamodule.num_workers, getattr(module.model, "is_gradient_checkpointing", None)]
+        if facts[-1] != watched.usual:
+            raise UserError(f"as the trainer is set up: {facts[-1]}")
+        fit(trainer, module, datamodule=datamodule, **given)
+
+    watched.usual = ["SingleDeviceStrategy", "32-true", False, (True, True), 0, False]
+    monkeypatch.setattr(L.Trainer, "fit", watched)
+
+    def of(base: str, *more: str, again: bool = False):
+        import shlex
+
+        folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        try:
+            composed = cfg(*shlex.split(base), *more)
+            if base.startswith("task="):
+                return get_task(composed.task).load().data_hash
+            if "wandb" in base:
+                asked.clear()
+                Loggers(check(composed)[0].logger, folder, {})
+                return {key: asked[key] for key in ("project", "entity", "group", "tags")}
+            if again:
+                run(cfg(*shlex.split(base)), folder)
+            record = run(composed, folder).record
+        except UserError as error:
+            return error.problems
+        finally:
+            torch.use_deterministic_algorithms(False)
+        kept = ("method", "task", "model", "experiment", "row", "column", "scale", "status", "params", "metrics")
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and "checkpoints" not in file.parts)
+        written = {
+            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+            if file.suffix in (".safetensors", ".jsonl") or "predictions" in file.parts
+        }
+        names = [file.relative_to(folder).parts[:2] for file in files]
+        if (folder / "selection.json").is_file():  # without the settings that it holds
+            selection = json.loads((folder / "selection.json").read_text())
+            written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
+        return {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
+
+    yield of
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.slow
+def test_the_same_settings_have_the_same_outcome(outcome):
+    """Otherwise a difference would mean nothing."""
+    for base in (SEARCH, CHAT, IMAGES):
+        assert outcome(base) == outcome(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "base", "key", "value"), FLAT, ids=[f"{w}-{k}" for w, _, k, _ in FLAT])
+def test_a_changed_key_changes_something(outcome, where, base, key, value):
+    written = key if key.startswith("+") else f"++{key}"
+    again = key == "resume"
+    if (base, again) not in BASELINES:
+        BASELINES[base, again] = outcome(base, again=again)
+    assert BASELINES[base, again] != outcome(base, f"{written}={value}", again=again)
+
+
+BASELINES: dict[tuple[str, bool], object] = {}
