@@ -158,5 +158,4 @@ def n_threads() -> int:
 
 def progress(chunks: Sequence[Any], n_images: int, what: str) -> "tqdm[Any]":
     """The chunks, with a progress bar if there are many images."""
-    bar: Iterable[Any] = tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
-    return bar
+    return tqdm(chunks, desc=what, unit=f" x {IMAGES_AT_ONCE}", disable=n_images < PROGRESS_FROM_IMAGES)
