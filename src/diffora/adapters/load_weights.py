@@ -51,7 +51,7 @@ def load_weights(backbone: Backbone, folder: Path, manifest: Mapping[str, Any] |
         )
     tensors = read_tensors(folder / TRAINED)
     model = backbone.model
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
+    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     backbone.freeze()
     with torch.random.fork_rng():
