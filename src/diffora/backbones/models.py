@@ -257,7 +257,7 @@ def load_model(cfg: Any, task: Task, whole: bool = False) -> nn.Module:
             # bitsandbytes would repack 4-bit weights on a CPU in the first evaluation; no gradient passes them then.
             module.support_avx512bf16_for_cpu = False
     model.trains_head = task.trains_head
-    if cfg.get("kernel", "fused") == "fused":
+    if getattr(cfg, "kernel", "fused") == "fused":
         use_cheap_dropout(model)
     return freeze_backbone(model)
 
@@ -273,7 +273,7 @@ def meta_model(cfg: Any, task: Task) -> nn.Module:
         )
     check_length(model, getattr(task.cfg, "max_length", None))
     model.trains_head = task.trains_head  # type: ignore[assignment]
-    if cfg.get("kernel", "fused") == "fused":
+    if getattr(cfg, "kernel", "fused") == "fused":
         use_cheap_dropout(model)
     return freeze_backbone(model)
 
