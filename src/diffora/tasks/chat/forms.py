@@ -1,14 +1,14 @@
 """Instruction, chat and plain-text rows: brought from the forms they come in into one form, and checked.
 
-====================================  ========================================================================
-columns of a row                      meaning
-====================================  ========================================================================
-``messages``                          turns ``{"role": …, "content": …}``
-``conversations``                     turns ``{"from": …, "value": …}`` (ShareGPT), from ``human`` and ``gpt``
-``prompt``, ``completion``            a text of the user and one of the assistant, or two lists of turns
-``instruction``, ``input``, ``output``  the same, with an optional input below the instruction (Alpaca)
-``text``                              plain text without turns
-====================================  ========================================================================
+=======================================  ========================================================================
+columns of a row                         meaning
+=======================================  ========================================================================
+``messages``                             turns ``{"role": …, "content": …}``
+``conversations``                        turns ``{"from": …, "value": …}`` (ShareGPT), from ``human`` and ``gpt``
+``prompt``, ``completion``               a text of the user and one of the assistant, or two lists of turns
+``instruction``, ``input``, ``output``   the same, with an optional input below the instruction (Alpaca)
+``text``                                 plain text without turns
+=======================================  ========================================================================
 
 If a row has the columns of several forms, the first form in this table is used.
 """
