@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
 
 def setup(app: Any) -> None:
     """Register what this site adds to Sphinx."""
+    shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)  # pages of modules that are gone
     copy_outside_pages()
     app.connect("source-read", relink_page)
     app.connect("autodoc-process-docstring", plain_docstring)

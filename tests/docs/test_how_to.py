@@ -1,6 +1,5 @@
 """Each how-to page works as printed, outside the repository: its files are written and its commands are run."""
 
-import importlib.util
 import json
 import os
 import re
@@ -92,9 +91,6 @@ def test_own_task(tmp_path):
     assert "validation/macro_f1" in record["metrics"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("diffora.search.selectors") is None, reason="selectors are not functions yet"
-)
 def test_own_selector(tmp_path):
     follow("own-selector", tmp_path)
     assert record_of(tmp_path)["method"] == "diffora"
