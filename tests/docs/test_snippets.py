@@ -23,6 +23,17 @@ def test_the_first_block_of_the_page_is_that_of_the_readme():
     assert blocks(LIBRARY)[0] in (REPO / "README.md").read_text()
 
 
+def test_a_plain_model_gets_its_adapters():
+    [block] = [block for block in blocks(LIBRARY) if "nn.Module" in block]
+    given: dict = {}
+    exec(block, given)
+    model = given["model"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("lora_a" in name for name in trained) == sum("lora_bt" in name for name in trained) == 6
+    assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
+    assert model(torch.randn(5, 16)).shape == (5, 2)
+
+
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """What the block about a whole run leaves: its names, among them ``result``."""
