@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512), PEFT's: ranks are allotted among the modules during training."""
+"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512), as in PEFT: training divides the rank among the modules."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class AdaLoRA(Method):
 
 
 class AdaLoRAAdaptation(Adaptation):
-    """PEFT's layers and its allocator, driven from our training loop.
+    """PEFT's layers and its rank allocator, called from our training loop.
 
     Args:
         tuner: PEFT's `AdaLoraModel` around ``model``.
@@ -77,34 +77,34 @@ class AdaLoRAAdaptation(Adaptation):
         self.config, self.allocator = tuner.peft_config[ADAPTER], tuner.rankallocator
         self.layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_E")]
         for _, layer in self.layers:
-            layer.ranknum.requires_grad_(False)  # PEFT forgets this where it has to move it to the weights' device
+            layer.ranknum.requires_grad_(False)  # PEFT omits this if it moves ranknum to the weights' device
 
     def begin(self, total_steps: int) -> None:
-        """Turn the shares into steps; at least one step is left to reduce ranks in."""
+        """Convert the shares of all steps into numbers of steps. At least one step is left to reduce ranks."""
         final = min(int(self.method.final * total_steps), total_steps - 1)
         self.config.total_step, self.config.tfinal = total_steps, final
         self.config.tinit = min(int(self.method.initial * total_steps), total_steps - final - 1)
         self._place()
 
     def penalty(self) -> Tensor | None:
-        """PEFT's: the mean over every A and B of ||A A^T - I||_F or ||B^T B - I||_F, weighted."""
+        """The weighted mean of ||A A^T - I||_F and ||B^T B - I||_F over every A and B, as in PEFT; None at weight 0."""
         if self.method.orthogonality == 0:
             return None
         matrices = [m for _, layer in self.layers for m in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
         return self.method.orthogonality * orthogonality(matrices, "mean_norm")
 
     def after_step(self, step: int, lr: float) -> None:
-        """Update importances and allot ranks.
+        """Update the importances and reduce the ranks.
 
-        PEFT gets the number of steps taken, not the step's own number, which stops short of the total: the final
-        allotment, at ``total - final``, is then always reached.
+        PEFT gets the number of steps taken, ``step + 1``. The last ``step`` is one below the total, so with ``step``
+        itself the final reduction, at ``total - final``, might never happen.
         """
         for name, parameter in self.model.named_parameters():
             if "lora_" in name and parameter.grad is not None:
-                # A float16 step whose gradients overflowed was skipped; it must not spoil the averages for ever.
+                # In float16 a step with overflowing gradients is skipped. Its NaN must not stay in the averages.
                 parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         if step == 0 and self.config.total_step - self.config.tfinal == 1:
-            self.allocator.update_ipt(self.model)  # the final allotment, by importances that PEFT expects to be there
+            self.allocator.update_ipt(self.model)  # the final reduction needs importances, which PEFT expects to exist
         self.tuner.update_and_allocate(step + 1)
 
     def state(self) -> dict[str, Any]:
@@ -118,14 +118,14 @@ class AdaLoRAAdaptation(Adaptation):
         self._place()
 
     def _place(self) -> None:
-        """Put the averages where their parameters are: a checkpoint brings them on the CPU."""
+        """Move the averages to the devices of their parameters. From a checkpoint they come on the CPU."""
         parameters = dict(self.model.named_parameters())
         for key in AVERAGES:
             moved = {name: t.to(parameters[name].device) for name, t in getattr(self.allocator, key).items()}
             setattr(self.allocator, key, moved)
 
     def pairs(self) -> Iterator[Pair]:
-        """With E in A, and without the directions where it is 0; ranks may be 0."""
+        """Yields the updates with E multiplied into A. Directions with E = 0 are left out, so a rank may be 0."""
         for name, layer in self.layers:
             lora_e = layer.lora_E[ADAPTER]
             kept = lora_e.detach()[:, 0] != 0
@@ -133,13 +133,15 @@ class AdaLoRAAdaptation(Adaptation):
             yield name, (layer.lora_A[ADAPTER] * lora_e)[kept], layer.lora_B[ADAPTER].T[kept], scaling
 
     def inference_parameters(self) -> int:
-        """Of the ranks that are left, E folded into A."""
+        """The parameters of the remaining ranks, with E multiplied into A."""
         return sum(
             int(layer.lora_E[ADAPTER].count_nonzero()) * (layer.in_features + layer.out_features)
             for _, layer in self.layers
         )
 
     def export(self, folder: Path, origin: Origin) -> None:
-        """As plain LoRA with a rank for each module, from the weights there are: those of the best epoch may be older
-        than the final allotment, whose ranks PEFT's own format would go by."""
+        """Export plain LoRA, with the ranks that the present weights have.
+
+        PEFT's own format would use the ranks of the final reduction. The weights of the best epoch may be older.
+        """
         export_adapter(folder / "adapter", origin, self.pairs())

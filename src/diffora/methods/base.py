@@ -1,6 +1,7 @@
-"""What every method is: settings that check themselves, perhaps a selection, and a way to adapt a backbone.
+"""The base classes of all methods.
 
-`Method` is what the user sets and never changes; `Adaptation` is what a method does with one model while it is trained.
+`Method` holds the settings of a method, checks them and adapts a backbone; it never changes. `Adaptation` holds one
+adapted model, with hooks that the training loop calls.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,57 +24,64 @@ Rate = Annotated[float, RATE]
 Alpha = Annotated[float, POSITIVE, Help("Low-rank updates are scaled by alpha / rank.")]
 
 DIALS = {"rank": "rank", "rho": "rho", "dropout": "finetune.dropout"}
-"""The settings of a method that stand outside the section ``method``, and their keys."""
+"""The fields of a method that are not read from the section ``method``, and their keys."""
 
 
 class Adaptation:
-    """An adapted model in the hands of the method that adapted it. This one leaves training as it is.
+    """An adapted model, with hooks for training. The hooks of this base class do nothing.
 
-    A method whose steps are special subclasses it; the training loop calls the hooks in the order they stand here.
+    A method that needs more in training returns a subclass. The training loop calls the hooks in the order in which
+    they are defined here.
 
     Args:
-        model: the adapted model; what is to be trained requires gradients.
+        model: the adapted model. Parameters that require gradients are trained.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Once, before training: look at training batches (inputs without labels) if the method starts from data."""
+        """Called once before training, with some training batches (inputs without labels), to initialise from data."""
 
     def begin(self, total_steps: int) -> None:
-        """Training is about to begin, or to go on, and will take so many optimiser steps in all."""
+        """Called when training starts or resumes. ``total_steps`` counts the optimiser steps of the stage."""
 
     def before_step(self, step: int, epoch: int) -> None:
-        """Before the first forward pass of an optimiser step; both count from 0."""
+        """Called before the first forward pass of an optimiser step. ``step`` and ``epoch`` count from 0."""
 
     def penalty(self) -> Tensor | None:
-        """What to add to the training loss; the evaluation loss never sees it."""
+        """A term to add to the training loss, or None. It is not part of the evaluation loss."""
         return None
 
     def after_backward(self) -> None:
-        """The gradients of a backward pass are there, not yet clipped."""
+        """Called when the gradients of a step are complete, before they are clipped."""
 
     def after_step(self, step: int, lr: float) -> None:
-        """The optimiser took step ``step`` with rate ``lr``; its gradients are still there."""
+        """Called after optimiser step ``step`` with learning rate ``lr``, before the gradients are cleared."""
 
     def state(self) -> dict[str, Any]:
-        """What must be kept in a checkpoint besides weights, as plain containers and tensors."""
+        """What a checkpoint must hold besides the weights, as plain containers and tensors."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Undo `state`."""
+        """Restore what `state` returned."""
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """(module, A (rank, in), B^T (rank, out), s) for each low-rank update s B A, for measures; none by default."""
+        """Yields (module name, A (rank, in), B^T (rank, out), s) for each low-rank update s B A; none by default.
+
+        They are measured after each epoch: rank and orthogonality.
+        """
         return iter(())
 
     def inference_parameters(self) -> int | None:
-        """Parameters besides the head that are needed at inference, where these are not all that were trained."""
+        """The number of parameters needed at inference, without the head. None: all that were trained."""
         return None
 
     def export(self, folder: Path, origin: Origin) -> None:
-        """Write the trained model to the run directory ``folder``; the default writes what was trained, and how."""
+        """Write the trained model to the run directory ``folder``.
+
+        The default writes the trained weights and the settings to adapt a model with.
+        """
         export_weights(folder / "adapter", origin)
 
 
@@ -82,18 +90,18 @@ class Method:
     """A fine-tuning method. A subclass is a frozen dataclass: its fields are its settings.
 
     Fields named ``rank``, ``rho`` and ``dropout`` are read from the keys in `DIALS`, every other field from
-    ``method.<field>``. A field is described as in `diffora.settings.checks`: by its type, a check where the type
-    allows too much (as for all numbers), and a help text. A field may be a dataclass itself.
+    ``method.<field>``. A field is declared as in `diffora.settings.checks`: a type, a help text, and a check where the
+    type allows too much (as for all numbers). A field may be a dataclass itself.
     """
 
     name: ClassVar[str]
-    """The name in ``method=<name>``: an instance has that of the configuration, the class a usual one."""
+    """The name in ``method=<name>``. An instance has the name in the configuration, a class its usual name."""
     required: ClassVar[tuple[str, ...]] = ("adapt",)
     """Methods that every subclass must define."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":
-        """Build from a composed configuration, or from the sections of one that an adapter's file holds.
+        """Build from a composed configuration, or from those of its sections that an adapter's file holds.
 
         Raises:
             UserError: every unknown, missing, wrongly typed or impossible setting.
@@ -131,17 +139,17 @@ class Method:
         return method
 
     def problems(self) -> Iterator[str]:
-        """One message for each setting that does not go with another; types and bounds are those of the fields."""
+        """Yields one message for each setting that does not go with another. Types and bounds are checked elsewhere."""
         return iter(())
 
     def check(self, model: nn.Module, grid: Grid) -> None:
-        """Raise a UserError for what does not fit a model, before anything is written or trained."""
+        """Raise a UserError if the settings do not fit a model. Called before anything is written or trained."""
 
     @property
     def selector_to_run(self) -> str | None:
-        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs none.
+        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs no scores.
 
-        A method that names one has the attributes ``alpha``, ``score_batches`` and ``warm_start``, as DiffoRA has.
+        A method that returns a name also needs the attributes ``alpha``, ``score_batches`` and ``warm_start``.
         """
         return None
 
@@ -149,7 +157,7 @@ class Method:
         """The selection that `adapt` uses; None for a method that selects nothing.
 
         Args:
-            scores: L x N, high is good: what `selector_to_run` found. None if that is None.
+            scores: L x N, high is good, from the selector `selector_to_run`. None if the method needs no scores.
             seed: of the run.
         """
         return None
@@ -157,18 +165,18 @@ class Method:
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         """Make ``model`` ready for fine-tuning, in place: add what the method adds and set ``requires_grad``.
 
-        The backbone arrives frozen. The head is none of the method's business: the harness trains it for all alike.
-        New weights are drawn from torch's global generator; ``seed`` is for what is drawn later.
+        The backbone is frozen already. Leave the head alone: every run trains it, in the same way for all methods. Draw
+        new weights from torch's global generator; ``seed`` is for random draws during training.
         """
         raise NotImplementedError
 
 
 def check_ranks(grid: Grid, ranks: Mapping[str, int], where: Tensor | None = None) -> None:
-    """Refuse ranks above what a module's weight can have, the smaller of its two widths.
+    """Refuse a rank that is larger than a module's weight can have: the smaller of its two widths.
 
     Args:
-        ranks: by the key they are set with.
-        where: boolean L x N, the modules that they are for; None for all.
+        ranks: each by the key of its setting.
+        where: boolean L x N, the modules to check; None for all.
 
     Raises:
         UserError: names the key, the module and its widths.

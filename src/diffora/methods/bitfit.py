@@ -13,7 +13,7 @@ from diffora.methods.base import Adaptation, Method
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Every parameter named ``bias``: those of linear layers and of layer normalisation."""
+    """Trains every parameter named ``bias``, in linear layers and in layer normalisation."""
 
     name: ClassVar[str] = "bitfit"
 
@@ -28,5 +28,5 @@ class BitFit(Method):
 
 
 def backbone_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Every bias outside the head. Only the head of ``model`` requires gradients yet."""
+    """Every bias outside the head, of a model in which only the head requires gradients."""
     return [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and not p.requires_grad]

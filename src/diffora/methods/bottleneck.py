@@ -1,4 +1,4 @@
-"""What the two adapters with a bottleneck, Houlsby's and Pfeiffer's, have in common."""
+"""The base class of the two bottleneck adapters, Houlsby's and Pfeiffer's."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -16,9 +16,9 @@ from diffora.settings.checks import POSITIVE, Help, whole
 
 @dataclass(frozen=True)
 class Bottleneck(Method):
-    """Adapters behind some of each layer's output projections, before dropout, residual and LayerNorm.
+    """Adds an adapter after some output projections of each layer, before dropout, residual and LayerNorm.
 
-    An adapter of width b behind d outputs has 2 d b + b + d parameters.
+    An adapter of width b after d outputs has 2 d b + b + d parameters.
     """
 
     roles: ClassVar[tuple[str, ...]]

@@ -1,4 +1,4 @@
-"""DiffoRA: search which modules deserve a LoRA, give it to them, share a small one among the rest ([D] section 4)."""
+"""DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
 CHANCE = "random"
-"""No selector of `diffora.search.selectors`: it needs neither model nor data, so `DiffoRA.choose` draws the scores."""
+"""Not a selector of `diffora.search.selectors`: `DiffoRA.choose` draws these scores without model or data."""
 
 
 def _is_selector(value: Any) -> bool:
@@ -36,14 +36,14 @@ SELECTOR = Check(
 
 @dataclass(frozen=True)
 class DiffoRA(Selecting):
-    """[D] Algorithm 1. With ``method.selection`` there is no stage 1, and that selection is used as it is.
+    """[D] Algorithm 1. With ``method.selection`` there is no search, and that selection is used as it is.
 
     Attributes:
-        selector: what gives the scores: ``search`` ([D]), another of `diffora.search.selectors`, ``random``, or the
-            dotted path of a function of the user's own.
-        score_batches: how many batches of search rows every selector but ``search`` takes, at most one pass over them.
-        selection: a selection file, or a list of what to select in every layer: module types, or the parts they play
-            (`diffora.core.parts`).
+        selector: where the scores come from: ``search`` ([D]), another of `diffora.search.selectors`, ``random``, or
+            the dotted path of the user's own function.
+        score_batches: the number of batches of search rows for every selector except ``search``; at most one pass.
+        selection: a selection file, or a list of the modules to select in every layer: module types, or parts such as
+            ``key`` (`diffora.core.parts`).
         warm_start: selected modules start fine-tuning with the A and B of the search.
     """
 

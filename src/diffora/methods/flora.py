@@ -1,4 +1,4 @@
-"""FLoRA: a small core between the two factors, dW = A G B (Si et al., 2024); here in LoRA's letters, s B G A."""
+"""FLoRA: a small core between the two factors (Si et al., 2024). The paper writes dW = A G B; here it is s B G A."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,8 +16,8 @@ from diffora.methods.lowrank import Everywhere, LowRankAdaptation
 class FLoRA(Everywhere):
     """h = W x + b + alpha/r B G A x with a trained r x r core G.
 
-    G starts at zero, so that the update does; A and B start Kaiming-uniform. With B or A at zero as well, neither
-    would get a gradient.
+    G starts at zero, so the update is zero at the start. A and B start Kaiming-uniform: if A or B were zero too, none
+    of the three would get a gradient.
     """
 
     name: ClassVar[str] = "flora"

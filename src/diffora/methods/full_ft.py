@@ -15,7 +15,7 @@ from diffora.methods.base import Adaptation, Method
 
 @dataclass(frozen=True)
 class FullFT(Method):
-    """No adapter; what is counted as such is the backbone itself."""
+    """Adds no adapter. The backbone's own parameters are counted as adapter parameters."""
 
     name: ClassVar[str] = "full_ft"
 
@@ -25,7 +25,7 @@ class FullFT(Method):
 
 
 class WholeModel(Adaptation):
-    """What was trained is the model itself, so it is the model that is written."""
+    """Exports the whole model, because all of it was trained."""
 
     def export(self, folder: Path, origin: Origin) -> None:
         export_model(folder / "model", origin)

@@ -1,4 +1,4 @@
-"""GM-LoRA: LoRA of which a random part of the directions is trained in each step ([R] section 4.3, Algorithm 1)."""
+"""GM-LoRA: LoRA in which each step trains a random part of the directions ([R] section 4.3, [R] Algorithm 1)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask
 
 @dataclass(frozen=True)
 class GMLoRA(Everywhere):
-    """Only rows R_t of A and columns R_t of B receive a gradient; what is masked is not computed."""
+    """Only rows R_t of A and columns R_t of B get a gradient. The other entries of the gradient are not computed."""
 
     name: ClassVar[str] = "gm_lora"
     mask: Mask

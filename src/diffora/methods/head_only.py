@@ -1,4 +1,4 @@
-"""Head only: the backbone stays as it is and only what the task adds is trained. The floor of every comparison."""
+"""Head only: the backbone stays frozen, and only the head is trained. Every other method should be better."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from diffora.methods.base import Adaptation, Method
 
 @dataclass(frozen=True)
 class HeadOnly(Method):
-    """No adapter at all."""
+    """Adds no adapter."""
 
     name: ClassVar[str] = "head_only"
 

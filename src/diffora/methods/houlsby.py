@@ -8,7 +8,7 @@ from diffora.methods.bottleneck import Bottleneck
 
 @dataclass(frozen=True)
 class Houlsby(Bottleneck):
-    """h + W_up act(W_down h) behind both output projections."""
+    """h + W_up act(W_down h) after both output projections."""
 
     name: ClassVar[str] = "houlsby"
     roles: ClassVar[tuple[str, ...]] = ("attention_output", "ffn_output")

@@ -1,4 +1,4 @@
-"""LoRA on every candidate module, all of one rank (Hu et al., 2022)."""
+"""LoRA of one rank on every candidate module (Hu et al., 2022)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""What the methods made of `LowRankLinear` layers have in common, and what RM-LoRA can add to any of them."""
+"""Shared by all methods that use `LowRankLinear` layers: R-LoRA's regulariser, GM-LoRA's masks, and the export."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Mask:
     ]
 
     def problems(self, rank: int | None) -> Iterator[str]:
-        """What is wrong, for adapters of a given rank, or of one not known yet."""
+        """Yields one message for each mistake. ``rank`` is the adapters' rank, None if it is not known yet."""
         if isinstance(self.rank, int) and rank is not None and self.rank > rank:
             yield f"method.mask.rank={self.rank} must not be above rank={rank}, the directions there are"
         if self.head and self.start == 0:
@@ -67,7 +67,7 @@ class Mask:
 class LowRankAdaptation(Adaptation):
     """Low-rank layers, with or without a regulariser and masks.
 
-    Layers that share a pair count as one adapter: the pair is regularised once and has one set of directions.
+    Layers that share a pair are one adapter: its penalty counts once, and its directions are drawn once.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LowRankAdaptation(Adaptation):
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def before_step(self, step: int, epoch: int) -> None:
-        """Algorithm 1, lines 5 to 12: draw the directions of this step."""
+        """Draw the directions that this step trains ([R] Algorithm 1, lines 5 to 12)."""
         if self.mask is None or step < self.mask.start:
             return
         # 0 to 4 are the random streams of `diffora.loop.streams`.
@@ -100,7 +100,7 @@ class LowRankAdaptation(Adaptation):
             self._before = [(g[0].lora_a.detach().clone(), g[0].lora_bt.detach().clone()) for g in self.adapters]
 
     def penalty(self) -> Tensor | None:
-        """Eq. 10, without a gradient for what is masked."""
+        """[R] eq. 10 times its weight. Masked rows get no gradient from it."""
         if self.regulariser is None:
             return None
         first = [layers[0] for layers in self.adapters]
@@ -116,7 +116,7 @@ class LowRankAdaptation(Adaptation):
 
     @torch.no_grad()
     def after_step(self, step: int, lr: float) -> None:
-        """Lift the masks; put masked entries back where momentum has moved them (``mask.target=update``)."""
+        """Remove the masks. With ``mask.target=update``, undo what momentum has changed in masked entries."""
         for layers, before in zip(self.adapters, self._before, strict=False):
             assert layers[0].rows is not None
             for matrix, old, live in zip((layers[0].lora_a, layers[0].lora_bt), before, layers[0].rows, strict=True):
@@ -131,7 +131,7 @@ class LowRankAdaptation(Adaptation):
             yield name, *layer.plain_pair(), layer.scaling
 
     def inference_parameters(self) -> int:
-        """A and B with a gate or core folded in, and without the directions whose gate is closed."""
+        """The parameters of A and B with gates or cores multiplied in. Directions with a closed gate do not count."""
         return sum(matrix.numel() for layers in self.adapters for matrix in layers[0].plain_pair())
 
     def export(self, folder: Path, origin: Origin) -> None:
@@ -141,7 +141,7 @@ class LowRankAdaptation(Adaptation):
 
 
 def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
-    """The low-rank layers of a model, those that share a pair together."""
+    """The low-rank layers of a model, grouped by the pair that they use."""
     groups: dict[int, list[LowRankLinear]] = {}
     for _, layer in lowrank_layers(model):
         groups.setdefault(id(layer.lora_a), []).append(layer)
@@ -150,7 +150,7 @@ def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
 
 @dataclass(frozen=True)
 class Everywhere(Method):
-    """Common to the methods with a low-rank update of one rank on every candidate module."""
+    """Base class of the methods that put a low-rank update of one rank on every candidate module."""
 
     rank: Rank
     dropout: Rate

@@ -1,6 +1,6 @@
-"""Methods that PEFT itself applies: any of its tuners that stand at linear modules, from its own configuration class.
+"""Methods that PEFT implements: any of its tuners for linear modules, described by PEFT's own configuration class.
 
-PEFT is imported where it is used, since that takes seconds.
+PEFT is imported inside functions, because the import takes seconds.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ REFUSED = {
     "ShadowConfig": "it is a network beside the model, not at its modules",
     "TrainableTokensConfig": "it trains embeddings, and method.places are linear modules",
 }
-# What these inits take out of W, `Adaptation.pairs` and the export give back; the others need a pass of their own.
+# These initialisations change W; `PEFTAdaptation.pairs` and the export account for it.
 MOVES_BASE = ("pissa", "olora")
 REFUSED_INIT = {
     "loftq": "it is for quantised backbones",
@@ -78,9 +78,9 @@ BOUNDS = {"r": whole(1, 2**16), "dropout": RATE, "alpha": POSITIVE}
 
 @dataclass(frozen=True)
 class PEFT(Method):
-    """What a configuration class of PEFT describes, at the candidate modules.
+    """Puts a tuner of PEFT on the candidate modules.
 
-    The configuration refers to ``rank`` and ``dropout``; nothing else reads them.
+    Only ``config`` uses ``rank`` and ``dropout``, through interpolations.
     """
 
     name: ClassVar[str] = "peft"
@@ -142,10 +142,10 @@ class PEFT(Method):
 
 
 class PEFTAdaptation(Adaptation):
-    """A model with PEFT's modules in it.
+    """A model with the modules that PEFT added.
 
     Args:
-        model: the adapted model, which is called as it is.
+        model: the adapted model. It is called directly, not through the wrapper.
         peft: PEFT's wrapper of the same model.
         head: the parameters of the head.
     """
@@ -163,9 +163,9 @@ class PEFTAdaptation(Adaptation):
                 self.start[name] = pair[0].detach().clone(), pair[1].detach().clone()
 
     def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """EVA: A from the singular vectors of each module's inputs, and ranks by the variance they explain.
+        """For EVA: set A from the singular vectors of each module's inputs, and ranks by the explained variance.
 
-        It runs where the model is before training, on the CPU, so that all processes get the same bits.
+        This runs before training, while the model is on the CPU, so that all processes get identical numbers.
         """
         if getattr(self.config, "init_lora_weights", None) != "eva":
             return
@@ -196,7 +196,7 @@ class PEFTAdaptation(Adaptation):
             raise UserError(f"EVA: {_first_line(error)}") from error
 
     def plain_layers(self) -> list[tuple[str, Any]]:
-        """(name, layer) of all that was added, where it is LoRA pairs and nothing else; nothing otherwise."""
+        """(name, layer) of PEFT's LoRA layers, if plain LoRA pairs are all that was added; otherwise empty."""
         from peft.tuners.lora import LoraLayer
 
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LoraLayer)]
@@ -206,8 +206,10 @@ class PEFTAdaptation(Adaptation):
         return layers if trained == pairs and not any(layer.lora_variant for _, layer in layers) else []
 
     def pairs(self) -> Iterator[Pair]:
-        """Updates relative to the pretrained weights, of rank 2r where these were moved. Not for DoRA, VeRA, IA³ …,
-        whose update is no product of two matrices that are trained."""
+        """Yields the updates relative to the pretrained weights. Where PEFT changed these weights, the rank is 2r.
+
+        Empty for DoRA, VeRA, IA³ and others, whose update is not a product of two trained matrices.
+        """
         for name, layer in self.plain_layers():
             lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             if name in self.start:
@@ -216,7 +218,7 @@ class PEFTAdaptation(Adaptation):
             yield name, lora_a, lora_b.T, layer.scaling[ADAPTER]
 
     def inference_parameters(self) -> int | None:
-        """Of the low-rank pairs as they are exported: twice as many where a start was taken out of the weights."""
+        """The parameters of the exported low-rank pairs: twice as many where PEFT changed the pretrained weights."""
         return sum(lora_a.numel() + lora_bt.numel() for _, lora_a, lora_bt, _ in self.pairs()) or None
 
     def export(self, folder: Path, origin: Origin) -> None:
@@ -226,7 +228,7 @@ class PEFTAdaptation(Adaptation):
             self._export_as_it_is(folder / "adapter", origin)
 
     def _export_as_it_is(self, folder: Path, origin: Origin) -> None:
-        """In PEFT's own format for the tuner, with the head."""
+        """Write PEFT's own format for the tuner, with the head."""
         from peft import get_peft_model_state_dict
 
         # False: do not ask the hub whether the vocabulary has grown.
@@ -248,13 +250,13 @@ class PEFTAdaptation(Adaptation):
 
 
 def inject(model: nn.Module, config: Any) -> Any:
-    """Let PEFT put its modules into ``model``, in place; the head stays as it is, and trainable.
+    """Let PEFT put its modules into ``model``, in place. The head stays unchanged and trainable.
 
     Returns:
         PEFT's wrapper around ``model``.
 
     Raises:
-        UserError: PEFT cannot, with its own reason.
+        UserError: PEFT cannot do it. The message has its reason.
     """
     from peft import get_peft_model
 
@@ -279,11 +281,11 @@ def inject(model: nn.Module, config: Any) -> Any:
 
 
 def build(spec: Mapping[str, Any], key: str) -> Any:
-    """Make the PEFT object that ``spec`` describes, with what is nested in it. Nothing outside PEFT is ever called.
+    """Make the PEFT object that ``spec`` describes, with the objects nested in it. Only classes of PEFT are called.
 
     Args:
         spec: ``_target_``, a configuration class of PEFT, and its arguments.
-        key: where it stands, for messages.
+        key: its key in the configuration, for messages.
 
     Raises:
         UserError: what is wrong with it.
@@ -332,7 +334,7 @@ def _find_class(path: Any, key: str) -> Any:
 
 
 def _check_kind(kind: Any, who: str) -> None:
-    """Refuse what cannot stand at the modules of a model that is called directly."""
+    """Refuse a tuner that does not work on single modules of a model that is called directly."""
     from peft import PeftConfig, PromptLearningConfig
 
     if not issubclass(kind, PeftConfig) or kind is PeftConfig:
@@ -347,7 +349,7 @@ def _check_kind(kind: Any, who: str) -> None:
 
 
 def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[str]:
-    """What PEFT would find out later, or never."""
+    """Yields the mistakes in the values that PEFT would find late or not at all."""
     try:
         hints = typing.get_type_hints(kind)
     except (NameError, TypeError):
@@ -365,7 +367,7 @@ def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[s
 
 
 def _hint(name: str, hint: Any) -> Any:
-    """PEFT's type hint of an argument as far as it can be relied on, with its bounds."""
+    """PEFT's type hint of an argument, with our bounds. Where the hint is not reliable, any value fits."""
     bound = BOUNDS.get(name.rpartition("_")[2])
     if bound is not None and hint in (int, float):
         return Annotated[hint, bound]
@@ -383,7 +385,7 @@ def _hint(name: str, hint: Any) -> Any:
 
 
 def _tokens(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
-    """A module's inputs (tokens, in) without padding; none where it is not applied to the sequence.
+    """A module's inputs (tokens, in) without padding; empty if the module was not applied to the sequence.
 
     DeBERTa's query and key projections are applied to the table of relative positions too. Images have no padding.
     """

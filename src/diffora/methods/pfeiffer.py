@@ -8,7 +8,7 @@ from diffora.methods.bottleneck import Bottleneck
 
 @dataclass(frozen=True)
 class Pfeiffer(Bottleneck):
-    """h + W_up act(W_down h) behind the FFN's output projection."""
+    """h + W_up act(W_down h) after the FFN's output projection."""
 
     name: ClassVar[str] = "pfeiffer"
     roles: ClassVar[tuple[str, ...]] = ("ffn_output",)

@@ -12,7 +12,7 @@ from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Regulariser
 
 @dataclass(frozen=True)
 class RLoRA(Everywhere):
-    """Loss + lambda Reg, Reg = sum over adapters of ||A A^T - I||^2_F + ||B^T B - I||^2_F (eq. 10)."""
+    """Loss + lambda Reg, with Reg = sum over adapters of ||A A^T - I||^2_F + ||B^T B - I||^2_F ([R] eq. 10)."""
 
     name: ClassVar[str] = "r_lora"
     regulariser: Regulariser

@@ -1,4 +1,4 @@
-"""Random selection: modules drawn at random, with the same sharing as DiffoRA (the control of [D] Table 3)."""
+"""Random selection, with the same sharing as DiffoRA: the control of [D] Table 3."""
 
 import logging
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Random(Selecting):
     """
 
     name: ClassVar[str] = "random"
-    draw: Annotated[int, SEED, Help("Which of all draws; by default the run's seed.")]
+    draw: Annotated[int, SEED, Help("Seed of the draw; by default the run's seed.")]
     like: Annotated[
         Annotated[str, PATH] | None,
         Help("Draw among the selections that have as many adapter parameters as this selection.json."),

@@ -13,7 +13,7 @@ from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask, Regular
 
 @dataclass(frozen=True)
 class RMLoRA(Everywhere):
-    """Eq. 10 and Algorithm 1; the mask applies to the gradient of the penalty too."""
+    """[R] eq. 10 and [R] Algorithm 1. The mask also applies to the gradient of the penalty."""
 
     name: ClassVar[str] = "rm_lora"
     regulariser: Regulariser

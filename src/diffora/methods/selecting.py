@@ -1,4 +1,4 @@
-"""Common to the methods that select modules: scope, budget, and adapters for selected and unselected modules."""
+"""The base class of the methods that select modules: scope, budget, and adapters for all modules."""
 
 import logging
 import re
@@ -49,12 +49,12 @@ BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k
 
 @dataclass(frozen=True)
 class Selecting(Method):
-    """A method that selects modules, gives them a LoRA of their own, and shares one among the others or freezes them.
+    """Selected modules get a LoRA of their own. The others share pairs, or stay frozen.
 
     Attributes:
         scope: ``layer``: select the K = floor(rho N) best of each layer ([D] eq. 14); ``global``: the floor(rho N L)
             best of all layers together.
-        budget: most adapter parameters. With scope ``layer`` it chooses the rank, with ``global`` how many modules.
+        budget: most adapter parameters. It chooses the rank (scope ``layer``) or the number of modules (``global``).
     """
 
     rank: Rank
@@ -102,7 +102,7 @@ class Selecting(Method):
         return None if self.budget is None else parse_budget(self.budget)
 
     def size(self, grid: Grid) -> int:
-        """How many modules of the grid are selected, K L or floor(rho N L), unless a budget decides it."""
+        """The number of selected modules, K L or floor(rho N L). With scope ``global``, a budget overrides it."""
         if self.scope == "layer":
             return modules_per_layer(self.rho, grid.n_types) * grid.n_layers
         return modules_per_layer(self.rho, grid.n_types * grid.n_layers)
@@ -111,8 +111,8 @@ class Selecting(Method):
         """Refuse, before the search, a budget that some selection would exceed, and ranks above a module's width.
 
         Raises:
-            UserError: names the budget and the smallest that would do; or nothing would be trained, because no module
-                is selected and the others are frozen.
+            UserError: the budget is too small (the message names the smallest possible one), or there would be nothing
+                to train, because no module is selected and the others are frozen.
         """
         ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
         check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
@@ -143,12 +143,12 @@ class Selecting(Method):
             )
 
     def selection_by(self, grid: Grid, scores: Tensor, selector: str, seed: int) -> Selection:
-        """Select by scores (L x N, high is good), as scope, rho and budget say (`diffora.core.choose.choose`).
+        """Select by scores (L x N, high is good) with scope, rho and budget (`diffora.core.choose.choose`).
 
         Warns (`UserWarning`) of ties at the threshold, and of a budget that allows more than a module's full rank.
 
         Args:
-            selector: where the scores come from; scores of ``search`` are kept as ``gamma_bar``.
+            selector: where the scores come from. Scores of ``search`` are stored as ``gamma_bar``.
             seed: of the run, or of the draw.
         """
         choice = choose(scores, grid.shapes, self.scope, self.rho, self.rank, self.rank_elsewhere, budget=self.limit)

@@ -1,4 +1,4 @@
-"""Share-only: no module has a LoRA of its own; all layers share one small pair per module type (DiffoRA at K = 0)."""
+"""Share-only: all layers share one small pair per module type. This is DiffoRA with K = 0."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

@@ -1,4 +1,4 @@
-"""SoRA: a gate on each direction of a LoRA, driven to exact zeros by soft thresholds (Ding et al., 2023)."""
+"""SoRA: a gate on each direction of a LoRA. A soft threshold sets gates to exactly zero (Ding et al., 2023)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from diffora.settings.checks import NOT_NEGATIVE, Help, whole
 
 
 def soft_threshold(x: Tensor, by: float) -> Tensor:
-    """The proximal operator of ``by * |x|``: towards zero by that much, and zero where it would cross."""
+    """Moves each entry of x towards zero by ``by``, but not past zero: the proximal operator of ``by * |x|``."""
     return torch.sign(x) * torch.relu(x.abs() - by)
 
 
@@ -23,9 +23,9 @@ def soft_threshold(x: Tensor, by: float) -> Tensor:
 class SoRA(Everywhere):
     """h = W x + b + alpha/r B (g * A x); after each optimiser step g is soft-thresholded.
 
-    ``lam`` is the threshold itself, as in the released code and in the values that papers give. With ``times_lr``
-    it is lambda in the paper's formula, where the threshold is learning rate times lambda. From ``lam_start`` it grows
-    linearly to ``lam`` in ``stages`` equal stages (the sparsifying schedule).
+    ``lam`` is the threshold, as in the released code and in the values that papers give. With ``times_lr`` the
+    threshold is ``lam`` times the learning rate, as in the paper's formula. Over ``stages`` equal stages the value grows linearly
+    from ``lam_start`` to ``lam`` (the sparsifying schedule).
     """
 
     name: ClassVar[str] = "sora"
@@ -45,7 +45,7 @@ class SoRA(Everywhere):
         return SoRAAdaptation(model, self)
 
     def threshold(self, step: int, total_steps: int, lr: float) -> float:
-        """What gates lose in a step (from 0) of so many."""
+        """The threshold of a step, which counts from 0, out of ``total_steps``."""
         stage = min(step * self.stages // max(total_steps, 1), self.stages - 1)
         share = stage / (self.stages - 1) if self.stages > 1 else 1.0
         lam = self.lam_start + (self.lam - self.lam_start) * share
@@ -64,7 +64,7 @@ class SoRAAdaptation(LowRankAdaptation):
 
     @torch.no_grad()
     def after_step(self, step: int, lr: float) -> None:
-        """The proximal step."""
+        """Apply the soft threshold to all gates."""
         by = self.settings.threshold(step, self.total_steps, lr)
         for _, layer in lowrank_layers(self.model):
             assert layer.gate is not None
