@@ -1,4 +1,4 @@
-"""Puts low-rank layers in the places of a grid ([D] Algorithm 1, line 11), and takes them out again."""
+"""Replaces the modules of a grid by low-rank layers ([D] Algorithm 1, line 11), and restores them."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from diffora.errors import UserError
 
 
 def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh (A, B^T): A Kaiming-uniform as in LoRA, B zero, so that the update starts at zero."""
+    """A new pair (A, B^T). A is Kaiming-uniform as in LoRA and B is zero, so the update starts at zero."""
     n_in, n_out = features(base)
     device: Any = base.weight.device
     lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
@@ -36,8 +36,8 @@ def attach(
     """Replace the modules of a grid by low-rank layers ([D] Algorithm 1, line 11), in place, and freeze the rest.
 
     Selected modules get a pair (A, B) of their own of the given rank. Unselected modules of one type (column) and shape
-    share one pair of ``shared_rank`` across layers ([D] section 4.3), or stay as they are where it is None. A module
-    that stands in several places of the model is replaced in all of them.
+    share one pair of ``shared_rank`` across layers ([D] section 4.3). With ``shared_rank=None`` they stay as they are.
+    A module that is used in several places of the model is replaced in all of them.
 
     Args:
         names: L x N full names of the modules.
@@ -45,17 +45,17 @@ def attach(
         rank, shared_rank: of the selected and of the other modules.
         alpha: the updates are scaled by alpha / rank.
         dropout: rate on the input of every A while training.
-        freeze: freeze every parameter but those of low-rank layers. The head is frozen too: to train it, call
+        freeze: freeze every parameter except those of low-rank layers. The head is frozen too: to train it, call
             ``model.classifier.requires_grad_(True)`` afterwards. False changes ``requires_grad`` of the adapted modules
             only.
         kernel: ``fused`` or ``plain``; see `LowRankLinear`.
 
     Returns:
-        L x N, the new layers, None where a module was left alone.
+        L x N: the new layers, None for a module that was not replaced.
 
     Raises:
-        UserError: names that are not linear modules of the model, or are adapted already; ``selected`` is not boolean;
-            numbers that no update can have. Nothing is changed then.
+        UserError: a name is not a linear module of the model or is adapted already, ``selected`` is not boolean, or a
+            number is impossible. The model is then unchanged.
     """
     rows = [list(row) for row in names]
     if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout, kernel)):
@@ -143,7 +143,7 @@ def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> Non
 
 
 def freeze_rest(model: nn.Module) -> None:
-    """Freeze every parameter of a model but those of low-rank layers themselves (A, B, gates), in place."""
+    """Freeze every parameter of a model except A, B and the gates of low-rank layers, in place."""
     adapters = {p for _, layer in lowrank_layers(model) for p in layer.parameters(recurse=False)}
     for parameter in model.parameters():
         if parameter not in adapters:
@@ -159,7 +159,7 @@ def places_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def detach(model: nn.Module) -> None:
-    """Put the base layers, unmerged, back in the places of all low-rank layers, in place.
+    """Replace all low-rank layers by their base layers, without the update, in place.
 
     ``requires_grad`` stays as it is: what `attach` froze remains frozen.
     """

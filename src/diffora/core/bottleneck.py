@@ -43,14 +43,14 @@ class BottleneckLinear(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the precision of the base layer, whatever that of the adapter."""
+        """(..., in) -> (..., out), in the precision of the base layer. The adapter may have another one."""
         hidden: Tensor = self.base(x)
         update: Tensor = self.up(self.act(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + update.to(hidden.dtype) if self.skip else update.to(hidden.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """For backbones that only read the dtype of their linear layers' weights.
+        """A stand-in for backbones that only read the dtype of a linear layer's weight.
 
         Reading the values raises an error, because the bottleneck would be left out. torch's fused kernels for
         `nn.TransformerEncoder` are not used with this weight.

@@ -21,7 +21,7 @@ class Choice:
         mask: boolean L x N, True for a selected module.
         k: modules per layer; None if layers may have different numbers.
         rank: r of the selected modules if the budget chose it, otherwise None.
-        rank_at_width: whether the budget would allow more than ``rank``, which is the smallest width of a selected
+        rank_at_width: whether the budget allows more than ``rank``, which is then the smallest width of a selected
             module.
     """
 
@@ -78,7 +78,7 @@ def choose(
 
 
 def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
-    """Uniform in [0, 1), L x N: scores of the control that selects by chance ([D] Table 3)."""
+    """L x N scores, uniform in [0, 1), for the random selection of [D] Table 3."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n_layers, n_types, generator=generator, dtype=torch.float64)
 
@@ -91,7 +91,7 @@ def draw_of_same_size(
     shared_rank: int | None,
     seed: int,
 ) -> Tensor | None:
-    """A random selection with as many adapter parameters as ``mask`` has; None if there is no other one.
+    """A random selection with as many adapter parameters as ``mask``; None if no other selection has as many.
 
     Each selection of exactly that size with as many modules (scope ``layer``: in each layer) is equally likely. If none
     is found in `DRAWS` draws (as for a type that is selected in all layers and so has no shared pair), selected modules

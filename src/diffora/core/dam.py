@@ -49,7 +49,7 @@ def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
 
 
 def neutral_gate(relaxation: str, n_types: int) -> float:
-    """The gate of every module at Γ = 0, where the search prefers none: 1/N for ``softmax``, 1/2 for ``sigmoid``."""
+    """The gate of every module at Γ = 0, when all are equal: 1/N for ``softmax``, 1/2 for ``sigmoid``."""
     return float(relax(torch.zeros(n_types, dtype=torch.float64), relaxation)[0])
 
 
@@ -65,7 +65,7 @@ def entropy(gamma_bar: Tensor) -> Tensor:
 def modules_per_layer(rho: float, n_types: int) -> int:
     """K = floor(rho * N) of [D] eq. 14, computed from the decimal as written, so that 0.29 * 100 is 29.
 
-    With the L N modules of the whole grid as ``n_types``, it is how many modules a global selection has.
+    For a global selection, give ``n_types`` = L N: the result is the number of modules in all.
 
     Raises:
         ValueError: rho is outside [0, 1].
@@ -76,10 +76,10 @@ def modules_per_layer(rho: float, n_types: int) -> int:
 
 
 def discretise(gamma_bar: Tensor, k: int) -> Tensor:
-    """[D] eq. 14: select the K largest entries of each row. Also used for scores of other selectors.
+    """Select the K largest entries of each row ([D] eq. 14). Also used for the scores of other selectors.
 
-    Warns (`UserWarning`) if equal entries stand on both sides of the threshold: the scores do not tell these modules
-    apart, and the one in the lower column is taken.
+    Warns (`UserWarning`) of a tie at the threshold: a selected and an unselected module have equal scores. Of these,
+    the module in the lower column is selected.
 
     Args:
         gamma_bar: L x N, high is good.
@@ -108,7 +108,7 @@ def discretise(gamma_bar: Tensor, k: int) -> Tensor:
 
 
 def discretise_globally(scores: Tensor, m: int) -> Tensor:
-    """Select the M largest entries of the whole grid, which [D] does not do; equal ones in row-major order.
+    """Select the M largest entries of the whole grid; not in [D]. Ties are resolved in row-major order.
 
     Warns of a tie at the threshold as `discretise` does.
 

@@ -35,8 +35,8 @@ class Grid:
         shapes: L x N pairs (in_features, out_features).
         layers: L full names of the layers themselves.
         roles: paths of modules of a layer by their role (``attention_output``, ``ffn_output``, ``key``, ``value``).
-        left_out: what is not in the grid: matrices of the layers that belong to no linear layer and, if the layers were
-            found and not given, other stacks of layers.
+        left_out: names of what is not in the grid: matrices of the layers that belong to no linear layer; and other
+            stacks of layers, if the layers were found and not given.
         prefix: see `find_grid`.
     """
 
@@ -60,7 +60,7 @@ class Grid:
         """Full names of the modules with a role, one per layer.
 
         Raises:
-            UserError: neither the given roles nor the names of the modules tell which modules these are.
+            UserError: neither the given roles nor the names of the modules say which modules have this role.
         """
         if role not in self.roles:
             setting = f"+{self.prefix}roles.{role}" if self.prefix else f"roles.{role}"  # + adds a key
@@ -88,25 +88,25 @@ def find_grid(
 ) -> Grid:
     """Find the candidate modules of a backbone ([D] section 4.1).
 
-    What is not given is found: the layers are the members of the largest stack of numbered siblings, the candidates are
-    all linear modules in them, the roles are those that the modules' names make clear. If the candidates are found, a
-    warning names what is left out.
+    Arguments that are not given are found in the model. The layers are then the largest stack of numbered siblings, the
+    candidates are all their linear modules, and the roles follow from the modules' names. If the candidates are found,
+    a warning names what is left out.
 
     Args:
         model: any module that contains the repeated layers.
-        layer: the place of the layers, with ``*`` for the number: ``encoder.layer.*``; or with the numbers of some, as
-            in ``encoder.layer.[0,3]``. Or ``.``, the model itself: a grid of one row, of candidates by their full
-            names, such as the classifier alone.
-        candidates: the linear modules inside one layer, e.g. ``attention.self.query``. Each is the whole path below the
-            layer, so that ``output.dense`` does not match ``attention.output.dense`` too. Layers that have none of the
-            candidates are left out.
-        roles: linear modules by their role in a layer, likewise as paths below it.
+        layer: the name of the layers, with ``*`` for the number: ``encoder.layer.*``. Or with the numbers of some
+            layers: ``encoder.layer.[0,3]``. Or ``.`` for the model itself: a grid of one row, with candidates by
+            their full names, such as the classifier alone.
+        candidates: the linear modules inside one layer, for example ``attention.self.query``. Give the whole path below
+            the layer: ``output.dense`` does not match ``attention.output.dense``. Layers without any of the candidates
+            are left out.
+        roles: linear modules by their role in a layer, also as paths below it.
         prefix: written before ``layer``, ``candidates`` and ``roles`` in messages, such as ``model.`` where these are
             settings.
 
     Raises:
-        UserError: nothing matches, a candidate is not a linear module, some layers lack a candidate (a ragged grid),
-            or there are several possibilities. The message lists near misses or choices.
+        UserError: nothing matches, a candidate is not a linear module, some layers lack a candidate, or there are
+            several possibilities. The message lists similar names or the choices.
     """
     if layer == ".":
         return _one_row(model, candidates or (), prefix)

@@ -28,13 +28,13 @@ def simultaneous(
     the head's own backward pass is needed for it.
 
     Args:
-        train_loss, valid_loss: scalars; one without a graph stands for a batch that is missing.
+        train_loss, valid_loss: scalars. If a batch is missing, give a scalar without a graph.
         pairs: every A and B.
         head: the other weights of the lower level.
         gamma: Γ, L x N.
 
     Returns:
-        One list: the gradients by ``pairs``, then by ``head``, then by ``gamma``; None stands for 0.
+        One list: the gradients of ``pairs``, then of ``head``, then of ``gamma``. None means 0.
     """
     of_head: Sequence[Tensor | None] = [None] * len(head)
     if head and train_loss.requires_grad:

@@ -1,4 +1,4 @@
-"""What counts as a linear module, how many features it has, and where its weight is."""
+"""Which modules are linear, how many features they have, and how to read their weights."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear module, in whatever form it stores its weight."""
+    """(in, out) of a linear module; it may store its weight transposed or quantised."""
     sizes: Any = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
     return int(sizes[0]), int(sizes[1])
 
@@ -38,7 +38,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is a tensor of torch's own class, or a fake tensor (used to estimate memory).
 
-    Quantised weights have a class of their own. A weight computed from others (parametrised, pruned) is no parameter.
+    Quantised weights have their own class. A weight computed from others (parametrised, pruned) is not a parameter.
     """
     return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
 

@@ -6,7 +6,7 @@ r numbers per token for the gradient of the gate, not d.
 B is stored transposed, r x out and contiguous. With out x r and a small r, the two products of the backward pass would
 be many times slower on CPUs than those for A. Exports transpose it back.
 
-``W x + b`` is whatever the pretrained layer computes: it may store its weight transposed, in half precision or
+``W x + b`` is the output of the pretrained layer, which may store its weight transposed, in half precision or
 quantised. The update is computed in the precision of x, or of autocast, from A and B in float32.
 """
 
@@ -183,9 +183,9 @@ class LowRankLinear(nn.Module):
 
     @property
     def readable(self) -> bool:
-        """Whether calling the base layer does nothing but multiply by a frozen weight that can be read.
+        """Whether the base layer only multiplies by a frozen weight that can be read.
 
-        If not (quantised, pruned, hooks, trained weights), the layer is called and only its output is used.
+        If not (quantised, pruned, hooks, trained weights), the layer is called and its output is used.
         """
         base: Any = self._modules["base"]
         own = base._parameters

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Sequence[Tensor] | None = None) -> Tensor:
-    """The distance of the rows of all matrices from orthonormality, as one number ([R] eq. 10).
+    """How far the rows of all matrices are from orthonormal, as one number ([R] eq. 10).
 
     A and B^T both have shape (rank, d), so that ``A A^T - I`` and ``B^T B - I`` are the same function of them. Matrices
     of equal shape are multiplied as one batch.

@@ -1,4 +1,4 @@
-"""What a linear module does in its layer, judged by the names that model families use."""
+"""The part of a linear module in its layer (query, FFN input, …), from the names that model families use."""
 
 import re
 from collections import Counter
@@ -35,9 +35,9 @@ SHORT_NAMES = {
 
 
 def part_of(path: str) -> str | None:
-    """The part of a module, one of `PARTS`, by its path below the layer; None if the name does not tell.
+    """The part of a module, one of `PARTS`, from its path below the layer; None if the name does not show it.
 
-    For modules that attend to another sequence, ``cross_`` is put in front.
+    Modules that attend to another sequence get the prefix ``cross_``.
     """
     if path in ("intermediate.dense", "output.dense"):  # BERT's; its attention output is called dense too
         return "ffn_input" if path == "intermediate.dense" else "ffn_output"
@@ -51,7 +51,7 @@ def part_of(path: str) -> str | None:
 
 
 def guess_roles(paths: Iterable[str]) -> dict[str, str]:
-    """The module of a layer for each of the `ROLES` for which the names leave exactly one.
+    """The module for each of the `ROLES`, if the names show exactly one module for it.
 
     For instance, a decoder that attends to an encoder has two keys, so that the role ``key`` is left out.
     """

@@ -1,7 +1,7 @@
 """The Selection: which modules get a LoRA of their own, as a small JSON file that can be read, edited and reused.
 
-Reading and writing stand here, although core has no other files: the format is the fields of the dataclass, and every
-room above reads selections (`diffora.loop` to resume, `diffora.methods` for one that is given, `diffora.run`).
+Nothing else in core reads or writes files. It is done here because the file holds the fields of the dataclass, and
+several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a given selection, `diffora.run`).
 """
 
 import json
@@ -33,10 +33,10 @@ class Selection:
         types: the N module types.
         modules: L x N full module names.
         selected: for each layer the types that are selected; edit this to change the selection.
-        rho: the sampling ratio.
+        rho: the share of modules to select.
         seed: of the run that made it.
         k: modules per layer that were asked for; None if layers may have different numbers.
-        rank: r of the selected modules if a budget chose it; it overrides the run's own. None: the run's own.
+        rank: r of the selected modules if a budget chose it; it overrides ``rank=``. None: ``rank=`` applies.
         gamma_bar: L x N relaxed DAM; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
         scores: L x N scores of any other selector.
@@ -61,7 +61,7 @@ class Selection:
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
-        """From a boolean L x N mask; ``rest`` are the other fields."""
+        """A selection from a boolean L x N mask. ``rest`` holds the other fields."""
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in mask.tolist()]
         return cls(types=list(grid.types), modules=[list(row) for row in grid.names], selected=chosen, **rest)
 

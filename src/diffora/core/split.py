@@ -1,4 +1,4 @@
-"""One pass for both levels of the search: the loss of the first examples trains A and B, that of the others the gates.
+"""One pass for both levels of the search: the first examples train A and B, the others train the gates.
 
 A module that is applied to the examples themselves only needs to know how many come first (`LowRankLinear.split`).
 DeBERTa's projections are also applied to a table of relative positions that all examples share. The table is projected
@@ -92,7 +92,7 @@ def _once_for_each_kind(
 
 
 def mixed_modules(model: nn.Module, losses: Callable[[], tuple[Tensor, Tensor]], n: int) -> list[str]:
-    """Full names of the low-rank layers in which the two kinds of examples mix, so that one pass would be wrong.
+    """Full names of the low-rank layers that mix the two kinds of examples. For them, one pass would be wrong.
 
     A layer is fine if its input has one entry of dim 0 per example, or belongs to one kind as a whole, and if the loss
     of one kind has no gradient in the entries of the other kind. This costs two backward passes.

@@ -24,8 +24,8 @@ class Stack:
     """Numbered siblings that contain linear modules, such as the members of an `nn.ModuleList`.
 
     Attributes:
-        pattern: their full name, with ``*`` in place of the number.
-        layers: the full names of those that have linear modules, in the order of their numbers.
+        pattern: the full name of the layers, with ``*`` in place of the number.
+        layers: the full names of the layers that have linear modules, in the order of their numbers.
         linear: the linear modules of each of these, by path below it.
     """
 
@@ -78,7 +78,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def main_stack(model: nn.Module, candidates: Sequence[str] | None, prefix: str = "") -> Stack:
-    """The outermost stack that has nearly all the weights. With candidates: among the stacks that have all of them.
+    """The outermost stack that has nearly all the weights. Candidates, if given, must all be in it.
 
     Raises:
         UserError: there is none; or several are large (encoder and decoder, text and images), and the user must choose.
@@ -107,7 +107,7 @@ def other_stacks(model: nn.Module, stack: Stack) -> list[str]:
 def other_matrices(model: nn.Module, stack: Stack) -> list[str]:
     """Names of matrices in the layers that belong to no linear module, so that they cannot be candidates.
 
-    For instance those of `nn.MultiheadAttention`, which passes its weights to a function. Embeddings and convolutions
+    An example is `nn.MultiheadAttention`, which passes its weights to a function. Embeddings and convolutions
     are not listed. The layer's number is replaced by ``*``.
     """
     found: dict[str, None] = {}

@@ -2,8 +2,8 @@
 
 The mask is one random byte per element. An element is dropped where its byte is below a threshold, in the forward and
 in the backward pass. Rates are rounded to the nearest 1/256 (0.1 becomes 0.1016), and kept elements are scaled by the
-rounded rate. Rates that round to 0 or 1: `CheapDropout` uses torch's dropout; the low-rank layers drop nothing, or all
-but 1/256.
+rounded rate. If a rate rounds to 0 or 1, `CheapDropout` uses torch's dropout, and the low-rank layers drop nothing or
+all but 1/256.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def noise_like(x: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, noise: Tensor, threshold: int) -> Tensor:
-    """x where ``noise`` (bytes in the dtype of x) is at least the threshold, else 0. Not scaled; one pass over x."""
+    """x where ``noise`` (bytes in the dtype of x) is at least the threshold, else 0. The result is not scaled."""
     dropped: Tensor = torch.ops.aten.threshold_backward(x, noise, threshold - 1)
     return dropped
 

@@ -5,7 +5,7 @@
 Compared with the plain formula it saves less for the backward pass and does less work:
 
 - It saves x only if A needs a gradient, and A x (rank numbers per token) for the gradients of B and the gate.
-- It computes no gradient that nobody asks for. Masked rows of A and B cost nothing.
+- It computes only the gradients that are requested. Masked rows of A and B cost nothing.
 - Without dropout it can fold the update into the weight, so that one product does the work of three (`folds`).
 - Under autocast it saves x as it came and casts the frozen weight again in the backward pass, instead of saving copies.
 - The dropout mask is one byte per element (`diffora.kernels.dropout`).
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
         threshold: random bytes below it drop an element; 0 for no dropout.
         rows: rows of A and of B^T that get a gradient, or None for all.
         split: number of leading examples that train A and B; the others train the gate. None: all train everything.
-        dtype: that of the products, x's or autocast's.
+        dtype: of the products: the dtype of x, or autocast's.
         training: whether a backward pass may follow.
     """
 
@@ -187,7 +187,7 @@ class LowRankNode(torch.autograd.Function):
 
 
 def gradients(ctx: Any, saved: Saved, grad_y: Tensor) -> Tensors:
-    """The gradients that are asked for; the others are None."""
+    """The gradients that are requested; the others are None."""
     settings: Settings = ctx.settings
     needs = Tensors(*ctx.needs_input_grad[1:])
     grad = cast(flatten(grad_y), settings.dtype)
@@ -315,5 +315,5 @@ def flatten(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype; without a call of torch where it has it already."""
+    """x in a dtype. If x has it already, torch is not called."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -1,8 +1,8 @@
-"""What a layer saves of its input for the gradient of A. Three things keep this small:
+"""Saves a layer's input for the gradient of A. Three things reduce the memory:
 
 - Layers that read the same x (query, key and value) save the same tensor.
 - With a split, only the examples that train A are saved, in one copy for all layers that read x.
-- Behind a GELU nothing is saved where memory matters: the GELU has saved its own input, and is applied to it again.
+- After a GELU, nothing is saved where memory matters. The GELU has saved its own input, so it is applied again.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def input_to_save(x: Tensor, split: int | None, recompute_gelu: bool) -> tuple[T
     Args:
         x: the layer's input.
         split: number of leading entries of dim 0 that are needed; None for all.
-        recompute_gelu: where a GELU made x, save the input of the GELU.
+        recompute_gelu: if x is the output of a GELU, save the input of the GELU instead.
 
     Returns:
         (tensor to save, kind of GELU to apply to it, or None)

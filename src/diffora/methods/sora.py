@@ -24,8 +24,8 @@ class SoRA(Everywhere):
     """h = W x + b + alpha/r B (g * A x); after each optimiser step g is soft-thresholded.
 
     ``lam`` is the threshold, as in the released code and in the values that papers give. With ``times_lr`` the
-    threshold is ``lam`` times the learning rate, as in the paper's formula. Over ``stages`` equal stages the value grows linearly
-    from ``lam_start`` to ``lam`` (the sparsifying schedule).
+    threshold is ``lam`` times the learning rate, as in the paper's formula. Over ``stages`` equal stages the
+    value grows linearly from ``lam_start`` to ``lam`` (the sparsifying schedule).
     """
 
     name: ClassVar[str] = "sora"
