@@ -57,10 +57,10 @@ class Record:
         seed: of the run.
         status: ``running``, ``completed``, ``failed``, ``interrupted`` or ``dry_run``.
         setting_id: digest of `settings`: runs that differ in seed, place or machine only have the same one.
-        settings: everything that decides the result besides the seed, nested, with values instead of interpolations.
-            Data stand there by their hash, the model by its name, a selection file by the way it was made, and a value
-            that was made from the seed as it was written, as ``${seed}``.
-        follows_seed: the keys of these values, as ``method.draw``.
+        settings: everything that decides the result, except the seed. Nested, with values instead of interpolations.
+            Data are given by their hash, the model by its name, and a selection file by how it was made. A value that
+            was made from the seed keeps its interpolation, such as ``${seed}``.
+        follows_seed: the keys of the values that were made from the seed, such as ``method.draw``.
         sources: the selection files that the run was given, by the key of the setting.
         config_hash: hash of the whole configuration; a run continues only with the same one.
         experiment: the table that the run belongs to, with ``row``, ``column`` and ``scale``; None for a single run.
@@ -74,12 +74,12 @@ class Record:
         selection: which modules were selected; empty where the method selects none.
         history: the metrics of each epoch.
         data_hash: hash of the training and validation rows.
-        data: what became of the rows of each split.
+        data: how many rows of each split were read, used and dropped, and why.
         backbone: digests of the backbone's files.
         git_commit: commit of the program, with ``+`` where it was changed since.
         versions: of Python and packages.
         classes: names of the task's classes.
-        files: what the result consists of, relative to the run's folder.
+        files: the files of the result, relative to the run's folder.
         digests: sha256 of these files.
     """
 
@@ -120,7 +120,7 @@ class Record:
         """The record in the content of a ``run.json``.
 
         Raises:
-            UserError: it is none; one message names every field that is missing or wrong.
+            UserError: the content is not a record; one message names every field that is missing or wrong.
         """
         check(content, FACTS)
         values = {key: content[key] for key in FIELDS if content.get(key) is not None}

@@ -37,7 +37,7 @@ def card(origin: Origin, how_to_load: str, groups: Sequence[Sequence[str]] = ())
     Args:
         origin: where the adapter comes from.
         how_to_load: code that puts the adapter on ``base``: `LOAD_WITH_PEFT` or `LOAD_WITH_DIFFORA`.
-        groups: modules that share a pair. If there are any, the card says how to train on.
+        groups: modules that share a pair. If there are any, the card says how to continue training.
     """
     record, task = origin.record, origin.task
     scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in record["metrics"].items())

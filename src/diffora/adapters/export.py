@@ -1,4 +1,4 @@
-"""Writes a trained model to files that others load: a LoRA adapter, what was trained, or the whole model."""
+"""Writes a trained model to files: a LoRA adapter, only the trained weights, or the whole model."""
 
 import json
 import logging
@@ -34,11 +34,11 @@ Pairs = Iterable[tuple[str, Tensor, Tensor, float]]
 def export_adapter(folder: Path, origin: Origin, pairs: Pairs, shared: Sequence[list[str]] = ()) -> None:
     """Write low-rank updates and head as a LoRA adapter that PEFT and other programs load (`diffora.adapters.pairs`).
 
-    Modules are written with their full names, since PEFT takes a name like ``output.dense`` for all that end with it.
+    Modules are written with their full names: PEFT applies a name like ``output.dense`` to all that end with it.
 
     Args:
         folder: where the files go.
-        origin: the adapted model with its head, and what the configuration and the card say.
+        origin: the adapted model with its head, and the facts for the configuration and the card.
         pairs: the updates. Modules of rank 0 are left out.
         shared: groups of modules that share one pair.
     """
@@ -115,7 +115,7 @@ def head_tensors(backbone: Backbone) -> dict[str, Tensor]:
 def _untrained_tensors(backbone: Backbone, kept: Kept) -> dict[str, Tensor]:
     """The weights of fresh modules that were not trained, under PEFT's names: no checkpoint has them.
 
-    Those of an adapted module are beside its update, where PEFT looks for them.
+    The weights of an adapted module are next to its update, where PEFT looks for them.
     """
     tensors: dict[str, Tensor] = {}
     for name in backbone.untrained:
@@ -145,7 +145,7 @@ def _other_places(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str,
 
 
 def export_weights(folder: Path, origin: Origin) -> None:
-    """Write what was trained, for methods that no PEFT format holds.
+    """Write the trained weights, for methods that PEFT has no format for.
 
     ``diffora.json`` says how to adapt the model, and ``weights.safetensors`` has the trained weights. Loading adapts
     the model again and fills these in.

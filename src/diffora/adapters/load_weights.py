@@ -1,4 +1,4 @@
-"""Loads the adapters that no PEFT format holds: ``diffora.json`` says how to adapt, and a file has the weights."""
+"""Loads adapters that PEFT has no format for. ``diffora.json`` says how to adapt, and a file has the weights."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from diffora.trust import settings
 
 
 class Adapts(Protocol):
-    """What adapts a model, in place: a `diffora.methods.base.Method`."""
+    """Adapts a model, in place: a `diffora.methods.base.Method`."""
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Any: ...
 
@@ -40,7 +40,7 @@ def load_weights(backbone: Backbone, folder: Path, manifest: Mapping[str, Any] |
         method_of: makes the method.
 
     Raises:
-        UserError: settings that cannot be right, or an adapter of another model.
+        UserError: settings are wrong, or the adapter was made for another model.
     """
     cfg = _how_to_adapt(folder / ADAPT)
     method = method_of(cfg, folder / ADAPT)
@@ -67,7 +67,7 @@ def _how_to_adapt(file: Path) -> DictConfig:
     """The settings in ``diffora.json``. The file may come from somebody else.
 
     Raises:
-        UserError: everything that cannot be right in it, except for the method's own settings.
+        UserError: the file is wrong; it lists all mistakes, except in the method's own settings.
     """
     cfg = settings(read_json(file), file, ("method", "model"), ("rank", "rho", "finetune", "seed", "selection"))
     problems = []
@@ -87,7 +87,7 @@ def _how_to_adapt(file: Path) -> DictConfig:
 
 
 def _model_problems(model: DictConfig) -> list[str]:
-    """What cannot be right in the ``model`` section of ``diffora.json``."""
+    """The mistakes in the ``model`` section of ``diffora.json``."""
     problems = []
     for key, fits in (("name", str), ("layer", str | None), ("candidates", ListConfig | None)):
         if key not in model or not isinstance(model[key], fits):

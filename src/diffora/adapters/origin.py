@@ -1,4 +1,4 @@
-"""Where an adapter comes from, and whether a model is one that it can be put on."""
+"""Where an adapter comes from, and checks whether a model fits it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from diffora.tasks.base import Task
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a trained model comes from. The files of an export say it.
+    """Where a trained model comes from, as the files of an export say.
 
     Attributes:
         base_model: hub id or folder of the pretrained model, for others to load.

@@ -54,7 +54,7 @@ def pad_and_fold(kept: Kept, groups: Sequence[Sequence[str]]) -> tuple[dict[str,
     """Tensors for PEFT's file: all of one rank and of scale 1.
 
     Returns:
-        (A and B under PEFT's names, padded to one rank and with the scale in B; exact B^T by module where that rounds).
+        (A and B under PEFT's names, padded to one rank and with the scale in B; exact B^T by module if B is rounded).
     """
     rank = max(len(lora_a) for lora_a, _, _ in kept.values())
     copies = {name for group in groups for name in group[1:]}
@@ -100,7 +100,7 @@ class StoredPairs:
         groups: modules that share a pair.
         heads: modules that are saved whole.
         tensors: by PEFT's names.
-        exact: B^T by module where ``tensors`` have it rounded. A group has one entry, by its first module.
+        exact: B^T by module, if it is rounded in ``tensors``. A group has one entry, by its first module.
     """
 
     modules: dict[str, tuple[int, float, float]]
@@ -114,7 +114,7 @@ class StoredPairs:
         """Read the files, and check what can be checked without the model.
 
         Raises:
-            UserError: everything that cannot be right.
+            UserError: files are wrong; it lists all mistakes.
         """
         if problems := [f"{folder / MANIFEST}: {problem}" for problem in _layout_problems(manifest)]:
             raise UserError(problems)
@@ -175,7 +175,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """One message for each entry of a manifest about low-rank pairs that cannot be right."""
+    """One message for each wrong entry of a manifest about low-rank pairs."""
     modules, groups, heads = manifest.get("modules"), manifest.get("shared"), manifest.get("heads")
     if not isinstance(modules, dict) or not modules:
         yield "modules must be a group of entries by module"

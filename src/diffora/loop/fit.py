@@ -28,8 +28,7 @@ def fit(
     """Fit one stage. If the run resumes, continue from the stage's newest checkpoint.
 
     Args:
-        parts: of the run. It gives the settings, the folder and the earlier attempt, and gets the time of the first
-            step.
+        parts: of the run, for settings, folder and earlier attempt. ``parts.first_step_at`` is set.
         stage: "search" or "finetune"; also the name of the section of settings.
         module: the model and its steps.
         extra: more arguments of the Trainer.

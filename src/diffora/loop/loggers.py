@@ -63,7 +63,7 @@ class Loggers:
         Args:
             name: what the picture is called there.
             png: content of a PNG file.
-            step: where it stands on the loggers' axis.
+            step: its position on the loggers' axis.
             caption: shown by W&B.
             stage_loggers: those that show pictures (`taking_pictures`).
         """
@@ -195,7 +195,7 @@ def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
 
 
 def _why(error: BaseException) -> str:
-    """The reason of a failure in one line. W&B's key is removed from it."""
+    """The reason for a failure in one line, without W&B's key."""
     text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and (file := place(error)):
         text = f"{file}: {text}"

@@ -1,4 +1,4 @@
-"""What both stages of a run work on: data, backbone and grid, loaded and checked."""
+"""The data, backbone and grid of a run, loaded and checked. Both stages use them."""
 
 import itertools
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ class Data:
         train: the training split.
         validation: labelled evaluation splits by name, the official one first.
         test: splits to predict, by name (``predict=true``).
-        collate: puts training rows together, with augmentation where the task has it.
-        collate_eval: puts rows of any split together as they are.
+        collate: makes a batch of training rows, with augmentation if the task has it.
+        collate_eval: makes a batch of rows of any split, without augmentation.
         hash: sha256 of training and validation rows.
-        accounts: what became of the rows of each split (`Account.record`). The search adds its own.
+        accounts: which rows of each split were used or dropped, and why (`Account.record`). The search adds its own.
     """
 
     train: Split
@@ -46,7 +46,7 @@ class Data:
 
     @classmethod
     def encode(cls, task: Task, processor: Any, rows: Rows, test: Mapping[str, datasets.Dataset]) -> "Data":
-        """Encode all splits, and count what becomes of their rows.
+        """Encode all splits, and count the rows that are used, dropped or changed.
 
         Args:
             task: the task.
@@ -80,10 +80,10 @@ class Data:
 
 @dataclass
 class Parts:
-    """What both stages of a run work on.
+    """The loaded parts of a run, for both stages.
 
     Attributes:
-        cfg: the configuration.
+        cfg: the typed settings of the run.
         folder: the run directory.
         task: the task.
         backbone: the model with its head. A method adapts it in place.
@@ -91,7 +91,7 @@ class Parts:
         data: the encoded rows.
         identity: digests of the backbone's files (`digests.backbone`); None if they are not on this machine.
         made_with: settings, data and backbone, to compare with those of another attempt (`digests.made_with`).
-        earlier: what an earlier attempt in this folder left, where the run resumes.
+        earlier: what an earlier attempt left in this folder, if the run resumes.
         first_step_at: when training on the first batch began, in seconds since 1970.
     """
 
@@ -116,8 +116,8 @@ class Parts:
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
-            UserError: anything wrong with data, model, grid or a given selection; or, on a resume, what changed since
-                the run stopped.
+            UserError: data, model, grid or a given selection are wrong. On a resume: they changed since the run
+                stopped.
         """
         rows = task.load()
         _check_halves(rows.source, len(next(iter(rows.validation.values()))))

@@ -1,4 +1,4 @@
-"""What a run directory holds of an earlier attempt, so that a run can resume."""
+"""Reads what an earlier attempt left in a run directory, so that a run can resume."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ SEARCH_FILES = ("selection.json", "selection.safetensors", "trajectory.json")
 
 @dataclass
 class Earlier:
-    """What a run takes over from an earlier attempt.
+    """The files of an earlier attempt that a run continues from.
 
     Attributes:
         checkpoints: for each stage, the newest undamaged checkpoint and its content.
@@ -41,7 +41,7 @@ def has_work(folder: Path) -> bool:
 
 
 def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:
-    """What a run directory holds of an earlier attempt with the same settings, data and backbone.
+    """What an earlier attempt with the same settings, data and backbone left in a run directory.
 
     Args:
         made_with: of the present run, from `diffora.digests.made_with`.

@@ -1,4 +1,4 @@
-"""Every mistake in a configuration, before anything is loaded or written."""
+"""Finds every mistake in a configuration before anything is loaded or written."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         (the typed settings, with the method; the task)
 
     Raises:
-        UserError: every mistake.
+        UserError: the configuration has mistakes; it lists all of them.
     """
     reading = Reading.of(cfg)
     if problem := reading.recipe_for_other_tasks():
@@ -50,7 +50,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
 
 
 def section_problems(cfg: DictConfig, names: Sequence[str]) -> list[str]:
-    """The mistakes in some sections of an earlier run's configuration. Keys that it has and we do not are ignored."""
+    """The mistakes in some sections of an earlier run's configuration. Keys that no longer exist are ignored."""
     reading = Reading.of(cfg)
     if problem := reading.recipe_for_other_tasks():
         return [problem]
@@ -89,7 +89,7 @@ def _task(reading: Reading, ignore_unknown: bool = False) -> Task | None:
 
 
 def _selector_problems(method: Method) -> list[str]:
-    """What is wrong with a selector of the user's own, whose module is imported here."""
+    """The mistakes in a user's own selector. Its module is imported here."""
     try:
         if method.selector_to_run is not None:
             find_selector(method.selector_to_run)
@@ -99,7 +99,7 @@ def _selector_problems(method: Method) -> list[str]:
 
 
 def _selection_problems(method: Any) -> list[str]:
-    """What is wrong with the selection files that a method names."""
+    """The mistakes in the selection files that a method names."""
     problems = []
     for key in ("selection", "like"):
         file = getattr(method, key, None)

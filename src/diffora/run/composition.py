@@ -1,4 +1,4 @@
-"""Why overrides do not compose: every reason at once, where Hydra stops at the first."""
+"""Lists every reason why overrides do not compose. Hydra itself stops at the first one."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from diffora.settings.read import known_keys
 
 
 def with_sweep_hint(problems: list[str]) -> list[str]:
-    """The problems of a sweep, and how to give a setting that only some of its runs have."""
+    """The problems, with a hint about settings that only some runs of a sweep have."""
     if "has no setting" not in "".join(problems):
         return problems
     return [
@@ -72,7 +72,7 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
 
 
 def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str | None:
-    """The message if an override asks for a choice that there is not, else None; ``groups`` are folders of choices."""
+    """The message if an override asks for a choice that does not exist, else None; ``groups`` are its folders."""
     key = line.partition("=")[0]
     files = [file for group in groups if group.name == key for file in group.glob("*.yaml")]
     if "Got NoneType" in str(error) or ("must be a string" in str(error) and files):
@@ -87,7 +87,7 @@ def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str 
 
 
 def missing_plugin(error: Exception) -> str | None:
-    """What to install if a launcher or sweeper is not there, else None."""
+    """What to install if a launcher or sweeper is missing, else None."""
     wanted = re.search(r"Could not find 'hydra/(?:launcher|sweeper)/((joblib|submitit|ray|optuna)\w*)'", str(error))
     return f"{wanted[1]} is not installed: pip install 'diffora[{wanted[2]}]'" if wanted else None
 

@@ -1,4 +1,4 @@
-"""The run directory: what it may contain before a run, and the record that is kept in it during a run."""
+"""The run directory: checks it before a run, and keeps the record in it during a run."""
 
 import errno
 import logging
@@ -55,16 +55,16 @@ def check_sweep_place(folder: Path) -> None:
 
 
 def _strange(folder: Path) -> str | None:
-    """The first file or folder that neither a run, a shell nor a scheduler would leave; None without any."""
+    """The first file or folder that no run, shell or scheduler makes; None if there is none."""
     names = (path.name for path in folder.iterdir())
     return next((name for name in sorted(names) if not name.startswith(".") and not name.endswith(OTHERS)), None)
 
 
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """The record of a complete run that ``resume=true`` need not repeat; None if there is work left to do.
+    """The record of the folder's run if it is complete; None if there is still work to do.
 
-    Only the settings are compared here, with those in the record. `diffora.loop.resume.earlier` compares checkpoints
-    with what they were made with.
+    Only the settings are compared here, with those in the record. `diffora.loop.resume.earlier` compares the settings,
+    data and backbone of checkpoints.
 
     Raises:
         UserError: the folder has a run although ``resume`` is false, or a run with another configuration.
@@ -129,7 +129,7 @@ def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
 def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
     """Keep a run's configuration, log and record in its folder; if the run fails, record why.
 
-    A failure of the machine (disk, memory) leaves the block as a `UserError` that explains it.
+    If the machine fails (disk, memory), the block raises a `UserError` that explains it.
 
     Raises:
         UserError: another process uses the folder, or the folder cannot be written to.
@@ -177,7 +177,7 @@ def _record_failure(folder: Path, record: dict[str, Any], error: BaseException) 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock during the block. The lock file of a process that died is no obstacle.
+    """Hold the folder's lock during the block. The lock of a process that died does not count.
 
     Raises:
         UserError: another process holds the lock.

@@ -1,4 +1,4 @@
-"""``dry_run=true``: the run without weights or data, to see its modules, parameters and memory."""
+"""``dry_run=true``: shows a run's modules, parameters and memory without loading weights or data."""
 
 import itertools
 import logging
@@ -88,7 +88,7 @@ def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None)
     """Estimates of memory by stage, in MB. A stage that cannot be measured is left out, with a warning.
 
     Args:
-        cfg: the configuration.
+        cfg: the settings.
         task: the task.
         adapted: the model, adapted for fine-tuning. It cannot be used afterwards.
         searched: the grid of a search, if there is one.
@@ -125,11 +125,11 @@ def _checkpointing(cfg: Settings, backbone: Backbone) -> nn.Module:
 
 
 def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
-    """Counts of adapter parameters where the data will choose the modules.
+    """Counts of adapter parameters if the data will choose the modules.
 
     Returns:
-        ``adapter``, the mean over all selections, with ``adapter_min`` and ``adapter_max``. Under a budget: ``adapter``
-        is the budget, and ``rank_*`` or ``modules_*`` bound what it will choose.
+        ``adapter``, the mean over all selections, with ``adapter_min`` and ``adapter_max``. With a budget, ``adapter``
+        is the budget, and ``rank_*`` or ``modules_*`` are bounds of what the budget will choose.
     """
     shapes, elsewhere, size = grid.shapes, method.rank_elsewhere, method.size(grid)
     least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)

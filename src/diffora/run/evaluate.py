@@ -40,7 +40,7 @@ SECTIONS = ("task", "model", "trainer")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated.
+    """What to evaluate.
 
     Attributes:
         cfg: sections ``task``, ``model`` and ``trainer``.
@@ -65,7 +65,7 @@ def read_request(arguments: list[str]) -> Request:
     """Read the command line: our own arguments, and overrides of the run's (or the composed) configuration.
 
     Raises:
-        UserError: every argument that cannot be right.
+        UserError: arguments are wrong; it lists all of them.
     """
 
     own, choices, values = _parse(arguments)
@@ -92,7 +92,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
         (our own arguments by name; choices of a section, such as ``task=sst2``; values of settings by key).
 
     Raises:
-        UserError: every word that cannot be right.
+        UserError: words are wrong; it lists all of them.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import
 
@@ -126,7 +126,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
 
 
 def _own_problems(own: dict[str, Any]) -> Iterator[str]:
-    """One message for each of our own arguments that cannot be right."""
+    """One message for each of our own arguments that is wrong."""
     if len({"run", "adapter"} & own.keys()) != 1 or not all(own.get(name, "x") for name in ("run", "adapter")):
         yield "give either run=<run directory> or adapter=<folder> with task= and model="
     rows, size, splits = checks.whole(1), own.get("batch_size", 64), own.get("split")
@@ -217,7 +217,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
         Metrics by split; splits without labels have none.
 
     Raises:
-        UserError: whatever is wrong with settings, data, model or adapter.
+        UserError: something is wrong with settings, data, model or adapter.
     """
     try:
         return _evaluate(request)
@@ -278,7 +278,7 @@ def load_trained(
         cfg: sections ``task`` and ``model``.
         weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
         method: as in `load_adapter`.
-        task: the task, if it has loaded rows already and so knows its classes.
+        task: the task, if its rows are already loaded, so that it knows its classes.
 
     Raises:
         UserError: a model, processor or adapter that cannot be read, or that does not fit the others.

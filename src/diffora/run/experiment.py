@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run returns to whoever calls it as a library."""
+    """What a run returns if it is called as a library."""
 
     folder: Path
     record: dict[str, Any]
@@ -91,11 +91,16 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
-    """One run of a composed configuration, written to ``folder``; its times count from ``began``, or from now.
+    """Do one run of a composed configuration, and write it to ``folder``.
+
+    Args:
+        cfg: the composed configuration.
+        folder: the run directory.
+        began: when the run started, in seconds since 1970; its times count from there. None: now.
 
     Raises:
-        UserError: whatever the user can mend. Mistakes in configuration, data and files are found before anything is
-            written to ``folder``.
+        UserError: the user can correct the cause. Mistakes in configuration, data and files are found before anything
+            is written to ``folder``.
     """
     began = time.time() if began is None else began
     cfg = _named(cfg)  # from here on only for what is written and compared
@@ -134,7 +139,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
 
 
 def _named(cfg: DictConfig) -> DictConfig:
-    """The configuration with the names of its cell as they were given: ``${…}`` in them is text."""
+    """The configuration, with the names of its cell as plain text: ``${…}`` in them is not resolved."""
     cfg = copy.deepcopy(cfg)
     if isinstance(cell := cfg.get("cell"), DictConfig):
         names = OmegaConf.to_container(cell, resolve=False)
@@ -146,10 +151,11 @@ def _named(cfg: DictConfig) -> DictConfig:
 def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str, Any]) -> None:
     """Compare a complete run with the data and the backbone that its settings name now.
 
-    What is not there any more is not compared, nor are data from the hub: that would need the network.
+    Files that no longer exist are not compared. Data from the hub are not compared either, because that would need the
+    network.
 
     Raises:
-        UserError: they changed, so that the results are not theirs.
+        UserError: they changed, so the results do not belong to them.
     """
     now: dict[str, Any] = {}
     try:
@@ -166,7 +172,7 @@ def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str
 
 
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
-    """Select, adapt, fine-tune, export, predict. Fills ``record`` in."""
+    """Select, adapt, fine-tune, export and predict. Completes ``record``."""
     cfg, folder = parts.cfg, parts.folder
     loggers = Loggers(cfg.logger, folder, cfg.composed)
     failed = True
@@ -199,8 +205,8 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
 
 
 def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
-    """Give the backbone what the method trains, with the searched A and B if the method starts from them."""
-    # The same random numbers follow, whether the selection was searched just now or comes from a file.
+    """Let the method adapt the backbone. With ``method.warm_start``, the adapters start from the searched A and B."""
+    # The random numbers that follow must be the same, whether the selection was just searched or comes from a file.
     L.seed_everything(parts.cfg.seed, verbose=False)
     adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
     set_kernel(parts.model, parts.cfg.model.kernel)
@@ -235,7 +241,7 @@ def complete(parts: Parts, record: dict[str, Any]) -> None:
 
 
 def write_predictions(parts: Parts) -> list[str]:
-    """Predict the test splits that were loaded for it (``predict=true``), to ``predictions/``.
+    """Predict the test splits (``predict=true``) and write the predictions to ``predictions/``.
 
     Returns:
         The files, relative to the run directory.

@@ -16,8 +16,8 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     """PNG of the DAM: one column per layer, one row per module type, selected modules framed.
 
     Colours show the relaxed DAM. White is the gate at Γ = 0: 1/N for the softmax of [D] eq. 11, 1/2 for the sigmoid.
-    Scores of another selector are scaled like a softmax: each layer's sum to 1; after a global selection, the layers'
-    sums are 1 on average. A selection without scores shows the frames only.
+    Scores of another selector are scaled like a softmax, so that each layer sums to 1. After a global selection, the
+    layers sum to 1 on average. A selection without scores shows the frames only.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -69,7 +69,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     """PNG of every entry of the relaxed DAM over the rounds of the search, one panel per layer.
 
     Args:
-        relaxation: of the search; its gate at Γ = 0 is a grey line.
+        relaxation: of the search. A grey line shows its gate at Γ = 0.
     """
     from matplotlib.figure import Figure
 

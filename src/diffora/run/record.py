@@ -1,4 +1,4 @@
-"""Where a run has the facts of its record from; `diffora.records` says what the record holds."""
+"""Collects the facts for a run's record, ``run.json``. `diffora.records` describes the fields."""
 
 import contextlib
 import platform
@@ -27,7 +27,7 @@ PACKAGES = ("diffora", "torch", "lightning", "transformers", "datasets", "torchm
 
 
 def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
-    """The content of ``run.json`` for a run that has just begun; the run fills in the rest.
+    """The content of ``run.json`` at the start of a run. `diffora.run.experiment` adds the rest.
 
     Args:
         cfg: the composed configuration with its interpolations, which show what follows the seed.
@@ -57,7 +57,7 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
 
 
 def metric_facts(task: "Task") -> dict[str, Any]:
-    """Which metric chooses the best epoch, and unit and direction of every metric of a run's record and history."""
+    """The record's fields ``main_metric`` and ``metric_facts``, see `diffora.records.Record`."""
     higher, lower = partial(MetricFacts, maximise=True), partial(MetricFacts, maximise=False)
     facts = {name: MetricFacts(task.unit_of(name), task.maximise) for name in task.metrics}
     facts |= {
@@ -118,7 +118,7 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def check_as_left(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse settings or weights that changed after the run wrote them. Without digests nothing is compared.
+    """Refuse settings or weights that changed after the run wrote them. A record without digests passes.
 
     Raises:
         UserError: names the files.

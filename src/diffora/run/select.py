@@ -1,4 +1,4 @@
-"""From a method to the modules it selects: runs its selector, lets it choose, and writes both down.
+"""The selection stage of a run: runs the method's selector, lets the method choose modules, and writes both.
 
 Files in the run directory: ``selection.json`` and its picture ``dam.png``; after a search also ``trajectory.json`` and
 ``gamma.png`` (the gates over the rounds), with ``method.warm_start`` ``selection.safetensors`` (the searched A and B),
@@ -38,7 +38,7 @@ FILE = "selection.json"
 
 @dataclass(frozen=True)
 class Selected:
-    """What the selection stage hands to fine-tuning.
+    """What the selection stage passes to fine-tuning.
 
     Attributes:
         selection: None for a method that selects nothing.
@@ -52,7 +52,7 @@ class Selected:
 
 
 def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
-    """The method's selection, searched if the method asks for a selector, and written to the run directory."""
+    """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
     if method.selector_to_run is None:
         found = Selected(_chosen(parts, method, None))
         if found.selection is not None and is_main():
@@ -65,7 +65,7 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
 
 
 def _searched(parts: Parts, method: Method, selector: str, loggers: Loggers) -> Selected:
-    """The scores of a selector, and what the method makes of them; or what an earlier attempt left of both."""
+    """The selection from a selector's scores, or from the finished search of an earlier attempt."""
     rows = search_rows(parts)
     parts.data.accounts["search"] = rows.account.record()
     for line in account_lines({"search": parts.data.accounts["search"]}):
@@ -86,7 +86,7 @@ def _searched(parts: Parts, method: Method, selector: str, loggers: Loggers) -> 
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:
-    """`Method.choose`, with its warnings (of ties and the like) in the log."""
+    """The result of `Method.choose`. Its warnings, such as those of ties, go to the log."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         selection = method.choose(parts.grid, scores, parts.cfg.seed)
@@ -102,7 +102,7 @@ def _provenance(parts: Parts) -> dict[str, object]:
 
 
 def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights: bool) -> None:
-    """Write what the search found; ``search.json`` last, because it says that all the rest is there."""
+    """Write what the search found. ``search.json`` is last, because it says that all other files exist."""
     folder = parts.folder
     if result.trajectory:
         types = list(parts.grid.types)
@@ -118,10 +118,10 @@ def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights
 
 
 def start_warm(parts: Parts, method: Method, found: Selected) -> None:
-    """``method.warm_start``: give the selected modules the A and B of their search.
+    """With ``method.warm_start``, set A and B of the selected modules to those of their search.
 
     Raises:
-        UserError: there are none of this selection, or they have another rank.
+        UserError: the search of this selection left no A and B, or they have another rank.
     """
     if found.selection is None or not getattr(method, "warm_start", False):
         return

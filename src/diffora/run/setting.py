@@ -33,7 +33,7 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
 
     Args:
         cfg: the composed configuration with its interpolations.
-        data_hash: of the training and validation rows, which stands in place of ``task.path``.
+        data_hash: of the training and validation rows; it replaces ``task.path``.
     """
     settings = {key: value for key, value in plain(cfg).items() if key not in NOT_A_SETTING}
     follows = {place: text for place, text in seed_followers(cfg).items() if place[0] in settings}
@@ -70,7 +70,7 @@ def seed_followers(cfg: DictConfig) -> dict[Place, str]:
 
 
 def _differing(values: Mapping[Any, Any], other: DictConfig) -> Iterator[Place]:
-    """The keys whose value is another one in the other configuration."""
+    """The keys whose values differ between the two configurations."""
     for key, value in values.items():
         found: Any = None
         with suppress(OmegaConfBaseException):  # there may be no value for the other seed
@@ -84,7 +84,7 @@ def _differing(values: Mapping[Any, Any], other: DictConfig) -> Iterator[Place]:
 
 
 def _written(node: Any, place: Place) -> str:
-    """A value as the configuration has it before it is resolved: its own interpolation, or that of its group."""
+    """A value before it is resolved: its own interpolation, or that of its group."""
     for key in place:
         if not isinstance(node, dict):
             break

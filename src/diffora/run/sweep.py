@@ -44,7 +44,7 @@ class Column:
 
 @dataclass
 class Table:
-    """The ``hydra.sweeper`` section of an experiment; seeds and columns by scale."""
+    """The ``hydra.sweeper`` section of an experiment, with seeds and columns for each scale."""
 
     _target_: str = "hydra_plugins.diffora_table.TableSweeper"
     title: str | None = None
@@ -55,7 +55,7 @@ class Table:
 
 
 def table_of(node: DictConfig) -> Table:
-    """The table in a composed configuration. Interpolations in its overrides are left for each run to resolve."""
+    """The table in a composed configuration. Each run resolves the interpolations in its overrides."""
     content: Any = OmegaConf.to_container(node, resolve=False)
     rows = [Row(**row) for row in content.pop("rows", [])]
     columns = {
@@ -102,12 +102,12 @@ def cells(
 ) -> dict[str, tuple[str, ...]]:
     """The overrides of a table's runs, by the names of their folders: for each seed, row and column.
 
-    Overrides that are given win over the table's. ``task=`` replaces all columns (a column of the table with this task
-    keeps its settings), ``method=`` all rows and ``seed=`` the seeds. ``cell.row=`` and ``cell.column=`` choose among
-    rows and columns.
+    The user's overrides replace those of the table. ``task=`` replaces all columns (a column of the table with this
+    task keeps its settings), ``method=`` replaces all rows, and ``seed=`` the seeds. ``cell.row=`` and ``cell.column=``
+    choose some of the rows and columns.
 
     Args:
-        place: the folder of the sweep; a row with ``like`` finds its selections there.
+        place: the folder of the sweep. A row with ``like`` reads its selections from there.
 
     Raises:
         UserError: a row or column that does not exist, or several values for another key.

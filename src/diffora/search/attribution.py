@@ -21,7 +21,7 @@ POINTS = 4
 
 
 class AttributionModule(SearchModule):
-    """Trains on search-train rows for some rounds; one more round scores on search-valid rows and trains nothing.
+    """Trains on search-train rows for some rounds. One more round scores on search-valid rows, without training.
 
     While A, B and the head are trained, every gate is 1: a gate below 1 would only rescale B. In the last round all
     gates go from 0 to 1 together, and the decrease of the validation loss on this path is divided among the modules
@@ -46,7 +46,7 @@ class AttributionModule(SearchModule):
         self._sum, self._terms = torch.zeros_like(self.gamma.detach()), 0.0
 
     def gates(self, gamma: Tensor) -> Tensor:
-        """``gamma`` itself: these gates are set, not learnt, and need no relaxation."""
+        """``gamma`` without a relaxation, because these gates are set and not learnt."""
         return gamma
 
     def over(self, epochs_done: int, epochs: int) -> bool:

@@ -92,7 +92,7 @@ class SearchModule(Stage):
     def certainty(self) -> str:
         """Name of the metric that shows how far the gates are from their start.
 
-        Entropy needs rows that sum to 1. Independent gates have none, so that their sum is logged instead: how many
+        This is the entropy, which needs rows that sum to 1. For independent gates it is their sum instead: how many
         modules of a layer are open, N/2 at the start.
         """
         return "search/entropy" if self.settings.relaxation == "softmax" else "search/open_gates"
@@ -203,7 +203,7 @@ class SearchModule(Stage):
         return losses[0], losses[1]
 
     def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
-        """Refuse a model in which the gradients of the two levels would mix. Two rows of each batch show it."""
+        """Refuse a model in which the gradients of the two levels would mix. Tested on two rows of each batch."""
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
         n_train, n_valid = (len(batch["row"]) for batch in few)
         with (

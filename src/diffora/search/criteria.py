@@ -1,4 +1,4 @@
-"""Formulas of the selectors beside the search, as pure functions: one number for each candidate, high is good."""
+"""Formulas of the selectors other than the search, as pure functions: one number per candidate, high is good."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ def gradient_norm(gradient: Tensor) -> Tensor:
 
 
 def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What `weight_times_activation` needs from one batch, as sums that can be added over batches and processes.
+    """The sums over one batch that `weight_times_activation` needs. They can be added over batches and processes.
 
     Args:
         x: (..., in).

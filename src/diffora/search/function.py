@@ -1,4 +1,4 @@
-"""A plain function as a selector: runs it on the run's device and checks what it returns and leaves behind.
+"""A plain function as a selector: calls it, and checks its result and that the model is unchanged.
 
 The function is called once as ``function(model, grid, batches, loss)``:
 
@@ -66,9 +66,9 @@ class FunctionModule(Stage):
 
     Args:
         model: the frozen backbone with its new head.
-        function: the user's own, see above.
+        function: the user's function, see above.
         name: its dotted path, for messages.
-        task: whose loss it is.
+        task: gives the loss.
         seed: of the run.
 
     Attributes:
@@ -107,7 +107,7 @@ class FunctionModule(Stage):
         return self.task.loss(self.model(**self.task.inputs(batch)), batch)
 
     def _call(self) -> Any:
-        """What the function returns; afterwards the model is as it was, or a UserError says what changed."""
+        """What the function returns. Raises a UserError if the model is not as before."""
         before, flags = _state(self.model), {p: p.requires_grad for p in self.model.parameters()}
         try:
             with self.trainer.precision_plugin.forward_context():
@@ -164,7 +164,7 @@ def _state(model: nn.Module) -> dict[str, str]:
 
 
 def _fingerprint(value: Tensor) -> str:
-    """Hash and sum: the hash alone does not see an even number of changed signs, nor the sum a permutation."""
+    """Hash and sum. The hash alone misses an even number of changed signs; the sum alone misses a permutation."""
     if value.device.type == "mps":  # which cannot hash
         value = value.cpu()
     return f"{torch.hash_tensor(value).item()} {value.sum(dtype=torch.float32).item()}"

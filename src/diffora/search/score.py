@@ -1,4 +1,4 @@
-"""Selectors ``gradient`` and ``activation``: score the candidates on a few batches; nothing is trained."""
+"""Selectors ``gradient`` and ``activation``: score the candidates on a few batches, without training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class ScoreModule(Stage):
         model: the frozen backbone with its new head.
         names: L x N full names of the candidates.
         criterion: ``gradient`` or ``activation``.
-        task: whose loss it is.
+        task: gives the loss.
         accumulate: micro-batches per batch.
         seed: of the run.
 

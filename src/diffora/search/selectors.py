@@ -1,15 +1,15 @@
-"""Selectors: each gives every candidate module a score (L x N, high is good) that says how much it deserves a LoRA.
+"""Selectors: each gives every candidate module a score. A module with a high score should get a LoRA of its own.
 
-One kind of entry serves all: `Selector`, which is a function from a `SearchContext` (model, grid, rows, settings) to a
-`SearchResult` (scores). `SELECTORS` holds those that come with the package, by the name that ``method.selector`` gives:
+A selector is a function from a `SearchContext` (model, grid, rows, settings) to a `SearchResult` (scores, L x N).
+`SELECTORS` holds those of the package, by the name in ``method.selector``:
 
 - ``search``: the bi-level search of [D] (`diffora.search.bilevel`); its scores are the relaxed DAM,
 - ``attribution``: trains all adapters, then divides their effect on the validation loss (`diffora.search.attribution`),
 - ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.search.score`).
 
-(``random`` is none of them: it needs neither model nor data, so the method draws the scores itself.)
+(``random`` is not here: it needs neither model nor data, so the method draws the scores itself.)
 
-A selector of your own is a plain function; `from_function` makes an entry of it::
+Your own selector is a plain function. `from_function` turns it into a selector::
 
     def my_selector(model, grid, batches, loss):  # in my_module.py
         for batch in batches: ...  # search-train batches; loss(batch) is the task's loss, a scalar
@@ -17,7 +17,7 @@ A selector of your own is a plain function; `from_function` makes an entry of it
 
     PYTHONPATH=<its folder> python train.py method.selector=my_module.my_selector
 
-`diffora.search.function` says what the function gets and must leave as it was.
+`diffora.search.function` describes the arguments, and what the function must not change.
 """
 
 import logging
@@ -55,10 +55,10 @@ class SearchContext:
     Attributes:
         parts: backbone, grid, task and training rows; settings of the sections ``search`` and ``trainer``.
         split: (search-train, search-valid) row numbers.
-        alpha: updates of the candidates' adapters are scaled by alpha / rank.
+        alpha: the updates of the candidates' adapters are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
-        callbacks: of Lightning, called in the rounds of ``search`` alone.
+        callbacks: of Lightning, called in the rounds of ``search`` only.
     """
 
     parts: Parts
@@ -80,7 +80,7 @@ class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; of ``search`` the relaxed DAM.
+        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``.
         seconds: of training and scoring, without loading.
         trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
@@ -103,7 +103,7 @@ class Selector:
     """One way to score the candidates.
 
     Attributes:
-        run: computes the scores; the model comes out as it went in.
+        run: computes the scores. The model is the same before and after.
         trains: whether it trains A and B of every candidate, with rank ``search.rank``.
     """
 
@@ -115,7 +115,7 @@ SELECTORS: dict[str, Selector] = {}
 
 
 def selector(name: str, trains: bool = False) -> Callable[[Run], Run]:
-    """Decorator: enter a function in `SELECTORS`."""
+    """Decorator: register a function in `SELECTORS`."""
 
     def register(run: Run) -> Run:
         SELECTORS[name] = Selector(run, trains)
@@ -140,7 +140,7 @@ def find_selector(name: str) -> Selector:
 
 
 def trains(name: str) -> bool:
-    """Whether a selector trains A and B of every candidate. A function of the user's own does not."""
+    """Whether a selector trains A and B of every candidate. A user's function does not."""
     return name in SELECTORS and SELECTORS[name].trains
 
 
@@ -186,7 +186,7 @@ def activation(context: SearchContext) -> SearchResult:
 def from_function(function: ScoreFunction, name: str) -> Run:
     """A plain function ``(model, grid, batches, loss) -> scores`` as a selector.
 
-    With several processes each of them computes on all rows, and the result of the first one counts.
+    With several processes, each one computes on all rows, and the result of the first one is used.
     """
 
     def run(context: SearchContext) -> SearchResult:
@@ -273,7 +273,7 @@ def _criterion(context: SearchContext, name: str) -> SearchResult:
 def _one_pass(
     context: SearchContext, name: str, module: ScoreModule | FunctionModule, whole: bool = False
 ) -> SearchResult:
-    """Score on a few search-train batches. The model's mode and torch's random state come out as they were.
+    """Score on a few search-train batches. Afterwards, the model's mode and torch's random state are as before.
 
     Args:
         whole: whether every process gets all rows of a batch.

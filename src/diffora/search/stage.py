@@ -18,7 +18,7 @@ class SearchRows:
     """The training rows that a search uses.
 
     Attributes:
-        train: sorted row numbers for A, B and the head (and for every selector that does not train).
+        train: sorted row numbers for A, B and the head, and for every selector that does not train.
         valid: sorted row numbers for Γ; no row and no example is in both.
         account: how many of the training examples are used.
     """
@@ -38,7 +38,9 @@ class SearchRows:
 
 
 def search_rows(parts: Parts) -> SearchRows:
-    """Cut the training rows into search-train and search-valid, by ``search.fraction`` and ``search.valid_fraction``.
+    """The rows that the search may use: search-train and search-valid.
+
+    ``search.fraction`` sets how many training rows are used, ``search.valid_fraction`` how many of these are for Γ.
 
     Raises:
         UserError: there are fewer than two examples.
@@ -53,7 +55,7 @@ def search_rows(parts: Parts) -> SearchRows:
 
 
 def run_search(context: SearchContext, selector: str) -> SearchResult:
-    """Score every candidate module. The model comes out as it went in.
+    """Score every candidate module. The model is the same before and after.
 
     Continues from a checkpoint if ``context.parts`` has one of an earlier attempt.
 
@@ -61,7 +63,7 @@ def run_search(context: SearchContext, selector: str) -> SearchResult:
         selector: a name in `diffora.search.selectors.SELECTORS`, or the dotted path of a function.
 
     Raises:
-        UserError: settings do not suit the rows, the loss is not finite, memory ran out, or a function of the user's
-            own does not do what a selector must.
+        UserError: settings do not suit the rows, the loss is not finite, memory ran out, or a user's function breaks a
+            rule for selectors.
     """
     return find_selector(selector).run(context)

@@ -1,4 +1,4 @@
-"""``method.warm_start``: the A and B that a search ended with, as a file, and back into the adapters."""
+"""``method.warm_start``: saves the A and B at the end of a search, and loads them into the adapters."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from diffora.files import atomic
 
 
 def weights_file(selection: Path) -> Path:
-    """Where the A and B of the search stand that made a selection file: beside it."""
+    """The file with the A and B of the search that made a selection file. It is next to that file."""
     return selection.with_suffix(".safetensors")
 
 
@@ -43,7 +43,7 @@ def load_weights(file: Path) -> dict[str, Tensor]:
 
 
 def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapping[str, Tensor], origin: Path) -> None:
-    """Give the selected modules the A and B that a search ended with, in place.
+    """Set A and B of the selected modules to those at the end of the search, in place.
 
     Args:
         model: with the adapters of ``selection``.
@@ -51,7 +51,7 @@ def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapp
         origin: where they come from, for messages.
 
     Raises:
-        UserError: a selected module has no A and B there, or they have another shape or are not finite.
+        UserError: ``weights`` lack the A and B of a selected module, or these have another shape or are not finite.
     """
     layers = dict(lowrank_layers(model))
     for names, flags in zip(grid.names, selection.mask().tolist(), strict=True):

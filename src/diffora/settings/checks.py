@@ -1,7 +1,7 @@
-"""What one setting may be: checks, and the words that messages and the configuration reference use for them.
+"""Checks of single settings, and the words that messages and the configuration reference use for them.
 
-A field of a settings class is ``Annotated[type, check, Help(text, unit)]``. The check is left out where the type says
-everything: ``bool``, ``Literal[...]``, a settings class, or a union of such members.
+A field of a settings class is ``Annotated[type, check, Help(text, unit)]``. Leave out the check if the type says
+everything: ``bool``, ``Literal[...]``, a settings class, or a union of these.
 """
 
 import re
@@ -30,7 +30,7 @@ class Help(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Whether a value fits; ``words`` end the sentence "it must be"."""
+    """A test of a value, and the words that complete the sentence "it must be …"."""
 
     fits: Callable[[Any], bool]
     words: str
@@ -129,7 +129,7 @@ def help_of(hint: Any) -> Help:
 
 
 def strange_value(key: str, value: Any) -> str | None:
-    """A message if a value that no check covers holds what no setting can, at any depth; otherwise None.
+    """A message if a value without a check contains something impossible, at any depth; otherwise None.
 
     These are numbers that are not finite or too large, unprintable texts, and names that are not text.
     """

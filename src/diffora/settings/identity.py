@@ -1,4 +1,4 @@
-"""Which configuration a run had: plain form, hash, and the differences between two."""
+"""The identity of a configuration: its plain form, its hash, and the differences between two configurations."""
 
 import hashlib
 import json

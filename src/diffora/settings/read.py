@@ -1,4 +1,4 @@
-"""From the composed configuration to typed settings: every mistake at once, before torch or any weight is loaded."""
+"""Reads the composed configuration into typed settings. Finds every mistake before torch or a weight is loaded."""
 
 import dataclasses
 import re
@@ -21,12 +21,12 @@ CHOSEN = {"method": "_target_", "task": "_target_", "model": "path"}
 
 @dataclasses.dataclass
 class Reading:
-    """A composed configuration in plain containers, and what is found to be wrong with it.
+    """A composed configuration in plain containers, and its mistakes.
 
     Attributes:
-        values: the resolved values; those that cannot be resolved are left out.
-        found: one message for each mistake, by its key.
-        sources: the keys that each value is made of, as in ``search.lr: ${finetune.lr}``.
+        values: the resolved values, without those that cannot be resolved.
+        found: one message for each mistake, by key.
+        sources: for each key, the keys in its interpolation, as in ``search.lr: ${finetune.lr}``.
     """
 
     values: dict[str, Any]
@@ -65,7 +65,7 @@ class Reading:
         return values
 
     def own_mistakes(self) -> dict[str, str]:
-        """The messages without those about values that are made of another faulty value."""
+        """The messages, without those for values that are interpolated from a faulty value."""
         faulty = [*self.found, *(group for group in CHOSEN if "name" not in self._group(group))]
         own = {
             key: text
@@ -95,8 +95,8 @@ class Reading:
 def read_sections(reading: Reading) -> dict[str, Any]:
     """Read the sections that are the same for every task and method; those with mistakes are left out.
 
-    The mistakes are added to ``reading.found``. ``method`` and ``task`` are left to their own classes, but for the
-    choice of the class.
+    The mistakes are added to ``reading.found``. Of ``method`` and ``task`` only the class is checked; that class reads
+    the settings.
     """
     hints = typing.get_type_hints(Settings, include_extras=True)
     kept: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _check_search(reading: Reading) -> None:
 
 
 def combinations(settings: Settings) -> Iterator[str]:
-    """One message for each two settings that do not go together."""
+    """One message for each pair of settings that do not go together."""
     stages: dict[str, Any] = {"search": settings.search, "finetune": settings.finetune}
     for name, stage in stages.items():
         if stage is not None and stage.batch_size % stage.accumulate:
@@ -201,7 +201,7 @@ def read_group(
         found: a message for each mistake is added here, by its key.
         who: the choice that has these settings, such as ``method=lora``: the message for another key then says so.
             Otherwise it names the nearest key.
-        elsewhere: the keys of fields that do not stand behind ``prefix``.
+        elsewhere: the keys of fields that do not begin with ``prefix``.
 
     Returns:
         The instance, or None if there are mistakes.
@@ -311,7 +311,7 @@ def may_be_null(hint: Any) -> bool:
 
 
 def keys_of(kind: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of a settings class in full, groups left out but for their members."""
+    """The full keys of a settings class. A group is replaced by the keys of its members."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         if (section := section_of(hints[field.name])) is not None:

@@ -1,7 +1,7 @@
 """The settings of a run: one class for each section of its configuration.
 
-Each field has a type, a check, a help text and, where it may be left out, a default. Tasks and methods declare theirs
-in their own files, in the same way. The values that a run starts from are in ``conf/``.
+Each field has a type, a check and a help text; an optional field also has a default. Tasks and methods declare their
+own settings in the same way, in their own files. The values that a run starts from are in ``conf/``.
 """
 
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """What every task has. A task's own settings are a subclass, named by its ``settings`` attribute."""
+    """The settings of every task. A task with more of them names a subclass in its ``settings`` attribute."""
 
     name: Annotated[str, Help("The task's name, in run directories and records.")]
     recipe: Annotated[Recipe, Help("Training settings for this task.")] = field(default_factory=Recipe)

@@ -1,4 +1,4 @@
-"""Fine-tuning: train what the method left trainable. It is stage 2 of DiffoRA, and the only stage of other methods."""
+"""Fine-tuning: trains the parameters that the method made trainable. Stage 2 of DiffoRA, the only one of others."""
 
 import math
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ class FineTuneModule(Stage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Unscale the gradients, and make them those of the mean over all terms of the step."""
+        """Unscale the gradients, and rescale them to the mean over all terms of the step."""
         # For a fused optimiser, Lightning does not unscale before clipping, so it is done here.
         if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
             scaler.unscale_(optimizer)
@@ -215,7 +215,7 @@ class FineTuneModule(Stage):
 
     @property
     def best_epoch(self) -> int:
-        """Index in `history` of the best epoch by the main metric on the official split; of a tie, the first epoch."""
+        """Index in `history` of the best epoch by the main metric on the official split; the first epoch of a tie."""
         return self._best(self.official)
 
     @property
@@ -230,7 +230,7 @@ class FineTuneModule(Stage):
 
     @property
     def stalled(self) -> bool:
-        """Whether the last ``early_stop`` epochs brought no new best."""
+        """Whether none of the last ``early_stop`` epochs was the best so far."""
         patience = self.settings.early_stop
         return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
 

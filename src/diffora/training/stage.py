@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], loggers: Loggers) -> FineTuneModule:
-    """Train what the method left trainable, and evaluate after each epoch.
+    """Train the parameters that the method made trainable, and evaluate after each epoch.
 
     Args:
         parts: data, backbone and settings of the run.

@@ -1,4 +1,4 @@
-"""How many steps a run has, and whether its settings suit that number."""
+"""Computes how many steps a run has, and checks that its settings suit that number."""
 
 import logging
 
