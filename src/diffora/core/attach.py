@@ -114,7 +114,7 @@ def _setting_problems(
 
 
 def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is, or stands inside, a low-rank layer of this project or an adapter layer of PEFT."""
+    """Whether a module is part of a low-rank layer of this project or of an adapter layer of PEFT."""
     parts = name.split(".")
     above = (modules.get(".".join(parts[:count])) for count in range(1, len(parts) + 1))
     return any(isinstance(module, LowRankLinear) or hasattr(module, "adapter_layer_names") for module in above)
@@ -151,7 +151,7 @@ def freeze_rest(model: nn.Module) -> None:
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:
-    """Every full name of each module of a model, by the module's id. A module may stand in several places."""
+    """Every full name of each module of a model, by the module's id. A module may be used in several places."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)

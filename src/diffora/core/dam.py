@@ -2,11 +2,11 @@
 
 Where the equations of [D] are:
 
-- eq. 10, the gated update of each module: `diffora.core.lowrank` (`set_gates` puts the relaxed DAM there),
-- eq. 11, the relaxation of Γ: `relax`,
-- eq. 13, the bi-level problem: `diffora.core.hypergradient`; its training loop (Algorithm 1, lines 1 to 8) is
+- [D] eq. 10, the gated update of each module: `diffora.core.lowrank` (`set_gates` puts the relaxed DAM there),
+- [D] eq. 11, the relaxation of Γ: `relax`,
+- [D] eq. 13, the bi-level problem: `diffora.core.hypergradient`; its training loop ([D] Algorithm 1, lines 1 to 8) is
   `diffora.search.bilevel`,
-- eq. 14, the discretisation (Algorithm 1, line 9): `discretise`, with K from `modules_per_layer`.
+- [D] eq. 14, the discretisation ([D] Algorithm 1, line 10): `discretise`, with K from `modules_per_layer`.
 
 Γ and every matrix made from it are L x N: one row per layer, one column per module type.
 """

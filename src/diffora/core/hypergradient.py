@@ -13,7 +13,7 @@ Params = Sequence[Tensor]
 
 
 def first_order(valid_loss: Tensor, gamma: Tensor) -> Tensor:
-    """dL_valid/dΓ at fixed weights ([D] eq. 13; Algorithm 1, line 4), L x N. Computes no gradient of a weight."""
+    """dL_valid/dΓ at fixed weights ([D] eq. 13; [D] Algorithm 1, line 4), L x N. Computes no gradient of a weight."""
     return torch.autograd.grad(valid_loss, gamma)[0]
 
 

@@ -82,7 +82,7 @@ class LowRankLinear(nn.Module):
             for SoRA's gates, (rank, rank) for FLoRA's core; or None.
         rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
         split: number of leading examples (entries of dim 0 of x) that train A and B^T; the other examples train the
-            gate, which must be a scalar. 0 trains the gate only. None trains whatever requires a gradient.
+            gate, which must be a scalar. 0 trains the gate only. None trains everything that requires a gradient.
     """
 
     gate: Tensor | None

@@ -112,7 +112,7 @@ def lowrank_linear(
         rows: compute gradients for ``rows[0]`` of A and ``rows[1]`` of B^T only; the others are zero ([R] Algorithm 1).
             Not together with a gate.
         split: number of leading entries of dim 0 of x that train A and B; the others train the gate. None: all entries
-            train whatever requires a gradient.
+            train everything that requires a gradient.
 
     Returns:
         (..., out). It can be differentiated twice, unless ``rows`` or ``split`` is given.

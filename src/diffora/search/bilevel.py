@@ -1,7 +1,7 @@
-"""Stage 1 of DiffoRA: the bi-level search of the DAM ([D] eqs. 10 to 13; Algorithm 1, lines 1 to 8).
+"""Stage 1 of DiffoRA: the bi-level search of the DAM ([D] eqs. 10 to 13; [D] Algorithm 1, lines 1 to 8).
 
 - [D] eqs. 10, 11: `SearchModule.gates` relaxes Γ, and `SearchModule._loss` puts the gates on the layers.
-- [D] eq. 13, upper level (line 4 of Algorithm 1): `SearchModule.gamma_step`.
+- [D] eq. 13, upper level (line 4 of [D] Algorithm 1): `SearchModule.gamma_step`.
 - [D] eq. 13, lower level (line 6): `SearchModule.weight_step`.
 - both levels in one pass, not in [D]: `SearchModule.joint_step`.
 """

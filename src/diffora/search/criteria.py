@@ -31,7 +31,7 @@ def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
 
     Args:
         weight: (out, in).
-        mean_square: (in,), mean square of each input feature over the tokens; its root stands for ||x_j||_2.
+        mean_square: (in,), mean square of each input feature over the tokens; its root is used as ||x_j||_2.
     """
     return (weight.abs() * mean_square.sqrt()).mean()
 

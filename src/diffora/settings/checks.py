@@ -98,7 +98,7 @@ PLAIN: dict[Any, Check] = {
     int: whole(-MOST), float: NUMBER, bool: FLAG, str: TEXT, dict: GROUP, list: TEXTS, types.NoneType: NULL,
     Any: Check(lambda v: True, "anything"),
 }  # fmt: skip
-"""The checks of types that come without one. A boolean is no number; a whole number fits where a float does."""
+"""The checks of types that are given without one. A boolean is not a number. A whole number fits a float."""
 
 
 def checks_of(hint: Any) -> Iterator[Check]:

@@ -86,10 +86,8 @@ class Model:
     """The pretrained backbone."""
 
     name: Annotated[str, Help("A short name, in run directories and records.")]
-    path: Annotated[str, BACKBONE, Help("Hub id or folder of the pretrained model; `embedded`: one that comes along.")]
-    layer: Annotated[str | None, Help("Where a layer stands, as in `encoder.layer.*`; null: found in the model.")] = (
-        None
-    )
+    path: Annotated[str, BACKBONE, Help("Hub id or folder of the pretrained model; `embedded`: the package's own.")]
+    layer: Annotated[str | None, Help("Name of the layers, as in `encoder.layer.*`; null: found in the model.")] = None
     candidates: Annotated[
         Annotated[list[str], CANDIDATES] | None,
         Help("The linear modules of a layer that may get an adapter; null: all of them."),
@@ -203,7 +201,7 @@ class Wandb:
     """Weights & Biases."""
 
     project: Annotated[str, Help("The project.")]
-    entity: Annotated[str | None, Help("The user or team; null: that of the account.")] = None
+    entity: Annotated[str | None, Help("The user or team; null: the account's own.")] = None
     group: Annotated[str | None, Help("The group of runs; by default, the runs that differ only in their seed.")] = None
     tags: Annotated[list[str], TEXTS, Help("The run's tags.")] = field(default_factory=list)
 
