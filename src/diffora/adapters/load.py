@@ -72,7 +72,7 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     pairs = StoredPairs.read(folder, manifest)
     modules = dict(backbone.model.named_modules(remove_duplicate=False))
     _check_fit(modules, pairs, folder)
-    # A fresh module that a low-rank pair adapts is saved beside the pair.
+    # If a low-rank pair adapts a fresh module, that module is saved next to the pair.
     adapted_and_saved = [
         name for name in pairs.modules if any(key.startswith(f"{_place(name)}.base_layer.") for key in pairs.tensors)
     ]

@@ -94,7 +94,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[Drawn]:
         draw = self.seed, self.stream, self.epoch
         rng = np.random.default_rng(draw)
-        # If rows are left out, they are others in each epoch.
+        # If rows are left out, each epoch leaves out different ones.
         order = rng.permutation(len(self.indices))[: self._rows_used]
         # Use at least four mega-batches if possible: if all rows were sorted at once, each epoch had the same batches.
         mega = self.batch_size * min(50, max(1, len(order) // (4 * self.batch_size)))

@@ -99,7 +99,7 @@ class PEFT(Method):
         if not isinstance(method, PEFT) or not isinstance(model, Mapping):
             return method
         candidates = model.get("candidates")
-        if isinstance(candidates, list):  # otherwise they are known with the model, see `targets`
+        if isinstance(candidates, list):  # otherwise they are known only when the model is loaded, see `targets`
             there = dict.fromkeys((*(model.get("roles") or ()), *ROLES, *candidates))
             for place in method.places or ():
                 if place not in there:
@@ -125,13 +125,13 @@ class PEFT(Method):
         names, config = set(self.targets(grid)), build(self.config, "method.config")
         if hasattr(config, "feedforward_modules"):
             grid.having("ffn_output")
-        if type(config).__name__ == "LoraConfig":  # others share, repeat or multiply what they call r
+        if type(config).__name__ == "LoraConfig":  # in other classes, r has other meanings
             where = torch.tensor([[name in names for name in row] for row in grid.names])
             check_ranks(grid, {"method.config.r": config.r}, where)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> "PEFTAdaptation":
         config = build(self.config, "method.config")
-        # Names in full: PEFT takes a name for all that end with it.
+        # Full names, because PEFT applies a name to all that end with it.
         config.target_modules = set(self.targets(grid))
         if hasattr(config, "feedforward_modules"):
             config.feedforward_modules = config.target_modules & set(grid.having("ffn_output"))
@@ -174,7 +174,7 @@ class PEFTAdaptation(Adaptation):
         passes = itertools.count(1)
 
         def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-            if next(passes) > 1000:  # PEFT itself would go round the batches for ever
+            if next(passes) > 1000:  # PEFT itself would repeat the batches without end
                 raise UserError(
                     "EVA has not converged in 1000 batches: lower rank, method.config.eva_config.rho or .tau, or raise "
                     "finetune.batch_size"
@@ -182,7 +182,7 @@ class PEFTAdaptation(Adaptation):
             model(**inputs)
 
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # a line for every input without tokens
+            with contextlib.redirect_stdout(io.StringIO()):  # PEFT prints a line for every input without tokens
                 initialize_lora_eva_weights(
                     self.peft,
                     batches,
@@ -202,7 +202,7 @@ class PEFTAdaptation(Adaptation):
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LoraLayer)]
         pairs = {p for _, layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
         trained = {p for p in self.model.parameters() if p.requires_grad} - self.head
-        # DoRA and the like are variants of LoRA: more than s B A, so that only PEFT knows how they are applied.
+        # DoRA and other variants of LoRA are more than s B A. Only PEFT knows how to apply them.
         return layers if trained == pairs and not any(layer.lora_variant for _, layer in layers) else []
 
     def pairs(self) -> Iterator[Pair]:
@@ -267,7 +267,7 @@ def inject(model: nn.Module, config: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lora with eva")  # advice on memory
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's to heed
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for PEFT to fix
             peft: Any = get_peft_model(model, config, ADAPTER)
     except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError) as error:
         if "meta tensor" in str(error):

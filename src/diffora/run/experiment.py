@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> float | None:
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
             "yourself, `torchrun --nproc-per-node=N train.py -m …`, or sweep with trainer.devices=1"
         )
-    # A run of its own counts from the start of the program, a later job of a sweep from its own start.
+    # A single run counts from the start of the program, a later job of a sweep from the job's start.
     first = hydra.mode == RunMode.RUN or hydra.job.num == 0
     result = run(cfg, Path(hydra.runtime.output_dir), began=START if first else None)
     return result.metrics.get(f"validation/{get_task(cfg.task).main_metric}")
@@ -194,7 +194,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         record["time"] = times(parts, found.seconds, module, began)
         if is_main():
             complete(parts, record)
-        record["status"] = "completed"  # nothing that fails from here on makes it a failed run
+        record["status"] = "completed"  # a failure after this line does not make it a failed run
         failed = False
         if is_main():
             loggers.summary(record)

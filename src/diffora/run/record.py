@@ -18,7 +18,7 @@ from diffora.records import NAME, MetricFacts, check, read_content
 from diffora.run.setting import setting_facts
 from diffora.settings.identity import config_hash
 
-if TYPE_CHECKING:  # it needs torch, which commands that start no run do without
+if TYPE_CHECKING:  # it imports torch, which is slow and which some commands do not need
     from diffora.tasks.base import Task
 
 WEIGHTS = ("adapter", "model")

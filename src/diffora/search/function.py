@@ -97,7 +97,7 @@ class FunctionModule(Stage):
         self._batches.append({key: value.cpu() for key, value in batch["train"][0].items()})
 
     def on_train_epoch_end(self) -> None:
-        # Every process has computed the same, up to what the function draws at random: one result for all.
+        # All processes compute the same, except for random draws in the function. So all take the first one's result.
         self.scores = self.trainer.strategy.broadcast(self._checked(self._call()))
         self._batches = []
         super().on_train_epoch_end()

@@ -249,7 +249,7 @@ class Settings:
     cell: Annotated[Cell, Help("Which cell of a table the run fills.")] = field(default_factory=Cell)
     model: Annotated[Model, Help("The backbone.")]
     finetune: Annotated[FineTune, Help("The fine-tuning stage.")]
-    # None for methods that do not search; the type is for the code of those that do.
+    # None for methods that do not search. The type leaves None out, because code of the search need not test for it.
     search: Annotated[Search, Help("The search stage.")] = None  # type: ignore[assignment]
     trainer: Annotated[Trainer, Help("Hardware and precision.")]
     logger: Annotated[Logger | None, Help("Where curves are logged.")] = None
