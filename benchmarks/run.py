@@ -191,8 +191,8 @@ def show(name: str, values: Mapping[str, Any]) -> None:
 
 def measure(setting: Setting, sides: Sequence[str], repetitions: int) -> dict[str, Any]:
     """The content of run.json."""
-    process(["benchmarks/hf_trainer_lora.py", "--help"])  # so that the files of the peer's imports are in the page cache
-    startup: dict[str, Any] = {"imports_s": import_seconds(setting)}  # and those of our imports
+    process(["benchmarks/hf_trainer_lora.py", "--help"])  # puts the files of its imports into the page cache
+    startup: dict[str, Any] = {"imports_s": import_seconds(setting)}  # and the files of ours
     startup["help_s"] = spread([process(["train.py", "--help"])[1] for _ in range(5)], 2)
     show("startup", startup)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}

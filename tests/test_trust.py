@@ -166,7 +166,7 @@ def test_a_file_may_name_only_classes_of_this_package(evil, target):
     assert not evil.exists() and {name for name in set(sys.modules) - before if not name.startswith("diffora")} == set()
 
 
-def test_a_module_put_into_the_package_from_elsewhere_is_none_of_its_own(tmp_path, monkeypatch):
+def test_a_foreign_module_inside_the_package_is_not_accepted(tmp_path, monkeypatch):
     """Neither a wider package path nor an entry in sys.modules makes a foreign file one of the package's."""
     import diffora.tasks
 
@@ -231,7 +231,7 @@ def test_the_user_may_name_any_subclass(own):
         (None, "task._target_=null must be the dotted path"),
     ],
 )
-def test_what_cannot_be_used_has_one_message_that_names_the_key(own, target, message):
+def test_an_unusable_target_has_one_message_that_names_the_key(own, target, message):
     found = problems(class_at, target, Task, "task._target_")
     assert found.startswith("task._target_=") and message in found and "\n" not in found
 
@@ -289,7 +289,7 @@ def test_a2_the_same_from_the_command_line(evil, arrived, tmp_path, monkeypatch,
     assert shown.startswith("error: ") and "Traceback" not in shown and "\x1b" not in shown
 
 
-def test_targets_elsewhere_in_a_run_are_text(evil, arrived, tmp_path):
+def test_other_targets_in_a_run_are_only_text(evil, arrived, tmp_path):
     """Nothing looks for _target_ where no class is expected."""
     shutil.rmtree(tmp_path / "run-x")
     keys = "method.regulariser", "logger.csv", "finetune", "hydra", "trainer.extra", "task.recipe.x", "model.config"
@@ -416,7 +416,7 @@ def test_a_damaged_diffora_json_has_one_message_that_names_file_and_key(finished
         ({"_target_": "peft.ShadowConfig"}, "cannot be used here"),
     ],
 )
-def test_settings_of_peft_lead_to_nothing_but_peft(evil, spec, message):
+def test_settings_of_a_peft_adapter_name_only_classes_of_peft(evil, spec, message):
     """They come from diffora.json too."""
     assert message in problems(build, spec, "method.config")
     assert not evil.exists()
@@ -463,7 +463,7 @@ def test_a5_names_keep_text_that_looks_like_an_interpolation(finished):
     assert not [file for file in finished.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
 
 
-def test_a5_a_run_that_arrived_is_evaluated_with_its_text_as_it_is(arrived, tmp_path, capsys):
+def test_a5_evaluation_does_not_resolve_text_of_a_runs_files(arrived, tmp_path, capsys):
     text = "${oc.env:SECRET} \\${oc.env:SECRET}"
     folder = arrived({"task.note": text, "model.name": text})
     found = evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
@@ -474,7 +474,7 @@ def test_a5_a_run_that_arrived_is_evaluated_with_its_text_as_it_is(arrived, tmp_
     assert SECRET not in everything.out + everything.err + (tmp_path / "out" / "metrics.json").read_text()
 
 
-def test_names_on_the_screen_are_no_markup(tmp_path, capsys):
+def test_names_on_the_screen_are_not_markup(tmp_path, capsys):
     account = {"task": {"name": "[/red] [link=javascript:x]y"}, "seconds": 1.0, "rows": {"[/a]": 1}}
     terminal.print_evaluation({**account, "metrics": {"[/a]": {"f1": 0.5}}}, [tmp_path / "[/b]"])
     shown = capsys.readouterr().out
@@ -491,7 +491,7 @@ def test_a5_messages_show_the_text_and_not_the_value(arrived, tmp_path, key):
 
 
 @given(st.text(alphabet="$\\{}:.ab'\" \n", max_size=12))
-def test_any_text_of_a_file_comes_out_as_it_is(text):
+def test_text_of_a_file_is_never_resolved(text):
     if text != "???":
         cfg = settings({"a": {"b": text, "c": [text, {"d": text}]}}, FILE, ["a"])
         assert cfg.a.b == cfg.a.c[0] == cfg.a.c[1].d == text
@@ -701,7 +701,7 @@ def test_names_of_a_selection_are_not_formulas_in_its_picture():
 # --- the rule itself ---
 
 
-def test_every_look_up_goes_through_one_module():
+def test_only_one_module_imports_by_name():
     """No other place imports by a name that it was given, unpickles, or lets OmegaConf or PyYAML read a file."""
     pattern = (
         r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"

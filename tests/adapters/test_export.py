@@ -188,7 +188,7 @@ def steps(model: nn.Module, n: int = 3) -> None:
 
 
 @pytest.mark.parametrize("alpha", [8, 6.5, 12])
-def test_training_goes_on_from_a_loaded_adapter_to_the_bit(alpha, deberta, tmp_path):
+def test_training_from_a_loaded_adapter_continues_bit_for_bit(alpha, deberta, tmp_path):
     """Scales 8/3, 13/6, 4, 3.25, 6 are multiplied into B for others, and must not round it for us."""
     model = deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, 3, shared_rank=2, alpha=alpha, dropout=0.1)
@@ -220,7 +220,7 @@ def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, 
     assert (tmp_path / "adapter" / "exact.safetensors").is_file() == rounds
 
 
-def test_a_loaded_model_is_frozen_but_for_the_adapter(trained, deberta):
+def test_only_the_adapter_of_a_loaded_model_is_trainable(trained, deberta):
     """B16"""
     _, folder = trained
     for freeze in (True, False):
@@ -250,7 +250,7 @@ def test_an_adapter_of_another_model_is_refused(trained, deberta):
         load_adapter(deberta(layers=1), folder / "adapter")
 
 
-def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deberta, tmp_path, caplog):
+def test_a_module_in_two_places_is_loaded_into_both_and_a_warning_names_both(deberta, tmp_path, caplog):
     def shared() -> nn.Module:
         model = deberta()
         first, second = model.deberta.encoder.layer
@@ -458,7 +458,7 @@ def changed(content: dict, path: str, value) -> None:
         ("labels", ["b", "a", "c"], "was trained on the classes b, a, c"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_in_a_manifest_is_said(path, value, said, exported, tmp_path):
+def test_impossible_values_in_a_manifest_are_refused(path, value, said, exported, tmp_path):
     """With digests that fit: somebody may have written it with care."""
     folder = shutil.copytree(exported["pairs"], tmp_path / "a")
     content = json.loads((folder / "manifest.json").read_text())
@@ -489,14 +489,14 @@ def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
     assert not list(lowrank_layers(model))
 
 
-def test_an_adapter_is_not_put_on_twice(exported):
+def test_a_second_adapter_on_the_same_model_is_refused(exported):
     model = small_deberta()
     load_adapter(model, exported["pairs"])
     with pytest.raises(UserError, match="has low-rank layers already"):
         load_adapter(model, exported["pairs"])
 
 
-def test_adapters_of_earlier_versions_are_told(exported, tmp_path):
+def test_adapters_of_earlier_versions_are_named_as_such(exported, tmp_path):
     for kind, said in (
         ("pairs", r"earlier version of this project \(sharing\.json\)"),
         ("weights", "earlier versions"),
@@ -529,7 +529,7 @@ def plain_peft(deberta, tmp_path):
     return model, tmp_path / "plain"
 
 
-def test_an_adapter_without_a_manifest_is_peft_s(plain_peft, deberta):
+def test_an_adapter_without_a_manifest_counts_as_one_of_peft(plain_peft, deberta):
     model, folder = plain_peft
     assert not (folder / "manifest.json").exists()
     again = deberta()
@@ -538,7 +538,7 @@ def test_an_adapter_without_a_manifest_is_peft_s(plain_peft, deberta):
         torch.testing.assert_close(again.eval()(**inputs()).logits, model.eval()(**inputs()).logits)
 
 
-def test_tensors_that_peft_would_do_without_are_missed(plain_peft, deberta):
+def test_missing_tensors_that_peft_would_ignore_are_refused(plain_peft, deberta):
     """PEFT warns of the first and says nothing of the second."""
     _, folder = plain_peft
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -662,7 +662,7 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
-def test_an_adapter_goes_on_a_model_that_transformers_made_and_on_no_other(kind, spoken):
+def test_a_language_models_adapter_needs_a_model_with_that_head(kind, spoken):
     """A language model's head is pretrained: no adapter has to bring it."""
     import transformers
 
@@ -689,7 +689,7 @@ def test_models_of_another_class_or_depth_are_refused(trained, deberta):
         load_adapter(DebertaV2ForTokenClassification(deberta().config), folder / "adapter")
 
 
-def test_loaded_pairs_are_aligned_as_other_tensors_are(trained, deberta):
+def test_loaded_pairs_are_aligned_in_memory(trained, deberta):
     """Products on a file's memory round otherwise, so that training would not go on to the bit."""
     _, folder = trained
     model = deberta()
@@ -697,7 +697,7 @@ def test_loaded_pairs_are_aligned_as_other_tensors_are(trained, deberta):
     assert all(p.data_ptr() % 64 == 0 for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt))
 
 
-def test_files_that_are_read_are_regular_and_listed(trained, deberta, tmp_path):
+def test_only_regular_files_that_the_manifest_lists_are_read(trained, deberta, tmp_path):
     import os
 
     _, folder = trained

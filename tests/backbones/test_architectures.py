@@ -221,7 +221,7 @@ def test_a_model_whose_output_depends_on_padding_is_refused(kind, changes, tmp_p
         match_processor(model, tokenizer)
 
 
-def test_the_run_of_a_model_with_two_stacks_ends_with_the_choice(cfg, folder_of, tmp_path):
+def test_a_model_with_two_stacks_is_refused_with_the_choices(cfg, folder_of, tmp_path):
     composed = cfg("task=paraphrase", "model=hf", f"model.path='{folder_of('t5')}'", "dry_run=true")
     with pytest.raises(UserError) as error:
         run(composed, tmp_path)
@@ -276,7 +276,7 @@ def test_a_language_model_has_no_head_to_train():
         ("t5_base", "mrpc", 222_903_552, 12 * 8 * (4 * 1536 + 2 * 3840)),
     ],
 )
-def test_the_true_sizes(model, task, backbone, adapter, cfg, tmp_path):
+def test_parameter_counts_of_the_shipped_models(model, task, backbone, adapter, cfg, tmp_path):
     params = run(cfg("method=lora", "rank=8", f"model={model}", f"task={task}", "dry_run=true"), tmp_path).record[
         "params"
     ]

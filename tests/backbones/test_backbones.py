@@ -93,14 +93,14 @@ def test_renamed_weights_are_refused(copy):
     refused(folder, "lacks 37 of the 37 weights", "embeddings.LayerNorm.bias", "(and 34 more)")
 
 
-def test_a_layer_that_is_missing_is_refused(copy):
+def test_a_missing_layer_is_refused(copy):
     """B1"""
     folder = copy()
     change_weights(folder, lambda tensors: {n: v for n, v in tensors.items() if ".layer.1." not in n})
     refused(folder, "lacks 16 of the", "bert.encoder.layer.1.attention.output.LayerNorm.bias")
 
 
-def test_one_weight_that_is_missing_is_refused(copy):
+def test_one_missing_weight_is_refused(copy):
     folder = copy("llama")
     change_weights(folder, lambda tensors: {n: v for n, v in tensors.items() if n != "layers.1.mlp.up_proj.weight"})
     refused(folder, "lacks 1 of the", "model.layers.1.mlp.up_proj.weight")
@@ -127,7 +127,7 @@ def test_a_config_of_another_size_is_refused(copy, entries, words):
     refused(folder, *words)
 
 
-def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
+def test_a_shape_for_dry_runs_does_not_replace_the_checkpoints(cfg, caplog):
     """A neighbour of B19: with the model's files there, nothing else reads `model.config`."""
     task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
     model = load_backbone(task.model, get_task(task.task).model_request()).model
@@ -135,7 +135,7 @@ def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
     assert "model.config.num_hidden_layers=2 ignored" in caplog.text and "hidden_size" not in caplog.text
 
 
-def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
+def test_other_parts_of_a_checkpoint_than_the_backbone_are_ignored(copy):
     """A masked-language-model head, and buffers of older versions."""
     folder = copy("bert", "AutoModelForMaskedLM")
     old = {"bert.embeddings.position_ids": torch.arange(512)[None]}
@@ -143,7 +143,7 @@ def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
     assert loaded(folder).head
 
 
-def test_weights_in_the_layers_that_an_architecture_does_not_use_are_said(copy, caplog):
+def test_unused_weights_in_the_layers_give_a_warning(copy, caplog):
     """Qwen2 has biases where Llama has none."""
     folder = copy("qwen2")
     edit(folder / "config.json", model_type="llama")
@@ -182,7 +182,7 @@ def test_weights_that_are_all_zero_are_refused(copy, part):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
-def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
+def test_packed_weights_without_scales_are_refused(copy, kind):
     """transformers takes them as they are: packed numbers without their scales."""
     folder = copy()
     name = "encoder.layer.1.output.dense.weight"
@@ -191,7 +191,7 @@ def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
-def test_weights_of_another_precision_are_taken(copy, kind):
+def test_weights_of_another_precision_are_accepted(copy, kind):
     folder = copy()
     change_weights(folder, lambda tensors: {name: value.to(kind) for name, value in tensors.items()})
     assert loaded(folder).model.dtype == torch.float32
@@ -217,7 +217,7 @@ def test_a_file_with_two_models_is_refused(copy):
     ],
     ids=str,
 )
-def test_entries_of_a_config_that_cannot_be_right_are_refused(copy, entries, words):
+def test_impossible_entries_of_a_config_are_refused(copy, entries, words):
     folder = copy()
     edit(folder / "config.json", **entries)
     refused(folder, words)
@@ -288,7 +288,7 @@ def test_missing_shards_are_named(copy):
         (b'{"model_type": "no-such-model"}', "cannot be read"),
     ],
 )
-def test_a_config_that_is_none_is_refused_before_anything_is_loaded(cfg, copy, content, words):
+def test_a_broken_config_is_refused_before_anything_is_loaded(cfg, copy, content, words):
     folder = copy()
     (folder / "config.json").write_bytes(content)
     refused(folder, words)
@@ -353,7 +353,7 @@ def test_a_head_is_drawn_as_if_the_checkpoint_had_none(made, tmp_path, family, l
 
 
 @pytest.mark.parametrize("name", ["mnli", "mrpc", "stsb"])
-def test_the_names_of_the_classes_are_the_tasks(copy, name):
+def test_class_names_come_from_the_task(copy, name):
     """B5: a checkpoint with the same number of classes in another order, and another kind of problem."""
     folder = copy("bert", CLASSIFIER, **NLI, problem_type="multi_label_classification")
     config = loaded(folder, small_task(name)).model.config
@@ -455,7 +455,7 @@ def test_an_image_processor_of_another_size_is_refused(copy):
     ],
     ids=str,
 )
-def test_an_image_processor_that_cannot_be_right_is_refused(copy, entries, words):
+def test_impossible_settings_of_an_image_processor_are_refused(copy, entries, words):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", **entries)
     task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
@@ -494,7 +494,7 @@ def test_a_tokenizer_that_fails_at_its_first_text_is_refused(copy):
         matched(folder)
 
 
-def test_a_config_whose_entries_do_not_go_together_is_refused(copy):
+def test_a_config_with_contradictory_entries_is_refused(copy):
     folder = copy("deberta-v2")
     edit(folder / "config.json", pooler_hidden_size=24)
     with pytest.raises(UserError, match=r"cannot be called, as its config\.json describes it"):
@@ -688,7 +688,7 @@ def test_trusted_code_is_run(copy, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("value", ["evil/kernel", "flash|evil/kernel@main:run", {"": "evil/kernel"}])
-def test_programs_that_a_config_would_fetch_are_refused(copy, key, value):
+def test_a_config_that_names_code_to_fetch_is_refused(copy, key, value):
     """A4"""
     folder = copy()
     edit(folder / "config.json", **{key: value})

@@ -67,7 +67,7 @@ def test_counts_count_shared_parameters_once(deberta):
 
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such", "a/b/c", "~/nothing-there"])
-def test_a_path_that_is_no_folder_is_refused(path):
+def test_a_path_that_is_not_a_folder_is_refused(path):
     with pytest.raises(UserError, match="is not a folder"):
         resolve(path)
 

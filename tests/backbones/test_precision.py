@@ -65,7 +65,7 @@ def gradients(model, task) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_equal_where_activations_are_computed_twice(cfg, dtype):
+def test_checkpointing_gives_equal_gradients(cfg, dtype):
     composed, task = dialogue(cfg, f"model.dtype={dtype}")
     model = adapted(composed, task)
     gradients(model, task)  # the layers see here which of them read the same

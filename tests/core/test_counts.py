@@ -53,7 +53,7 @@ def test_diffora_count_of_the_paper_lies_between_the_extremes():
     assert low < 350_000 < high and expected_adapter_parameters(shapes, 3, 4, 2) == 359_417
 
 
-def test_the_dearest_selection_leaves_every_shared_pair_it_can():
+def test_the_largest_selection_keeps_as_many_shared_pairs_as_it_can():
     """FFN in and out everywhere and always the same attention module has fewer parameters: that one is not shared."""
     shapes = [DEBERTA_LAYER] * 12
     mask = torch.zeros(12, 6, dtype=torch.bool)
@@ -79,7 +79,7 @@ SHARED = st.sampled_from([None, 1, 3, 20])
 
 @settings(max_examples=25, deadline=None)
 @given(grids(3, 2), st.integers(1, 4), SHARED)
-def test_extremes_are_those_of_all_selections(shapes, rank, shared_rank):
+def test_extremes_equal_those_over_all_selections(shapes, rank, shared_rank):
     counts = [[] for _ in range(7)]
     for mask in masks_of(3, 2):
         counts[int(mask.sum())].append(adapter_parameters(shapes, mask, rank, shared_rank))
@@ -129,7 +129,7 @@ def test_the_prefix_is_the_largest_within_the_budget(shapes, order, rank, shared
     assert m == (max(fitting) if fitting else None)
 
 
-def test_the_last_module_of_a_type_may_make_a_selection_cheaper():
+def test_selecting_the_last_module_of_a_type_can_reduce_the_parameters():
     shapes = [[(5, 5), (9, 9)]] * 3
     scores = torch.tensor([[0.9, 0.3], [0.8, 0.2], [0.7, 0.1]])
     counts = [adapter_parameters(shapes, discretise_globally(scores, n), 1, 2) for n in range(7)]

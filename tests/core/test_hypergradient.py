@@ -97,7 +97,7 @@ def test_many_unrolled_steps_approach_the_true_hypergradient():
     assert (one_step - implicit).norm() < (first_order(valid([optimum]), gamma) - implicit).norm()
 
 
-def test_a_gates_gradient_is_that_of_b_along_b_and_so_vanishes_with_it():
+def test_a_gates_gradient_is_zero_where_the_gradient_of_b_is():
     """Gate and B scale one product, g B A x: g dL/dg = <dL/dB, B>. Where B has settled, Gamma is told nothing."""
     torch.manual_seed(2)
     x, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)

@@ -82,7 +82,7 @@ def test_gate_gradient_is_the_inner_product_of_update_and_output_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_update_stands_beside_any_kind_of_layer(kind):
+def test_the_update_can_be_added_to_any_kind_of_linear_layer(kind):
     module = layer(kind=kind)
     assert is_linear(module.base) and features(module.base) == (6, 4)
     expected = module.base(X) + 3.0 * X @ A.T @ BT
@@ -117,7 +117,7 @@ def test_a_quantised_weight_is_never_read():
         weight_of(scaled)
 
 
-def test_what_is_linear():
+def test_is_linear():
     attention = nn.MultiheadAttention(4, 2)  # whose projection is never called: an update beside it would do nothing
     others = [attention, attention.out_proj, nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2), nn.Embedding(3, 4), nn.ReLU()]
     assert not any(map(is_linear, others))
@@ -219,7 +219,7 @@ def test_a_hook_on_the_base_layer_still_runs(kind):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_what_of_the_base_layer_requires_a_gradient_gets_it(name):
+def test_trainable_parameters_of_the_base_layer_get_gradients(name):
     module = layer()
     parameter = getattr(module.base, name).requires_grad_()
     found = torch.autograd.grad(module(X).square().sum(), parameter)
@@ -250,7 +250,7 @@ def test_a_weight_that_becomes_quantised_is_not_read(tokens):
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (y, expected)))
 
 
-def test_weights_that_are_no_parameters():
+def test_weights_that_are_not_parameters():
     """As in replicas of `nn.DataParallel`, and under pruning and parametrisation."""
     module = layer()
     expected = module(X)
@@ -272,7 +272,7 @@ def test_weights_that_are_no_parameters():
     torch.testing.assert_close(module(X), expected)
 
 
-def test_masks_do_not_go_with_a_gate():
+def test_masks_cannot_be_combined_with_a_gate():
     module = layer()
     module.gate, module.rows = torch.tensor(0.3), (torch.tensor([1]), torch.tensor([0]))
     with pytest.raises(AssertionError, match="masks"):
@@ -318,7 +318,7 @@ def test_attach_without_sharing_leaves_the_unselected_alone():
     assert [name for name, _ in lowrank_layers(net)] == ["layers.0.q", "layers.2.q", "layers.2.f"]
 
 
-def test_attach_freezes_the_rest_and_nothing_that_was_attached_before():
+def test_attach_freezes_the_rest_but_not_earlier_adapters():
     """B16: of a fresh model everything stayed trainable."""
     net, other = Net(), Net()
     both = nn.ModuleDict({"net": net, "other": other, "head": nn.Linear(4, 2)})
@@ -334,7 +334,7 @@ def test_attach_freezes_the_rest_and_nothing_that_was_attached_before():
     assert not any(p.requires_grad for p in both.parameters())
 
 
-def test_attach_leaves_the_rest_as_it_is_when_told_to():
+def test_attach_with_freeze_false_does_not_freeze_the_rest():
     net = Net()
     attach(net, NAMES, MASK, 3, None, 6, freeze=False)
     trained = {name for name, p in net.named_parameters() if p.requires_grad and "lora" not in name}
@@ -367,7 +367,7 @@ def test_a_module_in_two_places_is_adapted_in_both_and_taken_out_of_both():
         (["layers.0.q", "layers.1.f.base"], ["layers.1.f.base has a low-rank layer already"]),
     ],
 )
-def test_what_cannot_be_adapted_is_named_and_nothing_is_changed(names, problems):
+def test_modules_that_cannot_be_adapted_are_named_and_the_model_is_unchanged(names, problems):
     net = Net()
     net.layers[2]["q"] = net.layers[0]["q"]
     attach(net, [["layers.1.f"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, freeze=False)
@@ -417,7 +417,7 @@ def test_gradients_of_a_shared_pair_add_up_over_layers():
     assert torch.autograd.gradcheck(function, shared.detach().clone().requires_grad_())
 
 
-def test_low_rank_layers_are_in_the_mode_of_what_they_replace():
+def test_low_rank_layers_keep_the_mode_of_the_replaced_layer():
     """A model from `from_pretrained` is in eval mode: dropout on the adapters would make its predictions random."""
     for training in (False, True):
         model = nn.Sequential(nn.Linear(4, 4)).train(training)
@@ -441,7 +441,7 @@ def test_low_rank_layers_are_in_the_mode_of_what_they_replace():
         ({"dropout": 1.0}, "dropout=1.0 must be"),
     ],
 )
-def test_attach_refuses_what_no_update_can_have(changes, message):
+def test_attach_refuses_impossible_ranks_and_scales(changes, message):
     model = nn.Sequential(nn.Linear(4, 4))
     settings = {"selected": torch.ones(1, 1, dtype=torch.bool), "rank": 2, "shared_rank": None, "alpha": 4} | changes
     with pytest.raises(UserError, match=message):

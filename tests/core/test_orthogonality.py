@@ -81,14 +81,14 @@ def test_measures_are_those_of_the_whole_matrix(rank, deficient):
     assert orthogonality_loss(values, 20) == pytest.approx(expected, rel=1e-8)
 
 
-def test_no_update_has_rank_0_and_is_as_far_from_orthogonal_as_nothing():
+def test_a_zero_update_has_rank_0_and_the_orthogonality_loss_of_zero():
     values = singular_values(torch.randn(3, 30), torch.zeros(3, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
     values = singular_values(torch.zeros(0, 30), torch.zeros(0, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
 
 
-def test_mixed_precision_does_not_reach_it():
+def test_autocast_does_not_change_the_regulariser():
     """Rows of norm 1.0015: their excess is below what bfloat16 can tell from 1."""
     q = torch.linalg.qr(torch.randn(64, 8, generator=G))[0].T * 1.0015
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -54,7 +54,7 @@ def record_of(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("page", ["own-data", "own-model", "own-method", "own-task", "own-selector"])
-def test_a_page_has_commands_and_says_how_much_there_is_to_write(page):
+def test_a_page_has_commands_and_says_how_much_to_write(page):
     assert scripts_of(page)
     if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):
         counted = {name: text for name, text in files_of(page).items() if not name.endswith((".csv", "make_model.py"))}

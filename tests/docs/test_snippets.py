@@ -18,7 +18,7 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
 
-def test_the_first_block_of_the_page_is_that_of_the_readme():
+def test_the_first_block_of_the_page_is_the_readmes():
     """tests/e2e/test_readme.py runs it."""
     assert blocks(LIBRARY)[0] in (REPO / "README.md").read_text()
 

@@ -74,7 +74,7 @@ def test_dry_run_gives_ranges_for_global_selections_and_budgets(cfg, tmp_path, c
         (["method.budget=100"], "method.budget=100 is too small: 7424 parameters are the least"),
     ],
 )
-def test_settings_that_leave_nothing_to_train_are_refused_first(cfg, quick, tmp_path, overrides, words):
+def test_settings_that_leave_nothing_to_train_are_refused_in_a_dry_run(cfg, quick, tmp_path, overrides, words):
     for dry in ("true", "false"):
         with pytest.raises(UserError, match=re.escape(words)):
             run(cfg(*quick, *overrides, f"dry_run={dry}"), tmp_path / "run")

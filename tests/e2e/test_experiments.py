@@ -62,7 +62,7 @@ def test_a_table_composes_as_an_experiment(cfg, name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_figures_of_the_paper_belong_to_columns_and_have_a_number_for_each_metric(name):
+def test_paper_figures_match_a_column_and_have_a_number_for_each_metric(name):
     table = TABLES[name]
     for row in table.rows:
         for column, figure in (row.paper or {}).items():
@@ -75,7 +75,7 @@ def test_figures_of_the_paper_belong_to_columns_and_have_a_number_for_each_metri
         assert set(row.columns) <= set(table.columns["paper"])
 
 
-def test_means_in_the_papers_are_the_means_of_their_columns():
+def test_paper_means_equal_the_mean_of_the_columns():
     """As printed, to two decimals; pairs count once, by their own mean ([D] says no more)."""
     off = {}
     for name in ("table1_glue", "table8_roberta"):
@@ -88,7 +88,7 @@ def test_means_in_the_papers_are_the_means_of_their_columns():
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("table")])
-def test_controls_are_rows_of_every_table_that_has_diffora(name):
+def test_every_table_with_diffora_has_control_rows(name):
     methods = [re.search(r"method=(\w+)", " ".join(row.set))[1] for row in TABLES[name].rows]
     assert {"diffora", "random", "lora"} <= set(methods)
     for row in TABLES[name].rows:
@@ -97,7 +97,7 @@ def test_controls_are_rows_of_every_table_that_has_diffora(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_are_like_rows_that_select_with_the_same_settings(name):
+def test_like_names_a_row_with_the_same_selection_settings(name):
     """The same rank and sharing; the method and the draw's number alone are others."""
     there = {row.name: row for row in TABLES[name].rows}
     for row in TABLES[name].rows:
@@ -124,7 +124,7 @@ def test_tables_with_claims_to_test_have_five_seeds_in_small():
         assert len(TABLES[name].seeds["small"]) >= 5
 
 
-def test_commands_stand_at_the_head_of_every_file():
+def test_every_file_begins_with_its_commands():
     for name in TABLES:
         assert f"python train.py -m experiment={name}" in (conf_dir() / "experiment" / f"{name}.yaml").read_text()
 

@@ -22,7 +22,7 @@ def test_notebooks_run_from_top_to_bottom(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_kept_with_the_outputs_of_one_run(path):
+def test_notebooks_have_the_outputs_of_one_run(path):
     """So that the site and GitHub show them. A cell that was changed after the run has no number any more."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), HOW

@@ -31,7 +31,7 @@ def test_every_table_and_figure_has_a_section_with_commands_and_an_estimate():
 
 
 @pytest.mark.parametrize(("commands", "estimate"), BLOCKS)
-def test_estimates_are_of_the_runs_in_their_block(commands, estimate):
+def test_estimates_match_the_runs_in_their_block(commands, estimate):
     lines = re.findall(r"python train\.py (.*)", commands)
     assert int(re.match(r"Estimate: ([\d,]+) run", estimate)[1]) == sum(
         len(costs.job_overrides(line)) for line in lines
@@ -45,7 +45,7 @@ def test_the_whole_small_set_has_as_many_runs_as_the_page_says():
     assert f"\n{runs} runs; " in PAGE
 
 
-def test_operations_of_a_step_are_those_of_its_products(cfg):
+def test_operations_of_a_step_are_counted_exactly(cfg):
     """BERT of 6 layers x 384: 2 operations a weight and token, and the products of attention.
 
     Full fine-tuning's backward pass is twice its forward pass, that through a frozen backbone once.

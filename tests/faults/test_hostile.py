@@ -143,7 +143,7 @@ def copy(good, tmp_path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_things_in_the_place_of_a_file(place, commands, copy, campaign):
+def test_other_things_in_place_of_a_file(place, commands, copy, campaign):
     counts = campaign(f"hostile: in the place of {place.partition('-')[0]}")
     for how in PLACES[place].split():
         for thing in chance(place, how).sample(list(THINGS), share(len(THINGS))):
@@ -258,7 +258,7 @@ def test_models_that_bring_code(commands, canary, tmp_path, campaign):
 NAMES = ["a\nb", "a\tb", "=1+1", "-x", "--help", "é\u202e", "\udcff", "a'b\"c", "${oc.env:HOME}", "a" * 200, " "]
 
 
-def test_names_that_confuse(commands, good, tmp_path, campaign):
+def test_confusing_file_names(commands, good, tmp_path, campaign):
     counts = campaign("hostile: names of folders")
     for name in NAMES:
         folder = tmp_path / "arrived" / name / "run"
@@ -294,7 +294,7 @@ def test_an_adapter_of_strange_shapes(commands, copy, campaign):
             commands.judge(counts, how, folder, f"{how}, {name}")
 
 
-def test_a_folder_without_end(commands, good, tmp_path, campaign):
+def test_folders_that_are_too_deep_or_link_to_themselves(commands, good, tmp_path, campaign):
     counts = campaign("hostile: nested and linked folders")
     folder = tmp_path / "arrived"
     shutil.copytree(good["run"], folder / "run")

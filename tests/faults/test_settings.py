@@ -146,7 +146,7 @@ def named(key: str, problems: list[str]) -> bool:
     return any(key in problem or key.rpartition(".")[2] in problem for problem in problems)
 
 
-def test_every_setting_is_right_or_named(start, campaign, tmp_path, monkeypatch):
+def test_every_setting_works_or_is_named_in_a_message(start, campaign, tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     before = {base: leaves(composed(base)) for base in BASES}
     fuzz, ran = campaign("settings: composed and checked"), campaign("settings: started")

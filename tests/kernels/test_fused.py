@@ -100,7 +100,7 @@ def test_gradients_against_finite_differences(folding):
 
 
 @pytest.mark.parametrize("case", ["base", "twice", "tied"])
-def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
+def test_first_derivatives_are_equal_with_create_graph(folding, case):
     """Also where x, or the base's output beside it, was computed from what is trained here."""
     x, (made, other) = leaf(2, 2, IN), layers([(IN, 2), (IN, 2)])
     weight, bias = made.weight, made.bias
@@ -184,7 +184,7 @@ def saved_by(function):
     return found, outputs
 
 
-def test_only_what_the_gradients_need_is_kept():
+def test_only_tensors_that_the_gradients_need_are_saved():
     x, made = leaf(50, 20, IN), layers()
     weights = {t.untyped_storage().data_ptr() for m in made for t in m if isinstance(t, Tensor)}
     ranks, tokens = sum(rank for _, rank in SIZES), 50 * 20
@@ -203,7 +203,7 @@ def test_only_what_the_gradients_need_is_kept():
     assert base.untyped_storage().data_ptr() not in found
 
 
-def test_no_gradient_of_the_other_level_is_formed(folding):
+def test_gradients_of_the_other_level_are_not_computed(folding):
     """Counted in multiplications."""
 
     def flops(made):
@@ -225,7 +225,7 @@ def test_no_gradient_of_the_other_level_is_formed(folding):
 @pytest.mark.parametrize("kind", ["none", "tanh"])
 @pytest.mark.parametrize("split", [None, 2])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
+def test_after_a_gelu_the_search_saves_nothing_more(kind, split, checkpointed):
     before, made = leaf(B, S, IN), layers()
     inputs = [before, *leaves(made)]
 
@@ -246,7 +246,7 @@ def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
     assert node(x, without)[0].grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
 
 
-def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
+def test_a_gelus_output_that_was_changed_in_place_is_used_as_it_is():
     before, made = leaf(B, S, IN), layers()
     x = gelu(before)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
     torch.testing.assert_close(found, gradients(plain(2 * gelu(before), made), leaves(made)))
 
 
-def test_behind_a_gelu_differentiable_twice():
+def test_after_a_gelu_second_derivatives_are_exact():
     before, made = leaf(2, 2, IN), layers()
     outputs = lambda before: tuple(node(gelu(before), made))  # noqa: E731
     assert torch.autograd.gradgradcheck(outputs, (before,))
@@ -275,7 +275,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(dtype):
     assert together == pytest.approx(0.0625, abs=4 * (0.0625 / x.numel()) ** 0.5)
 
 
-def test_dropout_is_the_same_forward_and_backward():
+def test_dropout_has_the_same_mask_forward_and_backward():
     x, made = leaf(2, 2, IN), layers()
 
     def outputs(x):
@@ -322,7 +322,7 @@ def test_under_autocast_gradients_are_those_of_the_plain_formula_to_its_precisio
         assert (mine - theirs).norm() <= 0.03 * theirs.norm()
 
 
-def test_half_precision_weights_do_not_swallow_a_small_update():
+def test_a_small_update_is_not_lost_with_half_precision_weights():
     """Why nothing is folded there: W + s B A would round to W."""
     weight = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
     x = torch.ones(128, 64, dtype=torch.bfloat16) / 64

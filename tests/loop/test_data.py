@@ -83,7 +83,7 @@ def test_search_split_depends_on_the_seed_alone():
     assert split_search(np.arange(100), 0)[0].tolist() != list(range(50))  # seed 0 shuffles as well
 
 
-def test_split_hash_sees_order_of_splits_and_the_border():
+def test_split_hash_depends_on_the_order_of_splits_and_their_border():
     a, b = np.array([1, 2, 3]), np.array([4, 5])
     hashes = {split_hash(a, b), split_hash(b, a), split_hash(np.array([1, 2]), np.array([3, 4, 5]))}
     assert len(hashes) == 3
@@ -313,7 +313,7 @@ def test_search_loader_gives_collated_steps_without_leaks(workers):
             assert batch["attention_mask"].sum(1).equal(lengths) and batch["input_ids"].shape == (8, lengths.max())
 
 
-def test_search_on_less_than_a_batch_uses_what_there_is():
+def test_search_on_less_than_a_batch_uses_all_rows():
     split = split_search(np.arange(10), seed=0)
     items = list(SearchData(tokenised(10), COLLATE, split, 64, seed=0).train_dataloader())
     assert len(items) == 1
@@ -429,7 +429,7 @@ def test_trainer_sets_the_epoch_and_resume_replays_the_right_batches(make, worke
 
 @pytest.mark.parametrize("make", [fine_tune_data, search_data], ids=["fine-tune", "search"])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_order_is_that_of_the_epoch_no_matter_when_the_iterator_was_made(make, workers):
+def test_the_order_depends_on_the_epoch_not_on_when_the_iterator_was_made(make, workers):
     """B10: Lightning makes it, on a resume, before it knows the epoch."""
 
     def rows(batch):
@@ -454,7 +454,7 @@ class Noisy:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_worker_draws_depends_on_the_batch_alone(workers):
+def test_a_workers_random_numbers_depend_on_the_batch_only(workers):
     loader = LateLoader(
         TrainingDataset(tokenised(40)),
         sampler=LengthGroupedBatchSampler(lengths_of(40), 8, 0),

@@ -39,19 +39,19 @@ def found(cfg, monkeypatch):
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
     ],
 )
-def test_what_the_machine_has_not_is_named(found, override, words):
+def test_devices_that_the_machine_lacks_are_named(found, override, words):
     """C: `trainer.accelerator=gpu` without one, `trainer.devices=99` on a CPU."""
     [problem] = found(override)
     assert words in problem
 
 
-def test_what_the_machine_has_is_taken(found):
+def test_devices_that_the_machine_has_are_accepted(found):
     assert found("trainer=cpu") == found("trainer=default") == []
     assert found("trainer=ddp_cpu", cores=1) == []  # two processes, to try things out, on any machine
     assert found("trainer=ddp_cpu", "trainer.devices=3", cores=1) != []
 
 
-def test_more_gpus_than_there_are_are_named(found):
+def test_too_many_gpus_are_named(found):
     [problem] = found("trainer=gpu", "trainer.devices=3", gpus=2)
     assert problem == "trainer.devices=3 must be at most 2: this machine has 2 of them"
 

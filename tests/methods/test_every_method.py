@@ -88,7 +88,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("method", "backbone"), SHAPES)
-def test_on_the_true_shape_of_every_backbone(method, backbone, cfg, tmp_path):
+def test_every_method_on_the_true_shape_of_every_backbone(method, backbone, cfg, tmp_path):
     params = run(cfg(f"method={method}", f"model={backbone}", "dry_run=true"), tmp_path).record["params"]
     assert params["trainable"] == params["adapter"] + params["head"] and params["head"] > 0
     assert (params["adapter"] > 0) == (method != "head_only")

@@ -94,7 +94,7 @@ def test_head_only_moves_the_head_only(deberta):
 
 
 @pytest.mark.parametrize(("kind", "places"), [(Houlsby, 4), (Pfeiffer, 2)])
-def test_bottlenecks_stand_where_they_should(deberta, kind, places):
+def test_bottlenecks_are_in_the_right_places(deberta, kind, places):
     model, adaptation = adapted(deberta, kind(size=3, activation="gelu", skip=True, init_std=0.01))
     there = [name for name, module in model.named_modules() if isinstance(module, BottleneckLinear)]
     assert len(there) == places and all(name.endswith("output.dense") for name in there)
@@ -153,7 +153,7 @@ def test_masked_steps_are_plain_steps_on_the_drawn_rows(deberta, independent, ki
 
 
 @pytest.mark.parametrize(("target", "still"), [("gradient", False), ("update", True)])
-def test_momentum_moves_masked_entries_unless_the_update_is_masked(deberta, target, still):
+def test_momentum_changes_masked_entries_unless_the_update_is_masked(deberta, target, still):
     model, adaptation = adapted(deberta, GMLoRA(rank=4, dropout=0.0, alpha=6.0, mask=mask(target=target)))
     optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.1)
     for number in range(3):
@@ -181,7 +181,7 @@ def test_masks_change_with_the_step_or_the_epoch(deberta):
     assert drawn("step", 0, 0, seed=1) != drawn("step", 0, 0)
 
 
-def test_masking_starts_when_it_is_told_to_and_evaluation_is_not_masked(deberta):
+def test_masking_starts_at_the_given_step_and_evaluation_is_not_masked(deberta):
     model, adaptation = adapted(deberta, GMLoRA(rank=4, dropout=0.0, alpha=6.0, mask=mask(start=1)))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     before, after = step(model, adaptation, optimizer, 0)
@@ -277,7 +277,7 @@ def test_sparsity_grows_in_stages():
     assert sora(lam=0.4, times_lr=True).threshold(0, 8, 0.01) == pytest.approx(0.004)
 
 
-def test_closed_gates_cost_nothing_at_inference(deberta):
+def test_directions_with_closed_gates_do_not_count_at_inference(deberta):
     model, adaptation = adapted(deberta, sora(lam=0.3))
     layers = [layer for _, layer in lowrank_layers(model)]
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_closed_gates_cost_nothing_at_inference(deberta):
         torch.testing.assert_close(scaling * lora_bt.T @ lora_a, layer.delta())
 
 
-def test_flora_starts_at_the_backbone_and_its_core_gets_the_gradient_of_the_whole(deberta):
+def test_flora_starts_at_the_backbone_and_its_core_gets_the_exact_gradient(deberta):
     model, adaptation = adapted(deberta, FLoRA(rank=3, dropout=0.0, alpha=6.0))
     plain = deberta(dtype=torch.float64)
     inputs = {k: v for k, v in batch_of(4).items() if k != "row"}

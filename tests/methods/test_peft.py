@@ -122,7 +122,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         assert FULL.get(name) in (None, len(a))
 
 
-def test_eva_sees_tokens_only_and_the_same_every_time(cfg, deberta):
+def test_eva_ignores_padding_and_gives_the_same_directions_every_time(cfg, deberta):
     method = method_of(cfg, "method=eva", "method.config.eva_config.rho=1.0")
 
     def directions(extra):
@@ -142,7 +142,7 @@ def test_eva_sees_tokens_only_and_the_same_every_time(cfg, deberta):
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(2), rtol=0.2, atol=0.2)  # PEFT's SVD is randomised
 
 
-def test_prepare_sees_the_first_batches_of_training(cfg, quick, tmp_path, monkeypatch):
+def test_prepare_gets_the_first_training_batches(cfg, quick, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     shown, trained = [], []
 
@@ -177,7 +177,7 @@ def rank_left(adaptation):
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 12, 40])
-def test_adalora_reaches_its_budget_however_short_the_run(deberta, total):
+def test_adalora_reaches_its_budget_also_in_short_runs(deberta, total):
     adaptation = adapted(AdaLoRA(**SETTINGS), deberta())
     adaptation.begin(total)
     optimizer = adam(adaptation.model)
@@ -227,7 +227,7 @@ def test_adalora_penalty_is_pefts(deberta):
     assert (theirs - plain).item() == pytest.approx(adaptation.penalty().item(), rel=1e-4)
 
 
-def test_adalora_penalty_is_in_no_loss_that_is_reported(cfg, quick, tmp_path, monkeypatch):
+def test_adalora_penalty_is_not_in_the_reported_losses(cfg, quick, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     short = [o for o in quick if not o.startswith(("search", "finetune.epochs"))]
     short = [*short, "finetune.epochs=1", "task.train_rows=64", "method=adalora"]
@@ -236,7 +236,7 @@ def test_adalora_penalty_is_in_no_loss_that_is_reported(cfg, quick, tmp_path, mo
     assert run(cfg(*short), tmp_path / "with").record["history"] == without["history"]
 
 
-def test_adalora_goes_on_from_its_averages(deberta):
+def test_adalora_continues_from_its_saved_averages(deberta):
     def start():
         torch.manual_seed(3)
         adaptation = adapted(AdaLoRA(**SETTINGS), deberta())
@@ -267,7 +267,7 @@ def test_adalora_goes_on_from_its_averages(deberta):
     assert resumed.state()["rank_pattern"] == whole.state()["rank_pattern"]
 
 
-def test_adalora_resumed_ends_as_if_never_stopped(cfg, quick, tmp_path):
+def test_resumed_adalora_gives_the_same_result(cfg, quick, tmp_path):
     torch.set_num_threads(1)
     short = [*(o for o in quick if not o.startswith("search")), "task.train_rows=64"]
     composed = cfg(*short, "method=adalora", "method.every=2", "method.final=0")
@@ -336,7 +336,7 @@ def test_a_bad_setting_gives_one_message(cfg, overrides, words):
     assert words in message
 
 
-def test_what_does_not_fit_the_model_is_said_in_pefts_words(cfg, deberta):
+def test_settings_that_do_not_fit_the_model_give_pefts_message(cfg, deberta):
     without = ["~method.config.lora_alpha", "~method.config.lora_dropout"]
     method = method_of(cfg, "method=peft", "method.config._target_=peft.MissConfig", "rank=64", *without)
     with pytest.raises(UserError, match=r"PEFT cannot put MissConfig on this model: .*64"):

@@ -8,7 +8,7 @@ from diffora.run.experiment import run
 
 
 @pytest.mark.parametrize("name", ["", ".", "src", "/"])
-def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_written(cfg, tmp_path, monkeypatch, name):
+def test_a_folder_with_other_files_is_refused_before_anything_is_written(cfg, tmp_path, monkeypatch, name):
     """C: `hydra.run.dir=''` wrote into the checkout."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").mkdir()
@@ -18,7 +18,7 @@ def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_written(
     assert not (tmp_path / name / "run.json").exists() and not (tmp_path / "run.json").exists()
 
 
-def test_new_folders_runs_and_what_a_scheduler_wrote_are_fine(tmp_path):
+def test_new_folders_runs_and_a_schedulers_files_are_accepted(tmp_path):
     check_place(tmp_path / "new")
     check_place(tmp_path)
     (tmp_path / "slurm-1.out").touch()

@@ -159,7 +159,7 @@ def test_shared_parameters_stay_shared():
 
 
 @pytest.mark.parametrize("method", ["diffora", "adalora", "full_ft", "houlsby"])
-def test_a_dry_run_tells(cfg, tmp_path, method, capsys):
+def test_a_dry_run_shows_the_estimate(cfg, tmp_path, method, capsys):
     record = run(cfg("experiment=quickstart", f"method={method}", "dry_run=true"), tmp_path).record
     found = record["memory"]["estimate"]
     assert list(found) == (["search", "finetune"] if method == "diffora" else ["finetune"])
@@ -170,7 +170,7 @@ def test_a_dry_run_tells(cfg, tmp_path, method, capsys):
     assert "fine-tuning at 32 x 64: weights" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_does_not_stop_a_dry_run(cfg, tmp_path, monkeypatch, caplog):
+def test_a_failed_estimate_does_not_stop_a_dry_run(cfg, tmp_path, monkeypatch, caplog):
     def fail(*_) -> None:
         raise RuntimeError("needs content\nmore")
 

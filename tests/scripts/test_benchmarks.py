@@ -39,7 +39,7 @@ def gradients(contender, batch):
 
 
 @pytest.mark.parametrize("shape", [BERT, DEBERTA, LLAMA], ids=lambda shape: shape.model)
-def test_ours_and_peft_are_the_same_function_of_the_same_weights(shape):
+def test_ours_and_peft_give_the_same_outputs_and_gradients(shape):
     batch = shape.batch()
     ours, peft = made(shape, "lora", "peft")
     assert ours.loss(batch).item() == pytest.approx(peft.loss(batch).item(), rel=1e-4)
@@ -52,7 +52,7 @@ def test_ours_and_peft_are_the_same_function_of_the_same_weights(shape):
 
 
 @pytest.mark.parametrize("shape", [BERT, DEBERTA], ids=lambda shape: shape.model)
-def test_the_floor_back_propagates_through_every_layer_and_trains_the_head_alone(shape):
+def test_the_floor_back_propagates_through_every_layer_and_trains_only_the_head(shape):
     floor, full, ours = made(shape, "floor", "full_ft", "lora")
     batch = shape.batch()
     seen = []
@@ -64,7 +64,7 @@ def test_the_floor_back_propagates_through_every_layer_and_trains_the_head_alone
     assert seen and seen[0].abs().max() > 0  # the first layer's input has a gradient
 
 
-def test_a_step_of_each_contender_changes_what_it_trains_and_leaves_the_shared_backbone_alone():
+def test_a_step_changes_the_trained_weights_and_not_the_shared_backbone():
     backbone = BERT.build()
     shared = {name: p.clone() for name, p in backbone.named_parameters()}
     for name, make in common.CONTENDERS.items():
@@ -105,7 +105,7 @@ def test_memory_counts_what_a_step_adds():
     assert large > 2 * small
 
 
-def test_rounds_begin_with_another_contender_each():
+def test_each_round_begins_with_the_next_contender():
     order = []
     names = ("a", "b", "c")
     times = common.interleave({name: lambda name=name: order.append(name) for name in names}, rounds=3, warmup=1)
@@ -171,7 +171,7 @@ def test_search_costs_follow_from_the_recipes(results):
     assert tasks["mrpc"]["alternating"] == pytest.approx(5 * 0.5 / 14 * median, abs=2e-3)
 
 
-def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
+def test_the_page_shows_all_results_and_says_what_is_missing(results, tmp_path):
     page = plots.PAGE.read_text()
     full = plots.refresh(page, results)
     assert "Not measured yet" not in full
@@ -207,7 +207,7 @@ def test_both_sides_of_a_whole_run_get_the_same_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_in_processes_of_their_own():
+def test_memory_in_new_processes():
     jobs = [(BERT, "floor"), (BERT, "lora")]
     floor, lora = common.in_own_processes(common.memory_of, jobs)
     assert 0 < floor["step_mb"] < lora["step_mb"] and floor["rss_mb"] > 0

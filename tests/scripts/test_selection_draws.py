@@ -31,7 +31,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_places_and_gains_by_seed(folder):
+def test_percentiles_and_gains_by_seed(folder):
     [seeds] = script.places(script.completed(folder)).values()
     assert [script.percentile(one, "validation") for one in seeds] == pytest.approx([50, 12.5, 100])
     place, gain = script.over_seeds(seeds, "validation")
@@ -42,7 +42,7 @@ def test_places_and_gains_by_seed(folder):
     assert "- cola, validation matthews, 3 seeds: percentile 54 (0 to 100), gain +0.1667" in text
 
 
-def test_where_less_is_better_the_least_stands_highest(tmp_path):
+def test_if_lower_is_better_the_lowest_has_the_highest_percentile(tmp_path):
     run(tmp_path, "search", 0, 2.0, maximise=False)
     for draw in range(2):
         run(tmp_path, f"draw {draw}", 0, 3.0 + draw, maximise=False, parameters=90 + draw)

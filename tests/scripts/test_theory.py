@@ -26,7 +26,7 @@ def test_the_data_were_made_with_the_settings_of_the_script():
     assert {name: content[name]["settings"] for name in theory.FULL} == {n: s for n, (_, s) in theory.FULL.items()}
 
 
-def test_the_page_shows_every_picture_and_each_is_there():
+def test_every_picture_is_on_the_page_and_in_the_folder():
     for name in theory_page.PICTURES:
         assert f"(images/{name}.png)" in PAGE.read_text()
         assert (PAGE.parent / "images" / f"{name}.png").is_file()

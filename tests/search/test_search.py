@@ -135,7 +135,7 @@ def stepped_with_grad(function):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_gamma_step_changes_gamma_alone_and_a_weight_step_all_but_gamma(make, order):
+def test_a_gamma_step_changes_only_gamma_and_a_weight_step_all_the_rest(make, order):
     module = make(order=order)
     gamma_opt, weight_opt = module.configure_optimizers()
     before = snapshot(module)
@@ -151,7 +151,7 @@ def test_a_gamma_step_changes_gamma_alone_and_a_weight_step_all_but_gamma(make, 
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_no_step_sees_the_other_splits_rows(make):
+def test_no_step_uses_rows_of_the_other_split(make):
     """Changing the validation rows must not change a weight step, nor (first order) the training rows a Gamma step."""
 
     def after(valid_seed, train_seed):
@@ -181,7 +181,7 @@ def test_accumulation_changes_nothing_but_memory(make):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_clipping_bounds_the_weights_gradient_and_leaves_gamma_alone(make):
+def test_clipping_limits_the_weights_gradient_but_not_gammas(make):
     """With plain SGD of rate 1 a step is the gradient itself."""
     steps = {}
     for clip in (None, 0.01):
@@ -226,7 +226,7 @@ def test_gates_of_a_sigmoid_are_independent_and_their_gradient_is_exact(make):
     ("relaxation", "name", "start"),
     [("softmax", "search/entropy", math.log(6)), ("sigmoid", "search/open_gates", 3.0)],
 )
-def test_what_is_logged_of_the_gates_goes_with_the_relaxation(make, relaxation, name, start):
+def test_the_logged_gate_values_depend_on_the_relaxation(make, relaxation, name, start):
     module = make(relaxation=relaxation, gamma_lr=1e-6)
     batches = [{"valid": batch_of(4, seed=1), "train": [batch_of(4, seed=2)]}]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -252,7 +252,7 @@ def test_a_run_with_a_sigmoid_says_so(cfg, quick, tmp_path):
         check(cfg(*small, "search.relaxation=hard"))
 
 
-def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
+def test_bf16_autocast_gives_gradients_in_the_parameters_dtype(make):
     module = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, (grad,) = module._gradients(
@@ -329,7 +329,7 @@ def test_two_processes_attribute_as_one_does(tmp_path):
     torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
 
 
-def test_processes_count_as_much_as_what_their_losses_are_means_of(make, monkeypatch):
+def test_processes_are_weighted_by_the_terms_of_their_losses(make, monkeypatch):
     """A language model's batches of equal rows have unequal numbers of tokens."""
     module = make()
     batches = [batch_of(2), batch_of(5)]

@@ -173,7 +173,7 @@ def test_one_pass_gives_the_gradients_of_two(name, kind):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("name", "kind"), [("deberta-v2", "classes"), ("llama", "packed")])
-def test_so_it_does_in_parts_and_with_activations_computed_twice(name, kind, checkpointing):
+def test_one_pass_gives_the_gradients_of_two_in_parts_and_with_checkpointing(name, kind, checkpointing):
     module, whole = make(name, kind, accumulate=3, checkpointing=checkpointing), make(name, kind)
     for n_valid, n_train in ((7, 7), (2, 7), (7, 1)):  # also where the halves are not cut into equally many parts
         valid, train = batch_for(kind, n_valid, 12, seed=1), batch_for(kind, n_train, 9, seed=2)
@@ -181,7 +181,7 @@ def test_so_it_does_in_parts_and_with_activations_computed_twice(name, kind, che
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v2"])
-def test_neither_half_sees_the_other(name):
+def test_neither_half_uses_the_others_rows(name):
     """The validation rows change nothing in the weights' gradients, nor the training rows in Gamma's."""
     module = make(name)
 
@@ -197,7 +197,7 @@ def test_neither_half_sees_the_other(name):
     assert (other_train[0] - weights).norm() > 1e-3 * weights.norm()
 
 
-def test_a_joint_step_is_the_two_steps_from_one_point(monkeypatch):
+def test_a_joint_step_equals_both_steps_from_the_same_point(monkeypatch):
     """With plain SGD of rate 1 and a bound on the weights' gradient alone."""
     module = make(clip=0.01)
     valid, train = batch_for("classes", 4, 9, seed=1), batch_for("classes", 4, 12, seed=2)
@@ -218,7 +218,7 @@ def test_a_joint_step_is_the_two_steps_from_one_point(monkeypatch):
     assert "disentangled_attention_bias" not in vars(module.model.deberta.encoder.layer[0].attention.self)
 
 
-def test_the_passes_of_the_alternation_keep_nothing_for_the_other_level(monkeypatch):
+def test_a_pass_of_the_alternation_saves_nothing_for_the_other_level(monkeypatch):
     """What the low-rank layers hold during a Gamma step: not the inputs of A, all of which a weight step needs."""
     module, batch = make("bert"), batch_for("classes", 4, 12, seed=0)
     inputs, saved = [], []  # alive to the end, so that no address is used twice
@@ -242,7 +242,7 @@ def test_the_passes_of_the_alternation_keep_nothing_for_the_other_level(monkeypa
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
-def test_under_autocast_the_gradients_are_those_of_two_passes_to_rounding(precision):
+def test_under_autocast_one_pass_gives_the_gradients_of_two_up_to_rounding(precision):
     module = make("deberta-v2", dtype=torch.float32)
     valid, train = batch_for("classes", 8, 12, seed=1), batch_for("classes", 8, 12, seed=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -265,7 +265,7 @@ def test_a_model_that_mixes_rows_is_refused_before_the_first_step():
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 
 
-def test_a_module_whose_input_is_not_the_rows_is_refused():
+def test_a_module_whose_input_has_no_batch_dimension_is_refused():
     """A table that all rows share, in a model that is not told of here."""
     module = make("deberta-v2")
     module._tables = []
@@ -273,7 +273,7 @@ def test_a_module_whose_input_is_not_the_rows_is_refused():
         module._check_rows_are_apart(*(batch_for("classes", 4, 9, seed=i) for i in (1, 2)))
 
 
-def test_batches_are_put_together_with_what_each_column_is_padded_with():
+def test_batches_are_joined_with_each_columns_padding_value():
     task, _ = KINDS["packed"]
     a, b = batch_for("packed", 2, 5, seed=0), batch_for("packed", 3, 8, seed=1)
     for first, second in ((a, b), (b, a)):
@@ -325,7 +325,7 @@ def test_the_second_order_is_refused(cfg):
         check(cfg("experiment=quickstart", "search.update=both"))
 
 
-def test_a_run_from_end_to_end_and_killed_between_rounds(cfg, quick, tmp_path, monkeypatch):
+def test_a_whole_run_and_one_that_is_killed_between_rounds(cfg, quick, tmp_path, monkeypatch):
     overrides = [
         *quick,
         "search.update=simultaneous",

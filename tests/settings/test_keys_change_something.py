@@ -314,7 +314,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_settings_have_the_same_outcome(outcome):
+def test_equal_settings_have_equal_outcomes(outcome):
     """Otherwise a difference would mean nothing."""
     for base in (SEARCH, CHAT, IMAGES):
         assert outcome(base) == outcome(base)

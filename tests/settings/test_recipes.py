@@ -63,19 +63,19 @@ def test_rm_lora_is_table_4(cfg, name):
     assert (full.lr, full.batch_size, full.epochs) == (0.00001, 32, epochs)
 
 
-def test_roberta_lies_in_the_ranges_of_appendix_d(cfg):
+def test_the_roberta_recipe_is_in_the_ranges_of_appendix_d(cfg):
     given = cfg("recipe=roberta", "model=roberta_base", "task=cola")
     assert 4 <= given.rank <= 12 and 0.2 <= given.rho <= 0.7
     assert (given.finetune.lr, given.finetune.epochs) == (3e-4, 6)  # of Table 6, as everything else
 
 
-def test_without_a_recipe_the_tasks_own_holds(cfg):
+def test_without_recipe_the_tasks_own_recipe_is_used(cfg):
     assert cfg("method=sora", "task=wnli").method.lam == 1e-3
     assert cfg("method=full_ft", "task=wnli").finetune.lr == cfg().model.full_ft_lr
     assert cfg("task=rte").finetune.epochs == 50
 
 
-def test_what_is_given_wins_over_a_recipe(cfg):
+def test_given_values_override_a_recipe(cfg):
     given = cfg("method=full_ft", "recipe=rm_lora", "task=rte", "finetune.lr=1e-4", "finetune.epochs=1")
     assert (given.finetune.lr, given.finetune.epochs) == (1e-4, 1)
 

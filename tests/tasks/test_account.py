@@ -123,7 +123,7 @@ def test_questions(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("task", "model"), [("paraphrase", "tiny"), ("digits", "tiny_vit"), ("dialogue", "tiny_llama")]
 )
-def test_embedded_tasks_are_used_whole(cfg, task, model):
+def test_all_rows_of_embedded_tasks_are_used(cfg, task, model):
     sizes = ["task.validation_rows=20"] + (["task.train_rows=30"] if task != "digits" else [])
     c = cfg(f"task={task}", f"model={model}", *sizes)
     for name in ("train", "validation"):

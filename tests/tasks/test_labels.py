@@ -84,7 +84,7 @@ def test_numbers_follow_the_names_that_the_hub_gives(good, monkeypatch):
     assert load_rows(MRPC).data_hash == good
 
 
-def test_shards_are_numbered_each_by_its_own_names(tmp_path):
+def test_each_shard_is_numbered_by_its_own_names(tmp_path):
     write(tmp_path, validation=table("validation", LABELS, NAMES))
     write(tmp_path, **{"train-00000-of-00002": table("a", LABELS, NAMES)})
     write(tmp_path, **{"train-00001-of-00002": table("b", flipped(LABELS), REVERSED)})
@@ -108,7 +108,7 @@ def test_three_classes_in_any_order(tmp_path):
     assert [split["label"] for split in loaded.validation.values()] == [[0, 1, 2], [1, 0, 2]]
 
 
-def test_plain_numbers_beside_another_order_are_refused(tmp_path):
+def test_plain_numbers_next_to_names_in_another_order_are_refused(tmp_path):
     """Nobody can know by which list the plain numbers count."""
     write(tmp_path, train=table("train", flipped(LABELS), REVERSED), validation=table("validation", LABELS))
     [message] = problems(tmp_path)
@@ -195,7 +195,7 @@ def test_wrong_names_and_mixtures_are_refused(tmp_path, labels, expected):
     assert expected in problems(folder)[0]
 
 
-def test_scores_are_no_classes(tmp_path):
+def test_scores_are_not_classes(tmp_path):
     splits = {split: table(split, LABELS, NAMES) for split in ("train", "validation")}
     assert (
         "holds classes (not_equivalent, equivalent), expected a number from 0 to 5"
@@ -204,12 +204,12 @@ def test_scores_are_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "5", '{"info": {"features": []}}', '{"info": null}'])
-def test_whatever_else_stands_in_a_files_metadata_is_ignored(text):
+def test_other_metadata_of_a_file_is_ignored(text):
     schema = pa.schema({"label": pa.int64()}, metadata={"huggingface": text})
     assert class_names(schema, "label") is None
 
 
-def test_what_makes_a_result_doubtful_is_said(tmp_path):
+def test_doubtful_data_give_notes(tmp_path):
     """C: a training file with one class; and its neighbours."""
     train = table("train", [1, 1, 1]).set_column(1, "sentence2", pa.array(["", "", ""]))
     validation = pa.concat_tables([table("validation", LABELS), train.slice(1)])

@@ -289,7 +289,7 @@ def test_windows_cover_the_context_and_overlap(kind):
 
 
 @every_kind
-def test_a_window_without_the_whole_answer_points_at_null(kind):
+def test_a_window_without_the_whole_answer_has_the_null_position_as_target(kind):
     rows = rows_of(("Where?", TEXT * 2, "24\u201310 \u2013 in the 2010s"), ("Why?", TEXT, None))
     encoded = task().encode(rows, TOKENIZERS[kind], training=False)
     inside = 0
@@ -379,7 +379,7 @@ def test_very_long_context(monkeypatch):
 
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 @settings(deadline=None, max_examples=60)
-def test_a_model_that_knows_is_right(data, kind, tmp_path_factory):
+def test_perfect_logits_give_perfect_scores(data, kind, tmp_path_factory):
     """Words of any script, answers anywhere in contexts of several windows."""
     letters = st.characters(categories=["L", "N", "Mn", "So"], exclude_characters="\ufffd")  # BERT drops that one
     words = st.text(letters, min_size=1, max_size=6).filter(lambda word: unicodedata.category(word[0]) != "Mn")
@@ -427,7 +427,7 @@ def test_loss_and_outputs_do_not_depend_on_the_batch(kind):
 
 
 @every_kind
-def test_loss_is_that_over_the_possible_positions(kind):
+def test_loss_is_over_the_possible_positions_only(kind):
     """By hand: a softmax over the context and the null position, nothing else."""
     tokenizer, made = TOKENIZERS[kind], task(True)
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=False)
@@ -449,7 +449,7 @@ def test_loss_is_that_over_the_possible_positions(kind):
             assert ((part.grad != 0) == possible).all()
 
 
-def test_inputs_are_the_models_own():
+def test_the_model_gets_only_its_own_inputs():
     tokenizer, made = TOKENIZERS["bert"], task()
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=True)
     for batch in batches(made, encoded, tokenizer):
@@ -544,7 +544,7 @@ QUESTIONS = [
 
 
 @every_kind
-def test_a_model_that_knows_refuses_too(kind):
+def test_perfect_logits_are_perfect_with_unanswerable_questions_too(kind):
     made = task(True, max_length=60, doc_stride=30, max_answer_length=30)
     outputs, split = whole(made, rows_of(*QUESTIONS), TOKENIZERS[kind], perfect)
     scores = made.score(outputs, split)
@@ -554,7 +554,7 @@ def test_a_model_that_knows_refuses_too(kind):
 
 
 @pytest.mark.parametrize("unanswerable", [False, True])
-def test_some_examples_are_scored_alone(unanswerable):
+def test_part_of_the_examples_can_be_scored(unanswerable):
     """Scores of the whole are means over its examples; the windows of one belong together."""
     tokenizer, made = TOKENIZERS["gpt2"], task(unanswerable)
     rows = rows_of(*(row for row in QUESTIONS if unanswerable or row[2]))
@@ -612,7 +612,7 @@ class Counting:
         return self.tokenizer(*args, **options)
 
 
-def test_cache_is_read_again_and_depends_on_all_that_matters(tmp_path, monkeypatch):
+def test_the_cache_is_reused_and_its_key_depends_on_all_that_matters(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFORA_CACHE", str(tmp_path))
     rows, counting = rows_of(*QUESTIONS), Counting(TOKENIZERS["bert"])
     first = task().encode(rows, counting, training=False)
@@ -685,7 +685,7 @@ def test_impossible_settings():
     assert max(task(max_length=24).encode(rows_of(QUESTIONS[0]), TOKENIZERS["bert"], training=True)["length"]) <= 24
 
 
-def test_tokenizers_that_do_not_serve():
+def test_unsuitable_tokenizers_are_refused():
     slow = SimpleNamespace(is_fast=False)
     with pytest.raises(UserError, match="needs a fast tokenizer"):
         task().encode(rows_of(QUESTIONS[0]), slow, training=True)
@@ -698,7 +698,7 @@ def test_tokenizers_that_do_not_serve():
 # --- models ---
 
 
-def test_left_to_right_model_reads_everything_before_it_refuses():
+def test_a_left_to_right_model_reads_question_and_context_before_the_null_position():
     """GPT-2: the question stands before the context, and the null position after it; padding is seen by neither."""
     from transformers import GPT2Config, GPT2ForQuestionAnswering
 

@@ -57,7 +57,7 @@ def test_answers_are_right(seed):
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
 
 
-def test_no_sentence_is_told_twice_and_the_seed_decides():
+def test_no_sentence_is_used_twice_and_the_seed_decides():
     made = splits(200, 100, seed=0)
     told = [turns[0]["content"].split(" . ")[0] for rows in made.values() for turns in rows]
     assert len(told) == len(set(told)) == 300
@@ -82,7 +82,7 @@ def trained(cfg, tmp_path):
     return composed, run(composed, tmp_path / "run")
 
 
-def test_a_run_lowers_the_perplexity_and_its_adapter_serves_elsewhere(trained):
+def test_a_run_lowers_the_perplexity_and_plain_peft_loads_its_adapter(trained):
     composed, result = trained
     assert result.selection.types[:4] == [f"self_attn.{part}_proj" for part in "qkvo"]
     assert [len(row) for row in result.selection.selected] == [3, 3, 3, 3]  # of 7

@@ -270,13 +270,13 @@ SYNONYMS = NOUN | TRAIT | THING | PLACE | {form: PLAIN.get(verb) or POLE[verb][0
 
 
 @pytest.mark.parametrize("fold", [{}, SYNONYMS], ids=["words", "concepts"])
-def test_a_bag_of_words_does_not_tell(fold):
+def test_a_bag_of_words_cannot_solve_the_task(fold):
     data = splits(4000, 1000)
     features = {name: (bag_features(rows, fold), rows["label"]) for name, rows in data.items()}
     assert logistic_accuracy(features["train"], features["validation"]) < 0.60
 
 
-def test_the_bag_of_words_model_does_find_a_cue_that_is_there():
+def test_the_bag_of_words_model_finds_an_existing_cue():
     data = splits(2000, 500)
     for rows in data.values():  # negatives get a sentence of another pair, as careless generators do
         partner = rows["sentence2"][1:] + rows["sentence2"][:1]

@@ -49,7 +49,7 @@ def test_equals_torchmetrics(prediction, golds):
     agrees(prediction, golds)
 
 
-def test_texts_without_a_word():
+def test_texts_without_words():
     # The script of 1.1 finds no common word, that of 2.0 takes both for "no answer".
     assert evaluate(["the"], [["a"]]) == {"exact_match": 100.0, "f1": 0.0}
     second = evaluate_v2(["the"], [0.0], [["a"]], 0.0)

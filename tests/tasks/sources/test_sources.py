@@ -272,14 +272,14 @@ def test_wrong_numbers(tmp_path, numbers, expected):
     assert len(load_rows(MRPC, tmp_path).train) == 5  # nothing asks for them in training
 
 
-def test_labels_in_some_shards_of_a_split_only_are_a_fault(tmp_path):
+def test_labels_in_only_some_shards_are_refused(tmp_path):
     write_shards(tmp_path, "test", part(0, 2), part(2, 5, label=[-1, -1, -1]))
     with pytest.raises(UserError, match=r"test-00001-of-00002.parquet, row 1 .*-1 marks an unlabelled row"):
         load_split(MRPC, "test", tmp_path)
 
 
 @pytest.mark.parametrize("labels", [[[0]] * 5, [{"a": 1}] * 5])
-def test_a_split_with_nonsense_for_labels_is_refused(tmp_path, labels):
+def test_a_split_with_invalid_labels_is_refused(tmp_path, labels):
     write(tmp_path, "test", {**ROWS, "label": labels})
     with pytest.raises(UserError, match="column 'label' holds"):
         load_split(MRPC, "test", tmp_path)
@@ -327,7 +327,7 @@ def test_folder_missing_or_a_file(tmp_path):
     assert "is a file, not a folder" in problems(file)[0]
 
 
-def test_split_files_missing(tmp_path):
+def test_missing_split_files_are_named(tmp_path):
     (tmp_path / "train.tsv").touch()
     train, validation = problems(tmp_path)
     assert "'train'" in train and "train.parquet" in train and "train.jsonl" in train and "train.csv" in train
@@ -542,7 +542,7 @@ def test_unreachable_hub_fails_quickly_and_says_what_to_do(no_cache, monkeypatch
     assert datasets.config.HF_HUB_OFFLINE is False  # left as it was
 
 
-def test_offline_mode_asks_nobody(no_cache, monkeypatch):
+def test_offline_mode_does_not_use_the_network(no_cache, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
