@@ -1,4 +1,4 @@
-"""Export equals the model in memory, with adapters that are not zero."""
+"""An exported adapter gives the outputs of the model in memory. The adapters of the tests are not zero."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from diffora.tasks.base import get_task
 
 
 def compose_cfg(*overrides: str):
-    """As the fixture ``cfg``, for fixtures of the whole module."""
+    """Like the fixture ``cfg``, for fixtures of module scope."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
@@ -56,7 +56,7 @@ def inputs():
 
 @pytest.fixture
 def trained(deberta, tmp_path):
-    """A base model saved to disk, and the same model adapted with shared and own pairs, none of them zero."""
+    """A base model saved to disk, and the same model with shared and own pairs, none of them zero."""
     model = deberta()
     model.save_pretrained(tmp_path / "base")
     grid = find_grid(model, "encoder.layer.*", TYPES)
@@ -86,7 +86,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(trained):
         torch.testing.assert_close(merged(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- B6: programs that read a rank and a scale each in their own way ---
+# --- B6: programs that read rank and scale in different ways ---
 
 READERS = {
     "vLLM, TensorRT-LLM, diffusers": lambda config, rank: config["lora_alpha"] / config["r"],
@@ -96,7 +96,7 @@ READERS = {
 
 
 def read_as(scale, model: nn.Module, folder) -> nn.Module:
-    """Merge an adapter as a program with a rule for the scale does."""
+    """Merge an adapter in the way of a program with its own rule for the scale."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     assert config["r"] == config["lora_alpha"] and isinstance(config["r"], int)
@@ -114,7 +114,7 @@ def read_as(scale, model: nn.Module, folder) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
-    """B6's case: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue; no head is trained."""
+    """Case B6: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue. No head is trained."""
     folder = tmp_path_factory.mktemp("dialogue")
     composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
     task = get_task(composed.task)
@@ -140,7 +140,7 @@ def spoken_logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_every_program_reads_the_same_adapter(reader, spoken):
-    """B6: logits were off by 2.66 where the adapter's whole effect is 9.38."""
+    """B6: logits were wrong by 2.66; the whole effect of the adapter is 9.38."""
     model, fresh, folder = spoken
     expected = spoken_logits(model)
     assert (spoken_logits(fresh()) - expected).abs().max() > 1
@@ -189,7 +189,7 @@ def steps(model: nn.Module, n: int = 3) -> None:
 
 @pytest.mark.parametrize("alpha", [8, 6.5, 12])
 def test_training_from_a_loaded_adapter_continues_bit_for_bit(alpha, deberta, tmp_path):
-    """Scales 8/3, 13/6, 4, 3.25, 6 are multiplied into B for others, and must not round it for us."""
+    """Scales 8/3, 13/6, 4, 3.25 and 6 are multiplied into B for other programs. Our loader must restore B exactly."""
     model = deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, 3, shared_rank=2, alpha=alpha, dropout=0.1)
     for _, layer in lowrank_layers(model):
@@ -285,7 +285,7 @@ class Own(nn.Module):
 
 
 def test_a_module_of_the_users_own_takes_an_adapter(tmp_path):
-    """It has no head that an adapter would have to bring."""
+    """It has no head, so the adapter has none either."""
     model, x = Own(), torch.randn(4, 6)
     assert Backbone.of(model).head == ()
     plain = model(x)
@@ -352,7 +352,7 @@ def cut(content: bytearray, at: int) -> None:
 @pytest.mark.parametrize("damage", [flip, zero, cut])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
 def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
-    """One flipped bit in a weight, a scale or a name was loaded; other damage was a traceback."""
+    """Before, one flipped bit in a weight, a scale or a name was loaded, and other damage gave a traceback."""
     folder = shutil.copytree(exported[kind], tmp_path / "a")
     whole = (folder / name).read_bytes()
     generator = random.Random(f"{kind}{name}{damage.__name__}")
@@ -376,7 +376,7 @@ def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
 
 
 def _means(content: bytes) -> dict | None:
-    """What counts of a JSON file; None of others."""
+    """The content of a JSON file that matters; None for other files."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -396,7 +396,7 @@ def test_a_missing_file_is_named(kind, name, exported, tmp_path):
 
 
 def test_the_base_model_may_be_renamed(exported, tmp_path):
-    """Whoever publishes an adapter must."""
+    """Users who publish an adapter must do this."""
     for kind, name in (("pairs", "adapter_config.json"), ("weights", "diffora.json"), ("peft", "adapter_config.json")):
         folder = shutil.copytree(exported[kind], tmp_path / kind)
         content = json.loads((folder / name).read_text())
@@ -459,7 +459,7 @@ def changed(content: dict, path: str, value) -> None:
     ],
 )  # fmt: skip
 def test_impossible_values_in_a_manifest_are_refused(path, value, said, exported, tmp_path):
-    """With digests that fit: somebody may have written it with care."""
+    """The digests are right, as in a manifest that was forged carefully."""
     folder = shutil.copytree(exported["pairs"], tmp_path / "a")
     content = json.loads((folder / "manifest.json").read_text())
     files = content.pop("files")
@@ -479,7 +479,7 @@ def test_impossible_values_in_a_manifest_are_refused(path, value, said, exported
 
 
 def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
-    """MRPC's adapter on a model for three classes: the pooler would have been filled in."""
+    """MRPC's adapter on a model for three classes. Its pooler would fit and must not be loaded either."""
     model = small_deberta()
     model.classifier = nn.Linear(16, 3)
     before = copy.deepcopy(model.state_dict())
@@ -539,7 +539,7 @@ def test_an_adapter_without_a_manifest_counts_as_one_of_peft(plain_peft, deberta
 
 
 def test_missing_tensors_that_peft_would_ignore_are_refused(plain_peft, deberta):
-    """PEFT warns of the first and says nothing of the second."""
+    """PEFT gives a warning for the first tensor and none for the second."""
     _, folder = plain_peft
     tensors = load_file(folder / "adapter_model.safetensors")
     first = min(key for key in tensors if "lora_A" in key)
@@ -585,7 +585,7 @@ def named(tmp_path):
 
 
 def test_pipelines_print_the_names_of_the_card(named):
-    """transformers takes the base model's configuration for that of an adapter, so that the names must be given."""
+    """transformers uses the base model's configuration for an adapter, so the class names must be passed to it."""
     from transformers import AutoTokenizer, pipeline
 
     _, names, folder = named
@@ -663,7 +663,7 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
 def test_a_language_models_adapter_needs_a_model_with_that_head(kind, spoken):
-    """A language model's head is pretrained: no adapter has to bring it."""
+    """A language model's head is pretrained, so it is not part of the adapter."""
     import transformers
 
     model, _, folder = spoken
@@ -690,7 +690,7 @@ def test_models_of_another_class_or_depth_are_refused(trained, deberta):
 
 
 def test_loaded_pairs_are_aligned_in_memory(trained, deberta):
-    """Products on a file's memory round otherwise, so that training would not go on to the bit."""
+    """With the file's own alignment, products round differently, and training would not continue bit for bit."""
     _, folder = trained
     model = deberta()
     load_adapter(model, folder / "adapter")

@@ -1,4 +1,4 @@
-"""B17: modules that share a pair go on sharing it, whatever is saved, loaded, copied or trained on."""
+"""B17: modules that share a pair still share it after saving, loading, copying and further training."""
 
 import copy
 import io
@@ -114,7 +114,7 @@ def trainer(model: nn.Module, folder, steps: int):
 
 
 def test_the_trainer_of_transformers_saves_and_resumes(tmp_path):
-    """B17: ``save_pretrained`` died of "shared tensors"."""
+    """B17: ``save_pretrained`` failed with an error about shared tensors."""
     whole = adapted()
     trainer(whole, tmp_path / "whole", 2).train()
     stopped = adapted()
@@ -174,7 +174,7 @@ def with_peft(base, adapter):
 
 
 def untied(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs of PEFT's modules that should have one pair and have different ones."""
+    """The entries of `TIED` whose two modules have different A or B in PEFT's model."""
     modules = dict(model.base_model.model.named_modules())
     weights = lambda name: [getattr(modules[name], m)["default"].weight for m in ("lora_A", "lora_B")]  # noqa: E731
     return [(a, b) for a, b in TIED if not all(map(torch.equal, weights(a), weights(b)))]

@@ -1,4 +1,4 @@
-"""Frozen weights in half precision or quantised, and activations computed twice: what is trained stays the same."""
+"""Half precision, quantised weights and gradient checkpointing do not change how the adapters are trained."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def dialogue(cfg, *overrides):
 
 
 def adapted(composed, task):
-    """The embedded Llama with adapters of which no part is zero."""
+    """The embedded Llama with adapters whose parameters are all nonzero."""
     torch.manual_seed(0)
     model = load_backbone(composed.model, task.model_request()).model
     grid = find_grid(model)
@@ -138,7 +138,7 @@ def bnb():
 
 
 def test_gradients_pass_a_quantised_backbone(cfg, bnb):
-    """As they pass one whose weights are what the quantised ones stand for; after an evaluation, too."""
+    """Gradients equal those with the dequantised weights, also after an evaluation."""
     composed, task = dialogue(cfg, "model.quantise=4bit")
     model = adapted(composed, task)
     task.check(model)  # in evaluation mode

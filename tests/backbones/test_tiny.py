@@ -1,4 +1,4 @@
-"""The shipped `tiny` backbone: loads offline, small, DeBERTa-v2-shaped, and it has learned the grammar."""
+"""The shipped `tiny` backbone loads offline, is a small DeBERTa-v2, and has learned the grammar."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Scores to a selection: scope, budget, chance."""
+"""From scores to a selection: scope, budget, random scores."""
 
 import pytest
 import torch

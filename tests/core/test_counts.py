@@ -54,7 +54,7 @@ def test_diffora_count_of_the_paper_lies_between_the_extremes():
 
 
 def test_the_largest_selection_keeps_as_many_shared_pairs_as_it_can():
-    """FFN in and out everywhere and always the same attention module has fewer parameters: that one is not shared."""
+    """If each layer selects both FFN modules and the same attention module, that module needs no shared pair."""
     shapes = [DEBERTA_LAYER] * 12
     mask = torch.zeros(12, 6, dtype=torch.bool)
     mask[:, 4:] = True

@@ -210,18 +210,18 @@ def test_experts_and_their_router_are_not_candidates_by_default(as_parameters):
             layer.moe.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(3, 4, 4))})
         else:
             layer.moe.experts = stack(*[["up"]] * 3)
-        layer.conv = nn.Conv1d(4, 4, 3)  # three dimensions too, and nothing out of the ordinary
+        layer.conv = nn.Conv1d(4, 4, 3)  # has three dimensions too, but is an ordinary module
     said = message(holding(layers=layers))
     assert ("weights outside linear modules: moe.experts.up" if as_parameters else "repeat moe.experts.*") in said
     assert "conv" not in said
     assert "'model.candidates=[attn.q,moe.shared.up]' (2 layers)" in said
-    assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # for who wants it
+    assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # possible if named
 
 
 def test_weights_left_out_of_the_grid_are_named(caplog):
-    """B15: attention was left out without a word, since `nn.MultiheadAttention` calls no linear layers."""
+    """B15: attention was left out without a message, because `nn.MultiheadAttention` calls no linear layers."""
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
-    net.layers[1].norm1.extra = nn.Embedding(3, 4)  # which is no matrix to multiply with
+    net.layers[1].norm1.extra = nn.Embedding(3, 4)  # an embedding is not a matrix to multiply with
     grid = find_grid(net)
     assert grid.types == ("linear1", "linear2")
     assert grid.left_out == ("layers.*.self_attn.in_proj_weight", "layers.*.self_attn.out_proj.weight")
@@ -269,7 +269,7 @@ def test_a_model_without_layers_says_so():
 
 # --- by name ---
 
-# What each family calls its modules, and what they are; "" where the name does not tell.
+# The module names of each family with their roles; "" if the name does not show the role.
 FAMILIES = {
     "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense "
     "output.dense",
@@ -307,7 +307,7 @@ def test_roles_are_guessed_only_if_they_are_certain():
 
 
 def test_modules_of_an_adapter_are_not_candidates():
-    """Nor are those of PEFT: A and B would get adapters of their own."""
+    """This includes PEFT's adapters. Otherwise their A and B would get adapters too."""
     from peft import LoraConfig, inject_adapter_in_model
 
     class Layers(nn.Module):

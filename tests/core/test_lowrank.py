@@ -21,7 +21,7 @@ KINDS = ["linear", "conv1d", "packed"]
 
 
 class Packed(nn.Linear):
-    """A quantised layer as the field's libraries make them: a subclass whose weight is packed bytes."""
+    """A quantised layer like those of common libraries: a subclass whose weight is packed bytes."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -118,7 +118,7 @@ def test_a_quantised_weight_is_never_read():
 
 
 def test_is_linear():
-    attention = nn.MultiheadAttention(4, 2)  # whose projection is never called: an update beside it would do nothing
+    attention = nn.MultiheadAttention(4, 2)  # its projection is never called, so an update would have no effect
     others = [attention, attention.out_proj, nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2), nn.Embedding(3, 4), nn.ReLU()]
     assert not any(map(is_linear, others))
     torch.testing.assert_close(weight_of(base_of("conv1d")), base_of("conv1d").weight.T)
@@ -167,7 +167,7 @@ def test_under_autocast_the_update_has_its_precision(kind, gate, stored):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_no_derivative(kind):
-    """First and second ones, at a gate that the first backward pass has long forgotten."""
+    """First and second derivatives, for a gate whose graph the first backward pass has freed."""
     gate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def derivatives(run):
@@ -228,7 +228,7 @@ def test_trainable_parameters_of_the_base_layer_get_gradients(name):
 
 
 class Quantised(torch.Tensor):
-    """A weight of a class of its own, as torchao's are: only `linear` knows what it stands for, twice its entries."""
+    """A weight of a special class, as in torchao. Its true values are twice its entries; only `linear` uses them."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -251,7 +251,7 @@ def test_a_weight_that_becomes_quantised_is_not_read(tokens):
 
 
 def test_weights_that_are_not_parameters():
-    """As in replicas of `nn.DataParallel`, and under pruning and parametrisation."""
+    """This is so in replicas of `nn.DataParallel`, and with pruning and parametrisation."""
     module = layer()
     expected = module(X)
     replica, replica.base = module._replicate_for_data_parallel(), module.base._replicate_for_data_parallel()
@@ -319,7 +319,7 @@ def test_attach_without_sharing_leaves_the_unselected_alone():
 
 
 def test_attach_freezes_the_rest_but_not_earlier_adapters():
-    """B16: of a fresh model everything stayed trainable."""
+    """B16: all weights of a new model stayed trainable."""
     net, other = Net(), Net()
     both = nn.ModuleDict({"net": net, "other": other, "head": nn.Linear(4, 2)})
     first = attach(both, [[f"net.{name}" for name in row] for row in NAMES], MASK, 3, None, 6)
@@ -418,7 +418,7 @@ def test_gradients_of_a_shared_pair_add_up_over_layers():
 
 
 def test_low_rank_layers_keep_the_mode_of_the_replaced_layer():
-    """A model from `from_pretrained` is in eval mode: dropout on the adapters would make its predictions random."""
+    """A model from `from_pretrained` is in eval mode. With dropout on the adapters, its predictions would be random."""
     for training in (False, True):
         model = nn.Sequential(nn.Linear(4, 4)).train(training)
         attach(model, [["0"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, dropout=0.5)

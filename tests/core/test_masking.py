@@ -1,4 +1,4 @@
-"""GM-LoRA: the index sets, and a layer that computes only the gradients that they name."""
+"""GM-LoRA: the index sets, and a layer that computes gradients only for the entries in these sets."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_masking_changes_the_gradient_and_not_the_output(x_needs_grad):
 
 
 def test_masked_gradients_are_not_computed():
-    """Of A and B's weight gradients, 2 n r (in + out) operations, the masked share disappears."""
+    """The weight gradients of A and B take 2 n r (in + out) operations. The masked share of them is saved."""
     n, rank, size, count = 64, 32, 128, 8
     x, weight = torch.randn(n, size, requires_grad=True), torch.randn(size, size)
     lora_a, lora_bt = (torch.randn(rank, size, requires_grad=True) for _ in range(2))

@@ -89,7 +89,7 @@ def test_a_zero_update_has_rank_0_and_the_orthogonality_loss_of_zero():
 
 
 def test_autocast_does_not_change_the_regulariser():
-    """Rows of norm 1.0015: their excess is below what bfloat16 can tell from 1."""
+    """The rows have norm 1.0015, which bfloat16 rounds to 1."""
     q = torch.linalg.qr(torch.randn(64, 8, generator=G))[0].T * 1.0015
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = orthogonality([q])

@@ -1,4 +1,4 @@
-"""B15: who reads the weight of an adapted layer instead of calling the layer gets the update as well."""
+"""B15: code that reads the weight of an adapted layer, instead of calling the layer, also gets the update."""
 
 import copy
 
@@ -35,9 +35,9 @@ def encoder(**settings) -> nn.TransformerEncoder:
 
 @pytest.mark.parametrize("settings", [{}, {"norm_first": True}, {"activation": "gelu"}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # torch, about its own fast path
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # torch's warning about its own fast path
 def test_torchs_fused_encoder_includes_the_update(settings, mask):
-    """B15: it crashed for want of a bias; the fused kernel would have taken the frozen weights alone."""
+    """B15: it crashed because of a missing bias. With a bias, the fused kernel would use only the frozen weights."""
     plain = encoder(**settings)
     model = filled(copy.deepcopy(plain), find_grid(plain).names)
     real = slice(None) if mask is None else ~mask
@@ -61,7 +61,7 @@ def test_torchs_fused_encoder_includes_a_bottleneck():
 
 
 class Reads(nn.Module):
-    """Does not call its linear layer."""
+    """A module that reads the weight of its linear layer and does not call the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_reading_dtype_or_shape_computes_no_product(monkeypatch):
 
 
 def test_the_output_projection_of_attention_includes_the_update():
-    """`nn.MultiheadAttention` hands it to a function: it is no candidate, but who puts a layer there is not misled."""
+    """`nn.MultiheadAttention` passes its weight to a function, so it is not a candidate. Here it is replaced."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(16, 4, batch_first=True)
     with pytest.raises(UserError, match="out_proj is a NonDynamicallyQuantizableLinear, not a linear layer"):

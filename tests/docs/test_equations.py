@@ -26,7 +26,7 @@ def found(module: str, name: str) -> list[object]:
 def names(text: str, reference: str) -> bool:
     """Whether a docstring names an equation, also inside a list or a range: eqs. 8, 9 or eqs. 10 to 13.
 
-    A letter of the other paper in front of it is no match; where there is no letter, the text is about one paper.
+    The letter of the other paper in front of it is not a match. Text without letters is about one paper.
     """
     paper, _, rest = reference.partition(" ")
     kind, *numbers = re.findall(r"eq|Algorithm|Theorem|Table|Figure|\d+", rest)

@@ -1,4 +1,4 @@
-"""conf/experiment/: every table composes at both scales, and the papers' figures are those of the papers."""
+"""conf/experiment/: every table composes at both scales, and the papers' numbers in them are right."""
 
 import re
 
@@ -26,7 +26,7 @@ def test_every_table_and_figure_of_the_papers_is_there():
 
 
 def settings(scale: str) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """A run for each distinct row and each distinct column of all tables, by the overrides of the row or column."""
+    """One run for each distinct row and each distinct column of all tables, by its overrides."""
     found = {}
     for name in PAPERS:
         table = TABLES[name]
@@ -44,7 +44,7 @@ def settings(scale: str) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
 def test_every_row_and_every_column_is_valid(cfg, scale):
-    """Hydra takes a third of a second for each; all cells together are composed by a sweep before it starts."""
+    """Rows and columns are tested separately: Hydra takes a third of a second for each. A sweep composes all cells."""
     for overrides in dict.fromkeys(settings(scale).values()):
         composed = cfg(*(line for line in overrides if not line.startswith("experiment=")))
         check(composed)
@@ -57,7 +57,7 @@ def test_every_row_and_every_column_is_valid(cfg, scale):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_composes_as_an_experiment(cfg, name):
-    """Its keys are those that the sweeper knows."""
+    """The sweeper accepts all its keys."""
     check(cfg(f"experiment={name}"))
 
 
@@ -76,7 +76,7 @@ def test_paper_figures_match_a_column_and_have_a_number_for_each_metric(name):
 
 
 def test_paper_means_equal_the_mean_of_the_columns():
-    """As printed, to two decimals; pairs count once, by their own mean ([D] says no more)."""
+    """To two decimals, as printed. A pair of metrics counts as its mean; [D] does not say how it counts pairs."""
     off = {}
     for name in ("table1_glue", "table8_roberta"):
         for row in TABLES[name].rows:
@@ -98,7 +98,7 @@ def test_every_table_with_diffora_has_control_rows(name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_like_names_a_row_with_the_same_selection_settings(name):
-    """The same rank and sharing; the method and the draw's number alone are others."""
+    """Both rows have the same rank and sharing. Only the method and the number of the draw differ."""
     there = {row.name: row for row in TABLES[name].rows}
     for row in TABLES[name].rows:
         if row.like is not None:

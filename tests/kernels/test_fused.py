@@ -1,4 +1,4 @@
-"""The fused node computes what the plain formula does, and saves and computes no more than it needs."""
+"""The fused node gives the results of the plain formula, and saves and computes only what it needs."""
 
 import math
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def layers(sizes=SIZES, gate=True, base=None):
 
 
 def leaves(made):
-    """Every leaf that is trained; a gate is a view of one."""
+    """Every trained leaf. A gate is a view of one."""
     return [t for m in made for t in (m.lora_a, m.lora_bt, m.gate) if t is not None]
 
 
@@ -101,7 +101,7 @@ def test_gradients_against_finite_differences(folding):
 
 @pytest.mark.parametrize("case", ["base", "twice", "tied"])
 def test_first_derivatives_are_equal_with_create_graph(folding, case):
-    """Also where x, or the base's output beside it, was computed from what is trained here."""
+    """Also if x, or the output of the base layer, was computed from the same trained tensors."""
     x, (made, other) = leaf(2, 2, IN), layers([(IN, 2), (IN, 2)])
     weight, bias = made.weight, made.bias
 
@@ -172,7 +172,7 @@ def test_a_split_trains_factors_by_the_first_examples_and_gates_by_the_others(fo
 
 
 def saved_by(function):
-    """What autograd keeps of a computation, one entry for each storage."""
+    """The tensors that autograd saves during a computation, one for each storage."""
     found = {}
 
     def pack(tensor):
@@ -204,7 +204,7 @@ def test_only_tensors_that_the_gradients_need_are_saved():
 
 
 def test_gradients_of_the_other_level_are_not_computed(folding):
-    """Counted in multiplications."""
+    """The test counts multiplications."""
 
     def flops(made):
         x = leaf(B, S, IN)
@@ -216,10 +216,10 @@ def test_gradients_of_the_other_level_are_not_computed(folding):
     made = layers()
     gates = flops([m._replace(lora_a=m.lora_a.detach(), lora_bt=m.lora_bt.detach()) for m in made])
     factors = flops([m._replace(gate=m.gate.detach()) for m in made])
-    # The product with x that gives the gradient of A; and the one before it, unless the gradient of x needs it too.
+    # The product with x for the gradient of A, and the product before it, unless the gradient of x needs that too.
     saved = sum(2 * B * S * rank * (IN + (out if fused.FOLD_FROM == 0 else 0)) for out, rank in SIZES)
     assert factors - gates == saved
-    assert flops(made) == factors  # the product for the gradient of B gives the gate's
+    assert flops(made) == factors  # the product for the gradient of B also gives the gate's
 
 
 @pytest.mark.parametrize("kind", ["none", "tanh"])
@@ -232,7 +232,7 @@ def test_after_a_gelu_the_search_saves_nothing_more(kind, split, checkpointed):
     def run(before, more=0):
         return node(gelu(before * 2, approximate=kind) + more, made, split=split)
 
-    # Behind an addition it is a plain copy.
+    # After an addition, the layer saves a plain copy.
     expected = gradients(run(before, torch.zeros(())), inputs)
     ours = checkpoint(run, before, use_reentrant=False) if checkpointed else run(before)
     torch.testing.assert_close(gradients(ours, inputs), expected)
@@ -270,7 +270,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(dtype):
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(0.25, abs=4 * (0.1875 / x.numel()) ** 0.5)
     assert y.max().item() == pytest.approx(4 / 3, rel=1e-2)
-    # Elements are dropped independently: neighbours as often together as chance has it.
+    # Elements are dropped independently: two neighbours together as often as expected by chance.
     together = (dropped[:, 1:] * dropped[:, :-1]).mean().item()
     assert together == pytest.approx(0.0625, abs=4 * (0.0625 / x.numel()) ** 0.5)
 
@@ -323,7 +323,7 @@ def test_under_autocast_gradients_are_those_of_the_plain_formula_to_its_precisio
 
 
 def test_a_small_update_is_not_lost_with_half_precision_weights():
-    """Why nothing is folded there: W + s B A would round to W."""
+    """This is why updates are not folded into half-precision weights: W + s B A would round to W."""
     weight = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
     x = torch.ones(128, 64, dtype=torch.bfloat16) / 64
     made = Layer(torch.full((1, 64), 1e-3), torch.full((1, 64), 1.0), None, 1.0, weight)

@@ -52,7 +52,7 @@ def damage(file):
 
 
 def test_the_newest_two_good_ones_are_kept(tmp_path):
-    """In place of one that is damaged an older one stays, also beyond four digits and beside half a name."""
+    """An older file is kept in place of a damaged one, also with numbers above 9999 and next to incomplete names."""
     write(tmp_path, *range(1, 6))
     prune(tmp_path, "s")
     assert epochs(tmp_path) == [4, 5]

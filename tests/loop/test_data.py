@@ -1,4 +1,4 @@
-"""Splits never leak, samplers are pure functions of (seed, stage, epoch), and a real Trainer drives them so."""
+"""Splits never leak; samplers are pure functions of (seed, stage, epoch), also when a real Trainer uses them."""
 
 import random
 
@@ -430,7 +430,7 @@ def test_trainer_sets_the_epoch_and_resume_replays_the_right_batches(make, worke
 @pytest.mark.parametrize("make", [fine_tune_data, search_data], ids=["fine-tune", "search"])
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_order_depends_on_the_epoch_not_on_when_the_iterator_was_made(make, workers):
-    """B10: Lightning makes it, on a resume, before it knows the epoch."""
+    """B10: on a resume, Lightning makes the iterator before it has set the epoch."""
 
     def rows(batch):
         return batch["row"].tolist() if "row" in batch else batch["train"][0]["row"].tolist()

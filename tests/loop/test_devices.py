@@ -1,4 +1,4 @@
-"""Devices that are not there, and processes that nobody started, are found before anything is loaded."""
+"""Missing devices and processes are found before anything is loaded."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diffora.loop import machine
 
 @pytest.fixture
 def found(cfg, monkeypatch):
-    """The problems of a trainer section, on a machine with so many CPU cores and GPUs."""
+    """The problems of a trainer section, on a machine with the given numbers of CPU cores and GPUs."""
     for name in ("SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_STEP_ID", "SLURM_NTASKS_PER_NODE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -47,7 +47,7 @@ def test_devices_that_the_machine_lacks_are_named(found, override, words):
 
 def test_devices_that_the_machine_has_are_accepted(found):
     assert found("trainer=cpu") == found("trainer=default") == []
-    assert found("trainer=ddp_cpu", cores=1) == []  # two processes, to try things out, on any machine
+    assert found("trainer=ddp_cpu", cores=1) == []  # allowed on any machine, for trying things out
     assert found("trainer=ddp_cpu", "trainer.devices=3", cores=1) != []
 
 

@@ -1,4 +1,4 @@
-"""What a stage asks of torch and Lightning."""
+"""The settings of torch and Lightning during a stage."""
 
 import pytest
 import torch

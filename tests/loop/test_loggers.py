@@ -1,4 +1,4 @@
-"""What W&B is given besides what the stages log, and loggers that fail."""
+"""What W&B gets besides the values that the stages log, and loggers that fail."""
 
 import errno
 import io
@@ -130,7 +130,7 @@ def test_a_logger_that_is_not_installed_is_named_at_the_start(tmp_path, monkeypa
 
 @pytest.fixture
 def wandb_begun(tmp_path, monkeypatch):
-    """Starts W&B's logger as a run does, with what `wandb.init` is given and fails with; finishes it."""
+    """Starts W&B's logger like a run, with errors that `wandb.init` raises; notes the arguments that it gets."""
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

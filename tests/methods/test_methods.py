@@ -1,4 +1,4 @@
-"""Each method's update rule against an independent float64 computation, with weights that are not zero."""
+"""The update rule of each method, compared with an independent float64 computation. No weights are zero."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def mask(**changes):
 
 
 def adapted(deberta, method, selection=None, seed=0):
-    """A small DeBERTa in float64, adapted, every pair non-zero. Returns (model, adaptation)."""
+    """(model, adaptation): a small DeBERTa in float64 with adapters whose pairs are not zero."""
     model = deberta(dtype=torch.float64)
     grid = find_grid(model, "encoder.layer.*", TYPES, ROLES)
     torch.manual_seed(1)
@@ -45,7 +45,7 @@ def adapted(deberta, method, selection=None, seed=0):
 
 
 def step(model, adaptation, optimizer, number=0, epoch=0, batch=0):
-    """One step as the training loop takes it. Returns the parameters before and after."""
+    """Take one step like the training loop. Returns the parameters before and after it."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adaptation.before_step(number, epoch)
     inputs = {k: v for k, v in batch_of(4, seed=batch).items() if k != "row"}
@@ -230,7 +230,7 @@ def test_a_shared_pair_is_one_adapter(deberta):
 
 
 def test_soft_threshold_is_the_proximal_operator():
-    """prox(x) = argmin over z of (z - x)^2 / 2 + by |z|, searched by hand."""
+    """prox(x) is the z that minimises (z - x)^2 / 2 + by |z|; the test searches it on a grid."""
     x = torch.tensor([-2.0, -0.3, -0.1, 0.0, 0.05, 0.4, 3.0], dtype=torch.float64)
     grid = torch.linspace(-4, 4, 80001, dtype=torch.float64)
     objective = (grid - x[:, None]).square() / 2 + 0.3 * grid.abs()
@@ -302,7 +302,7 @@ def test_flora_starts_at_the_backbone_and_its_core_gets_the_exact_gradient(deber
         weight = _weight_grad(model, name, inputs)
         expected = layer.scaling * layer.lora_bt @ weight @ layer.lora_a.T  # dL/dG = s B^T dL/dW A^T
         torch.testing.assert_close(layer.gate.grad, expected.detach())
-        assert layer.gate.grad.abs().max() > 0 and layer.lora_a.grad.abs().max() == 0  # nothing to learn there yet
+        assert layer.gate.grad.abs().max() > 0 and layer.lora_a.grad.abs().max() == 0  # the core is 0 at the start
     optimizer = torch.optim.SGD(trainable(model), lr=0.5)
     optimizer.zero_grad()
     for number in range(2):

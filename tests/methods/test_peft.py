@@ -87,7 +87,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     counts, head = Backbone.of(model).count_parameters(), Backbone.of(model).head_parameters()
     assert type(model.classifier) is nn.Linear and all(p.requires_grad for p in head) and len(head) == 4
     assert not any(p.requires_grad for key, p in model.named_parameters() if key in before and p not in head)
-    if name in SIZES and name != "eva":  # which gives out ranks anew
+    if name in SIZES and name != "eva":  # EVA may change ranks
         assert counts["adapter"] == SIZES[name]
         meta = deberta().to("meta")
         adapted(method, meta)
@@ -111,7 +111,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         assert (loaded(**inputs()).logits - ours).abs().max() > 1e-3
     assert (plain - ours).abs().max() > 1e-3
 
-    # W + s B A of `pairs` is what the module computes with
+    # the module's output is that of W + s B A, with A and B from `pairs`
     pairs = {key: (a, bt, s) for key, a, bt, s in adaptation.pairs()}
     assert bool(pairs) == (name in FULL or name == "olora")
     for key, (a, bt, s) in pairs.items():
@@ -126,7 +126,7 @@ def test_eva_ignores_padding_and_gives_the_same_directions_every_time(cfg, deber
     method = method_of(cfg, "method=eva", "method.config.eva_config.rho=1.0")
 
     def directions(extra):
-        torch.manual_seed(extra)  # what is drawn elsewhere has no part in it
+        torch.manual_seed(extra)  # other random numbers must not matter
         adaptation = adapted(method, deberta())
         torch.manual_seed(extra)
         batch = inputs()
@@ -188,7 +188,7 @@ def test_adalora_reaches_its_budget_also_in_short_runs(deberta, total):
     assert left[-1] == 12 and left[: adaptation.config.tinit] == [36] * adaptation.config.tinit
     assert left[total - 1 - int(0.3 * total) :] == [12] * (1 + int(0.3 * total))
     if total == 40:
-        assert any(12 < rank < 36 for rank in left)  # on the way, not at once
+        assert any(12 < rank < 36 for rank in left)  # gradually, not at once
     needed = sum(len(a) * (a.shape[1] + bt.shape[1]) for _, a, bt, _ in adaptation.pairs())
     assert adaptation.inference_parameters() == needed <= Backbone.of(adaptation.model).count_parameters()["adapter"]
 

@@ -1,4 +1,4 @@
-"""Selections by chance: which draw, and of what size; selections that are given."""
+"""Random selections: which draw is used, and its size. Also selections that are given as a list."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ SMALL, LARGE = (8, 8), (8, 32)
 
 @pytest.mark.parametrize(("shared_rank", "ways"), [(None, 3), (2, 1)])
 def test_method_like_draws_evenly_among_selections_of_the_same_size(shared_rank, ways):
-    """Both large modules, and in each layer one of two small ones: or one shared pair more is needed."""
+    """Each layer needs its large module and one of two small ones; with sharing, no other choice has the same size."""
     shapes = [[SMALL, SMALL, LARGE]] * 2
     mask = torch.tensor([[True, False, True], [True, False, True]])
     size = adapter_parameters(shapes, mask, 4, shared_rank)
@@ -41,7 +41,7 @@ def test_with_global_scope_layers_may_have_different_numbers_of_modules():
 
 
 def test_if_no_draw_has_the_same_size_modules_are_exchanged_for_equal_ones(monkeypatch):
-    """Three types that are selected in every layer have no shared pairs: others will, unless they are as regular."""
+    """If three types are selected in every layer, they have no shared pairs. Most other selections need such pairs."""
     monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
     shapes = [[SMALL, SMALL, SMALL, SMALL, LARGE, LARGE]] * 12
     mask = torch.tensor([[True, True, True, False, False, False]] * 12)

@@ -62,7 +62,7 @@ def test_only_common_seeds_are_paired():
 
 def test_without_spread_there_is_no_test():
     assert paired({0: 1.0}, {0: 0.5}) == Difference(0.5, None, None, None, 1)
-    same = paired({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.1, 2: 0.8})  # differ by roundings alone
+    same = paired({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.1, 2: 0.8})  # they differ only by rounding
     assert same.p is None and verdict(same) == "no test"
 
 
@@ -82,7 +82,7 @@ def test_agreement_of_selections_against_chance():
     other = np.array([[True, False, True, False]])
     found = stability(np.array([one, other]), by_layer=True, draws=20_000)
     assert found.jaccard == pytest.approx(1 / 3)
-    # of two draws of 2 of 4: both the same 1/6, one in common 4/6, none 1/6
+    # for two draws of 2 of 4: probability 1/6 of equal sets, 4/6 of one common element, 1/6 of none
     assert found.chance == pytest.approx(1 / 6 + 4 / 6 / 3, abs=0.01)
     assert stability(np.array([one, one, one]), by_layer=True).jaccard == 1.0
     assert stability(np.array([one, ~one]), by_layer=True).jaccard == 0.0
@@ -91,7 +91,7 @@ def test_agreement_of_selections_against_chance():
 
 def test_random_selections_have_the_size_of_each_layer_or_of_the_whole():
     full = np.array([[True, True], [False, False]])
-    assert stability(np.array([full, full]), by_layer=True).chance == 1.0  # all of layer 1, nothing of layer 2
+    assert stability(np.array([full, full]), by_layer=True).chance == 1.0  # all modules of layer 1, none of layer 2
     assert stability(np.array([full, full]), by_layer=False).chance < 0.9
 
 
@@ -377,7 +377,7 @@ def test_strange_values_in_records_do_not_stop_the_report(tmp_path):
     gathered = gather([tmp_path])
     page.write(gathered, tmp_path / "out", [tmp_path])
     assert len(gathered.runs) == 4
-    assert [run.config for run in gathered.runs] == [{}, {}, {}, {"rank": [1]}]  # of one setting_id, one was edited
+    assert [run.config for run in gathered.runs] == [{}, {}, {}, {"rank": [1]}]  # an edited record
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def test_one_selection_for_all_seeds_has_no_agreement(tmp_path):
         gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path]
     )[0].read_text().replace("\n", " ")
 
-    for seed in range(3):  # as method.like with one draw: its file has the seed of the run
+    for seed in range(3):  # like method.like with one draw, whose file has the seed of the run
         run = made_run(tmp_path / "drawn" / f"{seed}", "random", seed, settings={"method": {"draw": 7}})
         (run / "selection.json").write_text(json.dumps({"types": TYPES, "selected": [TYPES[:1]] * 2, "seed": seed}))
     ((place, cell),) = table_of(tmp_path / "drawn").cells.items()
@@ -735,7 +735,7 @@ def test_our_mean_is_shown_if_all_columns_have_runs(spec, monkeypatch):
         monkeypatch.setitem(row, "paper", None)
     (spec.parent / "conf" / "experiment" / "table9.yaml").write_text(yaml.safe_dump({"hydra": {"sweeper": SPEC}}))
     fill(spec, ["random", "DiffoRA"])
-    assert "paper: mean" in main_table(table_of(spec)).head  # of columns that have no runs, too
+    assert "paper: mean" in main_table(table_of(spec)).head  # also if some columns have no runs
     fill(spec, ["random"], seeds=range(1, 4), column="digits")
     grid = main_table(table_of(spec))
     by_row = {row[0]: dict(zip(grid.head, row, strict=True)) for row in grid.rows}
@@ -854,7 +854,7 @@ def test_data_files_hold_numbers(spec):
 
 @pytest.mark.parametrize(("written", "rows"), [("seed${seed}", 1), ("seed0", 1), ("seed{}", 2)])
 def test_a_selection_file_whose_path_has_the_seed_belongs_to_that_seed(tmp_path, written, rows):
-    """Both files say that seed 0 made them, but select different modules; only the interpolation shows the rule."""
+    """Both files say that seed 0 made them, and select different modules. Only the interpolation shows the rule."""
     for seed in range(2):
         search = made_run(tmp_path / "searches" / f"seed{seed}", "diffora", seed)
         file = search / "selection.json"

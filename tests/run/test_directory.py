@@ -1,4 +1,4 @@
-"""Where a run may be written: folders of runs, and new ones."""
+"""A run may be written to the folder of a run, or to a new folder."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_new_folders_runs_and_a_schedulers_files_are_accepted(tmp_path):
 
 
 def test_a_sweep_needs_a_folder_of_its_own(tmp_path, monkeypatch):
-    """C's neighbour: `hydra.sweep.dir=''`."""
+    """Similar to C: `hydra.sweep.dir=''`."""
     monkeypatch.chdir(tmp_path)
     for folder in ("", ".", "..", "/"):
         with pytest.raises(UserError, match="is the current folder, or above it"):

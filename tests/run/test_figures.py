@@ -43,7 +43,7 @@ def test_the_picture_shows_the_scores(scored):
 
 
 def test_the_picture_is_centred_on_the_gate_at_zero(scored):
-    """At the neutral gate every relaxation is drawn white; the same number is not neutral for the other one."""
+    """The neutral gate of each relaxation is drawn white. The two relaxations have different neutral gates."""
     half = dataclasses.replace(scored, scores=None, gamma_bar=[[0.5, 0.5], [0.5, 0.5]])
     three = dataclasses.replace(half, types=["a", "b", "c"], modules=[["a", "b", "c"]] * 2, gamma_bar=[[0.5] * 3] * 2)
     assert dam_heatmap(dataclasses.replace(half, relaxation="sigmoid")) == dam_heatmap(half)  # 1/N is 1/2

@@ -1,4 +1,4 @@
-"""The memory that a dry run foretells, against what the allocator hands out in a real step of the same size."""
+"""The memory estimate of a dry run, compared with the memory that the allocator gives to a real step of this size."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ CASES = {
 
 
 def allocated(step: Callable[[], None]) -> int:
-    """Peak of what the CPU allocator has handed out since the beginning, by the profiler: no counter of ours."""
+    """Peak of the memory that the CPU allocator has given out during a step, measured by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -46,7 +46,7 @@ def allocated(step: Callable[[], None]) -> int:
 
 
 class Stand:
-    """A real model and a meta one of the same configuration, both with adapters everywhere."""
+    """A real model and a meta model of the same configuration, both with adapters on all candidate modules."""
 
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
@@ -63,7 +63,7 @@ class Stand:
         return model.train(), attach(model, grid.names, everything, 4, None, alpha=8, freeze=False)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """As `Task.dummy`, but of the kind that is usual: with several sequences in a row, or with padding."""
+        """`Task.dummy`, changed to a usual batch: with several sequences in a row, or with padding."""
         batch = self.task.dummy(self.cfg.finetune.batch_size, self.model)
         if "position_ids" in batch:
             half = batch["position_ids"].shape[1] // 2

@@ -1,4 +1,4 @@
-"""What a run refuses to resume from, and an evaluation to use: other settings, data or backbone; damaged files."""
+"""Resuming and evaluation refuse other settings, data or backbones, and damaged files."""
 
 import json
 import shutil

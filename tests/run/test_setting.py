@@ -1,4 +1,4 @@
-"""What a run says about its setting: which values follow the seed, and which runs are alike."""
+"""The setting in a run's record: which values follow the seed, and which runs have the same setting."""
 
 import pytest
 from omegaconf import OmegaConf

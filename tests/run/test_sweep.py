@@ -1,4 +1,4 @@
-"""What a sweep consists of, and what it does with runs that are wrong, fail, or are there already."""
+"""The runs of a sweep, and what happens to runs with mistakes, failed runs and complete runs."""
 
 import json
 import re
@@ -154,7 +154,7 @@ def test_interpolations_in_a_table_are_kept():
     assert table_of(node).rows[0].set == ["task.path=x/${task.name}"]
 
 
-# Whole sweeps, with a stand-in for the run.
+# Whole sweeps. A simple function replaces the run.
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def test_the_hash_of_a_configuration_ignores_row_names(cfg):
 
 
 def test_a_setting_of_some_methods_is_given_to_their_runs_only(sweep, capsys):
-    """C: our own advice, `++search.epochs=1` in a sweep over lora and diffora, and the advice itself."""
+    """C: a message advises `++search.epochs=1` for a sweep over lora and diffora. This advice must work."""
     given = ("experiment=quickstart", "method=lora,diffora", "hydra.sweep.dir=here")
     with pytest.raises(UserError) as caught:
         sweep(*given, "search.epochs=1")

@@ -1,4 +1,4 @@
-"""The benchmarks on tiny shapes: equal contenders, whole results, the page that is made of them. No time is judged."""
+"""Benchmarks on tiny shapes: equal contenders, complete results, and the page made from them. Times are not tested."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def made(shape, *names):
 
 
 def gradients(contender, batch):
-    """By the names of the adapted modules and of the head, in the layout of PEFT."""
+    """Gradients by the names of the adapted modules and of the head, in PEFT's layout."""
     contender.loss(batch).backward()
     found = {}
     for name, p in contender.model.named_parameters():
@@ -123,7 +123,7 @@ def test_exponents_are_those_of_power_laws():
 
 @pytest.fixture(scope="module")
 def results():
-    """Small results of all benchmarks; the whole run is made up, its processes are tested below."""
+    """Small results of all benchmarks. The result of the whole run is invented; its processes are tested below."""
     every, shapes = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "in_own_processes", lambda function, jobs: [function(*job) for job in jobs])
@@ -156,7 +156,7 @@ def test_results_have_every_headline(results):
     assert {name for name in plots.TARGETS if not name.startswith("run/")} <= set(found)
     for name, value in found.items():
         if name.startswith("run/"):
-            continue  # of the whole runs that were measured last
+            continue  # from the latest measurement of whole runs
         assert value.keys() == {"median", "q1", "q3", "rounds"}, name
         assert value["rounds"] == (1 if name.split("@")[0] in of_memory else 2), name
     assert found["finetune/peft"] == found["finetune/peft@minilm_16x64"]

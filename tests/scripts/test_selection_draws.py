@@ -1,4 +1,4 @@
-"""What the script says of a search whose place among random selections is known."""
+"""The script's result for a search whose rank among random selections is known."""
 
 import json
 import sys
@@ -23,11 +23,11 @@ def run(folder, row, seed, metric, maximise=True, parameters=100, status="comple
 @pytest.fixture
 def folder(tmp_path):
     for seed in range(3):
-        run(tmp_path, "search", seed, (0.25, 0.1, 0.9)[seed])  # beats two of four; all but a tie of none; all
+        run(tmp_path, "search", seed, (0.25, 0.1, 0.9)[seed])  # beats 2 of 4 draws; 0, with a tie; 4
         for draw in range(4):
             run(tmp_path, f"draw {draw}", seed, 0.1 * (draw + 1))
     run(tmp_path, "draw 9", 0, 9.0, status="failed")
-    run(tmp_path, "draw 1", 3, 0.5)  # a seed whose search is not done
+    run(tmp_path, "draw 1", 3, 0.5)  # a seed whose search has not run
     return tmp_path
 
 

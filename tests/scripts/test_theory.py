@@ -1,4 +1,4 @@
-"""docs/background/theory.md is what docs/background/data/theory.json says, and the command that makes both runs."""
+"""docs/background/theory.md has the figures of docs/background/data/theory.json; the command that makes both runs."""
 
 import json
 import math

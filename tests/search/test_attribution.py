@@ -1,4 +1,4 @@
-"""Attribution: complete, of validation rows alone, after a training that is that of LoRA on every module."""
+"""Attribution scores are complete and use validation rows only. The training before them is that of LoRA."""
 
 import lightning as L
 import pytest
@@ -33,7 +33,7 @@ def make(deberta):
 
 
 def fit(module, valid=(1, 2), train=(3, 4), epochs=None, **options):
-    """Rounds over items like the loader's; batches are named by their seeds."""
+    """Train and score on items like the loader's. Each batch is given by its seed."""
     items = [{"valid": batch_of(4, seed=v), "train": [batch_of(4, seed=t)]} for v, t in zip(valid, train, strict=True)]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -71,7 +71,7 @@ def test_shares_add_up_to_the_effect_of_all_adapters(make):
 
 
 def test_a_share_is_the_integral_of_the_gates_derivative(make):
-    """Against a fine trapezoidal rule on finite differences, for one module."""
+    """Compared, for one module, with a fine trapezoidal rule on finite differences."""
     module = fit(make(rounds=4))
     module.model.eval()
     i, j, n, eps = 1, 4, 64, 1e-5

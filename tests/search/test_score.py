@@ -1,4 +1,4 @@
-"""The scoring stage on a small DeBERTa: right values, nothing left changed, equal however the work is divided."""
+"""The scoring stage on a small DeBERTa: right values, an unchanged model, and the same scores for divided work."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def mean_loss(model, batches):
 
 
 def test_gradient_scores_against_finite_differences_in_float64():
-    """Every entry of two matrices; one is the Q that DeBERTa also applies to its table of positions."""
+    """For every entry of two matrices. One of them is Q, which DeBERTa also applies to its table of positions."""
     scores = scored("gradient", small_deberta(dtype=torch.float64), precision="64-true").scores
     model = small_deberta(dtype=torch.float64).eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
@@ -79,7 +79,7 @@ def test_gradient_scores_against_one_backward_pass_of_the_mean_loss():
 
 
 def test_activation_scores_against_a_plain_loop():
-    """The input of Q and V is the hidden state, which the model gives out itself."""
+    """The input of Q and V is the hidden state, which the model returns."""
     scores = scored("activation").scores
     model = small_deberta().eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names

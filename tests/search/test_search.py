@@ -1,4 +1,4 @@
-"""The search module on a small DeBERTa: exact gradients, no leakage, equal results however the work is divided."""
+"""The search module on a small DeBERTa: exact gradients, no leakage, and the same results for divided work."""
 
 import json
 import math
@@ -152,7 +152,7 @@ def test_a_gamma_step_changes_only_gamma_and_a_weight_step_all_the_rest(make, or
 
 
 def test_no_step_uses_rows_of_the_other_split(make):
-    """Changing the validation rows must not change a weight step, nor (first order) the training rows a Gamma step."""
+    """A weight step must not depend on validation rows, and a first-order Gamma step not on training rows."""
 
     def after(valid_seed, train_seed):
         module = make()
@@ -160,7 +160,7 @@ def test_no_step_uses_rows_of_the_other_split(make):
         module.gamma_step(gamma_opt, batch_of(4, seed=valid_seed), batch_of(4, seed=train_seed))
         gamma = module.gamma.detach().clone()
         with torch.no_grad():
-            module.gamma.zero_()  # so that only a leak could carry over to the weights
+            module.gamma.zero_()  # so that the weights can only change through a leak
         module.weight_step(weight_opt, batch_of(4, seed=train_seed))
         return gamma, snapshot(module)
 
@@ -182,7 +182,7 @@ def test_accumulation_changes_nothing_but_memory(make):
 
 
 def test_clipping_limits_the_weights_gradient_but_not_gammas(make):
-    """With plain SGD of rate 1 a step is the gradient itself."""
+    """With plain SGD of rate 1, a step equals the gradient."""
     steps = {}
     for clip in (None, 0.01):
         module = make(torch.float64, clip=clip)
@@ -284,7 +284,7 @@ def steps_taken(module, batches, plugins):
 
 @pytest.mark.parametrize("update", ["alternating", "simultaneous"])
 def test_float16_takes_the_steps_of_full_precision(make, update):
-    """Three weight steps to one of Gamma, with a loss scale that doubles each time it is updated."""
+    """Three weight steps for each Gamma step, with a loss scale that doubles at each update."""
     batches = [{"valid": batch_of(8, seed=i), "train": [batch_of(8, seed=i + j) for j in (1, 2, 3)]} for i in (0, 10)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
     full = steps_taken(make(update=update), batches, [])
@@ -330,7 +330,7 @@ def test_two_processes_attribute_as_one_does(tmp_path):
 
 
 def test_processes_are_weighted_by_the_terms_of_their_losses(make, monkeypatch):
-    """A language model's batches of equal rows have unequal numbers of tokens."""
+    """Batches of a language model with equal numbers of rows have different numbers of tokens."""
     module = make()
     batches = [batch_of(2), batch_of(5)]
     parameters = [module.gamma, module.weights[0]]

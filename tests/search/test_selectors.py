@@ -1,4 +1,4 @@
-"""Selectors as entries of one registry, and a plain function of the user's own as one of them."""
+"""The registry of selectors, and a user's own function as a selector."""
 
 import json
 import os
@@ -40,7 +40,7 @@ number = 3
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A module outside the repository; its folder is on Python's path, as PYTHONPATH puts it there."""
+    """A module outside the repository, in a folder on Python's path."""
     (tmp_path / "my_selectors.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "my_selectors"
@@ -194,7 +194,7 @@ def test_a_run_selects_by_a_function_and_resumes(cfg, quick, mine, tmp_path, mon
 
 
 def test_evaluation_does_not_import_the_selector_named_in_a_file(quick, cfg, tmp_path, monkeypatch):
-    """A run's config.yaml may hold any text as its selector: evaluating the run does not look at it."""
+    """A run's config.yaml may have any text as its selector. Evaluation ignores it."""
     from diffora.run.evaluate import evaluate, read_request
 
     small = [*quick, "task.train_rows=32", "task.validation_rows=16", "finetune.epochs=1", "method.selector=random"]
@@ -215,7 +215,7 @@ def test_evaluation_does_not_import_the_selector_named_in_a_file(quick, cfg, tmp
 
 
 def test_the_command_line_finds_a_function_in_the_users_own_folder(tmp_path):
-    """With PYTHONPATH for the module, and --config-dir for a file of the user's own that names it."""
+    """The module is found through PYTHONPATH; a file in --config-dir names it."""
     (tmp_path / "my_selectors.py").write_text(MINE)
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text(

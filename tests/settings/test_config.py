@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is named, all at once, and every key is read by something."""
+"""All mistakes in a configuration are named at once, and every key of a settings class is in conf/."""
 
 import importlib.util
 import json
@@ -56,13 +56,13 @@ def test_model_hf_needs_a_path(cfg):
 
 
 @pytest.mark.parametrize("method", GROUPS["method"])
-@pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the others differ from these in their recipes only
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the other tasks differ only in their recipes
 def test_every_method_goes_with_every_kind_of_task(cfg, method, task):
     check(cfg(f"method={method}", f"task={task}"))
 
 
 def test_every_key_of_every_settings_class_is_in_a_configuration(cfg):
-    """A key that no file in conf/ has could only be set with a plus sign, so that nobody would find it."""
+    """A key that is in no file of conf/ could only be set with a plus sign, and users would not find it."""
     there: dict[str, set[str]] = {}
     for group, names in GROUPS.items():
         for name in names:
@@ -253,14 +253,14 @@ WHOLE = "must be a whole number of at least"
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        # C: settings that were a fault of the program
+        # C: settings that caused an unexpected error
         ("seed=4294967296", f"seed=4294967296 {WHOLE} 0, at most 4,294,967,295"),
         ("finetune=null", "finetune=null must be a group of settings: "),
         ("finetune=5", "finetune=5 must be a group of settings: "),
         ("~task", "task is missing: choose one with task=<name>"),
         ("trainer.strategy=foo", "trainer.strategy='foo' must be one of auto, ddp, ddp_find_unused"),
         ("finetune.batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
-        # neighbours
+        # similar cases
         ("task=null", "task=null is not one of: alpaca, chat"),
         ("model=null", "model=null is not one of: bert_base"),
         ("method=null", "method=null is not one of: adalora"),
@@ -309,7 +309,7 @@ WHOLE = "must be a whole number of at least"
     ],
 )
 def test_one_message_says_what_is_accepted(overrides, words):
-    """Cases B14, B18 and C of docs/project/reliability.md, and their neighbours."""
+    """Cases B14, B18 and C of docs/project/reliability.md, and similar ones."""
     given = [overrides] if " [" in overrides or "{" in overrides else overrides.split(" ")
     found = composition_problems(given)
     assert len(found) == 1 and words in found[0], found
@@ -348,7 +348,7 @@ def test_a_removed_group_is_named_together_with_its_settings(group):
 
 
 def test_a_warm_start_needs_the_tensors_beside_the_selection_file(cfg, tmp_path):
-    """B18's neighbour: found before data and backbone are loaded."""
+    """Similar to B18: the mistake is found before data and backbone are loaded."""
     types, modules = ["a"], [["m.0.a"]]
     content = {"format": 1, "method": "diffora", "types": types, "modules": modules, "rho": 0.5, "seed": 0}
     file = tmp_path / "selection.json"
@@ -364,7 +364,7 @@ def test_a_warm_start_needs_the_tensors_beside_the_selection_file(cfg, tmp_path)
 
 
 def test_messages_list_choices_from_the_users_config_dir(tmp_path, monkeypatch):
-    """C: composition errors are composed over the user's real search path."""
+    """C: composition errors are explained with the user's own config folders."""
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [mrpc]\n")
     monkeypatch.setattr("sys.argv", ["train.py", "--config-dir", str(tmp_path), "task=mine"])
@@ -377,7 +377,7 @@ def test_messages_list_choices_from_the_users_config_dir(tmp_path, monkeypatch):
 
 
 def test_no_value_of_a_setting_causes_an_unexpected_error(cfg):
-    """A small draw: each is taken and can be written down, or there are messages. `make faults` draws more."""
+    """A few random values: each is accepted and can be written, or there are messages. `make faults` tests more."""
     bases = [cfg(*base) for base in fuzz_values.BASES]
     taken = refused = 0
     for _key, _value, changed in fuzz_values.cases(bases, seed=0, most=120):
