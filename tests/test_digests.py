@@ -1,4 +1,4 @@
-"""Digests see what decides a result, and nothing else."""
+"""Digests depend on everything that can change a result, and on nothing else."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_one_flipped_bit_in_a_relevant_file_changes_the_digest(folder, name):
 def test_added_and_removed_files_change_the_digest_unless_nothing_reads_them(folder):
     before = digests.backbone(str(folder))
     (folder / "README.md").write_text("other words")
-    torch.save({}, folder / "pytorch_model.bin")  # the safetensors file goes before it
+    torch.save({}, folder / "pytorch_model.bin")  # the safetensors file is used instead
     torch.save({}, folder / "optimizer.pt")
     assert digests.backbone(str(folder)) == before
     (folder / "tokenizer_config.json").unlink()

@@ -1,4 +1,4 @@
-"""Reading files that may be damaged: a size, a depth, no aliases, no tags, and one message that names the file."""
+"""Reading files that may be damaged: limits of size and depth, no aliases or tags, and one message with the file."""
 
 import json
 import os

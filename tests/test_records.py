@@ -1,4 +1,4 @@
-"""The record of a run: what is written, what is read, and what is refused."""
+"""The record of a run: writing it, reading it, and refusing wrong ones."""
 
 import dataclasses
 import json

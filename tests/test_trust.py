@@ -54,7 +54,7 @@ def problems(call, *arguments, **named):
     return "\n".join(caught.value.problems)
 
 
-# --- a finished run, made once, and copies of it that somebody changed ---
+# --- a finished run, made once, and changed copies of it ---
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def arrived(finished, tmp_path, monkeypatch):
-    """Copies the run with changed settings; ``{"task._target_": …}`` goes into config.yaml. Returns the copy."""
+    """Makes a copy of the run with changed settings in config.yaml, e.g. ``{"task._target_": …}``."""
     monkeypatch.setenv("SECRET", SECRET)
 
     def make(changes=None, text=None):
@@ -89,7 +89,7 @@ def arrived(finished, tmp_path, monkeypatch):
             node[rest[-1]] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(content) if text is None else text)
         record = read_content(folder / "run.json")
-        write_record(folder, {key: value for key, value in record.items() if key != "digests"})  # whoever made it, can
+        write_record(folder, {key: value for key, value in record.items() if key != "digests"})  # an attacker can do so
         return folder
 
     return make
@@ -97,9 +97,9 @@ def arrived(finished, tmp_path, monkeypatch):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
-    """A module beside the run that can be imported and leaves a mark when it is. Returns the mark and its dotted path.
+    """(mark, dotted path) of a module beside the run. Importing it would work and would create the file ``mark``.
 
-    The working directory is on Python's path, as it is for ``python -m``.
+    The working directory is on Python's path, as for ``python -m``.
     """
     mark = tmp_path / "mark"
     (tmp_path / "run-x").mkdir()
@@ -167,7 +167,7 @@ def test_a_file_may_name_only_classes_of_this_package(evil, target):
 
 
 def test_a_foreign_module_inside_the_package_is_not_accepted(tmp_path, monkeypatch):
-    """Neither a wider package path nor an entry in sys.modules makes a foreign file one of the package's."""
+    """A longer package path or an entry in sys.modules does not make a foreign file part of the package."""
     import diffora.tasks
 
     (tmp_path / "shadow.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).touch()\n")
@@ -255,7 +255,7 @@ def test_own_modules_of_a_config_dir_that_cannot_be_imported_are_named_together(
     assert message.count("PYTHONPATH=<its folder>") == 2
 
 
-# --- a run's folder that arrived (A1, A2) ---
+# --- received run folders (A1, A2) ---
 
 
 def test_a1_a_run_that_names_a_program_does_not_start_it(arrived, tmp_path):
@@ -312,7 +312,7 @@ def test_remote_code_is_never_allowed_by_a_file(arrived):
     assert read_request([f"run={folder}", "model.trust_remote_code=true"]).cfg.model.trust_remote_code is True
 
 
-# --- adapters that arrived (A3) ---
+# --- received adapters (A3) ---
 
 
 def backbone(finished):
@@ -322,9 +322,9 @@ def backbone(finished):
 
 
 def sign(folder):
-    """Make the digests anew: whoever changes a file can do so too."""
+    """Update the digests, as an attacker can do after changing a file."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for entry in ("sha256", "model", "layers"):  # without the last two, any model is tried
+    for entry in ("sha256", "model", "layers"):  # without the last two, any model is accepted
         manifest.pop(entry, None)
     write_manifest(folder, manifest.pop("files"), manifest)
 
@@ -417,7 +417,7 @@ def test_a_damaged_diffora_json_has_one_message_that_names_file_and_key(finished
     ],
 )
 def test_settings_of_a_peft_adapter_name_only_classes_of_peft(evil, spec, message):
-    """They come from diffora.json too."""
+    """These settings come from diffora.json too."""
     assert message in problems(build, spec, "method.config")
     assert not evil.exists()
 
@@ -456,7 +456,7 @@ def test_adapters_of_peft_import_and_unpickle_nothing(evil, tmp_path, content, m
 
 
 def test_a5_names_keep_text_that_looks_like_an_interpolation(finished):
-    """``cell.row='${oc.env:SECRET}'`` of a run of one's own."""
+    """``cell.row='${oc.env:SECRET}'`` in the user's own run."""
     record = json.loads((finished / "run.json").read_text())
     assert record["row"] == "${oc.env:SECRET}" and record["status"] == "completed"
     assert yaml.safe_load((finished / "config.yaml").read_text())["cell"]["row"] == "${oc.env:SECRET}"
@@ -528,7 +528,7 @@ def test_a6_hostile_yaml_in_a_run_has_one_message(arrived, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE_YAML if kind != "not text"])
 def test_a6_a_report_does_not_read_hostile_yaml(tmp_path, monkeypatch, kind):
-    """Everything that it needs of the settings is in run.json."""
+    """It takes all settings that it needs from run.json."""
     monkeypatch.chdir(tmp_path)
     made_run(tmp_path / "good")
     (made_run(tmp_path / "bad", seed=1) / "config.yaml").write_text(HOSTILE_YAML[kind][0])
@@ -702,7 +702,7 @@ def test_names_of_a_selection_are_not_formulas_in_its_picture():
 
 
 def test_only_one_module_imports_by_name():
-    """No other place imports by a name that it was given, unpickles, or lets OmegaConf or PyYAML read a file."""
+    """No other module imports by a given name, unpickles, or reads files with OmegaConf or PyYAML."""
     pattern = (
         r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"
     )

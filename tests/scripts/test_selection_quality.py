@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 def test_percentiles_gains_and_intervals(folder):
     for seed in range(4):
-        run(folder, "best", seed, SUBSETS[-1], 0.0, "search")  # the selector's own result does not count, only that of its subset
+        run(folder, "best", seed, SUBSETS[-1], 0.0, "search")  # only the result of its subset counts
         run(folder, "mixed", seed, SUBSETS[(0, 5, 1, 4)[seed]], 0.7, "gradient")
     found = script.quality(script.completed(folder))
     assert (found["subsets"], found["seeds_of_a_subset"]) == (6, 2)

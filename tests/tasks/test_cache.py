@@ -1,4 +1,4 @@
-"""A cache file is used as it was written, or written again with a line in the log."""
+"""A cache file is used only if it is undamaged. Otherwise it is written again, with a line in the log."""
 
 import json
 import multiprocessing
@@ -99,7 +99,7 @@ def test_a_link_that_leads_nowhere_is_replaced(file, tmp_path):
 
 
 def test_a_large_file_is_read_again_only_after_it_changed(file, tmp_path, monkeypatch):
-    """A change that keeps size and time of modification is seen all the same."""
+    """A change that keeps size and modification time is noticed too."""
     from diffora import digests
 
     monkeypatch.setattr(digests, "REMEMBERED_FROM", 1000)
@@ -175,7 +175,7 @@ def test_every_kind_of_cache_file_is_checked(cfg, overrides, tmp_path, caplog):
 
 
 def test_digests_of_images_are_checked(tmp_path, caplog):
-    """A flipped bit there would make other data of the same images."""
+    """A flipped bit in a digest would give the same images another data hash."""
     from PIL import Image
 
     from diffora.tasks.images.folders import read_folder

@@ -26,7 +26,7 @@ from diffora.tasks.chat.loss import IGNORED, token_losses
 from diffora.tasks.chat.packing import best_fit, pack
 from diffora.tasks.chat.tokens import encode
 
-# --- tokenizers and templates of the kinds that are about ---
+# --- common kinds of tokenizers and templates ---
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|head|>", "<|/head|>", "<|eot|>", "<start>", "<end>"]
 ROUNDS = "{% for m in messages %}"
@@ -56,7 +56,7 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-THINKING = (  # the last answer is written in another way than earlier ones
+THINKING = (  # writes the last answer differently from earlier ones
     ROUNDS + "{{ '<|im_start|>' + m.role + '\n' + ('<think></think>' if loop.last and m.role == 'assistant' else '') }}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -74,7 +74,7 @@ TEXT = ["The quick brown fox jumps over the lazy dog. ", "user assistant system 
 
 
 def byte_level(template: str | None) -> PreTrainedTokenizerFast:
-    """As GPT-2's, Llama 3's and Qwen's."""
+    """A tokenizer like those of GPT-2, Llama 3 and Qwen."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -86,7 +86,7 @@ def byte_level(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def metaspace(template: str | None) -> PreTrainedTokenizerFast:
-    """As Llama 2's, Mistral's and Gemma's; puts a begin token in front by itself."""
+    """A tokenizer like those of Llama 2, Mistral and Gemma. It adds a begin token itself."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -136,7 +136,7 @@ def rows_of(*rows) -> datasets.Dataset:
 
 
 def answers(ids: list[int], counted: list[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of the runs of tokens that count."""
+    """The texts of consecutive tokens that count."""
     runs: list[list[int]] = []
     for at, (token, counts) in enumerate(zip(ids, counted, strict=True)):
         if counts:
@@ -159,7 +159,7 @@ def test_exactly_the_answers_and_their_ends_count(kind, name, chat):
     expected = [f"{text}{end}" for text in chat[1::2]]
     found = answers(row["input_ids"], row["counted"], tokenizer)
     assert [text.strip(" ") for text in found] == [text.strip(" ") for text in expected]
-    # The whole is what the template writes, once, with one begin token at most.
+    # The row is exactly the template's output, with at most one begin token.
     text = tokens.render(turns_of(chat), tokenizer)
     assert row["input_ids"] == tokenizer(text, add_special_tokens=template is None)["input_ids"]
     assert row["input_ids"].count(tokenizer.bos_token_id) == (0 if name in ("chatml", "marked") else 1) or (
@@ -269,7 +269,7 @@ def test_best_fit_puts_each_item_in_one_bin(lengths, capacity):
     assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
     loads = [sum(lengths[item] for item in members) for members in bins]
     assert all(load <= capacity for load in loads)
-    # A bin was opened only where its first item fitted nowhere.
+    # A new bin was opened only if its first item fitted into no other bin.
     for i, members in enumerate(bins):
         assert all(load + lengths[members[0]] > capacity for load in loads[:i])
 
@@ -449,7 +449,7 @@ def test_parts_of_a_batch_give_the_loss_of_the_whole():
 def test_scores_and_predictions_count_tokens_not_rows():
     model, task = decoder("llama"), task_of(packing=False)
     rows = token_rows([5, 9, 3, 12, 4])
-    example = [0, 2, 2, 3, 4]  # of five rows the second has nothing to learn, the third two windows
+    example = [0, 2, 2, 3, 4]  # of five rows, the second has no token that counts, the third has two windows
     encoded = datasets.Dataset.from_dict(rows | {"example": example})
     batch = ChatCollator(0)(rows)
     output = model(**task.inputs(batch))

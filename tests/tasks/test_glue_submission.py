@@ -62,7 +62,7 @@ def test_the_eleven_test_sets():
 
 @pytest.mark.parametrize(("name", "split"), TEST_SETS)
 def test_predictions_have_the_row_number_of_the_source(tmp_path, name, split):
-    """Rows shuffled at the source, predicted in part and in any order: the number decides."""
+    """Also if the source is shuffled, and only part of the rows are predicted, in any order."""
     task = task_of(name, str(tmp_path))
     numbers = [4, 0, 3, 1, 2]
     write_test_split(task, tmp_path, split, numbers)
@@ -121,7 +121,7 @@ def test_other_splits_are_written_as_json_lines(tmp_path):
 
 
 def test_real_test_split_with_and_without_its_labels(real_data, tmp_path):
-    """The file has gold labels; GLUE's own has none: the submission is the same."""
+    """This file has gold labels and GLUE's own has none. The submission is the same."""
     table = pa.parquet.read_table(real_data / "mrpc" / "test.parquet")
     bare = table.drop_columns(["label"]).take(torch.randperm(len(table)).numpy())
     pa.parquet.write_table(bare, tmp_path / "test.parquet")

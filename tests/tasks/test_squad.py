@@ -1,4 +1,4 @@
-"""Windows, spans and answers: against the tokenizers, against exhaustive search, and on real questions."""
+"""Windows, spans and answers, compared with the tokenizers, with exhaustive search, and on real questions."""
 
 import json
 import unicodedata
@@ -47,7 +47,7 @@ def task(unanswerable: bool = False, **changes) -> SquadTask:
 
 
 def rows_of(*questions: tuple[str, str, str | None]) -> datasets.Dataset:
-    """Rows from (question, context, answer): the answer's first place in the context counts."""
+    """Rows from (question, context, answer). The answer is at its first occurrence in the context."""
     return datasets.Dataset(
         pa.table(
             {
@@ -62,7 +62,7 @@ def rows_of(*questions: tuple[str, str, str | None]) -> datasets.Dataset:
     )
 
 
-# --- small tokenizers of the true kinds ---
+# --- small tokenizers of the real kinds ---
 
 
 def bert() -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def roberta() -> PreTrainedTokenizerFast:
 
 
 def xlnet() -> PreTrainedTokenizerFast:
-    """[CLS] at the end, everything on the left."""
+    """A tokenizer with [CLS] at the end and padding on the left."""
     backend = byte_level(["<pad>", "<sep>", "<cls>"])
     backend.post_processor = processors.TemplateProcessing(
         single="$A <sep> <cls>:2",
@@ -180,7 +180,7 @@ def batches(made: SquadTask, encoded: datasets.Dataset, tokenizer, size: int = 3
 
 
 def collect(made: SquadTask, encoded: datasets.Dataset, tokenizer, logits: Callable, size: int = 3) -> Outputs:
-    """What validation collects, where ``logits(batch)`` gives start and end logits."""
+    """The outputs that validation collects if ``logits(batch)`` are the start and end logits."""
     parts = []
     for batch in batches(made, encoded, tokenizer, size):
         start, end = logits(batch)
@@ -189,13 +189,13 @@ def collect(made: SquadTask, encoded: datasets.Dataset, tokenizer, logits: Calla
 
 
 def perfect(batch):
-    """Logits of a model that knows."""
+    """Logits of a model that knows all answers."""
     for target in ("start_positions", "end_positions"):
         yield 10.0 * torch.nn.functional.one_hot(batch[target], batch["input_ids"].shape[1])
 
 
 def noise(batch):
-    """Random logits that depend on the window and the position only, not on the batch; also on padding."""
+    """Random logits, also for padding. They depend on window and position only, not on the batch."""
     for part in (0, 1):
         yield torch.stack(
             [
@@ -214,7 +214,7 @@ def whole(made: SquadTask, rows: datasets.Dataset, tokenizer, logits: Callable) 
 
 
 def test_rows_of_a_folder(tmp_path):
-    """Splits, the seeded subset and the hash; any one split alone, with or without answers."""
+    """Splits, the seeded subset and the hash; also single splits, with and without answers."""
     rows = rows_of(*((f"Who is {i}?", TEXT, "Virgin Mary") for i in range(20)))
     table = [
         {**row, "answers": {"text": row.pop("answers"), "answer_start": row.pop("starts")}} for row in rows.to_list()
@@ -326,11 +326,11 @@ def test_real_answers_are_covered(real_data, minilm):
         covered.add(example)
         if normalise(gold) == normalise(text):
             equal.add(example)
-        else:  # 30 annotators' answers begin or end within a token: "six" of "sixth"
+        else:  # 30 of the answers begin or end inside a token, such as "six" in "sixth"
             assert gold in text and abs(len(text) - len(gold)) < 12
     assert covered == set(range(5000)) and len(equal) == 4970
 
-    # A model that knows gets what can be had, and gold answers get everything.
+    # Perfect logits reach the best possible score.
     rows_v = rows.validation["validation"]
     outputs, split = whole(made, rows_v, tokenizer, perfect)
     assert made.score(outputs, split)["exact_match"] == pytest.approx(98.4, abs=0.5)
@@ -349,7 +349,7 @@ def test_real_unanswerable_questions(real_data, minilm):
 
 
 def test_very_long_context(monkeypatch):
-    """100,000 characters: many windows, of which few are in memory at a time."""
+    """100,000 characters give many windows. Only a few are in memory at a time."""
     written = []
     monkeypatch.setattr(module, "WINDOWS_AT_ONCE", 50)
     original = module.arrow_writer
@@ -380,7 +380,7 @@ def test_very_long_context(monkeypatch):
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 @settings(deadline=None, max_examples=60)
 def test_perfect_logits_give_perfect_scores(data, kind, tmp_path_factory):
-    """Words of any script, answers anywhere in contexts of several windows."""
+    """For words of any script, and answers at any place of contexts with several windows."""
     letters = st.characters(categories=["L", "N", "Mn", "So"], exclude_characters="\ufffd")  # BERT drops that one
     words = st.text(letters, min_size=1, max_size=6).filter(lambda word: unicodedata.category(word[0]) != "Mn")
     parts = data.draw(st.lists(words, min_size=1, max_size=60))
@@ -428,7 +428,7 @@ def test_loss_and_outputs_do_not_depend_on_the_batch(kind):
 
 @every_kind
 def test_loss_is_over_the_possible_positions_only(kind):
-    """By hand: a softmax over the context and the null position, nothing else."""
+    """Compared with a softmax over the context and the null position only."""
     tokenizer, made = TOKENIZERS[kind], task(True)
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=False)
     for batch in batches(made, encoded, tokenizer):
@@ -468,7 +468,7 @@ def test_dummy_batch_is_a_whole_step():
 
 
 def exhaustive(made: SquadTask, split: Split, logits: Callable, tokenizer) -> dict[int, list[tuple[float, str]]]:
-    """All spans of all windows of each example, best first, one by one."""
+    """All spans of all windows of each example, computed one by one, best first."""
     found: dict[int, list[tuple[float, str]]] = {}
     for batch in batches(made, split.encoded, tokenizer, size=1):
         start, end = (part[0].tolist() for part in logits(batch))
@@ -515,7 +515,7 @@ def test_equal_scores_take_the_first_and_shortest():
 
 
 def test_few_tokens_and_bad_logits():
-    """Fewer spans than n_best, no token at all, and logits that are not finite."""
+    """With fewer spans than n_best, with no token, and with logits that are not finite."""
     tokenizer, made = TOKENIZERS["bert"], task(True, n_best=50, max_answer_length=2)
     rows = rows_of(("Who?", "1858", "1858"), ("Who?", "\u0301", None))
     outputs, split = whole(made, rows, tokenizer, noise)
@@ -555,7 +555,7 @@ def test_perfect_logits_are_perfect_with_unanswerable_questions_too(kind):
 
 @pytest.mark.parametrize("unanswerable", [False, True])
 def test_part_of_the_examples_can_be_scored(unanswerable):
-    """Scores of the whole are means over its examples; the windows of one belong together."""
+    """A score is a mean over examples, and an example has all its windows."""
     tokenizer, made = TOKENIZERS["gpt2"], task(unanswerable)
     rows = rows_of(*(row for row in QUESTIONS if unanswerable or row[2]))
     outputs, split = whole(made, rows, tokenizer, noise)
@@ -699,7 +699,7 @@ def test_unsuitable_tokenizers_are_refused():
 
 
 def test_a_left_to_right_model_reads_question_and_context_before_the_null_position():
-    """GPT-2: the question stands before the context, and the null position after it; padding is seen by neither."""
+    """GPT-2: the question comes before the context and the null position after it. Padding has no influence."""
     from transformers import GPT2Config, GPT2ForQuestionAnswering
 
     tokenizer, made = TOKENIZERS["gpt2"], task(True)
@@ -721,7 +721,7 @@ def test_a_left_to_right_model_reads_question_and_context_before_the_null_positi
 
 
 def test_whole_run(cfg, tmp_path, real_data):
-    """Search and fine-tuning on a few real questions, some of several windows, with the embedded backbone."""
+    """Search and fine-tuning with the embedded backbone on a few real questions. Some have several windows."""
     folder = tmp_path / "data"
     folder.mkdir()
     for name, n in (("train_5k", 24), ("validation_1k", 12)):

@@ -51,7 +51,7 @@ def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
 
 
 def write_folders(folder: Path, train: int = 6, validation: int = 3) -> Path:
-    """Two classes, of images of different sizes and formats."""
+    """Write folders of two classes, with images of different sizes and formats."""
     for split, n in (("train", train), ("validation", validation)):
         for c, name in enumerate(("cat", "dog")):
             (folder / split / name).mkdir(parents=True)
@@ -105,7 +105,7 @@ def problems(call, *args) -> list[str]:
 
 
 def pixels(task, rows, preprocessing: Preprocessing = SMALL) -> torch.Tensor:
-    """What evaluation sees of a split."""
+    """The pixels of a split in evaluation."""
     found = task.encode(rows, preprocessing, training=False)
     return task.collate(preprocessing, training=False)(found[list(range(len(found)))])["pixel_values"]
 
@@ -147,7 +147,7 @@ def test_a_small_image_is_enlarged_before_the_crop():
     batch = {"pixels": [image.tobytes()], "height": [9], "width": [12], "row": [0]}
     ours = ImageCollate(Preprocessing.of(theirs, "x"), None)(batch)["pixel_values"]
     difference = (ours - theirs(image, return_tensors="pt")["pixel_values"])[..., 2:-2, 2:-2]
-    assert difference.abs().max() < 0.02  # not at the rim, where resizing after the cut sees less
+    assert difference.abs().max() < 0.02  # not at the border, where the crop changes resizing
 
 
 def test_sizes_of_image_processors():
@@ -424,7 +424,7 @@ def test_faults_in_folders(folders, tmp_path, task):
 
 
 def test_every_extension_that_pillow_decodes_is_read(folders, task):
-    """B13: .jfif, and its neighbours: other letters' case, rarer formats."""
+    """B13: .jfif, extensions in capital letters, and rarer formats."""
     cat, content = folders / "train" / "cat", encoded(picture(9, 9, seed=5), "jpeg")
     for name in ("a.jfif", "b.JPE", "c.Jpg"):
         (cat / name).write_bytes(content)
@@ -438,7 +438,7 @@ def test_every_extension_that_pillow_decodes_is_read(folders, task):
 
 
 def test_files_that_are_not_images_are_counted(folders, task):
-    """B13: nothing is left out without a word."""
+    """B13: files that are left out are reported."""
     cat, dog = folders / "train" / "cat", folders / "train" / "dog"
     for file in (
         cat / "Thumbs.db",
@@ -485,7 +485,7 @@ def test_folders_in_class_folders_are_read_also_with_links_and_loops(folders, ta
 
 
 def test_no_program_is_started_for_an_image(folders, task, monkeypatch):
-    """PostScript is a program: Pillow would hand it to Ghostscript, whatever the file is called."""
+    """PostScript is a program. Pillow would pass it to Ghostscript, even with another file extension."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (folders / "train" / "cat" / "0.png").write_bytes(encoded(picture(9, 9), "eps"))
     t = task(folders)
@@ -518,7 +518,7 @@ def test_the_first_of_several_frames_is_used_with_a_note(folders, task):
 
 
 def turned(folder: Path, split: str, names: list[str], labels: list) -> None:
-    """Give a split of `to_parquet` other labels and names for them (none: the labels as they are)."""
+    """Give a split of `to_parquet` other labels and class names. None leaves the labels as they are."""
     file = folder / f"{split}-00000-of-00001.parquet"
     table = pa.parquet.read_table(file)
     table = table.set_column(1, "label", pa.array(labels))
@@ -763,7 +763,7 @@ def test_tiny_vit_is_small_and_lacks_only_the_classifier():
 
 
 def neighbours_agree(model, which) -> float:
-    """How often the image with the most similar features is of the same digit."""
+    """How often the image with the most similar features shows the same digit."""
     images, targets = digits(which)
     pixel_values = (torch.from_numpy(images).float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
     with torch.no_grad():
@@ -831,7 +831,7 @@ def test_the_adapter_loads_with_plain_peft(cfg, tmp_path):
 
 
 def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
-    """RM-LoRA's Figure 1 and the measures of its Table 5, in small."""
+    """A small version of RM-LoRA's Figure 1, with the measures of its Table 5."""
     from peft import PeftModel
 
     from diffora.api import load_adapter
@@ -856,7 +856,7 @@ def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
 
     want = logits_of(result.model, task)
     for load in (PeftModel.from_pretrained, lambda base, folder: load_adapter(base, Path(folder)) or base):
-        torch.manual_seed(99)  # another head is drawn, and replaced
+        torch.manual_seed(99)  # the head gets other random weights, which loading must replace
         base = AutoModelForImageClassification.from_pretrained(TINY, num_labels=5)
         loaded = load(base, str(tmp_path / "run" / "adapter")).eval()
         torch.testing.assert_close(logits_of(loaded, task), want, atol=1e-5, rtol=1e-5)
@@ -864,7 +864,7 @@ def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
 
 @pytest.mark.parametrize("dry", ["true", "false"])
 def test_training_and_adapting_the_head_at_once_is_refused(cfg, tmp_path, dry):
-    """The run ended well, and its adapter could not be loaded by anybody."""
+    """Before, the run was completed, but its adapter could not be loaded."""
     alone = ["model.layer=.", "model.candidates=[classifier]", f"dry_run={dry}"]
     with pytest.raises(UserError, match=r"classifier is part of the head, .* task\.train_head=false"):
         run(cfg(*QUICK, "method=lora", *alone), tmp_path / "run")
@@ -878,7 +878,7 @@ def test_no_trained_head_and_no_adapter_is_refused(cfg, tmp_path):
 
 @pytest.mark.parametrize("second", [["dog", "cat"], ["cat", "dog", "eel"], None])
 def test_shards_that_number_their_classes_in_other_ways_are_refused(folders, tmp_path, task, second):
-    """B4, between the files of one split: the library takes the names of one file for all."""
+    """B4 between the files of one split: `datasets` uses the class names of one file for all."""
     place = to_parquet(folders, tmp_path / "tables")
     whole = pa.parquet.read_table(place / "train-00000-of-00001.parquet")
     (place / "train-00000-of-00001.parquet").unlink()
@@ -936,7 +936,7 @@ def test_numbers_without_names_count_as_the_runs_with_a_note(folders, tmp_path, 
 
 
 def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_path, cfg):
-    """B4 with `evaluate.py`: the names are in the tables alone, and other tables may number them in another order."""
+    """B4 with `evaluate.py`: only the tables have the names, and other tables may number them differently."""
     place = to_parquet(folders, tmp_path / "tables")
     overrides = ["experiment=quickstart", "method=lora", "task=imagefolder", "model=tiny_vit", f"task.path={place}"]
     run(cfg(*overrides, "finetune.epochs=1", "finetune.warmup_steps=1", "logger=csv"), tmp_path / "run")

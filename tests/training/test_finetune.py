@@ -108,7 +108,7 @@ def test_held_out_is_scored_at_the_epoch_that_the_other_half_chose(deberta):
     module.history = history((0.5, 0.5, 0.5), (0.9, 0.85, 0.95), (0.85, 0.9, 0.8))
     results = module.results()
     assert results["validation/accuracy"] == 0.9 and results["best_epoch"] == 2
-    assert results["held_out/accuracy"] == 0.8 and results["held_out/epoch"] == 3  # and not the best it ever had
+    assert results["held_out/accuracy"] == 0.8 and results["held_out/epoch"] == 3  # and not at its own best epoch
     assert results["last/accuracy"] == 0.85
 
 
@@ -144,7 +144,7 @@ def test_rate_warms_up_and_decays_to_zero(deberta):
 
 
 def float16():
-    """What Lightning makes of 16-mixed on a GPU; on a CPU it would quietly take bfloat16."""
+    """The plugin that Lightning makes for 16-mixed on a GPU. On a CPU it would silently use bfloat16."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(deberta):
 
 
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(deberta):
-    """No training loss shows it: predictions of NaN would count as class 0."""
+    """The training losses do not show it, and predictions from NaN would count as class 0."""
     module = module_of(deberta, warmup_steps=0)
 
     class Spoil(L.Callback):
@@ -217,7 +217,7 @@ def test_checkpoints_hold_trainable_weights_only(deberta):
 
 
 class Noted(LowRankAdaptation):
-    """Notes every call of the training loop, and adds a constant to the loss."""
+    """Records all calls of the training loop, and adds a constant to the loss."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -285,7 +285,7 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
 
 @pytest.mark.parametrize("cut", [[2, 4], [1, 4], [3, 4]])
 def test_parts_of_a_batch_are_weighted_by_their_tokens(cut):
-    """8, 1, 5 and 0 tokens count in the four rows of each batch, so that no two parts weigh the same."""
+    """In the four rows of each batch, 8, 1, 5 and 0 tokens count, so all parts have different weights."""
     torch.set_num_threads(1)
     whole = [ddp_finetune.batch(i) for i in range(3)]
     parts = [ddp_finetune.some(b, slice(start, end)) for b in whole for start, end in zip([0, *cut], cut, strict=False)]
@@ -310,7 +310,7 @@ def test_the_last_step_of_an_epoch_with_fewer_parts_is_also_a_mean():
 
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    """Their rows hold 8 + 5 and 1 + 0 tokens; the mean is that of all, cut into parts or not."""
+    """Their rows have 8 + 5 and 1 + 0 tokens. The mean is over all tokens, with and without division into parts."""
     torch.set_num_threads(1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -390,7 +390,7 @@ def test_losses_on_a_gpu_are_checked_every_25_steps(deberta, monkeypatch):
 @pytest.mark.parametrize("lowest", ["attention.self.query_proj", "output.dense"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_nothing_is_saved_or_differentiated_below_the_lowest_adapted_module(deberta, checkpointed, lowest):
-    """Adapters in the upper one of two layers: embeddings and lower layer run as in evaluation."""
+    """Only the upper of two layers has adapters, so embeddings and lower layer run as in evaluation."""
     model = deberta()
     if checkpointed:
         Backbone.of(model).checkpoint_activations()

@@ -1,4 +1,4 @@
-"""Chat and text rows from files: every form gives the same turns, every fault is named, with the others."""
+"""Chat and text rows from files: every form gives the same turns, and all faults are named together."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The generated conversations: what is answered is right, by a reader of its own."""
+"""The generated conversations. A second implementation reads the sentences and checks the answers."""
 
 import json
 import random
@@ -96,7 +96,7 @@ def test_a_run_lowers_the_perplexity_and_plain_peft_loads_its_adapter(trained):
     assert result.metrics["held_out/perplexity"] < 0.6 * before
     assert result.metrics["last/perplexity"] == result.metrics["validation/perplexity"]  # the lower the better
 
-    # With plain transformers and PEFT, as its card says: the same logits, and answers.
+    # Plain transformers and PEFT, as in the adapter's card, give the same logits and answers.
     folder = EMBEDDED.parent / "tiny_llama"
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     served = PeftModel.from_pretrained(plain, result.folder / "adapter").eval()

@@ -1,4 +1,4 @@
-"""The generated paraphrase task: deterministic, balanced, without word-overlap cues, labelled as the sentences mean."""
+"""The generated paraphrase task is deterministic and balanced, has right labels and no cues in single words."""
 
 import random
 import re
@@ -108,7 +108,7 @@ def read_clause(text: str) -> tuple:
     return ("do", row, holds == positive, people[int(agent[1])], patient, *sorted(found.items()))
 
 
-# Pairs written by hand: what the reader above, and so the labels, must agree with.
+# Pairs written by hand. The reader above must agree with them; the labels are then checked with this reader.
 BY_HAND = [
     ("the tall baker thanked the young pilot", "the young pilot was thanked by the tall baker", 1),
     ("the tall baker thanked the young pilot", "the aviator who was youthful was thanked by the baker who was tall", 1),

@@ -17,7 +17,7 @@ CONTEXT = "Zwölf Füchse 🦊 jumped over 中国 in 1990."
 
 
 def row(number: int = 0, answer: str | None = "1990", **changes) -> dict:
-    """A good row, with some columns exchanged; Ellipsis takes one away."""
+    """A good row with some columns replaced. The value Ellipsis removes a column."""
     answers = {"text": [], "answer_start": []}
     if answer is not None:
         answers = {"text": [answer], "answer_start": [CONTEXT.index(answer)]}
@@ -84,7 +84,7 @@ def test_formats_give_equal_rows(tmp_path, name):
 
 
 def test_hash_sees_every_answer(tmp_path):
-    """Also where answers go from one row to the next without a change of their order."""
+    """Also if an answer moves to the next row and the order of all answers stays the same."""
 
     def table(answers):
         return pa.table({"answers": pa.array(answers, pa.list_(pa.string())), "id": ["x"] * len(answers)})

@@ -1,4 +1,4 @@
-"""CSV and JSON lines: right files in every spelling, wrong ones refused with row and line, nothing lost on the way."""
+"""CSV and JSON lines: valid files of every kind are read without loss, others are refused with row and line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def folder_with(folder: Path, content: str | bytes, name: str = "train.csv") -> 
 
 
 def csv_of(changed: dict[int, str], end: str = "\n") -> str:
-    """`LINES` under the header, some rows (counted from 1) exchanged."""
+    """The header and `LINES`, with some rows (counted from 1) replaced."""
     rows = [changed.get(i, line) for i, line in enumerate(LINES, start=1)]
     return "".join(line + end for line in [HEADER, *rows])
 
@@ -83,7 +83,7 @@ def test_texts_of_several_lines_are_read_and_counted(tmp_path):
 
 
 def test_without_labels_many_lines_like_rows_are_refused(tmp_path):
-    """Only the number of fields can tell, so that lines of prose are not taken for rows."""
+    """Only the number of fields can show it, so single lines of prose must not count as rows."""
     (tmp_path / "test.csv").write_text('sentence1,sentence2\n"one, two\nthree\nfour, five",b\nc,d\n')
     assert load_split(MRPC, "test", tmp_path)["sentence1"] == ["one, two\nthree\nfour, five", "c"]
     (tmp_path / "test.csv").write_text('sentence1,sentence2\n"a,b\nc,d\ne,f\ng,h\ni",j\nk,l\n')

@@ -37,7 +37,7 @@ ROWS = {
 
 
 def write(folder: Path, split: str, columns: dict, extension: str = "parquet") -> Path:
-    """One split as a file; values are written as they are, so that tests can write wrong ones."""
+    """Write one split as a file. Values are not checked, so tests can write wrong ones."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{split}.{extension}"
     if extension == "parquet":
@@ -52,7 +52,7 @@ def write(folder: Path, split: str, columns: dict, extension: str = "parquet") -
 
 
 def write_both(folder: Path, extension: str = "parquet", **changes) -> Path:
-    """A good validation split, and a train split with some columns exchanged (None takes one away)."""
+    """Write a good validation split, and a train split with some columns replaced (None removes one)."""
     columns = {name: values for name, values in {**ROWS, **changes}.items() if values is not None}
     write(folder, "train", columns, extension)
     write(folder, "validation", ROWS)
@@ -386,7 +386,7 @@ def test_truncated_parquet(tmp_path):
 
 @pytest.mark.parametrize("checksums", [False, True])
 def test_a_damaged_page_is_named_by_column_and_rows(tmp_path, checksums):
-    """The second column of the second row group, compressed or, where only a checksum can tell, not."""
+    """The second column of the second row group, compressed and not. Without compression only a checksum can tell."""
     n = 300
     table = pa.table({"sentence1": ["a"] * n, "sentence2": [f"b {i * 7919}" for i in range(n)], "label": [0] * n})
     file = tmp_path / "train-00001-of-00002.parquet"
@@ -408,7 +408,7 @@ def test_a_damaged_page_is_named_by_column_and_rows(tmp_path, checksums):
 
 
 def test_random_damage_to_a_parquet_file_is_never_a_traceback(tmp_path):
-    """Whatever it does to the content: an error with its message, or rows that pass every check."""
+    """The result is an error with its message, or rows that pass every check."""
     n, rng = 300, np.random.default_rng(0)
     texts = [f"text {i}" for i in range(n)]
     write(tmp_path, "validation", ROWS)
