@@ -211,7 +211,7 @@ def test_training_from_a_loaded_adapter_continues_bit_for_bit(alpha, deberta, tm
 
 
 @pytest.mark.parametrize(("rank", "alpha", "rounds"), [(4, 8, False), (4, 2, False), (3, 8, True)])
-def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, rounds, deberta, tmp_path):
+def test_a_second_copy_of_b_is_written_only_if_scaling_rounds(rank, alpha, rounds, deberta, tmp_path):
     model = deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank, shared_rank=2, alpha=alpha)
     for _, layer in lowrank_layers(model):
@@ -284,7 +284,7 @@ class Own(nn.Module):
         return self.out(x)
 
 
-def test_a_module_of_the_users_own_takes_an_adapter(tmp_path):
+def test_a_users_own_module_can_load_an_adapter(tmp_path):
     """It has no head, so the adapter has none either."""
     model, x = Own(), torch.randn(4, 6)
     assert Backbone.of(model).head == ()
@@ -351,7 +351,7 @@ def cut(content: bytearray, at: int) -> None:
 
 @pytest.mark.parametrize("damage", [flip, zero, cut])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
-def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
+def test_damage_in_any_file_gives_one_message(kind, name, damage, exported, tmp_path):
     """Before, one flipped bit in a weight, a scale or a name was loaded, and other damage gave a traceback."""
     folder = shutil.copytree(exported[kind], tmp_path / "a")
     whole = (folder / name).read_bytes()

@@ -85,7 +85,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     ],
     ids=["deepcopy", "pickle", "state_dict", "to"],
 )
-def test_copies_are_tied_and_stay_so_in_training(through):
+def test_copies_are_tied_and_remain_tied_in_training(through):
     model = adapted()
     again = through(model)
     assert torch.equal(logits(again), logits(model))

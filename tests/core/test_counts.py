@@ -25,7 +25,7 @@ def test_lora_counts_of_the_paper():
     assert adapter_parameters([DEBERTA_LAYER] * 12, everything, 8, None) == 1_327_104
 
 
-def test_shared_pairs_count_once_and_only_where_something_is_unselected():
+def test_shared_pairs_count_once_and_only_if_a_module_is_unselected():
     shapes = [[(4, 4), (4, 8)]] * 3
     mask = torch.tensor([[True, False], [True, False], [True, False]])
     assert adapter_parameters(shapes, mask, 3, 2) == 3 * 3 * 8 + 2 * 12
@@ -89,7 +89,7 @@ def test_extremes_equal_those_over_all_selections(shapes, rank, shared_rank):
 
 @settings(max_examples=25, deadline=None)
 @given(grids(1, 3), st.integers(1, 4), SHARED, st.integers(0, 3))
-def test_extremes_are_exact_for_k_per_layer_where_layers_are_alike(row, rank, shared_rank, k):
+def test_extremes_are_exact_for_k_per_layer_if_layers_are_equal(row, rank, shared_rank, k):
     shapes = row * 3
     counts = [
         adapter_parameters(shapes, mask, rank, shared_rank)

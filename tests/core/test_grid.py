@@ -76,7 +76,7 @@ def test_some_layers_can_be_named_by_their_numbers():
     assert find_grid(net, "encoder.layer.[3]", ["q", "k"]).names == (("encoder.layer.3.q", "encoder.layer.3.k"),)
 
 
-def test_two_stacks_are_told_apart_by_their_path():
+def test_two_stacks_are_distinguished_by_their_path():
     both = nn.ModuleDict({"a": model(Block("q")), "b": model(Block("q"))})
     with pytest.raises(UserError, match=r"matches both a\.encoder"):
         find_grid(both, "encoder.layer.*", ["q"])

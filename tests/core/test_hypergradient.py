@@ -97,7 +97,7 @@ def test_many_unrolled_steps_approach_the_true_hypergradient():
     assert (one_step - implicit).norm() < (first_order(valid([optimum]), gamma) - implicit).norm()
 
 
-def test_a_gates_gradient_is_zero_where_the_gradient_of_b_is():
+def test_a_gates_gradient_is_zero_if_the_gradient_of_b_is_zero():
     """Gate and B scale the same product g B A x, so g dL/dg = <dL/dB, B>. If B has converged, Gamma has no gradient."""
     torch.manual_seed(2)
     x, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)

@@ -311,7 +311,7 @@ def test_attach_shares_one_pair_per_type_among_the_unselected():
     assert trainable == 3 * (3 * 8) + 2 * (1 * 8)
 
 
-def test_attach_without_sharing_leaves_the_unselected_alone():
+def test_attach_without_sharing_does_not_change_unselected_modules():
     net = Net()
     layers = attach(net, NAMES, MASK, rank=3, shared_rank=None, alpha=6)
     assert layers[0][1] is None and isinstance(net.get_submodule("layers.0.f"), nn.Linear)
@@ -341,7 +341,7 @@ def test_attach_with_freeze_false_does_not_freeze_the_rest():
     assert trained == {f"layers.{i}.{n}.{p}" for i, n in ((0, "f"), (1, "q"), (1, "f")) for p in ("weight", "bias")}
 
 
-def test_a_module_in_two_places_is_adapted_in_both_and_taken_out_of_both():
+def test_a_module_in_two_places_is_adapted_and_detached_in_both():
     net = Net()
     net.layers[1]["q"] = net.layers[0]["q"]
     x, before = torch.randn(2, 4), [name for name, _ in net.named_parameters(remove_duplicate=False)]

@@ -38,7 +38,7 @@ def test_gradient_against_finite_differences(form):
 
 
 @pytest.mark.parametrize("form", ["squared", "mean_norm"])
-def test_masked_rows_get_no_gradient_and_the_others_the_whole_one(form):
+def test_masked_rows_get_no_gradient_and_the_others_get_all_of_it(form):
     rows = [torch.tensor(r) for r in ([1], [0, 2], [0], [2])]
     masked, whole = ([m.clone().requires_grad_() for m in MATRICES] for _ in range(2))
     value = orthogonality(masked, form, rows)
@@ -52,7 +52,7 @@ def test_masked_rows_get_no_gradient_and_the_others_the_whole_one(form):
         assert a.grad[dead].abs().max() == 0 and a.grad[live].abs().max() > 0
 
 
-def test_orthonormal_rows_cost_nothing_and_have_a_finite_gradient():
+def test_orthonormal_rows_have_loss_zero_and_a_finite_gradient():
     q = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64, generator=G))[0].T.contiguous().requires_grad_()
     for form in ("squared", "mean_norm"):
         value = orthogonality([q], form)

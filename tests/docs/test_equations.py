@@ -82,5 +82,5 @@ def test_tables_and_figures_are_experiments_of_that_title():
         ("eq. 10", "[D] eq. 10", True),
     ],
 )
-def test_what_counts_as_naming_an_equation(text, reference, expected):
+def test_names_an_equation(text, reference, expected):
     assert names(text, reference) is expected

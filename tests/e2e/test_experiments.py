@@ -21,7 +21,7 @@ PAPERS = (
 )  # fmt: skip
 
 
-def test_every_table_and_figure_of_the_papers_is_there():
+def test_every_table_and_figure_of_the_papers_has_an_experiment():
     assert set(PAPERS) <= set(TABLES)
 
 

@@ -30,7 +30,7 @@ def test_notebooks_have_the_outputs_of_one_run(path):
     assert len(outputs) > 2 and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], HOW
 
 
-def test_outputs_are_small_and_name_no_machine():
+def test_outputs_are_small_and_have_no_folders_of_a_machine():
     assert sum(path.stat().st_size for path in NOTEBOOKS) < 1_500_000
     for path in NOTEBOOKS:
         assert not re.search(r"/(home|root|Users|work)/|site-packages|/tmp/tmp", path.read_text()), path

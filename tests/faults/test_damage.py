@@ -240,7 +240,7 @@ def test_data_of_a_run_that_resumes(start, campaign, tmp_path, ending):
     Damaged(f"resume, {ending}", make_in_place, {"training data": f"data/train.{ending}"}, use).go(campaign, tmp_path)
 
 
-def test_what_a_report_reads(start, undisturbed, campaign, tmp_path):
+def test_damaged_files_that_a_report_reads(start, undisturbed, campaign, tmp_path):
     whole, _ = undisturbed(*TINY)
 
     def make(folder: Path) -> None:

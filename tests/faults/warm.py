@@ -1,7 +1,7 @@
 """Runs of this project's commands in processes that are forked from one with everything imported.
 
-A fresh start costs ten seconds of imports, a fork none, so that a hundred kills take minutes. The parent of the forks
-never computes anything, so each run begins as a fresh one would. What imports could change is tested by fresh starts.
+A new process takes ten seconds for imports and a fork takes none, so a hundred kills take minutes. The parent process
+never computes anything, so each run starts like a new one. Some tests use new processes, because imports may matter.
 """
 
 import itertools
@@ -94,7 +94,7 @@ class Command:
     Args:
         program: ``train.py``, ``evaluate.py`` or ``report.py``.
         scratch: where its output is kept.
-        fresh: start a true new process instead of a fork.
+        fresh: start a new process instead of a fork.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ def test_first_derivatives_are_equal_with_create_graph(folding, case):
     assert torch.autograd.gradgradcheck(outputs, inputs)
 
 
-def test_beside_a_base_that_cannot_be_read():
+def test_with_a_base_layer_that_cannot_be_read():
     x = leaf(B, S, IN)
     hidden = tensor(B, S, 4) * x.sum(-1, keepdim=True)
     made = layers(SIZES[:1], base=[hidden])

@@ -326,7 +326,7 @@ def fine_tune_data(workers=0, seed=0):
     return FineTuneData(tokenised(30), validation, COLLATE, 8, 4, seed, num_workers=workers)
 
 
-def test_loaders_leave_global_random_state_alone():
+def test_loaders_do_not_change_the_global_random_state():
     data = fine_tune_data()
     search = SearchData(tokenised(30), COLLATE, split_search(np.arange(30), 0), 4, seed=0)
     before = torch.get_rng_state().clone(), str(np.random.get_state())
@@ -336,14 +336,14 @@ def test_loaders_leave_global_random_state_alone():
     assert before[0].equal(torch.get_rng_state()) and before[1] == str(np.random.get_state())
 
 
-def test_workers_change_nothing():
+def test_workers_give_the_same_batches():
     def rows(loader):
         return [batch["row"].tolist() for batch in loader]
 
     assert rows(fine_tune_data().train_dataloader()) == rows(fine_tune_data(workers=2).train_dataloader())
 
 
-def test_loaders_take_their_part_from_the_process_group(monkeypatch):
+def test_loaders_get_rank_and_world_size_from_the_process_group(monkeypatch):
     split = split_search(np.arange(40), 0)
 
     def seen():

@@ -342,7 +342,7 @@ def test_runs_of_no_experiment_are_grouped_by_setting(tmp_path):
     assert all(len(cell.runs) == 2 for cell in paraphrase.cells.values())
 
 
-def test_curves_join_settings_that_differ_in_nothing_else(tmp_path):
+def test_curves_join_settings_that_differ_only_in_rho(tmp_path):
     for rho, score in ((0.2, 0.7), (0.5, 0.8), (0.9, 0.75)):
         for seed in range(2):
             made_run(tmp_path / f"{rho}-{seed}", "diffora", seed, score + seed / 100, settings={"rank": 4, "rho": rho})
@@ -687,7 +687,7 @@ def test_values_that_differ_between_columns_are_listed_in_column_order(spec):
     assert grid.rows[0][1] == grid.rows[0][-3] == ""  # full FT has no runs
 
 
-def test_runs_that_failed_are_noted_beside_their_cell(spec):
+def test_failed_runs_are_noted_with_their_cell(spec):
     fill(spec, ["random"], seeds=range(2))
     fill(spec, ["random"], seeds=[2, 3], status="failed")
     made_run(spec / "first try", "random", 0, cell=("table9", "random", "paraphrase"), status="failed")

@@ -99,13 +99,13 @@ class Stand:
 
     def measured(self, step: Callable[[], None]) -> int:
         self.inputs = self.batch()
-        step()  # what is made once
+        step()  # makes the tensors that are made only once
         self.model.zero_grad(set_to_none=True)
         return allocated(step)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_estimate_of_fine_tuning_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_fine_tuning_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case]))
     estimate = memory.of_finetuning(stand.cfg, stand.task, stand.meta)
     assert estimate.activations == pytest.approx(stand.measured(stand.finetuning_step), rel=0.1)
@@ -116,14 +116,14 @@ def test_the_estimate_of_fine_tuning_is_what_the_allocator_sees(cfg, case):
 
 
 @pytest.mark.parametrize("case", ["packed", "checkpointing", "pair"])
-def test_the_estimate_of_the_search_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_the_search_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case]))
     estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
     assert estimate.activations == pytest.approx(stand.measured(stand.search_step), rel=0.1)
 
 
 @pytest.mark.parametrize("case", ["packed", "checkpointing", "pair"])
-def test_the_estimate_of_the_simultaneous_search_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_the_simultaneous_search_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case], "search.update=simultaneous"))
     estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
     assert estimate.shape[0] == 2 * stand.cfg.search.batch_size

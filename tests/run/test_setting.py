@@ -38,7 +38,7 @@ def test_runs_that_differ_in_seed_folder_and_machine_have_one_setting(cfg):
         ("seed=0", "d2"),  # other data below the same path
     ],
 )
-def test_what_changes_a_result_changes_the_setting(cfg, change, data):
+def test_values_that_change_a_result_change_the_setting(cfg, change, data):
     base = [*RANDOM, "task.path=/home/a/data", "model.path=/home/a/deberta"]
     assert setting_facts(cfg(*base, change), data)["setting_id"] != setting_facts(cfg(*base), "d1")["setting_id"]
 

@@ -185,7 +185,7 @@ def test_the_page_shows_all_results_and_says_what_is_missing(results, tmp_path):
         plots.refresh(page.replace("<!-- begin ratios -->", ""), results)
 
 
-def test_the_page_is_up_to_date_with_the_results_that_are_there():
+def test_the_page_is_up_to_date_with_the_results():
     there = {name: report.read(name) for name in plots.SOURCES}
     assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
 
@@ -237,7 +237,7 @@ def test_a_whole_run_of_both_sides(tmp_path):
     [(step, ["--only", "minilm_16x64", "--no-memory"]), (scale, ["--only", "batch"])],
     ids=["step", "scale"],
 )
-def test_commands_write_only_where_they_are_told(module, arguments, tmp_path, monkeypatch, capsys):
+def test_commands_write_only_to_the_given_file(module, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step.GROUPS, "minilm_16x64", step.Group(BERT, ("floor", "lora"), 9))
     monkeypatch.setitem(scale.SWEEPS, "batch", {n: replace(BERT, rows=n) for n in (2, 4, 8)})
     for module_ in (step, scale):

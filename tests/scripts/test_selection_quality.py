@@ -61,7 +61,7 @@ def test_an_interval_ends_at_the_possible_percentiles(folder):
     assert good["high"] == pytest.approx(100 * 5.5 / 6) and good["low"] < good["percentile"] < good["high"]
 
 
-def test_only_seeds_that_all_subsets_have_count_and_no_subset_may_be_missing(folder):
+def test_only_common_seeds_of_all_subsets_count_and_no_subset_may_be_missing(folder):
     run(folder, "ab", 2, SUBSETS[0], 5.0)
     assert script.quality(script.completed(folder))["worst"] == pytest.approx(0.0005)
     for seed in (0, 1):

@@ -171,7 +171,7 @@ def test_no_step_uses_rows_of_the_other_split(make):
     assert not all(torch.equal(weights[n], other_train[1][n]) for n in weights)
 
 
-def test_accumulation_changes_nothing_but_memory(make):
+def test_accumulation_changes_only_memory(make):
     whole, parts = make(torch.float64), make(torch.float64, accumulate=3)
     for module in (whole, parts):
         gamma_opt, weight_opt = module.configure_optimizers()
@@ -283,7 +283,7 @@ def steps_taken(module, batches, plugins):
 
 
 @pytest.mark.parametrize("update", ["alternating", "simultaneous"])
-def test_float16_takes_the_steps_of_full_precision(make, update):
+def test_float16_takes_the_same_steps_as_full_precision(make, update):
     """Three weight steps for each Gamma step, with a loss scale that doubles at each update."""
     batches = [{"valid": batch_of(8, seed=i), "train": [batch_of(8, seed=i + j) for j in (1, 2, 3)]} for i in (0, 10)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)

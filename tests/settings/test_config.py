@@ -57,7 +57,7 @@ def test_model_hf_needs_a_path(cfg):
 
 @pytest.mark.parametrize("method", GROUPS["method"])
 @pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the other tasks differ only in their recipes
-def test_every_method_goes_with_every_kind_of_task(cfg, method, task):
+def test_every_method_can_be_combined_with_every_kind_of_task(cfg, method, task):
     check(cfg(f"method={method}", f"task={task}"))
 
 

@@ -41,7 +41,7 @@ def composed():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_every_recipe_on_every_task(composed, method):
+def test_every_method_accepts_every_recipe_on_every_task(composed, method):
     """Composing hundreds of configurations takes minutes. Methods do not change ``task``, so only it is replaced."""
     tasks, methods = composed
     cfg = methods[method].copy()
@@ -88,7 +88,7 @@ def test_a_recipe_without_settings_for_a_task_says_so(cfg, name):
     assert f"task={name}: it has them for cola, sst2" in caught.value.problems[0]
 
 
-def test_an_unknown_recipe_is_named_with_those_there_are():
+def test_an_unknown_recipe_is_named_with_the_known_ones():
     assert composition_problems(["recipe=rm_lore", "task=rte"]) == ["recipe=rm_lore is not one of: rm_lora, roberta"]
 
 

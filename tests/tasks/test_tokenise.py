@@ -1,4 +1,4 @@
-"""Tokenising against the tokenizer itself, the cache, and padding."""
+"""Tokenising, compared with the tokenizer itself; the cache; padding."""
 
 import importlib.util
 from pathlib import Path

@@ -49,7 +49,7 @@ def model_problems(settings: Any, dry_run: bool) -> Iterator[str]:
 def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, finetuned: bool = False) -> Backbone:
     """Load a pretrained model, frozen, with the head that a task asks for.
 
-    The head is new and trainable, whatever the checkpoint has, unless the request is for the pretrained one. New
+    The head is new and trainable, also if the checkpoint has one, unless the request is for the pretrained head. New
     weights are drawn from torch's global generator: seed it first. The pretrained weights are in ``model.dtype`` and
     perhaps quantised; a trainable head is in float32.
 

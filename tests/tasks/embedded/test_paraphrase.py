@@ -199,7 +199,7 @@ def test_it_does_not_depend_on_the_hash_seed():
     assert printed == {f"{splits(40, 10)}\n"}
 
 
-def test_no_pair_is_in_both_splits_nor_twice_in_one():
+def test_no_pair_occurs_twice_in_one_split_or_in_both():
     data = splits(4000, 1000)
     train, validation = (
         [frozenset(pair) for pair in zip(rows["sentence1"], rows["sentence2"], strict=True)] for rows in data.values()

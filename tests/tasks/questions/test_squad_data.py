@@ -300,7 +300,7 @@ def test_unreadable_files(tmp_path, name, content, message):
     assert caught.value.problems[0].startswith(str(tmp_path / name)) and message in caught.value.problems[0]
 
 
-def test_no_file_two_files_no_folder_other_format(tmp_path):
+def test_missing_files_duplicate_files_missing_folders_and_other_formats(tmp_path):
     with pytest.raises(
         UserError, match=r"does not exist; give the folder that holds train as \.parquet, \.jsonl or SQ"
     ):
