@@ -64,7 +64,7 @@ def measure(given: argparse.Namespace) -> None:
     done = tokenise(rows, TASKS["mrpc"], tokenizer, given.max_length)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     peak = peaks()["peak_rss_mb"]
-    total = sum(done["length"])  # read through once, as an epoch would
+    total = sum(done["length"])  # read all rows once, like an epoch
     result = {
         "seconds": round(seconds, 3),
         "cpu_seconds": round(used, 3),

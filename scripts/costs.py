@@ -151,7 +151,7 @@ def _count(cfg: DictConfig, searching: bool) -> Step:
 
         with Kernels() as kernels:
             loss().backward()
-        with sdpa_kernel(SDPBackend.MATH):  # of the others not every product is counted
+        with sdpa_kernel(SDPBackend.MATH):  # in other kernels, some products are not counted
             with FlopCounterMode(display=False) as forward:
                 value = loss()
             with FlopCounterMode(display=False) as backward:

@@ -42,8 +42,8 @@ CHOICES = {
     "hparams_search": "A search for hyperparameters, with `-m`.",
     "debug": "Help in finding mistakes.",
 }
-MANY = 4  # different values of a key: more of them are not listed
-Values = dict[str, dict[str, Any]]  # for each key, its value as written by the choice whose file has it; "": for all
+MANY = 4  # if a key has more different values, they are not listed
+Values = dict[str, dict[str, Any]]  # for each key, its value in the file of each choice; "": the value for all choices
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def assumption(seed: int, draws: int, dims: Sequence[int], sizes: Sequence[int],
                 for m, gate in enumerate(GATES):
                     generator = seeded(seed, 2, i, j, k, m)
                     counts: Counter[str] = Counter()
-                    for some in [25] * (draws // 25) + [draws % 25] * (draws % 25 > 0):  # what fits into the cache
+                    for some in [25] * (draws // 25) + [draws % 25] * (draws % 25 > 0):  # 25 fit into the CPU cache
                         counts.update(assumption_counts(generator, some, d, n, pretrained, gate, until))
                     cells.append({"d": d, "n": n, "w0": pretrained, "gate": gate, "draws": draws, **counts})
     return {"cells": cells}

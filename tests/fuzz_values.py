@@ -18,7 +18,7 @@ NASTY: list[Any] = [
     {"a": {"b": float("nan")}}, None, True, False, "${oc.env:HOME}", "${nothing}", "${seed}", "${rank}", "${task}",
     "${.x}", "${", "???", ["${nothing}"], ["???"], b"bytes",
 ]  # fmt: skip
-"""What is put in the place of every setting; texts in ``${}`` and ``???`` mean what they mean to OmegaConf."""
+"""Values that replace every setting. OmegaConf gives texts with ``${}`` and ``???`` their special meaning."""
 
 BASES = (
     ("method=diffora", "task=paraphrase", "model=tiny", "trainer=cpu"),
@@ -29,7 +29,7 @@ BASES = (
     ("method=random", "task=mrpc", "recipe=rm_lora"),
     ("method=sora", "task=stsb", "model=hf", "model.path=some/model"),
 )
-"""Choices whose settings are all there are, but for a few."""
+"""Choices that together have nearly all settings."""
 
 
 def keys_of(node: Any, prefix: str = "") -> Iterator[str]:

@@ -191,7 +191,7 @@ FLAT = [
     (where, base, key, value) for where, given in CASES.items() for base, keys in given for key, value in keys.items()
 ]
 ELSEWHERE = {"model.kernel", "search.relaxation"}
-"""Their tests compare kernels and relaxations: tests/kernels, tests/search."""
+"""Keys that are tested in other places: tests/kernels and tests/search compare kernels and relaxations."""
 
 
 def classes() -> dict[str, str]:

@@ -21,7 +21,7 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _HINT = '; quotes inside a field are written twice, and the field is put in quotes: "say ""hi"""'
 
 IsRecord = Callable[[dict[str, str]], bool | None]
-"""Whether fields, by column, look like those of a row; None if nothing can tell."""
+"""Whether fields, by column, look like those of a row; None if this cannot be decided."""
 
 
 class _Row(NamedTuple):
