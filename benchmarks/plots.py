@@ -64,7 +64,7 @@ TARGETS = {
     "run/hf_trainer": ("MRPC, MiniLM, one epoch, command to metric, over Trainer + PEFT", None, 0.75),
     "run/hf_trainer_grouped": ("the same, Trainer told to group rows by length, as we do", None, None),
 }
-"""For each headline ratio: its description, PEFT's own ratio (None: 1, PEFT is the reference), and the largest allowed."""
+"""For each headline ratio: description, ratio of PEFT (None: 1, PEFT is the reference), largest ratio allowed."""
 
 
 # --- tables ---
