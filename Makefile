@@ -69,6 +69,9 @@ docs: venv ## build the documentation as a site: docs/_build/html/index.html; a 
 docs-links: venv ## follow the documentation's links to other sites: needs the network
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
 
+reference: venv ## write docs/reference/configuration.md from the settings classes and conf/
+	$(BIN)/python scripts/reference.py
+
 report: venv ## write a report of finished runs into outputs/report; RUNS=<folder>, default outputs
 	$(BIN)/python report.py $(RUNS)
 
@@ -95,4 +98,4 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
-.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links report bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-plots pretrain-tiny clean

@@ -450,8 +450,8 @@ def test_an_image_processor_of_another_size_is_refused(copy):
         ({"image_std": [0.5, 0, 0.5]}, r"image_std=\[0\.5, 0, 0\.5\] must hold numbers"),
         ({"image_mean": [float("nan")] * 3}, r"image_mean=\[nan, nan, nan\] must hold numbers"),
         ({"rescale_factor": float("nan")}, r"rescale_factor=\[nan\] must hold numbers"),
-        ({"resample": 99}, "resample=99 is none of Pillow's"),
-        ({"do_flip_channel_order": True}, "images here are RGB, not BGR"),
+        ({"resample": 99}, "resample=99 must be one of Pillow's"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order=true is not supported: images are RGB, not BGR"),
     ],
     ids=str,
 )

@@ -12,8 +12,8 @@ from diffora.run.terminal import print_result
 from diffora.tasks.base import get_task
 
 SHORT = [
-    "model=tiny", "trainer=cpu", "logger=csv", "method=lora", "task.max_length=16", "finetune.epochs=2",
-    "finetune.warmup_steps=2", "finetune.batch_size=16", "finetune.lr=1e-2",
+    "model=tiny", "trainer=cpu", "logger=csv", "method=lora", "task.max_length=16", "finetune.epochs=5",
+    "finetune.warmup_steps=2", "finetune.batch_size=16", "finetune.lr=5e-3",
 ]  # fmt: skip
 
 

@@ -836,17 +836,22 @@ def test_a_report_replaces_an_earlier_one(tmp_path):
     assert there == {*files, tmp_path / "out" / "tables" / "mine.csv"}
 
 
+def csv_rows(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def test_data_files_hold_numbers(spec):
     fill(spec)
     page.write(gather([spec]), spec / "out", [spec])
-    rows = list(csv.DictReader((spec / "out" / "tables" / "table9-small-comparisons.csv").open()))
+    rows = csv_rows(spec / "out" / "tables" / "table9-small-comparisons.csv")
     (line,) = (row for row in rows if row["against"] == "random")
     want = stats.ttest_rel([80, 81, 82], [70, 72, 74])
     interval = want.confidence_interval(0.95)
     found = [float(line[f"dev_best {key}"]) for key in ("mean", "low", "high", "p", "n")]
     assert found == pytest.approx([9.0, interval.low, interval.high, want.pvalue, 3])
     assert line["dev_best verdict"] == "ahead" and line["about equal size"] == "True"
-    costs = list(csv.DictReader((spec / "out" / "tables" / "table9-small-cost.csv").open()))
+    costs = csv_rows(spec / "out" / "tables" / "table9-small-cost.csv")
     (line,) = (row for row in costs if row["method"] == "DiffoRA")
     assert (float(line["search, s"]), float(line["search, s: std"]), int(line["runs"])) == (20.0, 0.0, 3)
     assert float(line["generalisation gap"]) == pytest.approx(2.0)

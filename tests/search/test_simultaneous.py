@@ -288,7 +288,7 @@ def test_batches_are_joined_with_each_columns_padding_value():
     padding = {"input_ids": PAD, "labels": IGNORED, "position_ids": 0}
     assert all((batch[name][:2, 5:] == value).all() for name, value in padding.items())
     a, b = (part | {"strange": part["labels"]} for part in (a, b))
-    with pytest.raises(UserError, match=r"CausalLMTask\.padding does not say what to pad strange with"):
+    with pytest.raises(UserError, match=r"CausalLMTask\.padding has no padding value for strange"):
         joined(a, b, task, PAD)
 
 

@@ -259,7 +259,8 @@ def test_what_a_method_adds_to_the_loss_is_not_reported_as_loss(deberta):
     module, plain = module_of(deberta, adaptation=Noted), module_of(deberta)
     fit(module)
     fit(plain)
-    assert module.history == plain.history
+    for ours, theirs in zip(module.history, plain.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)  # validation rows come in another order, which rounds otherwise
     assert max(scores["validation/loss"] for scores in module.history) < 10
 
 
