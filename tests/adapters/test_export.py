@@ -113,7 +113,7 @@ def read_as(scale, model: nn.Module, folder) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
+def dialogue_adapter(tmp_path_factory):
     """Case B6: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue. No head is trained."""
     folder = tmp_path_factory.mktemp("dialogue")
     composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
@@ -131,7 +131,7 @@ def spoken(tmp_path_factory):
     return model.eval(), lambda: load().model.eval(), folder / "adapter"
 
 
-def spoken_logits(model: nn.Module) -> torch.Tensor:
+def logits_of(model: nn.Module) -> torch.Tensor:
     ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids).logits
@@ -139,23 +139,23 @@ def spoken_logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_program_reads_the_same_adapter(reader, spoken):
+def test_every_program_reads_the_same_adapter(reader, dialogue_adapter):
     """B6: logits were wrong by 2.66; the whole effect of the adapter is 9.38."""
-    model, fresh, folder = spoken
-    expected = spoken_logits(model)
-    assert (spoken_logits(fresh()) - expected).abs().max() > 1
-    torch.testing.assert_close(spoken_logits(read_as(READERS[reader], fresh(), folder)), expected, rtol=1e-3, atol=1e-3)
+    model, fresh, folder = dialogue_adapter
+    expected = logits_of(model)
+    assert (logits_of(fresh()) - expected).abs().max() > 1
+    torch.testing.assert_close(logits_of(read_as(READERS[reader], fresh(), folder)), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_peft_and_our_own_loader_read_it_too(spoken):
+def test_peft_and_our_own_loader_read_it_too(dialogue_adapter):
     from peft import PeftModel
 
-    model, fresh, folder = spoken
+    model, fresh, folder = dialogue_adapter
     ours = fresh()
     load_adapter(ours, folder)
-    torch.testing.assert_close(spoken_logits(ours.eval()), spoken_logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(ours.eval()), logits_of(model), rtol=1e-4, atol=1e-4)
     theirs = PeftModel.from_pretrained(fresh(), folder)
-    torch.testing.assert_close(spoken_logits(theirs.eval()), spoken_logits(model), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits_of(theirs.eval()), logits_of(model), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -366,7 +366,7 @@ def test_damage_in_any_file_gives_one_message(kind, name, damage, exported, tmp_
         (folder / name).write_bytes(content)
         model = small_deberta()
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        if _means(content) is not None and _means(content) == _means(whole):
+        if _relevant(content) is not None and _relevant(content) == _relevant(whole):
             load_adapter(model, folder)  # white space, or the name of the base model, which may be changed
             continue
         with pytest.raises(UserError) as error:
@@ -375,7 +375,7 @@ def test_damage_in_any_file_gives_one_message(kind, name, damage, exported, tmp_
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def _means(content: bytes) -> dict | None:
+def _relevant(content: bytes) -> dict | None:
     """The content of a JSON file that matters; None for other files."""
     try:
         found = json.loads(content)
@@ -662,11 +662,11 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
-def test_a_language_models_adapter_needs_a_model_with_that_head(kind, spoken):
+def test_a_language_models_adapter_needs_a_model_with_that_head(kind, dialogue_adapter):
     """A language model's head is pretrained, so it is not part of the adapter."""
     import transformers
 
-    model, _, folder = spoken
+    model, _, folder = dialogue_adapter
     fresh = getattr(transformers, kind).from_pretrained(EMBEDDED.parent / "tiny_llama", dtype="float32").eval()
     if kind == "LlamaForSequenceClassification":
         with pytest.raises(UserError, match="trained for a LlamaForCausalLM, and this model is a LlamaForSequence"):

@@ -74,7 +74,7 @@ def test_checkpointing_gives_equal_gradients(cfg, dtype):
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         twice = gradients(model, task)
-    assert saved  # the hooks of checkpointing are inside, so that what it does not keep is not seen here
+    assert saved  # the hooks of checkpointing are inner ones: tensors that it does not keep do not come here
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name
 

@@ -111,7 +111,7 @@ def test_a_quantised_weight_is_never_read():
         with pytest.raises(UserError, match="the weight of a Packed is quantised"):
             touch()
     assert not module.merged
-    scaled = nn.Linear(4, 4)  # float8 has its scale beside the weight
+    scaled = nn.Linear(4, 4)  # float8 weights have a separate scale
     scaled.weight = nn.Parameter(scaled.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(UserError, match="quantised"):
         weight_of(scaled)

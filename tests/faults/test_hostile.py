@@ -251,7 +251,7 @@ def test_models_that_bring_code(commands, canary, tmp_path, campaign):
     (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../../../etc/passwd"}}))
     cases["an index that points elsewhere"] = index
     for name, folder in cases.items():
-        # Of a type that transformers has, the folder may be used, as long as its code is not; so may tokenizer.json.
+        # A folder may be used if transformers has its type and its code is not run. The same holds for tokenizer.json.
         commands.judge(counts, "model", folder, f"{name} ({folder.name})", refused=name not in MAY_BE_USED)
 
 

@@ -1,4 +1,4 @@
-"""Images from files to batches, against Pillow's and transformers' own processing; faults; augmentation; tiny ViT."""
+"""Images from files to batches, compared with Pillow and transformers; faults, augmentation and the tiny ViT."""
 
 import io
 import itertools
