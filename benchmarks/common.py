@@ -1,7 +1,7 @@
 """What the benchmarks share: shapes, contenders, rounds, and memory.
 
 A contender is an adapted model with an optimiser and a `step`. All contenders of a group have the same backbone
-weights (the frozen ones are one and the same tensors), the same head, A and B, batch, and fused AdamW.
+weights, head, A and B, batch, and fused AdamW. They share the tensors of the frozen weights.
 """
 
 import contextlib
@@ -47,16 +47,16 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone of ``conf/model``, with random weights, and a batch for it.
+    """A backbone of ``conf/model`` with random weights, and a batch for it.
 
     Attributes:
-        model: name of the YAML; its ``config`` is the true shape.
-        rows, length: of the batch; no padding.
-        rank: of every adapter.
-        dropout: the backbone's own.
-        device: cpu or cuda; on cuda steps run under bfloat16 autocast.
-        changes: entries of the transformers configuration that differ from the YAML's.
-        modules: how many of the candidate modules of a layer are adapted, from the first; None for all.
+        model: name of the YAML file. Its ``config`` gives the true shape.
+        rows, length: size of the batch, which has no padding.
+        rank: rank of every adapter.
+        dropout: dropout of the backbone itself.
+        device: cpu or cuda. On cuda, steps run under bfloat16 autocast.
+        changes: entries that replace those of the YAML's transformers configuration.
+        modules: adapt the first ``modules`` candidates of each layer; None for all.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Shape:
 
     @property
     def entries(self) -> dict[str, Any]:
-        """Of the transformers configuration."""
+        """The entries of the transformers configuration."""
         entries: Any = OmegaConf.to_container(self.yaml.config)
         return entries | dict(self.changes)
 
@@ -123,13 +123,13 @@ class Shape:
 
 
 class Contender:
-    """One optimisation step of a model: forward, backward, optimiser, gradients gone.
+    """One optimisation step of a model: forward, backward, optimiser step, gradients cleared.
 
     Args:
-        model: what requires gradients is trained.
-        shape: where it runs.
-        parts: into how many batches the rows are cut, each of which gets a step of its own.
-        after_step: called with the number of the step while its gradients are there.
+        model: parameters that require gradients are trained.
+        shape: the backbone's shape, with the device.
+        parts: number of batches that the rows are cut into. Each gets a step of its own.
+        after_step: called with the number of the step, before its gradients are cleared.
     """
 
     def __init__(
@@ -156,10 +156,12 @@ class Contender:
 
 
 class Search:
-    """One bi-level step by the very code of the search: the first half of the rows is search-valid, the other -train.
+    """One bi-level step, with the code of the search itself.
+
+    The first half of the rows is search-valid, the second half is search-train.
 
     Args:
-        joint: one pass for both levels (``search.update=simultaneous``), or one after the other.
+        joint: whether one pass serves both levels (``search.update=simultaneous``), or each level has its own.
     """
 
     def __init__(self, model: nn.Module, grid: Grid, shape: Shape, joint: bool) -> None:
@@ -169,7 +171,7 @@ class Search:
         settings = SearchSettings(epochs=1, batch_size=shape.rows, rank=shape.rank, lr=LR, clip=None)
         task = get_task(OmegaConf.load(REPO / "conf" / "task" / "mrpc.yaml"))
         self.module = SearchModule(model, layers, grid.types, task, settings, seed=0).to(shape.device)
-        # All that a step asks a Trainer for.
+        # A step needs nothing else from a Trainer.
         self.module.trainer = SimpleNamespace(world_size=1, precision_plugin=None)  # type: ignore[assignment]
         self.optimizers = self.module.configure_optimizers()
         self.shape, self.joint = shape, joint
@@ -192,16 +194,16 @@ def cut(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def own(model: nn.Module) -> nn.Module:
-    """A copy with a head of its own, on the same frozen weights."""
+    """A copy with its own head that shares the frozen weights."""
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}
     return copy.deepcopy(model, shared)
 
 
 def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
-    """No adapter: activations are back-propagated through the frozen backbone, and the head is trained.
+    """No adapter: gradients pass through the frozen backbone, and only the head is trained.
 
-    What the layers get is made to require a gradient: the embeddings, and DeBERTa's table of relative positions,
-    through which adapters on queries and keys back-propagate too.
+    The inputs of the layers are made to require a gradient. They are the embeddings and, in DeBERTa, the table of
+    relative positions: adapters on queries and keys also send gradients through it.
     """
     model = own(model)
     backbone: Any = getattr(model, model.base_model_prefix)
@@ -214,7 +216,7 @@ def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
 
 
 def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fused") -> Contender:
-    """Ours, as `method=lora` adapts it with ``model.kernel``, which also chooses the backbone's dropout."""
+    """Our LoRA, adapted as by `method=lora`. As ``model.kernel``, ``kernel`` also chooses the backbone's dropout."""
     model = own(model)
     if kernel == "fused":
         use_cheap_dropout(model)
@@ -232,7 +234,7 @@ def peft_lora(model: nn.Module, shape: Shape, dropout: float = 0.0, parts: int =
 
 
 def peft_adalora(model: nn.Module, shape: Shape) -> Contender:
-    """PEFT's AdaLoRA, with its importance scores after each step and its pruning each tenth."""
+    """PEFT's AdaLoRA. It updates its importance scores after each step and prunes after every tenth."""
     model = own(model)
     config = peft.AdaLoraConfig(
         init_r=shape.rank + shape.rank // 2 + 1, target_r=shape.rank, lora_alpha=ALPHA, lora_dropout=0.0,
@@ -252,12 +254,12 @@ def _with_peft(model: nn.Module, config: Any) -> nn.Module:
 
 
 def full_ft(model: nn.Module, shape: Shape) -> Contender:
-    """Every weight is trained; the one contender with a backbone of its own."""
+    """Every weight is trained. This is the only contender with its own copy of the backbone."""
     return Contender(copy.deepcopy(model).requires_grad_(True), shape)
 
 
 def diffora(model: nn.Module, shape: Shape) -> Contender:
-    """What DiffoRA fine-tunes after the search: half of the modules of each layer, the others share pairs of rank 2."""
+    """DiffoRA's fine-tuning: half of each layer's modules have their own pair, the others share pairs of rank 2."""
     model = own(model)
     grid = shape.grid(model)
     selected = torch.tensor([[column < grid.n_types // 2 for column in range(grid.n_types)]] * grid.n_layers)
@@ -295,7 +297,7 @@ BILEVEL = ("simultaneous", "alternating", "two_floors", "two_peft_steps", "floor
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Draw A and B of every adapter from the name of its module: the same for all contenders, and B is not zero."""
+    """Draw A and B of every adapter with a seed from its module's name, so all contenders have the same. B is not 0."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_bt"):
             lora_a, lora_bt = module.lora_a, module.lora_bt
@@ -317,7 +319,7 @@ def fill(model: nn.Module) -> None:
 def interleave(
     steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, cuda: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round; the order moves on by one each round."""
+    """Milliseconds of each step in each round. Each round starts with the next step in the list."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
@@ -335,7 +337,7 @@ def interleave(
 
 
 def allocated(step: Callable[[], object], cuda: bool = False) -> int:
-    """Bytes that the allocator has handed out at the peak of a step, over those it had handed out before."""
+    """Bytes that a step allocates at its peak, besides those that were allocated before it."""
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -354,12 +356,12 @@ def allocated(step: Callable[[], object], cuda: bool = False) -> int:
 
 
 def memory_of(shape: Shape, name: str) -> dict[str, float]:
-    """Memory of one of `CONTENDERS`; meant for a process of its own.
+    """Memory of one of `CONTENDERS`. Call it in a new process.
 
     Returns:
-        ``step_mb``: `allocated` of a step, when what is made once (Adam's moments) has been made: activations,
-        gradients and work space. ``rss_mb``: the process's peak resident memory in that step over what it occupied
-        before the backbone was built: weights, optimiser and all (MB are 2^20 bytes).
+        ``step_mb``: `allocated` of the second step: activations, gradients and work space. Adam's moments already
+        exist by then, so they are not included. ``rss_mb``: the process's peak resident memory in that step, minus
+        its memory before the backbone was built. This includes weights and optimiser. One MB is 2^20 bytes.
     """
     resident = _resident_mb()
     contender, batch = CONTENDERS[name](shape.build(), shape), shape.batch()
@@ -378,7 +380,7 @@ def _resident_mb() -> float:
 
 
 def in_own_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """``function(*job)`` for each job, one after the other, each in a fresh process that has all imports done."""
+    """``function(*job)`` for each job, one after the other, each in a new process with all modules imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     results = []

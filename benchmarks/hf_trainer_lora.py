@@ -2,8 +2,8 @@
 
     python benchmarks/hf_trainer_lora.py --data <folder with train and validation parquet> --model <folder>
 
-Written as the libraries' own examples are: rows padded to the longest of their batch, Trainer's default optimiser
-(fused AdamW), an evaluation after each epoch, the adapter saved at the end.
+The script follows the libraries' own examples. Rows are padded to the longest of their batch, the optimiser is
+Trainer's default (fused AdamW), each epoch ends with an evaluation, and the adapter is saved at the end.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/method_steps.py [--ranks 4 64] [--rows 16] [--length 64] [--rounds 15] [--threads 1]
 
-The backbone has MiniLM's shape and random weights. All contenders take turns in one process; a figure is the median
-over rounds of the ratio to plain LoRA of the same round, with quartiles. ``adapter_flops`` are the adapters' share of
-the backward pass, counted by torch (for LoRA: what another adapter of the same rank would add). ``r_lora, loop`` is
-R-LoRA with one product per adapter and factor in place of one per shape. Above the first rank only RM-LoRA's family is
-measured.
+The backbone has MiniLM's shape and random weights. All contenders take turns in one process. Each figure is a ratio to
+plain LoRA in the same round: the median over rounds, with quartiles. ``adapter_flops`` are the adapters' operations in
+the backward pass, counted by torch (for LoRA: those that another adapter of the same rank would add). ``r_lora, loop``
+is R-LoRA with one product for each adapter and factor, instead of one for each shape. All methods are measured at the
+first rank, at the other ranks only RM-LoRA's family.
 """
 
 import argparse

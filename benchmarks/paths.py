@@ -1,11 +1,12 @@
-"""Does a run come out the same with each of the low-rank layer's paths? A task with a path on and off, over seeds.
+"""Do all paths of the low-rank layer give the same results? One task with each path, over several seeds.
 
     python -m benchmarks.paths [--seeds 0 1 2] -- task=mrpc task.path=<folder> model=minilm model.path=<folder>
 
-Paths: ``default``, what runs use; ``plain``, ``model.kernel=plain``: the formula in plain operations and torch's own
-dropout; ``added`` and ``folded``, the fused layer with the update never, or wherever possible, folded into the weight.
-The tests compare gradients to the last digits. This benchmark compares whole runs, whose roundings and dropout masks
-differ. Writes benchmarks/results/paths.json. A second call computes only what is missing there.
+The paths: ``default`` is what runs use. ``plain`` is ``model.kernel=plain``, the formula in plain operations, with
+torch's own dropout. ``added`` is the fused layer that never folds the update into the weight. ``folded`` is the fused
+layer that folds it wherever it can. The tests compare gradients to the last digits. This benchmark compares whole
+runs, which differ in rounding and dropout masks. Results are in benchmarks/results/paths.json; a second call computes
+only what is missing there.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "paths.json")
     parser.add_argument("overrides", nargs="*", help="as of train.py")
     given = parser.parse_args()
-    # Places are left out of what is written, and of what makes two calls the same.
+    # Paths on this machine are not written, and calls that differ only in them count as the same.
     settings = [*METHOD, *(o for o in given.overrides if ".path=" not in o)]
     result = json.loads(given.output.read_text()) if given.output.is_file() else {}
     runs = result.get("runs", []) if result.get("settings") == settings else []

@@ -2,7 +2,8 @@
 
     python -m benchmarks.plots
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what has not been measured says how to.
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. If its figures have not been measured, the
+page shows the command that measures them.
 """
 
 import re
@@ -63,7 +64,7 @@ TARGETS = {
     "run/hf_trainer": ("MRPC, MiniLM, one epoch, command to metric, over Trainer + PEFT", None, 0.75),
     "run/hf_trainer_grouped": ("the same, Trainer told to group rows by length, as we do", None, None),
 }
-"""Headline ratio: what it is, the ratio that PEFT has (None: 1, it is the yardstick), the most ours may be."""
+"""For each headline ratio: description, ratio of PEFT (None: 1, PEFT is the reference), largest ratio allowed."""
 
 
 # --- tables ---
@@ -224,7 +225,7 @@ def whole(run: Result) -> str:
 
 
 def picture_steps(step: Result) -> Figure:
-    """Each contender's step over the floor's of the same round, a panel a group; whiskers are quartiles."""
+    """Step time of each contender divided by the floor's in the same round, one panel per group, with quartiles."""
     groups = {name: group for name, group in step["shapes"].items() if group["floor"] == "floor"}
     panels, figure = _panels(groups, columns=3)
     for axes, group in panels:
@@ -239,7 +240,7 @@ def picture_steps(step: Result) -> Figure:
 
 
 def picture_memory(step: Result) -> Figure:
-    """What a step of each contender adds to memory, a panel a group."""
+    """Memory that a step of each contender adds, one panel per group."""
     measured = {name: g for name, g in step["shapes"].items() if "step_mb" in next(iter(g["contenders"].values()))}
     panels, figure = _panels(measured, columns=3)
     for axes, group in panels:
@@ -252,7 +253,7 @@ def picture_memory(step: Result) -> Figure:
 
 
 def _panels(groups: Mapping[str, Result], columns: int) -> tuple[list[tuple[Any, Result]], Figure]:
-    """A panel with its title for each group, to be filled with horizontal bars from the top."""
+    """An empty panel with a title for each group. Horizontal bars fill it from the top."""
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(3.6 * min(columns, len(groups)), 1.9 * rows + 0.4), layout="constrained")
     found = figure.subplots(rows, min(columns, len(groups)), squeeze=False)
@@ -267,7 +268,7 @@ def _panels(groups: Mapping[str, Result], columns: int) -> tuple[list[tuple[Any,
 
 
 def picture_scaling(scale: Result) -> Figure:
-    """Time and memory against each thing that is varied, in logarithms."""
+    """Time and memory against each quantity that is varied, on logarithmic axes."""
     sweeps = scale["sweeps"]
     figure = Figure(figsize=(2.3 * len(sweeps) + 1.2, 4.6), layout="constrained")
     panels = figure.subplots(2, len(sweeps), squeeze=False, sharey="row", sharex="col")
@@ -299,7 +300,7 @@ def picture_scaling(scale: Result) -> Figure:
 
 
 def picture_run(run: Result) -> Figure:
-    """The parts of a whole run, one bar a side."""
+    """The parts of a whole run, one bar for each side."""
     names = list(dict.fromkeys(part for parts in run["parts"].values() for part in parts))
     figure = Figure(figsize=(8.6, 1.9), layout="constrained")
     axes = figure.subplots()
@@ -348,18 +349,18 @@ PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {
     "performance_scaling": ("scale", picture_scaling, "time and memory against batch, length, rank, layers, modules"),
     "performance_run": ("run", picture_run, "the parts of a whole run, ours and the peer's"),
 }
-"""What is made of which result. Each has its place in the page; see `refresh`."""
+"""The result that each table and picture is made from. Each has its place in the page; see `refresh`."""
 
 
 def refresh(page: str, results: Mapping[str, Result | None]) -> str:
-    """The page with every table and picture made anew.
+    """The page with all tables and pictures updated.
 
     Args:
-        page: Markdown with a place for each.
-        results: by the names in `SOURCES`; None for what has not been measured.
+        page: Markdown with a place for each table and picture.
+        results: by the names in `SOURCES`; None for results that have not been measured.
 
     Raises:
-        ValueError: the page has no place for a table or picture, or several.
+        ValueError: a table or picture has no place in the page, or several.
     """
     content = {"machine": machine(results)}
     for name, (source, make) in TABLES.items():

@@ -1,4 +1,4 @@
-"""What a result of a benchmark consists of: spreads, ratios, what it was measured on, and the file it goes to."""
+"""The parts of a benchmark's result: spreads, ratios, the machine it was measured on, and its file."""
 
 import contextlib
 import json
@@ -26,12 +26,12 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int]:
 
 
 def ratio(times: Mapping[str, Sequence[float]], top: str, bottom: str) -> dict[str, float | int]:
-    """Spread over rounds of the ratio of two contenders in the same round."""
+    """The ratio of two contenders in the same round: its spread over rounds."""
     return spread([a / b for a, b in zip(times[top], times[bottom], strict=True)])
 
 
 def header() -> dict[str, Any]:
-    """What a result was measured on, with what and when."""
+    """When a result was measured, on which machine, and with which versions."""
     packages = record.versions() | {"peft": peft.__version__}
     return {
         "machine": machine(),
@@ -65,6 +65,6 @@ def write(file: Path, result: Mapping[str, Any]) -> None:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """A result of `RESULTS`, or None where it has not been measured."""
+    """A result of `RESULTS`; None if it has not been measured."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None

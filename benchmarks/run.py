@@ -2,12 +2,12 @@
 
     MRPC=<folder> MINILM=<folder> python -m benchmarks.run [--repetitions 3] [--epochs 1] [--output FILE]
 
-Same rows, backbone, rank, batch, learning rate, schedule, epochs, clipping, head and evaluation; a process for each
-run, each with empty caches of its own, and who begins moves on by one. The wall time of the process is what counts.
-Without the two folders both sides get the embedded task and backbone, and the result says so.
+Both sides have the same rows, backbone, rank, batch, learning rate, schedule, epochs, clipping, head and evaluation.
+Each run is a new process with its own empty caches; its wall time is measured. The sides take turns to go first.
+Without the two folders, both sides get the embedded task and backbone, and the result says so.
 
-``hf_trainer_grouped`` is the peer with rows of like length in a batch, which is not its default and is ours: it shows
-what that alone is worth. ``parts`` are from one more run of ours with a clock in it (`timed_train`).
+``hf_trainer_grouped`` is the peer with rows of similar length in a batch. This is our default but not the peer's, so
+it shows how much this alone saves. ``parts`` come from one more run of ours, with a clock in it (`timed_train`).
 
 Writes benchmarks/results/run.json and puts its ratios into step.json.
 """
@@ -35,7 +35,7 @@ SHOWN_PACKAGES = 8
 
 
 class Setting:
-    """What both sides are given: data, backbone, and the same settings in the words of either."""
+    """What both sides are given: data, backbone, and the same settings as arguments of each side."""
 
     def __init__(self, data: Path, model: str, folder: Path, max_length: int, epochs: int) -> None:
         self.data, self.model, self.folder = data, model, folder
@@ -47,7 +47,7 @@ class Setting:
 
     @classmethod
     def find(cls, mrpc: str | None, minilm: str | None, scratch: Path, epochs: int) -> "Setting":
-        """MRPC and MiniLM where both are given, else the embedded task, written to ``scratch``, and backbone."""
+        """MRPC and MiniLM if both are given, otherwise the embedded task (written to ``scratch``) and backbone."""
         if mrpc and minilm:
             return cls(Path(mrpc).resolve(), "minilm", Path(minilm).resolve(), 128, epochs)
         write_embedded(scratch)
@@ -154,7 +154,7 @@ SIDES = {
 
 
 def parts_of_ours(setting: Setting) -> dict[str, float]:
-    """Where the seconds of one run go, from the command on; they add up to the wall time."""
+    """The seconds of each part of one run, from the command on. Their sum is the wall time."""
     with tempfile.TemporaryDirectory() as folder:
         began, wall, stdout, _ = process(["benchmarks/timed_train.py", *setting.ours(Path(folder) / "run", 0)])
         times = json.loads((Path(folder) / "run" / "run.json").read_text())["time"]
@@ -172,7 +172,7 @@ def parts_of_ours(setting: Setting) -> dict[str, float]:
 
 
 def import_seconds(setting: Setting) -> dict[str, float]:
-    """Seconds of a short run's imports by package, the largest first, each without what it imports of the others."""
+    """Seconds that a short run takes to import each package, without other packages that it imports; largest first."""
     with tempfile.TemporaryDirectory() as folder:
         short = [*setting.ours(Path(folder) / "run", 0), "task.max_train_rows=64"]
         *_, stderr = process(["-X", "importtime", "train.py", *short])
@@ -191,8 +191,8 @@ def show(name: str, values: Mapping[str, Any]) -> None:
 
 def measure(setting: Setting, sides: Sequence[str], repetitions: int) -> dict[str, Any]:
     """The content of run.json."""
-    process(["benchmarks/hf_trainer_lora.py", "--help"])  # reads the files of its imports once before it is timed
-    startup: dict[str, Any] = {"imports_s": import_seconds(setting)}  # and this those of ours
+    process(["benchmarks/hf_trainer_lora.py", "--help"])  # puts the files of its imports into the page cache
+    startup: dict[str, Any] = {"imports_s": import_seconds(setting)}  # and the files of ours
     startup["help_s"] = spread([process(["train.py", "--help"])[1] for _ in range(5)], 2)
     show("startup", startup)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}

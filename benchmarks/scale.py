@@ -2,15 +2,16 @@
 
     python -m benchmarks.scale [--rounds N] [--only rank …] [--output FILE]
 
-MiniLM's shape with one thing changed at a time, from 16 rows of 64 tokens, r = 4, L = 6, N = 6. Contenders: the floor,
-ours, PEFT's LoRA, and a step of our search as the paper has it (``alternating``: a Gamma step and a weight step, each
-on as many rows). For each the exponent b of a power law, cost = a x^b, fitted by least squares to the logarithms of the
-medians, with its standard error. N counts modules from the first: Q, K, V, attention output, FFN in, FFN out.
+The backbone has MiniLM's shape. One quantity changes at a time, starting from 16 rows of 64 tokens, r = 4, L = 6,
+N = 6. The contenders are the floor, our LoRA, PEFT's LoRA, and a step of our search as in the paper (``alternating``: a
+Gamma step and a weight step, each on this number of rows). For each contender, a power law cost = a x^b is fitted to
+the logarithms of the medians by least squares. The result has the exponent b with its standard error. N modules are
+the first N of Q, K, V, attention output, FFN in, FFN out.
 
-``search`` sets the search beside the fine-tuning at the settings of the paper's recipes, for the shape of
-DeBERTaV3-base: the numbers of steps follow from the configuration, the costs of a step are measured here.
+``search`` compares the search with the fine-tuning, with the settings of the paper's recipes and the shape of
+DeBERTaV3-base. The numbers of steps come from the configuration; the time of a step is measured here.
 
-Writes benchmarks/results/scale.json; with ``--only`` a file is written only where ``--output`` names it.
+Writes benchmarks/results/scale.json. With ``--only``, it writes a file only if ``--output`` names one.
 """
 
 import argparse
@@ -43,7 +44,7 @@ STEPS_COMPARED = ("diffora", "lora", *SEARCHES)
 
 
 def measure(shape: Shape, names: Sequence[str], rounds: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """({contender: {"ms", "step_mb"}}, milliseconds by round) on one shape."""
+    """({contender: {"ms", "step_mb"}}, milliseconds by round) for one shape."""
     backbone, batch = shape.build(), shape.batch()
     both_levels = replace(shape, rows=2 * shape.rows).batch()
     steps = {
@@ -59,7 +60,7 @@ def measure(shape: Shape, names: Sequence[str], rounds: int) -> tuple[dict[str, 
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """b of y = a x^b by least squares in the logarithms, and its standard error; at least three points."""
+    """b of y = a x^b with its standard error, by least squares on the logarithms. It needs at least three points."""
     log_x, log_y = np.log(x), np.log(y)
     log_x = log_x - log_x.mean()
     b = float(log_x @ log_y / (log_x @ log_x))
@@ -69,7 +70,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def sweep(shapes: Mapping[int, Shape], rounds: int) -> dict[str, Any]:
-    """Costs at each value, and the exponents, of time and of memory, of each contender."""
+    """Time and memory of each contender at each value, and the exponents of both."""
     points = {value: measure(shape, COMPARED, rounds)[0] for value, shape in shapes.items()}
     fits = {}
     for name in COMPARED:
@@ -80,10 +81,11 @@ def sweep(shapes: Mapping[int, Shape], rounds: int) -> dict[str, Any]:
 
 
 def search_against_finetuning(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Time of the search over time of DiffoRA's fine-tuning, by task, from measured steps and the recipes' numbers.
+    """Time of the search divided by time of DiffoRA's fine-tuning, for each task.
 
-    Of n rows in a fraction f, the search takes f n (1 - v) / B steps a round, with v the part for Gamma; fine-tuning
-    n / B an epoch. B is the same in both by default, so that neither n nor B is left in the ratio.
+    The time of a step is measured; the numbers of steps come from the recipes. For n rows and batch size B, a round of
+    the search has f n (1 - v) / B steps, where f is the fraction of rows it uses and v the part of these for Gamma. An
+    epoch of fine-tuning has n / B steps. Both have the same B by default, so n and B cancel.
     """
     costs, times = measure(shape, STEPS_COMPARED, rounds)
     search = OmegaConf.load(REPO / "conf" / "method" / "diffora.yaml").search

@@ -2,20 +2,22 @@
 
     python -m benchmarks.step [--rounds N] [--only minilm_16x64 …] [--no-memory] [--output FILE]
 
-The contenders of a group take turns in one process; who begins moves on by one each round. A figure is the median over
-rounds of the ratio to another contender in the same round, with quartiles. Memory is measured in a process for each
-contender, by the allocator: see `benchmarks.common.memory_of`. Contenders:
+The contenders of a group take turns in one process; each round starts with the next contender. Each figure is a ratio
+to another contender in the same round: the median over rounds, with quartiles. Memory is measured in a new process for
+each contender; see `benchmarks.common.memory_of`. Contenders:
 
-    floor            the frozen backbone whose activations alone are back-propagated, and the head trained
-    lora             ours, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
+    floor            gradients pass through the frozen backbone; only the head is trained
+    lora             our LoRA, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
     plain            the same with kernel=plain, the formula in PyTorch operations; plain_dropout
-    peft             PEFT's LoRA, likewise; peft_dropout; adalora: PEFT's AdaLoRA
-    full_ft          every weight trained
-    simultaneous     our whole bi-level step in one pass over 16 search-valid and 16 search-train rows
-    alternating      the same as the paper has it: a Gamma step on the 16 valid rows, a weight step on the 16 train rows
-    two_peft_steps   a PEFT step on each 16 of the same 32 rows; two_floors likewise; floor, peft: all 32 rows in a step
+    peft             PEFT's LoRA; peft_dropout; adalora: PEFT's AdaLoRA
+    full_ft          every weight is trained
+    simultaneous     our bi-level step in one pass over 16 search-valid and 16 search-train rows
+    alternating      the same in two passes, as in the paper: a Gamma step on the 16 valid rows, then a weight step on
+                     the 16 train rows
+    two_peft_steps   two PEFT steps, each on 16 of the same 32 rows; two_floors: the same for the floor
+                     (in the groups of the search, floor and peft have all 32 rows in one step)
 
-Writes benchmarks/results/step.json; with ``--only`` a file is written only where ``--output`` names it.
+Writes benchmarks/results/step.json. With ``--only``, it writes a file only if ``--output`` names one.
 """
 
 import argparse
@@ -82,7 +84,7 @@ MEMORY_PAIRS = {
     "search_memory_alternating/peft_memory": ("alternating", "two_peft_steps"),
     "search_memory/two_peft_steps_memory": ("simultaneous", "two_peft_steps"),
 }
-"""Ratios of ``step_mb``: between contenders that have equal rows in a pass, but for the last."""
+"""Ratios of ``step_mb``. Both contenders have the same number of rows in a pass, except in the last pair."""
 
 HEADLINES = {
     "finetune/floor": "minilm_32x128",
@@ -95,11 +97,11 @@ HEADLINES = {
     "search_memory_alternating/peft_memory": "minilm_16+16x64_bilevel",
     "search_memory/two_peft_steps_memory": "minilm_16+16x64_bilevel",
 }
-"""The ratios that are also reported by their bare name, and the group they are of."""
+"""The group of each ratio that is also reported without its group's name."""
 
 
 def measure(group: Group, rounds: int, memory: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what goes under ``shapes``, ratios by name) for one group."""
+    """(the entry under ``shapes``, ratios by name) for one group."""
     occupied = {}
     if memory:
         found = in_own_processes(memory_of, [(group.shape, name) for name in group.contenders])
@@ -121,7 +123,7 @@ def measure(group: Group, rounds: int, memory: bool) -> tuple[dict[str, Any], di
 
 
 def ratios(times: Mapping[str, Sequence[float]], occupied: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """`PAIRS` and `MEMORY_PAIRS` of one group, as far as it has both sides."""
+    """The ratios of `PAIRS` and `MEMORY_PAIRS` for which one group has both sides."""
     found = {name: ratio(times, *pair) for name, pair in PAIRS.items() if times.keys() >= set(pair)}
     for name, (top, bottom) in MEMORY_PAIRS.items():
         if occupied.keys() >= {top, bottom}:  # allocations are the same in every step
@@ -130,7 +132,7 @@ def ratios(times: Mapping[str, Sequence[float]], occupied: Mapping[str, Mapping[
 
 
 def headlines(found: Mapping[str, Any]) -> dict[str, Any]:
-    """All ratios of a result, the headlines first under their bare names, with the whole run's that `run` measures."""
+    """All ratios of a result, with those of a whole run (`run`). Headlines come first, without their group's name."""
     chosen = {name: found[f"{name}@{group}"] for name, group in HEADLINES.items() if f"{name}@{group}" in found}
     whole = read("run")
     chosen |= {} if whole is None else whole["ratios"]

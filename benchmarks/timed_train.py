@@ -2,7 +2,7 @@
 
 python benchmarks/timed_train.py method=lora task=mrpc …
 
-The times of the clock are of the epoch, so that the caller can count from when it gave the command.
+Times are seconds since the epoch, so the caller can count from the moment at which it gave the command.
 """
 
 import json
@@ -20,7 +20,7 @@ FIRST: dict[str, float] = {}
 
 
 def clock(owner: Any, name: str, part: str) -> None:
-    """Count what ``owner.name`` takes as ``part``, and keep when it was first called."""
+    """Add the time of each call of ``owner.name`` to ``part``, and note the time of its first call."""
     inner = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Tokenising many rows: time, peak memory at growing numbers of rows, and when the cache is used.
+"""Tokenising many rows: time and peak memory for several numbers of rows, and when the cache is used.
 
     python benchmarks/tokenise_rows.py [--rows 25000 100000] [--model <model folder>]
 
-Rows are generated: pairs of 12 to 36 English words at random, which makes about as many tokens as MRPC has, as a
-parquet file. Each measurement is a process of its own; its peak memory is counted from the moment at which rows and
-tokenizer are in memory, so that what is reported beside the whole is what tokenising adds. The second process with
-equal arguments reads the cache; another tokenizer, another max_length or one other row do not. Where wall times are far
-above processor times, the machine had other work. Writes benchmarks/results/tokenise.json.
+Rows are generated as a parquet file: pairs of texts of 12 to 36 random English words, with about as many tokens as
+MRPC has. Each measurement is a new process. It reports its peak memory, and how much of it tokenising adds to rows and
+tokenizer. The second process with equal arguments reads the cache. A process with another tokenizer, another
+max_length or one other row does not. If wall times are far above processor times, the machine had other work. Writes
+benchmarks/results/tokenise.json.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def write_rows(folder: Path, n_rows: int, changed: int | None = None) -> None:
 
 
 def measure(given: argparse.Namespace) -> None:
-    """In a process of its own: tokenise once, print what it took."""
+    """Tokenise once and print time and memory. This runs in its own process."""
     from transformers import AutoTokenizer
 
     from diffora.run.record import peaks, reset_peaks
@@ -64,7 +64,7 @@ def measure(given: argparse.Namespace) -> None:
     done = tokenise(rows, TASKS["mrpc"], tokenizer, given.max_length)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     peak = peaks()["peak_rss_mb"]
-    total = sum(done["length"])  # read through once, as an epoch would
+    total = sum(done["length"])  # read all rows once, like an epoch
     result = {
         "seconds": round(seconds, 3),
         "cpu_seconds": round(used, 3),
@@ -78,7 +78,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def in_process(data: Path, model: str, max_length: int, cache: Path) -> dict:
-    """A measurement, and how many files it added to the cache, of which size."""
+    """A measurement, with the number and the size of the files that it added to the cache."""
     before = set(cache.rglob("*.arrow"))
     environment = os.environ | {"DIFFORA_CACHE": str(cache)}
     arguments = ["--measure", str(data), "--model", model, "--max-length", str(max_length)]

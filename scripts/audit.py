@@ -42,7 +42,7 @@ def main() -> int:
         if "ConnectionError" in done.stderr or "ServiceError" in done.stderr or "Timeout" in done.stderr:
             dependencies = []
         else:
-            print(done.stderr, file=sys.stderr)  # the audit itself failed, which is not a skip
+            print(done.stderr, file=sys.stderr)  # the audit itself failed; this does not count as skipped
             return 1
     status, lines = verdict(dependencies)
     print("\n".join(lines))

@@ -125,7 +125,7 @@ def main(given: argparse.Namespace) -> None:
     file = given.output / "compare_updates.json"
     runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.is_file() else []
     wanted = []
-    # Both updates of a seed follow each other, in alternating order, so that a slower machine slows both.
+    # Both updates of a seed run one after the other, in alternating order, so a slow phase of the machine affects both.
     for at, seed in enumerate(given.seeds):
         for update in UPDATES[:: 1 if at % 2 == 0 else -1]:
             overrides = ["method=diffora", "logger=[csv]", *given.overrides]

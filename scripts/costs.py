@@ -3,12 +3,13 @@
     python scripts/costs.py docs/results/reproduce.md             # prints an estimate for each block of commands
     python scripts/costs.py docs/results/reproduce.md --write     # and puts it into the page, after each block
 
-For each run the adapted model takes a training step on tensors without content (`diffora.run.memory`). The floating
-point operations of forward and backward pass and the kernels are counted. A step takes the longer of operations by
-``--teraflops`` and kernels by ``--microseconds``: small batches of short texts keep no GPU busy. An epoch is one such
-step for each batch, and a forward pass over the validation rows; a round of the search one of LoRA on all modules over
-the training rows. Startup, data and early stopping are left out. Memory is the estimate of ``dry_run=true``,
-at the largest batch of the longest rows, for the most demanding run of a block.
+For each run, the adapted model takes a training step on tensors without content (`diffora.run.memory`), and the
+floating point operations and kernels of the forward and backward pass are counted. The time of a step is the larger of
+two estimates: operations divided by ``--teraflops``, and kernels times ``--microseconds``. The second one is larger for
+small batches of short texts, which do not keep a GPU busy. An epoch has one such step for each batch and a forward
+pass over the validation rows. A round of the search has steps of LoRA on all modules over the training rows. Startup,
+data loading and early stopping are left out. Memory is the estimate of ``dry_run=true`` for the largest batch of the
+longest rows, for the run of a block that needs most.
 """
 
 import argparse
@@ -36,17 +37,17 @@ from diffora.run import memory
 from diffora.run.check import check
 from diffora.run.sweep import cells, combinations, parse, table_of, values
 
-TERAFLOPS = 15.0  # a fifth of the 71 that a GeForce RTX 3090 (24 GB) has in bfloat16: attention and norms run unfused
-MICROSECONDS = 10.0  # that PyTorch takes to launch a kernel
-ROWS = 16  # of the batch by which operations are counted
+TERAFLOPS = 15.0  # a fifth of what a GeForce RTX 3090 (24 GB) has in bfloat16 (71): attention and norms run unfused
+MICROSECONDS = 10.0  # time that PyTorch takes to launch a kernel
+ROWS = 16  # size of the batch for which operations are counted
 
 
 @dataclass(frozen=True)
 class Size:
-    """Rows of a task, and how many tokens one has on average (an image: 1, its tokens are the model's).
+    """Rows of a task, and the mean number of tokens of a row. It is 1 for an image: the model sets its tokens.
 
     Lengths of CoLA, MRPC, WNLI and SQuAD were counted with BERT's tokenizer on their training rows (SQuAD: 5000 of
-    them, in windows of at most 384); the others are assumed, from what is known of these data sets.
+    them, in windows of at most 384). The other lengths are estimates.
     """
 
     train: int
@@ -64,7 +65,7 @@ SIZES = {
     "mrpc": Size(3_668, 408, 53),
     "stsb": Size(5_749, 1_500, 31),
     "wnli": Size(635, 71, 37),
-    "squad": Size(89_200, 10_800, 175),  # windows: 1.02 to a question
+    "squad": Size(89_200, 10_800, 175),  # windows: 1.02 for each question
     "squad_v2": Size(132_900, 12_100, 175),
     "cifar100": Size(50_000, 10_000, 1),
     "food101": Size(75_750, 25_250, 1),
@@ -72,7 +73,7 @@ SIZES = {
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operations that compute something: views do not, nor does asking a tensor for its device."""
+    """Counts operations that compute something. Views and questions such as a tensor's device do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class Kernels(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Step:
-    """Operations of a forward and of a backward pass for one token (or image), and kernels of both for a batch."""
+    """Operations of a forward and a backward pass for one token (or image), and the kernels of both for a batch."""
 
     forward: float
     backward: float
@@ -93,13 +94,14 @@ class Step:
 
 
 def job_overrides(line: str) -> list[tuple[str, ...]]:
-    """The runs that a command starts, each as its overrides; of an experiment's table those at the paper's scale."""
+    """The runs that a command starts, each as its overrides. For an experiment: its table at the paper's scale."""
     given = parse([word for word in shlex.split(line) if "=" in word and not word.startswith(("hydra.", "logger="))])
     for experiment in (values(o)[0] for o in given if o.key_or_group == "experiment"):
         content = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
         others = [o for o in given if o.key_or_group != "experiment"]
         jobs = cells(others, table_of(content.hydra.sweeper), experiment, "paper").values()
-        return [tuple(line for line in job if not line.startswith("method.like=")) for job in jobs]  # not there yet
+        # The files of method.like= do not exist yet.
+        return [tuple(line for line in job if not line.startswith("method.like=")) for job in jobs]
     return combinations(given)
 
 
@@ -118,7 +120,7 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
 
 
 def kind_of(cfg: DictConfig, searching: bool) -> tuple[Any, ...]:
-    """What an estimate is shared by: ranks and sizes of adapters, heads and the number of classes weigh little."""
+    """Runs with the same key share an estimate. Ranks, adapter sizes, heads and numbers of classes change it little."""
     return cfg.task._target_, cfg.model.name, cfg.trainer.precision, "search" if searching else cfg.method.name
 
 
@@ -149,7 +151,7 @@ def _count(cfg: DictConfig, searching: bool) -> Step:
 
         with Kernels() as kernels:
             loss().backward()
-        with sdpa_kernel(SDPBackend.MATH):  # of the others not every product is counted
+        with sdpa_kernel(SDPBackend.MATH):  # in other kernels, some products are not counted
             with FlopCounterMode(display=False) as forward:
                 value = loss()
             with FlopCounterMode(display=False) as backward:
@@ -186,7 +188,7 @@ def searches(cfg: DictConfig) -> bool:
 
 
 def gigabytes(cfg: DictConfig) -> float:
-    """Peak of a run, as ``dry_run=true`` estimates it, once for all runs of a kind and a size of batches."""
+    """Peak memory of a run as ``dry_run=true`` estimates it, computed once for each kind of run and batch size."""
     f = cfg.finetune
     key = kind_of(cfg, False), f.batch_size // f.accumulate, cfg.task.get("max_length"), cfg.task.get("train_head")
     if key not in _peaks:

@@ -1,10 +1,11 @@
-"""One submission to GLUE's server out of the predictions of several runs, one for each task.
+"""Make one submission to GLUE's server from the predictions of several runs, one run for each task.
 
-    python train.py task=mrpc predict=true …                                      # leaves MRPC.tsv and GLUE.zip
+    python train.py task=mrpc predict=true …                                      # writes MRPC.tsv and GLUE.zip
     python scripts/glue_submission.py outputs/run-a outputs/run-b … --output submission.zip
 
-The server wants eleven tables: those of the nine tasks, MNLI's two, and the diagnostic set, which MNLI's run predicts.
-What is missing is named; ``--fill-missing`` puts the majority class in its place, which scores like chance.
+The server expects eleven tables: one for each of the nine tasks, a second one for MNLI, and the diagnostic set. The
+MNLI run predicts the diagnostic set. Missing tables are named. With ``--fill-missing`` they are filled with the
+majority class, which scores like chance.
 """
 
 import argparse

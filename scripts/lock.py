@@ -68,7 +68,7 @@ def main() -> None:
         found = compile_list(everything, "pyproject.toml", "--extra=dev", "-", stdin="\n".join(BUILD))
         build = set(compile_list(building, "-", f"--constraints={everything}", stdin="\n".join(BUILD)))
     version = found["torch"].split()[0].partition("==")[2]
-    more = [digest for digest in CPU_BUILDS.get(version, ()) if digest not in found["torch"]]  # uv keeps them, if there
+    more = [digest for digest in CPU_BUILDS.get(version, ()) if digest not in found["torch"]]  # uv keeps listed ones
     found["torch"] = found["torch"].rstrip() + "".join(f" \\\n    --hash=sha256:{d}" for d in more) + "\n"
     FOLDER.mkdir(exist_ok=True)
     for kind, head in HEADS.items():

@@ -42,8 +42,8 @@ CHOICES = {
     "hparams_search": "A search for hyperparameters, with `-m`.",
     "debug": "Help in finding mistakes.",
 }
-MANY = 4  # different values of a key: more of them are not listed
-Values = dict[str, dict[str, Any]]  # for each key, its value as written by the choice whose file has it; "": for all
+MANY = 4  # if a key has more different values, they are not listed
+Values = dict[str, dict[str, Any]]  # for each key, its value in the file of each choice; "": the value for all choices
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def choices() -> Iterator[str]:
 
 
 def about_of(file: Path) -> str:
-    """What a file in conf/ says of itself: its title, or the words of its first comment."""
+    """What a file in conf/ says about itself: its title, or else the text of its first comment."""
     content = read_yaml(file)
     title = content.get("hydra", {}).get("sweeper", {}).get("title") if isinstance(content, dict) else None
     if title:
@@ -127,7 +127,7 @@ def _gather(node: dict[str, Any], prefix: str, name: str, found: Values) -> None
 
 
 def families(group: str, written: Values) -> Iterator[str]:
-    """A table for each class of tasks or methods, with the choices that it stands behind."""
+    """A table for each class of tasks or methods, with the choices that use this class."""
     kinds: dict[str, list[str]] = {}
     for name, target in sorted(written[f"{group}._target_"].items()):
         kinds.setdefault(target, []).append(name)
@@ -143,7 +143,7 @@ def families(group: str, written: Values) -> Iterator[str]:
 
 
 def table(kind: Any, prefix: str, written: Values, fields: Any = None) -> str:
-    """The settings of a class as a table; groups in it are listed member by member."""
+    """The settings of a class as a table. A nested group has one row for each of its settings."""
     lines = ["| key | what it may be | default | unit | meaning |\n|---|---|---|---|---|\n"]
     for field in dataclasses.fields(kind) if fields is None else fields:
         lines += rows(kind, field, prefix, written)
@@ -151,7 +151,7 @@ def table(kind: Any, prefix: str, written: Values, fields: Any = None) -> str:
 
 
 def rows(kind: Any, field: Any, prefix: str, written: Values) -> Iterator[str]:
-    """The row of a setting, or those of a group's members."""
+    """The row of a setting; for a nested group, the rows of its settings."""
     hint, key = _hint(kind, field), f"{prefix}{field.name}"
     if (section := section_of(hint)) is not None:
         for inner in dataclasses.fields(section):
@@ -167,7 +167,7 @@ def rows(kind: Any, field: Any, prefix: str, written: Values) -> Iterator[str]:
 
 
 def default(field: Any, written: dict[str, Any]) -> str:
-    """The value that a run starts from, as its files write it; by choice, where these differ."""
+    """The value of a setting in the files of conf/; if choices have different values, the value of each choice."""
     by_text: dict[str, list[str]] = {}
     for name, value in sorted(written.items()):
         by_text.setdefault(_shown(value), []).append(name)

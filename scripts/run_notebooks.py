@@ -26,7 +26,7 @@ def readable(text: Any) -> Any:
 
 def cleaned(notebook: Any) -> Any:
     """The notebook with what a reader needs: no warnings, no times of execution, no folders of this machine."""
-    notebook.nbformat_minor = 5  # cells have an id from here on
+    notebook.nbformat_minor = 5  # since this version, cells have an id
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}

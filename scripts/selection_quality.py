@@ -187,7 +187,7 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Between the markers of that name."""
+    """Put the text between the markers of that name."""
     content = page.read_text()
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if begin not in content or end not in content:

@@ -1,10 +1,10 @@
-"""What the theorems of both papers say, measured: docs/background/theory.md, its pictures and its data.
+"""Measure what the theorems of both papers claim: writes docs/background/theory.md, its pictures and its data.
 
     python scripts/theory.py                          # everything, about five minutes on one core
-    python scripts/theory.py --only regulariser       # one experiment anew, the others as they are
-    python scripts/theory.py --quick --output <folder>    # small and without meaning, in seconds
+    python scripts/theory.py --only regulariser       # repeat one experiment, keep the other results
+    python scripts/theory.py --quick --output <folder>    # a test in seconds; its numbers mean nothing
 
-Each experiment is a function of its settings, which are kept beside its results.
+Each experiment is a function of its settings. The settings are stored with its results.
 """
 
 import argparse
@@ -45,12 +45,12 @@ from diffora.theory.gram import (  # noqa: E402
     tangent_kernel,
 )
 
-TOLERANCE = 1e-9  # on least eigenvalues, of matrices that are exact to about 1e-11
+TOLERANCE = 1e-9  # for least eigenvalues; the matrices are exact to about 1e-11
 Result = dict[str, Any]
 
 
 def seeded(*seed: int) -> torch.Generator:
-    """A generator for one purpose; the numbers after the first tell purposes of one seed apart."""
+    """A random generator for one purpose: the first number is the seed, the other numbers are the purpose."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
@@ -59,7 +59,7 @@ def normal(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def on_sphere(*shape: int, generator: torch.Generator) -> Tensor:
-    """Inputs of norm 1, as the theorems have them, uniform in direction."""
+    """Inputs of norm 1, as in the theorems, uniform in direction."""
     return torch.nn.functional.normalize(normal(*shape, generator=generator), dim=-1)
 
 
@@ -68,12 +68,15 @@ def signs(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def half(d: int) -> Tensor:
-    """Gamma with the first half of the coordinates trained. Inputs and w0 are as likely in any rotation."""
+    """Gamma that trains the first half of the coordinates.
+
+    Inputs and w0 have the same distribution under rotation, so another half would give the same results.
+    """
     return (torch.arange(d) < d // 2).double()
 
 
 def rates(x: Tensor, gate: Tensor, w0: Tensor) -> dict[str, float]:
-    """The paper's least eigenvalues and that of the kernel that a gated network trains with."""
+    """Least eigenvalues of the paper's matrices and of the kernel by which a gated network trains."""
     plain, gated = (active_together(x, g, w0) for g in (torch.ones_like(gate), gate))
     return {
         "lambda": least_eigenvalue(gram(x, plain)).item(),
@@ -124,7 +127,7 @@ GATES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def assumption(seed: int, draws: int, dims: Sequence[int], sizes: Sequence[int], until: float) -> Result:
-    """How often ``I^{Gamma w} - I^w`` is positive semi-definite, and what holds where it is and is not."""
+    """How often ``I^{Gamma w} - I^w`` is positive semi-definite, and what is true in these and in the other cases."""
     cells = []
     for i, d in enumerate(dims):
         for j, n in enumerate(sizes):
@@ -132,7 +135,7 @@ def assumption(seed: int, draws: int, dims: Sequence[int], sizes: Sequence[int],
                 for m, gate in enumerate(GATES):
                     generator = seeded(seed, 2, i, j, k, m)
                     counts: Counter[str] = Counter()
-                    for some in [25] * (draws // 25) + [draws % 25] * (draws % 25 > 0):  # what fits into the cache
+                    for some in [25] * (draws // 25) + [draws % 25] * (draws % 25 > 0):  # 25 fit into the CPU cache
                         counts.update(assumption_counts(generator, some, d, n, pretrained, gate, until))
                     cells.append({"d": d, "n": n, "w0": pretrained, "gate": gate, "draws": draws, **counts})
     return {"cells": cells}
@@ -154,10 +157,10 @@ def assumption_counts(
     holds = least_eigenvalue(gated - plain) >= -TOLERANCE
     rate, rate_gated, rate_kernel = (least_eigenvalue(matrix) for matrix in (h, h_gated, kernel))
     facts = {
-        "larger": rate_gated > rate + TOLERANCE,  # what Theorem 2 concludes of the matrices; two zeros do not count
+        "larger": rate_gated > rate + TOLERANCE,  # Theorem 2's claim about the matrices; two zeros do not count
         "kernel_larger": rate_kernel > rate + TOLERANCE,
         "faster": flow_loss(kernel, y, until) < flow_loss(h, y, until),
-        "too_fast": 2 * rate_kernel < rate_gated - TOLERANCE,  # Theorem 2's rate, beyond what the kernel allows
+        "too_fast": 2 * rate_kernel < rate_gated - TOLERANCE,  # Theorem 2's rate is faster than the kernel allows
     }
     counts = {"holds": int(holds.sum())}
     for name, fact in facts.items():
@@ -167,7 +170,7 @@ def assumption_counts(
 
 
 def flow_loss(kernel: Tensor, y: Tensor, t: float) -> Tensor:
-    """``||exp(-kernel t) y||^2``: loss at time t at infinite width, from an output of 0."""
+    """``||exp(-kernel t) y||^2``: the loss at time t at infinite width, if the output starts at 0."""
     values, vectors = torch.linalg.eigh(kernel)
     parts = (vectors.mT @ y.unsqueeze(-1)).squeeze(-1)
     return (parts * torch.exp(-values * t)).square().sum(-1)
@@ -179,8 +182,8 @@ def flow_loss(kernel: Tensor, y: Tensor, t: float) -> Tensor:
 def shared_direction(n: int, share: float, pretrained: float) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, Gamma and w0 that satisfy Theorem 2's assumption for any n.
 
-    Inputs have a coordinate each, and one in common with a ``share`` of their squared norm. w0 points along the common
-    one, which Gamma leaves out.
+    Each input has a coordinate of its own. All inputs also have one common coordinate, with a ``share`` of the squared
+    norm. w0 points along the common coordinate, and Gamma does not train it.
     """
     x = torch.cat([math.sqrt(1 - share) * torch.eye(n), torch.full((n, 1), math.sqrt(share))], 1).double()
     gate = torch.ones(n + 1).double()
@@ -227,9 +230,10 @@ def convergence(seed: int, seeds: int, n: int, d: int, widths: Sequence[int], st
 
 
 def trained(seed: int, draws: int, n: int, d: int, width: int, steps: int, lr: float) -> Result:
-    """Do gated networks train faster than plain ones, and where lambda_0^Gamma is the larger?
+    """Do gated networks train faster than plain ones, in general and where lambda_0^Gamma is larger than lambda_0?
 
-    Fresh inputs, labels, w0 and network each time, half of Gamma; the network's draw is the same with and without.
+    Each draw has new inputs, labels, w0 and network. Gamma trains half of the coordinates. The gated and the plain
+    network of a draw start with the same weights.
     """
     result: Result = {}
     for i, pretrained in enumerate(("zero", "normal")):
@@ -261,10 +265,10 @@ def trained(seed: int, draws: int, n: int, d: int, width: int, steps: int, lr: f
 def generalisation(
     seed: int, seeds: int, d: int, sizes: Sequence[int], gates: int, width: int, steps: int, lr: float, tests: int
 ) -> Result:
-    """Theorem 3's terms against the test loss of trained networks, for several Gamma on the same task.
+    """Theorem 3's terms compared with the test loss of trained networks, for several Gamma on the same task.
 
-    The target reads the first half of the coordinates: a linear and a rectified part, of mean square 1. Gammas train
-    everything, the right half, the wrong half, and random halves.
+    The target depends on the first half of the coordinates only. It is a linear part plus a rectified part, with mean
+    square 1. The Gammas train all coordinates, this half, the other half, and random halves.
     """
     points = []
     for s in range(seeds):
@@ -300,7 +304,7 @@ def generalisation(
 
 
 def teacher(x: Tensor, reads: Tensor) -> Tensor:
-    """A linear part and a rectified one."""
+    """The target: a linear part plus a rectified one."""
     return x @ reads[0] + (x @ reads[1]).relu()
 
 
@@ -319,20 +323,20 @@ def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: in
 
 
 def pairs(seeds: int, layers: int, rank: int, d: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-    """A ~ N(0, 1/d) and B = 0 of each layer, for all seeds at once."""
+    """A ~ N(0, 1/d) and B = 0 for each layer and all seeds."""
     a = [normal(seeds, rank, d, generator=generator) / math.sqrt(d) for _ in range(layers)]
     b = [torch.zeros(seeds, d, rank, dtype=torch.float64) for _ in range(layers)]
     return [m.requires_grad_() for m in a], [m.requires_grad_() for m in b]
 
 
 def near_identity(*shape: int, generator: torch.Generator) -> Tensor:
-    """Weights of layers: invertible, with a product of moderate size."""
+    """Weights near the identity, so that they are invertible and their product has a moderate size."""
     d = shape[-1]
     return torch.eye(d).double() + 0.5 * normal(*shape, d, generator=generator) / math.sqrt(d)
 
 
 def product(weights: Sequence[Tensor]) -> Tensor:
-    """Of layers, first to last: W_L ... W_1."""
+    """The product W_L ... W_1 of the weights of layers, given from first to last."""
     whole = weights[0]
     for weight in weights[1:]:
         whole = weight @ whole
@@ -340,7 +344,7 @@ def product(weights: Sequence[Tensor]) -> Tensor:
 
 
 def linear(seed: int, seeds: int, d: int, depths: Sequence[int], ranks: Sequence[int], steps: int, lr: float) -> Result:
-    """Trained rank-R adapters of a deep linear network against ``sigma_{LR+1}, ...`` of E (eq. 9)."""
+    """Trained rank-R adapters of a deep linear network compared with ``sigma_{LR+1}, ...`` of E (eq. 9)."""
     rows = []
     for depth in depths:
         generator = seeded(seed, 8, depth)
@@ -367,7 +371,7 @@ def linear(seed: int, seeds: int, d: int, depths: Sequence[int], ranks: Sequence
 def linear_left(
     frozen: list[Tensor], target: Tensor, a: list[Tensor], b: list[Tensor], steps: int, lr: float
 ) -> Tensor:
-    """Target less the adapted product, after training."""
+    """The target minus the product of the adapted weights, after training."""
 
     def left() -> Tensor:
         return target - product(adapted(frozen, a, b))
@@ -381,7 +385,7 @@ def adapted(weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Ten
 
 
 def forward(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:
-    """A ReLU network with an activation after each layer, the last one too; all seeds at once."""
+    """A ReLU network with an activation after each layer, also after the last one; for all seeds at once."""
     for weight, bias in zip(weights, biases, strict=True):
         x = (x @ weight.mT + bias).relu()
     return x
@@ -390,9 +394,9 @@ def forward(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> T
 def deep(
     seed: int, seeds: int, d: int, depths: Sequence[int], ranks: Sequence[int], steps: int, lr: float, rows: int
 ) -> Result:
-    """Trained adapters of a ReLU network with a target of two layers against eq. 8, for x ~ N(0, I).
+    """Trained adapters of a ReLU network compared with eq. 8, for a target of two layers and x ~ N(0, I).
 
-    With a depth of 4 two frozen layers stand for one of the target.
+    If the network has four layers, two frozen layers replace each layer of the target.
     """
     found = []
     for depth in depths:
@@ -430,7 +434,7 @@ Network = tuple[list[Tensor], list[Tensor]]  # weights and biases of the layers,
 
 @torch.no_grad()
 def distances(network: Network, wanted: Network, x: Tensor) -> Tensor:
-    """Mean ``||f(x) - target(x)||`` of each seed."""
+    """Mean ``||f(x) - target(x)||`` for each seed."""
     return torch.linalg.vector_norm(forward(*network, x) - forward(*wanted, x), dim=-1).mean(1)
 
 
@@ -445,7 +449,7 @@ def train_network(
     lr: float,
     generator: torch.Generator,
 ) -> None:
-    """A and B, and the biases that ask for it, to the least mean square error on fresh inputs each step."""
+    """Minimise the mean square error over A, B and the biases that require gradients. Each step has new inputs."""
 
     def loss() -> Tensor:
         x = normal(len(frozen[0]), rows, frozen[0].shape[-1], generator=generator)
@@ -455,7 +459,7 @@ def train_network(
 
 
 def printed_bound(seed: int, dims: Sequence[int], rank: int, steps: int, lr: float, rows: int) -> Result:
-    """Eq. 8 with the input's size as printed: target relu(x / sqrt(d)), frozen relu(-x / sqrt(d)), x ~ N(0, I)."""
+    """Eq. 8 with beta as it is printed: target relu(x / sqrt(d)), frozen layer relu(-x / sqrt(d)), x ~ N(0, I)."""
     found = []
     for d in dims:
         scale, eye = 1 / math.sqrt(d), torch.eye(d).double()
@@ -468,7 +472,7 @@ def printed_bound(seed: int, dims: Sequence[int], rank: int, steps: int, lr: flo
 
 
 def mirrored(d: int, rank: int, steps: int, lr: float, rows: int, generator: torch.Generator) -> float:
-    """Mean ``||f(x) - target(x)||`` of `printed_bound`'s layer after training A, B and the bias for it."""
+    """Mean ``||f(x) - target(x)||`` of the layer in `printed_bound`, after training A, B and the bias to reduce it."""
     a = (torch.randn(rank, d, generator=generator) / math.sqrt(d)).requires_grad_()
     b, bias = torch.zeros(d, rank, requires_grad=True), torch.zeros(d, requires_grad=True)
 
@@ -484,7 +488,7 @@ def mirrored(d: int, rank: int, steps: int, lr: float, rows: int, generator: tor
 def regulariser(
     seed: int, seeds: int, d: int, rank: int, scales: Sequence[float], weights: Sequence[float], steps: int, lr: float
 ) -> Result:
-    """R-LoRA's penalty on one linear layer: rank and error of the trained update, by the size of E's largest value."""
+    """R-LoRA's penalty on one linear layer: rank and error of the trained update, for several sizes of E."""
     found = []
     for i, scale in enumerate(scales):
         generator = seeded(seed, 11, i)
@@ -514,7 +518,7 @@ def regulariser(
 
 
 def train_penalised(e: Tensor, a: Tensor, b: Tensor, weight: float, steps: int, lr: float) -> None:
-    """``||E - B A||_F^2 + weight * Reg`` ([R] eq. 10)."""
+    """Minimise ``||E - B A||_F^2 + weight * Reg`` ([R] eq. 10)."""
     minimise(lambda: (e - b @ a).square().sum() + weight * orthogonality([*a, *b.mT]), [a, b], steps, lr)
 
 
@@ -594,7 +598,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def rounded(value: Any) -> Any:
-    """Five significant digits; a number that JSON does not know is null."""
+    """The values with five significant digits. A number that JSON cannot write is None."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -622,11 +626,11 @@ def main(given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=FULL, metavar="EXPERIMENT", help="measure these anew")
+    parser.add_argument("--only", nargs="+", choices=FULL, metavar="EXPERIMENT", help="measure only these")
     parser.add_argument("--quick", action="store_true", help="small shapes, in seconds")
     place = ROOT / "docs" / "background"
     parser.add_argument("--output", type=Path, default=place, help="for data/, images/ and theory.md")
     arguments = parser.parse_args()
     if arguments.quick and arguments.output.resolve() == place:
-        parser.error("--quick needs an --output of its own, so that it does not replace what was measured")
+        parser.error("--quick needs another --output, so that it does not replace measured results")
     main(arguments)

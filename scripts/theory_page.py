@@ -43,7 +43,7 @@ def interval(k: int, n: int) -> tuple[float, float]:
 
 
 def share(k: int, n: int) -> str:
-    """In per cent, with its interval."""
+    """k / n in per cent, with its interval."""
     if n == 0:
         return "no case"
     low, high = (100 * end for end in interval(k, n))
@@ -55,7 +55,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def rank_correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float:
-    """Spearman's; None counts as infinite, equal values share their mean rank."""
+    """Spearman's rank correlation. None counts as infinite; equal values share their mean rank."""
     values = [np.array([math.inf if v is None else v for v in given]) for given in (a, b)]
     ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in values]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -173,7 +173,7 @@ def ranking(found: Result) -> str:
 
 
 def correlations(points: Sequence[Result], n: int, seeds: Sequence[int], key: str) -> list[float]:
-    """Of a bound with the test loss over the Gammas that train half of the coordinates, one for each seed."""
+    """For each seed: correlation of a bound with the test loss, over the Gammas that train half of the coordinates."""
     found = []
     for seed in seeds:
         here = [p for p in points if p["n"] == n and p["seed"] == seed and p["gate"] != "all"]
@@ -186,7 +186,7 @@ def linear(found: Result) -> str:
     for row in found["rows"]:
         over = [a / b for a, b in zip(row["reached"], row["best"], strict=True) if b > 1e-9]
         cells = [str(row["depth"]), str(row["rank"]), spread(row["best"]), spread(row["reached"])]
-        ratio = f"{min(over):.4f} to {max(over):.4f}" if over else ""  # a rank of D can be whatever it has to be
+        ratio = f"{min(over):.4f} to {max(over):.4f}" if over else ""  # rank D fits E exactly
         rows.append([*cells, ratio, spread(row["sigma"]), spread(row["spectral"])])
     head = ["layers", "R", "best possible / ‖E‖", "reached / ‖E‖", "reached / best", "σ_{LR+1}(E)", "reached, spectral"]
     return table(head, rows)
@@ -245,7 +245,7 @@ def panels(columns: int, width: float = 3.3, height: float = 2.7) -> tuple[Figur
 
 
 def picture_gram(content: Result) -> Figure:
-    """Estimates of lambda with their error bars against the exact value."""
+    """Estimates of lambda with error bars, and the exact value."""
     found = content["estimates"]
     names = [key for key in found if key != "settings"]
     figure, found_axes = panels(len(names))
@@ -292,7 +292,7 @@ def picture_assumption(content: Result) -> Figure:
 
 
 def picture_convergence(content: Result) -> Figure:
-    """Measured loss of several widths, the theorem's bound, and what the kernel of infinite width allows."""
+    """Measured loss for several widths, the theorem's bound, and the slowest decrease that the kernel allows."""
     found = content["convergence"]
     figure, found_axes = panels(len(found["cases"]))
     times = np.array(found["times"])
@@ -341,7 +341,7 @@ def picture_generalisation(content: Result) -> Figure:
 
 
 def picture_adapters(content: Result) -> Figure:
-    """What trained adapters reach against what is possible (linear) and against the bound (ReLU)."""
+    """Error of trained adapters, next to the least possible error (linear) and the bound (ReLU)."""
     figure, found_axes = panels(3)
     rows = content["linear"]["rows"]
     depths = list(dict.fromkeys(row["depth"] for row in rows))
@@ -382,7 +382,7 @@ def picture_adapters(content: Result) -> Figure:
 
 
 def picture_regulariser(content: Result) -> Figure:
-    """R-LoRA's penalty: error and stable rank against its weight."""
+    """R-LoRA's penalty: error and stable rank as functions of its weight."""
     rows = content["regulariser"]["rows"]
     figure, found_axes = panels(2)
     for scale, colour in zip(dict.fromkeys(row["scale"] for row in rows), (BLUE, GREEN, ORANGE), strict=False):
@@ -428,10 +428,10 @@ PICTURES: dict[str, Callable[[Result], Figure]] = {
 
 
 def refresh(page: str, content: Result) -> str:
-    """The page with every table made anew.
+    """The page with all tables updated.
 
     Raises:
-        ValueError: the page has no place for a table, or several.
+        ValueError: a table has no place in the page, or several.
     """
     texts = {name: make(content[source]) for name, (source, make) in TABLES.items()} | {"machine": machine(content)}
     for name, text in texts.items():
@@ -444,7 +444,7 @@ def refresh(page: str, content: Result) -> str:
 
 
 def write(content: Result, page: Path, folder: Path) -> None:
-    """Tables into a copy of ``page`` in ``folder`` (or the page itself), pictures into ``folder/images``."""
+    """Write the tables to a copy of ``page`` in ``folder`` (or to the page itself), pictures to ``folder/images``."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         draw(content).savefig(folder / "images" / f"{name}.png", dpi=110)

@@ -1,4 +1,4 @@
-"""Failures of the machine, imitated: a full disk, a refused system call, a failed allocation."""
+"""Imitated failures of the machine: a full disk, a refused system call, a failed allocation."""
 
 import os
 import resource
@@ -38,7 +38,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 def refusing(
     function: Callable[..., Any], number: int, when: Callable[..., bool] = lambda *_: True
 ) -> Callable[..., Any]:
-    """A function of `os` that fails with the error ``number`` when ``when`` says so, as a system call does."""
+    """A function of `os` that fails like a system call, with the error ``number``, for calls that ``when`` accepts."""
 
     def refused(*arguments: Any, **more: Any) -> Any:
         if when(*arguments):

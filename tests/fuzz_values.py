@@ -1,4 +1,4 @@
-"""Values that no setting expects, and what must come of them: for `test_config` and for longer campaigns."""
+"""Values that no setting expects, and the outcomes that are allowed, for `test_config` and longer campaigns."""
 
 import json
 import random
@@ -18,7 +18,7 @@ NASTY: list[Any] = [
     {"a": {"b": float("nan")}}, None, True, False, "${oc.env:HOME}", "${nothing}", "${seed}", "${rank}", "${task}",
     "${.x}", "${", "???", ["${nothing}"], ["???"], b"bytes",
 ]  # fmt: skip
-"""What is put in the place of every setting; texts in ``${}`` and ``???`` mean what they mean to OmegaConf."""
+"""Values that replace every setting. OmegaConf gives texts with ``${}`` and ``???`` their special meaning."""
 
 BASES = (
     ("method=diffora", "task=paraphrase", "model=tiny", "trainer=cpu"),
@@ -29,7 +29,7 @@ BASES = (
     ("method=random", "task=mrpc", "recipe=rm_lora"),
     ("method=sora", "task=stsb", "model=hf", "model.path=some/model"),
 )
-"""Choices whose settings are all there are, but for a few."""
+"""Choices that together have nearly all settings."""
 
 
 def keys_of(node: Any, prefix: str = "") -> Iterator[str]:
@@ -42,7 +42,7 @@ def keys_of(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def put(cfg: DictConfig, key: str, value: Any) -> DictConfig | None:
-    """A copy of a configuration with another value; None where OmegaConf itself does not take it."""
+    """A copy of a configuration with another value; None if OmegaConf itself refuses the value."""
     changed = cfg.copy()
     try:
         OmegaConf.update(changed, key, value, merge=False, force_add=True)
@@ -62,9 +62,9 @@ def without(cfg: DictConfig, key: str) -> DictConfig:
 
 
 def outcome(cfg: DictConfig) -> list[str] | None:
-    """What `check` says of a configuration; None where it takes it. Whatever else it raises goes through.
+    """The messages of `check` for a configuration; None if it accepts it. Other exceptions are not caught.
 
-    What is taken can be written down, and has no number that is not finite.
+    An accepted configuration must be writable as JSON, with finite numbers only.
     """
     try:
         check(cfg)
@@ -78,7 +78,7 @@ def outcome(cfg: DictConfig) -> list[str] | None:
 
 
 def cases(bases: list[DictConfig], seed: int, most: int) -> Iterator[tuple[str, Any, DictConfig]]:
-    """So many configurations with one key changed, or taken out (value ``DELETED``), drawn with a seed."""
+    """At most ``most`` random configurations with one key changed, or removed (value ``DELETED``)."""
     everything = [(base, key, value) for base in bases for key in keys_of(base) for value in [*NASTY, DELETED]]
     for base, key, value in random.Random(seed).sample(everything, min(most, len(everything))):
         changed = without(base, key) if value is DELETED else put(base, key, value)

@@ -1,4 +1,4 @@
-"""Runs that never ran: folders as `train.py` leaves them, for tests of what reads them."""
+"""Makes run folders like those of `train.py` without running anything, for tests of code that reads them."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""`train.py` as a process, as a user starts it."""
+"""Run `train.py` as a process, like a user."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Runs that tests stop at a chosen batch, and what a resumed run is compared with."""
+"""Stops runs at a chosen batch, and compares runs."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ SEARCH += ["search.batch_size=8"]
 
 
 class Stopped(BaseException):
-    """Raised in place of a kill: nothing in a run catches it."""
+    """Raised instead of killing the process. Nothing in a run catches it."""
 
 
 def run_of(*overrides: str, folder: Path) -> Result:

@@ -1,4 +1,4 @@
-"""Digests see what decides a result, and nothing else."""
+"""Digests depend on everything that can change a result, and on nothing else."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_the_same_files_elsewhere_have_the_same_digest(folder):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_one_bit_of_a_file_that_decides_is_seen(folder, name):
+def test_one_flipped_bit_in_a_relevant_file_changes_the_digest(folder, name):
     before = digests.backbone(str(folder))
     flip(folder / name, -20) if name.endswith("safetensors") else (folder / name).write_text('{"other": 1}')
     after = digests.backbone(str(folder))
@@ -40,10 +40,10 @@ def test_one_bit_of_a_file_that_decides_is_seen(folder, name):
     assert digests.changes({"backbone": before}, {"backbone": after}) == [f"the backbone's files changed: {name}"]
 
 
-def test_a_file_more_or_less_is_seen_and_what_nobody_reads_is_not(folder):
+def test_added_and_removed_files_change_the_digest_unless_nothing_reads_them(folder):
     before = digests.backbone(str(folder))
     (folder / "README.md").write_text("other words")
-    torch.save({}, folder / "pytorch_model.bin")  # the safetensors file goes before it
+    torch.save({}, folder / "pytorch_model.bin")  # the safetensors file is used instead
     torch.save({}, folder / "optimizer.pt")
     assert digests.backbone(str(folder)) == before
     (folder / "tokenizer_config.json").unlink()
@@ -76,7 +76,7 @@ def test_pickled_weights_and_parts_of_weights_count(folder):
         digests.backbone(str(folder))
 
 
-def test_of_a_large_file_header_ends_and_sample_are_read_and_the_record_says_so(folder, monkeypatch):
+def test_large_files_are_sampled_and_the_record_says_so(folder, monkeypatch):
     monkeypatch.setattr(digests, "SAMPLED_FROM", 100_000)
     monkeypatch.setattr(digests, "ENDS", 2000)
     monkeypatch.setattr(digests, "SAMPLES", 16)
@@ -157,7 +157,7 @@ def test_a_hub_model_is_found_in_the_local_cache(tmp_path, monkeypatch):
     assert digests.backbone("someone/model") == digests.backbone("embedded")
 
 
-def test_changes_are_named_and_the_unknown_is_not_compared():
+def test_changes_are_named_and_missing_digests_are_not_compared():
     old = {"settings": {"lr": 1, "task": {"path": None}}, "data": "a", "rows": {"train": 3}, "backbone": None}
     assert digests.changes(old, json.loads(json.dumps(old))) == [] == digests.changes({}, old)
     new = {"settings": {"lr": 2, "task": {"path": "x"}}, "data": "b", "rows": {"train": 4}, "backbone": {"digest": "x"}}

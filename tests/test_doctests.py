@@ -1,4 +1,4 @@
-"""Examples in docstrings give what they say. Only modules with examples are imported, so this costs little."""
+"""Examples in docstrings give the printed results. Only modules with examples are imported, which saves time."""
 
 import doctest
 import importlib

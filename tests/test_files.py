@@ -1,4 +1,4 @@
-"""Reading files that may be damaged: a size, a depth, no aliases, no tags, and one message that names the file."""
+"""Reading files that may be damaged: limits of size and depth, no aliases or tags, and one message with the file."""
 
 import json
 import os
@@ -19,7 +19,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_what_json_holds_is_read_and_its_yaml_too(tmp_path_factory, value):
+def test_json_values_are_read_from_json_and_from_yaml(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "value.json"
     file.write_text(json.dumps(value))
     assert read_json(file) == value

@@ -1,4 +1,4 @@
-"""The record of a run: what is written, what is read, and what is refused."""
+"""The record of a run: writing it, reading it, and refusing wrong ones."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_nested_facts_are_typed():
         ({"status": "completed", "seed": None}, "are missing; seed must be a whole number"),
     ],
 )
-def test_what_is_wrong_with_a_record_is_said_at_once(changes, message):
+def test_all_faults_of_a_record_are_named_at_once(changes, message):
     with pytest.raises(UserError, match=r"^not the record of a run: ") as caught:
         Record.of(RUNNING | changes)
     assert message in str(caught.value)

@@ -55,7 +55,7 @@ def problems(call, *arguments, **named):
     return "\n".join(caught.value.problems)
 
 
-# --- a finished run, made once, and copies of it that somebody changed ---
+# --- a finished run, made once, and changed copies of it ---
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def arrived(finished, tmp_path, monkeypatch):
-    """Copies the run with changed settings; ``{"task._target_": …}`` goes into config.yaml. Returns the copy."""
+    """Makes a copy of the run with changed settings in config.yaml, e.g. ``{"task._target_": …}``."""
     monkeypatch.setenv("SECRET", SECRET)
 
     def make(changes=None, text=None):
@@ -90,7 +90,7 @@ def arrived(finished, tmp_path, monkeypatch):
             node[rest[-1]] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(content) if text is None else text)
         record = read_content(folder / "run.json")
-        write_record(folder, {key: value for key, value in record.items() if key != "digests"})  # whoever made it, can
+        write_record(folder, {key: value for key, value in record.items() if key != "digests"})  # an attacker can do so
         return folder
 
     return make
@@ -98,9 +98,9 @@ def arrived(finished, tmp_path, monkeypatch):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
-    """A module beside the run that can be imported and leaves a mark when it is. Returns the mark and its dotted path.
+    """(mark, dotted path) of a module beside the run. Importing it would work and would create the file ``mark``.
 
-    The working directory is on Python's path, as it is for ``python -m``.
+    The working directory is on Python's path, as for ``python -m``.
     """
     mark = tmp_path / "mark"
     (tmp_path / "run-x").mkdir()
@@ -167,8 +167,8 @@ def test_a_file_may_name_only_classes_of_this_package(evil, target):
     assert not evil.exists() and {name for name in set(sys.modules) - before if not name.startswith("diffora")} == set()
 
 
-def test_a_module_put_into_the_package_from_elsewhere_is_none_of_its_own(tmp_path, monkeypatch):
-    """Neither a wider package path nor an entry in sys.modules makes a foreign file one of the package's."""
+def test_a_foreign_module_inside_the_package_is_not_accepted(tmp_path, monkeypatch):
+    """A longer package path or an entry in sys.modules does not make a foreign file part of the package."""
     import diffora.tasks
 
     (tmp_path / "shadow.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).touch()\n")
@@ -232,7 +232,7 @@ def test_the_user_may_name_any_subclass(own):
         (None, "task._target_=null must be the dotted path"),
     ],
 )
-def test_what_cannot_be_used_has_one_message_that_names_the_key(own, target, message):
+def test_an_unusable_target_has_one_message_that_names_the_key(own, target, message):
     found = problems(class_at, target, Task, "task._target_")
     assert found.startswith("task._target_=") and message in found and "\n" not in found
 
@@ -256,7 +256,7 @@ def test_own_modules_of_a_config_dir_that_cannot_be_imported_are_named_together(
     assert message.count("PYTHONPATH=<its folder>") == 2
 
 
-# --- a run's folder that arrived (A1, A2) ---
+# --- received run folders (A1, A2) ---
 
 
 def test_a1_a_run_that_names_a_program_does_not_start_it(arrived, tmp_path):
@@ -290,7 +290,7 @@ def test_a2_the_same_from_the_command_line(evil, arrived, tmp_path, monkeypatch,
     assert shown.startswith("error: ") and "Traceback" not in shown and "\x1b" not in shown
 
 
-def test_targets_elsewhere_in_a_run_are_text(evil, arrived, tmp_path):
+def test_other_targets_in_a_run_are_only_text(evil, arrived, tmp_path):
     """Nothing looks for _target_ where no class is expected."""
     shutil.rmtree(tmp_path / "run-x")
     keys = "method.regulariser", "logger.csv", "finetune", "hydra", "trainer.extra", "task.recipe.x", "model.config"
@@ -313,7 +313,7 @@ def test_remote_code_is_never_allowed_by_a_file(arrived):
     assert read_request([f"run={folder}", "model.trust_remote_code=true"]).cfg.model.trust_remote_code is True
 
 
-# --- adapters that arrived (A3) ---
+# --- received adapters (A3) ---
 
 
 def backbone(finished):
@@ -323,9 +323,9 @@ def backbone(finished):
 
 
 def sign(folder):
-    """Make the digests anew: whoever changes a file can do so too."""
+    """Update the digests, as an attacker can do after changing a file."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for entry in ("sha256", "model", "layers"):  # without the last two, any model is tried
+    for entry in ("sha256", "model", "layers"):  # without the last two, any model is accepted
         manifest.pop(entry, None)
     write_manifest(folder, manifest.pop("files"), manifest)
 
@@ -417,8 +417,8 @@ def test_a_damaged_diffora_json_has_one_message_that_names_file_and_key(finished
         ({"_target_": "peft.ShadowConfig"}, "cannot be used here"),
     ],
 )
-def test_settings_of_peft_lead_to_nothing_but_peft(evil, spec, message):
-    """They come from diffora.json too."""
+def test_settings_of_a_peft_adapter_name_only_classes_of_peft(evil, spec, message):
+    """These settings come from diffora.json too."""
     assert message in problems(build, spec, "method.config")
     assert not evil.exists()
 
@@ -457,14 +457,14 @@ def test_adapters_of_peft_import_and_unpickle_nothing(evil, tmp_path, content, m
 
 
 def test_a5_names_keep_text_that_looks_like_an_interpolation(finished):
-    """``cell.row='${oc.env:SECRET}'`` of a run of one's own."""
+    """``cell.row='${oc.env:SECRET}'`` in the user's own run."""
     record = json.loads((finished / "run.json").read_text())
     assert record["row"] == "${oc.env:SECRET}" and record["status"] == "completed"
     assert yaml.safe_load((finished / "config.yaml").read_text())["cell"]["row"] == "${oc.env:SECRET}"
     assert not [file for file in finished.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
 
 
-def test_a5_a_run_that_arrived_is_evaluated_with_its_text_as_it_is(arrived, tmp_path, capsys):
+def test_a5_evaluation_does_not_resolve_text_of_a_runs_files(arrived, tmp_path, capsys):
     text = "${oc.env:SECRET} \\${oc.env:SECRET}"
     folder = arrived({"task.note": text, "model.name": text})
     found = evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
@@ -475,7 +475,7 @@ def test_a5_a_run_that_arrived_is_evaluated_with_its_text_as_it_is(arrived, tmp_
     assert SECRET not in everything.out + everything.err + (tmp_path / "out" / "metrics.json").read_text()
 
 
-def test_names_on_the_screen_are_no_markup(tmp_path, capsys):
+def test_names_on_the_screen_are_not_markup(tmp_path, capsys):
     account = {"task": {"name": "[/red] [link=javascript:x]y"}, "seconds": 1.0, "rows": {"[/a]": 1}}
     terminal.print_evaluation({**account, "metrics": {"[/a]": {"f1": 0.5}}}, [tmp_path / "[/b]"])
     shown = capsys.readouterr().out
@@ -492,7 +492,7 @@ def test_a5_messages_show_the_text_and_not_the_value(arrived, tmp_path, key):
 
 
 @given(st.text(alphabet="$\\{}:.ab'\" \n", max_size=12))
-def test_any_text_of_a_file_comes_out_as_it_is(text):
+def test_text_of_a_file_is_never_resolved(text):
     if text != "???":
         cfg = settings({"a": {"b": text, "c": [text, {"d": text}]}}, FILE, ["a"])
         assert cfg.a.b == cfg.a.c[0] == cfg.a.c[1].d == text
@@ -529,7 +529,7 @@ def test_a6_hostile_yaml_in_a_run_has_one_message(arrived, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE_YAML if kind != "not text"])
 def test_a6_a_report_does_not_read_hostile_yaml(tmp_path, monkeypatch, kind):
-    """Everything that it needs of the settings is in run.json."""
+    """It takes all settings that it needs from run.json."""
     monkeypatch.chdir(tmp_path)
     made_run(tmp_path / "good")
     (made_run(tmp_path / "bad", seed=1) / "config.yaml").write_text(HOSTILE_YAML[kind][0])
@@ -703,8 +703,8 @@ def test_names_of_a_selection_are_not_formulas_in_its_picture():
 # --- the rule itself ---
 
 
-def test_every_look_up_goes_through_one_module():
-    """No other place imports by a name that it was given, unpickles, or lets OmegaConf or PyYAML read a file."""
+def test_only_one_module_imports_by_name():
+    """No other module imports by a given name, unpickles, or reads files with OmegaConf or PyYAML."""
     pattern = (
         r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"
     )

@@ -1,4 +1,4 @@
-"""Files are complete or absent, whatever the machine does while they are written."""
+"""Files are complete or absent, also after any failure while they are written."""
 
 import errno
 import os
@@ -86,7 +86,7 @@ def test_a_refused_system_call_gives_a_message_and_leaves_no_file(tmp_path, monk
         write_text(tmp_path / "new" / "file", "text")
     monkeypatch.undo()
     assert str(caught.value).startswith(f"{tmp_path / 'new' / 'file'} cannot be written: ")
-    sent = pickle.loads(pickle.dumps(caught.value))  # as a sweep's workers send it
+    sent = pickle.loads(pickle.dumps(caught.value))  # like the workers of a sweep
     assert type(sent) is WriteError and sent.problems == caught.value.problems == [str(sent)]
     assert isinstance(caught.value, OSError) and caught.value.strerror in words + "; the disk reports an " + words
     assert list((tmp_path / "new").iterdir()) == []
@@ -131,7 +131,7 @@ def test_only_scratch_files_of_dead_processes_are_removed(tmp_path):
         os.utime(file, (time.time() - age,) * 2)
         return file
 
-    dead = 2**22 + 1  # above the largest that Linux gives
+    dead = 2**22 + 1  # above the largest process id of Linux
     days = 2 * 86400
     gone = [left_by(dead, None), left_by(10**30, None), left_by(dead, "far-away", days), left_by(1, None, days)]
     there = [left_by(os.getppid(), None), left_by(dead, "elsewhere"), tmp_path / ".notes.part"]

@@ -252,7 +252,7 @@ class TableSweeper(Sweeper):
 
 
 def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether a configuration has a key, whatever its value."""
+    """Whether a configuration has a key. Its value may be None."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else cfg
     return isinstance(node, DictConfig) and name in node

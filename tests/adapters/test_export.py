@@ -1,4 +1,4 @@
-"""Export equals the model in memory, with adapters that are not zero."""
+"""An exported adapter gives the outputs of the model in memory. The adapters of the tests are not zero."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from diffora.tasks.base import get_task
 
 
 def compose_cfg(*overrides: str):
-    """As the fixture ``cfg``, for fixtures of the whole module."""
+    """Like the fixture ``cfg``, for fixtures of module scope."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
@@ -56,7 +56,7 @@ def inputs():
 
 @pytest.fixture
 def trained(deberta, tmp_path):
-    """A base model saved to disk, and the same model adapted with shared and own pairs, none of them zero."""
+    """A base model saved to disk, and the same model with shared and own pairs, none of them zero."""
     model = deberta()
     model.save_pretrained(tmp_path / "base")
     grid = find_grid(model, "encoder.layer.*", TYPES)
@@ -86,7 +86,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(trained):
         torch.testing.assert_close(merged(**inputs()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- B6: programs that read a rank and a scale each in their own way ---
+# --- B6: programs that read rank and scale in different ways ---
 
 READERS = {
     "vLLM, TensorRT-LLM, diffusers": lambda config, rank: config["lora_alpha"] / config["r"],
@@ -96,7 +96,7 @@ READERS = {
 
 
 def read_as(scale, model: nn.Module, folder) -> nn.Module:
-    """Merge an adapter as a program with a rule for the scale does."""
+    """Merge an adapter in the way of a program with its own rule for the scale."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     assert config["r"] == config["lora_alpha"] and isinstance(config["r"], int)
@@ -113,8 +113,8 @@ def read_as(scale, model: nn.Module, folder) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
-    """B6's case: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue; no head is trained."""
+def dialogue_adapter(tmp_path_factory):
+    """Case B6: ranks 3 and 2 with scales 8/3 and 4 on the embedded Llama, for dialogue. No head is trained."""
     folder = tmp_path_factory.mktemp("dialogue")
     composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
     task = get_task(composed.task)
@@ -131,7 +131,7 @@ def spoken(tmp_path_factory):
     return model.eval(), lambda: load().model.eval(), folder / "adapter"
 
 
-def spoken_logits(model: nn.Module) -> torch.Tensor:
+def logits_of(model: nn.Module) -> torch.Tensor:
     ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids).logits
@@ -139,23 +139,23 @@ def spoken_logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_program_reads_the_same_adapter(reader, spoken):
-    """B6: logits were off by 2.66 where the adapter's whole effect is 9.38."""
-    model, fresh, folder = spoken
-    expected = spoken_logits(model)
-    assert (spoken_logits(fresh()) - expected).abs().max() > 1
-    torch.testing.assert_close(spoken_logits(read_as(READERS[reader], fresh(), folder)), expected, rtol=1e-3, atol=1e-3)
+def test_every_program_reads_the_same_adapter(reader, dialogue_adapter):
+    """B6: logits were wrong by 2.66; the whole effect of the adapter is 9.38."""
+    model, fresh, folder = dialogue_adapter
+    expected = logits_of(model)
+    assert (logits_of(fresh()) - expected).abs().max() > 1
+    torch.testing.assert_close(logits_of(read_as(READERS[reader], fresh(), folder)), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_peft_and_our_own_loader_read_it_too(spoken):
+def test_peft_and_our_own_loader_read_it_too(dialogue_adapter):
     from peft import PeftModel
 
-    model, fresh, folder = spoken
+    model, fresh, folder = dialogue_adapter
     ours = fresh()
     load_adapter(ours, folder)
-    torch.testing.assert_close(spoken_logits(ours.eval()), spoken_logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(ours.eval()), logits_of(model), rtol=1e-4, atol=1e-4)
     theirs = PeftModel.from_pretrained(fresh(), folder)
-    torch.testing.assert_close(spoken_logits(theirs.eval()), spoken_logits(model), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits_of(theirs.eval()), logits_of(model), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -188,8 +188,8 @@ def steps(model: nn.Module, n: int = 3) -> None:
 
 
 @pytest.mark.parametrize("alpha", [8, 6.5, 12])
-def test_training_goes_on_from_a_loaded_adapter_to_the_bit(alpha, deberta, tmp_path):
-    """Scales 8/3, 13/6, 4, 3.25, 6 are multiplied into B for others, and must not round it for us."""
+def test_training_from_a_loaded_adapter_continues_bit_for_bit(alpha, deberta, tmp_path):
+    """Scales 8/3, 13/6, 4, 3.25 and 6 are multiplied into B for other programs. Our loader must restore B exactly."""
     model = deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, 3, shared_rank=2, alpha=alpha, dropout=0.1)
     for _, layer in lowrank_layers(model):
@@ -211,7 +211,7 @@ def test_training_goes_on_from_a_loaded_adapter_to_the_bit(alpha, deberta, tmp_p
 
 
 @pytest.mark.parametrize(("rank", "alpha", "rounds"), [(4, 8, False), (4, 2, False), (3, 8, True)])
-def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, rounds, deberta, tmp_path):
+def test_a_second_copy_of_b_is_written_only_if_scaling_rounds(rank, alpha, rounds, deberta, tmp_path):
     model = deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank, shared_rank=2, alpha=alpha)
     for _, layer in lowrank_layers(model):
@@ -220,7 +220,7 @@ def test_a_second_copy_of_b_is_written_only_where_the_scale_rounds(rank, alpha, 
     assert (tmp_path / "adapter" / "exact.safetensors").is_file() == rounds
 
 
-def test_a_loaded_model_is_frozen_but_for_the_adapter(trained, deberta):
+def test_only_the_adapter_of_a_loaded_model_is_trainable(trained, deberta):
     """B16"""
     _, folder = trained
     for freeze in (True, False):
@@ -250,7 +250,7 @@ def test_an_adapter_of_another_model_is_refused(trained, deberta):
         load_adapter(deberta(layers=1), folder / "adapter")
 
 
-def test_a_module_in_two_places_is_loaded_into_both_and_peft_s_limit_is_said(deberta, tmp_path, caplog):
+def test_a_module_in_two_places_is_loaded_into_both_and_a_warning_names_both(deberta, tmp_path, caplog):
     def shared() -> nn.Module:
         model = deberta()
         first, second = model.deberta.encoder.layer
@@ -284,8 +284,8 @@ class Own(nn.Module):
         return self.out(x)
 
 
-def test_a_module_of_the_users_own_takes_an_adapter(tmp_path):
-    """It has no head that an adapter would have to bring."""
+def test_a_users_own_module_can_load_an_adapter(tmp_path):
+    """It has no head, so the adapter has none either."""
     model, x = Own(), torch.randn(4, 6)
     assert Backbone.of(model).head == ()
     plain = model(x)
@@ -351,8 +351,8 @@ def cut(content: bytearray, at: int) -> None:
 
 @pytest.mark.parametrize("damage", [flip, zero, cut])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
-def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
-    """One flipped bit in a weight, a scale or a name was loaded; other damage was a traceback."""
+def test_damage_in_any_file_gives_one_message(kind, name, damage, exported, tmp_path):
+    """Before, one flipped bit in a weight, a scale or a name was loaded, and other damage gave a traceback."""
     folder = shutil.copytree(exported[kind], tmp_path / "a")
     whole = (folder / name).read_bytes()
     generator = random.Random(f"{kind}{name}{damage.__name__}")
@@ -366,7 +366,7 @@ def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
         (folder / name).write_bytes(content)
         model = small_deberta()
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        if _means(content) is not None and _means(content) == _means(whole):
+        if _relevant(content) is not None and _relevant(content) == _relevant(whole):
             load_adapter(model, folder)  # white space, or the name of the base model, which may be changed
             continue
         with pytest.raises(UserError) as error:
@@ -375,8 +375,8 @@ def test_damage_anywhere_is_one_message(kind, name, damage, exported, tmp_path):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def _means(content: bytes) -> dict | None:
-    """What counts of a JSON file; None of others."""
+def _relevant(content: bytes) -> dict | None:
+    """The content of a JSON file that matters; None for other files."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -396,7 +396,7 @@ def test_a_missing_file_is_named(kind, name, exported, tmp_path):
 
 
 def test_the_base_model_may_be_renamed(exported, tmp_path):
-    """Whoever publishes an adapter must."""
+    """Users who publish an adapter must do this."""
     for kind, name in (("pairs", "adapter_config.json"), ("weights", "diffora.json"), ("peft", "adapter_config.json")):
         folder = shutil.copytree(exported[kind], tmp_path / kind)
         content = json.loads((folder / name).read_text())
@@ -458,8 +458,8 @@ def changed(content: dict, path: str, value) -> None:
         ("labels", ["b", "a", "c"], "was trained on the classes b, a, c"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_in_a_manifest_is_said(path, value, said, exported, tmp_path):
-    """With digests that fit: somebody may have written it with care."""
+def test_impossible_values_in_a_manifest_are_refused(path, value, said, exported, tmp_path):
+    """The digests are right, as in a manifest that was forged carefully."""
     folder = shutil.copytree(exported["pairs"], tmp_path / "a")
     content = json.loads((folder / "manifest.json").read_text())
     files = content.pop("files")
@@ -479,7 +479,7 @@ def test_what_cannot_be_right_in_a_manifest_is_said(path, value, said, exported,
 
 
 def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
-    """MRPC's adapter on a model for three classes: the pooler would have been filled in."""
+    """MRPC's adapter on a model for three classes. Its pooler would fit and must not be loaded either."""
     model = small_deberta()
     model.classifier = nn.Linear(16, 3)
     before = copy.deepcopy(model.state_dict())
@@ -489,14 +489,14 @@ def test_a_head_of_another_size_is_refused_and_nothing_is_changed(exported):
     assert not list(lowrank_layers(model))
 
 
-def test_an_adapter_is_not_put_on_twice(exported):
+def test_a_second_adapter_on_the_same_model_is_refused(exported):
     model = small_deberta()
     load_adapter(model, exported["pairs"])
     with pytest.raises(UserError, match="has low-rank layers already"):
         load_adapter(model, exported["pairs"])
 
 
-def test_adapters_of_earlier_versions_are_told(exported, tmp_path):
+def test_adapters_of_earlier_versions_are_named_as_such(exported, tmp_path):
     for kind, said in (
         ("pairs", r"earlier version of this project \(sharing\.json\)"),
         ("weights", "earlier versions"),
@@ -529,7 +529,7 @@ def plain_peft(deberta, tmp_path):
     return model, tmp_path / "plain"
 
 
-def test_an_adapter_without_a_manifest_is_peft_s(plain_peft, deberta):
+def test_an_adapter_without_a_manifest_counts_as_one_of_peft(plain_peft, deberta):
     model, folder = plain_peft
     assert not (folder / "manifest.json").exists()
     again = deberta()
@@ -538,8 +538,8 @@ def test_an_adapter_without_a_manifest_is_peft_s(plain_peft, deberta):
         torch.testing.assert_close(again.eval()(**inputs()).logits, model.eval()(**inputs()).logits)
 
 
-def test_tensors_that_peft_would_do_without_are_missed(plain_peft, deberta):
-    """PEFT warns of the first and says nothing of the second."""
+def test_missing_tensors_that_peft_would_ignore_are_refused(plain_peft, deberta):
+    """PEFT gives a warning for the first tensor and none for the second."""
     _, folder = plain_peft
     tensors = load_file(folder / "adapter_model.safetensors")
     first = min(key for key in tensors if "lora_A" in key)
@@ -585,7 +585,7 @@ def named(tmp_path):
 
 
 def test_pipelines_print_the_names_of_the_card(named):
-    """transformers takes the base model's configuration for that of an adapter, so that the names must be given."""
+    """transformers uses the base model's configuration for an adapter, so the class names must be passed to it."""
     from transformers import AutoTokenizer, pipeline
 
     _, names, folder = named
@@ -662,11 +662,11 @@ def test_an_adapter_with_every_gate_closed_still_loads(deberta, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
-def test_an_adapter_goes_on_a_model_that_transformers_made_and_on_no_other(kind, spoken):
-    """A language model's head is pretrained: no adapter has to bring it."""
+def test_a_language_models_adapter_needs_a_model_with_that_head(kind, dialogue_adapter):
+    """A language model's head is pretrained, so it is not part of the adapter."""
     import transformers
 
-    model, _, folder = spoken
+    model, _, folder = dialogue_adapter
     fresh = getattr(transformers, kind).from_pretrained(EMBEDDED.parent / "tiny_llama", dtype="float32").eval()
     if kind == "LlamaForSequenceClassification":
         with pytest.raises(UserError, match="trained for a LlamaForCausalLM, and this model is a LlamaForSequence"):
@@ -689,15 +689,15 @@ def test_models_of_another_class_or_depth_are_refused(trained, deberta):
         load_adapter(DebertaV2ForTokenClassification(deberta().config), folder / "adapter")
 
 
-def test_loaded_pairs_are_aligned_as_other_tensors_are(trained, deberta):
-    """Products on a file's memory round otherwise, so that training would not go on to the bit."""
+def test_loaded_pairs_are_aligned_in_memory(trained, deberta):
+    """With the file's own alignment, products round differently, and training would not continue bit for bit."""
     _, folder = trained
     model = deberta()
     load_adapter(model, folder / "adapter")
     assert all(p.data_ptr() % 64 == 0 for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt))
 
 
-def test_files_that_are_read_are_regular_and_listed(trained, deberta, tmp_path):
+def test_only_regular_files_that_the_manifest_lists_are_read(trained, deberta, tmp_path):
     import os
 
     _, folder = trained

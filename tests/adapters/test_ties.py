@@ -1,4 +1,4 @@
-"""B17: modules that share a pair go on sharing it, whatever is saved, loaded, copied or trained on."""
+"""B17: modules that share a pair still share it after saving, loading, copying and further training."""
 
 import copy
 import io
@@ -85,7 +85,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     ],
     ids=["deepcopy", "pickle", "state_dict", "to"],
 )
-def test_copies_are_tied_and_stay_so_in_training(through):
+def test_copies_are_tied_and_remain_tied_in_training(through):
     model = adapted()
     again = through(model)
     assert torch.equal(logits(again), logits(model))
@@ -114,7 +114,7 @@ def trainer(model: nn.Module, folder, steps: int):
 
 
 def test_the_trainer_of_transformers_saves_and_resumes(tmp_path):
-    """B17: ``save_pretrained`` died of "shared tensors"."""
+    """B17: ``save_pretrained`` failed with an error about shared tensors."""
     whole = adapted()
     trainer(whole, tmp_path / "whole", 2).train()
     stopped = adapted()
@@ -126,7 +126,7 @@ def test_the_trainer_of_transformers_saves_and_resumes(tmp_path):
     assert (logits(again) - logits(adapted())).abs().max() > 0.01
 
 
-def test_what_save_pretrained_writes_is_the_whole_state(tmp_path):
+def test_save_pretrained_writes_the_whole_state(tmp_path):
     from safetensors.torch import load_file
 
     model, again = adapted(), adapted(seed=1)
@@ -174,7 +174,7 @@ def with_peft(base, adapter):
 
 
 def untied(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs of PEFT's modules that should have one pair and have different ones."""
+    """The entries of `TIED` whose two modules have different A or B in PEFT's model."""
     modules = dict(model.base_model.model.named_modules())
     weights = lambda name: [getattr(modules[name], m)["default"].weight for m in ("lora_A", "lora_B")]  # noqa: E731
     return [(a, b) for a, b in TIED if not all(map(torch.equal, weights(a), weights(b)))]
@@ -206,7 +206,7 @@ def test_plain_peft_unties_and_retie_ties_again(exported, tmp_path):
     retie(with_peft(base, adapter), adapter)  # and nothing is left of the refusal
 
 
-def test_the_trainer_keeps_what_retie_tied(exported, tmp_path):
+def test_the_trainer_keeps_the_ties_that_retie_made(exported, tmp_path):
     _, base, adapter = exported
     model = with_peft(base, adapter)
     retie(model, adapter)
@@ -217,7 +217,7 @@ def test_the_trainer_keeps_what_retie_tied(exported, tmp_path):
     assert untied(again) == [] and (logits(again) - logits(model)).abs().max() > 1e-3
 
 
-def test_retie_says_what_it_lacks(exported, tmp_path):
+def test_retie_names_what_is_missing(exported, tmp_path):
     model, _, adapter = exported
     with pytest.raises(UserError, match=r"not a PeftModel with the adapter default at deberta\.encoder\.layer\.0\."):
         retie(small_deberta(), adapter)
@@ -237,7 +237,7 @@ def test_the_card_says_that_plain_peft_unties(exported):
     assert untied(names["model"]) == []
 
 
-def test_without_sharing_the_card_says_nothing_of_it(tmp_path):
+def test_the_card_mentions_sharing_only_if_there_is_sharing(tmp_path):
     model = small_deberta()
     attach(model, find_grid(model, "encoder.layer.*", TYPES).names, MASK, rank=3, shared_rank=None, alpha=8)
     LowRankAdaptation(model).export(tmp_path, origin_of(model))

@@ -1,6 +1,6 @@
-"""Every architecture that is named, small and with random weights, from a folder through a whole run.
+"""Every named architecture, small and with random weights, is loaded from a folder and taken through a whole run.
 
-Search, fine-tuning, export, and the adapter loaded again by us and by plain PEFT; each with a head of its kind.
+The run has search, fine-tuning and export; then we and plain PEFT load the adapter. Each model has a suitable head.
 """
 
 import json
@@ -37,7 +37,7 @@ from diffora.tasks.base import Split, get_task
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory) -> Callable[..., Path]:
-    """Makes the folder of a pretrained model as others would find it."""
+    """Makes a folder of a pretrained model, like those on the hub."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(name: str, kind: str = "AutoModel") -> Path:
@@ -110,7 +110,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
     model, selection, record = result.model.eval(), result.selection, result.record
     assert record["model"] == f"tiny-{family}" and record["status"] == "completed"
 
-    # the search told the modules apart, and what it chose was trained
+    # the search gave the modules different scores, and the selected ones were trained
     assert [len(row) for row in selection.modules] == [n_types] * 2
     assert [len(row) for row in selection.selected] == [n_types // 2] * 2
     assert all(max(row) - min(row) > 1e-3 for row in selection.gamma_bar)
@@ -125,7 +125,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
     )
     assert (record["params"]["head"] > 0) == task.trains_head
 
-    # what is on disk is the model in memory
+    # the model from disk gives the outputs of the model in memory
     processor = task.processor(composed.model)
     rows = task.encode(task.load().validation["validation"], processor, training=False)
     inputs = task.inputs(task.collate(processor, training=False)(rows[[0, 1, 2, 3]]))
@@ -169,7 +169,7 @@ BATCHED = [
 
 @pytest.mark.parametrize(("name", "task_name"), BATCHED)
 def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, task_name, cfg, questions, tmp_path):
-    """B3: with adapters that do something, whatever the tokenizer's side."""
+    """B3: with adapters that are not zero, for tokenizers that pad on either side."""
     folder = save_family(tmp_path / name, name, "AutoModelForCausalLM" if task_name == "dialogue" else "AutoModel")
     composed = cfg(
         f"task={task_name}", "model=hf", f"model.path={folder}", "trainer=cpu", *SIZES[task_name],
@@ -221,7 +221,7 @@ def test_a_model_whose_output_depends_on_padding_is_refused(kind, changes, tmp_p
         match_processor(model, tokenizer)
 
 
-def test_the_run_of_a_model_with_two_stacks_ends_with_the_choice(cfg, folder_of, tmp_path):
+def test_a_model_with_two_stacks_is_refused_with_the_choices(cfg, folder_of, tmp_path):
     composed = cfg("task=paraphrase", "model=hf", f"model.path='{folder_of('t5')}'", "dry_run=true")
     with pytest.raises(UserError) as error:
         run(composed, tmp_path)
@@ -276,7 +276,7 @@ def test_a_language_model_has_no_head_to_train():
         ("t5_base", "mrpc", 222_903_552, 12 * 8 * (4 * 1536 + 2 * 3840)),
     ],
 )
-def test_the_true_sizes(model, task, backbone, adapter, cfg, tmp_path):
+def test_parameter_counts_of_the_shipped_models(model, task, backbone, adapter, cfg, tmp_path):
     params = run(cfg("method=lora", "rank=8", f"model={model}", f"task={task}", "dry_run=true"), tmp_path).record[
         "params"
     ]

@@ -93,14 +93,14 @@ def test_renamed_weights_are_refused(copy):
     refused(folder, "lacks 37 of the 37 weights", "embeddings.LayerNorm.bias", "(and 34 more)")
 
 
-def test_a_layer_that_is_missing_is_refused(copy):
+def test_a_missing_layer_is_refused(copy):
     """B1"""
     folder = copy()
     change_weights(folder, lambda tensors: {n: v for n, v in tensors.items() if ".layer.1." not in n})
     refused(folder, "lacks 16 of the", "bert.encoder.layer.1.attention.output.LayerNorm.bias")
 
 
-def test_one_weight_that_is_missing_is_refused(copy):
+def test_one_missing_weight_is_refused(copy):
     folder = copy("llama")
     change_weights(folder, lambda tensors: {n: v for n, v in tensors.items() if n != "layers.1.mlp.up_proj.weight"})
     refused(folder, "lacks 1 of the", "model.layers.1.mlp.up_proj.weight")
@@ -127,15 +127,15 @@ def test_a_config_of_another_size_is_refused(copy, entries, words):
     refused(folder, *words)
 
 
-def test_a_shape_for_dry_runs_is_not_taken_for_the_models(cfg, caplog):
-    """A neighbour of B19: with the model's files there, nothing else reads `model.config`."""
+def test_a_shape_for_dry_runs_does_not_replace_the_checkpoints(cfg, caplog):
+    """Similar to B19: if the model's files exist, `model.config` is not used."""
     task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
     model = load_backbone(task.model, get_task(task.task).model_request()).model
     assert model.config.num_hidden_layers == 4
     assert "model.config.num_hidden_layers=2 ignored" in caplog.text and "hidden_size" not in caplog.text
 
 
-def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
+def test_other_parts_of_a_checkpoint_than_the_backbone_are_ignored(copy):
     """A masked-language-model head, and buffers of older versions."""
     folder = copy("bert", "AutoModelForMaskedLM")
     old = {"bert.embeddings.position_ids": torch.arange(512)[None]}
@@ -143,7 +143,7 @@ def test_what_a_checkpoint_has_besides_the_backbone_is_ignored(copy):
     assert loaded(folder).head
 
 
-def test_weights_in_the_layers_that_an_architecture_does_not_use_are_said(copy, caplog):
+def test_unused_weights_in_the_layers_give_a_warning(copy, caplog):
     """Qwen2 has biases where Llama has none."""
     folder = copy("qwen2")
     edit(folder / "config.json", model_type="llama")
@@ -182,8 +182,8 @@ def test_weights_that_are_all_zero_are_refused(copy, part):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
-def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
-    """transformers takes them as they are: packed numbers without their scales."""
+def test_packed_weights_without_scales_are_refused(copy, kind):
+    """transformers would use the packed numbers as they are, without their scales."""
     folder = copy()
     name = "encoder.layer.1.output.dense.weight"
     change_weights(folder, lambda tensors: tensors | {name: tensors[name].to(kind)})
@@ -191,14 +191,14 @@ def test_weights_that_are_no_ordinary_numbers_are_refused(copy, kind):
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
-def test_weights_of_another_precision_are_taken(copy, kind):
+def test_weights_of_another_precision_are_accepted(copy, kind):
     folder = copy()
     change_weights(folder, lambda tensors: {name: value.to(kind) for name, value in tensors.items()})
     assert loaded(folder).model.dtype == torch.float32
 
 
 def test_a_file_with_two_models_is_refused(copy):
-    """Of the two, transformers would take one."""
+    """transformers would silently load one of the two."""
     folder = copy()
     change_weights(folder, lambda tensors: tensors | {f"bert.{name}": value * 2 for name, value in tensors.items()})
     refused(folder, "two weights for each of 32 places", "bert.encoder.layer.0.attention.output.LayerNorm.bias and enc")
@@ -217,14 +217,14 @@ def test_a_file_with_two_models_is_refused(copy):
     ],
     ids=str,
 )
-def test_entries_of_a_config_that_cannot_be_right_are_refused(copy, entries, words):
+def test_impossible_entries_of_a_config_are_refused(copy, entries, words):
     folder = copy()
     edit(folder / "config.json", **entries)
     refused(folder, words)
 
 
 def test_a_config_that_asks_for_tuples_changes_nothing(copy):
-    """The outputs of a model are read by their names."""
+    """We read the outputs of a model by name."""
     folder = copy()
     edit(folder / "config.json", return_dict=False)
     assert loaded(folder).model.config.return_dict is True
@@ -288,7 +288,7 @@ def test_missing_shards_are_named(copy):
         (b'{"model_type": "no-such-model"}', "cannot be read"),
     ],
 )
-def test_a_config_that_is_none_is_refused_before_anything_is_loaded(cfg, copy, content, words):
+def test_a_broken_config_is_refused_before_anything_is_loaded(cfg, copy, content, words):
     folder = copy()
     (folder / "config.json").write_bytes(content)
     refused(folder, words)
@@ -318,7 +318,7 @@ def test_a_tokenizer_that_is_damaged_is_refused(copy, file, content):
 
 
 def test_a_checkpoint_with_another_head_gets_a_new_one(copy, caplog):
-    """C: three labels where the task has two."""
+    """C: the checkpoint has three labels and the task has two."""
     folder = copy("bert", CLASSIFIER, **NLI)
     with caplog.at_level(logging.INFO, logger="diffora"):
         backbone = loaded(folder)
@@ -332,7 +332,7 @@ def test_a_checkpoint_with_another_head_gets_a_new_one(copy, caplog):
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "distilbert", "modernbert", "gpt2", "t5"])
 @pytest.mark.parametrize("labels", [2, 3])
 def test_a_head_is_drawn_as_if_the_checkpoint_had_none(made, tmp_path, family, labels):
-    """B5: whatever number of labels it was trained for."""
+    """B5: for any number of labels in the checkpoint."""
     with_head = made(family, CLASSIFIER, num_labels=labels)
     torch.manual_seed(3)
     backbone = loaded(with_head)
@@ -353,7 +353,7 @@ def test_a_head_is_drawn_as_if_the_checkpoint_had_none(made, tmp_path, family, l
 
 
 @pytest.mark.parametrize("name", ["mnli", "mrpc", "stsb"])
-def test_the_names_of_the_classes_are_the_tasks(copy, name):
+def test_class_names_come_from_the_task(copy, name):
     """B5: a checkpoint with the same number of classes in another order, and another kind of problem."""
     folder = copy("bert", CLASSIFIER, **NLI, problem_type="multi_label_classification")
     config = loaded(folder, small_task(name)).model.config
@@ -367,7 +367,7 @@ def test_the_names_of_the_classes_are_the_tasks(copy, name):
 
 
 def test_full_fine_tuning_exports_names_and_a_tokenizer(cfg, copy, quick, tmp_path):
-    """B2, B5: what it writes is a model that transformers' pipeline uses, and that is evaluated as it was trained."""
+    """B2, B5: transformers' pipeline can use the exported model, and it scores as in training."""
     from diffora.run.evaluate import evaluate, read_request
 
     torch.set_num_threads(1)
@@ -406,7 +406,7 @@ def test_a_whole_vision_model_has_its_image_processor(cfg, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "gpt2", "t5", "llama", "gemma", "modernbert"])
 @pytest.mark.parametrize("kept", [("config.json",), ("config.json", "tokenizer_config.json")])
 def test_a_folder_without_a_tokenizer_is_refused(copy, family, kept):
-    """B2: transformers would make one up of a few special tokens."""
+    """B2: transformers would make a tokenizer of a few special tokens."""
     folder = copy(family)
     for file in folder.iterdir():
         if file.name not in (*kept, "model.safetensors"):
@@ -455,7 +455,7 @@ def test_an_image_processor_of_another_size_is_refused(copy):
     ],
     ids=str,
 )
-def test_an_image_processor_that_cannot_be_right_is_refused(copy, entries, words):
+def test_impossible_settings_of_an_image_processor_are_refused(copy, entries, words):
     folder = copy("vit")
     edit(folder / "preprocessor_config.json", **entries)
     task = get_task(OmegaConf.load(Path(__file__).parents[2] / "conf/task/digits.yaml"))
@@ -472,7 +472,7 @@ def matched(folder: Path, task: Any = None) -> Any:
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_tokenizer_larger_than_the_embedding_is_refused(copy, special):
-    """C: an IndexError in the first step that meets one of the new tokens."""
+    """C: the first step with one of the new tokens raised an IndexError."""
     folder = copy()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<new{i}>" for i in range(120)], special_tokens=special)
@@ -494,7 +494,7 @@ def test_a_tokenizer_that_fails_at_its_first_text_is_refused(copy):
         matched(folder)
 
 
-def test_a_config_whose_entries_do_not_go_together_is_refused(copy):
+def test_a_config_with_contradictory_entries_is_refused(copy):
     folder = copy("deberta-v2")
     edit(folder / "config.json", pooler_hidden_size=24)
     with pytest.raises(UserError, match=r"cannot be called, as its config\.json describes it"):
@@ -525,7 +525,7 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused(copy):
 
 
 def test_roberta_without_its_padding_token_is_refused(copy):
-    """It counts positions by it: with another one in the configuration, the exported model would count anew."""
+    """RoBERTa counts positions by this token. With another one, the exported model would have other positions."""
     folder = copy("roberta")
     edit(folder / "tokenizer_config.json", pad_token=None)
     with pytest.raises(UserError, match='counts positions by padding token 0: set "pad_token": "<pad>"'):
@@ -583,7 +583,7 @@ def test_predictions_of_the_embedded_llama_without_its_padding_token(copy, cfg, 
     ],
 )
 def test_inputs_longer_than_the_backbone_reads_are_refused(cfg, made, tmp_path, family, changes, most):
-    """C: also where the tokenizer does not say how long a text may be; before any weight is loaded, and after."""
+    """C: also if the tokenizer has no maximum length; both before any weight is loaded, and after."""
     folder = made(family, **changes)
     composed = [f"model.path={folder}", "model=hf", "task=paraphrase", "method=head_only"]
     if family == "t5":
@@ -612,7 +612,7 @@ EVIL = "import pathlib; pathlib.Path(__file__).with_name('was-run').touch()\n"
 
 
 def with_code(folder: Path, **entries: Any) -> Path:
-    """A model that says its classes are in files beside it, which leave a trace when they are imported."""
+    """A model whose config names classes in files beside it. Importing these files leaves a trace."""
     source = EVIL + (
         "from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast\n"
         "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
@@ -627,7 +627,7 @@ def with_code(folder: Path, **entries: Any) -> Path:
 
 @pytest.fixture
 def no_questions(monkeypatch, tmp_path):
-    """Nothing is asked; the folder where transformers copies foreign code is looked at."""
+    """Fails the test if transformers asks a question, or if code that came with a model was run."""
     from transformers import dynamic_module_utils
 
     def ask(*_: Any) -> str:
@@ -688,7 +688,7 @@ def test_trusted_code_is_run(copy, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("value", ["evil/kernel", "flash|evil/kernel@main:run", {"": "evil/kernel"}])
-def test_programs_that_a_config_would_fetch_are_refused(copy, key, value):
+def test_a_config_that_names_code_to_fetch_is_refused(copy, key, value):
     """A4"""
     folder = copy()
     edit(folder / "config.json", **{key: value})
@@ -698,7 +698,7 @@ def test_programs_that_a_config_would_fetch_are_refused(copy, key, value):
 
 
 def test_a_run_folder_cannot_allow_code(cfg, copy, no_questions, tmp_path):
-    """Only the command line can: the folder may come from somebody else."""
+    """Only the command line can allow it, because the folder may come from another person."""
     from diffora.run.evaluate import read_request
 
     (tmp_path / "run" / "adapter").mkdir(parents=True)

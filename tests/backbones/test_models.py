@@ -40,7 +40,7 @@ def test_a_pretrained_pooler_is_backbone_and_a_fresh_one_is_head(tmp_path):
     assert trained(untrained.model) == set()
 
 
-def test_weights_are_float32_whatever_the_file_holds(tmp_path):
+def test_weights_are_float32_for_any_dtype_of_the_file(tmp_path):
     cfg = bert(tmp_path, True)
     from transformers import BertModel
 
@@ -67,7 +67,7 @@ def test_counts_count_shared_parameters_once(deberta):
 
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such", "a/b/c", "~/nothing-there"])
-def test_a_path_that_is_no_folder_is_refused(path):
+def test_a_path_that_is_not_a_folder_is_refused(path):
     with pytest.raises(UserError, match="is not a folder"):
         resolve(path)
 

@@ -1,4 +1,4 @@
-"""Frozen weights in half precision or quantised, and activations computed twice: what is trained stays the same."""
+"""Half precision, quantised weights and gradient checkpointing do not change how the adapters are trained."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def dialogue(cfg, *overrides):
 
 
 def adapted(composed, task):
-    """The embedded Llama with adapters of which no part is zero."""
+    """The embedded Llama with adapters whose parameters are all nonzero."""
     torch.manual_seed(0)
     model = load_backbone(composed.model, task.model_request()).model
     grid = find_grid(model)
@@ -65,7 +65,7 @@ def gradients(model, task) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_equal_where_activations_are_computed_twice(cfg, dtype):
+def test_checkpointing_gives_equal_gradients(cfg, dtype):
     composed, task = dialogue(cfg, f"model.dtype={dtype}")
     model = adapted(composed, task)
     gradients(model, task)  # the layers see here which of them read the same
@@ -74,7 +74,7 @@ def test_gradients_are_equal_where_activations_are_computed_twice(cfg, dtype):
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         twice = gradients(model, task)
-    assert saved  # the hooks of checkpointing are inside, so that what it does not keep is not seen here
+    assert saved  # the hooks of checkpointing are inner ones: tensors that it does not keep do not come here
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name
 
@@ -138,7 +138,7 @@ def bnb():
 
 
 def test_gradients_pass_a_quantised_backbone(cfg, bnb):
-    """As they pass one whose weights are what the quantised ones stand for; after an evaluation, too."""
+    """Gradients equal those with the dequantised weights, also after an evaluation."""
     composed, task = dialogue(cfg, "model.quantise=4bit")
     model = adapted(composed, task)
     task.check(model)  # in evaluation mode

@@ -1,4 +1,4 @@
-"""The shipped `tiny` backbone: loads offline, small, DeBERTa-v2-shaped, and it has learned the grammar."""
+"""The shipped `tiny` backbone loads offline, is a small DeBERTa-v2, and has learned the grammar."""
 
 import json
 
@@ -90,7 +90,7 @@ def _hidden(encoder, tokenizer, pairs: list[tuple[str, str]]) -> torch.Tensor:
 
 
 def _knows_the_agent(encoder, tokenizer) -> float:
-    """How often the masked agent of a passive restatement looks like the right person, by hidden states alone.
+    """How often the masked agent of a passive sentence is most similar to the right person, by hidden states.
 
     All the second sentences are "the [MASK] was helped by the [MASK]". The last mask stands for A after "A helped P"
     and after "P was helped by A", and for P after "P helped A", whose people come in the order of the passive sentence.

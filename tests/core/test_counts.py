@@ -25,7 +25,7 @@ def test_lora_counts_of_the_paper():
     assert adapter_parameters([DEBERTA_LAYER] * 12, everything, 8, None) == 1_327_104
 
 
-def test_shared_pairs_count_once_and_only_where_something_is_unselected():
+def test_shared_pairs_count_once_and_only_if_a_module_is_unselected():
     shapes = [[(4, 4), (4, 8)]] * 3
     mask = torch.tensor([[True, False], [True, False], [True, False]])
     assert adapter_parameters(shapes, mask, 3, 2) == 3 * 3 * 8 + 2 * 12
@@ -53,8 +53,8 @@ def test_diffora_count_of_the_paper_lies_between_the_extremes():
     assert low < 350_000 < high and expected_adapter_parameters(shapes, 3, 4, 2) == 359_417
 
 
-def test_the_dearest_selection_leaves_every_shared_pair_it_can():
-    """FFN in and out everywhere and always the same attention module has fewer parameters: that one is not shared."""
+def test_the_largest_selection_keeps_as_many_shared_pairs_as_it_can():
+    """If each layer selects both FFN modules and the same attention module, that module needs no shared pair."""
     shapes = [DEBERTA_LAYER] * 12
     mask = torch.zeros(12, 6, dtype=torch.bool)
     mask[:, 4:] = True
@@ -79,7 +79,7 @@ SHARED = st.sampled_from([None, 1, 3, 20])
 
 @settings(max_examples=25, deadline=None)
 @given(grids(3, 2), st.integers(1, 4), SHARED)
-def test_extremes_are_those_of_all_selections(shapes, rank, shared_rank):
+def test_extremes_equal_those_over_all_selections(shapes, rank, shared_rank):
     counts = [[] for _ in range(7)]
     for mask in masks_of(3, 2):
         counts[int(mask.sum())].append(adapter_parameters(shapes, mask, rank, shared_rank))
@@ -89,7 +89,7 @@ def test_extremes_are_those_of_all_selections(shapes, rank, shared_rank):
 
 @settings(max_examples=25, deadline=None)
 @given(grids(1, 3), st.integers(1, 4), SHARED, st.integers(0, 3))
-def test_extremes_are_exact_for_k_per_layer_where_layers_are_alike(row, rank, shared_rank, k):
+def test_extremes_are_exact_for_k_per_layer_if_layers_are_equal(row, rank, shared_rank, k):
     shapes = row * 3
     counts = [
         adapter_parameters(shapes, mask, rank, shared_rank)
@@ -129,7 +129,7 @@ def test_the_prefix_is_the_largest_within_the_budget(shapes, order, rank, shared
     assert m == (max(fitting) if fitting else None)
 
 
-def test_the_last_module_of_a_type_may_make_a_selection_cheaper():
+def test_selecting_the_last_module_of_a_type_can_reduce_the_parameters():
     shapes = [[(5, 5), (9, 9)]] * 3
     scores = torch.tensor([[0.9, 0.3], [0.8, 0.2], [0.7, 0.1]])
     counts = [adapter_parameters(shapes, discretise_globally(scores, n), 1, 2) for n in range(7)]

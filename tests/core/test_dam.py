@@ -28,7 +28,7 @@ def test_relax_gradient_in_float64():
     assert torch.autograd.gradcheck(relax, gamma)
 
 
-def test_sigmoid_gates_are_independent_and_half_open_at_zero():
+def test_sigmoid_gates_are_independent_and_one_half_at_zero():
     gamma = torch.tensor([[0.0, 2.0, -3.0]], dtype=torch.float64)
     expected = [[1 / (1 + math.exp(-g)) for g in (0.0, 2.0, -3.0)]]
     torch.testing.assert_close(relax(gamma, "sigmoid"), torch.tensor(expected, dtype=torch.float64))
@@ -39,7 +39,7 @@ def test_sigmoid_gates_are_independent_and_half_open_at_zero():
 
 
 @pytest.mark.parametrize("relaxation", list(RELAXATIONS))
-def test_the_neutral_gate_is_that_of_every_module_at_zero(relaxation):
+def test_the_neutral_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
     gates = relax(torch.zeros(3, 5, dtype=torch.float64), relaxation)
     assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] in (0.2, 0.5)
 
@@ -72,7 +72,7 @@ def test_k_is_the_exact_floor(rho, n, k):
     assert modules_per_layer(rho, n) == k
 
 
-def test_floats_would_get_the_floor_wrong():
+def test_floating_point_gives_a_wrong_floor():
     assert math.floor(0.29 * 100) == 28  # what modules_per_layer must not do
 
 
@@ -94,19 +94,19 @@ def test_discretise_is_equation_14_for_distinct_entries():
         assert torch.equal(discretise(gamma_bar, k), gamma_bar >= threshold)
 
 
-def test_ties_give_exactly_k_lowest_columns_and_a_warning():
+def test_ties_select_the_k_lowest_columns_and_give_a_warning():
     with pytest.warns(UserWarning, match=r"do not separate the top 3 modules in layer\(s\) 0, 1"):
         selected = discretise(torch.full((2, 6), 1 / 6), 3)
     assert selected.tolist() == [[True] * 3 + [False] * 3] * 2
 
 
-def test_a_tie_above_the_threshold_is_no_tie():
+def test_a_tie_above_the_threshold_does_not_matter():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert discretise(torch.tensor([[0.4, 0.4, 0.2]]), 2).tolist() == [[True, True, False]]
 
 
-def test_global_takes_the_largest_entries_wherever_they_are():
+def test_global_scope_takes_the_largest_entries_of_all_layers():
     scores = torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.6, 0.7]])
     assert discretise_globally(scores, 3).tolist() == [[False] * 3, [True] * 3]
     assert discretise_globally(scores, 4).tolist() == [[False, True, False], [True] * 3]
@@ -114,7 +114,7 @@ def test_global_takes_the_largest_entries_wherever_they_are():
 
 @pytest.mark.filterwarnings("ignore:the scores do not separate")
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(0, 12))
-def test_global_selects_exactly_m_also_with_ties(values, m):
+def test_global_scope_selects_exactly_m_even_with_ties(values, m):
     scores = torch.tensor(values, dtype=torch.float64).view(3, 4)
     selected = discretise_globally(scores, m)
     assert selected.sum() == m

@@ -57,7 +57,7 @@ def test_all_problems_come_at_once():
     assert "k is missing in layer(s) 1" in str(error.value) and "nope" in str(error.value)
 
 
-def test_what_is_not_linear_is_refused():
+def test_modules_that_are_not_linear_are_refused():
     block = Block("q")
     block.norm = nn.LayerNorm(3)
     with pytest.raises(UserError, match=r"encoder.layer.0.norm is a LayerNorm"):
@@ -76,7 +76,7 @@ def test_some_layers_can_be_named_by_their_numbers():
     assert find_grid(net, "encoder.layer.[3]", ["q", "k"]).names == (("encoder.layer.3.q", "encoder.layer.3.k"),)
 
 
-def test_two_stacks_are_told_apart_by_their_path():
+def test_two_stacks_are_distinguished_by_their_path():
     both = nn.ModuleDict({"a": model(Block("q")), "b": model(Block("q"))})
     with pytest.raises(UserError, match=r"matches both a\.encoder"):
         find_grid(both, "encoder.layer.*", ["q"])
@@ -129,7 +129,7 @@ def message(net: nn.Module, **given) -> str:
     return str(error.value)
 
 
-def test_the_layers_are_found_and_nothing_around_them():
+def test_only_the_layers_are_found_not_the_modules_around_them():
     net = holding(
         embed=nn.Linear(4, 4), layers=stack(*[["attn.q", "mlp.up"]] * 12), pooler=nn.Linear(4, 4),
         head=nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), proj2=stack(["q"])[0],
@@ -139,14 +139,14 @@ def test_the_layers_are_found_and_nothing_around_them():
     assert grid.names[10] == ("layers.10.attn.q", "layers.10.mlp.up") and grid.layers[11] == "layers.11"
 
 
-def test_numbered_names_are_layers_as_members_of_a_list_are():
+def test_modules_with_numbered_names_count_as_layers():
     layers = stack(*[["q"]] * 3)
     grid = find_grid(holding(encoder=holding(**{f"block_{i + 1}": layer for i, layer in enumerate(layers)})))
     assert [row[0] for row in grid.names] == [f"encoder.block_{i}.q" for i in (1, 2, 3)]
     assert find_grid(holding(layers=stack(["q"]))).n_layers == 1
 
 
-def test_what_is_given_narrows_down_what_is_found():
+def test_given_patterns_restrict_the_grid():
     net = holding(text=stack(["q", "k"], ["q", "k"]), image=stack(["q", "v"], ["q", "v"]))
     assert find_grid(net, layer="image.*").types == ("q", "v")
     assert find_grid(net, candidates=["k"]).names == (("text.0.k",), ("text.1.k",))
@@ -166,7 +166,7 @@ def test_messages_name_arguments_with_the_prefix_that_is_given():
             find_grid(net, "a", prefix=prefix)
 
 
-def test_of_several_stacks_the_user_chooses_unless_one_is_nearly_everything():
+def test_with_several_stacks_the_user_chooses_unless_one_is_much_larger():
     text, image = stack(*[["q", "k"]] * 3), stack(*[["q"]] * 2)
     said = message(holding(towers=holding(text=holding(layers=text), image=holding(layers=image))))
     assert "has 2 stacks of layers" in said
@@ -177,7 +177,7 @@ def test_of_several_stacks_the_user_chooses_unless_one_is_nearly_everything():
     assert find_grid(holding(text=stack(*[["q", "k"]] * 10), image=image)).n_layers == 10
 
 
-def test_layers_that_differ_are_told_with_the_choices_there_are():
+def test_layers_that_differ_are_named_with_the_possible_choices():
     net = holding(layers=stack(["mamba.proj", "ffn.up"], ["attn.q", "ffn.up"], ["mamba.proj", "ffn.up"]))
     said = message(net)
     assert "the layers of layers.* differ: layers.0 has mamba.proj" in said
@@ -188,7 +188,7 @@ def test_layers_that_differ_are_told_with_the_choices_there_are():
     assert "layers.*.attn.q is missing in layer(s) 0, 2" in message(net, candidates=["ffn.up", "attn.q"])
 
 
-def test_blocks_within_stages_are_named_one_stage_at_a_time():
+def test_blocks_inside_stages_are_listed_for_each_stage():
     def stage(n: int) -> nn.Module:
         return holding(blocks=stack(*[["attn.q", "mlp.up"]] * n))
 
@@ -203,25 +203,25 @@ def test_blocks_within_stages_are_named_one_stage_at_a_time():
 
 
 @pytest.mark.parametrize("as_parameters", [False, True])
-def test_experts_and_their_router_are_not_candidates_by_themselves(as_parameters):
+def test_experts_and_their_router_are_not_candidates_by_default(as_parameters):
     layers = stack(*[["attn.q", "moe.gate", "moe.shared.up"]] * 2, sizes={"gate": (4, 3)})
     for layer in layers:
         if as_parameters:
             layer.moe.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(3, 4, 4))})
         else:
             layer.moe.experts = stack(*[["up"]] * 3)
-        layer.conv = nn.Conv1d(4, 4, 3)  # three dimensions too, and nothing out of the ordinary
+        layer.conv = nn.Conv1d(4, 4, 3)  # has three dimensions too, but is an ordinary module
     said = message(holding(layers=layers))
     assert ("weights outside linear modules: moe.experts.up" if as_parameters else "repeat moe.experts.*") in said
     assert "conv" not in said
     assert "'model.candidates=[attn.q,moe.shared.up]' (2 layers)" in said
-    assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # for who wants it
+    assert find_grid(holding(layers=layers), candidates=["attn.q", "moe.gate"]).n_types == 2  # possible if named
 
 
-def test_what_is_left_out_of_the_layers_is_named(caplog):
-    """B15: attention was left out without a word, since `nn.MultiheadAttention` calls no linear layers."""
+def test_weights_left_out_of_the_grid_are_named(caplog):
+    """B15: attention was left out without a message, because `nn.MultiheadAttention` calls no linear layers."""
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
-    net.layers[1].norm1.extra = nn.Embedding(3, 4)  # which is no matrix to multiply with
+    net.layers[1].norm1.extra = nn.Embedding(3, 4)  # an embedding is not a matrix to multiply with
     grid = find_grid(net)
     assert grid.types == ("linear1", "linear2")
     assert grid.left_out == ("layers.*.self_attn.in_proj_weight", "layers.*.self_attn.out_proj.weight")
@@ -231,7 +231,7 @@ def test_what_is_left_out_of_the_layers_is_named(caplog):
     assert find_grid(net, candidates=["linear1"]).left_out == grid.left_out and not caplog.messages  # as asked for
 
 
-def test_matrices_of_any_kind_and_small_stacks_beside_the_large_one_are_named(caplog):
+def test_other_matrices_and_small_stacks_left_out_of_the_grid_are_named(caplog):
     text, image = stack(*[["q"]] * 20), stack(["q"])
     for i, layer in enumerate(text):
         layer.table, layer.scale = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(1, 1, 5))
@@ -269,7 +269,7 @@ def test_a_model_without_layers_says_so():
 
 # --- by name ---
 
-# What each family calls its modules, and what they are; "" where the name does not tell.
+# The module names of each family with their roles; "" if the name does not show the role.
 FAMILIES = {
     "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense "
     "output.dense",
@@ -298,7 +298,7 @@ def test_parts_and_roles_by_the_names_of_each_family(family):
     assert guess_roles(paths) == roles | ({"key": paths[1], "value": paths[2]} if separate else {})
 
 
-def test_roles_are_guessed_only_where_there_is_no_doubt():
+def test_roles_are_guessed_only_if_they_are_certain():
     decoder = ["self_attn.k_proj", "encoder_attn.k_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
     assert part_of("encoder_attn.k_proj") == part_of("layer.1.EncDecAttention.k") == "cross_key"
     assert guess_roles(decoder) == {"ffn_output": "fc2"}
@@ -306,8 +306,8 @@ def test_roles_are_guessed_only_where_there_is_no_doubt():
         assert part_of(path) is None
 
 
-def test_modules_of_an_adapter_are_no_candidates():
-    """Nor are those of PEFT: A and B would get adapters of their own."""
+def test_modules_of_an_adapter_are_not_candidates():
+    """This includes PEFT's adapters. Otherwise their A and B would get adapters too."""
     from peft import LoraConfig, inject_adapter_in_model
 
     class Layers(nn.Module):

@@ -84,8 +84,8 @@ def test_unrolled_against_finite_differences_of_the_stepped_loss():
 
 
 def test_many_unrolled_steps_approach_the_true_hypergradient():
-    """At the lower level's optimum w*(gamma) = -H^-1 C gamma the implicit gradient has a closed form; one unrolled step
-    from the optimum gives its first term of the Neumann series, and xi = H^-1 would give all of it."""
+    """At the lower level's optimum w*(gamma) = -H^-1 C gamma, the implicit gradient has a closed form. One unrolled
+    step from the optimum gives the first term of its Neumann series; xi = H^-1 would give the whole gradient."""
     _, gamma = leaves()
     train, valid = losses(gamma)
     optimum = (-torch.linalg.solve(H, C @ gamma)).detach().requires_grad_()
@@ -97,8 +97,8 @@ def test_many_unrolled_steps_approach_the_true_hypergradient():
     assert (one_step - implicit).norm() < (first_order(valid([optimum]), gamma) - implicit).norm()
 
 
-def test_a_gates_gradient_is_that_of_b_along_b_and_so_vanishes_with_it():
-    """Gate and B scale one product, g B A x: g dL/dg = <dL/dB, B>. Where B has settled, Gamma is told nothing."""
+def test_a_gates_gradient_is_zero_if_the_gradient_of_b_is_zero():
+    """Gate and B scale the same product g B A x, so g dL/dg = <dL/dB, B>. If B has converged, Gamma has no gradient."""
     torch.manual_seed(2)
     x, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
     a = torch.randn(2, 5, dtype=torch.float64)

@@ -21,7 +21,7 @@ KINDS = ["linear", "conv1d", "packed"]
 
 
 class Packed(nn.Linear):
-    """A quantised layer as the field's libraries make them: a subclass whose weight is packed bytes."""
+    """A quantised layer like those of common libraries: a subclass whose weight is packed bytes."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -82,7 +82,7 @@ def test_gate_gradient_is_the_inner_product_of_update_and_output_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_update_stands_beside_any_kind_of_layer(kind):
+def test_the_update_can_be_added_to_any_kind_of_linear_layer(kind):
     module = layer(kind=kind)
     assert is_linear(module.base) and features(module.base) == (6, 4)
     expected = module.base(X) + 3.0 * X @ A.T @ BT
@@ -111,14 +111,14 @@ def test_a_quantised_weight_is_never_read():
         with pytest.raises(UserError, match="the weight of a Packed is quantised"):
             touch()
     assert not module.merged
-    scaled = nn.Linear(4, 4)  # float8 has its scale beside the weight
+    scaled = nn.Linear(4, 4)  # float8 weights have a separate scale
     scaled.weight = nn.Parameter(scaled.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(UserError, match="quantised"):
         weight_of(scaled)
 
 
-def test_what_is_linear():
-    attention = nn.MultiheadAttention(4, 2)  # whose projection is never called: an update beside it would do nothing
+def test_is_linear():
+    attention = nn.MultiheadAttention(4, 2)  # its projection is never called, so an update would have no effect
     others = [attention, attention.out_proj, nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2), nn.Embedding(3, 4), nn.ReLU()]
     assert not any(map(is_linear, others))
     torch.testing.assert_close(weight_of(base_of("conv1d")), base_of("conv1d").weight.T)
@@ -167,7 +167,7 @@ def test_under_autocast_the_update_has_its_precision(kind, gate, stored):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_no_derivative(kind):
-    """First and second ones, at a gate that the first backward pass has long forgotten."""
+    """First and second derivatives, for a gate whose graph the first backward pass has freed."""
     gate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def derivatives(run):
@@ -219,7 +219,7 @@ def test_a_hook_on_the_base_layer_still_runs(kind):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_what_of_the_base_layer_requires_a_gradient_gets_it(name):
+def test_trainable_parameters_of_the_base_layer_get_gradients(name):
     module = layer()
     parameter = getattr(module.base, name).requires_grad_()
     found = torch.autograd.grad(module(X).square().sum(), parameter)
@@ -228,7 +228,7 @@ def test_what_of_the_base_layer_requires_a_gradient_gets_it(name):
 
 
 class Quantised(torch.Tensor):
-    """A weight of a class of its own, as torchao's are: only `linear` knows what it stands for, twice its entries."""
+    """A weight of a special class, as in torchao. Its true values are twice its entries; only `linear` uses them."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -250,8 +250,8 @@ def test_a_weight_that_becomes_quantised_is_not_read(tokens):
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (y, expected)))
 
 
-def test_weights_that_are_no_parameters():
-    """As in replicas of `nn.DataParallel`, and under pruning and parametrisation."""
+def test_weights_that_are_not_parameters():
+    """This is so in replicas of `nn.DataParallel`, and with pruning and parametrisation."""
     module = layer()
     expected = module(X)
     replica, replica.base = module._replicate_for_data_parallel(), module.base._replicate_for_data_parallel()
@@ -272,7 +272,7 @@ def test_weights_that_are_no_parameters():
     torch.testing.assert_close(module(X), expected)
 
 
-def test_masks_do_not_go_with_a_gate():
+def test_masks_cannot_be_combined_with_a_gate():
     module = layer()
     module.gate, module.rows = torch.tensor(0.3), (torch.tensor([1]), torch.tensor([0]))
     with pytest.raises(AssertionError, match="masks"):
@@ -311,15 +311,15 @@ def test_attach_shares_one_pair_per_type_among_the_unselected():
     assert trainable == 3 * (3 * 8) + 2 * (1 * 8)
 
 
-def test_attach_without_sharing_leaves_the_unselected_alone():
+def test_attach_without_sharing_does_not_change_unselected_modules():
     net = Net()
     layers = attach(net, NAMES, MASK, rank=3, shared_rank=None, alpha=6)
     assert layers[0][1] is None and isinstance(net.get_submodule("layers.0.f"), nn.Linear)
     assert [name for name, _ in lowrank_layers(net)] == ["layers.0.q", "layers.2.q", "layers.2.f"]
 
 
-def test_attach_freezes_the_rest_and_nothing_that_was_attached_before():
-    """B16: of a fresh model everything stayed trainable."""
+def test_attach_freezes_the_rest_but_not_earlier_adapters():
+    """B16: all weights of a new model stayed trainable."""
     net, other = Net(), Net()
     both = nn.ModuleDict({"net": net, "other": other, "head": nn.Linear(4, 2)})
     first = attach(both, [[f"net.{name}" for name in row] for row in NAMES], MASK, 3, None, 6)
@@ -334,14 +334,14 @@ def test_attach_freezes_the_rest_and_nothing_that_was_attached_before():
     assert not any(p.requires_grad for p in both.parameters())
 
 
-def test_attach_leaves_the_rest_as_it_is_when_told_to():
+def test_attach_with_freeze_false_does_not_freeze_the_rest():
     net = Net()
     attach(net, NAMES, MASK, 3, None, 6, freeze=False)
     trained = {name for name, p in net.named_parameters() if p.requires_grad and "lora" not in name}
     assert trained == {f"layers.{i}.{n}.{p}" for i, n in ((0, "f"), (1, "q"), (1, "f")) for p in ("weight", "bias")}
 
 
-def test_a_module_in_two_places_is_adapted_in_both_and_taken_out_of_both():
+def test_a_module_in_two_places_is_adapted_and_detached_in_both():
     net = Net()
     net.layers[1]["q"] = net.layers[0]["q"]
     x, before = torch.randn(2, 4), [name for name, _ in net.named_parameters(remove_duplicate=False)]
@@ -367,7 +367,7 @@ def test_a_module_in_two_places_is_adapted_in_both_and_taken_out_of_both():
         (["layers.0.q", "layers.1.f.base"], ["layers.1.f.base has a low-rank layer already"]),
     ],
 )
-def test_what_cannot_be_adapted_is_named_and_nothing_is_changed(names, problems):
+def test_modules_that_cannot_be_adapted_are_named_and_the_model_is_unchanged(names, problems):
     net = Net()
     net.layers[2]["q"] = net.layers[0]["q"]
     attach(net, [["layers.1.f"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, freeze=False)
@@ -417,8 +417,8 @@ def test_gradients_of_a_shared_pair_add_up_over_layers():
     assert torch.autograd.gradcheck(function, shared.detach().clone().requires_grad_())
 
 
-def test_low_rank_layers_are_in_the_mode_of_what_they_replace():
-    """A model from `from_pretrained` is in eval mode: dropout on the adapters would make its predictions random."""
+def test_low_rank_layers_keep_the_mode_of_the_replaced_layer():
+    """A model from `from_pretrained` is in eval mode. With dropout on the adapters, its predictions would be random."""
     for training in (False, True):
         model = nn.Sequential(nn.Linear(4, 4)).train(training)
         attach(model, [["0"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, dropout=0.5)
@@ -441,7 +441,7 @@ def test_low_rank_layers_are_in_the_mode_of_what_they_replace():
         ({"dropout": 1.0}, "dropout=1.0 must be"),
     ],
 )
-def test_attach_refuses_what_no_update_can_have(changes, message):
+def test_attach_refuses_impossible_ranks_and_scales(changes, message):
     model = nn.Sequential(nn.Linear(4, 4))
     settings = {"selected": torch.ones(1, 1, dtype=torch.bool), "rank": 2, "shared_rank": None, "alpha": 4} | changes
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""GM-LoRA: the index sets, and a layer that computes only the gradients that they name."""
+"""GM-LoRA: the index sets, and a layer that computes gradients only for the entries in these sets."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def test_sets_are_distinct_sorted_and_of_the_size_asked_for(count, sizes, indepe
             assert len(rows) == size and rows.tolist() == sorted(set(rows.tolist())) and 0 <= rows[0] <= rows[-1] < rank
 
 
-def test_a_rank_of_one_is_never_masked_away():
+def test_a_rank_of_one_is_never_masked():
     assert [rows.tolist() for rows in draw_rows([1], "half", False, 3)[0]] == [[0], [0]]
 
 
-def test_draws_depend_on_where_and_on_nothing_else():
+def test_draws_depend_on_seed_and_step_only():
     def draw(*where):
         return [rows.tolist() for pair in draw_rows([16] * 3, 5, True, *where) for rows in pair]
 
@@ -39,7 +39,7 @@ def test_same_sets_unless_independent():
     assert any(not torch.equal(a, b) for a, b in draw_rows([16] * 10, 5, True, 0))
 
 
-def test_every_direction_is_as_likely():
+def test_all_directions_are_equally_likely():
     counts = torch.zeros(8)
     for step in range(4000):
         counts[draw_rows([8], 2, False, 0, step)[0][0]] += 1
@@ -61,7 +61,7 @@ def layer(x, weight, bias, lora_a, lora_bt, rows=None, dropout=0.0):
 
 
 @pytest.mark.parametrize("x_needs_grad", [True, False])
-def test_the_gradient_is_the_masked_one_and_the_output_the_same(x_needs_grad):
+def test_masking_changes_the_gradient_and_not_the_output(x_needs_grad):
     x, weight, bias, lora_a, lora_bt = tensors()
     x.requires_grad_(x_needs_grad)
     inputs = [t for t in (x, lora_a, lora_bt) if t.requires_grad]
@@ -81,7 +81,7 @@ def test_the_gradient_is_the_masked_one_and_the_output_the_same(x_needs_grad):
 
 
 def test_masked_gradients_are_not_computed():
-    """Of A and B's weight gradients, 2 n r (in + out) operations, the masked share disappears."""
+    """The weight gradients of A and B take 2 n r (in + out) operations. The masked share of them is saved."""
     n, rank, size, count = 64, 32, 128, 8
     x, weight = torch.randn(n, size, requires_grad=True), torch.randn(size, size)
     lora_a, lora_bt = (torch.randn(rank, size, requires_grad=True) for _ in range(2))

@@ -38,7 +38,7 @@ def test_gradient_against_finite_differences(form):
 
 
 @pytest.mark.parametrize("form", ["squared", "mean_norm"])
-def test_masked_rows_get_no_gradient_and_the_others_the_whole_one(form):
+def test_masked_rows_get_no_gradient_and_the_others_get_all_of_it(form):
     rows = [torch.tensor(r) for r in ([1], [0, 2], [0], [2])]
     masked, whole = ([m.clone().requires_grad_() for m in MATRICES] for _ in range(2))
     value = orthogonality(masked, form, rows)
@@ -52,7 +52,7 @@ def test_masked_rows_get_no_gradient_and_the_others_the_whole_one(form):
         assert a.grad[dead].abs().max() == 0 and a.grad[live].abs().max() > 0
 
 
-def test_orthonormal_rows_cost_nothing_and_have_a_finite_gradient():
+def test_orthonormal_rows_have_loss_zero_and_a_finite_gradient():
     q = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64, generator=G))[0].T.contiguous().requires_grad_()
     for form in ("squared", "mean_norm"):
         value = orthogonality([q], form)
@@ -81,15 +81,15 @@ def test_measures_are_those_of_the_whole_matrix(rank, deficient):
     assert orthogonality_loss(values, 20) == pytest.approx(expected, rel=1e-8)
 
 
-def test_no_update_has_rank_0_and_is_as_far_from_orthogonal_as_nothing():
+def test_a_zero_update_has_rank_0_and_the_orthogonality_loss_of_zero():
     values = singular_values(torch.randn(3, 30), torch.zeros(3, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
     values = singular_values(torch.zeros(0, 30), torch.zeros(0, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
 
 
-def test_mixed_precision_does_not_reach_it():
-    """Rows of norm 1.0015: their excess is below what bfloat16 can tell from 1."""
+def test_autocast_does_not_change_the_regulariser():
+    """The rows have norm 1.0015, which bfloat16 rounds to 1."""
     q = torch.linalg.qr(torch.randn(64, 8, generator=G))[0].T * 1.0015
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = orthogonality([q])

@@ -22,7 +22,7 @@ def selection(grid):
     return Selection.from_mask(grid, mask, method="diffora", k=3, rho=0.5, seed=7, gamma_bar=gamma_bar, split_hash="x")
 
 
-def test_saved_and_loaded_is_the_same(selection, tmp_path):
+def test_a_saved_selection_loads_unchanged(selection, tmp_path):
     selection.save(tmp_path / "s.json")
     assert Selection.load(tmp_path / "s.json") == selection
 
@@ -43,7 +43,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', ""])
-def test_what_is_no_selection_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_selection_is_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(UserError, match=r"s\.json"):
         Selection.load(tmp_path / "s.json")
@@ -92,7 +92,7 @@ def test_a_file_without_the_optional_keys_loads(selection, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, "4", True])
-def test_a_rank_that_is_none_is_refused(selection, tmp_path, rank):
+def test_an_invalid_rank_is_refused(selection, tmp_path, rank):
     selection.save(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps(content | {"rank": rank}))

@@ -1,4 +1,4 @@
-"""B15: who reads the weight of an adapted layer instead of calling the layer gets the update as well."""
+"""B15: code that reads the weight of an adapted layer, instead of calling the layer, also gets the update."""
 
 import copy
 
@@ -35,9 +35,9 @@ def encoder(**settings) -> nn.TransformerEncoder:
 
 @pytest.mark.parametrize("settings", [{}, {"norm_first": True}, {"activation": "gelu"}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # torch, about its own fast path
-def test_torchs_fused_encoder_does_not_leave_the_update_out(settings, mask):
-    """B15: it crashed for want of a bias; the fused kernel would have taken the frozen weights alone."""
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # torch's warning about its own fast path
+def test_torchs_fused_encoder_includes_the_update(settings, mask):
+    """B15: it crashed because of a missing bias. With a bias, the fused kernel would use only the frozen weights."""
     plain = encoder(**settings)
     model = filled(copy.deepcopy(plain), find_grid(plain).names)
     real = slice(None) if mask is None else ~mask
@@ -49,7 +49,7 @@ def test_torchs_fused_encoder_does_not_leave_the_update_out(settings, mask):
     assert (plain(X, src_key_padding_mask=mask)[real] - expected).abs().max() > 0.1
 
 
-def test_a_bottleneck_is_not_left_out_either():
+def test_torchs_fused_encoder_includes_a_bottleneck():
     model = encoder()
     for layer in model.layers:
         layer.linear2 = BottleneckLinear(layer.linear2, 3, std=0.5)
@@ -61,7 +61,7 @@ def test_a_bottleneck_is_not_left_out_either():
 
 
 class Reads(nn.Module):
-    """Does not call its linear layer."""
+    """A module that reads the weight of its linear layer and does not call the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Reads(nn.Module):
         return F.linear(x, self.lin.weight, self.lin.bias)
 
 
-def test_reading_the_weight_gives_values_and_gradients_of_the_whole():
+def test_reading_the_weight_includes_the_update_and_its_gradients():
     model = filled(Reads(), [["lin"]])
     called = model.lin(X)
     torch.testing.assert_close(model(X), called)
@@ -88,7 +88,7 @@ def test_reading_the_weight_gives_values_and_gradients_of_the_whole():
     torch.testing.assert_close(model(X), called)
 
 
-def test_looking_at_the_dtype_costs_no_product(monkeypatch):
+def test_reading_dtype_or_shape_computes_no_product(monkeypatch):
     model = filled(Reads(), [["lin"]])
     monkeypatch.setattr(model.lin, "_whole_weight", lambda: pytest.fail("it was computed"))
     weight = model.lin.weight
@@ -96,8 +96,8 @@ def test_looking_at_the_dtype_costs_no_product(monkeypatch):
     assert weight.size(0) == 3 and weight.numel() == 48 and weight.is_floating_point() and not weight.is_meta
 
 
-def test_the_output_projection_of_attention_is_read_whole():
-    """`nn.MultiheadAttention` hands it to a function: it is no candidate, but who puts a layer there is not misled."""
+def test_the_output_projection_of_attention_includes_the_update():
+    """`nn.MultiheadAttention` passes its weight to a function, so it is not a candidate. Here it is replaced."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(16, 4, batch_first=True)
     with pytest.raises(UserError, match="out_proj is a NonDynamicallyQuantizableLinear, not a linear layer"):
@@ -113,7 +113,7 @@ def test_the_output_projection_of_attention_is_read_whole():
     assert update.abs().max() > 0.05
 
 
-def test_a_weight_that_is_computed_is_read_whole_and_not_merged_into():
+def test_a_parametrised_weight_includes_the_update_and_cannot_be_merged():
     model = Reads()
     parametrize.register_parametrization(model.lin, "weight", nn.Tanh())
     filled(model, [["lin"]])
@@ -142,7 +142,7 @@ def test_masks_and_the_simultaneous_search_refuse_a_model_that_reads_weights():
         assert model.lin.weight.dtype == torch.float32  # looking is allowed
 
 
-def test_compiled_models_read_it_whole():
+def test_compiled_models_include_the_update():
     model = filled(Reads(), [["lin"]])
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(X), model.lin(X))

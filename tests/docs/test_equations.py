@@ -26,7 +26,7 @@ def found(module: str, name: str) -> list[object]:
 def names(text: str, reference: str) -> bool:
     """Whether a docstring names an equation, also inside a list or a range: eqs. 8, 9 or eqs. 10 to 13.
 
-    A letter of the other paper in front of it is no match; where there is no letter, the text is about one paper.
+    The letter of the other paper in front of it is not a match. Text without letters is about one paper.
     """
     paper, _, rest = reference.partition(" ")
     kind, *numbers = re.findall(r"eq|Algorithm|Theorem|Table|Figure|\d+", rest)
@@ -82,5 +82,5 @@ def test_tables_and_figures_are_experiments_of_that_title():
         ("eq. 10", "[D] eq. 10", True),
     ],
 )
-def test_what_counts_as_naming_an_equation(text, reference, expected):
+def test_names_an_equation(text, reference, expected):
     assert names(text, reference) is expected

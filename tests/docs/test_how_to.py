@@ -1,4 +1,4 @@
-"""Each how-to page works as printed, outside the repository: its files are written and its commands are run."""
+"""Each how-to page works as printed, outside the repository. The tests write its files and run its commands."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def files_of(page: str) -> dict[str, str]:
 
 
 def scripts_of(page: str) -> list[str]:
-    """The blocks of commands of a page, without those that say that they are not run."""
+    """The blocks of commands of a page, without those marked as not run."""
     blocks = COMMANDS.findall((HOW_TO / f"{page}.md").read_text())
     return [block for block in blocks if not block.startswith(NOT_RUN)]
 
@@ -36,7 +36,7 @@ def follow(page: str, folder: Path) -> str:
     environment = os.environ | {"DIFFORA": str(REPO), "PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
     printed = ""
     for script in scripts_of(page):
-        # A page sets PYTHONPATH=. itself where it is needed; what the test run needs there stays.
+        # A page sets PYTHONPATH=. where it needs it. The entries that the test run needs are kept.
         script = script.replace("PYTHONPATH=. ", "PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} ")
         done = subprocess.run(
             ["bash", "-e", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -54,7 +54,7 @@ def record_of(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("page", ["own-data", "own-model", "own-method", "own-task", "own-selector"])
-def test_a_page_has_commands_and_says_how_much_there_is_to_write(page):
+def test_a_page_has_commands_and_says_how_much_to_write(page):
     assert scripts_of(page)
     if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):
         counted = {name: text for name, text in files_of(page).items() if not name.endswith((".csv", "make_model.py"))}

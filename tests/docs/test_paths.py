@@ -8,7 +8,7 @@ FOLDERS = ("benchmarks", "conf", "docs", "notebooks", "scripts", "src", "tests")
 KINDS = (".py", ".yaml", ".toml", ".md", ".ipynb", ".jinja")
 
 
-def test_pages_that_are_mentioned_anywhere_exist():
+def test_mentioned_pages_exist():
     files = [file for folder in FOLDERS for file in (REPO / folder).rglob("*")]
     files = [file for file in files if "_build" not in file.parts and file.suffix in KINDS]
     files += [file for file in REPO.iterdir() if file.is_file() and (file.suffix in KINDS or file.name == "Makefile")]

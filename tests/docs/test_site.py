@@ -51,7 +51,7 @@ def test_pages_that_the_site_copies_are_not_committed(conf):
         (">>> a * b\n'*'\n\nc * d", ">>> a * b\n'*'\n\nc \\* d"),
     ],
 )
-def test_mathematics_in_docstrings_is_no_markup(conf, text, expected):
+def test_mathematics_in_docstrings_is_not_markup(conf, text, expected):
     lines = text.split("\n")
     conf.plain_docstring(None, "function", "f", None, None, lines)
     assert "\n".join(lines) == expected

@@ -1,4 +1,4 @@
-"""The Python code of docs/start/library.md and docs/how-to/adapters.md runs, on a short run in place of a long one."""
+"""The Python code of docs/start/library.md and docs/how-to/adapters.md works. Its run is shortened for the test."""
 
 import re
 
@@ -18,7 +18,7 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
 
-def test_the_first_block_of_the_page_is_that_of_the_readme():
+def test_the_first_block_of_the_page_is_the_readmes():
     """tests/e2e/test_readme.py runs it."""
     assert blocks(LIBRARY)[0] in (REPO / "README.md").read_text()
 
@@ -36,7 +36,7 @@ def test_a_plain_model_gets_its_adapters():
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What the block about a whole run leaves: its names, among them ``result``."""
+    """The names that the block about a whole run defines, such as ``result``."""
     [block] = [block for block in blocks(LIBRARY) if "run(cfg" in block]
     folder = tmp_path_factory.mktemp("library")
     short = ["task.train_rows=64", "task.validation_rows=32", "search.epochs=1", "finetune.epochs=1"]

@@ -33,7 +33,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in err and "rho=7" in err
 
 
-def test_a_sweep_survives_a_failed_job(quick, tmp_path):
+def test_a_failed_run_does_not_stop_a_sweep(quick, tmp_path):
     other = tmp_path / "other.json"  # only the run itself can find this out
     Selection(method="diffora", types=["a"], modules=[["a"]], selected=[["a"]], rho=1.0, seed=0).save(other)
     err = train("-m", *quick, "search.epochs=1", "finetune.epochs=1", f"method.selection={other},null",

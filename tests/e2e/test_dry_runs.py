@@ -52,7 +52,8 @@ def test_dry_run_gives_ranges_for_global_selections_and_budgets(cfg, tmp_path, c
 
     params, out = dry("method.scope=global")
     assert "36 of 72 modules" in out and "K =" not in out
-    # All 24 FFN modules and 12 of the attention, or no FFN module and 36 of the attention, the other 12 of one type.
+    # Most parameters: all 24 FFN modules and 12 attention modules. Fewest: 36 attention modules and no FFN module, if
+    # the 12 other attention modules are of one type.
     assert params["adapter_max"] == 4 * (24 * 3840 + 12 * 1536) + 2 * 4 * 1536
     assert params["adapter_min"] == 4 * 36 * 1536 + 2 * (1536 + 2 * 3840)
     assert params["adapter_min"] < params["adapter"] < params["adapter_max"]
@@ -74,7 +75,7 @@ def test_dry_run_gives_ranges_for_global_selections_and_budgets(cfg, tmp_path, c
         (["method.budget=100"], "method.budget=100 is too small: 7424 parameters are the least"),
     ],
 )
-def test_settings_that_leave_nothing_to_train_are_refused_first(cfg, quick, tmp_path, overrides, words):
+def test_settings_that_leave_nothing_to_train_are_refused_in_a_dry_run(cfg, quick, tmp_path, overrides, words):
     for dry in ("true", "false"):
         with pytest.raises(UserError, match=re.escape(words)):
             run(cfg(*quick, *overrides, f"dry_run={dry}"), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""conf/experiment/: every table composes at both scales, and the papers' figures are those of the papers."""
+"""conf/experiment/: every table composes at both scales, and the papers' numbers in them are right."""
 
 import re
 
@@ -21,12 +21,12 @@ PAPERS = (
 )  # fmt: skip
 
 
-def test_every_table_and_figure_of_the_papers_is_there():
+def test_every_table_and_figure_of_the_papers_has_an_experiment():
     assert set(PAPERS) <= set(TABLES)
 
 
 def settings(scale: str) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """A run for each distinct row and each distinct column of all tables, by the overrides of the row or column."""
+    """One run for each distinct row and each distinct column of all tables, by its overrides."""
     found = {}
     for name in PAPERS:
         table = TABLES[name]
@@ -44,7 +44,7 @@ def settings(scale: str) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
 def test_every_row_and_every_column_is_valid(cfg, scale):
-    """Hydra takes a third of a second for each; all cells together are composed by a sweep before it starts."""
+    """Rows and columns are tested separately: Hydra takes a third of a second for each. A sweep composes all cells."""
     for overrides in dict.fromkeys(settings(scale).values()):
         composed = cfg(*(line for line in overrides if not line.startswith("experiment=")))
         check(composed)
@@ -57,12 +57,12 @@ def test_every_row_and_every_column_is_valid(cfg, scale):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_composes_as_an_experiment(cfg, name):
-    """Its keys are those that the sweeper knows."""
+    """The sweeper accepts all its keys."""
     check(cfg(f"experiment={name}"))
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_figures_of_the_paper_belong_to_columns_and_have_a_number_for_each_metric(name):
+def test_paper_figures_match_a_column_and_have_a_number_for_each_metric(name):
     table = TABLES[name]
     for row in table.rows:
         for column, figure in (row.paper or {}).items():
@@ -75,8 +75,8 @@ def test_figures_of_the_paper_belong_to_columns_and_have_a_number_for_each_metri
         assert set(row.columns) <= set(table.columns["paper"])
 
 
-def test_means_in_the_papers_are_the_means_of_their_columns():
-    """As printed, to two decimals; pairs count once, by their own mean ([D] says no more)."""
+def test_paper_means_equal_the_mean_of_the_columns():
+    """To two decimals, as printed. A pair of metrics counts as its mean; [D] does not say how it counts pairs."""
     off = {}
     for name in ("table1_glue", "table8_roberta"):
         for row in TABLES[name].rows:
@@ -88,7 +88,7 @@ def test_means_in_the_papers_are_the_means_of_their_columns():
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("table")])
-def test_controls_are_rows_of_every_table_that_has_diffora(name):
+def test_every_table_with_diffora_has_control_rows(name):
     methods = [re.search(r"method=(\w+)", " ".join(row.set))[1] for row in TABLES[name].rows]
     assert {"diffora", "random", "lora"} <= set(methods)
     for row in TABLES[name].rows:
@@ -97,8 +97,8 @@ def test_controls_are_rows_of_every_table_that_has_diffora(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_are_like_rows_that_select_with_the_same_settings(name):
-    """The same rank and sharing; the method and the draw's number alone are others."""
+def test_like_names_a_row_with_the_same_selection_settings(name):
+    """Both rows have the same rank and sharing. Only the method and the number of the draw differ."""
     there = {row.name: row for row in TABLES[name].rows}
     for row in TABLES[name].rows:
         if row.like is not None:
@@ -124,7 +124,7 @@ def test_tables_with_claims_to_test_have_five_seeds_in_small():
         assert len(TABLES[name].seeds["small"]) >= 5
 
 
-def test_commands_stand_at_the_head_of_every_file():
+def test_every_file_begins_with_its_commands():
     for name in TABLES:
         assert f"python train.py -m experiment={name}" in (conf_dir() / "experiment" / f"{name}.yaml").read_text()
 

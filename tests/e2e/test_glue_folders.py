@@ -18,7 +18,7 @@ SHORT = [
 
 
 def write(folder, split, n, labels=True, flip=False):
-    """Entailment tells of a poet, neutral of a nurse, contradiction of a robber; ``flip`` makes all labels wrong."""
+    """Rows whose premise shows the label: poet, nurse or robber. With ``flip``, all labels are wrong."""
     label = [i % 3 for i in range(n)]
     columns = {
         "premise": [f"a {('poet', 'nurse', 'robber')[k]} was tired" for k in label],

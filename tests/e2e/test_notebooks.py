@@ -1,4 +1,4 @@
-"""The notebooks run, and are kept with their outputs."""
+"""The notebooks run, and their files have the outputs of a run."""
 
 import re
 
@@ -22,22 +22,22 @@ def test_notebooks_run_from_top_to_bottom(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_kept_with_the_outputs_of_one_run(path):
-    """So that the site and GitHub show them. A cell that was changed after the run has no number any more."""
+def test_notebooks_have_the_outputs_of_one_run(path):
+    """The site and GitHub then show the outputs. A cell that was changed after the run has lost its number."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), HOW
     outputs = [output for cell in cells for output in cell.outputs]
     assert len(outputs) > 2 and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], HOW
 
 
-def test_outputs_are_small_and_name_no_machine():
+def test_outputs_are_small_and_have_no_folders_of_a_machine():
     assert sum(path.stat().st_size for path in NOTEBOOKS) < 1_500_000
     for path in NOTEBOOKS:
         assert not re.search(r"/(home|root|Users|work)/|site-packages|/tmp/tmp", path.read_text()), path
 
 
 def test_imports_of_the_notebooks_exist():
-    """Quick: the notebooks that train are run in the slow tests only."""
+    """A quick check, because the notebooks that train run only in the slow tests."""
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
             for statement in re.findall(r"^from diffora[\w.]* import (?:[^(\n]+|\([^)]*\))", cell.source, re.MULTILINE):

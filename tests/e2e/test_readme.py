@@ -29,17 +29,17 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_compose(cfg, line, tmp_path, monkeypatch):
-    """Paths stand for the reader's own: replaced by folders that are there."""
+    """Paths in the commands are examples, so they are replaced by folders that exist."""
     if "hparams_search=" in line and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("needs the extra optuna")
     (tmp_path / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     for split in ("train", "validation"):
         (tmp_path / split / "a").mkdir(parents=True)
-    find_spec = importlib.util.find_spec  # what is optional is taken as installed
+    find_spec = importlib.util.find_spec  # optional packages count as installed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find_spec(name))
     words = [w for w in shlex.split(line.rstrip("\\")) if ("=" in w or w.startswith("~")) and "…" not in w]
-    # ++ is for the runs of a sweep that have the key (tests/run/test_sweep.py); these launchers need not be installed.
+    # ++ changes only those runs of a sweep that have the key (tests/run/test_sweep.py). The launchers may be missing.
     words = [
         w for w in words if not w.startswith(("--", "hydra.", "++", "hydra/launcher=submitit", "hydra/launcher=ray"))
     ]
@@ -50,7 +50,7 @@ def test_commands_compose(cfg, line, tmp_path, monkeypatch):
         [f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
         for o in parser.parse_overrides(words)
     ]
-    # Every value once, since all combinations take minutes; tasks in turn, for tests/test_recipes.py has them all.
+    # Each value once, because all combinations take minutes. tests/settings/test_recipes.py tests all tasks.
     counts = [len(values) for values in choices if not values[0].startswith(("task=", "seed="))]
     for i in range(max(counts, default=1)):
         composed = cfg(*(values[i % len(values)] for values in choices))
@@ -63,7 +63,7 @@ def test_there_are_commands():
 
 
 def test_library_snippet_runs_as_printed_and_freezes_the_backbone(monkeypatch):
-    """B16, on a small model of the same architecture in place of the one from the hub."""
+    """B16. A small model of the same architecture replaces the one from the hub."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     small = BertForSequenceClassification(BertConfig(vocab_size=50, **shape))
     assert all(parameter.requires_grad for parameter in small.parameters())
@@ -79,7 +79,7 @@ def test_library_snippet_runs_as_printed_and_freezes_the_backbone(monkeypatch):
 
 
 def test_pages_that_are_linked_exist():
-    """From the files that are no pages of the site; Sphinx checks those of the site."""
+    """Links in files that are not pages of the site. Sphinx checks the links of the site."""
     for page in sorted(REPO.glob("*.md")):
         for link in re.findall(r"\]\(((?!http)[^)#\s]+)[)#]", page.read_text()):
             assert (REPO / link).exists(), (page.name, link)

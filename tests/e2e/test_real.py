@@ -1,4 +1,4 @@
-"""Real data, a real pretrained encoder. Minutes, so not part of `make test`: run with `make test-slow`."""
+"""Runs with real data and a real pretrained encoder. They take minutes: `make test-slow` runs them."""
 
 import pytest
 

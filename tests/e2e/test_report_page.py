@@ -1,4 +1,4 @@
-"""The report as a person meets it: the command, and its page in a browser."""
+"""The report as a user sees it: the command, and its page in a browser."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_the_page_sorts_and_filters_in_a_browser(made, tmp_path):
     means = seen["table"][:6]  # those of the first table
     assert means == sorted(means) and len(set(means)) > 3
     assert seen["searchup"] == ["23 s", "2.5 h", "", "", "", ""]
-    assert seen["searchdown"] == ["2.5 h", "23 s", "", "", "", ""]  # what is empty comes last, either way
+    assert seen["searchdown"] == ["2.5 h", "23 s", "", "", "", ""]  # empty cells come last in both directions
     assert seen["totalup"] == ["45 s", "60 s", "119 s", "3 min", "20 min", "2.5 h"]
     assert seen["totaldown"] == seen["totalup"][::-1]
     assert seen["title"] == "Which method is better here?"

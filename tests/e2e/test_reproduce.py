@@ -1,4 +1,4 @@
-"""docs/results/reproduce.md and the estimates in it: every table has its command, every estimate its runs."""
+"""docs/results/reproduce.md: every table has a command, and every estimate is for the runs of its block."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ def test_every_table_and_figure_has_a_section_with_commands_and_an_estimate():
 
 
 @pytest.mark.parametrize(("commands", "estimate"), BLOCKS)
-def test_estimates_are_of_the_runs_in_their_block(commands, estimate):
+def test_estimates_match_the_runs_in_their_block(commands, estimate):
     lines = re.findall(r"python train\.py (.*)", commands)
     assert int(re.match(r"Estimate: ([\d,]+) run", estimate)[1]) == sum(
         len(costs.job_overrides(line)) for line in lines
@@ -45,10 +45,11 @@ def test_the_whole_small_set_has_as_many_runs_as_the_page_says():
     assert f"\n{runs} runs; " in PAGE
 
 
-def test_operations_of_a_step_are_those_of_its_products(cfg):
-    """BERT of 6 layers x 384: 2 operations a weight and token, and the products of attention.
+def test_operations_of_a_step_are_counted_exactly(cfg):
+    """BERT with 6 layers of width 384: 2 operations for each weight and token, and the products of attention.
 
-    Full fine-tuning's backward pass is twice its forward pass, that through a frozen backbone once.
+    The backward pass of full fine-tuning costs twice its forward pass. Through a frozen backbone it costs the same as
+    the forward pass.
     """
     full = costs.step_of(cfg("method=full_ft", "model=minilm", "task=mrpc"), searching=False)
     lora = costs.step_of(cfg("method=lora", "model=minilm", "task=mrpc"), searching=False)
@@ -72,6 +73,6 @@ def test_hours_grow_with_rows_epochs_and_the_search(cfg, monkeypatch):
     assert costs.hours(cfg("method=lora", *short, "finetune.epochs=3"), given)[1] == pytest.approx(3 * once)
     searching = costs.hours(cfg("method=diffora", *short, "search.epochs=2"), given)
     assert searching == (pytest.approx(2 * rows * 3e9 * tokens / 1e13 / 3600), pytest.approx(once))
-    # batches of one row: what counts is how often kernels are launched
+    # with batches of one row, the number of kernel launches decides
     _, small = costs.hours(cfg("method=lora", *short, "finetune.batch_size=1"), given)
     assert small == pytest.approx((rows * 0.01 + validation * 1e9 * tokens / 1e13) / 3600)

@@ -199,7 +199,7 @@ def test_global_scope_with_and_without_a_budget(cfg, short, tmp_path, more):
     assert free.selection.mask().sum() == 9 and free.selection.k is None  # floor(0.4 * 24)
     tight = run(cfg(*short, *more, "method.scope=global", "method.budget=12k"), tmp_path / "tight")
     assert 0 < tight.record["params"]["adapter"] <= 12_000
-    assert tight.record["params"]["adapter"] > 12_000 - 4 * 384  # another module would not have fitted
+    assert tight.record["params"]["adapter"] > 12_000 - 4 * 384  # one more module would exceed the budget
     assert tight.selection.rank is None
 
 
@@ -220,9 +220,9 @@ def test_a_budget_sets_the_rank_and_the_selection_file_keeps_it(cfg, short, tmp_
 @pytest.mark.parametrize(
     ("overrides", "least"),
     [
-        # K = 3 at rank 1: FFN in and out everywhere and a third module
+        # K = 3 at rank 1: the estimate is for FFN in, FFN out and one attention module in each layer
         (["method.scope=layer", "method.weight_sharing=false"], 4 * (256 + 2 * 384)),
-        # with shared pairs, leaving out each FFN module once costs more, because then no shared pair can be dropped
+        # with shared pairs, selections without each FFN module once have more: then no shared pair can be dropped
         (["method.scope=layer"], 4 * (256 + 2 * 384) - 2 * (384 - 256) + 2 * (4 * 256 + 2 * 384)),
         (["method.scope=global"], 2 * (4 * 256 + 2 * 384)),  # the shared pairs
         (["method=random"], 7424),

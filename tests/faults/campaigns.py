@@ -19,7 +19,7 @@ def seed() -> int:
 
 
 def share(count: int, least: int = 1) -> int:
-    """``FAULTS_SHARE=0.05`` runs so much of each campaign."""
+    """The number of cases to run: ``FAULTS_SHARE=0.05`` runs this share of each campaign."""
     return max(least, round(count * float(os.environ.get("FAULTS_SHARE", "1"))))
 
 
@@ -31,9 +31,10 @@ def chance(*what: object) -> random.Random:
 class Campaign:
     """The counts of one campaign, and what went wrong in it.
 
-    handled: the same result as undisturbed, or a clear message and nothing lost, or mended with a line that says so.
-    changed: another result without a word.
-    lost: no result any more, a traceback, a crash, a hang, or code of a foreign file was executed.
+    handled: the result is that of the undisturbed run; or there is a clear message and nothing is lost; or the damage
+        is repaired and a line says so.
+    changed: the result is different, without a message.
+    lost: the result is lost, there is a traceback, crash or hang, or code of a foreign file was executed.
     """
 
     def __init__(self, name: str) -> None:
@@ -79,7 +80,7 @@ TINY = (
 
 
 def difference(ours: Path, theirs: Path) -> str | None:
-    """Where the results of two run folders differ, or None: record, selection, trajectory, adapter, files left over."""
+    """The first difference of two run folders in record, selection, trajectory, adapter or leftover files, or None."""
     records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
     for key in ("status", "metrics", "history", "selection", "params", "data_hash", "config_hash"):
         if records[0].get(key) != records[1].get(key):

@@ -58,13 +58,13 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(autouse=True)
 def _no_network_no_threads() -> None:
-    """Instead of the one for all tests, which gives each test a cache of its own: undisturbed runs are shared."""
+    """Replaces the fixture of all tests, which gives each test its own cache. Here tests share undisturbed runs."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Starts a command of the project; its output is kept in a folder of the session."""
+    """Starts a command of the project. Its output goes to a folder of the session."""
     scratch = tmp_path_factory.mktemp("output")
 
     def begin(program: str, *arguments: str, **more: Any) -> Command:
@@ -75,7 +75,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def undisturbed(start: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Outcome]]:
-    """A complete run with these overrides, made once a session: (its folder, how it ended)."""
+    """(folder, outcome) of a complete run with the given overrides. Each is made once per session."""
     made: dict[tuple[str, ...], tuple[Path, Outcome]] = {}
 
     def of(*overrides: str) -> tuple[Path, Outcome]:

@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parents[2] / "src" / "diffora" / "assets"
 
 
 def damage(file: Path, random: randoms.Random) -> str:
-    """Damage a file in one of several ways; says how."""
+    """Damage a file in one of several ways. Returns the way in words."""
     content = bytearray(file.read_bytes())
     way = random.choice(["flip", "flip", "flip", "cut", "zeros", "empty"])
     at = random.randrange(len(content))
@@ -43,9 +43,9 @@ class Damaged:
     """A campaign over kinds of files.
 
     Attributes:
-        make: writes an undamaged copy of what is damaged to a new folder.
+        make: writes the undamaged files to a new folder.
         kinds: globs below that folder, by the name of the kind.
-        use: reads the folder; returns how the command ended and what it found, None if it said that a file is damaged.
+        use: reads the folder. Returns how the command ended, and its result; None if it reported a damaged file.
     """
 
     name: str
@@ -146,7 +146,7 @@ def test_a_selection_that_is_used_again(start, undisturbed, campaign, tmp_path):
         shutil.copy(whole / "selection.json", folder)
 
     def use(folder: Path) -> tuple[Outcome, object]:
-        # A selection may be written by hand, so one that is valid is used. It must not be something else than it says.
+        # Users may write a selection by hand, so any valid one is used. It must be the one that the file says.
         out = folder / "run"
         outcome = start("train.py", *TINY, f"method.selection={folder}/selection.json", f"hydra.run.dir={out}").wait()
         if outcome.code:
@@ -181,7 +181,7 @@ def test_a_cache(start, campaign, tmp_path, task, model, kind):
 
 
 def test_a_backbone_behind_a_run(start, campaign, tmp_path):
-    """What the run was trained on is changed afterwards: evaluation and resuming notice."""
+    """The backbone of a finished run is changed. Evaluation and resuming must notice."""
 
     def make(folder: Path) -> None:
         shutil.copytree(ASSETS / "tiny", folder / "backbone")
@@ -233,14 +233,14 @@ def test_data_of_a_run_that_resumes(start, campaign, tmp_path, ending):
         outcome = start("train.py", *arguments).wait()
         return outcome, json.loads((where / "run/run.json").read_text())["metrics"] if outcome.code == 0 else None
 
-    def make_in_place(folder: Path) -> None:  # the data's place is a setting: the copies are resumed where it was made
+    def make_in_place(folder: Path) -> None:  # the data's path is a setting: resume copies in the same folder
         make(tmp_path / "copy")
         shutil.copytree(tmp_path / "copy", folder)
 
     Damaged(f"resume, {ending}", make_in_place, {"training data": f"data/train.{ending}"}, use).go(campaign, tmp_path)
 
 
-def test_what_a_report_reads(start, undisturbed, campaign, tmp_path):
+def test_damaged_files_that_a_report_reads(start, undisturbed, campaign, tmp_path):
     whole, _ = undisturbed(*TINY)
 
     def make(folder: Path) -> None:

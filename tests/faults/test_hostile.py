@@ -1,4 +1,4 @@
-"""Folders that somebody else made to do harm: nothing in them runs, and each is refused with a message in time."""
+"""Folders made by an attacker: nothing in them is executed, and each is refused soon with a message."""
 
 import json
 import os
@@ -18,24 +18,24 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 ASSETS = Path(__file__).parents[2] / "src" / "diffora" / "assets"
 PATIENCE = 60  # seconds that a refusal may take at most, beside other work
-MEMORY = 12 * 2**30  # bytes that a process may map: a file without end must not take all of the machine's
+MEMORY = 12 * 2**30  # bytes that a process may map, so that an endless file cannot use all memory of the machine
 
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A file that is there only if something in a hostile folder was executed."""
+    """A file that exists only if something in a hostile folder was executed."""
     return tmp_path / "canary"
 
 
 @pytest.fixture(scope="module")
 def good(undisturbed, start, tmp_path_factory) -> dict[str, Path]:
-    """Complete runs: a LoRA as PEFT has it, and one with our own side file."""
+    """Complete runs: one with an adapter in PEFT's format, and one with our own file beside it."""
     bitfit = [o for o in TINY if not o.startswith(("search.", "finetune.dropout"))]
     return {"run": undisturbed(*TINY)[0], "own": undisturbed(*bitfit, "method=bitfit")[0]}
 
 
 def replaced(file: Path, write: Callable[[Path], object]) -> None:
-    """Something else in the place of a file."""
+    """Replace a file by something else."""
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     else:
@@ -73,7 +73,7 @@ THINGS: dict[str, Callable[[Path], object]] = {
     "half of a surrogate pair": lambda path: path.write_text('{"status": "\\ud800", "selected": ["\\ud800"]}'),
 }
 
-PLACES = {  # what is replaced, and the command that reads it
+PLACES = {  # the replaced file, and the command that reads it
     "run.json": "evaluate report resume",
     "config.yaml": "evaluate report resume",
     "selection.json": "selection report resume",
@@ -87,7 +87,7 @@ PLACES = {  # what is replaced, and the command that reads it
 
 
 class Commands:
-    """What a user may do with a folder that arrived."""
+    """The commands that a user may run on a received folder."""
 
     def __init__(self, start: Callable, tmp_path: Path, canary: Path) -> None:
         self.start, self.tmp_path, self.canary = start, tmp_path, canary
@@ -143,7 +143,7 @@ def copy(good, tmp_path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_things_in_the_place_of_a_file(place, commands, copy, campaign):
+def test_other_things_in_place_of_a_file(place, commands, copy, campaign):
     counts = campaign(f"hostile: in the place of {place.partition('-')[0]}")
     for how in PLACES[place].split():
         for thing in chance(place, how).sample(list(THINGS), share(len(THINGS))):
@@ -156,7 +156,7 @@ def test_things_in_the_place_of_a_file(place, commands, copy, campaign):
 
 
 def targets(canary: Path) -> dict[str, dict[str, object]]:
-    """Sections that name what must not be called."""
+    """Sections that name functions which must not be called."""
     return {
         "a program": {"_target_": "subprocess.Popen", "args": ["touch", str(canary)]},
         "a shell": {"_target_": "os.system", "command": f"touch {canary}"},
@@ -251,14 +251,14 @@ def test_models_that_bring_code(commands, canary, tmp_path, campaign):
     (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../../../etc/passwd"}}))
     cases["an index that points elsewhere"] = index
     for name, folder in cases.items():
-        # Of a type that transformers has, the folder may be used, as long as its code is not; so may tokenizer.json.
+        # A folder may be used if transformers has its type and its code is not run. The same holds for tokenizer.json.
         commands.judge(counts, "model", folder, f"{name} ({folder.name})", refused=name not in MAY_BE_USED)
 
 
 NAMES = ["a\nb", "a\tb", "=1+1", "-x", "--help", "é\u202e", "\udcff", "a'b\"c", "${oc.env:HOME}", "a" * 200, " "]
 
 
-def test_names_that_confuse(commands, good, tmp_path, campaign):
+def test_confusing_file_names(commands, good, tmp_path, campaign):
     counts = campaign("hostile: names of folders")
     for name in NAMES:
         folder = tmp_path / "arrived" / name / "run"
@@ -294,7 +294,7 @@ def test_an_adapter_of_strange_shapes(commands, copy, campaign):
             commands.judge(counts, how, folder, f"{how}, {name}")
 
 
-def test_a_folder_without_end(commands, good, tmp_path, campaign):
+def test_folders_that_are_too_deep_or_link_to_themselves(commands, good, tmp_path, campaign):
     counts = campaign("hostile: nested and linked folders")
     folder = tmp_path / "arrived"
     shutil.copytree(good["run"], folder / "run")

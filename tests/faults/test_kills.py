@@ -39,7 +39,7 @@ def test_a_killed_run_ends_as_if_never_stopped(start, undisturbed, campaign, tmp
     while left > 0:
         number += 1
         folder = tmp_path / f"run{number}"
-        # Most runs are killed once or twice; the second kill may come anywhere in what is left, the export too.
+        # Most runs are killed once or twice. The second kill may come at any point of the rest, including the export.
         points = [random.random() for _ in range(min(left, random.choice([1, 1, 2, 3]), MOST))]
         left -= len(points)
         for at, point in enumerate(points):
@@ -109,7 +109,7 @@ def test_a_killed_sweep_ends_as_if_never_stopped(start, undisturbed, campaign, t
     for number in range(share(4)):
         place = tmp_path / f"sweep{number}"
         own = (*arguments, f"hydra.sweep.dir={place}")
-        # The launcher's workers import everything themselves: the time counts from the first folder.
+        # The launcher's workers import everything themselves, so time is counted from the first folder.
         process = start("train.py", *own, fresh=True)  # joblib's workers hang in a fork
         process.kill_when(_after(place, random.uniform(0, 5)), timeout=300)
         wrong = finish(lambda *more, o=own, **m: start("train.py", *o, *more, **m), fresh=True)

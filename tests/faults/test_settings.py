@@ -1,4 +1,4 @@
-"""Settings at random: a run that ends well, or one message that names the key."""
+"""Random settings give a run that ends well, or one message that names the key."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from faults.campaigns import HANDLED, LOST, chance, share
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
-# What has nothing to do with this machine or with packages that are not installed.
+# Choices that do not depend on this machine or on packages that are not installed.
 BASES = [
     ("method=diffora", "task=paraphrase", "model=tiny"),
     ("method=rm_lora", "task=paraphrase", "model=tiny"),
@@ -34,7 +34,7 @@ BASES = [
 ]
 SHORT = ["trainer=cpu", "logger=[csv]", "finetune.epochs=1", "finetune.warmup_steps=0", "finetune.early_stop=null"]
 
-# Keys whose right values are any text, a place, or the project's own names: nothing can be said of them here.
+# Keys that accept any text, a path, or names of the project: this test cannot tell whether their values are right.
 FREE = ("cell.", "logger", "task._target_", "method._target_", "model.name", "task.name", "method.name", "model.path")
 FREE += ("task.recipe", "model.roles", "model.config", "method.config", "scale", "resume", "dry_run", "predict")
 
@@ -59,9 +59,9 @@ COUNTS += ("validation_rows", "devices", "score_batches")
 
 
 def impossible(key: str, before: Any, now: Any) -> str | None:
-    """Why a value cannot be right, whatever the project says; None where it may be right.
+    """Why a value cannot be right, independently of the project's checks; None if it may be right.
 
-    Judged by the value that the project's own YAML has for the key, not by its rules.
+    It is compared with the value of the key in the project's YAML files.
     """
     if isinstance(now, float) and not math.isfinite(now):
         return "it is not finite"
@@ -110,7 +110,7 @@ def overrides(draw: st.DrawFn) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def near(value: Any) -> list[str]:
-    """Values that may be right where this one is."""
+    """Values that may be right for a key that has this value."""
     if isinstance(value, bool):
         return [str(not value).lower()]
     if isinstance(value, int | float):
@@ -125,7 +125,7 @@ def composed(lines: tuple[str, ...] | list[str]) -> Any:
 
 
 def leaves(cfg: Any) -> dict[str, Any]:
-    """Every key with its value; groups too, but for those of `FREE`."""
+    """Every key with its value, also groups, except those in `FREE`."""
     found: dict[str, Any] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
@@ -142,11 +142,11 @@ def leaves(cfg: Any) -> dict[str, Any]:
 
 
 def named(key: str, problems: list[str]) -> bool:
-    """Whether a message names a key: in full, or its last parts where another key's value comes from it."""
+    """Whether a message names a key: in full, or its last parts if another key takes its value from it."""
     return any(key in problem or key.rpartition(".")[2] in problem for problem in problems)
 
 
-def test_every_setting_is_right_or_named(start, campaign, tmp_path, monkeypatch):
+def test_every_setting_works_or_is_named_in_a_message(start, campaign, tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     before = {base: leaves(composed(base)) for base in BASES}
     fuzz, ran = campaign("settings: composed and checked"), campaign("settings: started")
@@ -198,7 +198,7 @@ def test_every_setting_is_right_or_named(start, campaign, tmp_path, monkeypatch)
     example()
     random = chance("accepted settings")
     for number, (base, changes) in enumerate(random.sample(accepted, min(share(24), len(accepted)))):
-        # What would only take long is cut short; what was chosen at random stays.
+        # Long runs are shortened, but the randomly chosen settings stay.
         cuts = [c for c in CUTS if c.partition("=")[0] not in {x.partition("=")[0] for x in changes}]
         cuts = [c for c in cuts if c.partition("=")[0] in before[base]]
         lines = [*base, *SHORT, *cuts, *changes]

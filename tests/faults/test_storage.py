@@ -1,4 +1,4 @@
-"""Disks that fill up, and limits on the size of files: one message, and after room is made the run ends as usual."""
+"""Full disks and limits on file sizes give one message. With more space, the same run then ends as usual."""
 
 import shutil
 import subprocess
@@ -47,12 +47,12 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 def kilobytes(folder: Path) -> int:
-    """Pages of 4 kB, as a file system in memory counts."""
+    """Size in pages of 4 kB, as a file system in memory counts it."""
     return sum(-(-f.stat().st_size // 4096) * 4 for f in folder.rglob("*"))
 
 
 def complaint(outcome, words: tuple[str, ...]) -> str | None:
-    """What is wrong with a run that had no room: it must fail, and say why in a message."""
+    """What is wrong with the outcome of a run without space. It must fail with a message that says why."""
     if outcome.code == 0:
         return "it succeeded without room"
     if outcome.broken:
@@ -73,7 +73,7 @@ def test_a_run_directory_on_a_full_disk(start, undisturbed, campaign, disk):
         folder = disk.mount(size) / "run"
         arguments = (*TINY, f"hydra.run.dir={folder}")
         stopped = start("train.py", *arguments).wait()
-        # Checkpoints that are removed meanwhile make a run fit that is larger in the end.
+        # A run may fit although its final size is larger, because older checkpoints are removed in between.
         wrong = None if stopped.code == 0 else complaint(stopped, FULL)
         disk.enlarge()
         case = f"{size} of {most} kB"

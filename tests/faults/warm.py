@@ -1,7 +1,7 @@
 """Runs of this project's commands in processes that are forked from one with everything imported.
 
-A fresh start costs ten seconds of imports, a fork none, so that a hundred kills take minutes. The parent of the forks
-never computes anything, so each run begins as a fresh one would. What imports could change is tested by fresh starts.
+A new process takes ten seconds for imports and a fork takes none, so a hundred kills take minutes. The parent process
+never computes anything, so each run starts like a new one. Some tests use new processes, because imports may matter.
 """
 
 import itertools
@@ -37,13 +37,13 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Limits:
-    """What is done to a process.
+    """How a process is disturbed.
 
     Attributes:
-        kill_at: it kills itself before its n-th change of a file, counted from 1: a file is opened for writing, renamed
-            or removed, a folder is made or removed.
-        file_size: bytes that no file may exceed (``ulimit -f``).
-        below: only changes of files below this folder count.
+        kill_at: the process kills itself before its n-th change of a file, counted from 1. Changes are opening for
+            writing, renaming and removing a file, and making and removing a folder.
+        file_size: the largest size of a file in bytes (``ulimit -f``).
+        below: only changes below this folder count.
         memory: bytes of address space.
     """
 
@@ -74,7 +74,7 @@ class Outcome:
 
     @property
     def broken(self) -> str | None:
-        """What is wrong with the way in which it ended: neither success nor a clear message."""
+        """What is wrong if the command ended with neither success nor a clear message."""
         if self.code is None:
             return f"did not end within {self.seconds:.0f} s"
         for words in ("Traceback (most recent call last)", "fault of the program", "look at the above report"):
@@ -94,7 +94,7 @@ class Command:
     Args:
         program: ``train.py``, ``evaluate.py`` or ``report.py``.
         scratch: where its output is kept.
-        fresh: start a true new process instead of a fork.
+        fresh: start a new process instead of a fork.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class Command:
         return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.is_alive()
 
     def kill(self) -> None:
-        """SIGKILL for the process and all that it started, as the system's memory killer or a scheduler does it."""
+        """Send SIGKILL to the process and its children, like the system's memory killer or a scheduler."""
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:  # over already, or not yet a group of its own
+        except ProcessLookupError:  # it has ended, or is not yet the leader of its process group
             self._process.kill()
 
     def kill_after(self, seconds: float) -> "Outcome":
@@ -202,7 +202,7 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 
 def _count_changes(log: str, limits: Limits) -> None:
-    """Count the changes of files, one byte each in a file beside the log; end the process at the one that is wanted."""
+    """Count changes of files, one byte each in a file beside the log. Kill the process before the given change."""
     counter = os.open(f"{log}.changes", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     me, done = os.getpid(), 0
 

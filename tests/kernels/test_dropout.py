@@ -42,7 +42,7 @@ def test_same_seed_same_mask_and_none_in_evaluation():
     assert CheapDropout(0.0)(x) is x
 
 
-def test_rates_that_no_byte_comes_near_are_exact_too():
+def test_rates_between_two_bytes_are_exact():
     torch.manual_seed(0)
     x = torch.ones(1000, 1000)
     assert not CheapDropout(1.0)(x).any()
@@ -51,7 +51,7 @@ def test_rates_that_no_byte_comes_near_are_exact_too():
         assert dropped == pytest.approx(rate, abs=4 * (0.001 / x.numel()) ** 0.5)
 
 
-def test_layouts_of_all_kinds():
+def test_all_memory_layouts():
     x = torch.randn(6, 4, 5).transpose(0, 2)
     torch.manual_seed(0)
     y = CheapDropout(0.5)(x)
@@ -59,7 +59,7 @@ def test_layouts_of_all_kinds():
     assert 0 < (y != 0).sum() < y.numel()
 
 
-def test_put_in_the_place_of_every_plain_dropout():
+def test_every_plain_dropout_is_replaced():
     class Other(nn.Dropout):
         pass
 

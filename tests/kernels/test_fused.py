@@ -1,4 +1,4 @@
-"""The fused node computes what the plain formula does, and saves and computes no more than it needs."""
+"""The fused node gives the results of the plain formula, and saves and computes only what it needs."""
 
 import math
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def layers(sizes=SIZES, gate=True, base=None):
 
 
 def leaves(made):
-    """Every leaf that is trained; a gate is a view of one."""
+    """Every trained leaf. A gate is a view of one."""
     return [t for m in made for t in (m.lora_a, m.lora_bt, m.gate) if t is not None]
 
 
@@ -100,8 +100,8 @@ def test_gradients_against_finite_differences(folding):
 
 
 @pytest.mark.parametrize("case", ["base", "twice", "tied"])
-def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
-    """Also where x, or the base's output beside it, was computed from what is trained here."""
+def test_first_derivatives_are_equal_with_create_graph(folding, case):
+    """Also if x, or the output of the base layer, was computed from the same trained tensors."""
     x, (made, other) = leaf(2, 2, IN), layers([(IN, 2), (IN, 2)])
     weight, bias = made.weight, made.bias
 
@@ -120,7 +120,7 @@ def test_first_derivatives_are_the_same_where_second_ones_follow(folding, case):
     assert torch.autograd.gradgradcheck(outputs, inputs)
 
 
-def test_beside_a_base_that_cannot_be_read():
+def test_with_a_base_layer_that_cannot_be_read():
     x = leaf(B, S, IN)
     hidden = tensor(B, S, 4) * x.sum(-1, keepdim=True)
     made = layers(SIZES[:1], base=[hidden])
@@ -172,7 +172,7 @@ def test_a_split_trains_factors_by_the_first_examples_and_gates_by_the_others(fo
 
 
 def saved_by(function):
-    """What autograd keeps of a computation, one entry for each storage."""
+    """The tensors that autograd saves during a computation, one for each storage."""
     found = {}
 
     def pack(tensor):
@@ -184,7 +184,7 @@ def saved_by(function):
     return found, outputs
 
 
-def test_only_what_the_gradients_need_is_kept():
+def test_only_tensors_that_the_gradients_need_are_saved():
     x, made = leaf(50, 20, IN), layers()
     weights = {t.untyped_storage().data_ptr() for m in made for t in m if isinstance(t, Tensor)}
     ranks, tokens = sum(rank for _, rank in SIZES), 50 * 20
@@ -203,8 +203,8 @@ def test_only_what_the_gradients_need_is_kept():
     assert base.untyped_storage().data_ptr() not in found
 
 
-def test_no_gradient_of_the_other_level_is_formed(folding):
-    """Counted in multiplications."""
+def test_gradients_of_the_other_level_are_not_computed(folding):
+    """The test counts multiplications."""
 
     def flops(made):
         x = leaf(B, S, IN)
@@ -216,23 +216,23 @@ def test_no_gradient_of_the_other_level_is_formed(folding):
     made = layers()
     gates = flops([m._replace(lora_a=m.lora_a.detach(), lora_bt=m.lora_bt.detach()) for m in made])
     factors = flops([m._replace(gate=m.gate.detach()) for m in made])
-    # The product with x that gives the gradient of A; and the one before it, unless the gradient of x needs it too.
+    # The product with x for the gradient of A, and the product before it, unless the gradient of x needs that too.
     saved = sum(2 * B * S * rank * (IN + (out if fused.FOLD_FROM == 0 else 0)) for out, rank in SIZES)
     assert factors - gates == saved
-    assert flops(made) == factors  # the product for the gradient of B gives the gate's
+    assert flops(made) == factors  # the product for the gradient of B also gives the gate's
 
 
 @pytest.mark.parametrize("kind", ["none", "tanh"])
 @pytest.mark.parametrize("split", [None, 2])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
+def test_after_a_gelu_the_search_saves_nothing_more(kind, split, checkpointed):
     before, made = leaf(B, S, IN), layers()
     inputs = [before, *leaves(made)]
 
     def run(before, more=0):
         return node(gelu(before * 2, approximate=kind) + more, made, split=split)
 
-    # Behind an addition it is a plain copy.
+    # After an addition, the layer saves a plain copy.
     expected = gradients(run(before, torch.zeros(())), inputs)
     ours = checkpoint(run, before, use_reentrant=False) if checkpointed else run(before)
     torch.testing.assert_close(gradients(ours, inputs), expected)
@@ -246,7 +246,7 @@ def test_behind_a_gelu_the_search_keeps_nothing_more(kind, split, checkpointed):
     assert node(x, without)[0].grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
 
 
-def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
+def test_a_gelus_output_that_was_changed_in_place_is_used_as_it_is():
     before, made = leaf(B, S, IN), layers()
     x = gelu(before)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_what_a_gelu_made_and_somebody_changed_is_read_as_it_is():
     torch.testing.assert_close(found, gradients(plain(2 * gelu(before), made), leaves(made)))
 
 
-def test_behind_a_gelu_differentiable_twice():
+def test_after_a_gelu_second_derivatives_are_exact():
     before, made = leaf(2, 2, IN), layers()
     outputs = lambda before: tuple(node(gelu(before), made))  # noqa: E731
     assert torch.autograd.gradgradcheck(outputs, (before,))
@@ -270,12 +270,12 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(dtype):
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(0.25, abs=4 * (0.1875 / x.numel()) ** 0.5)
     assert y.max().item() == pytest.approx(4 / 3, rel=1e-2)
-    # Elements are dropped independently: neighbours as often together as chance has it.
+    # Elements are dropped independently: two neighbours together as often as expected by chance.
     together = (dropped[:, 1:] * dropped[:, :-1]).mean().item()
     assert together == pytest.approx(0.0625, abs=4 * (0.0625 / x.numel()) ** 0.5)
 
 
-def test_dropout_is_the_same_forward_and_backward():
+def test_dropout_has_the_same_mask_forward_and_backward():
     x, made = leaf(2, 2, IN), layers()
 
     def outputs(x):
@@ -322,8 +322,8 @@ def test_under_autocast_gradients_are_those_of_the_plain_formula_to_its_precisio
         assert (mine - theirs).norm() <= 0.03 * theirs.norm()
 
 
-def test_half_precision_weights_do_not_swallow_a_small_update():
-    """Why nothing is folded there: W + s B A would round to W."""
+def test_a_small_update_is_not_lost_with_half_precision_weights():
+    """This is why updates are not folded into half-precision weights: W + s B A would round to W."""
     weight = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
     x = torch.ones(128, 64, dtype=torch.bfloat16) / 64
     made = Layer(torch.full((1, 64), 1e-3), torch.full((1, 64), 1.0), None, 1.0, weight)

@@ -23,7 +23,7 @@ def tensor(*shape, seed=0):
 
 
 class Packed(nn.Linear):
-    """A base layer whose weight is not to be read: a subclass, as quantised layers are."""
+    """A base layer whose weight must not be read. It is a subclass, like quantised layers."""
 
     def forward(self, x):
         return super().forward(x) * 2
@@ -94,7 +94,7 @@ def test_second_derivatives_are_equal(folding, kind, gate):
 
 
 class Attention(nn.Module):
-    """Query, key and value read one x; query and key also read a table that all examples share, as in DeBERTa."""
+    """Query, key and value read the same x. Query and key also read a table that all examples share, as in DeBERTa."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ def test_an_unknown_kernel_is_refused():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_run_uses_the_kernel_of_its_setting(kernel, cfg, quick, tmp_path, monkeypatch):
-    """In the search, in fine-tuning with masks, and in the backbone's dropout."""
+    """The setting holds for the search, for fine-tuning with masks, and for the backbone's dropout."""
     calls = []
     real = fused.LowRankNode.apply
     monkeypatch.setattr(fused.LowRankNode, "apply", lambda *args: calls.append(1) or real(*args))

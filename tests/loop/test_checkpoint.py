@@ -34,7 +34,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(tmp_path, caplog, 
     assert newest.name in caplog.text and "damaged" in caplog.text
 
 
-def test_what_was_not_finished_is_not_taken(tmp_path):
+def test_unfinished_checkpoints_are_ignored(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "s-0002.ckpt").write_bytes(b"killed before the name was complete")
     (tmp_path / ".s-0002.ckpt.1.part").write_bytes(b"killed while writing")
@@ -52,7 +52,7 @@ def damage(file):
 
 
 def test_the_newest_two_good_ones_are_kept(tmp_path):
-    """In place of one that is damaged an older one stays, also beyond four digits and beside half a name."""
+    """An older file is kept in place of a damaged one, also with numbers above 9999 and next to incomplete names."""
     write(tmp_path, *range(1, 6))
     prune(tmp_path, "s")
     assert epochs(tmp_path) == [4, 5]
@@ -71,7 +71,7 @@ def test_the_newest_two_good_ones_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path, "s")[1]["epoch"] == 10001
 
 
-def test_an_epoch_that_is_written_again_takes_the_place_of_its_remains(tmp_path):
+def test_an_epoch_that_is_written_again_replaces_its_damaged_file(tmp_path):
     write(tmp_path, 1, 2, 20)
     damage(next(tmp_path.glob("s-0002-*")))
     (tmp_path / "s-0002.ckpt").write_bytes(b"killed before the name was complete")
@@ -79,7 +79,7 @@ def test_an_epoch_that_is_written_again_takes_the_place_of_its_remains(tmp_path)
     assert epochs(tmp_path) == [1, 2, 20]
 
 
-def test_an_undamaged_file_that_is_no_checkpoint_is_named_and_never_run(tmp_path):
+def test_an_undamaged_file_that_is_not_a_checkpoint_is_named_and_never_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return (tmp_path / "evil").touch, ()

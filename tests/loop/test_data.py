@@ -1,4 +1,4 @@
-"""Splits never leak, samplers are pure functions of (seed, stage, epoch), and a real Trainer drives them so."""
+"""Splits never leak; samplers are pure functions of (seed, stage, epoch), also when a real Trainer uses them."""
 
 import random
 
@@ -83,7 +83,7 @@ def test_search_split_depends_on_the_seed_alone():
     assert split_search(np.arange(100), 0)[0].tolist() != list(range(50))  # seed 0 shuffles as well
 
 
-def test_split_hash_sees_order_of_splits_and_the_border():
+def test_split_hash_depends_on_the_order_of_splits_and_their_border():
     a, b = np.array([1, 2, 3]), np.array([4, 5])
     hashes = {split_hash(a, b), split_hash(b, a), split_hash(np.array([1, 2]), np.array([3, 4, 5]))}
     assert len(hashes) == 3
@@ -313,7 +313,7 @@ def test_search_loader_gives_collated_steps_without_leaks(workers):
             assert batch["attention_mask"].sum(1).equal(lengths) and batch["input_ids"].shape == (8, lengths.max())
 
 
-def test_search_on_less_than_a_batch_uses_what_there_is():
+def test_search_on_less_than_a_batch_uses_all_rows():
     split = split_search(np.arange(10), seed=0)
     items = list(SearchData(tokenised(10), COLLATE, split, 64, seed=0).train_dataloader())
     assert len(items) == 1
@@ -326,7 +326,7 @@ def fine_tune_data(workers=0, seed=0):
     return FineTuneData(tokenised(30), validation, COLLATE, 8, 4, seed, num_workers=workers)
 
 
-def test_loaders_leave_global_random_state_alone():
+def test_loaders_do_not_change_the_global_random_state():
     data = fine_tune_data()
     search = SearchData(tokenised(30), COLLATE, split_search(np.arange(30), 0), 4, seed=0)
     before = torch.get_rng_state().clone(), str(np.random.get_state())
@@ -336,14 +336,14 @@ def test_loaders_leave_global_random_state_alone():
     assert before[0].equal(torch.get_rng_state()) and before[1] == str(np.random.get_state())
 
 
-def test_workers_change_nothing():
+def test_workers_give_the_same_batches():
     def rows(loader):
         return [batch["row"].tolist() for batch in loader]
 
     assert rows(fine_tune_data().train_dataloader()) == rows(fine_tune_data(workers=2).train_dataloader())
 
 
-def test_loaders_take_their_part_from_the_process_group(monkeypatch):
+def test_loaders_get_rank_and_world_size_from_the_process_group(monkeypatch):
     split = split_search(np.arange(40), 0)
 
     def seen():
@@ -429,8 +429,8 @@ def test_trainer_sets_the_epoch_and_resume_replays_the_right_batches(make, worke
 
 @pytest.mark.parametrize("make", [fine_tune_data, search_data], ids=["fine-tune", "search"])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_order_is_that_of_the_epoch_no_matter_when_the_iterator_was_made(make, workers):
-    """B10: Lightning makes it, on a resume, before it knows the epoch."""
+def test_the_order_depends_on_the_epoch_not_on_when_the_iterator_was_made(make, workers):
+    """B10: on a resume, Lightning makes the iterator before it has set the epoch."""
 
     def rows(batch):
         return batch["row"].tolist() if "row" in batch else batch["train"][0]["row"].tolist()
@@ -454,7 +454,7 @@ class Noisy:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_worker_draws_depends_on_the_batch_alone(workers):
+def test_a_workers_random_numbers_depend_on_the_batch_only(workers):
     loader = LateLoader(
         TrainingDataset(tokenised(40)),
         sampler=LengthGroupedBatchSampler(lengths_of(40), 8, 0),

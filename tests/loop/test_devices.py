@@ -1,4 +1,4 @@
-"""Devices that are not there, and processes that nobody started, are found before anything is loaded."""
+"""Missing devices and processes are found before anything is loaded."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diffora.loop import machine
 
 @pytest.fixture
 def found(cfg, monkeypatch):
-    """The problems of a trainer section, on a machine with so many CPU cores and GPUs."""
+    """The problems of a trainer section, on a machine with the given numbers of CPU cores and GPUs."""
     for name in ("SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_STEP_ID", "SLURM_NTASKS_PER_NODE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -39,19 +39,19 @@ def found(cfg, monkeypatch):
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
     ],
 )
-def test_what_the_machine_has_not_is_named(found, override, words):
+def test_devices_that_the_machine_lacks_are_named(found, override, words):
     """C: `trainer.accelerator=gpu` without one, `trainer.devices=99` on a CPU."""
     [problem] = found(override)
     assert words in problem
 
 
-def test_what_the_machine_has_is_taken(found):
+def test_devices_that_the_machine_has_are_accepted(found):
     assert found("trainer=cpu") == found("trainer=default") == []
-    assert found("trainer=ddp_cpu", cores=1) == []  # two processes, to try things out, on any machine
+    assert found("trainer=ddp_cpu", cores=1) == []  # allowed on any machine, for trying things out
     assert found("trainer=ddp_cpu", "trainer.devices=3", cores=1) != []
 
 
-def test_more_gpus_than_there_are_are_named(found):
+def test_too_many_gpus_are_named(found):
     [problem] = found("trainer=gpu", "trainer.devices=3", gpus=2)
     assert problem == "trainer.devices=3 must be at most 2: this machine has 2 of them"
 

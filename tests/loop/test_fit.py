@@ -1,4 +1,4 @@
-"""What a stage asks of torch and Lightning."""
+"""The settings of torch and Lightning during a stage."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ SHORT = ("experiment=quickstart", "method=lora", "task.train_rows=64", "task.val
 
 
 @pytest.mark.parametrize(("deterministic", "filled"), [("warn", False), ("true", True)])
-def test_memory_is_filled_only_where_determinism_is_demanded(cfg, tmp_path, deterministic, filled, monkeypatch):
+def test_new_memory_is_filled_only_in_deterministic_mode(cfg, tmp_path, deterministic, filled, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", not filled)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:

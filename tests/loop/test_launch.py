@@ -38,8 +38,8 @@ def test_contradictory_launch_variables_are_named(environment, devices, words):
     [
         ({}, 1),
         ({}, 4),
-        ({"LOCAL_RANK": "0"}, 1),  # what Lightning leaves behind
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}, 2),  # what it gives the processes that it starts
+        ({"LOCAL_RANK": "0"}, 1),  # left behind by Lightning
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}, 2),  # set by Lightning for its processes
         ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2),
         ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "auto"),
         ({"SLURM_NTASKS": "1"}, 1),
@@ -48,7 +48,7 @@ def test_contradictory_launch_variables_are_named(environment, devices, words):
             {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
             2,
         ),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),  # what submitit starts
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),  # set by submitit
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a"}, 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""What W&B is given besides what the stages log, and loggers that fail."""
+"""What W&B gets besides the values that the stages log, and loggers that fail."""
 
 import errno
 import io
@@ -49,7 +49,7 @@ def test_selection_and_adapter_are_kept_as_artefacts(tmp_path, monkeypatch):
     assert kept["adapter"].metadata == about
 
 
-def test_the_sweep_files_call_the_command_with_keys_that_there_are(cfg):
+def test_the_sweep_files_use_existing_keys(cfg):
     files = sorted((REPO / "docs" / "sweeps").glob("*.yaml"))
     assert files
     for file in files:
@@ -75,7 +75,7 @@ def fails(*_, **__):
 
 
 @pytest.mark.parametrize("method", ["log_metrics", "log_hyperparams", "log_graph", "save", "finalize"])
-def test_a_logger_that_fails_costs_one_warning_and_is_not_called_again(tmp_path, monkeypatch, caplog, method):
+def test_a_logger_that_fails_gives_one_warning_and_is_not_called_again(tmp_path, monkeypatch, caplog, method):
     """C: a full disk in the csv logger"""
     inner = CSVLogger(tmp_path, name="finetune")
     guarded = Guarded("csv", inner)
@@ -89,7 +89,7 @@ def test_a_logger_that_fails_costs_one_warning_and_is_not_called_again(tmp_path,
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_a_logger_that_works_is_what_it_was(tmp_path, kind):
+def test_a_logger_that_works_behaves_as_before(tmp_path, kind):
     inner = kind(tmp_path, name="finetune")
     guarded = Guarded("x", inner)
     assert (guarded.name, guarded.version, guarded.log_dir) == (inner.name, inner.version, inner.log_dir)
@@ -99,7 +99,7 @@ def test_a_logger_that_works_is_what_it_was(tmp_path, kind):
     assert list((tmp_path / "finetune").rglob("*.*"))
 
 
-def test_a_trainer_goes_on_without_loggers_that_fail(cfg, tmp_path, monkeypatch, caplog):
+def test_a_run_continues_without_loggers_that_fail(cfg, tmp_path, monkeypatch, caplog):
     from diffora.run.experiment import run
 
     monkeypatch.setattr(CSVLogger, "save", fails)
@@ -111,7 +111,7 @@ def test_a_trainer_goes_on_without_loggers_that_fail(cfg, tmp_path, monkeypatch,
     assert warned == ["logger=csv", "logger=tensorboard"]
 
 
-def test_a_picture_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_picture_that_cannot_be_sent_gives_a_warning(tmp_path, monkeypatch, caplog):
     png = dam_heatmap(Selection("diffora", ["a"], [["m"]], [["a"]], 0.5, 0, gamma_bar=[[0.5]]))
     stage_loggers = Loggers(sections.Logger(csv=True, tensorboard=True), tmp_path, {}).of_stage("search")
     monkeypatch.setattr(type(stage_loggers[1].experiment), "add_image", fails)
@@ -130,7 +130,7 @@ def test_a_logger_that_is_not_installed_is_named_at_the_start(tmp_path, monkeypa
 
 @pytest.fixture
 def wandb_begun(tmp_path, monkeypatch):
-    """Starts W&B's logger as a run does, with what `wandb.init` is given and fails with; finishes it."""
+    """Starts W&B's logger like a run, with errors that `wandb.init` raises; notes the arguments that it gets."""
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -159,7 +159,7 @@ def wandb_begun(tmp_path, monkeypatch):
         loggers.finish(failed=False)
 
 
-def test_without_a_key_wandb_records_offline_whatever_its_mode_is_and_asks_for_none(wandb_begun, monkeypatch, caplog):
+def test_without_a_key_wandb_records_offline_in_any_mode_and_does_not_ask_for_one(wandb_begun, monkeypatch, caplog):
     """C: WANDB_MODE=online without a key"""
     monkeypatch.setenv("WANDB_MODE", "online")
     caplog.set_level("INFO")
@@ -169,7 +169,7 @@ def test_without_a_key_wandb_records_offline_whatever_its_mode_is_and_asks_for_n
 
 
 @pytest.mark.parametrize("of_netrc", [False, True])
-def test_a_server_that_refuses_leaves_an_offline_run_and_nobody_learns_the_key(
+def test_if_the_server_refuses_the_run_is_recorded_offline_and_the_key_stays_secret(
     wandb_begun, tmp_path, monkeypatch, caplog, of_netrc
 ):
     monkeypatch.delenv("WANDB_MODE")
@@ -192,7 +192,7 @@ def test_a_server_that_refuses_leaves_an_offline_run_and_nobody_learns_the_key(
 @pytest.mark.parametrize(
     "error", [PermissionError(errno.EACCES, "Permission denied", "/staging"), ValueError("x"), TypeError("y")]
 )
-def test_a_run_goes_on_without_wandb_where_it_cannot_begin_at_all(wandb_begun, caplog, error):
+def test_a_run_continues_without_wandb_if_wandb_cannot_start(wandb_begun, caplog, error):
     loggers = wandb_begun(error, error)
     assert loggers.wandb is None and loggers.of_stage("finetune") == []
     loggers.summary(RECORD)
@@ -200,7 +200,7 @@ def test_a_run_goes_on_without_wandb_where_it_cannot_begin_at_all(wandb_begun, c
     assert "the run continues without it" in caplog.text
 
 
-def test_a_staging_folder_that_cannot_be_written_costs_the_artefacts_only(wandb_begun, tmp_path, monkeypatch, caplog):
+def test_without_a_writable_staging_folder_only_the_artefacts_are_lost(wandb_begun, tmp_path, monkeypatch, caplog):
     """C: W&B's staging folder not writable (a finished run ended as failed)"""
     (tmp_path / "file").touch()
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "file" / "data"))
@@ -212,7 +212,7 @@ def test_a_staging_folder_that_cannot_be_written_costs_the_artefacts_only(wandb_
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_a_resumed_run_goes_on_in_its_wandb_run_unless_the_note_is_damaged(wandb_begun, tmp_path):
+def test_a_resumed_run_continues_its_wandb_run_unless_the_note_is_damaged(wandb_begun, tmp_path):
     note = tmp_path / "run/wandb/run_id"
     note.parent.mkdir()
     for content, kept in ((b"1a2b3c4d\n", True), (b"\xff\xfe/../x", False)):

@@ -1,4 +1,4 @@
-"""Every method on backbones that are not BERT's: GPT-2, whose layers are transposed, and Llama, which has no biases."""
+"""Every method on backbones unlike BERT: GPT-2, whose weights are transposed, and Llama, which has no biases."""
 
 import pytest
 import torch

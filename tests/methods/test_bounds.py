@@ -1,4 +1,4 @@
-"""What a method can only refuse once it knows the backbone, before anything is searched or trained."""
+"""Settings that can be refused only when the backbone is known. They are refused before search and training."""
 
 import json
 
@@ -14,7 +14,7 @@ from diffora.methods.base import Method
 from diffora.run.experiment import run
 from diffora.training.steps import check_stages, warmup_steps
 
-WIDTH = 16  # of the small model; its FFN has 32
+WIDTH = 16  # width of the small model; its FFN has 32
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def refused(cfg, deberta):
 )
 @pytest.mark.parametrize("value", [WIDTH + 1, 10**9])
 def test_a_rank_above_a_modules_width_is_refused_with_the_module(refused, method, key, value):
-    """C: `rank=1000000000`; bounds that are missing: `rank` above the module's width."""
+    """C: `rank=1000000000`, and any `rank` above the module's width."""
     if method == "rslora" and value == 10**9:
         pytest.skip("PEFT's r has a smaller bound of its own")
     assert refused(f"method={method}", f"{key}={WIDTH}") == []
@@ -60,13 +60,13 @@ def test_a_rank_above_a_modules_width_is_refused_with_the_module(refused, method
     assert f"={value}" in problem and "encoder.layer.0." in problem and f"{WIDTH}" in problem
 
 
-def test_a_list_of_modules_bounds_the_ranks_of_its_own(refused):
+def test_a_list_of_modules_limits_the_rank_by_its_own_widths(refused):
     given = ("method=diffora", "method.selection=[intermediate.dense]", "method.weight_sharing=false")
     assert refused(*given, f"rank={WIDTH}") == []
     assert "rank=17 must not be above 16" in refused(*given, "rank=17")[0]
 
 
-def test_a_budget_stops_at_the_width_of_a_module(cfg, deberta):
+def test_a_budget_gives_no_rank_above_the_width_of_a_module(cfg, deberta):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     composed = cfg("task=mrpc", "method.budget=1M")
     method = get_class(composed.method._target_).from_config(composed)
@@ -75,7 +75,7 @@ def test_a_budget_stops_at_the_width_of_a_module(cfg, deberta):
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
-    """Bounds that are missing; the recipe's own is cut, as ever."""
+    """A given warm-up must fit into the run. The recipe's own warm-up is shortened to fit."""
     given = ("task=mrpc", "finetune.epochs=2", "finetune.batch_size=10")
     assert warmup_steps(cfg(*given), 100) == 2
     assert warmup_steps(cfg(*given, "finetune.warmup_steps=20"), 100) == 20
@@ -91,7 +91,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_it_starts(cfg):
         ("sora", "method.stages=21", "method.stages=21 must be at most 20, the steps of this run (100 rows,"),
     ],
 )
-def test_a_schedule_that_the_run_never_gets_to_is_refused(cfg, deberta, method, override, message):
+def test_a_schedule_longer_than_the_run_is_refused(cfg, deberta, method, override, message):
     given = [f"method={method}", override, "finetune.batch_size=10", "finetune.epochs=2", "task=mrpc"]
     composed = cfg(*given)
     method = get_class(composed.method._target_).from_config(composed)
@@ -102,7 +102,7 @@ def test_a_schedule_that_the_run_never_gets_to_is_refused(cfg, deberta, method, 
     check_stages(composed, method, grid, 1000)
 
 
-def test_a_selection_that_no_score_can_change_is_said(refused, caplog):
+def test_a_selection_that_does_not_depend_on_the_scores_gives_a_warning(refused, caplog):
     for rho, word in (("0.1", "none"), ("1", "all")):
         caplog.clear()
         assert refused("method=diffora", f"rho={rho}") == []
@@ -112,8 +112,8 @@ def test_a_selection_that_no_score_can_change_is_said(refused, caplog):
     assert caplog.text == ""
 
 
-def test_a_warm_start_from_other_tensors_is_named(cfg, quick, tmp_path):
-    """B18's neighbour: the file of A and B is damaged, or is of another search."""
+def test_a_warm_start_from_the_wrong_tensors_is_refused(cfg, quick, tmp_path):
+    """Similar to B18: the file of A and B is damaged, or comes from another search."""
     given = [*quick, "search.epochs=1", "finetune.epochs=1", "method.warm_start=true", "finetune.warmup_steps=0"]
     run(cfg(*given), tmp_path / "first")
     selection, tensors = tmp_path / "first" / "selection.json", tmp_path / "first" / "selection.safetensors"

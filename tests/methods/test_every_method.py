@@ -15,7 +15,7 @@ from diffora.hub import EMBEDDED
 from diffora.run.experiment import run
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
-MORE = {  # so that what is special about a method happens within four steps
+MORE = {  # so that the special steps of a method occur within four steps
     "sora": ["method.lam=0.2", "method.stages=2"],
     "rm_lora": ["method.mask.target=update"],
     "adalora": ["finetune.lr=0.03"],
@@ -47,14 +47,14 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     assert params["inference"] <= params["adapter"] * (2 if method == "pissa" else 1)
     assert {"train/accuracy", "generalisation_gap", "validation/accuracy"} <= record["metrics"].keys()
 
-    # what is on disk is the model in memory
+    # the model from disk gives the outputs of the model in memory
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = whole.model.eval()(input_ids=ids).logits
     path = whole.folder / "model" if method == "full_ft" else EMBEDDED
     fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
     if method != "full_ft":
-        for name in Backbone.of(fresh).head:  # with the trained head alone it is another model
+        for name in Backbone.of(fresh).head:  # with only the trained head, the outputs differ
             fresh.get_submodule(name).load_state_dict(whole.model.get_submodule(name).state_dict())
         with torch.no_grad():
             changed = (fresh(input_ids=ids).logits - logits).abs().max()
@@ -88,7 +88,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("method", "backbone"), SHAPES)
-def test_on_the_true_shape_of_every_backbone(method, backbone, cfg, tmp_path):
+def test_every_method_on_the_true_shape_of_every_backbone(method, backbone, cfg, tmp_path):
     params = run(cfg(f"method={method}", f"model={backbone}", "dry_run=true"), tmp_path).record["params"]
     assert params["trainable"] == params["adapter"] + params["head"] and params["head"] > 0
     assert (params["adapter"] > 0) == (method != "head_only")

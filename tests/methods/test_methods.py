@@ -1,4 +1,4 @@
-"""Each method's update rule against an independent float64 computation, with weights that are not zero."""
+"""The update rule of each method, compared with an independent float64 computation. No weights are zero."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def mask(**changes):
 
 
 def adapted(deberta, method, selection=None, seed=0):
-    """A small DeBERTa in float64, adapted, every pair non-zero. Returns (model, adaptation)."""
+    """(model, adaptation): a small DeBERTa in float64 with adapters whose pairs are not zero."""
     model = deberta(dtype=torch.float64)
     grid = find_grid(model, "encoder.layer.*", TYPES, ROLES)
     torch.manual_seed(1)
@@ -45,7 +45,7 @@ def adapted(deberta, method, selection=None, seed=0):
 
 
 def step(model, adaptation, optimizer, number=0, epoch=0, batch=0):
-    """One step as the training loop takes it. Returns the parameters before and after."""
+    """Take one step like the training loop. Returns the parameters before and after it."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adaptation.before_step(number, epoch)
     inputs = {k: v for k, v in batch_of(4, seed=batch).items() if k != "row"}
@@ -94,7 +94,7 @@ def test_head_only_moves_the_head_only(deberta):
 
 
 @pytest.mark.parametrize(("kind", "places"), [(Houlsby, 4), (Pfeiffer, 2)])
-def test_bottlenecks_stand_where_they_should(deberta, kind, places):
+def test_bottlenecks_are_in_the_right_places(deberta, kind, places):
     model, adaptation = adapted(deberta, kind(size=3, activation="gelu", skip=True, init_std=0.01))
     there = [name for name, module in model.named_modules() if isinstance(module, BottleneckLinear)]
     assert len(there) == places and all(name.endswith("output.dense") for name in there)
@@ -153,7 +153,7 @@ def test_masked_steps_are_plain_steps_on_the_drawn_rows(deberta, independent, ki
 
 
 @pytest.mark.parametrize(("target", "still"), [("gradient", False), ("update", True)])
-def test_momentum_moves_masked_entries_unless_the_update_is_masked(deberta, target, still):
+def test_momentum_changes_masked_entries_unless_the_update_is_masked(deberta, target, still):
     model, adaptation = adapted(deberta, GMLoRA(rank=4, dropout=0.0, alpha=6.0, mask=mask(target=target)))
     optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.1)
     for number in range(3):
@@ -181,7 +181,7 @@ def test_masks_change_with_the_step_or_the_epoch(deberta):
     assert drawn("step", 0, 0, seed=1) != drawn("step", 0, 0)
 
 
-def test_masking_starts_when_it_is_told_to_and_evaluation_is_not_masked(deberta):
+def test_masking_starts_at_the_given_step_and_evaluation_is_not_masked(deberta):
     model, adaptation = adapted(deberta, GMLoRA(rank=4, dropout=0.0, alpha=6.0, mask=mask(start=1)))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     before, after = step(model, adaptation, optimizer, 0)
@@ -230,7 +230,7 @@ def test_a_shared_pair_is_one_adapter(deberta):
 
 
 def test_soft_threshold_is_the_proximal_operator():
-    """prox(x) = argmin over z of (z - x)^2 / 2 + by |z|, searched by hand."""
+    """prox(x) is the z that minimises (z - x)^2 / 2 + by |z|; the test searches it on a grid."""
     x = torch.tensor([-2.0, -0.3, -0.1, 0.0, 0.05, 0.4, 3.0], dtype=torch.float64)
     grid = torch.linspace(-4, 4, 80001, dtype=torch.float64)
     objective = (grid - x[:, None]).square() / 2 + 0.3 * grid.abs()
@@ -277,7 +277,7 @@ def test_sparsity_grows_in_stages():
     assert sora(lam=0.4, times_lr=True).threshold(0, 8, 0.01) == pytest.approx(0.004)
 
 
-def test_closed_gates_cost_nothing_at_inference(deberta):
+def test_directions_with_closed_gates_do_not_count_at_inference(deberta):
     model, adaptation = adapted(deberta, sora(lam=0.3))
     layers = [layer for _, layer in lowrank_layers(model)]
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_closed_gates_cost_nothing_at_inference(deberta):
         torch.testing.assert_close(scaling * lora_bt.T @ lora_a, layer.delta())
 
 
-def test_flora_starts_at_the_backbone_and_its_core_gets_the_gradient_of_the_whole(deberta):
+def test_flora_starts_at_the_backbone_and_its_core_gets_the_exact_gradient(deberta):
     model, adaptation = adapted(deberta, FLoRA(rank=3, dropout=0.0, alpha=6.0))
     plain = deberta(dtype=torch.float64)
     inputs = {k: v for k, v in batch_of(4).items() if k != "row"}
@@ -302,7 +302,7 @@ def test_flora_starts_at_the_backbone_and_its_core_gets_the_gradient_of_the_whol
         weight = _weight_grad(model, name, inputs)
         expected = layer.scaling * layer.lora_bt @ weight @ layer.lora_a.T  # dL/dG = s B^T dL/dW A^T
         torch.testing.assert_close(layer.gate.grad, expected.detach())
-        assert layer.gate.grad.abs().max() > 0 and layer.lora_a.grad.abs().max() == 0  # nothing to learn there yet
+        assert layer.gate.grad.abs().max() > 0 and layer.lora_a.grad.abs().max() == 0  # the core is 0 at the start
     optimizer = torch.optim.SGD(trainable(model), lr=0.5)
     optimizer.zero_grad()
     for number in range(2):

@@ -87,7 +87,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     counts, head = Backbone.of(model).count_parameters(), Backbone.of(model).head_parameters()
     assert type(model.classifier) is nn.Linear and all(p.requires_grad for p in head) and len(head) == 4
     assert not any(p.requires_grad for key, p in model.named_parameters() if key in before and p not in head)
-    if name in SIZES and name != "eva":  # which gives out ranks anew
+    if name in SIZES and name != "eva":  # EVA may change ranks
         assert counts["adapter"] == SIZES[name]
         meta = deberta().to("meta")
         adapted(method, meta)
@@ -111,7 +111,7 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         assert (loaded(**inputs()).logits - ours).abs().max() > 1e-3
     assert (plain - ours).abs().max() > 1e-3
 
-    # W + s B A of `pairs` is what the module computes with
+    # the module's output is that of W + s B A, with A and B from `pairs`
     pairs = {key: (a, bt, s) for key, a, bt, s in adaptation.pairs()}
     assert bool(pairs) == (name in FULL or name == "olora")
     for key, (a, bt, s) in pairs.items():
@@ -122,11 +122,11 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         assert FULL.get(name) in (None, len(a))
 
 
-def test_eva_sees_tokens_only_and_the_same_every_time(cfg, deberta):
+def test_eva_ignores_padding_and_gives_the_same_directions_every_time(cfg, deberta):
     method = method_of(cfg, "method=eva", "method.config.eva_config.rho=1.0")
 
     def directions(extra):
-        torch.manual_seed(extra)  # what is drawn elsewhere has no part in it
+        torch.manual_seed(extra)  # other random numbers must not matter
         adaptation = adapted(method, deberta())
         torch.manual_seed(extra)
         batch = inputs()
@@ -142,7 +142,7 @@ def test_eva_sees_tokens_only_and_the_same_every_time(cfg, deberta):
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(2), rtol=0.2, atol=0.2)  # PEFT's SVD is randomised
 
 
-def test_prepare_sees_the_first_batches_of_training(cfg, quick, tmp_path, monkeypatch):
+def test_prepare_gets_the_first_training_batches(cfg, quick, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     shown, trained = [], []
 
@@ -177,7 +177,7 @@ def rank_left(adaptation):
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 12, 40])
-def test_adalora_reaches_its_budget_however_short_the_run(deberta, total):
+def test_adalora_reaches_its_budget_also_in_short_runs(deberta, total):
     adaptation = adapted(AdaLoRA(**SETTINGS), deberta())
     adaptation.begin(total)
     optimizer = adam(adaptation.model)
@@ -188,7 +188,7 @@ def test_adalora_reaches_its_budget_however_short_the_run(deberta, total):
     assert left[-1] == 12 and left[: adaptation.config.tinit] == [36] * adaptation.config.tinit
     assert left[total - 1 - int(0.3 * total) :] == [12] * (1 + int(0.3 * total))
     if total == 40:
-        assert any(12 < rank < 36 for rank in left)  # on the way, not at once
+        assert any(12 < rank < 36 for rank in left)  # gradually, not at once
     needed = sum(len(a) * (a.shape[1] + bt.shape[1]) for _, a, bt, _ in adaptation.pairs())
     assert adaptation.inference_parameters() == needed <= Backbone.of(adaptation.model).count_parameters()["adapter"]
 
@@ -227,7 +227,7 @@ def test_adalora_penalty_is_pefts(deberta):
     assert (theirs - plain).item() == pytest.approx(adaptation.penalty().item(), rel=1e-4)
 
 
-def test_adalora_penalty_is_in_no_loss_that_is_reported(cfg, quick, tmp_path, monkeypatch):
+def test_adalora_penalty_is_not_in_the_reported_losses(cfg, quick, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     short = [o for o in quick if not o.startswith(("search", "finetune.epochs"))]
     short = [*short, "finetune.epochs=1", "task.train_rows=64", "method=adalora"]
@@ -236,7 +236,7 @@ def test_adalora_penalty_is_in_no_loss_that_is_reported(cfg, quick, tmp_path, mo
     assert run(cfg(*short), tmp_path / "with").record["history"] == without["history"]
 
 
-def test_adalora_goes_on_from_its_averages(deberta):
+def test_adalora_continues_from_its_saved_averages(deberta):
     def start():
         torch.manual_seed(3)
         adaptation = adapted(AdaLoRA(**SETTINGS), deberta())
@@ -267,7 +267,7 @@ def test_adalora_goes_on_from_its_averages(deberta):
     assert resumed.state()["rank_pattern"] == whole.state()["rank_pattern"]
 
 
-def test_adalora_resumed_ends_as_if_never_stopped(cfg, quick, tmp_path):
+def test_resumed_adalora_gives_the_same_result(cfg, quick, tmp_path):
     torch.set_num_threads(1)
     short = [*(o for o in quick if not o.startswith("search")), "task.train_rows=64"]
     composed = cfg(*short, "method=adalora", "method.every=2", "method.final=0")
@@ -336,7 +336,7 @@ def test_a_bad_setting_gives_one_message(cfg, overrides, words):
     assert words in message
 
 
-def test_what_does_not_fit_the_model_is_said_in_pefts_words(cfg, deberta):
+def test_settings_that_do_not_fit_the_model_give_pefts_message(cfg, deberta):
     without = ["~method.config.lora_alpha", "~method.config.lora_dropout"]
     method = method_of(cfg, "method=peft", "method.config._target_=peft.MissConfig", "rank=64", *without)
     with pytest.raises(UserError, match=r"PEFT cannot put MissConfig on this model: .*64"):

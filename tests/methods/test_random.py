@@ -1,4 +1,4 @@
-"""Selections by chance: which draw, and of what size; selections that are given."""
+"""Random selections: which draw is used, and its size. Also selections that are given as a list."""
 
 import math
 from collections import Counter
@@ -19,8 +19,8 @@ SMALL, LARGE = (8, 8), (8, 32)
 
 
 @pytest.mark.parametrize(("shared_rank", "ways"), [(None, 3), (2, 1)])
-def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likely(shared_rank, ways):
-    """Both large modules, and in each layer one of two small ones: or one shared pair more is needed."""
+def test_method_like_draws_evenly_among_selections_of_the_same_size(shared_rank, ways):
+    """Each layer needs its large module and one of two small ones; with sharing, no other choice has the same size."""
     shapes = [[SMALL, SMALL, LARGE]] * 2
     mask = torch.tensor([[True, False, True], [True, False, True]])
     size = adapter_parameters(shapes, mask, 4, shared_rank)
@@ -33,15 +33,15 @@ def test_a_draw_like_another_has_its_size_and_all_of_that_size_are_equally_likel
     assert len(counts) == ways and all(abs(n - expected) < 4 * math.sqrt(expected) for n in counts.values())
 
 
-def test_globally_the_layers_may_differ_in_number():
+def test_with_global_scope_layers_may_have_different_numbers_of_modules():
     shapes = [[SMALL] * 3] * 2
     mask = torch.tensor([[True, True, True], [False, False, False]])
     sizes = {draw_of_same_size(shapes, mask, "global", 4, None, seed).sum(1).tolist()[0] for seed in range(40)}
     assert sizes == {0, 1, 2}  # there is one with 3: itself
 
 
-def test_where_no_other_has_its_size_modules_change_places_with_those_of_their_own(monkeypatch):
-    """Three types that are selected in every layer have no shared pairs: others will, unless they are as regular."""
+def test_if_no_draw_has_the_same_size_modules_are_exchanged_for_equal_ones(monkeypatch):
+    """If three types are selected in every layer, they have no shared pairs. Most other selections need such pairs."""
     monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
     shapes = [[SMALL, SMALL, SMALL, SMALL, LARGE, LARGE]] * 12
     mask = torch.tensor([[True, True, True, False, False, False]] * 12)
@@ -52,13 +52,13 @@ def test_where_no_other_has_its_size_modules_change_places_with_those_of_their_o
         assert adapter_parameters(shapes, d, 4, None) == adapter_parameters(shapes, mask, 4, None)
 
 
-def test_the_only_selection_of_its_size_is_said_to_be(monkeypatch):
+def test_a_selection_that_is_the_only_one_of_its_size_gives_none(monkeypatch):
     monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
     shapes = [[SMALL, LARGE]] * 8
     assert draw_of_same_size(shapes, torch.tensor([[False, True]] * 8), "layer", 4, None, 1) is None
 
 
-def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):
+def test_random_draws_by_the_seed_or_by_method_draw(cfg, deberta):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
 
     def chosen(*overrides: str) -> list[list[str]]:
@@ -69,7 +69,7 @@ def test_random_takes_its_draw_from_the_seed_or_from_draw(cfg, deberta):
     assert len({str(chosen(f"method.draw={draw}")) for draw in range(8)}) > 4
 
 
-def test_random_like_a_selection_reads_it(cfg, deberta, tmp_path):
+def test_random_reads_the_selection_in_method_like(cfg, deberta, tmp_path):
     grid = find_grid(deberta(), "encoder.layer.*", TYPES)
     mask = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
     mask[:, [0, 2, 4]] = True

@@ -54,7 +54,7 @@ def test_a_paired_difference_is_that_of_the_paired_t_test():
     assert (found.low, found.high, found.p) == pytest.approx((interval.low, interval.high, test.pvalue))
 
 
-def test_pairs_are_those_of_common_seeds():
+def test_only_common_seeds_are_paired():
     found = paired({0: 1.0, 1: 2.0, 7: 100.0}, {1: 1.0, 0: 0.5, 8: -100.0})
     assert found.n == 2 and found.mean == pytest.approx(0.75)
     assert paired({0: 1.0}, {1: 1.0}) is None
@@ -62,11 +62,11 @@ def test_pairs_are_those_of_common_seeds():
 
 def test_without_spread_there_is_no_test():
     assert paired({0: 1.0}, {0: 0.5}) == Difference(0.5, None, None, None, 1)
-    same = paired({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.1, 2: 0.8})  # differ by roundings alone
+    same = paired({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.1, 2: 0.8})  # they differ only by rounding
     assert same.p is None and verdict(same) == "no test"
 
 
-def test_the_verdict_is_what_the_interval_says():
+def test_the_verdict_follows_from_the_interval():
     assert verdict(Difference(1.0, 0.1, 1.9, 0.03, 5)) == "ahead"
     assert verdict(Difference(-1.0, -1.9, -0.1, 0.03, 5)) == "behind"
     assert verdict(Difference(1.0, -0.1, 2.1, 0.07, 5)) == "undecided"
@@ -82,23 +82,23 @@ def test_agreement_of_selections_against_chance():
     other = np.array([[True, False, True, False]])
     found = stability(np.array([one, other]), by_layer=True, draws=20_000)
     assert found.jaccard == pytest.approx(1 / 3)
-    # of two draws of 2 of 4: both the same 1/6, one in common 4/6, none 1/6
+    # for two draws of 2 of 4: probability 1/6 of equal sets, 4/6 of one common element, 1/6 of none
     assert found.chance == pytest.approx(1 / 6 + 4 / 6 / 3, abs=0.01)
     assert stability(np.array([one, one, one]), by_layer=True).jaccard == 1.0
     assert stability(np.array([one, ~one]), by_layer=True).jaccard == 0.0
     assert stability(np.array([one]), by_layer=True) is None
 
 
-def test_chance_keeps_to_the_sizes_of_layers_or_of_the_whole():
+def test_random_selections_have_the_size_of_each_layer_or_of_the_whole():
     full = np.array([[True, True], [False, False]])
-    assert stability(np.array([full, full]), by_layer=True).chance == 1.0  # all of layer 1, nothing of layer 2
+    assert stability(np.array([full, full]), by_layer=True).chance == 1.0  # all modules of layer 1, none of layer 2
     assert stability(np.array([full, full]), by_layer=False).chance < 0.9
 
 
 # --- gathering ---
 
 
-def test_runs_are_gathered_from_below_once(tmp_path):
+def test_runs_below_a_folder_are_gathered_once(tmp_path):
     for seed in range(3):
         made_run(tmp_path / "a" / f"run{seed}", seed=seed)
     made_run(tmp_path / "a" / "run0" / "checkpoints" / "not_a_run")
@@ -129,7 +129,7 @@ def test_broken_records_are_listed_and_left_out(tmp_path):
     assert "seed must be a whole number" in reasons[-2] and "metrics, params, time, memory are missing" in reasons[-1]
 
 
-def test_what_cannot_be_gathered_is_said(tmp_path):
+def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder"):
         gather([tmp_path / "nowhere"])
     with pytest.raises(UserError, match=re.escape(f"no run.json below {tmp_path}")):
@@ -254,7 +254,7 @@ def test_every_table_of_the_project_can_be_shown(tmp_path):
         assert figures <= shown, table.name
 
 
-def test_comparisons_are_paired_and_know_which_way_is_better(spec):
+def test_comparisons_are_paired_and_use_the_direction_of_the_metric(spec):
     fill(spec)
     (table,) = tables_of(gather([spec]).runs)
     against = {c.baseline: c for c in comparisons_of(table)}
@@ -295,7 +295,7 @@ def test_another_selector_is_a_baseline_of_the_search(spec):
     assert table.ours == ["DiffoRA"] and [c.baseline for c in comparisons_of(table)] == ["gradient"]
 
 
-def test_of_repeated_runs_the_later_one_counts(spec):
+def test_the_latest_of_repeated_runs_counts(spec):
     fill(spec)
     again = made_run(spec / "again", "random", 0, 0.5, ("table9", "random", "paraphrase"))
     os.utime(again / "run.json", (2e9, 2e9))
@@ -305,7 +305,7 @@ def test_of_repeated_runs_the_later_one_counts(spec):
     assert any("1 runs were repeated later" in note for note in table.notes)
 
 
-def test_tables_of_like_names_have_files_of_their_own(tmp_path):
+def test_tables_with_similar_names_have_different_files(tmp_path):
     for i, task in enumerate(("a b", "a-b")):
         made_run(tmp_path / str(i), task=task)
     files = page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
@@ -321,7 +321,7 @@ def test_settings_are_not_mixed_within_a_cell(spec):
     assert any("1 runs with other settings left out (different: rank)" in note for note in table.notes)
 
 
-def test_other_data_and_few_seeds_are_said(spec):
+def test_different_data_and_few_seeds_give_notes(spec):
     fill(spec, ["random"])
     made_run(spec / "x", "diffora", 0, cell=("table9", "DiffoRA", "paraphrase"), data_hash="other")
     (table,) = tables_of(gather([spec]).runs)
@@ -342,7 +342,7 @@ def test_runs_of_no_experiment_are_grouped_by_setting(tmp_path):
     assert all(len(cell.runs) == 2 for cell in paraphrase.cells.values())
 
 
-def test_curves_join_settings_that_differ_in_nothing_else(tmp_path):
+def test_curves_join_settings_that_differ_only_in_rho(tmp_path):
     for rho, score in ((0.2, 0.7), (0.5, 0.8), (0.9, 0.75)):
         for seed in range(2):
             made_run(tmp_path / f"{rho}-{seed}", "diffora", seed, score + seed / 100, settings={"rank": 4, "rho": rho})
@@ -365,7 +365,7 @@ def test_rank_and_orthogonality_are_in_a_table(spec):
     assert row["rank of ΔW"] == "3.500 ± 0.000" and row["orthogonality loss of ΔW"] == "70.25 ± 0.00"
 
 
-def test_strange_values_in_records_do_no_harm(tmp_path):
+def test_strange_values_in_records_do_not_stop_the_report(tmp_path):
     facts = {"setting_id": "s", "settings": {}, "config_hash": "c"}
     record = {"method": "lora", "task": "mrpc", "model": "m", "seed": 0, "status": "completed", **facts}
     record |= {"metrics": {}, "params": {}, "time": {}, "memory": {}}
@@ -377,7 +377,7 @@ def test_strange_values_in_records_do_no_harm(tmp_path):
     gathered = gather([tmp_path])
     page.write(gathered, tmp_path / "out", [tmp_path])
     assert len(gathered.runs) == 4
-    assert [run.config for run in gathered.runs] == [{}, {}, {}, {"rank": [1]}]  # of one setting_id, one was edited
+    assert [run.config for run in gathered.runs] == [{}, {}, {}, {"rank": [1]}]  # an edited record
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_strange_values_in_records_do_no_harm(tmp_path):
         ("config.yaml", b"\xff: ["),  # a report does not read it
     ],
 )
-def test_a_broken_file_stops_no_report(tmp_path, file, content):
+def test_a_broken_file_does_not_stop_the_report(tmp_path, file, content):
     """C: broken records, JSON nested 5,000 levels deep"""
     for seed in range(2):
         made_run(tmp_path / f"{seed}", "diffora", seed, settings={"rank": 4, "rho": 0.5})
@@ -484,7 +484,7 @@ def test_ticks_are_round_and_within():
     assert charts.ticks(3, 3) == [3]
 
 
-def test_many_settings_are_cut_and_this_is_said(tmp_path, monkeypatch):
+def test_only_the_best_of_many_settings_are_shown_with_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS", 4)
     monkeypatch.setattr(page, "PICTURED", 2)
     for i in range(7):
@@ -507,7 +507,7 @@ def test_the_command_line_is_checked(tmp_path):
         page.request(["output=x"])
 
 
-def test_columns_know_what_is_a_score():
+def test_only_fractions_are_shown_in_per_cent():
     column = ResultColumn("c", ("validation/accuracy", "update/rank"), True, METRICS)
     assert column.factor("validation/accuracy") == column.factor("validation_mismatched/accuracy") == 100
     assert column.factor("update/rank") == 1 and column.held_out() == ("held_out/accuracy",)
@@ -537,7 +537,7 @@ def table_of(folder):
     return table
 
 
-def test_losses_are_never_in_per_cent(spec):
+def test_losses_are_never_shown_in_per_cent(spec):
     column = ResultColumn("c", ("validation/accuracy", "validation/loss"), True, METRICS)
     assert column.factor("train/accuracy") == column.factor("generalisation_gap") == 100
     assert {column.factor(key) for key in ("train/loss", "validation/loss", "validation/perplexity")} == {1}
@@ -549,7 +549,7 @@ def test_losses_are_never_in_per_cent(spec):
     assert any("0.4" in chart and "100" not in chart for title, chart in charts_ if "training loss" in title)
 
 
-def test_all_comparisons_are_made_and_the_first_are_listed():
+def test_all_comparisons_are_computed_and_the_first_are_listed():
     rng = random.Random(0)
     runs = [in_memory("diffora", s, f"a: {i}", rng.random()) for i in range(30) for s in range(3)]
     runs += [in_memory("lora", s + 3 * (i == 0), f"b: {i}", rng.random()) for i in range(20) for s in range(3)]
@@ -615,7 +615,7 @@ def with_selection(folder, seed, selection=None, of=None, **content):
     change_record(folder, selection=chosen, time=record["time"] | {"search_s": 0.0})
 
 
-def test_one_selection_for_all_seeds_shows_no_agreement(tmp_path):
+def test_one_selection_for_all_seeds_has_no_agreement(tmp_path):
     search = made_run(tmp_path / "searches" / "0", "diffora", 0)
     for seed in range(3):
         with_selection(tmp_path / "runs" / f"reused{seed}", seed, of=search)
@@ -631,7 +631,7 @@ def test_one_selection_for_all_seeds_shows_no_agreement(tmp_path):
         gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path]
     )[0].read_text().replace("\n", " ")
 
-    for seed in range(3):  # as method.like with one draw: its file has the seed of the run
+    for seed in range(3):  # like method.like with one draw, whose file has the seed of the run
         run = made_run(tmp_path / "drawn" / f"{seed}", "random", seed, settings={"method": {"draw": 7}})
         (run / "selection.json").write_text(json.dumps({"types": TYPES, "selected": [TYPES[:1]] * 2, "seed": seed}))
     ((place, cell),) = table_of(tmp_path / "drawn").cells.items()
@@ -642,7 +642,7 @@ def test_one_selection_for_all_seeds_shows_no_agreement(tmp_path):
     assert pictures.dams(*place, cell).single == "given" and main_table(table).rows[0][-2] == ""
 
 
-def test_selections_of_each_seed_are_one_setting_wherever_their_files_lie(tmp_path):
+def test_selections_of_each_seeds_own_search_are_one_setting_in_any_folder(tmp_path):
     for seed in range(3):
         search = made_run(tmp_path / "searches" / f"{seed}", "diffora", seed)
         with_selection(tmp_path / "runs" / f"a{seed}", seed, of=search)
@@ -654,7 +654,7 @@ def test_selections_of_each_seed_are_one_setting_wherever_their_files_lie(tmp_pa
     assert all(cell.reused for cell in table.cells.values())
 
 
-def test_a_draw_that_was_given_does_not_follow_the_seed(tmp_path):
+def test_a_given_draw_is_part_of_the_setting(tmp_path):
     def runs(name, draws):
         for i, (seed, draw) in enumerate(draws):
             settings = {"rank": 4} if draw is None else {"rank": 4, "method": {"draw": draw}}
@@ -675,7 +675,7 @@ def test_a_draw_that_was_given_does_not_follow_the_seed(tmp_path):
     }
 
 
-def test_what_differs_between_columns_is_in_their_order(spec):
+def test_values_that_differ_between_columns_are_listed_in_column_order(spec):
     fill(spec, ["random"], seeds=range(3), adapter=222)
     fill(spec, ["random"], seeds=range(2), column="digits", adapter=111)
     fill(spec, ["DiffoRA"], column="digits", adapter=333)
@@ -687,7 +687,7 @@ def test_what_differs_between_columns_is_in_their_order(spec):
     assert grid.rows[0][1] == grid.rows[0][-3] == ""  # full FT has no runs
 
 
-def test_runs_that_failed_are_noted_beside_their_cell(spec):
+def test_failed_runs_are_noted_with_their_cell(spec):
     fill(spec, ["random"], seeds=range(2))
     fill(spec, ["random"], seeds=[2, 3], status="failed")
     made_run(spec / "first try", "random", 0, cell=("table9", "random", "paraphrase"), status="failed")
@@ -703,7 +703,7 @@ def test_runs_that_failed_are_noted_beside_their_cell(spec):
     assert "not completed: lora: 2 more seeds failed" in notes and "1 more settings have no completed run" in notes
 
 
-def test_odd_records_are_listed_or_shown_and_never_end_the_report(tmp_path):
+def test_odd_records_are_listed_or_shown_and_never_stop_the_report(tmp_path):
     made_run(tmp_path / "surrogate", seed=1, status="failed", error="no file caf\udce9.csv")
     made_run(tmp_path / "long", task="x" * 300, experiment=None)
     for i, changes in enumerate([{"experiment": 5}, {"data_hash": ["x"]}, {"row": {}}, {"error": 1}]):
@@ -719,7 +719,7 @@ def test_odd_records_are_listed_or_shown_and_never_end_the_report(tmp_path):
     assert max(len(file.name) for file in files) < 200
 
 
-def test_a_recipe_that_alone_differs_is_named(spec):
+def test_runs_that_differ_in_the_recipe_only_are_noted(spec):
     for seed in range(3):
         task = {"name": "paraphrase", "recipe": {"warmup_steps": 1 + seed // 2}}
         run = made_run(spec / f"{seed}", seed=seed, cell=("table9", "random", "paraphrase"), settings={"task": task})
@@ -727,7 +727,7 @@ def test_a_recipe_that_alone_differs_is_named(spec):
     assert "random, paraphrase: 2 runs with other settings left out (different: task.recipe)" in table_of(spec).notes
 
 
-def test_our_mean_stands_beside_the_papers_where_all_columns_are_there(spec, monkeypatch):
+def test_our_mean_is_shown_if_all_columns_have_runs(spec, monkeypatch):
     paper = {"params": "2M/1M", "paraphrase": "80/40", "digits": 70, "mean": 65.5}
     monkeypatch.setitem(SPEC["rows"][2], "paper", paper)
     monkeypatch.setitem(SPEC["columns"]["small"], "digits", {"set": ["task=digits"]})
@@ -735,7 +735,7 @@ def test_our_mean_stands_beside_the_papers_where_all_columns_are_there(spec, mon
         monkeypatch.setitem(row, "paper", None)
     (spec.parent / "conf" / "experiment" / "table9.yaml").write_text(yaml.safe_dump({"hydra": {"sweeper": SPEC}}))
     fill(spec, ["random", "DiffoRA"])
-    assert "paper: mean" in main_table(table_of(spec)).head  # of columns that have no runs, too
+    assert "paper: mean" in main_table(table_of(spec)).head  # also if some columns have no runs
     fill(spec, ["random"], seeds=range(1, 4), column="digits")
     grid = main_table(table_of(spec))
     by_row = {row[0]: dict(zip(grid.head, row, strict=True)) for row in grid.rows}
@@ -755,7 +755,7 @@ def test_a_plot_of_differences_names_their_unit(spec):
     assert "difference, right of 0 is better" in as_fractions
 
 
-def test_a_gap_has_the_unit_of_its_score(spec):
+def test_a_generalisation_gap_has_the_unit_of_its_score(spec):
     fill(spec, ["random"])
     fill(spec, ["random"], column="digits")
     grid = cost_table(table_of(spec))
@@ -763,7 +763,7 @@ def test_a_gap_has_the_unit_of_its_score(spec):
     assert gap == {"paraphrase": "2.00 ± 0.00", "digits": "0.0200 ± 0.0000"}
 
 
-def test_long_names_stand_in_a_key(tmp_path):
+def test_long_names_are_listed_in_a_key(tmp_path):
     for i, seed in itertools.product(range(2), range(3)):
         settings = {"rank": 4, "finetune": {"lr": 0.001 * (i + 1), "batch_size": 16 * (i + 1)}, "search": {"lr": i}}
         made_run(tmp_path / f"d{i}{seed}", "diffora", seed, 0.8 + seed / 100 + i / 50, settings=settings)
@@ -792,7 +792,7 @@ def test_pictures_of_a_setting_have_one_scale(spec):
     assert not re.search(r'<[^>]* class="[^">]*"[^>]* class="', html)
 
 
-def test_the_mean_of_trajectories_is_of_all_seeds(spec, monkeypatch):
+def test_the_mean_trajectory_is_over_all_seeds(spec, monkeypatch):
     monkeypatch.setattr(pictures, "SEEDS", 1)
     fill(spec, ["DiffoRA"], seeds=[2, 0, 1])
     cell = table_of(spec).cells["DiffoRA", "paraphrase"]
@@ -815,7 +815,7 @@ def test_lines_that_are_not_drawn_are_counted(tmp_path, monkeypatch):
     assert note in page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])[0].read_text()
 
 
-def test_without_its_file_a_selection_is_read_from_the_record(spec):
+def test_a_selection_without_its_file_is_read_from_the_record(spec):
     fill(spec, ["DiffoRA"], seeds=range(2))
     for file in spec.rglob("selection.json"):
         file.unlink()
@@ -826,7 +826,7 @@ def test_without_its_file_a_selection_is_read_from_the_record(spec):
     assert pictures.View(table_of(spec), [], False, 5).dams == []
 
 
-def test_a_report_takes_the_place_of_an_earlier_one(tmp_path):
+def test_a_report_replaces_an_earlier_one(tmp_path):
     made_run(tmp_path / "a" / "run", task="old")
     made_run(tmp_path / "b" / "run", task="new")
     page.write(gather([tmp_path / "a"]), tmp_path / "out", [tmp_path])
@@ -858,8 +858,8 @@ def test_data_files_hold_numbers(spec):
 
 
 @pytest.mark.parametrize(("written", "rows"), [("seed${seed}", 1), ("seed0", 1), ("seed{}", 2)])
-def test_a_file_whose_path_is_made_from_the_seed_is_always_the_seeds_own(tmp_path, written, rows):
-    """Both files say that seed 0 made them, but select different modules; only the interpolation shows the rule."""
+def test_a_selection_file_whose_path_has_the_seed_belongs_to_that_seed(tmp_path, written, rows):
+    """Both files say that seed 0 made them, and select different modules. Only the interpolation shows the rule."""
     for seed in range(2):
         search = made_run(tmp_path / "searches" / f"seed{seed}", "diffora", seed)
         file = search / "selection.json"
@@ -870,7 +870,7 @@ def test_a_file_whose_path_is_made_from_the_seed_is_always_the_seeds_own(tmp_pat
     assert len(table_of(tmp_path / "runs").cells) == rows
 
 
-def test_draws_like_the_selections_of_another_row_are_one_setting(tmp_path):
+def test_draws_with_the_sizes_of_another_rows_selections_are_one_setting(tmp_path):
     for rho, seed in itertools.product((0.2, 0.5), range(3)):
         search = made_run(tmp_path / "searches" / f"{rho}-{seed}", "diffora", seed)
         file = search / "selection.json"

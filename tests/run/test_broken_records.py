@@ -1,4 +1,4 @@
-"""Damaged records, settings and search files of a run: never read as results, never overwritten unasked."""
+"""Damaged records, settings and search files of a run are never used as results, or overwritten without asking."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_a_folder_with_checkpoints_and_a_broken_record_needs_resume(cfg, tmp_pat
     ("old", "new"), [("0.75", "0.95"), ('"completed"', '"failed"'), ('"sha256": "', '"sha256": "0')]
 )
 def test_an_edited_record_is_broken(tmp_path, old, new):
-    """Edits: a digit of a metric, the status, or the digest itself. A record without a digest is not checked."""
+    """The edits change a digit of a metric, the status, or the digest. A record without a digest is not checked."""
     parts = {key: {} for key in ("params", "time", "memory")}
     names = dict.fromkeys(("method", "task", "model", "config_hash"), "x")
     record = {"status": "completed", "metrics": {"validation/accuracy": 0.75}, "seed": 0, **parts, **names}
@@ -96,7 +96,7 @@ def test_broken_files_of_a_search_are_written_again(cfg, quick, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         run(cfg(*short), tmp_path)
     before = (tmp_path / "selection.json").read_text()
-    monkeypatch.delattr("diffora.search.bilevel.SearchModule.training_step")  # nothing is searched again
+    monkeypatch.delattr("diffora.search.bilevel.SearchModule.training_step")  # the search is not repeated
     kept = (tmp_path / "trajectory.json").read_text()
     for broken in ({"search.json": "[]"}, {"search.json": "{", "run.json": "[]"}, {"trajectory.json": kept[:-9]}):
         for name, content in broken.items():

@@ -1,4 +1,4 @@
-"""Where a run may be written: folders of runs, and new ones."""
+"""A run may be written to the folder of a run, or to a new folder."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from diffora.run.experiment import run
 
 
 @pytest.mark.parametrize("name", ["", ".", "src", "/"])
-def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_written(cfg, tmp_path, monkeypatch, name):
+def test_a_folder_with_other_files_is_refused_before_anything_is_written(cfg, tmp_path, monkeypatch, name):
     """C: `hydra.run.dir=''` wrote into the checkout."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").mkdir()
@@ -18,7 +18,7 @@ def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_written(
     assert not (tmp_path / name / "run.json").exists() and not (tmp_path / "run.json").exists()
 
 
-def test_new_folders_runs_and_what_a_scheduler_wrote_are_fine(tmp_path):
+def test_new_folders_runs_and_a_schedulers_files_are_accepted(tmp_path):
     check_place(tmp_path / "new")
     check_place(tmp_path)
     (tmp_path / "slurm-1.out").touch()
@@ -30,7 +30,7 @@ def test_new_folders_runs_and_what_a_scheduler_wrote_are_fine(tmp_path):
 
 
 def test_a_sweep_needs_a_folder_of_its_own(tmp_path, monkeypatch):
-    """C's neighbour: `hydra.sweep.dir=''`."""
+    """Similar to C: `hydra.sweep.dir=''`."""
     monkeypatch.chdir(tmp_path)
     for folder in ("", ".", "..", "/"):
         with pytest.raises(UserError, match="is the current folder, or above it"):

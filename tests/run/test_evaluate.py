@@ -1,4 +1,4 @@
-"""A finished run, used again: the same numbers as the run's own, and predictions for rows without labels."""
+"""Evaluating a finished run gives the run's own numbers, and predictions for rows without labels."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ def lines(file):
 
 
 @pytest.mark.parametrize("method", ["diffora", "houlsby", "ia3", "full_ft", "head_only"])
-def test_a_runs_own_metrics_come_out_again(cfg, quick, tmp_path, method):
-    """Whatever the format of what was trained: a PEFT adapter, ours, PEFT's own, a whole model."""
+def test_evaluation_gives_the_runs_own_metrics(cfg, quick, tmp_path, method):
+    """For each format of trained weights: an adapter that PEFT reads, our own, PEFT's other tuners, a whole model."""
     torch.set_num_threads(1)
     changes = [o for o in quick if not o.startswith("search.") or method == "diffora"]
     changes = [o for o in changes if "dropout" not in o or method == "diffora"]
@@ -67,7 +67,7 @@ def test_rows_without_labels_get_predictions_and_no_score(mrpc):
         assert archive.namelist() == ["MRPC.tsv"] and archive.read("MRPC.tsv") == of_run["MRPC.tsv"]
 
 
-def test_predict_is_refused_before_training_where_there_is_nothing_to_predict(mrpc):
+def test_predict_is_refused_before_training_if_there_is_nothing_to_predict(mrpc):
     composed, folder = mrpc
     (folder / "data" / "test.jsonl").unlink()
     with pytest.raises(UserError, match="no file for the split 'test'"):
@@ -100,7 +100,7 @@ def test_command_prints_help_quickly_and_errors_without_traceback():
 
 
 def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):
-    """Its head would stay as it was drawn, and be scored."""
+    """Otherwise its head would keep its random weights and be scored."""
     torch.set_num_threads(1)
     overrides = [o for o in quick if not o.startswith(("search.", "finetune.dropout"))]
     run(cfg(*overrides, "method=lora", "finetune.epochs=1"), tmp_path / "text")
@@ -118,7 +118,7 @@ def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):
         evaluate(read_request([*arguments, f"output={tmp_path / 'o'}"]))
 
 
-def test_choices_that_there_are_not_are_named(tmp_path):
+def test_unknown_choices_are_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="task=nope is not one of"):
         read_request([f"adapter={tmp_path}", "task=nope", "model=tiny"])

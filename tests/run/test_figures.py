@@ -22,16 +22,16 @@ def scored():
     )
 
 
-def test_scores_that_competed_within_a_layer_are_shares_of_it(scored):
+def test_scores_compared_within_a_layer_are_shown_as_shares_of_the_layer(scored):
     assert _shares(scored) == [[0.75, 0.25], [0.25, 0.75]]
 
 
-def test_scores_that_competed_over_all_layers_keep_their_order(scored):
+def test_scores_compared_over_all_layers_keep_their_order(scored):
     shares = _shares(dataclasses.replace(scored, k=None))
     assert shares == [[3 / 42, 1 / 42], [20 / 42, 60 / 42]]
 
 
-def test_scores_that_are_all_zero_divide_by_nothing(scored):
+def test_scores_that_are_all_zero_cause_no_division_by_zero(scored):
     assert _shares(dataclasses.replace(scored, scores=[[0.0, 0.0], [1.0, 1.0]])) == [[0.0, 0.0], [0.5, 0.5]]
 
 
@@ -43,7 +43,7 @@ def test_the_picture_shows_the_scores(scored):
 
 
 def test_the_picture_is_centred_on_the_gate_at_zero(scored):
-    """At the neutral gate every relaxation is drawn white; the same number is not neutral for the other one."""
+    """The neutral gate of each relaxation is drawn white. The two relaxations have different neutral gates."""
     half = dataclasses.replace(scored, scores=None, gamma_bar=[[0.5, 0.5], [0.5, 0.5]])
     three = dataclasses.replace(half, types=["a", "b", "c"], modules=[["a", "b", "c"]] * 2, gamma_bar=[[0.5] * 3] * 2)
     assert dam_heatmap(dataclasses.replace(half, relaxation="sigmoid")) == dam_heatmap(half)  # 1/N is 1/2
@@ -61,5 +61,5 @@ def test_the_picture_is_centred_on_the_gate_at_zero(scored):
         ("mlp.up_proj mlp.shared.up_proj mixer.x_proj", "mlp.up_proj|mlp.shared.up_proj|mixer.x_proj"),
     ],
 )  # fmt: skip
-def test_labels_are_short_where_they_are_clear_and_never_the_same(types, labels):
+def test_labels_are_as_short_as_possible_and_never_equal(types, labels):
     assert short_names(types.split()) == labels.split("|")

@@ -1,4 +1,4 @@
-"""The memory that a dry run foretells, against what the allocator hands out in a real step of the same size."""
+"""The memory estimate of a dry run, compared with the memory that the allocator gives to a real step of this size."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ CASES = {
 
 
 def allocated(step: Callable[[], None]) -> int:
-    """Peak of what the CPU allocator has handed out since the beginning, by the profiler: no counter of ours."""
+    """Peak of the memory that the CPU allocator has given out during a step, measured by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -46,7 +46,7 @@ def allocated(step: Callable[[], None]) -> int:
 
 
 class Stand:
-    """A real model and a meta one of the same configuration, both with adapters everywhere."""
+    """A real model and a meta model of the same configuration, both with adapters on all candidate modules."""
 
     def __init__(self, cfg) -> None:
         torch.set_num_threads(1)
@@ -63,7 +63,7 @@ class Stand:
         return model.train(), attach(model, grid.names, everything, 4, None, alpha=8, freeze=False)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """As `Task.dummy`, but of the kind that is usual: with several sequences in a row, or with padding."""
+        """`Task.dummy`, changed to a usual batch: with several sequences in a row, or with padding."""
         batch = self.task.dummy(self.cfg.finetune.batch_size, self.model)
         if "position_ids" in batch:
             half = batch["position_ids"].shape[1] // 2
@@ -99,13 +99,13 @@ class Stand:
 
     def measured(self, step: Callable[[], None]) -> int:
         self.inputs = self.batch()
-        step()  # what is made once
+        step()  # makes the tensors that are made only once
         self.model.zero_grad(set_to_none=True)
         return allocated(step)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_estimate_of_fine_tuning_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_fine_tuning_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case]))
     estimate = memory.of_finetuning(stand.cfg, stand.task, stand.meta)
     assert estimate.activations == pytest.approx(stand.measured(stand.finetuning_step), rel=0.1)
@@ -116,14 +116,14 @@ def test_the_estimate_of_fine_tuning_is_what_the_allocator_sees(cfg, case):
 
 
 @pytest.mark.parametrize("case", ["packed", "checkpointing", "pair"])
-def test_the_estimate_of_the_search_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_the_search_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case]))
     estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
     assert estimate.activations == pytest.approx(stand.measured(stand.search_step), rel=0.1)
 
 
 @pytest.mark.parametrize("case", ["packed", "checkpointing", "pair"])
-def test_the_estimate_of_the_simultaneous_search_is_what_the_allocator_sees(cfg, case):
+def test_the_estimate_of_the_simultaneous_search_agrees_with_the_allocator(cfg, case):
     stand = Stand(cfg(*CASES[case], "search.update=simultaneous"))
     estimate = memory.of_search(stand.cfg, stand.task, stand.meta, stand.meta_layers)
     assert estimate.shape[0] == 2 * stand.cfg.search.batch_size
@@ -159,7 +159,7 @@ def test_shared_parameters_stay_shared():
 
 
 @pytest.mark.parametrize("method", ["diffora", "adalora", "full_ft", "houlsby"])
-def test_a_dry_run_tells(cfg, tmp_path, method, capsys):
+def test_a_dry_run_shows_the_estimate(cfg, tmp_path, method, capsys):
     record = run(cfg("experiment=quickstart", f"method={method}", "dry_run=true"), tmp_path).record
     found = record["memory"]["estimate"]
     assert list(found) == (["search", "finetune"] if method == "diffora" else ["finetune"])
@@ -170,7 +170,7 @@ def test_a_dry_run_tells(cfg, tmp_path, method, capsys):
     assert "fine-tuning at 32 x 64: weights" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_does_not_stop_a_dry_run(cfg, tmp_path, monkeypatch, caplog):
+def test_a_failed_estimate_does_not_stop_a_dry_run(cfg, tmp_path, monkeypatch, caplog):
     def fail(*_) -> None:
         raise RuntimeError("needs content\nmore")
 

@@ -1,4 +1,4 @@
-"""Memory that runs out anywhere in a run gives one message that says what to change."""
+"""Running out of memory at any point of a run gives one message that says what to change."""
 
 import errno
 import os

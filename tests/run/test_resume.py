@@ -1,4 +1,4 @@
-"""What a run refuses to resume from, and an evaluation to use: other settings, data or backbone; damaged files."""
+"""Resuming and evaluation refuse other settings, data or backbones, and damaged files."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_a_complete_run_is_refused_if_data_or_backbone_changed(place, tmp_path):
     assert (folder / "run.json").read_bytes() == record
 
 
-def test_a_complete_run_without_its_adapter_is_done_again(place, tmp_path):
+def test_a_complete_run_without_its_adapter_runs_again(place, tmp_path):
     folder = copy_of(place / "complete", tmp_path)
     adapter = contents(folder / "adapter")
     shutil.rmtree(folder / "adapter")

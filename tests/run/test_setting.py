@@ -1,4 +1,4 @@
-"""What a run says about its setting: which values follow the seed, and which runs are alike."""
+"""The setting in a run's record: which values follow the seed, and which runs have the same setting."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,7 +17,7 @@ def selection_file(folder, seed, selected=("a",), **more):
     return folder / "selection.json"
 
 
-def test_runs_that_differ_in_seed_place_and_machine_have_one_setting(cfg):
+def test_runs_that_differ_in_seed_folder_and_machine_have_one_setting(cfg):
     one = setting_facts(cfg(*RANDOM, "task.path=/home/a/data", "model.path=/home/a/deberta"), "d1")
     long = "/mnt/" + "a folder with a long name " * 5 + "/deberta"
     other = ["task.path=/mnt/b", f"model.path='{long}'", "trainer.num_workers=4", "trainer.accelerator=auto"]
@@ -38,12 +38,12 @@ def test_runs_that_differ_in_seed_place_and_machine_have_one_setting(cfg):
         ("seed=0", "d2"),  # other data below the same path
     ],
 )
-def test_what_changes_a_result_changes_the_setting(cfg, change, data):
+def test_values_that_change_a_result_change_the_setting(cfg, change, data):
     base = [*RANDOM, "task.path=/home/a/data", "model.path=/home/a/deberta"]
     assert setting_facts(cfg(*base, change), data)["setting_id"] != setting_facts(cfg(*base), "d1")["setting_id"]
 
 
-def test_a_value_made_from_the_seed_follows_it_and_a_value_that_was_given_does_not(cfg):
+def test_a_value_made_from_the_seed_follows_the_seed_and_a_given_value_does_not(cfg):
     facts = setting_facts(cfg(*RANDOM, "seed=3"), None)
     assert facts["follows_seed"] == ["method.draw"] and facts["settings"]["method"]["draw"] == "${seed}"
     given = setting_facts(cfg(*RANDOM, "seed=3", "method.draw=3"), None)
@@ -52,7 +52,7 @@ def test_a_value_made_from_the_seed_follows_it_and_a_value_that_was_given_does_n
     assert vera["follows_seed"] == ["method.config.projection_prng_key"]
 
 
-def test_a_value_may_follow_the_seed_by_way_of_another_one():
+def test_a_value_may_follow_the_seed_through_another_value():
     cfg = OmegaConf.create(
         {
             "seed": 2,
@@ -69,7 +69,7 @@ def test_a_value_may_follow_the_seed_by_way_of_another_one():
 
 
 @pytest.mark.parametrize("key", ["selection", "like"])
-def test_a_selection_file_is_known_by_how_it_was_made(cfg, tmp_path, key):
+def test_a_selection_file_is_identified_by_the_search_that_made_it(cfg, tmp_path, key):
     method = ["method=diffora" if key == "selection" else "method=random", *RANDOM[1:]]
 
     def facts(name, seed, **more):
@@ -85,7 +85,7 @@ def test_a_selection_file_is_known_by_how_it_was_made(cfg, tmp_path, key):
         assert facts(next(iter(change)), 1, **change)["setting_id"] != one["setting_id"]
 
 
-def test_a_list_of_modules_and_a_missing_file_are_settings_as_they_are(cfg, tmp_path):
+def test_a_list_of_modules_and_a_missing_file_are_settings_by_their_value(cfg, tmp_path):
     modules = setting_facts(cfg("method=diffora", *RANDOM[1:], "method.selection=[key,value]"), None)
     assert modules["sources"] == {} and modules["settings"]["method"]["selection"] == ["key", "value"]
     missing = setting_facts(cfg(*RANDOM, f"method.like={tmp_path}/none.json"), None)

@@ -130,7 +130,7 @@ def test_a_log_file_without_space_does_not_change_the_run(cfg, tmp_path, monkeyp
 def test_a_file_system_without_locks_gives_a_warning(cfg, tmp_path, monkeypatch, recwarn, caplog, number):
     import fcntl
 
-    if number != errno.ENOSYS:  # filelock knows another way for this one
+    if number != errno.ENOSYS:  # for ENOSYS, filelock uses another kind of lock
         (tmp_path / ".lock").write_text("of a dead process")
     monkeypatch.setattr(fcntl, "flock", refusing(fcntl.flock, number))
     with account(cfg(), tmp_path, {"status": "running"}):

@@ -1,4 +1,4 @@
-"""What a sweep consists of, and what it does with runs that are wrong, fail, or are there already."""
+"""The runs of a sweep, and what happens to runs with mistakes, failed runs and complete runs."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def expand(*given: str, scale: str = "paper", table: Table = TABLE) -> dict[str,
     return {name: dict(line.split("=", 1) for line in overrides) for name, overrides in jobs.items()}
 
 
-def test_a_table_is_rows_times_columns_times_seeds_with_the_whole_table_first_for_one_seed():
+def test_a_table_has_a_run_per_row_column_and_seed_and_completes_one_seed_first():
     jobs = expand()
     assert len(jobs) == 2 * 2 * 3
     first = list(jobs)[:4]
@@ -44,14 +44,14 @@ def test_a_table_is_rows_times_columns_times_seeds_with_the_whole_table_first_fo
     assert expand(scale="small").keys() == {"rho-0.2-paraphrase-seed0", "lora-r-2-paraphrase-seed0"}
 
 
-def test_rows_go_before_columns_and_a_rows_word_on_one_column_before_both():
+def test_rows_override_columns_and_a_rows_setting_for_one_column_overrides_both():
     jobs = expand()
     assert jobs["lora-r-2-squad-seed0"]["rank"] == "2"
     assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-rte-seed0"]
     assert expand(scale="small")["lora-r-2-paraphrase-seed0"]["rank"] == "1"
 
 
-def test_a_run_says_which_cell_it_is():
+def test_a_run_knows_its_cell():
     job = expand()["rho-0.2-squad-seed1"]
     assert job["experiment"] == job["cell.experiment"] == "some_table"
     assert (job["cell.row"], job["cell.column"]) == ("'ρ = 0.2'", "'squad'")
@@ -66,11 +66,11 @@ def test_a_run_says_which_cell_it_is():
         (["method=sora,bitfit", "seed=0", "cell.column=rte"], ["sora-rte-seed0", "bitfit-rte-seed0"]),
     ],
 )
-def test_what_is_given_replaces_seeds_columns_rows_or_chooses_among_them(given, names):
+def test_given_values_replace_seeds_columns_or_rows_or_choose_among_them(given, names):
     assert list(expand(*given)) == names
 
 
-def test_a_row_like_another_finds_its_selections_by_column_and_seed():
+def test_a_row_like_another_uses_the_selection_of_the_same_column_and_seed():
     table = Table(
         seeds=TABLE.seeds, rows=[*TABLE.rows, Row("random", ["method=random"], like="ρ = 0.2")], columns=TABLE.columns
     )
@@ -79,13 +79,13 @@ def test_a_row_like_another_finds_its_selections_by_column_and_seed():
         assert f"method.like='here/rho-0.2-{column}-seed1/selection.json'" in jobs[f"random-{column}-seed1"]
 
 
-def test_a_task_that_the_table_has_comes_with_its_settings():
+def test_a_task_of_the_table_keeps_its_settings():
     jobs = expand("task=squad,mrpc", "seed=0", "cell.row='ρ = 0.2'")
     assert list(jobs) == ["rho-0.2-squad-seed0", "rho-0.2-mrpc-seed0"]
     assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-mrpc-seed0"]
 
 
-def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_resolve():
+def test_given_values_override_the_table_and_each_run_resolves_its_paths():
     jobs = expand("task=mrpc", "task.path='data/${task.name}'", "model=minilm", "rank=9", "finetune.epochs=1")
     assert len(jobs) == 2 * 3
     for job in jobs.values():
@@ -102,7 +102,7 @@ def test_what_is_given_goes_before_the_table_and_paths_are_left_for_each_run_to_
         (["finetune.lr=interval(0,1)"], "needs hydra/sweeper=optuna"),
     ],
 )
-def test_what_a_table_cannot_do_is_refused(given, words):
+def test_values_that_a_table_cannot_use_are_refused(given, words):
     with pytest.raises(UserError, match=re.escape(words)):
         expand(*given)
 
@@ -118,7 +118,7 @@ def test_folder_names_are_safe(text):
     assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", slug(text))
 
 
-def test_any_row_name_comes_back_from_its_override():
+def test_any_row_name_survives_as_an_override():
     for name in ("it's", 'a "b" \\', "x=1,2 [c] {d}", "ρ"):
         table = Table(seeds=TABLE.seeds, rows=[Row(name)], columns=TABLE.columns)
         [overrides] = cells(parse(["seed=0", "cell.column=rte"]), table, "t", "paper").values()
@@ -142,7 +142,7 @@ def test_plain_sweeps_are_every_combination():
         ("seed=range(1000) rank=range(1,1000)", "this sweep would have 999,000 runs; it must have at most 10,000"),
     ],
 )
-def test_a_sweep_has_runs_and_not_too_many(given, words):
+def test_a_sweep_without_runs_or_with_too_many_is_refused(given, words):
     loader = SimpleNamespace(get_group_options=lambda group, results_filter=None: ["lora"])
     with pytest.raises(UserError) as error:
         combinations(parse(given.split(), loader))
@@ -154,7 +154,7 @@ def test_interpolations_in_a_table_are_kept():
     assert table_of(node).rows[0].set == ["task.path=x/${task.name}"]
 
 
-# Whole sweeps, with a stand-in for the run.
+# Whole sweeps. A simple function replaces the run.
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ NAMES = ["rho-0.4-digits-seed0", "rho-0.4-digits-seed1"]
 FOLDER = Path("outputs/table4_sample_rate-small")
 
 
-def test_a_failed_run_does_not_stop_the_others_and_the_same_command_does_what_is_missing(sweep, capsys):
+def test_a_failed_run_does_not_stop_the_others_and_the_same_command_repeats_it(sweep, capsys):
     with pytest.raises(UserError) as caught:
         sweep(*CELLS, fails=NAMES[1:2])
     first, *failed = caught.value.problems
@@ -206,14 +206,14 @@ def test_a_failed_run_does_not_stop_the_others_and_the_same_command_does_what_is
     assert tuple(cell.values()) == expected
 
 
-def test_runs_that_failed_alike_are_told_once(sweep):
+def test_equal_failures_are_reported_once(sweep):
     with pytest.raises(UserError) as caught:
         sweep(*CELLS, fails=NAMES)
     assert caught.value.problems[1:] == [f"{FOLDER / NAMES[0]} and 1 more: no luck"]
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", b"[" * 5000, b'{"status": 5}'])
-def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, capsys):
+def test_a_run_with_a_broken_record_runs_again(sweep, content, capsys):
     """C: run.json that is [], {} or not UTF-8 stopped a whole sweep"""
     sweep(*CELLS)
     (FOLDER / NAMES[0] / "run.json").write_bytes(content)
@@ -221,7 +221,7 @@ def test_a_broken_record_is_a_run_that_is_done_again(sweep, content, capsys):
     assert f"{FOLDER / NAMES[0] / 'run.json'}" in "".join(capsys.readouterr())
 
 
-def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
+def test_a_complete_run_whose_adapter_is_missing_runs_again(sweep, capsys):
     sweep(*CELLS)
     (FOLDER / NAMES[1] / "adapter" / "adapter_config.json").unlink()
     assert sweep(*CELLS) == NAMES[1:]
@@ -229,13 +229,13 @@ def test_a_complete_run_whose_adapter_is_gone_is_done_again(sweep, capsys):
     assert f"{FOLDER / NAMES[1]} is recorded as complete, but adapter/adapter_config.json is missing" in said
 
 
-def test_a_place_where_no_run_can_be_written_is_named(sweep):
+def test_a_folder_where_no_run_can_be_written_is_named(sweep):
     Path("file").touch()
     with pytest.raises(UserError, match="a part of this path is a file"):
         sweep(*CELLS, "hydra.sweep.dir=file/here")
 
 
-def test_other_settings_are_not_mixed_in(sweep):
+def test_runs_with_other_settings_in_the_folder_are_refused(sweep):
     sweep(*CELLS)
     with pytest.raises(UserError) as caught:
         sweep(*CELLS, "finetune.lr=0.5")
@@ -259,7 +259,7 @@ def test_nothing_starts_unless_every_configuration_is_right(sweep):
     assert not FOLDER.exists()
 
 
-def test_what_does_not_compose_is_neither_complete_nor_explained_over_and_over(sweep, monkeypatch):
+def test_composition_errors_are_explained_once(sweep, monkeypatch):
     from diffora.run import composition
 
     asked = []
@@ -280,14 +280,14 @@ def test_a_list_of_one_value_is_that_value(sweep):
     assert OmegaConf.load(FOLDER / NAMES[0] / "config.yaml").finetune.lr == 1
 
 
-def test_a_setting_of_the_rows_own_method_is_written_with_two_plus_signs(sweep):
+def test_a_setting_of_one_rows_method_is_given_with_two_plus_signs(sweep):
     rows = ("experiment=table1_glue", "scale=small", "seed=0", "cell.column=digits", "cell.row='Houlsby, 8'")
     assert sweep(*rows, "++method.size=3") == ["houlsby-8-digits-seed0"]
     config = OmegaConf.load("outputs/table1_glue-small/houlsby-8-digits-seed0/config.yaml")
     assert config.method.size == 3
 
 
-def test_rows_that_take_their_size_from_others_come_after_all_of_these(sweep):
+def test_rows_that_take_their_size_from_others_run_last(sweep):
     given = ("experiment=table5_weight_sharing", "scale=small", "seed=0,1", "cell.column=digits")
     ran = sweep(*given, "cell.row=sharing,'random, sharing','LoRA, r = 2'")
     assert ran == [
@@ -323,7 +323,7 @@ def test_several_tables_in_one_sweep(sweep):
     }
 
 
-def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
+def test_several_experiments_in_a_given_folder_get_folders_of_their_own(sweep):
     given = ("experiment=table4_sample_rate,table3_random,quickstart", "scale=small", "cell.column=digits", "seed=0")
     sweep(*given, "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here", "dry_run=true")
     sweep("experiment=table4_sample_rate,table3_random", *given[1:], "cell.row='LoRA, r = 2'", "hydra.sweep.dir=here")
@@ -333,7 +333,7 @@ def test_several_experiments_keep_apart_in_a_folder_that_is_given(sweep):
     }
 
 
-def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
+def test_the_hash_of_a_configuration_ignores_row_names(cfg):
     from diffora.settings.identity import config_hash
 
     given = cfg("experiment=quickstart")
@@ -341,8 +341,8 @@ def test_the_hash_of_a_configuration_knows_no_row_names(cfg):
     assert config_hash(given) == config_hash(named) != config_hash(cfg("experiment=quickstart", "rank=3"))
 
 
-def test_a_setting_of_some_methods_goes_to_their_runs_alone(sweep, capsys):
-    """C: our own advice, `++search.epochs=1` in a sweep over lora and diffora, and the advice itself."""
+def test_a_setting_of_some_methods_is_given_to_their_runs_only(sweep, capsys):
+    """C: a message advises `++search.epochs=1` for a sweep over lora and diffora. This advice must work."""
     given = ("experiment=quickstart", "method=lora,diffora", "hydra.sweep.dir=here")
     with pytest.raises(UserError) as caught:
         sweep(*given, "search.epochs=1")
@@ -361,7 +361,7 @@ def test_a_setting_that_no_run_has_is_still_refused(sweep):
         sweep("experiment=quickstart", "method=diffora", "++search.epoch=1", "hydra.sweep.dir=here")
 
 
-def test_devices_are_looked_for_before_anything_starts_where_the_runs_will_be(sweep, monkeypatch):
+def test_missing_devices_are_reported_before_anything_starts(sweep, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match=r"trainer\.devices=99 must be at most"):
         sweep("experiment=quickstart", "method=lora,bitfit", "trainer=cpu", "trainer.devices=99")

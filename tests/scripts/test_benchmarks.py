@@ -1,4 +1,4 @@
-"""The benchmarks on tiny shapes: equal contenders, whole results, the page that is made of them. No time is judged."""
+"""Benchmarks on tiny shapes: equal contenders, complete results, and the page made from them. Times are not tested."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def made(shape, *names):
 
 
 def gradients(contender, batch):
-    """By the names of the adapted modules and of the head, in the layout of PEFT."""
+    """Gradients by the names of the adapted modules and of the head, in PEFT's layout."""
     contender.loss(batch).backward()
     found = {}
     for name, p in contender.model.named_parameters():
@@ -39,7 +39,7 @@ def gradients(contender, batch):
 
 
 @pytest.mark.parametrize("shape", [BERT, DEBERTA, LLAMA], ids=lambda shape: shape.model)
-def test_ours_and_peft_are_the_same_function_of_the_same_weights(shape):
+def test_ours_and_peft_give_the_same_outputs_and_gradients(shape):
     batch = shape.batch()
     ours, peft = made(shape, "lora", "peft")
     assert ours.loss(batch).item() == pytest.approx(peft.loss(batch).item(), rel=1e-4)
@@ -52,7 +52,7 @@ def test_ours_and_peft_are_the_same_function_of_the_same_weights(shape):
 
 
 @pytest.mark.parametrize("shape", [BERT, DEBERTA], ids=lambda shape: shape.model)
-def test_the_floor_back_propagates_through_every_layer_and_trains_the_head_alone(shape):
+def test_the_floor_back_propagates_through_every_layer_and_trains_only_the_head(shape):
     floor, full, ours = made(shape, "floor", "full_ft", "lora")
     batch = shape.batch()
     seen = []
@@ -64,7 +64,7 @@ def test_the_floor_back_propagates_through_every_layer_and_trains_the_head_alone
     assert seen and seen[0].abs().max() > 0  # the first layer's input has a gradient
 
 
-def test_a_step_of_each_contender_changes_what_it_trains_and_leaves_the_shared_backbone_alone():
+def test_a_step_changes_the_trained_weights_and_not_the_shared_backbone():
     backbone = BERT.build()
     shared = {name: p.clone() for name, p in backbone.named_parameters()}
     for name, make in common.CONTENDERS.items():
@@ -105,7 +105,7 @@ def test_memory_counts_what_a_step_adds():
     assert large > 2 * small
 
 
-def test_rounds_begin_with_another_contender_each():
+def test_each_round_begins_with_the_next_contender():
     order = []
     names = ("a", "b", "c")
     times = common.interleave({name: lambda name=name: order.append(name) for name in names}, rounds=3, warmup=1)
@@ -123,7 +123,7 @@ def test_exponents_are_those_of_power_laws():
 
 @pytest.fixture(scope="module")
 def results():
-    """Small results of all benchmarks; the whole run is made up, its processes are tested below."""
+    """Small results of all benchmarks. The result of the whole run is invented; its processes are tested below."""
     every, shapes = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "in_own_processes", lambda function, jobs: [function(*job) for job in jobs])
@@ -156,7 +156,7 @@ def test_results_have_every_headline(results):
     assert {name for name in plots.TARGETS if not name.startswith("run/")} <= set(found)
     for name, value in found.items():
         if name.startswith("run/"):
-            continue  # of the whole runs that were measured last
+            continue  # from the latest measurement of whole runs
         assert value.keys() == {"median", "q1", "q3", "rounds"}, name
         assert value["rounds"] == (1 if name.split("@")[0] in of_memory else 2), name
     assert found["finetune/peft"] == found["finetune/peft@minilm_16x64"]
@@ -171,7 +171,7 @@ def test_search_costs_follow_from_the_recipes(results):
     assert tasks["mrpc"]["alternating"] == pytest.approx(5 * 0.5 / 14 * median, abs=2e-3)
 
 
-def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
+def test_the_page_shows_all_results_and_says_what_is_missing(results, tmp_path):
     page = plots.PAGE.read_text()
     full = plots.refresh(page, results)
     assert "Not measured yet" not in full
@@ -185,7 +185,7 @@ def test_the_page_takes_all_results_and_says_what_is_missing(results, tmp_path):
         plots.refresh(page.replace("<!-- begin ratios -->", ""), results)
 
 
-def test_the_page_is_up_to_date_with_the_results_that_are_there():
+def test_the_page_is_up_to_date_with_the_results():
     there = {name: report.read(name) for name in plots.SOURCES}
     assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
 
@@ -207,7 +207,7 @@ def test_both_sides_of_a_whole_run_get_the_same_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_in_processes_of_their_own():
+def test_memory_in_new_processes():
     jobs = [(BERT, "floor"), (BERT, "lora")]
     floor, lora = common.in_own_processes(common.memory_of, jobs)
     assert 0 < floor["step_mb"] < lora["step_mb"] and floor["rss_mb"] > 0
@@ -237,7 +237,7 @@ def test_a_whole_run_of_both_sides(tmp_path):
     [(step, ["--only", "minilm_16x64", "--no-memory"]), (scale, ["--only", "batch"])],
     ids=["step", "scale"],
 )
-def test_commands_write_only_where_they_are_told(module, arguments, tmp_path, monkeypatch, capsys):
+def test_commands_write_only_to_the_given_file(module, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step.GROUPS, "minilm_16x64", step.Group(BERT, ("floor", "lora"), 9))
     monkeypatch.setitem(scale.SWEEPS, "batch", {n: replace(BERT, rows=n) for n in (2, 4, 8)})
     for module_ in (step, scale):

@@ -1,4 +1,4 @@
-"""What the script says of a search whose place among random selections is known."""
+"""The script's result for a search whose rank among random selections is known."""
 
 import json
 import sys
@@ -23,15 +23,15 @@ def run(folder, row, seed, metric, maximise=True, parameters=100, status="comple
 @pytest.fixture
 def folder(tmp_path):
     for seed in range(3):
-        run(tmp_path, "search", seed, (0.25, 0.1, 0.9)[seed])  # beats two of four; all but a tie of none; all
+        run(tmp_path, "search", seed, (0.25, 0.1, 0.9)[seed])  # beats 2 of 4 draws; 0, with a tie; 4
         for draw in range(4):
             run(tmp_path, f"draw {draw}", seed, 0.1 * (draw + 1))
     run(tmp_path, "draw 9", 0, 9.0, status="failed")
-    run(tmp_path, "draw 1", 3, 0.5)  # a seed whose search is not done
+    run(tmp_path, "draw 1", 3, 0.5)  # a seed whose search has not run
     return tmp_path
 
 
-def test_places_and_gains_by_seed(folder):
+def test_percentiles_and_gains_by_seed(folder):
     [seeds] = script.places(script.completed(folder)).values()
     assert [script.percentile(one, "validation") for one in seeds] == pytest.approx([50, 12.5, 100])
     place, gain = script.over_seeds(seeds, "validation")
@@ -42,7 +42,7 @@ def test_places_and_gains_by_seed(folder):
     assert "- cola, validation matthews, 3 seeds: percentile 54 (0 to 100), gain +0.1667" in text
 
 
-def test_where_less_is_better_the_least_stands_highest(tmp_path):
+def test_if_lower_is_better_the_lowest_has_the_highest_percentile(tmp_path):
     run(tmp_path, "search", 0, 2.0, maximise=False)
     for draw in range(2):
         run(tmp_path, f"draw {draw}", 0, 3.0 + draw, maximise=False, parameters=90 + draw)

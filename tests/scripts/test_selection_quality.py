@@ -1,4 +1,4 @@
-"""What the script says of selectors whose quality is known."""
+"""The script's result for selectors whose quality is known."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 def test_percentiles_gains_and_intervals(folder):
     for seed in range(4):
-        run(folder, "best", seed, SUBSETS[-1], 0.0, "search")  # its own result does not count, its subset's does
+        run(folder, "best", seed, SUBSETS[-1], 0.0, "search")  # only the result of its subset counts
         run(folder, "mixed", seed, SUBSETS[(0, 5, 1, 4)[seed]], 0.7, "gradient")
     found = script.quality(script.completed(folder))
     assert (found["subsets"], found["seeds_of_a_subset"]) == (6, 2)
@@ -54,14 +54,14 @@ def test_percentiles_gains_and_intervals(folder):
     assert text.index("| best |") < text.index("| mixed |") and "| 92 |" in text
 
 
-def test_an_interval_ends_where_no_choice_can_stand(folder):
+def test_an_interval_ends_at_the_possible_percentiles(folder):
     for seed, subset in enumerate((SUBSETS[-1], SUBSETS[-1], SUBSETS[-2])):
         run(folder, "good", seed, subset, 0.0, "search")
     good = script.quality(script.completed(folder))["selectors"]["good"]
     assert good["high"] == pytest.approx(100 * 5.5 / 6) and good["low"] < good["percentile"] < good["high"]
 
 
-def test_only_seeds_that_all_subsets_have_count_and_no_subset_may_be_missing(folder):
+def test_only_common_seeds_of_all_subsets_count_and_no_subset_may_be_missing(folder):
     run(folder, "ab", 2, SUBSETS[0], 5.0)
     assert script.quality(script.completed(folder))["worst"] == pytest.approx(0.0005)
     for seed in (0, 1):
@@ -70,12 +70,12 @@ def test_only_seeds_that_all_subsets_have_count_and_no_subset_may_be_missing(fol
         script.quality(script.completed(folder))
 
 
-def test_chance_is_at_fifty_whatever_ties_there_are():
+def test_random_choices_are_at_fifty_also_with_ties():
     values = {((name,),): worth for name, worth in zip("abcdef", (1, 1, 1, 2, 3, 3), strict=True)}
     assert sum(script.percentile(values, subset) for subset in values) / 6 == pytest.approx(50)
 
 
-def test_where_less_is_better_the_least_is_the_best(tmp_path):
+def test_if_lower_is_better_the_lowest_is_best(tmp_path):
     for i, subset in enumerate(SUBSETS):
         for seed in (0, 1):
             run(tmp_path, "".join(subset), seed, subset, 2.0 + i + 0.01 * seed, maximise=False)

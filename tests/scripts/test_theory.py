@@ -1,4 +1,4 @@
-"""docs/background/theory.md is what docs/background/data/theory.json says, and the command that makes both runs."""
+"""docs/background/theory.md has the figures of docs/background/data/theory.json; the command that makes both runs."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def test_the_data_were_made_with_the_settings_of_the_script():
     assert {name: content[name]["settings"] for name in theory.FULL} == {n: s for n, (_, s) in theory.FULL.items()}
 
 
-def test_the_page_shows_every_picture_and_each_is_there():
+def test_every_picture_is_on_the_page_and_in_the_folder():
     for name in theory_page.PICTURES:
         assert f"(images/{name}.png)" in PAGE.read_text()
         assert (PAGE.parent / "images" / f"{name}.png").is_file()

@@ -1,4 +1,4 @@
-"""Worker of test_score.py, started once per process: scores over gloo, written down by each process."""
+"""Worker of test_score.py, started once per process. It computes scores over gloo and writes them to a file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Worker of test_search.py, started once per process: a short search over gloo, Gamma written down after every step."""
+"""Worker of test_search.py, started once per process. It searches over gloo and writes Gamma after every step."""
 
 import json
 import os

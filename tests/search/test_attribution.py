@@ -1,4 +1,4 @@
-"""Attribution: complete, of validation rows alone, after a training that is that of LoRA on every module."""
+"""Attribution scores are complete and use validation rows only. The training before them is that of LoRA."""
 
 import lightning as L
 import pytest
@@ -33,7 +33,7 @@ def make(deberta):
 
 
 def fit(module, valid=(1, 2), train=(3, 4), epochs=None, **options):
-    """Rounds over items like the loader's; batches are named by their seeds."""
+    """Train and score on items like the loader's. Each batch is given by its seed."""
     items = [{"valid": batch_of(4, seed=v), "train": [batch_of(4, seed=t)]} for v, t in zip(valid, train, strict=True)]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -57,7 +57,7 @@ def test_the_rule_is_exact_for_polynomials():
         assert sum(w * t**degree for t, w in gate_path(4)) == pytest.approx(1 / (degree + 1), rel=1e-12)
 
 
-def test_shares_add_up_to_what_all_adapters_do_together(make):
+def test_shares_add_up_to_the_effect_of_all_adapters(make):
     module = fit(make(rounds=4))
     module.model.eval()
 
@@ -71,7 +71,7 @@ def test_shares_add_up_to_what_all_adapters_do_together(make):
 
 
 def test_a_share_is_the_integral_of_the_gates_derivative(make):
-    """Against a fine trapezoidal rule on finite differences, for one module."""
+    """Compared, for one module, with a fine trapezoidal rule on finite differences."""
     module = fit(make(rounds=4))
     module.model.eval()
     i, j, n, eps = 1, 4, 64, 1e-5
@@ -89,7 +89,7 @@ def test_a_share_is_the_integral_of_the_gates_derivative(make):
     assert module.scores[i, j].item() == pytest.approx(-integral, rel=1e-2)
 
 
-def test_training_is_of_training_rows_and_scoring_of_validation_rows(make):
+def test_training_uses_train_rows_and_scoring_uses_validation_rows(make):
     base, other_valid, other_train = (
         fit(make(), valid=valid, train=train) for valid, train in (((1, 2), (3, 4)), ((5, 6), (3, 4)), ((1, 2), (5, 6)))
     )
@@ -119,7 +119,7 @@ def test_dropout_is_on_while_training_and_off_while_scoring(make):
     assert not torch.equal(first, module.scores)  # trained for a round more
 
 
-def test_a_module_without_effect_has_no_share_and_only_so_many_batches_count(make):
+def test_a_module_without_effect_has_score_zero_and_score_batches_limits_the_batches(make):
     module = make(rounds=1, score_batches=1)
     torch.nn.init.zeros_(module.layers[0][2].lora_a)
     module.layers[0][2].lora_a.requires_grad_(False)
@@ -131,7 +131,7 @@ def test_a_module_without_effect_has_no_share_and_only_so_many_batches_count(mak
     torch.testing.assert_close(fit(module).scores, fit(make(rounds=1), valid=(1, 1)).scores)
 
 
-def test_float16_scores_are_those_of_full_precision(make):
+def test_float16_scores_are_close_to_full_precision(make):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
     half = fit(make(torch.float32), plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).scores
     full = fit(make(torch.float32)).scores

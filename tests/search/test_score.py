@@ -1,4 +1,4 @@
-"""The scoring stage on a small DeBERTa: right values, nothing left changed, equal however the work is divided."""
+"""The scoring stage on a small DeBERTa: right values, an unchanged model, and the same scores for divided work."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def mean_loss(model, batches):
 
 
 def test_gradient_scores_against_finite_differences_in_float64():
-    """Every entry of two matrices; one is the Q that DeBERTa also applies to its table of positions."""
+    """For every entry of two matrices. One of them is Q, which DeBERTa also applies to its table of positions."""
     scores = scored("gradient", small_deberta(dtype=torch.float64), precision="64-true").scores
     model = small_deberta(dtype=torch.float64).eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
@@ -79,7 +79,7 @@ def test_gradient_scores_against_one_backward_pass_of_the_mean_loss():
 
 
 def test_activation_scores_against_a_plain_loop():
-    """The input of Q and V is the hidden state, which the model gives out itself."""
+    """The input of Q and V is the hidden state, which the model returns."""
     scores = scored("activation").scores
     model = small_deberta().eval()
     names = find_grid(model, "encoder.layer.*", TYPES).names
@@ -100,7 +100,7 @@ def test_activation_scores_against_a_plain_loop():
 
 
 @BOTH
-def test_gpt2s_transposed_weights_score_as_usual_ones_do(criterion):
+def test_gpt2s_transposed_weights_score_like_usual_ones(criterion):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
     model = Backbone.of(GPT2ForSequenceClassification(config)).freeze().model
@@ -142,7 +142,7 @@ def test_dropout_is_off(criterion):
 
 
 @BOTH
-def test_batches_count_and_are_of_search_train_rows_alone(criterion, monkeypatch):
+def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion, monkeypatch):
     from diffora.search import score
 
     seen = []
@@ -161,13 +161,13 @@ def test_batches_count_and_are_of_search_train_rows_alone(criterion, monkeypatch
 
 
 @BOTH
-def test_parts_of_a_batch_change_nothing(criterion):
+def test_dividing_a_batch_into_parts_does_not_change_the_scores(criterion):
     whole, parts = scored(criterion), scored(criterion, accumulate=3)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.slow
-def test_two_processes_agree_exactly_and_with_one(tmp_path):
+def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=300, env=WITH_TESTS

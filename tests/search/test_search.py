@@ -1,4 +1,4 @@
-"""The search module on a small DeBERTa: exact gradients, no leakage, equal results however the work is divided."""
+"""The search module on a small DeBERTa: exact gradients, no leakage, and the same results for divided work."""
 
 import json
 import math
@@ -135,7 +135,7 @@ def stepped_with_grad(function):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_gamma_step_changes_gamma_alone_and_a_weight_step_all_but_gamma(make, order):
+def test_a_gamma_step_changes_only_gamma_and_a_weight_step_all_the_rest(make, order):
     module = make(order=order)
     gamma_opt, weight_opt = module.configure_optimizers()
     before = snapshot(module)
@@ -151,8 +151,8 @@ def test_a_gamma_step_changes_gamma_alone_and_a_weight_step_all_but_gamma(make, 
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_no_step_sees_the_other_splits_rows(make):
-    """Changing the validation rows must not change a weight step, nor (first order) the training rows a Gamma step."""
+def test_no_step_uses_rows_of_the_other_split(make):
+    """A weight step must not depend on validation rows, and a first-order Gamma step not on training rows."""
 
     def after(valid_seed, train_seed):
         module = make()
@@ -160,7 +160,7 @@ def test_no_step_sees_the_other_splits_rows(make):
         module.gamma_step(gamma_opt, batch_of(4, seed=valid_seed), batch_of(4, seed=train_seed))
         gamma = module.gamma.detach().clone()
         with torch.no_grad():
-            module.gamma.zero_()  # so that only a leak could carry over to the weights
+            module.gamma.zero_()  # so that the weights can only change through a leak
         module.weight_step(weight_opt, batch_of(4, seed=train_seed))
         return gamma, snapshot(module)
 
@@ -171,7 +171,7 @@ def test_no_step_sees_the_other_splits_rows(make):
     assert not all(torch.equal(weights[n], other_train[1][n]) for n in weights)
 
 
-def test_accumulation_changes_nothing_but_memory(make):
+def test_accumulation_changes_only_memory(make):
     whole, parts = make(torch.float64), make(torch.float64, accumulate=3)
     for module in (whole, parts):
         gamma_opt, weight_opt = module.configure_optimizers()
@@ -181,8 +181,8 @@ def test_accumulation_changes_nothing_but_memory(make):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_clipping_bounds_the_weights_gradient_and_leaves_gamma_alone(make):
-    """With plain SGD of rate 1 a step is the gradient itself."""
+def test_clipping_limits_the_weights_gradient_but_not_gammas(make):
+    """With plain SGD of rate 1, a step equals the gradient."""
     steps = {}
     for clip in (None, 0.01):
         module = make(torch.float64, clip=clip)
@@ -226,7 +226,7 @@ def test_gates_of_a_sigmoid_are_independent_and_their_gradient_is_exact(make):
     ("relaxation", "name", "start"),
     [("softmax", "search/entropy", math.log(6)), ("sigmoid", "search/open_gates", 3.0)],
 )
-def test_what_is_logged_of_the_gates_goes_with_the_relaxation(make, relaxation, name, start):
+def test_the_logged_gate_values_depend_on_the_relaxation(make, relaxation, name, start):
     module = make(relaxation=relaxation, gamma_lr=1e-6)
     batches = [{"valid": batch_of(4, seed=1), "train": [batch_of(4, seed=2)]}]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -252,7 +252,7 @@ def test_a_run_with_a_sigmoid_says_so(cfg, quick, tmp_path):
         check(cfg(*small, "search.relaxation=hard"))
 
 
-def test_bf16_autocast_gives_gradients_of_the_parameters_type(make):
+def test_bf16_autocast_gives_gradients_in_the_parameters_dtype(make):
     module = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, (grad,) = module._gradients(
@@ -283,8 +283,8 @@ def steps_taken(module, batches, plugins):
 
 
 @pytest.mark.parametrize("update", ["alternating", "simultaneous"])
-def test_float16_takes_the_steps_of_full_precision(make, update):
-    """Three weight steps to one of Gamma, with a loss scale that doubles each time it is updated."""
+def test_float16_takes_the_same_steps_as_full_precision(make, update):
+    """Three weight steps for each Gamma step, with a loss scale that doubles at each update."""
     batches = [{"valid": batch_of(8, seed=i), "train": [batch_of(8, seed=i + j) for j in (1, 2, 3)]} for i in (0, 10)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
     full = steps_taken(make(update=update), batches, [])
@@ -329,8 +329,8 @@ def test_two_processes_attribute_as_one_does(tmp_path):
     torch.testing.assert_close(divided, joint, rtol=1e-3, atol=1e-5)
 
 
-def test_processes_count_as_much_as_what_their_losses_are_means_of(make, monkeypatch):
-    """A language model's batches of equal rows have unequal numbers of tokens."""
+def test_processes_are_weighted_by_the_terms_of_their_losses(make, monkeypatch):
+    """Batches of a language model with equal numbers of rows have different numbers of tokens."""
     module = make()
     batches = [batch_of(2), batch_of(5)]
     parameters = [module.gamma, module.weights[0]]

@@ -1,4 +1,4 @@
-"""Selectors as entries of one registry, and a plain function of the user's own as one of them."""
+"""The registry of selectors, and a user's own function as a selector."""
 
 import json
 import os
@@ -40,7 +40,7 @@ number = 3
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A module outside the repository; its folder is on Python's path, as PYTHONPATH puts it there."""
+    """A module outside the repository, in a folder on Python's path."""
     (tmp_path / "my_selectors.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "my_selectors"
@@ -51,13 +51,13 @@ def zeros(model, grid, batches, loss):
     return torch.zeros(grid.n_layers, grid.n_types)
 
 
-def test_the_registry_has_what_the_configuration_names():
+def test_the_registry_has_the_selectors_of_the_configuration():
     assert list(SELECTORS) == ["search", "attribution", "gradient", "activation"]
     assert [name for name in [*SELECTORS, "a.b"] if trains(name)] == ["search", "attribution"]
     assert all(find_selector(name) is entry for name, entry in SELECTORS.items())
 
 
-def test_a_plain_function_can_do_what_a_selector_of_the_package_does(mine):
+def test_a_plain_function_can_repeat_a_selector_of_the_package(mine):
     from my_selectors import squares
 
     found = called(squares).scores
@@ -65,7 +65,7 @@ def test_a_plain_function_can_do_what_a_selector_of_the_package_does(mine):
     torch.testing.assert_close(found, scored("gradient").scores.double(), rtol=1e-4, atol=1e-7)
 
 
-def test_the_function_gets_what_is_promised():
+def test_the_function_gets_the_documented_arguments():
     seen = {}
 
     def look(model, grid, batches, loss):
@@ -80,7 +80,7 @@ def test_the_function_gets_what_is_promised():
     assert not seen["training"] and seen["loss"].requires_grad and torch.equal(seen["loss"], seen["expected"])
 
 
-def test_autocast_holds_for_whatever_the_function_calls():
+def test_the_function_runs_under_autocast():
     types = []
 
     def look(model, grid, batches, loss):
@@ -136,13 +136,13 @@ def replaced(model, grid, batches, loss):
         (replaced, r"but it changed .*classifier\.0"),
     ],
 )
-def test_what_a_function_does_wrong_is_one_clear_message(function, words):
+def test_each_mistake_of_a_function_gives_one_clear_message(function, words):
     with pytest.raises(UserError, match=rf"^method\.selector=a\.b .*{words}") as error:
         called(function)
     assert len(error.value.problems) == 1
 
 
-def test_out_of_memory_stays_what_it_is():
+def test_out_of_memory_is_not_reported_as_a_mistake_of_the_function():
     def hungry(*_):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -161,17 +161,17 @@ def test_out_of_memory_stays_what_it_is():
         ("no_such_module.f", "Python finds no module no_such_module"),
     ],
 )
-def test_a_selector_that_cannot_be_is_refused_before_anything_is_loaded(cfg, mine, target, words):
+def test_an_impossible_selector_is_refused_before_anything_is_loaded(cfg, mine, target, words):
     with pytest.raises(UserError, match=rf"method\.selector='?{target}.*{words}"):
         check(cfg("experiment=quickstart", f"method.selector={target}"))
 
 
-def test_one_that_trains_nothing_has_no_a_and_b_to_start_from(cfg, mine):
+def test_warm_start_is_refused_with_a_selector_that_trains_nothing(cfg, mine):
     with pytest.raises(UserError, match=r"needs a selector that trains A and B, which my_selectors\.squares does not"):
         check(cfg("experiment=quickstart", "method.selector=my_selectors.squares", "method.warm_start=true"))
 
 
-def test_a_run_selects_by_it_and_resumes(cfg, quick, mine, tmp_path, monkeypatch):
+def test_a_run_selects_by_a_function_and_resumes(cfg, quick, mine, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
@@ -193,8 +193,8 @@ def test_a_run_selects_by_it_and_resumes(cfg, quick, mine, tmp_path, monkeypatch
     assert again.selection == selection and again.record["history"] == whole.record["history"]
 
 
-def test_a_file_that_arrived_does_not_name_code_to_import(quick, cfg, tmp_path, monkeypatch):
-    """A run's config.yaml may hold any text as its selector: evaluating the run does not look at it."""
+def test_evaluation_does_not_import_the_selector_named_in_a_file(quick, cfg, tmp_path, monkeypatch):
+    """A run's config.yaml may have any text as its selector. Evaluation ignores it."""
     from diffora.run.evaluate import evaluate, read_request
 
     small = [*quick, "task.train_rows=32", "task.validation_rows=16", "finetune.epochs=1", "method.selector=random"]
@@ -215,7 +215,7 @@ def test_a_file_that_arrived_does_not_name_code_to_import(quick, cfg, tmp_path, 
 
 
 def test_the_command_line_finds_a_function_in_the_users_own_folder(tmp_path):
-    """With PYTHONPATH for the module, and --config-dir for a file of the user's own that names it."""
+    """The module is found through PYTHONPATH; a file in --config-dir names it."""
     (tmp_path / "my_selectors.py").write_text(MINE)
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text(

@@ -1,4 +1,4 @@
-"""Both levels of the search from one pass: the same gradients as from two, for every kind of backbone and loss."""
+"""One pass for both levels of the search gives the gradients of two passes, for every kind of backbone and loss."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ from diffora.tasks.chat.loss import IGNORED
 from diffora.tasks.squad import SquadTask
 
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
-VOCAB, PAD = 60, 1  # not 0, so that padding with something else shows
+VOCAB, PAD = 60, 1  # not 0, to notice padding with a wrong value
 BERT = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -85,14 +85,14 @@ T5 = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv
 
 
 def make(name="deberta-v2", kind="classes", dtype=torch.float64, trainer=None, checkpointing=False, **changes):
-    """A search whose B are not zero and whose gates are not all alike, so that each gradient is there."""
+    """A search with nonzero B and different gates, so that no gradient is zero."""
     task, model_class = KINDS[kind]
     labels = {"score": 1, "images": 3}.get(kind, 2)
     config = transformers.AutoConfig.for_model(name.split(",")[0], **CONFIGS[name], num_labels=labels, use_cache=False)
     torch.manual_seed(0)
     model = getattr(transformers, model_class).from_config(config).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # the usual 0.02 leaves attention all but uniform
+        for parameter in model.parameters():  # with the usual 0.02, attention is nearly uniform
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
     backbone = Backbone.of(model, task.trains_head).freeze()
@@ -114,7 +114,7 @@ def make(name="deberta-v2", kind="classes", dtype=torch.float64, trainer=None, c
 
 
 def batch_for(kind, n, width, seed):
-    """Rows of different lengths, the longest ``width``, as the task's collator pads them."""
+    """Rows of different lengths, padded like those of the task's collator. The longest has length ``width``."""
     g = torch.Generator().manual_seed(seed)
     row = torch.arange(n)
     if kind == "images":
@@ -143,7 +143,7 @@ def batch_for(kind, n, width, seed):
 
 
 def in_two_passes(module, valid, train):
-    """((train loss, valid loss), gradients) as the alternation takes them, at one point."""
+    """((train loss, valid loss), gradients) at one point, computed by the two passes of the alternation."""
     weights, gamma = module.weights, module.gamma
     train_loss, of_weights = module._gradients(
         train, lambda loss: torch.autograd.grad(loss, weights, allow_unused=True), gamma.detach()
@@ -159,7 +159,7 @@ def assert_equal(found, expected):
         assert (a is None) == (b is None)
         if a is not None:
             assert (a - b).abs().max() <= 1e-10 * b.abs().max() + 1e-14, (a - b).abs().max() / b.abs().max()
-    # of the rest at most a bias that the softmax of the spans takes no notice of
+    # at most one other gradient is zero: that of a bias that the softmax over spans cancels
     assert sum(float(g.abs().max()) > 1e-6 for g in expected_grads if g is not None) >= len(expected_grads) - 1
 
 
@@ -173,7 +173,7 @@ def test_one_pass_gives_the_gradients_of_two(name, kind):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("name", "kind"), [("deberta-v2", "classes"), ("llama", "packed")])
-def test_so_it_does_in_parts_and_with_activations_computed_twice(name, kind, checkpointing):
+def test_one_pass_gives_the_gradients_of_two_in_parts_and_with_checkpointing(name, kind, checkpointing):
     module, whole = make(name, kind, accumulate=3, checkpointing=checkpointing), make(name, kind)
     for n_valid, n_train in ((7, 7), (2, 7), (7, 1)):  # also where the halves are not cut into equally many parts
         valid, train = batch_for(kind, n_valid, 12, seed=1), batch_for(kind, n_train, 9, seed=2)
@@ -181,8 +181,8 @@ def test_so_it_does_in_parts_and_with_activations_computed_twice(name, kind, che
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v2"])
-def test_neither_half_sees_the_other(name):
-    """The validation rows change nothing in the weights' gradients, nor the training rows in Gamma's."""
+def test_neither_half_uses_the_others_rows(name):
+    """The weights' gradients do not depend on validation rows, and Gamma's gradients not on training rows."""
     module = make(name)
 
     def grads(valid_seed, train_seed):
@@ -197,15 +197,15 @@ def test_neither_half_sees_the_other(name):
     assert (other_train[0] - weights).norm() > 1e-3 * weights.norm()
 
 
-def test_a_joint_step_is_the_two_steps_from_one_point(monkeypatch):
-    """With plain SGD of rate 1 and a bound on the weights' gradient alone."""
+def test_a_joint_step_equals_both_steps_from_the_same_point(monkeypatch):
+    """With plain SGD of rate 1, and clipping of the weights' gradient only."""
     module = make(clip=0.01)
     valid, train = batch_for("classes", 4, 9, seed=1), batch_for("classes", 4, 12, seed=2)
     _, (*of_weights, of_gamma) = in_two_passes(module, valid, train)
     before = [p.detach().clone() for p in [*module.weights, module.gamma]]
     state = torch.get_rng_state()
     module.joint_step(torch.optim.SGD([module.gamma], lr=1.0), torch.optim.SGD(module.weights, lr=1.0), valid, train)
-    assert torch.equal(torch.get_rng_state(), state)  # looking at the model beforehand draws nothing
+    assert torch.equal(torch.get_rng_state(), state)  # the checks before the step must not use random numbers
     *moved, gamma_moved = (old - new for old, new in zip(before, [*module.weights, module.gamma], strict=True))
     torch.testing.assert_close(gamma_moved.detach(), of_gamma, rtol=1e-9, atol=1e-12)
     norm = torch.cat([g.flatten() for g in of_weights if g is not None]).norm()
@@ -218,8 +218,8 @@ def test_a_joint_step_is_the_two_steps_from_one_point(monkeypatch):
     assert "disentangled_attention_bias" not in vars(module.model.deberta.encoder.layer[0].attention.self)
 
 
-def test_the_passes_of_the_alternation_keep_nothing_for_the_other_level(monkeypatch):
-    """What the low-rank layers hold during a Gamma step: not the inputs of A, all of which a weight step needs."""
+def test_a_pass_of_the_alternation_saves_nothing_for_the_other_level(monkeypatch):
+    """In a Gamma step, the low-rank layers do not save the inputs of A. A weight step needs all of these inputs."""
     module, batch = make("bert"), batch_for("classes", 4, 12, seed=0)
     inputs, saved = [], []  # alive to the end, so that no address is used twice
     real = LowRankLinear._fused
@@ -242,7 +242,7 @@ def test_the_passes_of_the_alternation_keep_nothing_for_the_other_level(monkeypa
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
-def test_under_autocast_the_gradients_are_those_of_two_passes_to_rounding(precision):
+def test_under_autocast_one_pass_gives_the_gradients_of_two_up_to_rounding(precision):
     module = make("deberta-v2", dtype=torch.float32)
     valid, train = batch_for("classes", 8, 12, seed=1), batch_for("classes", 8, 12, seed=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -265,15 +265,15 @@ def test_a_model_that_mixes_rows_is_refused_before_the_first_step():
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 
 
-def test_a_module_whose_input_is_not_the_rows_is_refused():
-    """A table that all rows share, in a model that is not told of here."""
+def test_a_module_whose_input_has_no_batch_dimension_is_refused():
+    """The input is a table that all rows share, and the module was not told about it."""
     module = make("deberta-v2")
     module._tables = []
     with pytest.raises(UserError, match=r"layer\.0\.attention\.self\.query_proj, .*key_proj"):
         module._check_rows_are_apart(*(batch_for("classes", 4, 9, seed=i) for i in (1, 2)))
 
 
-def test_batches_are_put_together_with_what_each_column_is_padded_with():
+def test_batches_are_joined_with_each_columns_padding_value():
     task, _ = KINDS["packed"]
     a, b = batch_for("packed", 2, 5, seed=0), batch_for("packed", 3, 8, seed=1)
     for first, second in ((a, b), (b, a)):
@@ -325,7 +325,7 @@ def test_the_second_order_is_refused(cfg):
         check(cfg("experiment=quickstart", "search.update=both"))
 
 
-def test_a_run_from_end_to_end_and_killed_between_rounds(cfg, quick, tmp_path, monkeypatch):
+def test_a_whole_run_and_one_that_is_killed_between_rounds(cfg, quick, tmp_path, monkeypatch):
     overrides = [
         *quick,
         "search.update=simultaneous",
@@ -381,6 +381,6 @@ def test_the_script_that_compares_both_updates(tmp_path, monkeypatch):
     assert len(found["between_seeds_simultaneous"]["correlation"]["values"]) == 1
     assert found["search_s"]["alternating"]["mean"] > 0 and found["chance"] == pytest.approx(0.34, abs=0.01)
 
-    monkeypatch.setattr(script, "one_run", None)  # called again, there is nothing left to do
+    monkeypatch.setattr(script, "one_run", None)  # a second call has nothing to do
     script.main(given)
     assert json.loads((tmp_path / "compare_updates.json").read_text()) == written

@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is named, all at once, and every key is read by something."""
+"""All mistakes in a configuration are named at once, and every key of a settings class is in conf/."""
 
 import importlib.util
 import json
@@ -45,24 +45,24 @@ def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
         ("..", "hf"),
     ],
 )
-def test_any_model_is_called_after_its_path(cfg, path, name):
+def test_a_model_of_model_hf_is_named_by_its_path(cfg, path, name):
     assert cfg("model=hf", f"model.path={path}").model.name == name
 
 
-def test_any_model_needs_its_path(cfg):
+def test_model_hf_needs_a_path(cfg):
     with pytest.raises(UserError) as error:
         check(cfg("model=hf"))
     assert error.value.problems == ["model.path=null must be a hub id or a folder"]
 
 
 @pytest.mark.parametrize("method", GROUPS["method"])
-@pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the others differ from these in their recipes only
-def test_every_method_goes_with_every_kind_of_task(cfg, method, task):
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "paraphrase"])  # the other tasks differ only in their recipes
+def test_every_method_can_be_combined_with_every_kind_of_task(cfg, method, task):
     check(cfg(f"method={method}", f"task={task}"))
 
 
 def test_every_key_of_every_settings_class_is_in_a_configuration(cfg):
-    """A key that no file in conf/ has could only be set with a plus sign, so that nobody would find it."""
+    """A key that is in no file of conf/ could only be set with a plus sign, and users would not find it."""
     there: dict[str, set[str]] = {}
     for group, names in GROUPS.items():
         for name in names:
@@ -178,7 +178,7 @@ def test_each_mistake_has_its_message(cfg, override, words):
         ("peft", "method.config._target_=peft.DoraConfig", "peft.DoraConfig does not exist in PEFT; did you mean"),
     ],
 )
-def test_each_methods_mistakes_have_their_messages(cfg, method, override, words):
+def test_each_mistake_in_a_methods_settings_has_its_message(cfg, method, override, words):
     found = messages(cfg, "task=mrpc", f"method={method}", override)
     assert len(found) == 1 and words in found[0]
 
@@ -192,15 +192,15 @@ def test_all_mistakes_come_at_once(cfg):
     ("text", "number"),
     [(350_000, 350_000), ("350k", 350_000), ("0.35M", 350_000), ("1.1M", 1_100_000), ("0.0000019M", 1), ("0.29k", 290)],
 )
-def test_a_budget_is_the_decimal_that_was_written(text, number):
+def test_a_budget_is_parsed_as_an_exact_decimal(text, number):
     assert parse_budget(text) == number
 
 
-def test_a_budget_that_chooses_the_rank_leaves_the_mask_free(cfg):
+def test_with_a_budget_the_mask_may_exceed_the_given_rank(cfg):
     check(cfg("method.budget=1M", "method.mask.rank=8"))
 
 
-def test_only_the_search_leaves_what_warm_start_needs(cfg):
+def test_warm_start_needs_a_selector_that_trains_a_and_b(cfg):
     found = messages(cfg, "method.warm_start=true", "method.selector=gradient")
     assert found == ["method.warm_start=true needs a selector that trains A and B, which gradient does not"]
     assert "method.budget" in messages(cfg, "method.warm_start=true", "method.budget=350k")[0]
@@ -213,7 +213,7 @@ def test_a_method_rejects_a_knob_it_does_not_have(cfg):
     assert messages(cfg, "method=lora", "+rho=0.5") == ["method=lora has no rho"]
 
 
-def test_what_does_not_compose_is_explained_all_at_once():
+def test_all_composition_errors_are_explained_at_once():
     found = composition_problems(
         ["method=diffroa", "task=mrpcc", "finetune.epoch=3", "rank=0", "task.path_=x", "hydra.run.dir=/tmp/x"]
     )
@@ -229,14 +229,14 @@ def test_a_knob_of_another_method_is_explained():
     assert len(found) == 3 and all(line.startswith("method=lora has no setting") for line in found)
 
 
-def test_recipes_fill_in_and_the_user_wins(cfg):
+def test_recipes_give_defaults_and_the_users_values_override_them(cfg):
     recipe = cfg("task=cola")
     assert (recipe.rank, recipe.finetune.lr, recipe.finetune.early_stop) == (4, 3e-4, 5)
     given = cfg("task=cola", "rank=8", "finetune.lr=1e-2")
     assert (given.rank, given.finetune.lr, given.finetune.epochs) == (8, 1e-2, 6)
 
 
-def test_hash_tells_results_apart_and_nothing_else(cfg):
+def test_the_hash_depends_only_on_settings_that_change_results(cfg):
     base = config_hash(cfg("task=mrpc"))
     assert base == config_hash(cfg("task=mrpc", "resume=true", "logger=csv", "debug=default"))
     assert len({base, *(config_hash(cfg("task=mrpc", o)) for o in ("seed=1", "rank=5", "finetune.lr=1e-2"))}) == 4
@@ -253,14 +253,14 @@ WHOLE = "must be a whole number of at least"
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        # C: settings that were a fault of the program
+        # C: settings that caused an unexpected error
         ("seed=4294967296", f"seed=4294967296 {WHOLE} 0, at most 4,294,967,295"),
         ("finetune=null", "finetune=null must be a group of settings: "),
         ("finetune=5", "finetune=5 must be a group of settings: "),
         ("~task", "task is missing: choose one with task=<name>"),
         ("trainer.strategy=foo", "trainer.strategy='foo' must be one of auto, ddp, ddp_find_unused"),
         ("finetune.batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
-        # neighbours
+        # similar cases
         ("task=null", "task=null is not one of: alpaca, chat"),
         ("model=null", "model=null is not one of: bert_base"),
         ("method=null", "method=null is not one of: adalora"),
@@ -308,8 +308,8 @@ WHOLE = "must be a whole number of at least"
         ("method=vera method.config.r=100000", "method.config.r=100000 must be a whole number of at least 1"),
     ],
 )
-def test_one_message_says_what_would_be_right(overrides, words):
-    """Cases B14, B18 and C of docs/project/reliability.md, and their neighbours."""
+def test_one_message_says_what_is_accepted(overrides, words):
+    """Cases B14, B18 and C of docs/project/reliability.md, and similar ones."""
     given = [overrides] if " [" in overrides or "{" in overrides else overrides.split(" ")
     found = composition_problems(given)
     assert len(found) == 1 and words in found[0], found
@@ -333,7 +333,7 @@ def test_arguments_of_an_evaluation_are_checked_before_the_run_is_read(argument,
     assert len(error.value.problems) == 1 and words in error.value.problems[0]
 
 
-def test_a_file_that_asks_for_another_that_is_not_there_is_told_from_a_wrong_choice(tmp_path):
+def test_a_file_with_a_wrong_choice_in_its_defaults_is_named(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /task: nowhere\n")
     [problem] = composition_problems(["experiment=mine"], [f"file://{tmp_path}"])
@@ -341,14 +341,14 @@ def test_a_file_that_asks_for_another_that_is_not_there_is_told_from_a_wrong_cho
 
 
 @pytest.mark.parametrize("group", ["task", "method"])
-def test_a_group_that_was_taken_away_explains_its_settings(group):
+def test_a_removed_group_is_named_together_with_its_settings(group):
     found = composition_problems(["model=tiny", f"~{group}", f"{group}.alpha.x=1", "seed=-1"])
     assert f"{group} is missing: choose one with {group}=<name>" in found
     assert any(f"unknown key {group}.alpha.x" in problem for problem in found)
 
 
-def test_a_warm_start_needs_what_the_search_left_beside_its_selection(cfg, tmp_path):
-    """B18's neighbour: found before data and backbone are loaded."""
+def test_a_warm_start_needs_the_tensors_beside_the_selection_file(cfg, tmp_path):
+    """Similar to B18: the mistake is found before data and backbone are loaded."""
     types, modules = ["a"], [["m.0.a"]]
     content = {"format": 1, "method": "diffora", "types": types, "modules": modules, "rho": 0.5, "seed": 0}
     file = tmp_path / "selection.json"
@@ -363,8 +363,8 @@ def test_a_warm_start_needs_what_the_search_left_beside_its_selection(cfg, tmp_p
     assert "selected=5 must be a list of lists" in messages(cfg, f"method.selection={file}")[0]
 
 
-def test_choices_of_the_users_own_folders_are_known_when_mistakes_are_explained(tmp_path, monkeypatch):
-    """C: composition errors are composed over the user's real search path."""
+def test_messages_list_choices_from_the_users_config_dir(tmp_path, monkeypatch):
+    """C: composition errors are explained with the user's own config folders."""
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [mrpc]\n")
     monkeypatch.setattr("sys.argv", ["train.py", "--config-dir", str(tmp_path), "task=mine"])
@@ -376,8 +376,8 @@ def test_choices_of_the_users_own_folders_are_known_when_mistakes_are_explained(
     assert composition_problems(["task=mine"], ["file:///no/such"]) == ["--config-dir=/no/such is not a folder"]
 
 
-def test_no_value_of_any_setting_is_a_fault_of_the_program(cfg):
-    """A small draw: each is taken and can be written down, or there are messages. `make faults` draws more."""
+def test_no_value_of_a_setting_causes_an_unexpected_error(cfg):
+    """A few random values: each is accepted and can be written, or there are messages. `make faults` tests more."""
     bases = [cfg(*base) for base in fuzz_values.BASES]
     taken = refused = 0
     for _key, _value, changed in fuzz_values.cases(bases, seed=0, most=120):

@@ -1,4 +1,4 @@
-"""Every field of a method is used by its steps on a small model; what a field is checked for does not count."""
+"""The steps of a method on a small model read all its fields. Reading a field to check it does not count."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ OWN = [name for name in GROUPS["method"] if name not in ("dora", "eva", "ia3", "
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_field_of_a_method_is_read(cfg, deberta, monkeypatch, name):
-    """B19: by its steps on a small model; what a field is checked for does not count."""
+    """B19: every field is read in steps on a small model. Reading it to check it does not count."""
     method = method_of(cfg(f"method={name}", "task=mrpc", *(["rank=2"] if name not in NO_RANK else [])))
     asked: set[tuple[str, str]] = set()
     parts = [method, *(v for v in vars(method).values() if dataclasses.is_dataclass(v))]
@@ -62,7 +62,7 @@ def test_every_field_of_a_method_is_read(cfg, deberta, monkeypatch, name):
         adaptation.after_backward()
         adaptation.after_step(step, 1e-3)
     fields = {(type(part).__name__, field.name) for part in parts for field in dataclasses.fields(part)}
-    # These two are read by the harness: where the search is, and from where its A and B are taken.
+    # The run itself reads these two: the number of batches to score, and whether to start from searched A and B.
     by_harness = {("DiffoRA", "score_batches"), ("DiffoRA", "warm_start")}
     assert fields - asked <= by_harness
 

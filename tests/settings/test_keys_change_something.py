@@ -1,7 +1,7 @@
-"""Every setting changes something: a result, a record, a file or a refusal. No words are looked for.
+"""Every setting changes something: a result, a record, a file or a refusal. The tests do not compare messages.
 
-A fast test checks that each key of each settings class has a case below. The slow tests run the cases: once as they
-stand, and once with the key changed; the outcomes must differ.
+A fast test checks that each key of each settings class has a case below. The slow tests run each case twice, as it is
+and with the key changed. The outcomes must differ.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_r
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
-# (overrides, {key: another value}) for each settings class; "" is what all runs have.
+# (overrides, {key: another value}) for each settings class. "" is for the sections that all runs have.
 CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "": [
         (SEARCH, {
@@ -191,7 +191,7 @@ FLAT = [
     (where, base, key, value) for where, given in CASES.items() for base, keys in given for key, value in keys.items()
 ]
 ELSEWHERE = {"model.kernel", "search.relaxation"}
-"""Their tests compare kernels and relaxations: tests/kernels, tests/search."""
+"""Keys that are tested in other places: tests/kernels and tests/search compare kernels and relaxations."""
 
 
 def classes() -> dict[str, str]:
@@ -237,7 +237,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def outcome(cfg, folders, tmp_path, monkeypatch):
-    """Runs a configuration; returns what came of it."""
+    """Runs a configuration and returns its outcome."""
     import pyarrow.parquet as pq
 
     torch.set_num_threads(1)
@@ -314,8 +314,8 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_settings_have_the_same_outcome(outcome):
-    """Otherwise a difference would mean nothing."""
+def test_equal_settings_have_equal_outcomes(outcome):
+    """Only then do differences mean something."""
     for base in (SEARCH, CHAT, IMAGES):
         assert outcome(base) == outcome(base)
 

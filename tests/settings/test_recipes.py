@@ -30,7 +30,7 @@ TABLE_4 = {
 
 @pytest.fixture(scope="module")
 def composed():
-    """Task sections by (recipe, task), and the whole of a configuration by method."""
+    """Task sections by (recipe, task), and whole configurations by method."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         tasks = {
             (recipe, task): compose("config", [f"task={task}", *([f"recipe={recipe}"] if recipe else [])]).task
@@ -41,8 +41,8 @@ def composed():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_every_recipe_on_every_task(composed, method):
-    """Hydra takes a third of a second for each of these hundreds: methods leave ``task`` alone, so it is exchanged."""
+def test_every_method_accepts_every_recipe_on_every_task(composed, method):
+    """Composing hundreds of configurations takes minutes. Methods do not change ``task``, so only it is replaced."""
     tasks, methods = composed
     cfg = methods[method].copy()
     for (_, name), task in tasks.items():
@@ -63,19 +63,19 @@ def test_rm_lora_is_table_4(cfg, name):
     assert (full.lr, full.batch_size, full.epochs) == (0.00001, 32, epochs)
 
 
-def test_roberta_lies_in_the_ranges_of_appendix_d(cfg):
+def test_the_roberta_recipe_is_in_the_ranges_of_appendix_d(cfg):
     given = cfg("recipe=roberta", "model=roberta_base", "task=cola")
     assert 4 <= given.rank <= 12 and 0.2 <= given.rho <= 0.7
-    assert (given.finetune.lr, given.finetune.epochs) == (3e-4, 6)  # of Table 6, as everything else
+    assert (given.finetune.lr, given.finetune.epochs) == (3e-4, 6)  # from Table 6, like all other values
 
 
-def test_without_a_recipe_the_tasks_own_holds(cfg):
+def test_without_recipe_the_tasks_own_recipe_is_used(cfg):
     assert cfg("method=sora", "task=wnli").method.lam == 1e-3
     assert cfg("method=full_ft", "task=wnli").finetune.lr == cfg().model.full_ft_lr
     assert cfg("task=rte").finetune.epochs == 50
 
 
-def test_what_is_given_wins_over_a_recipe(cfg):
+def test_given_values_override_a_recipe(cfg):
     given = cfg("method=full_ft", "recipe=rm_lora", "task=rte", "finetune.lr=1e-4", "finetune.epochs=1")
     assert (given.finetune.lr, given.finetune.epochs) == (1e-4, 1)
 
@@ -88,7 +88,7 @@ def test_a_recipe_without_settings_for_a_task_says_so(cfg, name):
     assert f"task={name}: it has them for cola, sst2" in caught.value.problems[0]
 
 
-def test_an_unknown_recipe_is_named_with_those_there_are():
+def test_an_unknown_recipe_is_named_with_the_known_ones():
     assert composition_problems(["recipe=rm_lore", "task=rte"]) == ["recipe=rm_lore is not one of: rm_lora, roberta"]
 
 
@@ -102,7 +102,7 @@ def test_a_recipe_without_a_needed_value_says_which(cfg):
 
 @pytest.fixture
 def counts(cfg, tmp_path, monkeypatch):
-    """Parameters as a dry run counts them; the estimate of its memory takes longer than all else."""
+    """Parameters as a dry run counts them, without its memory estimate, which takes longest."""
     monkeypatch.setattr("diffora.run.dry_run._memory", lambda *arguments: {})
     return lambda *overrides: run(cfg("dry_run=true", *overrides), tmp_path).record["params"]
 

@@ -1,4 +1,4 @@
-"""docs/reference/configuration.md is what the script makes of the settings classes and of conf/."""
+"""docs/reference/configuration.md is the page that the script makes from the settings classes and conf/."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""What became of the rows: nothing is dropped, cut or changed without a count, in every family of tasks."""
+"""In every family of tasks, all rows that are dropped, cut or changed are counted."""
 
 import json
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_questions(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("task", "model"), [("paraphrase", "tiny"), ("digits", "tiny_vit"), ("dialogue", "tiny_llama")]
 )
-def test_embedded_tasks_are_used_whole(cfg, task, model):
+def test_all_rows_of_embedded_tasks_are_used(cfg, task, model):
     sizes = ["task.validation_rows=20"] + (["task.train_rows=30"] if task != "digits" else [])
     c = cfg(f"task={task}", f"model={model}", *sizes)
     for name in ("train", "validation"):
@@ -152,13 +152,13 @@ def test_other_splits_that_were_loaded_before_keep_their_accounts(cfg, tmp_path)
 
 @pytest.fixture
 def short(cfg, tmp_path):
-    """Overrides of a run of seconds on files."""
+    """Overrides of a run on files that takes seconds."""
     overrides = ["experiment=quickstart", "task=mrpc", "task.max_length=64", f"task.path={tmp_path / 'data'}"]
     return [*overrides, "search.epochs=1", "finetune.epochs=1", "finetune.warmup_steps=1", "logger=csv"]
 
 
 def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
-    """C: an idx that is text and repeated is nobody's business where nothing is submitted."""
+    """C: idx is repeated text. This does not matter if nothing is submitted."""
     mrpc_files(tmp_path / "data", idx=lambda i: "same", extra=lambda i: i)
     result = run(cfg(*short, "task.max_train_rows=32", "search.fraction=0.5"), tmp_path / "run")
     data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
@@ -182,7 +182,7 @@ def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
 
 @pytest.mark.parametrize("method", ["diffora", "lora"])
 def test_a_validation_split_of_one_row_is_refused_before_anything_is_searched(cfg, short, tmp_path, method):
-    """C: a 1-row validation split."""
+    """C: a validation split of one row."""
     folder = mrpc_files(tmp_path / "data", validation=1)
     overrides = [o for o in short if not o.startswith("search.") or method == "diffora"]
     with pytest.raises(UserError, match=f"{folder}: a validation split of 1 usable row is too small: one half of it"):

@@ -1,4 +1,4 @@
-"""A cache file is used as it was written, or written again with a line in the log."""
+"""A cache file is used only if it is undamaged. Otherwise it is written again, with a line in the log."""
 
 import json
 import multiprocessing
@@ -73,7 +73,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_mended(file, tmp_path, how, caplog):
+def test_a_damaged_cache_file_is_replaced(file, tmp_path, how, caplog):
     """B11"""
     content = file.read_bytes()
     replace(file, DAMAGE[how](content))
@@ -81,7 +81,7 @@ def test_damage_is_mended(file, tmp_path, how, caplog):
     assert str(file) in caplog.text and "its digest does not match its content" in caplog.text
 
 
-def test_the_good_file_of_other_facts_is_not_taken(file, tmp_path, caplog):
+def test_an_undamaged_file_of_other_facts_is_not_used(file, tmp_path, caplog):
     use(tmp_path, fact=1)
     other = next(f for f in file.parent.iterdir() if f != file)
     with arrow_writer(tmp_path / "few", SCHEMA) as append:
@@ -98,8 +98,8 @@ def test_a_link_that_leads_nowhere_is_replaced(file, tmp_path):
     assert use(tmp_path) == ROWS and not file.is_symlink()
 
 
-def test_a_large_file_is_read_once_while_it_stays_as_it_is(file, tmp_path, monkeypatch):
-    """A change that keeps size and time of modification is seen all the same."""
+def test_a_large_file_is_read_again_only_after_it_changed(file, tmp_path, monkeypatch):
+    """A change that keeps size and modification time is noticed too."""
     from diffora import digests
 
     monkeypatch.setattr(digests, "REMEMBERED_FROM", 1000)
@@ -175,7 +175,7 @@ def test_every_kind_of_cache_file_is_checked(cfg, overrides, tmp_path, caplog):
 
 
 def test_digests_of_images_are_checked(tmp_path, caplog):
-    """A flipped bit there would make other data of the same images."""
+    """A flipped bit in a digest would give the same images another data hash."""
     from PIL import Image
 
     from diffora.tasks.images.folders import read_folder

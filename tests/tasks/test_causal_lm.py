@@ -26,7 +26,7 @@ from diffora.tasks.chat.loss import IGNORED, token_losses
 from diffora.tasks.chat.packing import best_fit, pack
 from diffora.tasks.chat.tokens import encode
 
-# --- tokenizers and templates of the kinds that are about ---
+# --- common kinds of tokenizers and templates ---
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|head|>", "<|/head|>", "<|eot|>", "<start>", "<end>"]
 ROUNDS = "{% for m in messages %}"
@@ -56,7 +56,7 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-THINKING = (  # the last answer is written in another way than earlier ones
+THINKING = (  # writes the last answer differently from earlier ones
     ROUNDS + "{{ '<|im_start|>' + m.role + '\n' + ('<think></think>' if loop.last and m.role == 'assistant' else '') }}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -74,7 +74,7 @@ TEXT = ["The quick brown fox jumps over the lazy dog. ", "user assistant system 
 
 
 def byte_level(template: str | None) -> PreTrainedTokenizerFast:
-    """As GPT-2's, Llama 3's and Qwen's."""
+    """A tokenizer like those of GPT-2, Llama 3 and Qwen."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -86,7 +86,7 @@ def byte_level(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def metaspace(template: str | None) -> PreTrainedTokenizerFast:
-    """As Llama 2's, Mistral's and Gemma's; puts a begin token in front by itself."""
+    """A tokenizer like those of Llama 2, Mistral and Gemma. It adds a begin token itself."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -136,7 +136,7 @@ def rows_of(*rows) -> datasets.Dataset:
 
 
 def answers(ids: list[int], counted: list[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of the runs of tokens that count."""
+    """The texts of consecutive tokens that count."""
     runs: list[list[int]] = []
     for at, (token, counts) in enumerate(zip(ids, counted, strict=True)):
         if counts:
@@ -159,7 +159,7 @@ def test_exactly_the_answers_and_their_ends_count(kind, name, chat):
     expected = [f"{text}{end}" for text in chat[1::2]]
     found = answers(row["input_ids"], row["counted"], tokenizer)
     assert [text.strip(" ") for text in found] == [text.strip(" ") for text in expected]
-    # The whole is what the template writes, once, with one begin token at most.
+    # The row is exactly the template's output, with at most one begin token.
     text = tokens.render(turns_of(chat), tokenizer)
     assert row["input_ids"] == tokenizer(text, add_special_tokens=template is None)["input_ids"]
     assert row["input_ids"].count(tokenizer.bos_token_id) == (0 if name in ("chatml", "marked") else 1) or (
@@ -167,7 +167,7 @@ def test_exactly_the_answers_and_their_ends_count(kind, name, chat):
     )
 
 
-def test_the_prompt_that_a_model_will_see_is_the_beginning_of_what_it_was_trained_on():
+def test_the_prompt_at_generation_is_the_beginning_of_the_training_text():
     for name in ("chatml", "roles", "plain"):  # not "headers": GPT-2 splits "\n\n" only where a word follows
         tokenizer = byte_level(TEMPLATES[name][0])
         row = encode(rows_of(CHATS[0]), tokenizer, 512, "completion")[0]
@@ -181,7 +181,7 @@ def test_the_prompt_that_a_model_will_see_is_the_beginning_of_what_it_was_traine
     st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"))), min_size=2, max_size=5),
     st.sampled_from(["chatml", "headers", "roles", "marked"]),
 )
-def test_any_text_is_told_apart(contents, name):
+def test_answers_are_found_in_any_text(contents, name):
     template, end = TEMPLATES[name]
     tokenizer = TOKENIZERS.setdefault(name, byte_level(template))
     contents = [f"q{text}q" for text in contents]  # without white space at the ends, which templates may trim
@@ -192,12 +192,12 @@ def test_any_text_is_told_apart(contents, name):
 TOKENIZERS: dict[str, PreTrainedTokenizerFast] = {}
 
 
-def test_all_counts_all_but_the_first():
+def test_train_on_all_counts_all_tokens_but_the_first():
     row = encode(rows_of(CHATS[1]), byte_level(CHATML), 512, "all")[0]
     assert row["counted"] == [0] + [1] * (row["length"] - 1)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters():
+def test_a_template_that_rewrites_earlier_turns_is_refused_if_it_matters():
     tokenizer = byte_level(THINKING)
     with pytest.raises(UserError, match=r"row 2: the template writes turn 2 differently .*task\.train_on=all"):
         encode(rows_of(["a", "b"], ["a", "b", "c", "d"]), tokenizer, 512, "completion")
@@ -245,7 +245,7 @@ def test_nothing_to_learn_at_all_is_an_error():
         task.encode(rows_of(["long " * 200, "answer"]), byte_level(CHATML), training=True)
 
 
-def test_plain_text_becomes_windows_that_say_it_all():
+def test_plain_text_becomes_windows_that_hold_all_of_it():
     tokenizer = byte_level(None)
     text = "the lazy dog " * 8000  # over 100,000 characters
     encoded = encode(rows_of("fox", text), tokenizer, 256, "completion")
@@ -269,7 +269,7 @@ def test_best_fit_puts_each_item_in_one_bin(lengths, capacity):
     assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
     loads = [sum(lengths[item] for item in members) for members in bins]
     assert all(load <= capacity for load in loads)
-    # A bin was opened only where its first item fitted nowhere.
+    # A new bin was opened only if its first item fitted into no other bin.
     for i, members in enumerate(bins):
         assert all(load + lengths[members[0]] > capacity for load in loads[:i])
 
@@ -292,7 +292,7 @@ def test_packing_loses_nothing_and_keeps_to_the_length():
     assert pack(encoded, 128).to_dict() == packed.to_dict()
 
 
-def test_no_text_is_in_two_parts_of_a_split():
+def test_no_text_is_in_both_halves_of_a_split():
     tokenizer = byte_level(None)
     rng = np.random.default_rng(1)
     texts = [chr(200 + i) * n for i, n in enumerate(rng.integers(1, 400, 60))]  # each text has a letter of its own
@@ -377,14 +377,14 @@ def test_packed_conversations_do_not_see_each_other(kind, attention):
 
 
 @pytest.mark.parametrize("kind", LEAKY)
-def test_a_model_that_cannot_keep_them_apart_is_refused(kind):
+def test_a_model_that_cannot_keep_packed_conversations_apart_is_refused(kind):
     model = decoder(kind, "eager")
     with pytest.raises(UserError, match=r"task\.packing=true: .* lets packed conversations see each other"):
         task_of().check(model)
     task_of(packing=False).check(model)
 
 
-def test_a_cache_would_hide_the_packing():
+def test_with_a_cache_packing_would_not_work():
     model = decoder("llama")
     model.config.use_cache = True  # why `config_json.model_config` turns it off
     with pytest.raises(UserError, match="see each other"):
@@ -449,7 +449,7 @@ def test_parts_of_a_batch_give_the_loss_of_the_whole():
 def test_scores_and_predictions_count_tokens_not_rows():
     model, task = decoder("llama"), task_of(packing=False)
     rows = token_rows([5, 9, 3, 12, 4])
-    example = [0, 2, 2, 3, 4]  # of five rows the second has nothing to learn, the third two windows
+    example = [0, 2, 2, 3, 4]  # of five rows, the second has no token that counts, the third has two windows
     encoded = datasets.Dataset.from_dict(rows | {"example": example})
     batch = ChatCollator(0)(rows)
     output = model(**task.inputs(batch))
@@ -534,7 +534,7 @@ def test_faults_of_both_files_come_together(tmp_path):
     ]
 
 
-def test_the_hub_is_asked_for_its_own_splits(monkeypatch):
+def test_the_hub_is_asked_for_the_configured_splits(monkeypatch):
     asked = []
 
     def load_dataset(name, config=None):
@@ -590,7 +590,7 @@ def test_batches_carry_labels_where_tokens_count():
 @pytest.mark.parametrize(
     "name", ["valid.jsonl", "val-00000-of-00001.parquet", "dev.jsonl", "Validation.jsonl", "eval.json"]
 )
-def test_validation_rows_under_another_name_are_not_left_out(cfg, tmp_path, name):
+def test_a_validation_file_under_another_name_is_not_ignored(cfg, tmp_path, name):
     rows = [json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     (tmp_path / name).write_text("")

@@ -15,7 +15,7 @@ from diffora.tasks.glue import TASKS, compute_metrics, get_spec
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 
-# DiffoRA Table 6: lr, batch, epochs, shared rank, rank, alpha, dropout, warm-up, early stop; WNLI takes RTE's.
+# DiffoRA Table 6: lr, batch, epochs, shared rank, rank, alpha, dropout, warm-up, early stop. WNLI has RTE's.
 TABLE_6 = {
     "mnli": (3e-4, 196, 7, 2, 4, 16, 0.25, 4000, None),
     "rte": (7e-4, 32, 50, 2, 4, 16, 0.2, 900, None),

@@ -61,8 +61,8 @@ def test_the_eleven_test_sets():
 
 
 @pytest.mark.parametrize(("name", "split"), TEST_SETS)
-def test_predictions_stand_beside_the_number_that_the_source_gives_the_row(tmp_path, name, split):
-    """Rows shuffled at the source, predicted in part and in any order: the number decides."""
+def test_predictions_have_the_row_number_of_the_source(tmp_path, name, split):
+    """Also if the source is shuffled, and only part of the rows are predicted, in any order."""
     task = task_of(name, str(tmp_path))
     numbers = [4, 0, 3, 1, 2]
     write_test_split(task, tmp_path, split, numbers)
@@ -121,7 +121,7 @@ def test_other_splits_are_written_as_json_lines(tmp_path):
 
 
 def test_real_test_split_with_and_without_its_labels(real_data, tmp_path):
-    """The file has gold labels; GLUE's own has none: the submission is the same."""
+    """This file has gold labels and GLUE's own has none. The submission is the same."""
     table = pa.parquet.read_table(real_data / "mrpc" / "test.parquet")
     bare = table.drop_columns(["label"]).take(torch.randperm(len(table)).numpy())
     pa.parquet.write_table(bare, tmp_path / "test.parquet")
@@ -136,7 +136,7 @@ def test_real_test_split_with_and_without_its_labels(real_data, tmp_path):
     assert written[0] == written[1] and len(written[0].splitlines()) == 1726
 
 
-def test_the_diagnostic_set_is_predicted_where_it_is(tmp_path):
+def test_the_diagnostic_set_is_predicted_if_it_is_available(tmp_path):
     assert task_of("mnli").test_splits == ("test_matched", "test_mismatched", "ax")  # the hub has it
     assert task_of("mnli", str(tmp_path)).test_splits == ("test_matched", "test_mismatched")
     (tmp_path / "ax-00000-of-00001.parquet").touch()
@@ -207,7 +207,7 @@ def test_what_the_server_would_refuse_is_refused_here(small_qqp, tmp_path, conte
     assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
 
 
-def test_two_runs_of_one_task_are_not_chosen_between(small_qqp, tmp_path):
+def test_two_runs_of_one_task_are_refused(small_qqp, tmp_path):
     write_tables(tmp_path / "runs")
     write_tables(tmp_path / "more", leave_out=set(OFFICIAL) - {"RTE.tsv"})
     with pytest.raises(UserError, match=r"RTE\.tsv is there more than once: .*more/run-RTE.*runs/run-RTE"):

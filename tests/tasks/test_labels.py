@@ -1,4 +1,4 @@
-"""Labels mean what they say: names of classes against the task's and between splits; numbers follow names."""
+"""Class names are compared with the task's and between splits, and label numbers follow the names."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ LABELS = [0, 1, 1, 0, 1]
 
 
 def table(split: str, labels: pa.Array | list, names: list[str] | None = None) -> pa.Table:
-    """Rows whose schema names the classes as files of the hub do; no two splits share a text."""
+    """Rows whose schema has class names, like files of the hub. No two splits share a text."""
     texts = {name: [f"{split} {name} {i}" for i in range(len(labels))] for name in ("sentence1", "sentence2")}
     made = pa.table({**texts, "label": labels})
     if names is not None:
@@ -55,7 +55,7 @@ def good(tmp_path) -> str:
 
 @pytest.mark.parametrize("turned", [("validation",), ("train",), ("train", "validation")], ids=" and ".join)
 def test_numbers_follow_names(tmp_path, good, turned):
-    """B4, and its neighbours."""
+    """B4 and similar cases."""
     splits = {
         split: table(split, flipped(LABELS), REVERSED) if split in turned else table(split, LABELS, NAMES)
         for split in ("train", "validation")
@@ -84,7 +84,7 @@ def test_numbers_follow_the_names_that_the_hub_gives(good, monkeypatch):
     assert load_rows(MRPC).data_hash == good
 
 
-def test_shards_are_numbered_each_by_its_own_names(tmp_path):
+def test_each_shard_is_numbered_by_its_own_names(tmp_path):
     write(tmp_path, validation=table("validation", LABELS, NAMES))
     write(tmp_path, **{"train-00000-of-00002": table("a", LABELS, NAMES)})
     write(tmp_path, **{"train-00001-of-00002": table("b", flipped(LABELS), REVERSED)})
@@ -108,8 +108,8 @@ def test_three_classes_in_any_order(tmp_path):
     assert [split["label"] for split in loaded.validation.values()] == [[0, 1, 2], [1, 0, 2]]
 
 
-def test_plain_numbers_beside_another_order_are_refused(tmp_path):
-    """Nobody can know by which list the plain numbers count."""
+def test_plain_numbers_next_to_names_in_another_order_are_refused(tmp_path):
+    """Nothing says which list the plain numbers refer to."""
     write(tmp_path, train=table("train", flipped(LABELS), REVERSED), validation=table("validation", LABELS))
     [message] = problems(tmp_path)
     assert "validation.parquet: its labels are numbers without names" in message
@@ -195,7 +195,7 @@ def test_wrong_names_and_mixtures_are_refused(tmp_path, labels, expected):
     assert expected in problems(folder)[0]
 
 
-def test_scores_are_no_classes(tmp_path):
+def test_scores_are_not_classes(tmp_path):
     splits = {split: table(split, LABELS, NAMES) for split in ("train", "validation")}
     assert (
         "holds classes (not_equivalent, equivalent), expected a number from 0 to 5"
@@ -204,13 +204,13 @@ def test_scores_are_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "5", '{"info": {"features": []}}', '{"info": null}'])
-def test_whatever_else_stands_in_a_files_metadata_is_ignored(text):
+def test_other_metadata_of_a_file_is_ignored(text):
     schema = pa.schema({"label": pa.int64()}, metadata={"huggingface": text})
     assert class_names(schema, "label") is None
 
 
-def test_what_makes_a_result_doubtful_is_said(tmp_path):
-    """C: a training file with one class; and its neighbours."""
+def test_doubtful_data_give_notes(tmp_path):
+    """C: a training file with one class, and similar cases."""
     train = table("train", [1, 1, 1]).set_column(1, "sentence2", pa.array(["", "", ""]))
     validation = pa.concat_tables([table("validation", LABELS), train.slice(1)])
     accounts = {}
@@ -232,7 +232,7 @@ def test_what_makes_a_result_doubtful_is_said(tmp_path):
 
 @pytest.mark.parametrize("labels", [NAMES, ["0", "1"]], ids=["names", "numbers"])
 def test_class_names_beside_labels_that_are_text(tmp_path, good, labels):
-    """Names stand for themselves; numbers written as text count by the file's names, as numbers do."""
+    """Names are used as they are. Numbers written as text are numbered by the file's names, like other numbers."""
     kept = LABELS if labels == NAMES else flipped(LABELS)
     text = table("train", [labels[i] for i in kept], REVERSED)
     validation = table("validation", LABELS, NAMES)

@@ -1,4 +1,4 @@
-"""Windows, spans and answers: against the tokenizers, against exhaustive search, and on real questions."""
+"""Windows, spans and answers, compared with the tokenizers, with exhaustive search, and on real questions."""
 
 import json
 import unicodedata
@@ -47,7 +47,7 @@ def task(unanswerable: bool = False, **changes) -> SquadTask:
 
 
 def rows_of(*questions: tuple[str, str, str | None]) -> datasets.Dataset:
-    """Rows from (question, context, answer): the answer's first place in the context counts."""
+    """Rows from (question, context, answer). The answer is at its first occurrence in the context."""
     return datasets.Dataset(
         pa.table(
             {
@@ -62,7 +62,7 @@ def rows_of(*questions: tuple[str, str, str | None]) -> datasets.Dataset:
     )
 
 
-# --- small tokenizers of the true kinds ---
+# --- small tokenizers of the real kinds ---
 
 
 def bert() -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def roberta() -> PreTrainedTokenizerFast:
 
 
 def xlnet() -> PreTrainedTokenizerFast:
-    """[CLS] at the end, everything on the left."""
+    """A tokenizer with [CLS] at the end and padding on the left."""
     backend = byte_level(["<pad>", "<sep>", "<cls>"])
     backend.post_processor = processors.TemplateProcessing(
         single="$A <sep> <cls>:2",
@@ -180,7 +180,7 @@ def batches(made: SquadTask, encoded: datasets.Dataset, tokenizer, size: int = 3
 
 
 def collect(made: SquadTask, encoded: datasets.Dataset, tokenizer, logits: Callable, size: int = 3) -> Outputs:
-    """What validation collects, where ``logits(batch)`` gives start and end logits."""
+    """The outputs that validation collects if ``logits(batch)`` are the start and end logits."""
     parts = []
     for batch in batches(made, encoded, tokenizer, size):
         start, end = logits(batch)
@@ -189,13 +189,13 @@ def collect(made: SquadTask, encoded: datasets.Dataset, tokenizer, logits: Calla
 
 
 def perfect(batch):
-    """Logits of a model that knows."""
+    """Logits of a model that knows all answers."""
     for target in ("start_positions", "end_positions"):
         yield 10.0 * torch.nn.functional.one_hot(batch[target], batch["input_ids"].shape[1])
 
 
 def noise(batch):
-    """Random logits that depend on the window and the position only, not on the batch; also on padding."""
+    """Random logits, also for padding. They depend on window and position only, not on the batch."""
     for part in (0, 1):
         yield torch.stack(
             [
@@ -214,7 +214,7 @@ def whole(made: SquadTask, rows: datasets.Dataset, tokenizer, logits: Callable) 
 
 
 def test_rows_of_a_folder(tmp_path):
-    """Splits, the seeded subset and the hash; any one split alone, with or without answers."""
+    """Splits, the seeded subset and the hash; also single splits, with and without answers."""
     rows = rows_of(*((f"Who is {i}?", TEXT, "Virgin Mary") for i in range(20)))
     table = [
         {**row, "answers": {"text": row.pop("answers"), "answer_start": row.pop("starts")}} for row in rows.to_list()
@@ -289,7 +289,7 @@ def test_windows_cover_the_context_and_overlap(kind):
 
 
 @every_kind
-def test_a_window_without_the_whole_answer_points_at_null(kind):
+def test_a_window_without_the_whole_answer_has_the_null_position_as_target(kind):
     rows = rows_of(("Where?", TEXT * 2, "24\u201310 \u2013 in the 2010s"), ("Why?", TEXT, None))
     encoded = task().encode(rows, TOKENIZERS[kind], training=False)
     inside = 0
@@ -326,11 +326,11 @@ def test_real_answers_are_covered(real_data, minilm):
         covered.add(example)
         if normalise(gold) == normalise(text):
             equal.add(example)
-        else:  # 30 annotators' answers begin or end within a token: "six" of "sixth"
+        else:  # 30 of the answers begin or end inside a token, such as "six" in "sixth"
             assert gold in text and abs(len(text) - len(gold)) < 12
     assert covered == set(range(5000)) and len(equal) == 4970
 
-    # A model that knows gets what can be had, and gold answers get everything.
+    # Perfect logits reach the best possible score.
     rows_v = rows.validation["validation"]
     outputs, split = whole(made, rows_v, tokenizer, perfect)
     assert made.score(outputs, split)["exact_match"] == pytest.approx(98.4, abs=0.5)
@@ -349,7 +349,7 @@ def test_real_unanswerable_questions(real_data, minilm):
 
 
 def test_very_long_context(monkeypatch):
-    """100,000 characters: many windows, of which few are in memory at a time."""
+    """100,000 characters give many windows. Only a few are in memory at a time."""
     written = []
     monkeypatch.setattr(module, "WINDOWS_AT_ONCE", 50)
     original = module.arrow_writer
@@ -379,8 +379,8 @@ def test_very_long_context(monkeypatch):
 
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 @settings(deadline=None, max_examples=60)
-def test_a_model_that_knows_is_right(data, kind, tmp_path_factory):
-    """Words of any script, answers anywhere in contexts of several windows."""
+def test_perfect_logits_give_perfect_scores(data, kind, tmp_path_factory):
+    """For words of any script, and answers at any place of contexts with several windows."""
     letters = st.characters(categories=["L", "N", "Mn", "So"], exclude_characters="\ufffd")  # BERT drops that one
     words = st.text(letters, min_size=1, max_size=6).filter(lambda word: unicodedata.category(word[0]) != "Mn")
     parts = data.draw(st.lists(words, min_size=1, max_size=60))
@@ -427,8 +427,8 @@ def test_loss_and_outputs_do_not_depend_on_the_batch(kind):
 
 
 @every_kind
-def test_loss_is_that_over_the_possible_positions(kind):
-    """By hand: a softmax over the context and the null position, nothing else."""
+def test_loss_is_over_the_possible_positions_only(kind):
+    """Compared with a softmax over the context and the null position only."""
     tokenizer, made = TOKENIZERS[kind], task(True)
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=False)
     for batch in batches(made, encoded, tokenizer):
@@ -449,7 +449,7 @@ def test_loss_is_that_over_the_possible_positions(kind):
             assert ((part.grad != 0) == possible).all()
 
 
-def test_inputs_are_the_models_own():
+def test_the_model_gets_only_its_own_inputs():
     tokenizer, made = TOKENIZERS["bert"], task()
     encoded = made.encode(rows_of(("Who?", TEXT, "Virgin Mary")), tokenizer, training=True)
     for batch in batches(made, encoded, tokenizer):
@@ -468,7 +468,7 @@ def test_dummy_batch_is_a_whole_step():
 
 
 def exhaustive(made: SquadTask, split: Split, logits: Callable, tokenizer) -> dict[int, list[tuple[float, str]]]:
-    """All spans of all windows of each example, best first, one by one."""
+    """All spans of all windows of each example, computed one by one, best first."""
     found: dict[int, list[tuple[float, str]]] = {}
     for batch in batches(made, split.encoded, tokenizer, size=1):
         start, end = (part[0].tolist() for part in logits(batch))
@@ -515,7 +515,7 @@ def test_equal_scores_take_the_first_and_shortest():
 
 
 def test_few_tokens_and_bad_logits():
-    """Fewer spans than n_best, no token at all, and logits that are not finite."""
+    """With fewer spans than n_best, with no token, and with logits that are not finite."""
     tokenizer, made = TOKENIZERS["bert"], task(True, n_best=50, max_answer_length=2)
     rows = rows_of(("Who?", "1858", "1858"), ("Who?", "\u0301", None))
     outputs, split = whole(made, rows, tokenizer, noise)
@@ -544,7 +544,7 @@ QUESTIONS = [
 
 
 @every_kind
-def test_a_model_that_knows_refuses_too(kind):
+def test_perfect_logits_are_perfect_with_unanswerable_questions_too(kind):
     made = task(True, max_length=60, doc_stride=30, max_answer_length=30)
     outputs, split = whole(made, rows_of(*QUESTIONS), TOKENIZERS[kind], perfect)
     scores = made.score(outputs, split)
@@ -554,8 +554,8 @@ def test_a_model_that_knows_refuses_too(kind):
 
 
 @pytest.mark.parametrize("unanswerable", [False, True])
-def test_some_examples_are_scored_alone(unanswerable):
-    """Scores of the whole are means over its examples; the windows of one belong together."""
+def test_part_of_the_examples_can_be_scored(unanswerable):
+    """A score is a mean over examples, and an example has all its windows."""
     tokenizer, made = TOKENIZERS["gpt2"], task(unanswerable)
     rows = rows_of(*(row for row in QUESTIONS if unanswerable or row[2]))
     outputs, split = whole(made, rows, tokenizer, noise)
@@ -612,7 +612,7 @@ class Counting:
         return self.tokenizer(*args, **options)
 
 
-def test_cache_is_read_again_and_depends_on_all_that_matters(tmp_path, monkeypatch):
+def test_the_cache_is_reused_and_its_key_depends_on_all_that_matters(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFORA_CACHE", str(tmp_path))
     rows, counting = rows_of(*QUESTIONS), Counting(TOKENIZERS["bert"])
     first = task().encode(rows, counting, training=False)
@@ -685,7 +685,7 @@ def test_impossible_settings():
     assert max(task(max_length=24).encode(rows_of(QUESTIONS[0]), TOKENIZERS["bert"], training=True)["length"]) <= 24
 
 
-def test_tokenizers_that_do_not_serve():
+def test_unsuitable_tokenizers_are_refused():
     slow = SimpleNamespace(is_fast=False)
     with pytest.raises(UserError, match="needs a fast tokenizer"):
         task().encode(rows_of(QUESTIONS[0]), slow, training=True)
@@ -698,8 +698,8 @@ def test_tokenizers_that_do_not_serve():
 # --- models ---
 
 
-def test_left_to_right_model_reads_everything_before_it_refuses():
-    """GPT-2: the question stands before the context, and the null position after it; padding is seen by neither."""
+def test_a_left_to_right_model_reads_question_and_context_before_the_null_position():
+    """GPT-2: the question comes before the context and the null position after it. Padding has no influence."""
     from transformers import GPT2Config, GPT2ForQuestionAnswering
 
     tokenizer, made = TOKENIZERS["gpt2"], task(True)
@@ -721,7 +721,7 @@ def test_left_to_right_model_reads_everything_before_it_refuses():
 
 
 def test_whole_run(cfg, tmp_path, real_data):
-    """Search and fine-tuning on a few real questions, some of several windows, with the embedded backbone."""
+    """Search and fine-tuning with the embedded backbone on a few real questions. Some have several windows."""
     folder = tmp_path / "data"
     folder.mkdir()
     for name, n in (("train_5k", 24), ("validation_1k", 12)):

@@ -1,4 +1,4 @@
-"""Tokenising against the tokenizer itself, the cache, and padding."""
+"""Tokenising, compared with the tokenizer itself; the cache; padding."""
 
 import importlib.util
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
     done = tokenise(pairs, MRPC, tokenizer, 16, tmp_path)
     assert done.column_names == ["input_ids", "token_type_ids", "labels", "length", "cut", "row"]
     for i, (row, source) in enumerate(zip(done, pairs, strict=True)):
-        # As a batch of one: outside a batch, transformers takes an empty second text for none.
+        # Use a batch of one: for a single pair, transformers ignores an empty second text.
         alone = tokenizer([source["sentence1"]], [source["sentence2"]], truncation=True, max_length=16)
         assert [row["input_ids"]] == alone["input_ids"] and [row["token_type_ids"]] == alone["token_type_ids"]
         assert (row["labels"], row["row"], row["length"]) == (source["label"], i, len(row["input_ids"]))
@@ -79,7 +79,7 @@ def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
 
 
 def test_very_long_texts_are_truncated_in_bounded_memory(tokenizer, tmp_path, monkeypatch):
-    """100,000 characters: words, one word, nothing but spaces. What stands in memory at once is what `_chunks` says."""
+    """100,000 characters: many words, one word, or only spaces. `_chunks` gives the rows that are in memory at once."""
     texts = ["the cat sat. " * 7693, "a" * 100_000, " " * 100_000, "猫" * 100_000, "", "short"] * 2
     rows = datasets.Dataset(pa.table({"sentence": texts, "label": [0] * len(texts)}))
     monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 150_000)
@@ -124,7 +124,7 @@ def test_second_call_reads_the_cache(tokenizer, pairs, tmp_path):
     counting = Counting(tokenizer)
     first = tokenise(pairs, MRPC, counting, 16, tmp_path)
     assert counting.calls == 3
-    # The backend now remembers the truncation of the first call; that must not change the key.
+    # The backend now keeps the truncation of the first call. This must not change the key.
     second = tokenise(pairs, MRPC, counting, 16, tmp_path)
     assert counting.calls == 3
     assert first.to_list() == second.to_list()

@@ -1,4 +1,4 @@
-"""Images from files to batches, against Pillow's and transformers' own processing; faults; augmentation; tiny ViT."""
+"""Images from files to batches, compared with Pillow and transformers; faults, augmentation and the tiny ViT."""
 
 import io
 import itertools
@@ -51,7 +51,7 @@ def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
 
 
 def write_folders(folder: Path, train: int = 6, validation: int = 3) -> Path:
-    """Two classes, of images of different sizes and formats."""
+    """Write folders of two classes, with images of different sizes and formats."""
     for split, n in (("train", train), ("validation", validation)):
         for c, name in enumerate(("cat", "dog")):
             (folder / split / name).mkdir(parents=True)
@@ -105,7 +105,7 @@ def problems(call, *args) -> list[str]:
 
 
 def pixels(task, rows, preprocessing: Preprocessing = SMALL) -> torch.Tensor:
-    """What evaluation sees of a split."""
+    """The pixels of a split in evaluation."""
     found = task.encode(rows, preprocessing, training=False)
     return task.collate(preprocessing, training=False)(found[list(range(len(found)))])["pixel_values"]
 
@@ -114,7 +114,7 @@ def pixels(task, rows, preprocessing: Preprocessing = SMALL) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", [40, 16, 9])  # larger than the model's images, as large, smaller
-def test_square_images_are_seen_as_vits_own_processor_sees_them(tmp_path, task, side):
+def test_square_images_get_the_pixels_of_vits_own_processor(tmp_path, task, side):
     image = picture(side, side)
     for split in ("train", "validation"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_square_images_are_seen_as_vits_own_processor_sees_them(tmp_path, task, 
 
 
 @pytest.mark.parametrize("size", [(50, 31), (31, 50), (20, 57)])
-def test_others_as_by_resizing_the_shorter_side_and_cutting_out_the_centre(tmp_path, task, size):
+def test_other_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre(tmp_path, task, size):
     image = picture(*size)
     for split in ("train", "validation"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_others_as_by_resizing_the_shorter_side_and_cutting_out_the_centre(tmp_p
     torch.testing.assert_close(ours, theirs(image, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
 
 
-def test_a_small_image_is_enlarged_as_if_before_the_cut():
+def test_a_small_image_is_enlarged_before_the_crop():
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 18}, crop_size={"height": 14, "width": 14})
     image = picture(9, 12)
     box = centre(9, 12, Preprocessing.of(theirs, "x"))
@@ -147,7 +147,7 @@ def test_a_small_image_is_enlarged_as_if_before_the_cut():
     batch = {"pixels": [image.tobytes()], "height": [9], "width": [12], "row": [0]}
     ours = ImageCollate(Preprocessing.of(theirs, "x"), None)(batch)["pixel_values"]
     difference = (ours - theirs(image, return_tensors="pt")["pixel_values"])[..., 2:-2, 2:-2]
-    assert difference.abs().max() < 0.02  # not at the rim, where resizing after the cut sees less
+    assert difference.abs().max() < 0.02  # not at the border, where the crop changes resizing
 
 
 def test_sizes_of_image_processors():
@@ -195,7 +195,7 @@ def test_images_are_turned_upright():
     assert np.array_equal(rgb(encoded(image, "png", exif=exif)), np.rot90(np.asarray(image), -1))
 
 
-def test_a_line_of_pixels_goes_through(tmp_path, task):
+def test_an_image_of_one_line_works(tmp_path, task):
     for split in ("train", "validation"):
         (tmp_path / split / "a").mkdir(parents=True)
         picture(1, 300).save(tmp_path / split / "a" / "long.png")
@@ -424,7 +424,7 @@ def test_faults_in_folders(folders, tmp_path, task):
 
 
 def test_every_extension_that_pillow_decodes_is_read(folders, task):
-    """B13: .jfif, and its neighbours: other letters' case, rarer formats."""
+    """B13: .jfif, extensions in capital letters, and rarer formats."""
     cat, content = folders / "train" / "cat", encoded(picture(9, 9, seed=5), "jpeg")
     for name in ("a.jfif", "b.JPE", "c.Jpg"):
         (cat / name).write_bytes(content)
@@ -437,8 +437,8 @@ def test_every_extension_that_pillow_decodes_is_read(folders, task):
     assert (account.read, account.used, account.dropped) == (20, 20, {})
 
 
-def test_files_that_are_no_images_are_counted(folders, task):
-    """B13: nothing is left out without a word."""
+def test_files_that_are_not_images_are_counted(folders, task):
+    """B13: files that are left out are reported."""
     cat, dog = folders / "train" / "cat", folders / "train" / "dog"
     for file in (
         cat / "Thumbs.db",
@@ -470,7 +470,7 @@ def test_files_that_are_no_images_are_counted(folders, task):
     assert line.startswith("train: 12 of 21 rows used; 3 left out (hidden files); 1 left out (no image: .db); ")
 
 
-def test_folders_in_class_folders_are_read_through_links_and_circles(folders, task, tmp_path):
+def test_folders_in_class_folders_are_read_also_with_links_and_loops(folders, task, tmp_path):
     cat = folders / "train" / "cat"
     (cat / "deep" / "er").mkdir(parents=True)
     shutil.move(cat / "0.png", cat / "deep" / "er" / "0.png")
@@ -485,7 +485,7 @@ def test_folders_in_class_folders_are_read_through_links_and_circles(folders, ta
 
 
 def test_no_program_is_started_for_an_image(folders, task, monkeypatch):
-    """PostScript is a program: Pillow would hand it to Ghostscript, whatever the file is called."""
+    """PostScript is a program. Pillow would pass it to Ghostscript, even with another file extension."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (folders / "train" / "cat" / "0.png").write_bytes(encoded(picture(9, 9), "eps"))
     t = task(folders)
@@ -505,7 +505,7 @@ def test_images_beside_the_class_folders_are_refused(folders, task):
     assert message == f"{folders / 'train'}: images beside the class folders, where they have no class: lost.png."
 
 
-def test_the_first_of_several_frames_is_used_and_said(folders, task):
+def test_the_first_of_several_frames_is_used_with_a_note(folders, task):
     frames = [picture(9, 9, seed=i) for i in range(3)]
     for name, kind in (("x.gif", "gif"), ("x.tiff", "tiff"), ("x.webp", "webp")):
         frames[0].save(folders / "train" / "cat" / name, kind, save_all=True, append_images=frames[1:])
@@ -518,7 +518,7 @@ def test_the_first_of_several_frames_is_used_and_said(folders, task):
 
 
 def turned(folder: Path, split: str, names: list[str], labels: list) -> None:
-    """Give a split of `to_parquet` other labels and names for them (none: the labels as they are)."""
+    """Give a split of `to_parquet` other labels and class names. None leaves the labels as they are."""
     file = folder / f"{split}-00000-of-00001.parquet"
     table = pa.parquet.read_table(file)
     table = table.set_column(1, "label", pa.array(labels))
@@ -558,7 +558,7 @@ def test_names_that_the_training_split_lacks_are_refused(folders, tmp_path, task
     assert "has class names as labels" in problems(task(parquet).load)[0]
 
 
-def test_a_trained_model_decides_the_numbers(folders, tmp_path, task):
+def test_class_numbers_come_from_the_trained_model(folders, tmp_path, task):
     parquet = to_parquet(folders, tmp_path / "p")
     t = task(parquet)
     t.expect(["dog", "bird", "cat"])
@@ -579,7 +579,7 @@ def test_a_later_split_is_numbered_as_the_first_was(folders, tmp_path, task):
     assert t.load_split("test")["label"][:] == [0] * 3 + [1] * 3 and t.classes == ["cat", "dog"]
 
 
-def test_what_makes_a_result_doubtful_is_said(folders, task):
+def test_doubtful_data_give_notes(folders, task):
     shutil.rmtree(folders / "validation" / "dog")
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "cat" / "again.png")
     t = task(folders)
@@ -723,7 +723,7 @@ def digit_task(cfg):
     return get_task(cfg("task=digits", "model=tiny_vit").task)
 
 
-def test_the_embedded_task_holds_nothing_that_the_backbone_has_seen(digit_task):
+def test_the_embedded_task_has_no_image_of_the_pretraining(digit_task):
     rows = digit_task.load()
     splits = [rows.train, rows.validation["validation"]]
     content = [{image["bytes"][-64:] for image in split["image"]} for split in splits]
@@ -738,7 +738,7 @@ def test_the_embedded_task_holds_nothing_that_the_backbone_has_seen(digit_task):
     assert all(count.min() > 60 for count in counts)
 
 
-def test_digits_are_seen_as_they_are(digit_task):
+def test_digits_keep_their_pixels(digit_task):
     rows = digit_task.load().train
     found = (pixels(digit_task, rows)[5, 0] + 1) * 8
     assert found.shape == (8, 8)
@@ -763,7 +763,7 @@ def test_tiny_vit_is_small_and_lacks_only_the_classifier():
 
 
 def neighbours_agree(model, which) -> float:
-    """How often the image with the most similar features is of the same digit."""
+    """How often the image with the most similar features shows the same digit."""
     images, targets = digits(which)
     pixel_values = (torch.from_numpy(images).float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
     with torch.no_grad():
@@ -830,8 +830,8 @@ def test_the_adapter_loads_with_plain_peft(cfg, tmp_path):
     torch.testing.assert_close(logits_of(loaded, task), logits_of(result.model, task), atol=1e-5, rtol=1e-5)
 
 
-def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
-    """RM-LoRA's Figure 1 and the measures of its Table 5, in small."""
+def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
+    """A small version of RM-LoRA's Figure 1, with the measures of its Table 5."""
     from peft import PeftModel
 
     from diffora.api import load_adapter
@@ -856,29 +856,29 @@ def test_the_classifier_alone_with_its_weight_left_as_drawn(cfg, tmp_path):
 
     want = logits_of(result.model, task)
     for load in (PeftModel.from_pretrained, lambda base, folder: load_adapter(base, Path(folder)) or base):
-        torch.manual_seed(99)  # another head is drawn, and replaced
+        torch.manual_seed(99)  # the head gets other random weights, which loading must replace
         base = AutoModelForImageClassification.from_pretrained(TINY, num_labels=5)
         loaded = load(base, str(tmp_path / "run" / "adapter")).eval()
         torch.testing.assert_close(logits_of(loaded, task), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dry", ["true", "false"])
-def test_the_head_is_not_trained_and_adapted_at_once(cfg, tmp_path, dry):
-    """The run ended well, and its adapter could not be loaded by anybody."""
+def test_training_and_adapting_the_head_at_once_is_refused(cfg, tmp_path, dry):
+    """Before, the run was completed, but its adapter could not be loaded."""
     alone = ["model.layer=.", "model.candidates=[classifier]", f"dry_run={dry}"]
     with pytest.raises(UserError, match=r"classifier is part of the head, .* task\.train_head=false"):
         run(cfg(*QUICK, "method=lora", *alone), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_left_to_train_without_a_head(cfg, tmp_path):
+def test_no_trained_head_and_no_adapter_is_refused(cfg, tmp_path):
     with pytest.raises(UserError, match="nothing"):
         run(cfg(*QUICK, "method=head_only", "task.train_head=false"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("second", [["dog", "cat"], ["cat", "dog", "eel"], None])
 def test_shards_that_number_their_classes_in_other_ways_are_refused(folders, tmp_path, task, second):
-    """B4, between the files of one split: the library takes the names of one file for all."""
+    """B4 between the files of one split: `datasets` uses the class names of one file for all."""
     place = to_parquet(folders, tmp_path / "tables")
     whole = pa.parquet.read_table(place / "train-00000-of-00001.parquet")
     (place / "train-00000-of-00001.parquet").unlink()
@@ -891,7 +891,7 @@ def test_shards_that_number_their_classes_in_other_ways_are_refused(folders, tmp
     assert "train-00001-of-00002.parquet: column 'label': its classes are" in message
 
 
-def test_a_split_that_is_there_twice_is_refused(folders, tmp_path, task):
+def test_a_split_that_exists_twice_is_refused(folders, tmp_path, task):
     place = to_parquet(folders, tmp_path / "tables")
     shutil.copy(place / "train-00000-of-00001.parquet", folders / "train.parquet")
     assert "the split 'train' is there as a folder and as .parquet" in problems(task(folders).load)[0]
@@ -900,7 +900,7 @@ def test_a_split_that_is_there_twice_is_refused(folders, tmp_path, task):
     assert "and in" in problems(task(place).load)[0]
 
 
-def test_a_file_of_the_same_name_and_time_is_read_anew(folders, tmp_path, task):
+def test_a_replaced_file_with_the_same_name_and_time_is_read_again(folders, tmp_path, task):
     file = to_parquet(folders, tmp_path / "tables") / "train-00000-of-00001.parquet"
     before, stat = task(file.parent).load().train["label"][:], file.stat()
     table = pa.parquet.read_table(file)
@@ -909,7 +909,7 @@ def test_a_file_of_the_same_name_and_time_is_read_anew(folders, tmp_path, task):
     assert task(file.parent).load().train["label"][:] == before[::-1]
 
 
-def test_classes_that_differ_in_case_only_are_said(folders, task):
+def test_classes_that_differ_only_in_case_are_noted(folders, task):
     for split in ("train", "validation"):
         shutil.copytree(folders / split / "cat", folders / split / "Cat")
     made = task(folders)
@@ -917,7 +917,7 @@ def test_classes_that_differ_in_case_only_are_said(folders, task):
     assert "classes whose names differ only in case or white space: Cat, cat" in made.accounts["train"].notes
 
 
-def test_an_empty_name_is_no_class(folders, tmp_path, task):
+def test_an_empty_name_is_not_a_class(folders, tmp_path, task):
     labels = pa.array(["cat", "", " ", *["dog"] * 9])
     place = to_parquet(folders, tmp_path / "tables", names=False, label=labels)
     validation = pa.parquet.read_table(place / "validation-00000-of-00001.parquet")
@@ -927,7 +927,7 @@ def test_an_empty_name_is_no_class(folders, tmp_path, task):
     assert "row 2" in message and "its label null is not one of 0 to 1 (and 1 more such row)" in message
 
 
-def test_numbers_without_names_are_said_to_be_those_of_the_run(folders, tmp_path, task):
+def test_numbers_without_names_count_as_the_runs_with_a_note(folders, tmp_path, task):
     made = task(to_parquet(folders, tmp_path / "tables", names=False))
     made.expect(["dog", "cat"])
     made.load_split("validation")
@@ -936,7 +936,7 @@ def test_numbers_without_names_are_said_to_be_those_of_the_run(folders, tmp_path
 
 
 def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_path, cfg):
-    """B4 with `evaluate.py`: the names are in the tables alone, and other tables may number them in another order."""
+    """B4 with `evaluate.py`: only the tables have the names, and other tables may number them differently."""
     place = to_parquet(folders, tmp_path / "tables")
     overrides = ["experiment=quickstart", "method=lora", "task=imagefolder", "model=tiny_vit", f"task.path={place}"]
     run(cfg(*overrides, "finetune.epochs=1", "finetune.warmup_steps=1", "logger=csv"), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Best updates of a rank compared with other updates, and bounds compared with the errors that they bound."""
+"""Best updates of a rank, compared with other updates; and bounds, compared with the true errors."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_the_bound_of_one_layer_and_the_printed_beta():
 
 
 def test_the_printed_bound_can_be_too_small():
-    """Without the ReLU, whatever the update of rank 1: 15 of 16 directions keep their error of 0.2."""
+    """Without the ReLU, 15 of 16 directions keep their error of 0.2 for any update of rank 1."""
     eye = torch.eye(16).double()
     x = torch.randn(20_000, 16, dtype=torch.float64, generator=G)
     reached = torch.linalg.vector_norm(x @ (0.2 * eye - best_update(0.2 * eye, 1)), dim=1).mean().item()

@@ -157,7 +157,7 @@ def test_more_inputs_never_raise_the_least_eigenvalue(seed):
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
 def test_without_pretrained_weights_the_assumption_needs_equal_angles(seed):
-    """The diagonals are equal then, so that a difference that is semi-definite is zero."""
+    """The diagonals are then equal, so a semi-definite difference must be zero."""
     x, gate, w0 = problem(seed)
     difference = active_together(x, gate, 0 * w0) - active_together(x, torch.ones_like(gate), 0 * w0)
     assert difference.trace().item() == pytest.approx(0, abs=1e-12)
@@ -185,7 +185,8 @@ def test_the_theorems_conclusion_about_the_matrices_follows_from_its_assumption(
 
 
 def test_a_net_without_trained_coordinates_breaks_the_claimed_bound():
-    """One input on which w0 fires, Gamma = 0: the assumption holds, the claimed rate is 1, and nothing is trained."""
+    """One input on which w0 is active, and Gamma = 0. The assumption holds and the claimed rate is 1, but nothing
+    is trained."""
     x, gate, w0 = torch.tensor([[0.6, 0.8]]).double(), torch.zeros(2).double(), torch.tensor([1.0, 1.0]).double()
     plain, gated = active_together(x, torch.ones_like(gate), w0), active_together(x, gate, w0)
     assert least_eigenvalue(gated - plain) > 0

@@ -1,6 +1,6 @@
 """Fine-tuning of a small decoder on rows with different numbers of tokens that count, whole or divided.
 
-Worker of test_finetune.py too, started once per process: the gradients of each step over gloo, written down.
+It is also the worker of test_finetune.py, started once per process, which writes the gradients of each step over gloo.
 """
 
 import os
@@ -30,7 +30,7 @@ STEPS, ROWS, LENGTH = 3, 4, 9
 
 
 def decoder() -> torch.nn.Module:
-    """In float64, with adapters of which no part is zero."""
+    """A decoder in float64, with adapters whose parameters are all nonzero."""
     torch.manual_seed(0)
     shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -44,7 +44,7 @@ def decoder() -> torch.nn.Module:
 
 
 def batch(seed: int) -> dict[str, Tensor]:
-    """Rows of which 8, 1, 5 and 0 tokens count."""
+    """Four rows, in which 8, 1, 5 and 0 tokens count."""
     ids = torch.randint(1, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     for row, counted in enumerate((8, 1, 5, 0)):
@@ -57,7 +57,7 @@ def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
 
 
 def gradients(batches: list[dict[str, Tensor]], **trainer) -> Tensor:
-    """(steps, trained parameters): what the optimiser sees, with a penalty in it."""
+    """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty."""
     task = CausalLMTask(OmegaConf.create({"name": "lm"}))
     adaptation = LowRankAdaptation(decoder(), Regulariser(weight=0.01, form="squared"))
     split = Split(rows_of(ROWS), rows_of(ROWS))

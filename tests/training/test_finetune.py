@@ -64,7 +64,7 @@ def fit(module, epochs=2, **extra):
     return rows
 
 
-def test_history_scores_the_split_and_its_halves_whatever_the_order_of_rows(deberta):
+def test_history_scores_the_split_and_its_halves_for_any_order_of_rows(deberta):
     module = module_of(deberta)
     rows = fit(module)
     module.eval()
@@ -103,12 +103,12 @@ def history(*pairs):
     ]  # fmt: skip
 
 
-def test_held_out_is_scored_where_the_choice_half_chose(deberta):
+def test_held_out_is_scored_at_the_epoch_that_the_other_half_chose(deberta):
     module = module_of(deberta)
     module.history = history((0.5, 0.5, 0.5), (0.9, 0.85, 0.95), (0.85, 0.9, 0.8))
     results = module.results()
     assert results["validation/accuracy"] == 0.9 and results["best_epoch"] == 2
-    assert results["held_out/accuracy"] == 0.8 and results["held_out/epoch"] == 3  # and not the best it ever had
+    assert results["held_out/accuracy"] == 0.8 and results["held_out/epoch"] == 3  # and not at its own best epoch
     assert results["last/accuracy"] == 0.85
 
 
@@ -144,7 +144,7 @@ def test_rate_warms_up_and_decays_to_zero(deberta):
 
 
 def float16():
-    """What Lightning makes of 16-mixed on a GPU; on a CPU it would quietly take bfloat16."""
+    """The plugin that Lightning makes for 16-mixed on a GPU. On a CPU it would silently use bfloat16."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
@@ -192,8 +192,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(deberta):
         fit(module)
 
 
-def test_a_last_step_that_spoils_the_weights_stops_the_run(deberta):
-    """No training loss shows it: predictions of NaN would count as class 0."""
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(deberta):
+    """The training losses do not show it, and predictions from NaN would count as class 0."""
     module = module_of(deberta, warmup_steps=0)
 
     class Spoil(L.Callback):
@@ -217,7 +217,7 @@ def test_checkpoints_hold_trainable_weights_only(deberta):
 
 
 class Noted(LowRankAdaptation):
-    """Notes every call of the training loop, and adds a constant to the loss."""
+    """Records all calls of the training loop, and adds a constant to the loss."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -241,7 +241,7 @@ class Noted(LowRankAdaptation):
         self.calls.append(("after", step, lr))
 
 
-def test_a_methods_hooks_are_called_once_a_step(deberta):
+def test_a_methods_hooks_are_called_once_per_step(deberta):
     module = module_of(deberta, adaptation=Noted)
     fit(module, epochs=2, accumulate_grad_batches=2)
     # 5 batches an epoch, two to a step: 3 steps an epoch
@@ -285,8 +285,8 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
 
 
 @pytest.mark.parametrize("cut", [[2, 4], [1, 4], [3, 4]])
-def test_parts_of_a_batch_weigh_what_they_hold(cut):
-    """8, 1, 5 and 0 tokens count in the four rows of each batch, so that no two parts weigh the same."""
+def test_parts_of_a_batch_are_weighted_by_their_tokens(cut):
+    """In the four rows of each batch, 8, 1, 5 and 0 tokens count, so all parts have different weights."""
     torch.set_num_threads(1)
     whole = [ddp_finetune.batch(i) for i in range(3)]
     parts = [ddp_finetune.some(b, slice(start, end)) for b in whole for start, end in zip([0, *cut], cut, strict=False)]
@@ -294,7 +294,7 @@ def test_parts_of_a_batch_weigh_what_they_hold(cut):
     torch.testing.assert_close(ddp_finetune.gradients(parts, accumulate_grad_batches=2), at_once, rtol=1e-9, atol=1e-12)
 
 
-def test_a_part_in_which_nothing_counts_changes_nothing():
+def test_a_part_without_counted_tokens_has_no_effect():
     torch.set_num_threads(1)
     whole = [ddp_finetune.batch(i) for i in range(3)]
     parts = [ddp_finetune.some(b, rows) for b in whole for rows in (slice(3, 4), slice(0, 3))]
@@ -302,7 +302,7 @@ def test_a_part_in_which_nothing_counts_changes_nothing():
     torch.testing.assert_close(found, at_once, rtol=1e-9, atol=1e-12)
 
 
-def test_an_epochs_last_step_of_fewer_parts_is_a_mean_too():
+def test_the_last_step_of_an_epoch_with_fewer_parts_is_also_a_mean():
     torch.set_num_threads(1)
     whole = [ddp_finetune.batch(i) for i in range(2)]
     parts = [ddp_finetune.some(whole[0], rows) for rows in (slice(0, 2), slice(2, 4))] + [whole[1]]
@@ -310,8 +310,8 @@ def test_an_epochs_last_step_of_fewer_parts_is_a_mean_too():
     torch.testing.assert_close(found, at_once, rtol=1e-9, atol=1e-12)
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Their rows hold 8 + 5 and 1 + 0 tokens; the mean is that of all, cut into parts or not."""
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    """Their rows have 8 + 5 and 1 + 0 tokens. The mean is over all tokens, with and without division into parts."""
     torch.set_num_threads(1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -350,7 +350,7 @@ def test_a_float16_step_whose_gradients_overflow_is_skipped(deberta):
     assert scales[3] == scales[2] / 2
 
 
-def test_steps_are_logged_every_so_many_and_not_looked_at_in_between(deberta, monkeypatch):
+def test_losses_are_read_only_in_the_steps_that_are_logged(deberta, monkeypatch):
     class Notes(CSVLogger):
         def log_metrics(self, metrics, step=None):
             rows.append((step, metrics))
@@ -375,7 +375,7 @@ def test_steps_are_logged_every_so_many_and_not_looked_at_in_between(deberta, mo
     assert len(looked) == 3 + 2  # and once an epoch
 
 
-def test_a_gpus_losses_are_looked_at_every_25_steps(deberta, monkeypatch):
+def test_losses_on_a_gpu_are_checked_every_25_steps(deberta, monkeypatch):
     module = module_of(deberta)
     monkeypatch.setattr(FineTuneModule, "device", torch.device("meta"))  # any that is no CPU
     module.trainer = SimpleNamespace(current_epoch=0)
@@ -390,8 +390,8 @@ def test_a_gpus_losses_are_looked_at_every_25_steps(deberta, monkeypatch):
 
 @pytest.mark.parametrize("lowest", ["attention.self.query_proj", "output.dense"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deberta, checkpointed, lowest):
-    """Adapters in the upper one of two layers: embeddings and lower layer run as in evaluation."""
+def test_nothing_is_saved_or_differentiated_below_the_lowest_adapted_module(deberta, checkpointed, lowest):
+    """Only the upper of two layers has adapters, so embeddings and lower layer run as in evaluation."""
     model = deberta()
     if checkpointed:
         Backbone.of(model).checkpoint_activations()
@@ -438,7 +438,7 @@ def test_nothing_below_the_lowest_adapted_module_is_kept_or_differentiated(deber
     }
 
 
-def test_the_optimiser_and_checkpoints_know_trained_weights_only(deberta, tmp_path):
+def test_the_optimiser_and_checkpoints_have_trained_weights_only(deberta, tmp_path):
     module = module_of(deberta)
     fit(module, epochs=1)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -137,7 +137,7 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
     """Refuse a model whose output depends on the padding, and so on the batch. The model is called to find out."""
     try:
         encoded = tokenizer("one two three four")
-    except Exception as error:  # its files may say anything
+    except Exception as error:  # damaged files can raise any error
         place = getattr(tokenizer, "name_or_path", "")
         raise UserError(f"model.path={place}: its tokenizer does not work: {one_line(error)}") from error
     ids, pad = list(encoded["input_ids"]), tokenizer.pad_token_id
@@ -151,7 +151,7 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
         if "token_type_ids" in encoded:
             columns["token_type_ids"] = list(encoded["token_type_ids"]) + [0] * padding
         found = model(**{name: torch.tensor([values], device=device) for name, values in columns.items()})
-        # Where there are logits for each token, keep those of the text.
+        # If each token has logits, keep those of the text.
         logits = [found[name] for name in ("logits", "start_logits", "end_logits") if name in found]
         return [(part[:, : len(ids)] if part.shape[1] == len(ids) + padding else part).float() for part in logits]
 
@@ -162,7 +162,7 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
             pairs = list(zip(outputs(0), outputs(4), strict=True))
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # entries of config.json that do not go together
+    except Exception as error:  # contradictory entries of config.json
         raise UserError(
             f"{type(model).__name__} cannot be called, as its config.json describes it: {one_line(error)}"
         ) from error

@@ -49,7 +49,7 @@ def model_problems(settings: Any, dry_run: bool) -> Iterator[str]:
 def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, finetuned: bool = False) -> Backbone:
     """Load a pretrained model, frozen, with the head that a task asks for.
 
-    The head is new and trainable, whatever the checkpoint has, unless the request is for the pretrained one. New
+    The head is new and trainable, also if the checkpoint has one, unless the request is for the pretrained head. New
     weights are drawn from torch's global generator: seed it first. The pretrained weights are in ``model.dtype`` and
     perhaps quantised; a trainable head is in float32.
 
@@ -98,7 +98,7 @@ def _folder_problems(settings: Any) -> Iterator[str]:
     path, local = resolve(settings.path)
     if local and (Path(path) / "adapter_config.json").is_file():
         yield f"model.path={settings.path} is an adapter, not a model: give the folder or hub id of its base model"
-    elif local and "transformers_weights" not in content_of(settings):  # which names another file
+    elif local and "transformers_weights" not in content_of(settings):  # this entry names another file
         yield from file_problems(Path(path), bool(content_of(settings).get("quantization_config")))
 
 
@@ -212,7 +212,7 @@ class _LoadReport:
 def _draw(model: nn.Module, prefixes: tuple[str, ...], generator_state: torch.Tensor) -> None:
     """Draw weights again, in the way in which transformers draws those that a checkpoint lacks."""
     torch.set_rng_state(generator_state)
-    # transformers initialises what does not have this flag.
+    # transformers initialises modules without this flag.
     for module in model.modules():
         module._is_hf_initialized = False  # type: ignore[assignment]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -275,7 +275,7 @@ def _short(path: Path) -> str:
 
 
 def _script_safe(content: object) -> Markup:
-    """JSON that cannot end a script element, whatever names it contains."""
+    """The content as JSON that cannot end a script element, for any names in it."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 

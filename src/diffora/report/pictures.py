@@ -180,7 +180,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     types = next(iter(files.values())).types
     labels, uniform = short_names(types), 1 / len(types)
     stacked = np.array([found.mask for found in files.values()])
-    # One search that several runs took agrees with itself, which says nothing about the agreement of seeds.
+    # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""

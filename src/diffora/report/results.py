@@ -71,7 +71,7 @@ class ResultCell:
         return spread(self._values(part, key).values())
 
     def _values(self, part: str, key: str) -> dict[int, float]:
-        if (part, key) not in self._numbers:  # each comparison with another row asks again
+        if (part, key) not in self._numbers:  # cached: each comparison needs it
             found = {seed: run.value(part, key) for seed, run in sorted(self.runs.items())}
             self._numbers[part, key] = {seed: value for seed, value in found.items() if value is not None}
         return self._numbers[part, key]

@@ -64,7 +64,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The epochs of the fine-tuning, read from the file each time: `record` is without them, to save memory."""
-        content = self.read(NAME)  # it may have changed since
+        content = self.read(NAME)  # the file may have changed
         found = content.get("history") if isinstance(content, dict) else None
         return [epoch for epoch in found if isinstance(epoch, dict)] if isinstance(found, list) else []
 
@@ -90,7 +90,7 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     configs: Configs = {}
     files = sorted({file for root in roots for file in _files(os.path.realpath(root))})
     collecting = gc.isenabled()
-    gc.disable()  # millions of objects are made and all of them stay: looking for garbage would only take time
+    gc.disable()  # millions of objects are made and none is garbage, so collecting would only take time
     for file in files:
         path = Path(file)
         try:
@@ -185,7 +185,7 @@ def with_sources(runs: Sequence[Run]) -> list[Run]:
         for i in members:
             users[_identity(runs[i].record.sources[key])].add(runs[i].seed)
         own = {identity for identity, seeds in users.items() if seeds == {identity[0]}}
-        if len(own) == 1 < len(users):  # by chance, one of several given selections is of this seed
+        if len(own) == 1 < len(users):  # only by chance does one of several given selections have this seed
             own = set()
         for i in members:
             source = runs[i].record.sources[key]

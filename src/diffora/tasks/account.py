@@ -9,7 +9,9 @@ import pyarrow.compute as pc
 
 @dataclass
 class Account:
-    """What became of the rows of one split. It is shown on the screen and kept in ``run.json`` under ``data``.
+    """The numbers of rows of one split that were read, left out and changed.
+
+    It is shown on the screen and stored in ``run.json`` under ``data``.
 
     Attributes:
         read: rows at the source; files, for class folders.

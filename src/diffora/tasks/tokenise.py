@@ -91,7 +91,7 @@ def _write(
             texts = [rows[name] for name in spec.text_columns]
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
             columns: dict[str, Any] = dict(encoded)
-            # GPT-2's tokenizer makes no token of an empty text, and a row without tokens would be masked completely.
+            # GPT-2's tokenizer gives no token for an empty text. A row without tokens would be masked completely.
             columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
             if "label" in rows:
                 columns["labels"] = rows["label"]

@@ -80,7 +80,7 @@ class ImageTask(Task):
         self.classes: list[str] | None = None
         """Class names; None until something is loaded."""
         self.reference: list[str] | None = None
-        """Class names that number later splits: those of the run whose model is used, or of what was loaded first."""
+        """Class names that number later splits: those of the model's run, or of the split that was loaded first."""
 
     # --- before training ---
 

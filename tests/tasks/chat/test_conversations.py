@@ -1,4 +1,4 @@
-"""Chat and text rows from files: every form gives the same turns, every fault is named, with the others."""
+"""Chat and text rows from files: every form gives the same turns, and all faults are named together."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_every_form_gives_the_same_turns(row):
     assert conversation(row, form_of(row), {}) == TURNS
 
 
-def test_input_stands_below_the_instruction():
+def test_input_is_placed_below_the_instruction():
     row = {"instruction": "Translate.", "input": "ja", "output": "yes"}
     assert conversation(row, form_of(row), {})[0]["content"] == "Translate.\n\nja"
 
@@ -54,7 +54,7 @@ def test_parquet_and_jsonl_give_equal_rows(tmp_path):
     assert len(rows_hash(tables[0])) == 64
 
 
-def test_the_hash_tells_turns_apart():
+def test_the_hash_depends_on_the_division_into_turns():
     def of(*rows):
         return rows_hash(read(enumerate(rows, 1), "x", [], Account()))
 
@@ -131,7 +131,7 @@ def test_columns_that_only_other_rows_have_do_not_count(tmp_path):
     assert table.column("messages").to_pylist() == [[], TURNS]
 
 
-def test_validation_is_cut_the_same_way_in_every_run():
+def test_validation_rows_are_the_same_in_every_run():
     table = read(enumerate(({"text": f"t{i}"} for i in range(50)), 1), "x", [], Account())
     train, validation = cut_validation(table, 10)
     parts = [set(part.column("text").to_pylist()) for part in (train, validation)]

@@ -1,4 +1,4 @@
-"""The generated conversations: what is answered is right, by a reader of its own."""
+"""The generated conversations. A second implementation reads the sentences and checks the answers."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def test_answers_are_right(seed):
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
 
 
-def test_no_sentence_is_told_twice_and_the_seed_decides():
+def test_no_sentence_is_used_twice_and_the_seed_decides():
     made = splits(200, 100, seed=0)
     told = [turns[0]["content"].split(" . ")[0] for rows in made.values() for turns in rows]
     assert len(told) == len(set(told)) == 300
@@ -82,7 +82,7 @@ def trained(cfg, tmp_path):
     return composed, run(composed, tmp_path / "run")
 
 
-def test_a_run_lowers_the_perplexity_and_its_adapter_serves_elsewhere(trained):
+def test_a_run_lowers_the_perplexity_and_plain_peft_loads_its_adapter(trained):
     composed, result = trained
     assert result.selection.types[:4] == [f"self_attn.{part}_proj" for part in "qkvo"]
     assert [len(row) for row in result.selection.selected] == [3, 3, 3, 3]  # of 7
@@ -96,7 +96,7 @@ def test_a_run_lowers_the_perplexity_and_its_adapter_serves_elsewhere(trained):
     assert result.metrics["held_out/perplexity"] < 0.6 * before
     assert result.metrics["last/perplexity"] == result.metrics["validation/perplexity"]  # the lower the better
 
-    # With plain transformers and PEFT, as its card says: the same logits, and answers.
+    # Plain transformers and PEFT, as in the adapter's card, give the same logits and answers.
     folder = EMBEDDED.parent / "tiny_llama"
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     served = PeftModel.from_pretrained(plain, result.folder / "adapter").eval()

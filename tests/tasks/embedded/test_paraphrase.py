@@ -1,4 +1,4 @@
-"""The generated paraphrase task: deterministic, balanced, without word-overlap cues, labelled as the sentences mean."""
+"""The generated paraphrase task is deterministic and balanced, has right labels and no cues in single words."""
 
 import random
 import re
@@ -108,7 +108,7 @@ def read_clause(text: str) -> tuple:
     return ("do", row, holds == positive, people[int(agent[1])], patient, *sorted(found.items()))
 
 
-# Pairs written by hand: what the reader above, and so the labels, must agree with.
+# Pairs written by hand. The reader above must agree with them; the labels are then checked with this reader.
 BY_HAND = [
     ("the tall baker thanked the young pilot", "the young pilot was thanked by the tall baker", 1),
     ("the tall baker thanked the young pilot", "the aviator who was youthful was thanked by the baker who was tall", 1),
@@ -199,7 +199,7 @@ def test_it_does_not_depend_on_the_hash_seed():
     assert printed == {f"{splits(40, 10)}\n"}
 
 
-def test_no_pair_is_in_both_splits_nor_twice_in_one():
+def test_no_pair_occurs_twice_in_one_split_or_in_both():
     data = splits(4000, 1000)
     train, validation = (
         [frozenset(pair) for pair in zip(rows["sentence1"], rows["sentence2"], strict=True)] for rows in data.values()
@@ -270,13 +270,13 @@ SYNONYMS = NOUN | TRAIT | THING | PLACE | {form: PLAIN.get(verb) or POLE[verb][0
 
 
 @pytest.mark.parametrize("fold", [{}, SYNONYMS], ids=["words", "concepts"])
-def test_a_bag_of_words_does_not_tell(fold):
+def test_a_bag_of_words_cannot_solve_the_task(fold):
     data = splits(4000, 1000)
     features = {name: (bag_features(rows, fold), rows["label"]) for name, rows in data.items()}
     assert logistic_accuracy(features["train"], features["validation"]) < 0.60
 
 
-def test_the_bag_of_words_model_does_find_a_cue_that_is_there():
+def test_the_bag_of_words_model_finds_an_existing_cue():
     data = splits(2000, 500)
     for rows in data.values():  # negatives get a sentence of another pair, as careless generators do
         partner = rows["sentence2"][1:] + rows["sentence2"][:1]

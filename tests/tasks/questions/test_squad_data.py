@@ -17,7 +17,7 @@ CONTEXT = "Zwölf Füchse 🦊 jumped over 中国 in 1990."
 
 
 def row(number: int = 0, answer: str | None = "1990", **changes) -> dict:
-    """A good row, with some columns exchanged; Ellipsis takes one away."""
+    """A good row with some columns replaced. The value Ellipsis removes a column."""
     answers = {"text": [], "answer_start": []}
     if answer is not None:
         answers = {"text": [answer], "answer_start": [CONTEXT.index(answer)]}
@@ -84,7 +84,7 @@ def test_formats_give_equal_rows(tmp_path, name):
 
 
 def test_hash_sees_every_answer(tmp_path):
-    """Also where answers go from one row to the next without a change of their order."""
+    """Also if an answer moves to the next row and the order of all answers stays the same."""
 
     def table(answers):
         return pa.table({"answers": pa.array(answers, pa.list_(pa.string())), "id": ["x"] * len(answers)})
@@ -144,7 +144,7 @@ def test_rows_without_answers_are_unlabelled(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 1, 2])
-def test_small_shifts_are_put_right_and_counted(tmp_path, shift):
+def test_small_shifts_are_corrected_and_counted(tmp_path, shift):
     moved = {"text": ["中国"], "answer_start": [CONTEXT.index("中国") + shift]}
     write(tmp_path, "train.jsonl", [row(0), row(1, answers=moved)])
     accounts = {}
@@ -300,7 +300,7 @@ def test_unreadable_files(tmp_path, name, content, message):
     assert caught.value.problems[0].startswith(str(tmp_path / name)) and message in caught.value.problems[0]
 
 
-def test_no_file_two_files_no_folder_other_format(tmp_path):
+def test_missing_files_duplicate_files_missing_folders_and_other_formats(tmp_path):
     with pytest.raises(
         UserError, match=r"does not exist; give the folder that holds train as \.parquet, \.jsonl or SQ"
     ):
@@ -320,7 +320,7 @@ def test_no_file_two_files_no_folder_other_format(tmp_path):
         load(tmp_path, train="train.csv")
 
 
-def test_a_key_that_stands_twice_loses_no_questions(tmp_path):
+def test_a_duplicate_key_does_not_lose_questions(tmp_path):
     file = write(tmp_path, "train.json", GOOD)
     file.write_text(file.read_text(encoding="utf-8")[:-1] + ', "data": []}', encoding="utf-8")
     with pytest.raises(UserError, match="has the key 'data' twice"):
@@ -336,13 +336,13 @@ def test_articles_of_another_shape_are_named(tmp_path, data):
         load(tmp_path)
 
 
-def test_answers_that_only_later_rows_have_are_not_left_out(tmp_path):
+def test_answers_that_only_later_rows_have_are_read(tmp_path):
     write(tmp_path, "test.jsonl", [row(0, answers=...), row(1), row(2)])
     with pytest.raises(UserError, match=r"row 2 .*, while the first row has no answers \(and 1 more such row\)"):
         load(tmp_path, labelled=False, test=None)
 
 
-def test_columns_that_only_later_rows_have_are_said(tmp_path):
+def test_columns_that_only_later_rows_have_are_named(tmp_path):
     write(tmp_path, "train.jsonl", [row(0), row(1, topic="x")])
     accounts = {}
     load(tmp_path, accounts=accounts)
@@ -367,7 +367,7 @@ def test_text_of_parquet_that_is_not_utf8_is_named(tmp_path):
         load(tmp_path)
 
 
-def test_a_shard_beside_a_file_is_not_left_out(tmp_path):
+def test_a_shard_beside_a_file_is_refused(tmp_path):
     write(tmp_path, "train.parquet", GOOD)
     write(tmp_path, "train-00001-of-00002.parquet", GOOD)
     with pytest.raises(UserError, match="more than one file for the split 'train'"):

@@ -1,4 +1,4 @@
-"""Exact match and F1 against torchmetrics, and the metrics with unanswerable questions against their definition."""
+"""Exact match and F1 equal torchmetrics; the metrics with unanswerable questions equal their definition."""
 
 import random
 
@@ -29,9 +29,9 @@ def agrees(prediction: str, golds: list[str]) -> None:
     exact, f1 = torchmetrics(prediction, golds)
     ours = evaluate([prediction], [golds])
     assert ours["exact_match"] == exact
-    if normalise(prediction):  # else torchmetrics follows the script of version 2.0, see below
+    if normalise(prediction):  # for texts without words, torchmetrics follows the script of version 2.0; see below
         assert ours["f1"] == pytest.approx(f1, abs=1e-4)
-    # Version 2.0's definition does not count golds without a word, and torchmetrics does: with one of its own only.
+    # Version 2.0 ignores gold answers without words and torchmetrics does not, so compare only if all have words.
     if all(map(normalise, golds)):
         second = evaluate_v2([prediction], [0.0], [golds], 0.0)
         assert (second["exact_match"], second["f1"]) == (exact, pytest.approx(f1, abs=1e-4))
@@ -49,8 +49,8 @@ def test_equals_torchmetrics(prediction, golds):
     agrees(prediction, golds)
 
 
-def test_texts_without_a_word():
-    # The script of 1.1 finds no common word, that of 2.0 takes both for "no answer".
+def test_texts_without_words():
+    # The script of 1.1 finds no common word. The script of 2.0 reads both as "no answer".
     assert evaluate(["the"], [["a"]]) == {"exact_match": 100.0, "f1": 0.0}
     second = evaluate_v2(["the"], [0.0], [["a"]], 0.0)
     assert (second["exact_match"], second["f1"]) == (100.0, 100.0)
@@ -96,7 +96,7 @@ def test_best_threshold_is_the_best_of_all(seed):
         each = [evaluate_v2(texts, odds, golds, threshold)[name] for threshold in (-1e9, *odds)]
         assert metrics[key] == pytest.approx(max(each))
         reached = evaluate_v2(texts, odds, golds, metrics[f"{key}_thresh"])[name]
-        # Where refusing everything is best, the official script names 0.0, whatever that would give.
+        # If refusing everything is best, the official script always gives the threshold 0.0.
         assert reached == pytest.approx(max(each)) or (metrics[f"{key}_thresh"] == 0.0 and max(each) == each[0])
 
 

@@ -1,4 +1,4 @@
-"""CSV and JSON lines: right files in every spelling, wrong ones refused with row and line, nothing lost on the way."""
+"""CSV and JSON lines: valid files of every kind are read without loss, others are refused with row and line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def folder_with(folder: Path, content: str | bytes, name: str = "train.csv") -> 
 
 
 def csv_of(changed: dict[int, str], end: str = "\n") -> str:
-    """`LINES` under the header, some rows (counted from 1) exchanged."""
+    """The header and `LINES`, with some rows (counted from 1) replaced."""
     rows = [changed.get(i, line) for i, line in enumerate(LINES, start=1)]
     return "".join(line + end for line in [HEADER, *rows])
 
@@ -61,7 +61,7 @@ def test_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path, end, mark)
         pytest.param({10: '"a ""b,b,1,9', 30: 'c",d,0,29'}, 31, "sentence1", id="with a doubled quote inside"),
     ],
 )
-def test_a_quote_that_is_forgotten_swallows_no_rows(tmp_path, changed, line, column):
+def test_a_missing_quote_does_not_lose_rows(tmp_path, changed, line, column):
     message = refusal(tmp_path, csv_of(changed))
     assert f"row 10 (data rows, counted from 1; line 11), column '{column}'" in message
     assert f"line {line}" in message or "over 31 lines to the end of the file" in message
@@ -82,8 +82,8 @@ def test_texts_of_several_lines_are_read_and_counted(tmp_path):
     assert "40 rows from 46 lines: 3 of them have fields of several lines; the longest is row 3 with 4 lines" in note
 
 
-def test_without_labels_many_lines_that_could_be_rows_are_no_text(tmp_path):
-    """Only the number of fields can tell, so that lines of prose are not taken for rows."""
+def test_without_labels_many_lines_like_rows_are_refused(tmp_path):
+    """Only the number of fields can show it, so single lines of prose must not count as rows."""
     (tmp_path / "test.csv").write_text('sentence1,sentence2\n"one, two\nthree\nfour, five",b\nc,d\n')
     assert load_split(MRPC, "test", tmp_path)["sentence1"] == ["one, two\nthree\nfour, five", "c"]
     (tmp_path / "test.csv").write_text('sentence1,sentence2\n"a,b\nc,d\ne,f\ng,h\ni",j\nk,l\n')
@@ -115,11 +115,11 @@ def test_blank_lines_are_counted(tmp_path):
         ("\n\n", "the file is empty, not even a header line"),
     ],
 )
-def test_what_is_no_csv_of_commas_in_utf8_is_refused(tmp_path, content, expected):
+def test_files_that_are_not_csv_with_commas_in_utf8_are_refused(tmp_path, content, expected):
     assert expected in refusal(tmp_path, content)
 
 
-def test_fields_are_as_long_as_they_like(tmp_path):
+def test_fields_may_be_very_long(tmp_path):
     text = "word " * 100_000
     assert load_rows(MRPC, folder_with(tmp_path, csv_of({2: f"{text},b,1,1"}))).train["sentence1"][1] == text
 
@@ -169,7 +169,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("content", "expected"), BAD_LINES, ids=[expected for _, expected in BAD_LINES])
-def test_what_is_not_one_object_in_a_line_is_refused(tmp_path, content, expected):
+def test_lines_that_are_not_one_json_object_are_refused(tmp_path, content, expected):
     assert expected in refusal(tmp_path, content, "train.jsonl")
 
 

@@ -37,7 +37,7 @@ ROWS = {
 
 
 def write(folder: Path, split: str, columns: dict, extension: str = "parquet") -> Path:
-    """One split as a file; values are written as they are, so that tests can write wrong ones."""
+    """Write one split as a file. Values are not checked, so tests can write wrong ones."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{split}.{extension}"
     if extension == "parquet":
@@ -52,7 +52,7 @@ def write(folder: Path, split: str, columns: dict, extension: str = "parquet") -
 
 
 def write_both(folder: Path, extension: str = "parquet", **changes) -> Path:
-    """A good validation split, and a train split with some columns exchanged (None takes one away)."""
+    """Write a good validation split, and a train split with some columns replaced (None removes one)."""
     columns = {name: values for name, values in {**ROWS, **changes}.items() if values is not None}
     write(folder, "train", columns, extension)
     write(folder, "validation", ROWS)
@@ -272,14 +272,14 @@ def test_wrong_numbers(tmp_path, numbers, expected):
     assert len(load_rows(MRPC, tmp_path).train) == 5  # nothing asks for them in training
 
 
-def test_labels_in_some_shards_of_a_split_only_are_a_fault(tmp_path):
+def test_labels_in_only_some_shards_are_refused(tmp_path):
     write_shards(tmp_path, "test", part(0, 2), part(2, 5, label=[-1, -1, -1]))
     with pytest.raises(UserError, match=r"test-00001-of-00002.parquet, row 1 .*-1 marks an unlabelled row"):
         load_split(MRPC, "test", tmp_path)
 
 
 @pytest.mark.parametrize("labels", [[[0]] * 5, [{"a": 1}] * 5])
-def test_a_split_with_nonsense_for_labels_is_refused(tmp_path, labels):
+def test_a_split_with_invalid_labels_is_refused(tmp_path, labels):
     write(tmp_path, "test", {**ROWS, "label": labels})
     with pytest.raises(UserError, match="column 'label' holds"):
         load_split(MRPC, "test", tmp_path)
@@ -327,7 +327,7 @@ def test_folder_missing_or_a_file(tmp_path):
     assert "is a file, not a folder" in problems(file)[0]
 
 
-def test_split_files_missing(tmp_path):
+def test_missing_split_files_are_named(tmp_path):
     (tmp_path / "train.tsv").touch()
     train, validation = problems(tmp_path)
     assert "'train'" in train and "train.parquet" in train and "train.jsonl" in train and "train.csv" in train
@@ -386,7 +386,7 @@ def test_truncated_parquet(tmp_path):
 
 @pytest.mark.parametrize("checksums", [False, True])
 def test_a_damaged_page_is_named_by_column_and_rows(tmp_path, checksums):
-    """The second column of the second row group, compressed or, where only a checksum can tell, not."""
+    """The second column of the second row group, compressed and not. Without compression only a checksum can tell."""
     n = 300
     table = pa.table({"sentence1": ["a"] * n, "sentence2": [f"b {i * 7919}" for i in range(n)], "label": [0] * n})
     file = tmp_path / "train-00001-of-00002.parquet"
@@ -408,7 +408,7 @@ def test_a_damaged_page_is_named_by_column_and_rows(tmp_path, checksums):
 
 
 def test_random_damage_to_a_parquet_file_is_never_a_traceback(tmp_path):
-    """Whatever it does to the content: an error with its message, or rows that pass every check."""
+    """The result is an error with its message, or rows that pass every check."""
     n, rng = 300, np.random.default_rng(0)
     texts = [f"text {i}" for i in range(n)]
     write(tmp_path, "validation", ROWS)
@@ -542,7 +542,7 @@ def test_unreachable_hub_fails_quickly_and_says_what_to_do(no_cache, monkeypatch
     assert datasets.config.HF_HUB_OFFLINE is False  # left as it was
 
 
-def test_offline_mode_asks_nobody(no_cache, monkeypatch):
+def test_offline_mode_does_not_use_the_network(no_cache, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

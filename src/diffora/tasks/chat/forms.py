@@ -46,7 +46,7 @@ def form_of(row: Any) -> tuple[str, ...]:
     """
     if not isinstance(row, Mapping):
         raise Fault("", row, "is not an object with columns")
-    there = {key for key, value in row.items() if value is not None}  # a column that only other rows have is None
+    there = {key for key, value in row.items() if value is not None}  # columns of other rows are None here
     form = next((form for form in _FORMS if there.issuperset(form[:2])), None)
     if form is None:
         raise Fault("", sorted(there), f"are its columns; expected {FORMS}")

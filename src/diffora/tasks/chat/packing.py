@@ -30,7 +30,7 @@ def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int) -> Non
     lengths, examples = (encoded.data.column(name).to_numpy() for name in ("length", "example"))
     packs = best_fit(lengths, max_length)
     home: dict[int, int] = {}
-    for members in packs:  # full windows come first, so the last window of a text, which comes later, decides
+    for members in packs:  # the last window of a text comes after its full windows, so it decides
         home |= dict.fromkeys(examples[members].tolist(), int(examples[members].min()))
     with arrow_writer(file, pa.schema(schema)) as append:
         for start in range(0, len(packs), ROWS_AT_ONCE):

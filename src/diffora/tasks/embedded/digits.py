@@ -19,7 +19,7 @@ from diffora.tasks.images.source import IMAGE, Source
 from diffora.tasks.vision import ImageTask, VisionSettings
 
 PRETRAINED, ASKED = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
-SPLIT_SEED = 0  # the same split in every run, whatever the run's own seed
+SPLIT_SEED = 0  # the same split in every run, for any seed of the run
 
 
 def digits(which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ SHIFT = number(lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5: a share of
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images are varied."""
+    """How training images are augmented."""
 
     crop_area: Annotated[
         Annotated[float, AREA] | None,

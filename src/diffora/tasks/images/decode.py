@@ -132,14 +132,14 @@ def write_pixels(file: Path, rows: datasets.Dataset, preprocessing: Preprocessin
         ThreadPoolExecutor(n_threads()) as pool,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # about large images and broken EXIF entries
+        warnings.simplefilter("ignore")  # warnings about large images and broken EXIF entries
         for start in progress(range(0, len(rows), IMAGES_AT_ONCE), len(rows), "decode"):
             chunk = rows[start : start + IMAGES_AT_ONCE]
             found = list(pool.map(work, chunk["image"]))
             named = zip(chunk["where"], found, strict=True)
             faults += [f"{where}: {image}." for where, image in named if isinstance(image, str)]
             if faults:
-                continue  # only look for more faults
+                continue  # from now on only look for more faults
             height, width, pixels, cut = zip(*found, strict=True)
             place = np.arange(start, start + len(found))
             columns = {"pixels": pixels, "height": height, "width": width, "length": np.ones_like(place), "row": place}

@@ -53,7 +53,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
         labels += [classes.index(name)] * len(found)
     for entry in folder.iterdir():
         if entry.is_dir() and entry.name.startswith("."):
-            _images_among(_files_below(entry), folder, account, problems)  # counts them as hidden
+            _images_among(_files_below(entry), folder, account, problems)  # counts these files as hidden
     beside = _images_among((entry for entry in folder.iterdir() if not entry.is_dir()), folder, account, problems)
     if named and beside:
         shown = some([file.name for file in beside])

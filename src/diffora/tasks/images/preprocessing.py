@@ -13,7 +13,7 @@ class Preprocessing:
     """How images become the input of a backbone.
 
     Attributes:
-        resize: the shorter side of an image is resized to so many pixels.
+        resize: number of pixels to which the shorter side of an image is resized.
         crop: side, in pixels, of the square that is then cut out of the centre; the model sees this square.
         resample: Pillow's number for the interpolation.
         scale: factor for the value of a byte.

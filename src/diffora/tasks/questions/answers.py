@@ -59,7 +59,7 @@ def best_answers(outputs: Outputs, split: Split, n_best: int) -> list[Answer]:
     windows = split.encoded.select_columns(names).with_format("arrow")[outputs["row"].tolist()]
     example = windows["example"].to_numpy()
     first = windows["context_start"].to_numpy()[:, None]
-    # `begin` and `end` hold the context tokens of all windows one after the other; each window's begin at `offset`.
+    # `begin` and `end` hold the context tokens of all windows in one list. Those of a window start at its `offset`.
     begin, end = (pc.list_flatten(windows[name]).to_numpy() for name in ("char_start", "char_end"))
     offset = np.concatenate([[0], np.cumsum(windows["context_length"].to_numpy())[:-1]])[:, None]
     real = torch.isfinite(outputs["span_score"]).numpy()

@@ -112,7 +112,7 @@ class Window:
 class Frame:
     """The special tokens before, between and after question and context.
 
-    Question and context are always in this order, whatever side the tokenizer pads.
+    Question and context are always in this order, also if the tokenizer pads on the left.
 
     Attributes:
         ids: token ids of the three parts.

@@ -21,7 +21,7 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _HINT = '; quotes inside a field are written twice, and the field is put in quotes: "say ""hi"""'
 
 IsRecord = Callable[[dict[str, str]], bool | None]
-"""Whether fields, by column, look like those of a row; None if nothing can tell."""
+"""Whether fields, by column, look like those of a row; None if this cannot be decided."""
 
 
 class _Row(NamedTuple):
@@ -176,7 +176,7 @@ def _refuse_swallowed_rows(found: _Csv, is_record: IsRecord) -> None:
 
 
 def _swallowed(lines: Sequence[str], header: Sequence[str], is_record: IsRecord) -> int | None:
-    """The first line within one row that looks like a row of its own; None if there is none.
+    """The first line inside a row that looks like a separate row; None if there is none.
 
     If the quote opens any field but the last, the last line holds the fields that follow, so it is not examined. If the
     quote opens the last field, the first line always looks like a row, so it is not examined. If only the number of

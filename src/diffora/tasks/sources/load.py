@@ -23,7 +23,7 @@ from diffora.tasks.spec import TaskSpec
 
 HUB_DATASET = "nyu-mll/glue"
 DIAGNOSTIC = "ax"
-"""GLUE's diagnostic set: a test split of MNLI here; on the hub a configuration of its own with the one split `test`."""
+"""GLUE's diagnostic set. Here it is a test split of MNLI; on the hub it is a configuration with one split, `test`."""
 GENERATOR_SEED = 0
 
 

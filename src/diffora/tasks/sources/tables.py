@@ -1,4 +1,4 @@
-"""Arrow tables of rows, whatever their source: hashes, subsets, columns and rows as Python values."""
+"""Arrow tables of rows from any source: hashes, subsets, columns and rows as Python values."""
 
 import difflib
 import hashlib
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from diffora.tasks.account import Account
 
 SUBSET_SEED = 0
-"""Seed of every choice of rows that must be the same in all runs, whatever a run's own seed."""
+"""Seed of every choice of rows that must be the same in all runs. It does not depend on the seed of a run."""
 
 
 def subset(table: pa.Table, max_rows: int | None, account: Account) -> pa.Table:
