@@ -114,7 +114,7 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
     if searching:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
-    scores = random_scores(grid.n_layers, grid.n_types, cfg.seed) if method.selector_to_run else None
+    scores = random_scores(grid.n_layers, grid.n_types, cfg.seed) if method.scoring else None
     method.adapt(model, grid, method.choose(grid, scores, cfg.seed), cfg.seed)
     return task, model, None
 

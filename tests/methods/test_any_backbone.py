@@ -59,7 +59,7 @@ def test_trains_and_is_loaded_again(name, backbone, cfg, tmp_path):
         return
     method.check(model, grid)
 
-    scores = random_scores(grid.n_layers, grid.n_types, 0) if method.selector_to_run else None
+    scores = random_scores(grid.n_layers, grid.n_types, 0) if method.scoring else None
     selection = method.choose(grid, scores, 0)
     torch.manual_seed(0)
     adaptation = method.adapt(model, grid, selection, 0)

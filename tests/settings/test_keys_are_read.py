@@ -50,7 +50,7 @@ def test_every_field_of_a_method_is_read(cfg, deberta, monkeypatch, name):
     asked.clear()
 
     method.check(model, grid)
-    scores = torch.rand(grid.n_layers, grid.n_types) if method.selector_to_run else None
+    scores = torch.rand(grid.n_layers, grid.n_types) if method.scoring else None
     adaptation = method.adapt(model, grid, method.choose(grid, scores, 0), 0)
     adaptation.begin(4)
     for step in range(2):

@@ -36,27 +36,27 @@ def fit(
     Raises:
         UserError: the loss was not finite, memory ran out, or the checkpoint does not fit.
     """
-    settings = getattr(parts.cfg, stage)
+    section = getattr(parts.settings, stage)
     checkpoints = parts.folder / "checkpoints"
     newest = parts.earlier.checkpoints.pop(stage, None)
     if newest is not None:
         log.info(f"{stage}: continuing from {newest[0]}")
         with continuing(newest[0]):
             module.check_state(newest[1]["state_dict"])
-            if module.restore_if_over(newest[1], settings.epochs):
+            if module.restore_if_over(newest[1], section.epochs):
                 return
     callbacks = [*callbacks, Checkpoints(checkpoints, stage, parts.made_with)]
-    trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": settings.epochs} | extra))
+    trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": section.epochs} | extra))
     resume_from = None if newest is None else newest[0]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:
-        raise _not_finite(error, stage, settings, parts.cfg.trainer.precision, checkpoints) from error
+        raise _not_finite(error, stage, section, parts.settings.trainer.precision, checkpoints) from error
     except SystemExit as error:  # Lightning turns ctrl-C into this
         raise KeyboardInterrupt from error
     except Exception as error:
         if (shortage := out_of_memory(error)) is not None:
-            raise _out_of_memory(shortage, stage, settings) from error
+            raise _out_of_memory(shortage, stage, section) from error
         if resume_from is None or module.begun:
             raise
         with continuing(resume_from):  # an error before training begins is about the checkpoint
@@ -66,7 +66,7 @@ def fit(
 
 
 def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], **more: Any) -> L.Trainer:
-    t = parts.cfg.trainer
+    t = parts.settings.trainer
     # With deterministic algorithms, torch also fills all new memory, to reveal reads of memory that was never written.
     # This costs a twentieth of a step, so it is done only for deterministic=true, not for deterministic=warn.
     torch.utils.deterministic.fill_uninitialized_memory = t.deterministic is True  # type: ignore[attr-defined]
@@ -85,25 +85,25 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
-        detect_anomaly=parts.cfg.debug is not None and parts.cfg.debug.detect_anomaly,
+        detect_anomaly=parts.settings.debug is not None and parts.settings.debug.detect_anomaly,
         **more,
     )
 
 
-def _not_finite(error: NonFiniteLoss, stage: str, settings: Any, precision: str, checkpoints: Path) -> UserError:
+def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, checkpoints: Path) -> UserError:
     good = newest_checkpoint(checkpoints, stage)
     kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
     return UserError(
-        f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {settings.lr:g})"
+        f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {section.lr:g})"
         + (" or trainer.precision=32-true" if precision != "32-true" else "")
     )
 
 
-def _out_of_memory(shortage: str, stage: str, settings: Any) -> UserError:
+def _out_of_memory(shortage: str, stage: str, section: Any) -> UserError:
     advice = ""
     if shortage.startswith("out of memory"):
         advice = (
-            f" at {stage}.batch_size={settings.batch_size}; {stage}.accumulate={2 * settings.accumulate} halves "
+            f" at {stage}.batch_size={section.batch_size}; {stage}.accumulate={2 * section.accumulate} halves "
             "the memory of a step and keeps the batch"
         )
     return UserError(f"{stage}: {shortage}{advice}")

@@ -11,18 +11,18 @@ from diffora.loop.launch import launch_problems
 from diffora.settings.sections import Settings
 
 
-def check_machine(cfg: Settings) -> None:
+def check_machine(settings: Settings) -> None:
     """Check that the devices exist and the processes were started correctly.
 
     Do not call it for a dry run, or on a machine that only submits the jobs of a sweep.
 
     Args:
-        cfg: settings without mistakes of their own.
+        settings: settings without mistakes of their own.
 
     Raises:
         UserError: everything that is wrong.
     """
-    t = cfg.trainer
+    t = settings.trainer
     if problems := list(launch_problems(os.environ, t.devices)) or _device_problems(
         t.accelerator, t.devices, t.strategy, t.precision
     ):
@@ -59,8 +59,8 @@ def _device_problems(accelerator: str, devices: int | str, strategy: str, precis
             enable_model_summary=False,
         )
     except Exception as error:
-        settings = f"trainer.accelerator={accelerator} devices={devices} strategy={strategy} precision={precision}"
+        chosen = f"trainer.accelerator={accelerator} devices={devices} strategy={strategy} precision={precision}"
         return (
-            f"{settings} do not work together on this machine: {(str(error) or type(error).__name__).splitlines()[0]}",
+            f"{chosen} do not work together on this machine: {(str(error) or type(error).__name__).splitlines()[0]}",
         )
     return ()

@@ -83,7 +83,7 @@ class Parts:
     """The loaded parts of a run, for both stages.
 
     Attributes:
-        cfg: the typed settings of the run.
+        settings: the typed settings of the run.
         folder: the run directory.
         task: the task.
         backbone: the model with its head. A method adapts it in place.
@@ -95,7 +95,7 @@ class Parts:
         first_step_at: when training on the first batch began, in seconds since 1970.
     """
 
-    cfg: Settings
+    settings: Settings
     folder: Path
     task: Task
     backbone: Backbone
@@ -112,7 +112,7 @@ class Parts:
         return self.backbone.model
 
     @classmethod
-    def load(cls, cfg: Settings, folder: Path, task: Task) -> "Parts":
+    def load(cls, settings: Settings, folder: Path, task: Task) -> "Parts":
         """Load data and backbone. The head's first weights are drawn from torch's global generator.
 
         Raises:
@@ -121,29 +121,29 @@ class Parts:
         """
         rows = task.load()
         _check_halves(rows.source, len(next(iter(rows.validation.values()))))
-        test = {name: task.load_split(name) for name in task.test_splits if cfg.predict}
-        processor = task.processor(cfg.model)
-        backbone = load_backbone(cfg.model, task.model_request(), processor)
+        test = {name: task.load_split(name) for name in task.test_splits if settings.predict}
+        processor = task.processor(settings.model)
+        backbone = load_backbone(settings.model, task.model_request(), processor)
         task.check(backbone.model)
-        if cfg.trainer.gradient_checkpointing:
+        if settings.trainer.gradient_checkpointing:
             backbone.checkpoint_activations()
-        grid = _grid(cfg, backbone)
+        grid = _grid(settings, backbone)
 
-        identity = digests.backbone(cfg.model.path)
+        identity = digests.backbone(settings.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(cfg.composed, rows.data_hash, n_rows, identity)
-        before = earlier(folder, made_with) if cfg.resume else Earlier()
+        made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity)
+        before = earlier(folder, made_with) if settings.resume else Earlier()
 
         data = Data.encode(task, processor, rows, test)
         _check_halves(rows.source, len(np.unique(examples_of(data.official.encoded))))
-        return cls(cfg, folder, task, backbone, grid, data, identity, made_with, before)
+        return cls(settings, folder, task, backbone, grid, data, identity, made_with, before)
 
 
-def _grid(cfg: Settings, backbone: Backbone) -> Grid:
+def _grid(settings: Settings, backbone: Backbone) -> Grid:
     """The candidate modules of a backbone, after a check that the head is not among them."""
-    grid = find_grid(backbone.model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
+    grid = find_grid(backbone.model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
     backbone.check_outside_head(itertools.chain(*grid.names))
-    if isinstance(path := getattr(cfg.method, "selection", None), str):
+    if isinstance(path := getattr(settings.method, "selection", None), str):
         Selection.load(Path(path)).check_fits(grid, path)
     return grid
 

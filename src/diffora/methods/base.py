@@ -86,6 +86,23 @@ class Adaptation:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """The scores that a method needs before it can choose modules.
+
+    Attributes:
+        selector: a name in `diffora.search.selectors.SELECTORS`, or the dotted path of a function.
+        alpha: while a selector trains A and B, updates are scaled by alpha / rank.
+        score_batches: how many batches a selector other than ``search`` takes.
+        keep_weights: write the trained A and B to the run directory.
+    """
+
+    selector: str
+    alpha: float
+    score_batches: int
+    keep_weights: bool
+
+
+@dataclass(frozen=True)
 class Method:
     """A fine-tuning method. A subclass is a frozen dataclass: its fields are its settings.
 
@@ -146,18 +163,15 @@ class Method:
         """Raise a UserError if the settings do not fit a model. Called before anything is written or trained."""
 
     @property
-    def selector_to_run(self) -> str | None:
-        """Name of the selector whose scores `choose` needs (`diffora.search.selectors`); None if it needs no scores.
-
-        A method that returns a name also needs the attributes ``alpha``, ``score_batches`` and ``warm_start``.
-        """
+    def scoring(self) -> Scoring | None:
+        """The scores that `choose` needs; None if it needs none."""
         return None
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection | None:
         """The selection that `adapt` uses; None for a method that selects nothing.
 
         Args:
-            scores: L x N, high is good, from the selector `selector_to_run`. None if the method needs no scores.
+            scores: L x N, high is good, as `scoring` asks for them. None if the method needs no scores.
             seed: of the run.
         """
         return None

@@ -13,7 +13,7 @@ from diffora.core.grid import Grid
 from diffora.core.parts import part_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.methods.base import check_ranks
+from diffora.methods.base import Scoring, check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.search.selectors import SELECTORS, trains
 from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
@@ -90,15 +90,17 @@ class DiffoRA(Selecting):
             )
 
     @property
-    def selector_to_run(self) -> str | None:
-        return None if self.selection is not None or self.selector == CHANCE else self.selector
+    def scoring(self) -> Scoring | None:
+        if self.selection is not None or self.selector == CHANCE:
+            return None
+        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if self.selection is not None:
             return self.given(grid, seed)
         if self.selector == CHANCE:
             scores = random_scores(grid.n_layers, grid.n_types, seed)
-        assert scores is not None, "`selector_to_run` says whose scores are needed"
+        assert scores is not None, "`scoring` asks for them"
         return self.selection_by(grid, scores, self.selector, seed)
 
     def given(self, grid: Grid, seed: int) -> Selection:

@@ -91,8 +91,8 @@ def _task(reading: Reading, ignore_unknown: bool = False) -> Task | None:
 def _selector_problems(method: Method) -> list[str]:
     """The mistakes in a user's own selector. Its module is imported here."""
     try:
-        if method.selector_to_run is not None:
-            find_selector(method.selector_to_run)
+        if method.scoring is not None:
+            find_selector(method.scoring.selector)
     except UserError as error:
         return error.problems
     return []

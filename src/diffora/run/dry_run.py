@@ -34,7 +34,7 @@ from diffora.training.steps import check_stages
 log = logging.getLogger(__name__)
 
 
-def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Build the adapted model on the meta device. Complete its record, print it and write it to ``folder``.
 
     The dimensions come from a local model folder, or else from ``conf/model``. The hub is asked only without both.
@@ -45,17 +45,17 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
     Raises:
         UserError: a model, grid or method that does not fit together.
     """
-    backbone = _meta_backbone(cfg, task)
+    backbone = _meta_backbone(settings, task)
     model = backbone.model
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.roles, "model.")
+    grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
     backbone.check_outside_head(itertools.chain(*grid.names))
     method.check(model, grid)
-    check_stages(cfg, method, grid, None)
-    selector = method.selector_to_run
-    stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, cfg.seed)
-    selection = method.choose(grid, stand_in, cfg.seed)
-    method.adapt(model, grid, selection, cfg.seed)
-    set_kernel(model, cfg.model.kernel)
+    check_stages(settings, method, grid, None)
+    selector = None if method.scoring is None else method.scoring.selector
+    stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, settings.seed)
+    selection = method.choose(grid, stand_in, settings.seed)
+    method.adapt(model, grid, selection, settings.seed)
+    set_kernel(model, settings.model.kernel)
     backbone.check_trainable()
     params = backbone.count_parameters() | {"backbone": backbone.n_parameters}
     if selector is not None:  # nothing is known yet about what the run would choose
@@ -68,27 +68,27 @@ def dry_run(cfg: Settings, method: Method, task: Task, folder: Path, record: dic
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
     searched = grid if selector and trains(selector) else None
-    record["memory"] = {"estimate": _memory(cfg, task, backbone, searched)}
+    record["memory"] = {"estimate": _memory(settings, task, backbone, searched)}
     terminal.print_memory(record["memory"]["estimate"])
     if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # keep the record of a run
         write_record(folder, record)
     return record
 
 
-def _meta_backbone(cfg: Settings, task: Task) -> Backbone:
+def _meta_backbone(settings: Settings, task: Task) -> Backbone:
     try:
-        return meta_backbone(cfg.model, task.model_request())
+        return meta_backbone(settings.model, task.model_request())
     except UserError:
         raise
     except Exception as error:  # transformers has many ways to refuse a shape
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
 
 
-def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
+def _memory(settings: Settings, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
     """Estimates of memory by stage, in MB. A stage that cannot be measured is left out, with a warning.
 
     Args:
-        cfg: the settings.
+        settings: the settings.
         task: the task.
         adapted: the model, adapted for fine-tuning. It cannot be used afterwards.
         searched: the grid of a search, if there is one.
@@ -96,14 +96,16 @@ def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None)
 
     def search() -> memory.Estimate:
         assert searched is not None
-        model = _checkpointing(cfg, _meta_backbone(cfg, task))
+        model = _checkpointing(settings, _meta_backbone(settings, task))
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
-        rank, alpha, kernel = cfg.search.rank, cfg.method.alpha, cfg.model.kernel
+        rank, alpha, kernel = settings.search.rank, settings.method.alpha, settings.model.kernel
         attached = attach(model, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
-        return memory.of_search(cfg, task, model, [[layer for layer in row if layer is not None] for row in attached])
+        return memory.of_search(
+            settings, task, model, [[layer for layer in row if layer is not None] for row in attached]
+        )
 
     stages = {"search": search} if searched is not None else {}
-    stages["finetune"] = lambda: memory.of_finetuning(cfg, task, _checkpointing(cfg, adapted))
+    stages["finetune"] = lambda: memory.of_finetuning(settings, task, _checkpointing(settings, adapted))
     found = {}
     for name, measure in stages.items():
         try:
@@ -118,8 +120,8 @@ def _memory(cfg: Settings, task: Task, adapted: Backbone, searched: Grid | None)
     return found
 
 
-def _checkpointing(cfg: Settings, backbone: Backbone) -> nn.Module:
-    if cfg.trainer.gradient_checkpointing:
+def _checkpointing(settings: Settings, backbone: Backbone) -> nn.Module:
+    if settings.trainer.gradient_checkpointing:
         backbone.checkpoint_activations()
     return backbone.model
 

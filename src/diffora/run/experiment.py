@@ -173,8 +173,8 @@ def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str
 
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:
     """Select, adapt, fine-tune, export and predict. Completes ``record``."""
-    cfg, folder = parts.cfg, parts.folder
-    loggers = Loggers(cfg.logger, folder, cfg.composed)
+    settings, folder = parts.settings, parts.folder
+    loggers = Loggers(settings.logger, folder, settings.composed)
     failed = True
     try:
         found = select(parts, method, loggers)
@@ -188,9 +188,9 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
         record |= {"metrics": module.results(), "history": module.history, "memory": peaks()}
         if is_main():
-            path, local = resolve(cfg.model.path)
+            path, local = resolve(settings.model.path)
             base = str(Path(path).resolve()) if local else path
-            adaptation.export(folder, Origin(base, parts.task, record, cfg.composed, parts.backbone))
+            adaptation.export(folder, Origin(base, parts.task, record, settings.composed, parts.backbone))
         record["time"] = times(parts, found.seconds, module, began)
         if is_main():
             complete(parts, record)
@@ -207,9 +207,9 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
 def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
     """Let the method adapt the backbone. With ``method.warm_start``, the adapters start from the searched A and B."""
     # The random numbers that follow must be the same, whether the selection was just searched or comes from a file.
-    L.seed_everything(parts.cfg.seed, verbose=False)
-    adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.cfg.seed)
-    set_kernel(parts.model, parts.cfg.model.kernel)
+    L.seed_everything(parts.settings.seed, verbose=False)
+    adaptation = method.adapt(parts.model, parts.grid, found.selection, parts.settings.seed)
+    set_kernel(parts.model, parts.settings.model.kernel)
     parts.backbone.check_trainable()
     start_warm(parts, method, found)
     return adaptation
@@ -248,9 +248,9 @@ def write_predictions(parts: Parts) -> list[str]:
     """
     written: list[Path] = []
     for name, split in parts.data.test.items():
-        rows = 2 * parts.cfg.finetune.batch_size // parts.cfg.finetune.accumulate
+        rows = 2 * parts.settings.finetune.batch_size // parts.settings.finetune.accumulate
         try:
-            outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.cfg.trainer)
+            outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.settings.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
             log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")

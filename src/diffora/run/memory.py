@@ -101,25 +101,25 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def of_finetuning(cfg: Settings, task: Task, model: nn.Module) -> Estimate:
+def of_finetuning(settings: Settings, task: Task, model: nn.Module) -> Estimate:
     """The estimate for a fine-tuning step of an adapted model on the meta device. The model cannot be used again."""
-    rows = _rows(cfg, cfg.finetune)
+    rows = _rows(settings, settings.finetune)
 
     def step(batch: Batch) -> None:
         task.loss(model(**task.inputs(batch)), batch).backward()
 
-    return _measure(cfg, task, model, rows, step)
+    return _measure(settings, task, model, rows, step)
 
 
-def of_search(cfg: Settings, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
+def of_search(settings: Settings, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
     """The estimate for a step of the bi-level search.
 
     Args:
         model: on the meta device, with a low-rank layer at each place of the grid. It cannot be used again.
         layers: these layers, L x N.
     """
-    together = cfg.search.update == "simultaneous"
-    rows = _rows(cfg, cfg.search)
+    together = settings.search.update == "simultaneous"
+    rows = _rows(settings, settings.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         set_gates(layers, relax(gamma))
@@ -129,13 +129,13 @@ def of_search(cfg: Settings, task: Task, model: nn.Module, layers: Sequence[Sequ
         return task.loss(torch.func.functional_call(model, weights, kwargs=inputs, tie_weights=True), batch)
 
     def alternating(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
-        if cfg.search.order == 1:
+        if settings.search.order == 1:
             with divided(layers, (), 0, rows):
                 first_order(loss_at(batch, gamma), gamma)
         else:
             at = lambda values: loss_at(batch, gamma, dict(zip(trained, values, strict=True)))  # noqa: E731
             with sdpa_kernel(SDPBackend.MATH):
-                unrolled(at, at, list(trained.values()), gamma, cfg.search.lr)
+                unrolled(at, at, list(trained.values()), gamma, settings.search.lr)
         torch.autograd.grad(loss_at(batch, gamma.detach()), list(trained.values()), allow_unused=True)
 
     def joint_losses(batch: Batch) -> list[Tensor]:
@@ -158,7 +158,7 @@ def of_search(cfg: Settings, task: Task, model: nn.Module, layers: Sequence[Sequ
         gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)
         (simultaneously if together else alternating)(batch, gamma, trained)
 
-    return _measure(cfg, task, model, 2 * rows if together else rows, step)
+    return _measure(settings, task, model, 2 * rows if together else rows, step)
 
 
 def _part(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
@@ -166,11 +166,11 @@ def _part(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _measure(cfg: Settings, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
-    quantise = cfg.model.quantise
+def _measure(settings: Settings, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
+    quantise = settings.model.quantise
     weights, largest = _weight_bytes(model, quantise)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    dtype = AUTOCAST.get(cfg.trainer.precision)
+    dtype = AUTOCAST.get(settings.trainer.precision)
     config: Any = model.config
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = 0  # any token will do: values do not matter here
@@ -197,7 +197,7 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
     return sum(tensors.values()), largest
 
 
-def _rows(cfg: Settings, stage: Any) -> int:
+def _rows(settings: Settings, stage: Any) -> int:
     """Rows of a micro-batch: those that one process holds in memory at a time."""
-    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    devices = settings.trainer.devices if isinstance(settings.trainer.devices, int) else 1
     return int(max(1, -(-stage.batch_size // (stage.accumulate * devices))))

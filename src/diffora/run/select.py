@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -23,7 +22,7 @@ from diffora.loop.loggers import Loggers, taking_pictures
 from diffora.loop.parts import Parts
 from diffora.loop.process import is_main
 from diffora.loop.resume import write_search
-from diffora.methods.base import Method
+from diffora.methods.base import Method, Scoring
 from diffora.run import figures
 from diffora.search.bilevel import SearchModule
 from diffora.search.selectors import SearchContext, SearchResult
@@ -53,35 +52,35 @@ class Selected:
 
 def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
     """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
-    if method.selector_to_run is None:
+    scoring = method.scoring
+    if scoring is None:
         found = Selected(_chosen(parts, method, None))
         if found.selection is not None and is_main():
             found.selection.save(parts.folder / FILE)
     else:
-        found = _searched(parts, method, method.selector_to_run, loggers)
+        found = _searched(parts, method, scoring, loggers)
     if found.selection is not None and is_main():
         figures.save_png(parts.folder / "dam.png", figures.dam_heatmap(found.selection))
     return found
 
 
-def _searched(parts: Parts, method: Method, selector: str, loggers: Loggers) -> Selected:
+def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) -> Selected:
     """The selection from a selector's scores, or from the finished search of an earlier attempt."""
     rows = search_rows(parts)
     parts.data.accounts["search"] = rows.account.record()
     for line in account_lines({"search": parts.data.accounts["search"]}):
         log.warning(line)
     if parts.earlier.search is not None:
-        log.info(f"{selector}: finished already, using {parts.folder / FILE}")
+        log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
-    searching: Any = method  # has what `Method.selector_to_run` says
-    pictures = [DamPictures(method, parts.grid, parts.cfg.seed, loggers)]
-    context = SearchContext(parts, rows.split, searching.alpha, searching.score_batches, loggers, pictures)
-    result = run_search(context, selector)
+    pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
+    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, loggers, pictures)
+    result = run_search(context, scoring.selector)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
     selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
     if is_main():
-        _save(parts, result, selection, searching.warm_start)
+        _save(parts, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
 
 
@@ -89,16 +88,16 @@ def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | 
     """The result of `Method.choose`. Its warnings, such as those of ties, go to the log."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        selection = method.choose(parts.grid, scores, parts.cfg.seed)
+        selection = method.choose(parts.grid, scores, parts.settings.seed)
     for warning in told:
         log.warning(str(warning.message))
     return selection
 
 
 def _provenance(parts: Parts) -> dict[str, object]:
-    cfg = parts.cfg
-    of = {"task": cfg.task.name, "model": cfg.model.path, "data_hash": parts.data.hash}
-    return of | {"search": cfg.composed["search"]}
+    settings = parts.settings
+    of = {"task": settings.task.name, "model": settings.model.path, "data_hash": parts.data.hash}
+    return of | {"search": settings.composed["search"]}
 
 
 def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights: bool) -> None:

@@ -71,8 +71,8 @@ class SearchContext:
     @property
     def settings(self) -> Search:
         """The section ``search``."""
-        assert self.parts.cfg.search is not None, "a method with a selector has this section"
-        return self.parts.cfg.search
+        assert self.parts.settings.search is not None, "a method with a selector has this section"
+        return self.parts.settings.search
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
     parts, settings = context.parts, context.settings
     with all_adapted(context) as layers:
-        module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed)
+        module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed)
         shown = "search/train_loss", "search/valid_loss", module.certainty
         matched = settings.update == "simultaneous"
         _fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
@@ -163,7 +163,7 @@ def attribution(context: SearchContext) -> SearchResult:
     """Train every adapter with gate 1, then divide their effect among the modules by integrated gradients."""
     parts, settings = context.parts, context.settings
     with all_adapted(context) as layers:
-        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.cfg.seed
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
         module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
         shown = "search/train_loss", "search/valid_loss"
         _fit_rounds(context, "attribution", module, shown, settings.epochs + 1)
@@ -191,7 +191,7 @@ def from_function(function: ScoreFunction, name: str) -> Run:
 
     def run(context: SearchContext) -> SearchResult:
         parts = context.parts
-        module = FunctionModule(parts.model, parts.grid, function, name, parts.task, parts.cfg.seed)
+        module = FunctionModule(parts.model, parts.grid, function, name, parts.task, parts.settings.seed)
         return _one_pass(context, name, module, whole=True)
 
     return run
@@ -209,7 +209,7 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
         for name in context.parts.backbone.head
     }
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    rank, kernel = context.settings.rank, context.parts.cfg.model.kernel
+    rank, kernel = context.settings.rank, context.parts.settings.model.kernel
     attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
     try:
         yield [[layer for layer in row if layer is not None] for row in attached]
@@ -241,9 +241,16 @@ def _fit_rounds(
             f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
             f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
         )
-    collate, workers = (parts.data.collate, parts.data.collate_eval), parts.cfg.trainer.num_workers
+    collate, workers = (parts.data.collate, parts.data.collate_eval), parts.settings.trainer.num_workers
     data = SearchData(
-        parts.data.train.encoded, collate, split, s.batch_size, parts.cfg.seed, s.train_steps, workers, matched=matched
+        parts.data.train.encoded,
+        collate,
+        split,
+        s.batch_size,
+        parts.settings.seed,
+        s.train_steps,
+        workers,
+        matched=matched,
     )
     log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
@@ -266,7 +273,9 @@ def searched_weights(
 
 def _criterion(context: SearchContext, name: str) -> SearchResult:
     parts = context.parts
-    module = ScoreModule(parts.model, parts.grid.names, name, parts.task, context.settings.accumulate, parts.cfg.seed)
+    module = ScoreModule(
+        parts.model, parts.grid.names, name, parts.task, context.settings.accumulate, parts.settings.seed
+    )
     return _one_pass(context, name, module)
 
 
@@ -280,9 +289,15 @@ def _one_pass(
     """
     parts, s = context.parts, context.settings
     collate = parts.data.collate_eval, parts.data.collate_eval
-    workers = parts.cfg.trainer.num_workers
+    workers = parts.settings.trainer.num_workers
     data = SearchData(
-        parts.data.train.encoded, collate, context.split, s.batch_size, parts.cfg.seed, num_workers=workers, whole=whole
+        parts.data.train.encoded,
+        collate,
+        context.split,
+        s.batch_size,
+        parts.settings.seed,
+        num_workers=workers,
+        whole=whole,
     )
     log.info(f"{name}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
     training = parts.model.training

@@ -45,9 +45,9 @@ def search_rows(parts: Parts) -> SearchRows:
     Raises:
         UserError: there are fewer than two examples.
     """
-    s, examples = parts.cfg.search, examples_of(parts.data.train.encoded)
+    s, examples = parts.settings.search, examples_of(parts.data.train.encoded)
     assert s is not None, "a method with a selector has this section"
-    train, valid = split_search(examples, parts.cfg.seed, s.valid_fraction, s.fraction)
+    train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.fraction)
     account = Account(len(np.unique(examples)))
     used = len(np.unique(examples[np.concatenate([train, valid])]))
     account.drop(f"search.fraction={s.fraction}", account.read - used)

@@ -29,21 +29,21 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     Returns:
         The trained module. It holds the metrics of all epochs and the weights of the best one.
     """
-    cfg, f = parts.cfg, parts.cfg.finetune
+    settings, f = parts.settings, parts.settings.finetune
     n_rows = len(parts.data.train.encoded)
     rows_per_batch = f.batch_size // f.accumulate
-    module = _module(parts, adaptation, warmup_steps(cfg, n_rows))
+    module = _module(parts, adaptation, warmup_steps(settings, n_rows))
     data = FineTuneData(
         parts.data.train.encoded,
         {name: split.encoded for name, split in parts.data.validation.items()},
         (parts.data.collate, parts.data.collate_eval),
         batch_size=rows_per_batch,
         eval_batch_size=2 * rows_per_batch,
-        seed=cfg.seed,
-        num_workers=cfg.trainer.num_workers,
+        seed=settings.seed,
+        num_workers=settings.trainer.num_workers,
     )
     adaptation.prepare(
-        FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows_per_batch, cfg.seed)
+        FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows_per_batch, settings.seed)
     )
     params |= parts.backbone.count_parameters()  # EVA may have changed the ranks, so count again
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
@@ -61,7 +61,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
 
 
 def _module(parts: Parts, adaptation: Adaptation, warmup: int) -> FineTuneModule:
-    f = parts.cfg.finetune
+    f = parts.settings.finetune
     if warmup < f.warmup_steps:
         log.info(
             f"fine-tune: the recipe's {f.warmup_steps} warm-up steps are too many for this run: using {warmup} instead"
@@ -72,7 +72,7 @@ def _module(parts: Parts, adaptation: Adaptation, warmup: int) -> FineTuneModule
         parts.task,
         data.train,
         data.validation,
-        held_out_split(examples_of(data.official.encoded), parts.cfg.seed),
+        held_out_split(examples_of(data.official.encoded), parts.settings.seed),
         replace(f, warmup_steps=warmup),
-        parts.cfg.seed,
+        parts.settings.seed,
     )

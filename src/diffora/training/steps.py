@@ -11,7 +11,7 @@ from diffora.settings.sections import Settings
 log = logging.getLogger(__name__)
 
 
-def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) -> None:
+def check_stages(settings: Settings, method: Method, grid: Grid, n_rows: int | None) -> None:
     """Check the settings of both stages against the backbone and the number of training rows.
 
     Args:
@@ -22,14 +22,16 @@ def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) 
     Raises:
         UserError: a setting does not suit them.
     """
-    if (selector := method.selector_to_run) is not None and trains(selector):
-        check_ranks(grid, {"search.rank": cfg.search.rank})
+    if method.scoring is not None and trains(method.scoring.selector):
+        check_ranks(grid, {"search.rank": settings.search.rank})
     if n_rows is None:
         return
-    warmup_steps(cfg, n_rows)
-    if cfg.finetune.batch_size > n_rows:
-        log.warning(f"finetune.batch_size={cfg.finetune.batch_size}: there are {n_rows} rows, so an epoch is one step")
-    steps, run = steps_of(cfg, n_rows)
+    warmup_steps(settings, n_rows)
+    if settings.finetune.batch_size > n_rows:
+        log.warning(
+            f"finetune.batch_size={settings.finetune.batch_size}: there are {n_rows} rows, so an epoch is one step"
+        )
+    steps, run = steps_of(settings, n_rows)
     mask = getattr(method, "mask", None)
     if mask is not None and mask.rank is not None and mask.start >= steps:
         raise UserError(f"method.mask.start={mask.start} must be less than {steps}, {run}: no step would be masked")
@@ -37,15 +39,15 @@ def check_stages(cfg: Settings, method: Method, grid: Grid, n_rows: int | None) 
         raise UserError(f"method.stages={stages} must be at most {steps}, {run}: each takes a step or more")
 
 
-def warmup_steps(cfg: Settings, n_rows: int) -> int:
+def warmup_steps(settings: Settings, n_rows: int) -> int:
     """``finetune.warmup_steps``. If the recipe's value is too large for a short run, a tenth of the run's steps.
 
     Raises:
         UserError: the user gave a value that is larger than the number of steps.
     """
-    steps, run = steps_of(cfg, n_rows)
-    given: int = cfg.finetune.warmup_steps
-    if given == cfg.task.recipe.warmup_steps and given > steps // 2:
+    steps, run = steps_of(settings, n_rows)
+    given: int = settings.finetune.warmup_steps
+    if given == settings.task.recipe.warmup_steps and given > steps // 2:
         return steps // 10
     if given > steps:
         raise UserError(
@@ -54,8 +56,8 @@ def warmup_steps(cfg: Settings, n_rows: int) -> int:
     return given
 
 
-def steps_of(cfg: Settings, n_rows: int) -> tuple[int, str]:
+def steps_of(settings: Settings, n_rows: int) -> tuple[int, str]:
     """(optimiser steps of the fine-tuning stage, where this number comes from, for messages)"""
-    f = cfg.finetune
+    f = settings.finetune
     made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"
     return -(-n_rows // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"
