@@ -50,6 +50,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "search.rank": "2", "search.gamma_lr": "0.5", "search.order": "2",
             "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
+            "search.relaxation": "sigmoid", "model.kernel": "plain",
             "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
@@ -190,8 +191,6 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
 FLAT = [
     (where, base, key, value) for where, given in CASES.items() for base, keys in given for key, value in keys.items()
 ]
-ELSEWHERE = {"model.kernel", "search.relaxation"}
-"""Keys that are tested in other places: tests/kernels and tests/search compare kernels and relaxations."""
 
 
 def classes() -> dict[str, str]:
@@ -208,7 +207,7 @@ def test_every_key_has_a_case():
     for name, target in {"": "", **classes()}.items():
         cases = {key.lstrip("+") for where, _, key, _ in FLAT if where == name}
         missing = [k for k in keys_of_class(target) if not any(c == k or c.startswith(f"{k}.") for c in cases)]
-        assert [key for key in missing if key not in ELSEWHERE and key != "task.name"] == [], name
+        assert [key for key in missing if key != "task.name"] == [], name
 
 
 @pytest.fixture
@@ -264,7 +263,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         return {split: datasets.Dataset.from_list(rows) for split, rows in made.items()}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    facts, fit = [], L.Trainer.fit
+    facts, rows, fit = [], [], L.Trainer.fit
 
     def watched(trainer, module, datamodule=None, **given):
         det = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -272,7 +271,12 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         facts[-1] += [datamodule.num_workers, getattr(module.model, "is_gradient_checkpointing", None)]
         if facts[-1] != watched.usual:
             raise UserError(f"as the trainer is set up: {facts[-1]}")
+        hook = module.model.register_forward_pre_hook(count_rows, with_kwargs=True)
         fit(trainer, module, datamodule=datamodule, **given)
+        hook.remove()
+
+    def count_rows(model, args, inputs):
+        rows.append(max(len(value) for value in inputs.values()))
 
     watched.usual = ["SingleDeviceStrategy", "32-true", False, (True, True), 0, False]
     monkeypatch.setattr(L.Trainer, "fit", watched)
@@ -281,6 +285,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         import shlex
 
         folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        rows.clear()
         try:
             composed = cfg(*shlex.split(base), *more)
             if base.startswith("task="):
@@ -307,7 +312,8 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         if (folder / "selection.json").is_file():  # without the settings that it holds
             selection = json.loads((folder / "selection.json").read_text())
             written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
-        return {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
+        found = {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
+        return found | {"rows of micro-batches": sorted(set(rows))}
 
     yield of
     torch.utils.deterministic.fill_uninitialized_memory = True
