@@ -16,7 +16,9 @@ from diffora.tasks.base import Task
 def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     """Print metrics, parameters, time, and where the files are."""
     metrics, params, spent, memory = record["metrics"], record["params"], record["time"], record["memory"]
-    table = Table(title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}")
+    table = Table(
+        title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}", show_header=False
+    )
     table.add_column("")
     table.add_column("", justify="right")
     for name in task.metrics:
