@@ -22,6 +22,12 @@ def adapter_parameters(shapes: Shapes, selected: Tensor, rank: int, shared_rank:
     Args:
         selected: boolean L x N.
         rank: r of the selected modules.
+
+    Two layers of one 8 x 8 module: the first gets a pair of rank 4, the second uses the shared pair of rank 1.
+
+    >>> import torch
+    >>> adapter_parameters([[(8, 8)], [(8, 8)]], torch.tensor([[True], [False]]), rank=4, shared_rank=1)
+    80
     """
     total = 0
     shared: set[tuple[int, tuple[int, int]]] = set()

@@ -42,6 +42,11 @@ def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
 
     Raises:
         ValueError: there is no such relaxation.
+
+    >>> relax(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    >>> relax(torch.zeros(1, 4), "sigmoid")
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     if relaxation not in RELAXATIONS:
         raise ValueError(f"relaxation={relaxation!r} must be one of {', '.join(RELAXATIONS)}")
@@ -69,6 +74,9 @@ def modules_per_layer(rho: float, n_types: int) -> int:
 
     Raises:
         ValueError: rho is outside [0, 1].
+
+    >>> [modules_per_layer(rho, 6) for rho in (0.2, 0.4, 0.5, 0.7, 0.9)]
+    [1, 2, 3, 4, 5]
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho={rho} must lie in [0, 1]")
@@ -90,6 +98,10 @@ def discretise(gamma_bar: Tensor, k: int) -> Tensor:
 
     Raises:
         ValueError: k is not between 0 and N.
+
+    >>> discretise(torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]), 1)
+    tensor([[False,  True, False],
+            [ True, False, False]])
     """
     n_types = gamma_bar.shape[-1]
     if not 0 <= k <= n_types:

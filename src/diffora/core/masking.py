@@ -18,6 +18,10 @@ def draw_rows(ranks: list[int], count: int | str, independent: bool, *where: int
 
     Returns:
         For each adapter (rows of A, rows of B^T), sorted.
+
+    >>> [(rows_of_a, rows_of_bt)] = draw_rows([8], 3, False, 0, 1)  # rank 8, seed 0, step 1
+    >>> len(rows_of_a), torch.equal(rows_of_a, rows_of_bt)
+    (3, True)
     """
     generator = np.random.default_rng(where)
     drawn = []

@@ -22,6 +22,9 @@ def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Se
 
     Returns:
         A scalar.
+
+    >>> orthogonality([torch.eye(2, 5)]).item(), orthogonality([2 * torch.eye(2, 5)]).item()
+    (0.0, 18.0)
     """
     with torch.autocast(matrices[0].device.type, enabled=False):  # half precision cannot resolve a small excess over 1
         return _orthogonality(matrices, form, trained)

@@ -65,6 +65,9 @@ def short_names(types: Sequence[str]) -> list[str]:
 
     A label is the papers' letter (Q, K, V) or a short name where the module's part is known and no other type has the
     same part; otherwise it is the type itself.
+
+    >>> short_names(["attention.self.query", "attention.self.key", "intermediate.dense", "adapter.dense"])
+    ['Q', 'K', 'FFN in', 'adapter.dense']
     """
     labels = []
     for name in types:
