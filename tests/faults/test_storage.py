@@ -48,7 +48,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 def kilobytes(folder: Path) -> int:
     """Size in pages of 4 kB, as a file system in memory counts it."""
-    return sum(-(-f.stat().st_size // 4096) * 4 for f in folder.rglob("*"))
+    return sum(-(-f.stat().st_size // 4096) * 4 for f in folder.rglob("*") if f.is_file())
 
 
 def complaint(outcome, words: tuple[str, ...]) -> str | None:

@@ -140,7 +140,7 @@ def combinations(settings: Settings) -> Iterator[str]:
     method, search, trainer = settings.method, stages["search"], settings.trainer
     if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":
         yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
-    if stages["search"] is None:
+    if search is None:
         return
     if getattr(method, "warm_start", False) and method.selection is None and search.rank != settings.rank:
         yield (
