@@ -29,7 +29,7 @@ class Selection:
     Attributes:
         method: which method made it.
         selector: where the scores come from: ``search``, another selector's name, or the dotted path of a user's
-            function (`diffora.search.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
+            function (`diffora.scoring.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
         types: the N module types.
         modules: L x N full module names.
         selected: for each layer the types that are selected; edit this to change the selection.
