@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from diffora.core.grid import Grid
 from diffora.errors import UserError, out_of_memory
-from diffora.loop.stage import Stage
-from diffora.tasks.base import Batch, Task
 
-ScoreFunction = Callable[[nn.Module, Grid, "Batches", Callable[[Batch], Tensor]], Tensor]
+Batch = Mapping[str, Tensor]
+ScoreFunction = Callable[[nn.Module, Grid, Any, Callable[[Any], Tensor]], Tensor]
+"""``(model, grid, batches, loss) -> scores``; see above."""
 
 
 def check_signature(function: ScoreFunction, name: str) -> None:
     """Raise a UserError unless a function can be called with four arguments in a row.
 
     Args:
-        name: its dotted path.
+        name: says in messages which function it is, as ``method.selector=a.b``.
     """
     try:
         signature = inspect.signature(function)
@@ -43,9 +43,7 @@ def check_signature(function: ScoreFunction, name: str) -> None:
     try:
         signature.bind(None, None, None, None)
     except TypeError:
-        raise UserError(
-            f"method.selector={name} must be a function of (model, grid, batches, loss); it takes {signature}"
-        ) from None
+        raise UserError(f"{name} must be a function of (model, grid, batches, loss); it takes {signature}") from None
 
 
 class Batches:
@@ -61,96 +59,59 @@ class Batches:
         return ({key: value.to(self._device) for key, value in batch.items()} for batch in self._batches)
 
 
-class FunctionModule(Stage):
-    """Collects search-train batches in one short epoch, then calls the function on them.
+def call_function(
+    function: ScoreFunction,
+    model: nn.Module,
+    grid: Grid,
+    batches: Any,
+    loss: Callable[[Any], Tensor],
+    name: str,
+) -> Tensor:
+    """The scores of a function, L x N, as float64 on the CPU.
 
     Args:
-        model: the frozen backbone with its new head.
-        function: the user's function, see above.
-        name: its dotted path, for messages.
-        task: gives the loss.
-        seed: of the run.
+        model: in evaluation mode.
+        name: says in messages which function it is, as ``method.selector=a.b``.
 
-    Attributes:
-        scores: L x N on the CPU, once the stage is over.
+    Raises:
+        UserError: the function fails, changes the model, or does not return L x N finite numbers.
     """
-
-    scores: Tensor
-
-    def __init__(self, model: nn.Module, grid: Grid, function: ScoreFunction, name: str, task: Task, seed: int) -> None:
-        super().__init__(model, seed)
-        self.automatic_optimization = False
-        self.grid, self.function, self.name, self.task = grid, function, name, task
-        self._batches: list[Batch] = []
-
-    def configure_optimizers(self) -> None:
-        """There is nothing to optimise."""
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.eval()
-
-    def over(self, epochs_done: int, epochs: int) -> bool:
-        return epochs_done >= 1
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._batches.append({key: value.cpu() for key, value in batch["train"][0].items()})
-
-    def on_train_epoch_end(self) -> None:
-        # All processes compute the same, except for random draws in the function. So all take the first one's result.
-        self.scores = self.trainer.strategy.broadcast(self._checked(self._call()))
-        self._batches = []
-        super().on_train_epoch_end()
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The task's loss of the model, a scalar with a graph."""
-        return self.task.loss(self.model(**self.task.inputs(batch)), batch)
-
-    def _call(self) -> Any:
-        """What the function returns. Raises a UserError if the model is not as before."""
-        before, flags = _state(self.model), {p: p.requires_grad for p in self.model.parameters()}
-        try:
-            with self.trainer.precision_plugin.forward_context():
-                found = self.function(self.model, self.grid, Batches(self._batches, self.device), self.loss)
-        except Exception as error:
-            if isinstance(error, UserError) or out_of_memory(error) is not None:
-                raise
-            raise UserError(f"method.selector={self.name} fails with {_in_words(error)}") from error
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-                parameter.grad = None
-            self.eval()
-        after = _state(self.model)
-        if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
-            raise UserError(
-                f"method.selector={self.name} must leave the model as it was, but it changed "
-                f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: undo that before returning, or use a copy"
-            )
-        return found
-
-    def _checked(self, found: Any) -> Tensor:
-        """The scores as float64 on the CPU; a UserError if they are not L x N finite numbers."""
-        shape = self.grid.n_layers, self.grid.n_types
-        what = f"a {type(found).__name__}"
-        if isinstance(found, Tensor):
-            if tuple(found.shape) == shape and not found.is_complex():
-                scores = found.detach().to("cpu", torch.float64)
-                if scores.isfinite().all():
-                    return scores
-                what = f"{int((~scores.isfinite()).sum())} that are not finite"
-            else:
-                what = f"a tensor of shape {tuple(found.shape)} and type {found.dtype}"
+    before, flags = _state(model), {p: p.requires_grad for p in model.parameters()}
+    try:
+        found = function(model, grid, batches, loss)
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error) is not None:
+            raise
+        raise UserError(f"{name} fails with {_in_words(error)}") from error
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.eval()
+    after = _state(model)
+    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
         raise UserError(
-            f"method.selector={self.name} must return a tensor of {shape[0]} x {shape[1]} finite numbers, one for each "
-            f"layer and module type; it returned {what}"
+            f"{name} must leave the model as it was, but it changed "
+            f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: undo that before returning, or use a copy"
         )
+    return _checked(found, (grid.n_layers, grid.n_types), name)
 
-    def memory(self) -> dict[str, Any]:
-        return {"scores": self.scores}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.scores = memory["scores"]
+def _checked(found: Any, shape: tuple[int, int], name: str) -> Tensor:
+    """The scores as float64 on the CPU; a UserError if they are not L x N finite numbers."""
+    what = f"a {type(found).__name__}"
+    if isinstance(found, Tensor):
+        if tuple(found.shape) == shape and not found.is_complex():
+            scores = found.detach().to("cpu", torch.float64)
+            if scores.isfinite().all():
+                return scores
+            what = f"{int((~scores.isfinite()).sum())} that are not finite"
+        else:
+            what = f"a tensor of shape {tuple(found.shape)} and type {found.dtype}"
+    raise UserError(
+        f"{name} must return a tensor of {shape[0]} x {shape[1]} finite numbers, one for each layer and module type; "
+        f"it returned {what}"
+    )
 
 
 def _state(model: nn.Module) -> dict[str, str]:

@@ -4,7 +4,8 @@ A selector is a function from a `SearchContext` (model, grid, rows, settings) to
 `SELECTORS` holds those of the package, by the name in ``method.selector``:
 
 - ``search``: the bi-level search of [D] (`diffora.scoring.bilevel`); its scores are the relaxed DAM,
-- ``attribution``: trains all adapters, then divides their effect on the validation loss (`diffora.scoring.attribution`),
+- ``attribution``: trains all adapters, then divides their effect on the validation loss
+  (`diffora.scoring.attribution`),
 - ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.scoring.score`).
 
 (``random`` is not here: it needs neither model nor data, so the method draws the scores itself.)
@@ -40,7 +41,8 @@ from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
 from diffora.scoring.attribution import AttributionModule
 from diffora.scoring.bilevel import SearchModule, Trajectory
-from diffora.scoring.function import FunctionModule, ScoreFunction, check_signature
+from diffora.scoring.function import ScoreFunction, check_signature
+from diffora.scoring.function_stage import FunctionModule
 from diffora.scoring.score import ScoreModule
 from diffora.settings.sections import Search
 from diffora.trust import function_at
@@ -135,7 +137,7 @@ def find_selector(name: str) -> Selector:
     if name in SELECTORS:
         return SELECTORS[name]
     function = function_at(name, "method.selector")
-    check_signature(function, name)
+    check_signature(function, f"method.selector={name}")
     return Selector(from_function(function, name))
 
 
