@@ -123,7 +123,7 @@ def part_frozen(model):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_search_finds_a_selection_and_leaves_the_model_as_it_was(case, frozen):
+def test_a_search_finds_a_selection_and_leaves_the_model_as_it_was(case, frozen, caplog):
     model, batches, loss = case
     model = part_frozen(model) if frozen else model
     before = state(model)
@@ -138,8 +138,23 @@ def test_a_search_finds_a_selection_and_leaves_the_model_as_it_was(case, frozen)
     head = ["classifier.weight", "classifier.bias"] if loss is None else ["head.weight", "head.bias"]
     norm = ["norm.weight", "norm.bias"] if isinstance(model, Net) and not frozen else []  # outside the layers too
     assert found.config["trained"] == norm + head
+    if isinstance(model, Encoder):
+        wanted = ["encoder.layers.*.self_attn.in_proj_weight", "encoder.layers.*.self_attn.out_proj.weight"]
+        assert found.config["left_out"] == wanted and all(name in caplog.text for name in wanted)
     again = diffora.search(model, batches[:3], batches[3:], loss=loss, rounds=2, k=1, gamma_lr=0.1, progress=False)
     assert again == found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_go_to_the_gpu_of_the_model(case):
+    model, batches, loss = case
+    before, random_state = state(model.cuda()), torch.cuda.get_rng_state()
+    found = diffora.search(model, batches[:3], batches[3:], loss=loss, rounds=1, progress=False)
+    assert torch.tensor(found.gamma_bar).std() > 0
+    diffora.select(model, "gradient", batches, loss=loss)
+    diffora.select(model, "activation", batches, loss=loss)
+    assert_same(before, state(model))
+    assert torch.cuda.get_rng_state().equal(random_state)
 
 
 @pytest.mark.parametrize("selector", ["gradient", "activation", "random", "function"])

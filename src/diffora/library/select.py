@@ -66,7 +66,7 @@ def select(
     if problems:
         raise UserError(problems)
     if callable(selector):
-        check_signature(selector, f"selector={name_of(selector)}")  # type: ignore[arg-type]
+        check_signature(selector, f"selector={name_of(selector)}")
     if selector == "random":
         scores = random_scores(grid.n_layers, grid.n_types, seed)
     else:
