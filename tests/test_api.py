@@ -365,6 +365,15 @@ def test_one_loader_is_divided_into_disjoint_halves(caplog):
     assert seen != first
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_terminal_shows_progress_and_what_was_divided_unless_told_not_to(progress, capsys, monkeypatch):
+    monkeypatch.setattr("diffora.library.search._is_watched", lambda: True)
+    diffora.search(Net(), pairs(8), loss=entropy_loss, rounds=2, progress=progress)
+    shown = capsys.readouterr().err
+    wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2")
+    assert [text in shown for text in wanted] == [progress] * 4
+
+
 def test_a_list_of_batches_is_divided_by_batches():
     found = diffora.search(Net(), pairs(8, n=5), loss=entropy_loss, rounds=1, progress=False)
     assert found.config["division"].startswith("divided 5 batches at random: 3 for the weights, 2 for Γ")
