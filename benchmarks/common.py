@@ -33,7 +33,7 @@ from diffora.core.lowrank import set_kernel
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
 from diffora.run import record
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
 

@@ -1,8 +1,42 @@
-"""diffora: learn which modules of a pretrained model to fine-tune."""
+"""diffora: learn which modules of a pretrained model to fine-tune.
+
+As a library: `search`, `select`, `attach`, `find_grid`, `load_adapter`, `Selection` and `UserError`. They are imported
+when they are first used, so that commands start quickly.
+"""
 
 import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffora.api import Selection, attach, find_grid, load_adapter, search, select
+    from diffora.errors import UserError
+
+__all__ = ["Selection", "UserError", "attach", "find_grid", "load_adapter", "search", "select"]
 
 START = time.time()
 """When the package was first imported, which `train.py` does before all else: the zero of a run's ``startup_s``."""
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Selection": "diffora.core.selection",
+    "UserError": "diffora.errors",
+    "attach": "diffora.library.attach",
+    "find_grid": "diffora.core.grid",
+    "load_adapter": "diffora.api",
+    "search": "diffora.library.search",
+    "select": "diffora.library.select",
+}
+"""The module of each name in ``__all__``. Only `load_adapter` needs Lightning."""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the library, imported now."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'diffora' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

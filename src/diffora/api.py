@@ -1,4 +1,4 @@
-"""diffora as a library: functions for models and adapters in your own code."""
+"""diffora as a library: functions for your own models and loaders. ``import diffora`` offers the same names."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,16 @@ from torch import nn
 
 from diffora.adapters.load import load_onto
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.library.attach import attach
+from diffora.library.search import search
+from diffora.library.select import select
 from diffora.methods.base import Method
 from diffora.trust import class_at
 
-__all__ = ["Selection", "attach", "find_grid", "load_adapter"]
+__all__ = ["Selection", "attach", "find_grid", "load_adapter", "search", "select"]
 
 
 def load_adapter(

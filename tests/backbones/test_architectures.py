@@ -30,7 +30,7 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.loop.predict import predict
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.tasks.base import Split, get_task
 

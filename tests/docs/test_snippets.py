@@ -8,6 +8,7 @@ import torch
 from conftest import REPO
 from transformers import AutoModelForSequenceClassification
 
+from diffora.core.lowrank import lowrank_layers
 from diffora.hub import EMBEDDED
 
 LIBRARY = (REPO / "docs" / "start" / "library.md").read_text()
@@ -27,9 +28,13 @@ def test_a_plain_model_gets_its_adapters():
     [block] = [block for block in blocks(LIBRARY) if "nn.Module" in block]
     given: dict = {}
     exec(block, given)
-    model = given["model"]
+    model, chosen = given["model"], given["selection"].names()
+    layers = dict(lowrank_layers(model))
+    assert len(layers) == 6 and len(chosen) == 3
+    assert {name for name, layer in layers.items() if layer.rank == 4} == set(chosen)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert sum("lora_a" in name for name in trained) == sum("lora_bt" in name for name in trained) == 6
+    pairs = len({layer.lora_a for layer in layers.values()})  # a shared pair has one name
+    assert sum("lora_a" in name for name in trained) == sum("lora_bt" in name for name in trained) == pairs
     assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
     assert model(torch.randn(5, 16)).shape == (5, 2)
 

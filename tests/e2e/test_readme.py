@@ -62,20 +62,40 @@ def test_there_are_commands():
     assert len(COMMANDS) > 10
 
 
-def test_library_snippet_runs_as_printed_and_freezes_the_backbone(monkeypatch):
-    """B16. A small model of the same architecture replaces the one from the hub."""
+@pytest.fixture
+def small(monkeypatch):
+    """A small model of the same architecture replaces the one from the hub."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    small = BertForSequenceClassification(BertConfig(vocab_size=50, **shape))
-    assert all(parameter.requires_grad for parameter in small.parameters())
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda path, num_labels: small)
-    names: dict = {}
-    exec(re.search(r"```python\n(import torch\nfrom diffora.*?)```", README, re.DOTALL)[1], names)
-    assert names["selected"].sum(-1).tolist() == [1, 1]
-    trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **shape))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda path, num_labels: model)
+    return model
+
+
+def check_only_adapters_and_head_train(model):
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
-    assert len(trained) == 2 + 2 * len({layer.lora_a for _, layer in lowrank_layers(small)})
-    small(torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
-    assert {name for name, parameter in small.named_parameters() if parameter.grad is not None} == trained
+    assert len(trained) == 2 + 2 * len({layer.lora_a for _, layer in lowrank_layers(model)})
+    model(torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+
+
+def test_library_snippet_runs_as_printed_and_freezes_the_backbone(small):
+    """B16."""
+    batches = [{"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([0, 1])}] * 4
+    names: dict = {"loader": batches}
+    exec(re.search(r"```python\n(import diffora\n.*?)```", README, re.DOTALL)[1], names)
+    assert [len(row) for row in names["selection"].selected] == [3, 3]
+    assert names["selection"].config["trained"] == ["classifier.weight", "classifier.bias"]
+    check_only_adapters_and_head_train(small)
+
+
+def test_the_snippet_of_the_mathematics_runs_as_printed(small):
+    page = (REPO / "docs" / "start" / "library.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(import torch\nfrom diffora.*?)```", page, re.DOTALL)[1], names)
+    assert names["selected"].sum(-1).tolist() == [1, 1]
+    check_only_adapters_and_head_train(small)
 
 
 def test_pages_that_are_linked_exist():

@@ -170,8 +170,8 @@ def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path
 @pytest.mark.parametrize("selector", ["activation", "attribution"])
 def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, selector, lost):
     from diffora.run import experiment
-    from diffora.search.attribution import AttributionModule
-    from diffora.search.score import ScoreModule
+    from diffora.scoring.attribution import AttributionModule
+    from diffora.scoring.score import ScoreModule
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -229,7 +229,7 @@ def test_a_budget_sets_the_rank_and_the_selection_file_keeps_it(cfg, short, tmp_
     ],
 )
 def test_a_budget_that_is_too_small_is_refused_before_the_search(cfg, short, tmp_path, monkeypatch, overrides, least):
-    from diffora.search.bilevel import SearchModule
+    from diffora.scoring.bilevel import SearchModule
 
     if "method=random" in overrides:
         short = [o for o in short if not o.startswith("search.")]

@@ -96,7 +96,7 @@ def test_broken_files_of_a_search_are_written_again(cfg, quick, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         run(cfg(*short), tmp_path)
     before = (tmp_path / "selection.json").read_text()
-    monkeypatch.delattr("diffora.search.bilevel.SearchModule.training_step")  # the search is not repeated
+    monkeypatch.delattr("diffora.scoring.bilevel.SearchModule.training_step")  # the search is not repeated
     kept = (tmp_path / "trajectory.json").read_text()
     for broken in ({"search.json": "[]"}, {"search.json": "{", "run.json": "[]"}, {"trajectory.json": kept[:-9]}):
         for name, content in broken.items():

@@ -18,7 +18,7 @@ from diffora.run import dry_run as dryrun
 from diffora.run import memory
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 
 LLAMA = ["task=dialogue", "model=tiny_llama", "trainer=cpu", "finetune.batch_size=4", "search.batch_size=4"]

@@ -12,8 +12,8 @@ import pytest
 from conftest import REPO
 from stopped_runs import LORA, SEARCH, assert_equal_runs, assert_refused, copy_of, damage, run_of, stop
 
-from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.attribution import AttributionModule
+from diffora.scoring.bilevel import SearchModule
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

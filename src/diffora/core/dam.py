@@ -5,7 +5,7 @@ Where the equations of [D] are:
 - [D] eq. 10, the gated update of each module: `diffora.core.lowrank` (`set_gates` puts the relaxed DAM there),
 - [D] eq. 11, the relaxation of Γ: `relax`,
 - [D] eq. 13, the bi-level problem: `diffora.core.hypergradient`; its training loop ([D] Algorithm 1, lines 1 to 8) is
-  `diffora.search.bilevel`,
+  `diffora.scoring.bilevel`,
 - [D] eq. 14, the discretisation ([D] Algorithm 1, line 10): `discretise`, with K from `modules_per_layer`.
 
 Γ and every matrix made from it are L x N: one row per layer, one column per module type.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 FORMAT = 1
 
@@ -29,7 +32,7 @@ class Selection:
     Attributes:
         method: which method made it.
         selector: where the scores come from: ``search``, another selector's name, or the dotted path of a user's
-            function (`diffora.search.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
+            function (`diffora.scoring.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
         types: the N module types.
         modules: L x N full module names.
         selected: for each layer the types that are selected; edit this to change the selection.
@@ -68,6 +71,37 @@ class Selection:
     def mask(self) -> Tensor:
         """Boolean L x N."""
         return torch.tensor([[t in row for t in self.types] for row in self.selected], dtype=torch.bool)
+
+    def names(self) -> list[str]:
+        """Full names of the selected modules, layer by layer."""
+        rows = zip(self.modules, self.selected, strict=True)
+        return [name for row, types in rows for name, kind in zip(row, self.types, strict=True) if kind in types]
+
+    def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
+        """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
+
+        Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that.
+
+        Args:
+            rank: of every LoRA. None: the selection's own rank, which it has if a budget chose it.
+            alpha: updates are scaled by alpha / rank.
+            more: other fields of ``LoraConfig``, such as ``task_type`` or ``lora_dropout``.
+
+        Raises:
+            UserError: nothing is selected, there is no rank, or ``more`` has ``target_modules``.
+        """
+        from peft import LoraConfig  # takes seconds, and nothing else in core needs it
+
+        rank, problems = self.rank if rank is None else rank, []
+        if type(rank) is not int or rank < 1:
+            problems.append(f"rank={rank!r} must be a whole number of at least 1")
+        if not self.names():
+            problems.append("this selection selects no module, so that there is nothing for a LoRA")
+        problems += [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        if problems:
+            raise UserError(problems)
+        assert rank is not None
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.names(), **more)  # type: ignore[arg-type]
 
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""

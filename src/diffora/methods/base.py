@@ -90,7 +90,7 @@ class Scoring:
     """The scores that a method needs before it can choose modules.
 
     Attributes:
-        selector: a name in `diffora.search.selectors.SELECTORS`, or the dotted path of a function.
+        selector: a name in `diffora.scoring.selectors.SELECTORS`, or the dotted path of a function.
         alpha: while a selector trains A and B, updates are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
         keep_weights: write the trained A and B to the run directory.

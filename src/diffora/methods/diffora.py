@@ -15,13 +15,13 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Scoring, check_ranks
 from diffora.methods.selecting import Selecting
-from diffora.search.selectors import SELECTORS, trains
+from diffora.scoring.selectors import SELECTORS, trains
 from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
 CHANCE = "random"
-"""Not a selector of `diffora.search.selectors`: `DiffoRA.choose` draws these scores without model or data."""
+"""Not a selector of `diffora.scoring.selectors`: `DiffoRA.choose` draws these scores without model or data."""
 
 
 def _is_selector(value: Any) -> bool:
@@ -39,7 +39,7 @@ class DiffoRA(Selecting):
     """[D] Algorithm 1. With ``method.selection`` there is no search, and that selection is used as it is.
 
     Attributes:
-        selector: where the scores come from: ``search`` ([D]), another of `diffora.search.selectors`, ``random``, or
+        selector: where the scores come from: ``search`` ([D]), another of `diffora.scoring.selectors`, ``random``, or
             the dotted path of the user's own function.
         score_batches: the number of batches of search rows for every selector except ``search``; at most one pass.
         selection: a selection file, or a list of the modules to select in every layer: module types, or parts such as

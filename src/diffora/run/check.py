@@ -11,7 +11,7 @@ from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Method
-from diffora.search.selectors import find_selector
+from diffora.scoring.selectors import find_selector
 from diffora.settings.identity import plain
 from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
 from diffora.settings.sections import Settings

@@ -25,7 +25,7 @@ from diffora.methods.selecting import Selecting
 from diffora.records import write_record
 from diffora.run import memory, terminal
 from diffora.run.record import read_record
-from diffora.search.selectors import trains
+from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
 from diffora.tasks.messages import first_line

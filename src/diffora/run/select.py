@@ -24,10 +24,10 @@ from diffora.loop.process import is_main
 from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
 from diffora.run import figures
-from diffora.search.bilevel import SearchModule
-from diffora.search.selectors import SearchContext, SearchResult
-from diffora.search.stage import run_search, search_rows
-from diffora.search.warm_start import load_weights, save_weights, warm_start, weights_file
+from diffora.scoring.bilevel import SearchModule
+from diffora.scoring.selectors import SearchContext, SearchResult
+from diffora.scoring.stage import run_search, search_rows
+from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
 from diffora.tasks.account import lines as account_lines
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import logging
 from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.methods.base import Method, check_ranks
-from diffora.search.selectors import trains
+from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
 
 log = logging.getLogger(__name__)

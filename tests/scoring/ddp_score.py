@@ -13,8 +13,8 @@ from small import rows_of, small_deberta, small_task
 from diffora.core.grid import find_grid
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
-from diffora.search.function import FunctionModule
-from diffora.search.score import ScoreModule
+from diffora.scoring.function_stage import FunctionModule
+from diffora.scoring.score import ScoreModule
 from diffora.tasks.tokenise import Collator
 
 TYPES = ("attention.self.query_proj", "attention.self.value_proj", "attention.output.dense", "output.dense")

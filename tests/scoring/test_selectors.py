@@ -17,7 +17,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.search.selectors import SELECTORS, find_selector, trains
+from diffora.scoring.selectors import SELECTORS, find_selector, trains
 
 MINE = """
 import torch

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
 
 
 def test_gradient_norm_is_frobenius():

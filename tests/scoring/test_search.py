@@ -22,7 +22,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}

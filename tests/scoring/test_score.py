@@ -143,7 +143,7 @@ def test_dropout_is_off(criterion):
 
 @BOTH
 def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion, monkeypatch):
-    from diffora.search import score
+    from diffora.scoring import score
 
     seen = []
     step = score.ScoreModule.training_step

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.search.attribution import AttributionModule
-from diffora.search.criteria import gate_path
+from diffora.scoring.attribution import AttributionModule
+from diffora.scoring.criteria import gate_path
 from diffora.settings.sections import Search
 
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}

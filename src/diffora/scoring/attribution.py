@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from diffora.core.hypergradient import first_order
 from diffora.core.split import divided
-from diffora.search.bilevel import SearchModule
-from diffora.search.criteria import gate_path
+from diffora.scoring.bilevel import SearchModule
+from diffora.scoring.criteria import gate_path
 from diffora.tasks.base import Batch
 
 POINTS = 4
@@ -25,7 +25,7 @@ class AttributionModule(SearchModule):
 
     While A, B and the head are trained, every gate is 1: a gate below 1 would only rescale B. In the last round all
     gates go from 0 to 1 together, and the decrease of the validation loss on this path is divided among the modules
-    by integrated gradients (`diffora.search.criteria.gate_path`).
+    by integrated gradients (`diffora.scoring.criteria.gate_path`).
 
     Args:
         of_search: the arguments of `SearchModule`.

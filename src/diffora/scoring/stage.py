@@ -7,7 +7,7 @@ import numpy as np
 
 from diffora.loop.parts import Parts
 from diffora.loop.splits import examples_of, split_hash, split_search
-from diffora.search.selectors import SearchContext, SearchResult, find_selector
+from diffora.scoring.selectors import SearchContext, SearchResult, find_selector
 from diffora.tasks.account import Account
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_search(context: SearchContext, selector: str) -> SearchResult:
     Continues from a checkpoint if ``context.parts`` has one of an earlier attempt.
 
     Args:
-        selector: a name in `diffora.search.selectors.SELECTORS`, or the dotted path of a function.
+        selector: a name in `diffora.scoring.selectors.SELECTORS`, or the dotted path of a function.
 
     Raises:
         UserError: settings do not suit the rows, the loss is not finite, memory ran out, or a user's function breaks a

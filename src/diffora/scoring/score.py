@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
-from diffora.search.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
 from diffora.tasks.base import Batch, Task, full_precision, parts_of
 
 
@@ -17,7 +17,7 @@ class ScoreModule(Stage):
     """One pass over some search-train batches, in evaluation mode. No parameter and no gradient buffer changes.
 
     Everything is summed over micro-batches, batches and processes before a square root is taken, so that the scores do
-    not depend on how the rows are divided. The formulas are in `diffora.search.criteria`.
+    not depend on how the rows are divided. The formulas are in `diffora.scoring.criteria`.
 
     Args:
         model: the frozen backbone with its new head.

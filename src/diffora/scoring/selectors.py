@@ -3,9 +3,10 @@
 A selector is a function from a `SearchContext` (model, grid, rows, settings) to a `SearchResult` (scores, L x N).
 `SELECTORS` holds those of the package, by the name in ``method.selector``:
 
-- ``search``: the bi-level search of [D] (`diffora.search.bilevel`); its scores are the relaxed DAM,
-- ``attribution``: trains all adapters, then divides their effect on the validation loss (`diffora.search.attribution`),
-- ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.search.score`).
+- ``search``: the bi-level search of [D] (`diffora.scoring.bilevel`); its scores are the relaxed DAM,
+- ``attribution``: trains all adapters, then divides their effect on the validation loss
+  (`diffora.scoring.attribution`),
+- ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.scoring.score`).
 
 (``random`` is not here: it needs neither model nor data, so the method draws the scores itself.)
 
@@ -17,7 +18,7 @@ Your own selector is a plain function. `from_function` turns it into a selector:
 
     PYTHONPATH=<its folder> python train.py method.selector=my_module.my_selector
 
-`diffora.search.function` describes the arguments, and what the function must not change.
+`diffora.scoring.function` describes the arguments, and what the function must not change.
 """
 
 import logging
@@ -38,10 +39,11 @@ from diffora.loop.fit import fit
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.loop.progress import ProgressBar
-from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchModule, Trajectory
-from diffora.search.function import FunctionModule, ScoreFunction, check_signature
-from diffora.search.score import ScoreModule
+from diffora.scoring.attribution import AttributionModule
+from diffora.scoring.bilevel import SearchModule, Trajectory
+from diffora.scoring.function import ScoreFunction, check_signature
+from diffora.scoring.function_stage import FunctionModule
+from diffora.scoring.score import ScoreModule
 from diffora.settings.sections import Search
 from diffora.trust import function_at
 
@@ -135,7 +137,7 @@ def find_selector(name: str) -> Selector:
     if name in SELECTORS:
         return SELECTORS[name]
     function = function_at(name, "method.selector")
-    check_signature(function, name)
+    check_signature(function, f"method.selector={name}")
     return Selector(from_function(function, name))
 
 

@@ -22,7 +22,7 @@ from diffora.loop.samplers import BilevelBatchSampler, LengthGroupedBatchSampler
 from diffora.loop.splits import split_search
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.tasks.base import Task, joined
 from diffora.tasks.causal_lm import CausalLMTask

@@ -14,8 +14,8 @@ from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
-from diffora.search.attribution import AttributionModule
-from diffora.search.bilevel import SearchModule
+from diffora.scoring.attribution import AttributionModule
+from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.tasks.tokenise import Collator
 

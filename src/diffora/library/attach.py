@@ -1,0 +1,50 @@
+"""`attach` for a `Selection`."""
+
+from torch import nn
+
+from diffora.core import attach as core
+from diffora.core.selection import Selection
+
+
+def attach(
+    model: nn.Module,
+    selection: Selection,
+    rank: int | None = None,
+    shared_rank: int | None = None,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    *,
+    freeze: bool = True,
+) -> nn.Module:
+    """Give a model the adapters of a selection, in place ([D] Algorithm 1, line 11), and freeze everything else.
+
+    The head is frozen too: ``model.classifier.requires_grad_(True)`` makes it trainable again.
+
+    Args:
+        model: the model that the selection was made for, without adapters.
+        selection: which modules get a LoRA of their own.
+        rank: r of the selected modules. None: the selection's own rank, which it has if a budget chose it.
+        shared_rank: r_s of the pairs that the other modules of one type and shape share across layers; None: the
+            others stay frozen.
+        alpha: updates are scaled by alpha / rank.
+        dropout: rate on the input of A while training.
+        freeze: False freezes the adapted modules only.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model lacks a module of the selection or has adapters, or a number is impossible. The model is
+            then as before.
+    """
+    core.attach(
+        model,
+        selection.modules,
+        selection.mask(),
+        selection.rank if rank is None else rank,  # type: ignore[arg-type]  # None is refused with a message
+        shared_rank,
+        alpha,
+        dropout,
+        freeze=freeze,
+    )
+    return model

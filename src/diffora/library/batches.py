@@ -1,0 +1,157 @@
+"""Batches and losses of a user's own loaders."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from diffora.errors import UserError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch)``: a scalar with a graph."""
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a transformers model computes itself: ``model(**batch).loss``.
+
+    Raises:
+        UserError: the batch is not a dict, or the model returns no loss.
+    """
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"without loss=, batches must be dicts for model(**batch); this one is a {type(batch).__name__}: give "
+            "loss=, a function of (model, batch) that returns a scalar"
+        )
+    output = model(**batch)
+    found: Tensor | None = getattr(output, "loss", None)
+    if found is None:
+        raise UserError(
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(map(str, batch))}: add labels to the "
+            "batches, or give loss=, a function of (model, batch) that returns a scalar"
+        )
+    return found
+
+
+def checked(value: Any, what: str) -> Tensor:
+    """The loss of a batch, if it is a finite scalar with a graph.
+
+    Args:
+        what: names the batch in messages.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(value, Tensor):
+        wrong = f"is a {type(value).__name__}"
+    elif value.numel() != 1:
+        wrong = f"has the shape {tuple(value.shape)}"
+    elif not math.isfinite(value.item()):
+        wrong = f"is {value.item()}"
+    elif not value.requires_grad:
+        wrong = "has no graph (was it detached, or computed without gradients?)"
+    else:
+        return value.reshape(())
+    raise UserError(f"the loss of {what} {wrong}; it must be a finite scalar tensor that can be differentiated")
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on a device. Looks into mappings, lists and tuples, and calls ``to`` where it is."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def some(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches of one pass over a loader.
+
+    Raises:
+        UserError: there are none.
+    """
+    empty = True
+    for batch in loader:
+        empty = False
+        yield batch
+    if empty:
+        raise UserError(
+            f"{name} has no batches: it must give at least one each time it is iterated over (a generator can be read "
+            "only once; with drop_last=True, rows that are fewer than a batch are dropped)"
+        )
+
+
+def endless(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches of a loader, pass after pass."""
+    while True:
+        yield from some(loader, name)
+
+
+def in_groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` batches; the last one may have fewer."""
+    group = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Iterable[Any], str]:
+    """Divide one loader into two disjoint halves at random: for the weights, and for Γ.
+
+    The rows of a `DataLoader` are divided. Of a list or tuple of batches, the batches are divided.
+
+    Returns:
+        (for training, for validation, a sentence that says what was divided).
+
+    Raises:
+        UserError: the loader cannot be divided, or there are fewer than two rows or batches.
+    """
+    items, unit = (loader.dataset, "rows") if isinstance(loader, DataLoader) else (loader, "batches")
+    known = isinstance(loader, Sequence) or (
+        isinstance(loader, DataLoader)
+        and loader.batch_size is not None
+        and not isinstance(loader.dataset, IterableDataset)
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and not getattr(loader.sampler, "replacement", False)
+    )
+    if not known:
+        raise UserError(
+            f"a {type(loader).__name__} of this kind cannot be divided into rows for the weights and rows for Γ: give "
+            "two loaders, search(model, train_loader, valid_loader). Only a DataLoader with batch_size= and no sampler "
+            "of its own, and a list of batches, are divided"
+        )
+    n = len(items)  # type: ignore[arg-type]
+    if n < 2:
+        raise UserError(f"a loader with {n} {unit} cannot be divided: it needs at least 2")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    halves = sorted(order[n // 2 :]), sorted(order[: n // 2])
+    train, valid = (_part(loader, half) for half in halves)
+    said = f"divided {n} {unit} at random: {len(halves[0])} for the weights, {len(halves[1])} for Γ (seed {seed})"
+    return train, valid, said
+
+
+def _part(loader: Any, places: list[int]) -> Iterable[Any]:
+    """The rows of a DataLoader, or the batches of a sequence, at some places."""
+    if not isinstance(loader, DataLoader):
+        return [loader[i] for i in places]
+    return DataLoader(
+        Subset(loader.dataset, places),
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last and len(places) >= (loader.batch_size or 1),
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )

@@ -1,0 +1,50 @@
+"""From the scores of a search or a selector to a `Selection`, and the checks of ``k`` and ``scope``."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from diffora.core.dam import discretise, discretise_globally
+from diffora.core.grid import Grid
+from diffora.core.selection import Selection
+
+SCOPES = ("layer", "global")
+
+
+def modules_of(k: int | None, n_types: int) -> int:
+    """K, if it is given; otherwise half of the types of a layer, rounded down, and at least 1."""
+    return max(1, n_types // 2) if k is None else k
+
+
+def choice_problems(k: int | None, scope: str, grid: Grid) -> Iterator[str]:
+    """What is wrong with ``k`` and ``scope``."""
+    if k is not None and (type(k) is not int or not 1 <= k <= grid.n_types):
+        yield f"k={k!r} must be a whole number from 1 to {grid.n_types}, the candidates of a layer"
+    if scope not in SCOPES:
+        yield f"scope={scope!r} must be one of {', '.join(SCOPES)}"
+
+
+def selection_of(
+    grid: Grid, values: Tensor, k: int | None, scope: str, selector: str, seed: int, config: dict[str, Any], **rest: Any
+) -> Selection:
+    """The selection of the modules with the highest values.
+
+    Args:
+        values: L x N scores on the CPU, high is good.
+        k: modules per layer; None for half of them. With ``scope="global"``, k times the number of layers in all.
+        rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
+    """
+    k = modules_of(k, grid.n_types)
+    mask = discretise(values, k) if scope == "layer" else discretise_globally(values, k * grid.n_layers)
+    return Selection.from_mask(
+        grid,
+        mask,
+        method="library",
+        selector=selector,
+        rho=k / grid.n_types,
+        seed=seed,
+        k=k if scope == "layer" else None,
+        config={"scope": scope, "left_out": list(grid.left_out)} | config,
+        **rest,
+    )

@@ -1,0 +1,294 @@
+"""The bi-level search ([D] Algorithm 1, lines 1 to 8 and 10) as a plain PyTorch loop over a user's own loaders.
+
+The steps are those of `diffora.scoring.bilevel`, without Lightning, files, several processes or micro-batches.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffora.core.attach import attach, detach
+from diffora.core.dam import RELAXATIONS, relax
+from diffora.core.grid import Grid
+from diffora.core.hypergradient import first_order
+from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.selection import Selection
+from diffora.core.split import divided, shared_tables
+from diffora.errors import UserError
+from diffora.library.batches import Loss, checked, divided_loader, endless, in_groups, model_loss, moved, some
+from diffora.library.choice import choice_problems, selection_of
+from diffora.library.model import device_of, grid_of, head_of, left_as_found
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The numbers of a search; see `search`."""
+
+    rounds: int
+    rank: int
+    alpha: float
+    lr: float
+    gamma_lr: float
+    weight_decay: float
+    clip: float | None
+    train_steps: int
+    relaxation: str
+
+    def problems(self) -> Iterator[str]:
+        """What is impossible."""
+        for name in ("rounds", "rank", "train_steps"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                yield f"{name}={value!r} must be a whole number of at least 1"
+        for name in ("alpha", "lr", "gamma_lr", "clip"):
+            value = getattr(self, name)
+            if not _is_number(value, 0) and not (name == "clip" and value is None):
+                yield f"{name}={value!r} must be a finite number above 0{', or None' if name == 'clip' else ''}"
+        if self.weight_decay != 0 and not _is_number(self.weight_decay, 0):
+            yield f"weight_decay={self.weight_decay!r} must be a finite number of at least 0"
+        if self.relaxation not in RELAXATIONS:
+            yield f"relaxation={self.relaxation!r} must be one of {', '.join(RELAXATIONS)}"
+
+
+class Bilevel:
+    """The two kinds of steps of a search, on a model that has an adapter at every place of the grid.
+
+    Args:
+        model: with the adapters; only A, B and the head require gradients.
+        layers: the adapters, L x N.
+        head: the parameters that are trained together with A and B.
+        loss: the user's.
+        settings: of the search.
+
+    Attributes:
+        gamma: Γ, L x N, starts at 0.
+        weights: A, B and the head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Sequence[LowRankLinear]],
+        head: Sequence[nn.Parameter],
+        loss: Loss,
+        settings: SearchSettings,
+    ) -> None:
+        self.model, self.layers, self.loss, self.settings = model, layers, loss, settings
+        first = layers[0][0].lora_a
+        self.gamma = torch.zeros(len(layers), len(layers[0]), device=first.device, dtype=first.dtype).requires_grad_()
+        self.weights = [p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)] + list(head)
+        self.gamma_optimiser = torch.optim.Adam([self.gamma], lr=settings.gamma_lr, betas=(0.5, 0.999))
+        self.weight_optimiser = torch.optim.AdamW(
+            self.weights, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self._tables = shared_tables(model)
+
+    @property
+    def gamma_bar(self) -> Tensor:
+        """The relaxed DAM, L x N ([D] eq. 11), without a graph."""
+        return relax(self.gamma.detach(), self.settings.relaxation)
+
+    def gamma_gradient(self, batch: Any, what: str = "a validation batch") -> tuple[Tensor, Tensor]:
+        """(loss, dL_valid/dΓ at fixed weights), the second L x N ([D] eq. 13).
+
+        Args:
+            what: names the batch in messages.
+        """
+        # Γ trains alone: activations that only A and B need are not saved. The number of examples has no effect then.
+        with divided(self.layers, self._tables, 0, 1):
+            loss = self._loss(batch, relax(self.gamma, self.settings.relaxation), what)
+            try:
+                return loss.detach(), first_order(loss, self.gamma)
+            except RuntimeError as error:
+                if "not have been used" not in str(error):
+                    raise
+                raise UserError(
+                    "the loss does not depend on any candidate module: loss(model, batch) must call the model that it "
+                    "is given, with gradients"
+                ) from error
+
+    def gamma_step(self, batch: Any, what: str = "a validation batch") -> float:
+        """One step of Γ on the validation loss ([D] Algorithm 1, line 4). Returns that loss."""
+        loss, self.gamma.grad = self.gamma_gradient(batch, what)
+        self.gamma_optimiser.step()
+        return loss.item()
+
+    def weight_step(self, batch: Any, what: str = "a training batch") -> float:
+        """One step of A, B and the head on the training loss ([D] Algorithm 1, line 6). Returns that loss."""
+        loss = self._loss(batch, self.gamma_bar, what)
+        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = torch.zeros_like(weight) if grad is None else grad
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
+        self.weight_optimiser.step()
+        self.weight_optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def _loss(self, batch: Any, gates: Tensor, what: str) -> Tensor:
+        set_gates(self.layers, gates)
+        return checked(self.loss(self.model, batch), what)
+
+
+def search(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    valid_loader: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    rounds: int = 5,
+    k: int | None = None,
+    scope: str = "layer",
+    layer: str | None = None,
+    candidates: Sequence[str] | None = None,
+    head: Sequence[str] | None = None,
+    rank: int = 4,
+    alpha: float = 16.0,
+    lr: float = 1e-3,
+    gamma_lr: float = 0.01,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    train_steps: int = 1,
+    relaxation: str = "softmax",
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Search which modules of a model should get a LoRA of their own ([D] Algorithm 1, lines 1 to 8 and 10).
+
+    Every candidate gets an adapter with a gate. Each step updates Γ on a validation batch, then A, B and the head on
+    ``train_steps`` training batches. Afterwards the model is as before: adapters are removed, and the head has its old
+    weights.
+
+    Args:
+        model: any module with repeated layers, without adapters. Stays on its device.
+        train_loader: batches for A, B and the head. A round is one pass over it.
+        valid_loader: batches for Γ, of other rows of the *training* data. None: ``train_loader`` is divided into two
+            halves at random, and a line says so.
+        loss: ``loss(model, batch)``, a scalar; the batch is on the model's device. None: ``model(**batch).loss``.
+        rounds: passes over ``train_loader``.
+        k: modules to select in each layer; None for half of them.
+        scope: ``layer``: the best k of each layer; ``global``: as many in all, wherever they are.
+        layer, candidates: where the candidates are, as in `diffora.core.grid.find_grid`; None: found in the model.
+        head: names of modules that are trained together with A and B. None: the parameters that require gradients, if
+            some are frozen. If none are, a transformers model's parts outside the pretrained model, and otherwise
+            everything outside the layers.
+        rank, alpha: of the adapters; updates are scaled by alpha / rank.
+        lr, weight_decay, clip: of A, B and the head; ``clip`` is the largest norm of their gradient, None for no limit.
+        gamma_lr: learning rate of Γ.
+        train_steps: T, weight steps per Γ step.
+        relaxation: from Γ to gates, a key of `diffora.core.dam.RELAXATIONS`.
+        seed: of the adapters' first values, dropout, the order of a shuffled loader and the division of one loader.
+        progress: show a progress bar, in a terminal or notebook.
+
+    Returns:
+        The selection. ``gamma_bar`` is the relaxed DAM, ``config`` what the search was made with.
+
+    Raises:
+        UserError: an argument is impossible, the model has no repeated layers or has adapters, a loader has no batches,
+            or a loss is not a finite scalar. The model is then as before, too.
+    """
+    settings = SearchSettings(
+        rounds=rounds,
+        rank=rank,
+        alpha=alpha,
+        lr=lr,
+        gamma_lr=gamma_lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        train_steps=train_steps,
+        relaxation=relaxation,
+    )
+    grid = grid_of(model, layer, candidates)
+    if problems := [*choice_problems(k, scope, grid), *settings.problems()]:
+        raise UserError(problems)
+    trained = head_of(model, grid, head)
+    said = ""
+    if valid_loader is None:
+        train_loader, valid_loader, said = divided_loader(train_loader, seed)
+    names = [name for name, parameter in model.named_parameters() if parameter in set(trained)]
+    _say([said, f"trained with the adapters: {', '.join(names) or 'nothing'}"], progress)
+    with left_as_found(model, seed, trained):
+        gamma_bar = _searched(
+            model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, progress
+        )
+    config = {"search": asdict(settings), "trained": names, "division": said or None}
+    rest = {"gamma_bar": gamma_bar.tolist(), "relaxation": relaxation}
+    return selection_of(grid, gamma_bar, k, scope, "search", seed, config, **rest)
+
+
+def _searched(
+    model: nn.Module,
+    grid: Grid,
+    head: Sequence[nn.Parameter],
+    loaders: tuple[Iterable[Any], Iterable[Any]],
+    loss: Loss,
+    settings: SearchSettings,
+    progress: bool,
+) -> Tensor:
+    """The relaxed DAM at the end of a search, L x N on the CPU. Removes the adapters that it adds."""
+    model.requires_grad_(False)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+    attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
+    try:
+        layers = [[layer for layer in row if layer is not None] for row in attached]
+        _match_precision(layers)
+        bilevel = Bilevel(model.train(), layers, head, loss, settings)
+        _run_rounds(bilevel, loaders, device_of(model), progress)
+        return bilevel.gamma_bar.cpu()
+    finally:
+        detach(model)
+
+
+def _match_precision(layers: Sequence[Sequence[LowRankLinear]]) -> None:
+    """A and B of a float64 model become float64; those of all others are float32 already."""
+    for row in layers:
+        for layer in row:
+            if layer.base.weight.dtype == torch.float64:
+                layer.lora_a.data, layer.lora_bt.data = layer.lora_a.data.double(), layer.lora_bt.data.double()
+
+
+def _run_rounds(
+    bilevel: Bilevel, loaders: tuple[Iterable[Any], Iterable[Any]], device: torch.device, progress: bool
+) -> None:
+    """One Γ step, then T weight steps, until the training batches of all rounds are used."""
+    train_loader, valid_batches = loaders[0], endless(loaders[1], "the loader of validation batches")
+    s, step = bilevel.settings, 0
+    total = s.rounds * math.ceil(len(train_loader) / s.train_steps) if isinstance(train_loader, Sized) else None
+    with tqdm(total=total, desc="search", unit="step", disable=not (progress and _is_watched())) as bar:
+        for round_ in range(1, s.rounds + 1):
+            for group in in_groups(some(train_loader, "the loader of training batches"), s.train_steps):
+                step += 1
+                valid = bilevel.gamma_step(moved(next(valid_batches), device), f"the validation batch of step {step}")
+                for batch in group:
+                    train = bilevel.weight_step(moved(batch, device), f"a training batch of step {step}")
+                bar.update()
+                bar.set_postfix(round=f"{round_}/{s.rounds}", train=f"{train:.3f}", valid=f"{valid:.3f}")
+
+
+def _say(lines: Sequence[str], progress: bool) -> None:
+    """Show lines next to a progress bar, or log them where there is none."""
+    for line in filter(None, lines):
+        if progress and _is_watched():
+            tqdm.write(line, file=sys.stderr)
+        else:
+            log.info(line)
+
+
+def _is_watched() -> bool:
+    """Whether standard error is a terminal, or a notebook shows it."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _is_number(value: Any, above: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
