@@ -21,7 +21,7 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
         column: name of the label column, for messages.
         problems: grows by a message if these cannot be classes.
     """
-    classes = pc.unique(part.table.column("label")).to_pylist()
+    classes: list[str] = pc.unique(part.table.column("label")).to_pylist()
     numbers = all(re.fullmatch(WHOLE, name) for name in classes)
     classes.sort(key=lambda name: (int(name), name) if numbers else name)
     where = f"{part.where}: column '{column}'"
