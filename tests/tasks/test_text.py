@@ -93,6 +93,7 @@ def test_class_names_and_whole_floats_of_parquet(task, tmp_path):
 def test_one_two_and_three_columns_of_text(task, tmp_path):
     rows = [{"a": f"a{i}", "b": f"b{i}", "label": f"c{i}", "topic": "xy"[i % 2]} for i in range(10)]
     file = write(tmp_path / "t.csv", rows)
+    assert task(file, "task.text_columns=a", "task.label_column=topic").load().train.column_names == ["text", "label"]
     pair = task(file, "task.text_columns=[b,label]", "task.label_column=topic")
     found = pair.load().train
     assert found.column_names == ["text", "text2", "label"] and pair.spec.text_columns == ("text", "text2")
@@ -151,10 +152,22 @@ def test_the_division_is_recorded_and_repeats_are_counted(task, tmp_path):
     assert given.accounts["train"].dropped == {
         "taken for validation, task.validation_fraction=0.2, task.split_seed=7": n
     }
+    assert not any("different labels" in note for note in given.accounts["train"].notes)
     assert "4 rows have the text of an earlier row" in "".join(given.accounts["train"].notes)
     assert not set(loaded.train["text"]) & set(loaded.validation["validation"]["text"])
     again = task(tmp_path / "t.csv", "task.split_seed=7", "task.validation_fraction=0.2")
     assert again.load_split("validation")["text"][:] == loaded.validation["validation"]["text"][:]
+
+
+def test_doubtful_labels_are_noted(task, tmp_path):
+    rows = tickets()
+    given = task(write(tmp_path / "t.csv", [*rows, rows[0] | {"label": "bug"}, rows[1] | {"label": "bug"}]))
+    given.load()
+    contradictory = sum(row["label"] != "bug" for row in rows[:2])
+    assert f"{contradictory} texts have rows with different labels" in given.accounts["train"].notes
+    many = task(write(tmp_path / "m.csv", [{"text": f"t {i}", "label": f"l {i % 20}"} for i in range(25)]))
+    many.load()
+    assert "column 'label' has 20 different labels in 25 rows: are they classes?" in many.accounts["train"].notes
 
 
 # --- mistakes ---
@@ -303,14 +316,18 @@ def test_a_run_and_new_rows(cfg, tmp_path):
         evaluate(read_request([f"run={folder}", f"task.path={place}", f"output={tmp_path / 'bad'}"]))
 
 
-def test_a_run_on_numbers(cfg, tmp_path):
+def test_a_run_on_numbers_and_its_test_file(cfg, tmp_path):
     rows = [{"text": f"{'good ' * (i % 5)} meal {i}", "label": i % 5 / 5} for i in range(24)]
-    given = ["task=text", f"task.path={write(tmp_path / 't.jsonl', rows)}", "task.kind=regression", *SHORT.split()]
+    write(tmp_path / "data" / "train.jsonl", rows)
+    write(tmp_path / "data" / "test.csv", [{"text": "a meal"}, {"text": "a good meal"}])
+    given = ["task=text", f"task.path={tmp_path / 'data'}", "task.kind=regression", "predict=true", *SHORT.split()]
     folder = tmp_path / "run"
     record = run(cfg(*given), folder).record
     assert {"validation/pearson", "validation/spearman", "validation/mse"} <= record["metrics"].keys()
     facts = record["metric_facts"]
     assert facts["mse"] == {"unit": "", "maximise": False} and facts["pearson"]["maximise"]
+    [file] = folder.rglob("test.jsonl")
+    assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [0, 1]
     write(tmp_path / "new.csv", [{"text": "good meal"}])
     found = evaluate(read_request([f"run={folder}", f"task.path={tmp_path / 'new.csv'}", f"output={tmp_path / 'out'}"]))
     assert found == {"all": {}}

@@ -26,7 +26,7 @@ from diffora.tasks.sentences import SentenceTask
 from diffora.tasks.sources.files import check_folder, has_validation, split_files
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
-from diffora.tasks.texts.divide import choose_validation, count_repeated, row_texts
+from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
 from diffora.tasks.texts.read import FORMATS, Columns, Part, read_part
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
@@ -46,7 +46,7 @@ class TextSettings(TaskSettings):
         "classification"
     )
     text_columns: Annotated[
-        list[str], Help("Columns of text: one, or two that are read as a pair; more are joined into one text.")
+        list[str] | str, Help("Columns of text: one, or two that are read as a pair; more are joined into one text.")
     ]
     label_column: Annotated[str, Help("Column of the labels.")] = "label"
     validation_fraction: Annotated[
@@ -68,7 +68,8 @@ class TextTask(SentenceTask):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.numeric = cfg.kind == "regression"
-        self.columns = Columns(tuple(cfg.text_columns), cfg.label_column, self.numeric)
+        texts = [cfg.text_columns] if isinstance(cfg.text_columns, str) else cfg.text_columns
+        self.columns = Columns(tuple(texts), cfg.label_column, self.numeric)
         self.metrics = ("pearson", "spearman", "mse") if self.numeric else ("accuracy", "macro_f1", "weighted_f1")
         self.main_metric = self.metrics[0]
         self.spec = TaskSpec(cfg.name, None, self.columns.read_as, (), self.metrics, self.main_metric)
@@ -115,6 +116,8 @@ class TextTask(SentenceTask):
     def load(self) -> Rows:
         tables = self._tables()
         accounts = self.accounts
+        if not self.numeric and (several := count_contradictions(tables["train"])):
+            accounts["train"].notes.append(f"{several:,} texts have rows with different labels")
         if "validation" not in tables:
             tables["train"], tables["validation"] = self._cut(tables["train"])
         tables["train"] = subset(tables["train"], self.cfg.max_train_rows, accounts["train"])

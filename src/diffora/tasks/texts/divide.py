@@ -15,8 +15,16 @@ def row_texts(table: pa.Table) -> pa.ChunkedArray:
 
 def count_repeated(table: pa.Table) -> int:
     """How many rows have the texts of an earlier row."""
-    different: int = pc.count_distinct(row_texts(table)).as_py()
-    return table.num_rows - different
+    different: int = len(pc.unique(row_texts(table)))
+    return int(table.num_rows) - different
+
+
+def count_contradictions(table: pa.Table) -> int:
+    """How many texts have rows with different labels."""
+    pairs = pa.table({"text": row_texts(table), "label": table.column("label")})
+    labels = pairs.group_by("text").aggregate([("label", "count_distinct")])
+    found: int = pc.sum(pc.greater(labels.column("label_count_distinct"), 1)).as_py()
+    return found
 
 
 def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: bool) -> np.ndarray:

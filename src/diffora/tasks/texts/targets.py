@@ -29,6 +29,10 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
         problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
     elif not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
         problems.append(f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them.")
+    elif len(classes) > max(10, part.table.num_rows / 2):
+        part.account.notes.append(
+            f"column '{column}' has {len(classes):,} different labels in {part.table.num_rows:,} rows: are they classes?"
+        )
     return classes
 
 
