@@ -30,8 +30,9 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
     elif not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
         problems.append(f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them.")
     elif len(classes) > max(10, part.table.num_rows / 2):
+        rows = part.table.num_rows
         part.account.notes.append(
-            f"column '{column}' has {len(classes):,} different labels in {part.table.num_rows:,} rows: are they classes?"
+            f"column '{column}' has {len(classes):,} different labels in {rows:,} rows: are they classes?"
         )
     return classes
 
