@@ -67,7 +67,10 @@ def test_a_page_has_commands_and_says_how_much_to_write(page):
 def test_own_data(tmp_path):
     follow("own-data", tmp_path)
     record = record_of(tmp_path)
-    assert record["data"]["train"]["used"] == 8 and record["data"]["validation"]["used"] == 4
+    assert record["data"]["train"]["used"] == 9 and record["data"]["validation"]["used"] == 3
+    assert record["classes"] == ["billing", "bug", "other"]
+    [first, _] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
+    assert first["prediction"] in record["classes"] and list(first["probabilities"]) == record["classes"]
 
 
 def test_own_model(tmp_path):

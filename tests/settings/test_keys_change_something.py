@@ -36,6 +36,7 @@ SQUAD = f"method=lora task=squad_v2 model=tiny {CPU} {SHORT} predict=true task.p
 SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
+TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
@@ -92,6 +93,13 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (LORA, {"task.name": "x", "task.max_length": "8", "task.train_rows": "24", "task.validation_rows": "24",
                 "task.max_train_rows": "16"}),
         (f"method=lora task=mrpc model=tiny {CPU} {SHORT} task.path=mrpc", {"task.path": "elsewhere"}),
+    ],
+    "TextTask": [
+        (TEXT, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "text/other.csv", "task.kind": "regression",
+            "task.text_columns": "[text,more]", "task.label_column": "other", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_length": "8",
+        }),
     ],
     "SquadTask": [
         (SQUAD, {
@@ -213,7 +221,7 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder")}
+    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text")}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -231,6 +239,9 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]}\n" for i in range(24)]
+    (places["text"] / "rows.csv").write_text("text,more,label,other\n" + "".join(rows))
+    (places["text"] / "other.csv").write_text("text,more,label,other\n" + "".join(reversed(rows[:16])))
     return places
 
 

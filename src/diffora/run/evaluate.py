@@ -45,11 +45,12 @@ class Request:
     Attributes:
         cfg: sections ``task``, ``model`` and ``trainer``.
         weights: folder of an adapter, or of a whole model.
-        splits: names at the source; None for the task's validation splits.
+        splits: names at the source; None for `Task.default_splits`.
         output: where metrics and predictions go.
         batch_size: rows per batch.
         method: dotted path of the user's own method, if the command line names one.
         own_backbone: whether the command line names the backbone. It may then differ from that of the run.
+        other_data: whether the command line gives ``task.path``.
     """
 
     cfg: DictConfig
@@ -59,6 +60,7 @@ class Request:
     batch_size: int
     method: str | None = None
     own_backbone: bool = False
+    other_data: bool = False
 
 
 def read_request(arguments: list[str]) -> Request:
@@ -82,7 +84,8 @@ def read_request(arguments: list[str]) -> Request:
     names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     output = _output(own, place)
-    return Request(cfg, weights, names, output, own.get("batch_size", 64), own.get("method._target_"), own_backbone)
+    size, method, other_data = own.get("batch_size", 64), own.get("method._target_"), "task.path" in values
+    return Request(cfg, weights, names, output, size, method, own_backbone, other_data)
 
 
 def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
@@ -239,7 +242,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise UserError(f"{request.weights.parent / NAME}: 'classes' is not a list of names")
         task.expect(trained)
-    names = request.splits or task.validation_splits
+    names = request.splits or task.default_splits(request.other_data)
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
     _check_backbone(request)

@@ -59,7 +59,7 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
 def metric_facts(task: "Task") -> dict[str, Any]:
     """The record's fields ``main_metric`` and ``metric_facts``, see `diffora.records.Record`."""
     higher, lower = partial(MetricFacts, maximise=True), partial(MetricFacts, maximise=False)
-    facts = {name: MetricFacts(task.unit_of(name), task.maximise) for name in task.metrics}
+    facts = {name: MetricFacts(task.unit_of(name), task.higher_is_better(name)) for name in task.metrics}
     facts |= {
         "loss": lower("loss"),
         "epoch": lower("epochs"),

@@ -126,6 +126,18 @@ class Task:
         """Unit of one of `metrics`, for reports: ``fraction`` (of 1), ``percent``, ``perplexity``; empty for none."""
         return "fraction"
 
+    def higher_is_better(self, metric: str) -> bool:
+        """Whether a higher value of one of `metrics` is better."""
+        return self.maximise
+
+    def default_splits(self, other_data: bool) -> tuple[str, ...]:
+        """The splits that ``evaluate.py`` uses if the command names none.
+
+        Args:
+            other_data: whether the command gives ``task.path``.
+        """
+        return self.validation_splits
+
     # --- before training ---
 
     def problems(self) -> Iterator[str]:

@@ -6,7 +6,6 @@ by these positions transformers keeps them apart. Validation rows are not packed
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,9 @@ from diffora.tasks.chat.conversations import cut_validation, read, read_file, ro
 from diffora.tasks.chat.loss import IGNORED, token_losses
 from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.tokens import encode
-from diffora.tasks.sources.files import check_folder, find_file
+from diffora.tasks.sources.files import check_folder, find_file, has_validation
 from diffora.tasks.sources.hub import hub_splits
 from diffora.tasks.sources.tables import joint_hash, subset
-
-LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNORECASE)
-"""Names that other projects give to a file of validation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +115,7 @@ To generate, write the conversation as in training:
             names = {"train": c.train_split} | ({"validation": c.validation_split} if c.validation_split else {})
             return self._from_hub(names), c.hub
         folder = self._folder()
-        there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
-        if not there and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
-            raise UserError(
-                f"{folder}: {', '.join(others)} is not read under this name; call it validation.jsonl or "
-                f"validation.parquet, or move it elsewhere to take validation rows from the training rows"
-            )
+        there = has_validation(folder, ("jsonl", "parquet"))
         return self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
 
     def load_split(self, split: str) -> datasets.Dataset:

@@ -5,15 +5,12 @@ as in [D] Table 1.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
-import pyarrow.compute as pc
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffora.errors import UserError
@@ -22,11 +19,11 @@ from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks import glue_submission
 from diffora.tasks.account import Account
-from diffora.tasks.base import Collate, Outputs, Rows, Split, Task, full_precision
+from diffora.tasks.base import Outputs, Rows, Split
 from diffora.tasks.embedded import paraphrase
+from diffora.tasks.sentences import SentenceTask
 from diffora.tasks.sources import load
 from diffora.tasks.spec import TaskSpec
-from diffora.tasks.tokenise import Collator, tokenise
 
 _PAIR = ("sentence1", "sentence2")
 _SINGLE = ("sentence",)
@@ -95,7 +92,7 @@ class GlueSettings(TaskSettings):
     ] = None
 
 
-class GlueTask(Task):
+class GlueTask(SentenceTask):
     """One of the tasks in `TASKS`: classify texts or pairs of texts, or predict a similarity score."""
 
     settings = GlueSettings
@@ -115,12 +112,6 @@ class GlueTask(Task):
             if self.spec.generate is None:
                 yield f"task.{key}={given}: task={self.name} does not generate its rows; use task.max_train_rows"
 
-    def head(self) -> dict[str, Any]:
-        if self.spec.is_regression:
-            return {"num_labels": 1, "problem_type": "regression"}
-        names = dict(enumerate(self.spec.label_names))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-
     def load(self) -> Rows:
         sizes = self._sizes("train_rows", "validation_rows")
         return load.load_rows(self.spec, self.cfg.path, self.cfg.max_train_rows, **sizes, accounts=self.accounts)
@@ -132,27 +123,6 @@ class GlueTask(Task):
     def _sizes(self, *keys: str) -> dict[str, int]:
         """The settings that say how many rows to generate, if they are given."""
         return {key: value for key in keys if (value := getattr(self.cfg, key)) is not None}
-
-    def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
-        return tokenise(rows, self.spec, processor, self.cfg.max_length)
-
-    def count_encoded(self, account: Account, split: Split) -> None:
-        account.change(
-            f"cut at task.max_length={self.cfg.max_length}", pc.sum(split.encoded.data.column("cut")).as_py() or 0
-        )
-
-    def collate(self, processor: Any, training: bool) -> Collate:
-        return Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
-
-    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy, or mean squared error for regression."""
-        return self._loss(output.logits, batch["labels"])
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.spec.is_regression:
-            logits = full_precision(logits).squeeze(-1)
-            return F.mse_loss(logits, labels.to(logits.dtype))
-        return F.cross_entropy(full_precision(logits), labels)
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         logits, labels = outputs["logits"], outputs["labels"]

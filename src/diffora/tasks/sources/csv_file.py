@@ -1,6 +1,7 @@
 """CSV files (RFC 4180), read strictly: what does not follow the format is refused.
 
-Fields are separated by commas. A field that needs it stands in double quotes, and quotes inside it are doubled.
+Fields are separated by commas, or by tabs in a .tsv file. A field that needs it stands in double quotes, and quotes
+inside it are doubled.
 
 A forgotten quote turns many rows into one field. Most such fields do not end as the format requires, so the reader
 stops there. A field that ends correctly is refused if one of its lines looks like a row of its own; other texts of
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from diffora.tasks.messages import more
 from diffora.tasks.sources.lines import note_blank
 
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _HINT = '; quotes inside a field are written twice, and the field is put in quotes: "say ""hi"""'
 
 IsRecord = Callable[[dict[str, str]], bool | None]
@@ -46,6 +47,7 @@ class _Csv:
 
     Attributes:
         lines: of the file.
+        separator: what stands between two fields.
         header: names of the columns; empty until they are read.
         rows: fields of each data row.
         spanning: rows of several lines that have as many fields as the header.
@@ -54,6 +56,7 @@ class _Csv:
     """
 
     lines: list[str]
+    separator: str = ","
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     spanning: list[_Row] = field(default_factory=list)
@@ -64,14 +67,14 @@ class _Csv:
         """Row and line for a message; for a row of several lines also the column of the field that goes on."""
         if not self.header:
             return f"line {row.begin + 1}, the header"
-        fields = next(csv.reader([self.lines[row.begin]]), [])
+        fields = next(csv.reader([self.lines[row.begin]], delimiter=self.separator), [])
         named = row.n_lines > 1 and 0 < len(fields) <= len(self.header)
         column = f", column '{self.header[len(fields) - 1]}'" if named else ""
         return f"row {row.number} (data rows, counted from 1; line {row.begin + 1}){column}"
 
 
 def read_csv(
-    text: str, wanted: Sequence[str], is_record: IsRecord, notes: list[str]
+    text: str, wanted: Sequence[str], is_record: IsRecord, notes: list[str], separator: str = ","
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a CSV file.
 
@@ -80,6 +83,7 @@ def read_csv(
         wanted: columns that must be there; they reveal files with another separator.
         is_record: tells a line that is a row from a line that is part of a text.
         notes: grows by remarks about blank lines and texts of several lines.
+        separator: what stands between two fields, a key of `SEPARATORS`.
 
     Raises:
         ValueError: what is wrong, with row (the first data row is 1) and line.
@@ -87,9 +91,9 @@ def read_csv(
     lines = list(io.StringIO(text, newline=""))  # splits at \n, \r\n and \r, as the csv reader does
     if not lines:
         raise ValueError("the file is empty, not even a header line")
-    _check_separator(lines[0], wanted)
+    _check_separator(lines[0], wanted, separator)
     csv.field_size_limit(max(csv.field_size_limit(), min(len(text), sys.maxsize)))
-    found = _parse(lines)
+    found = _parse(lines, separator)
     if not found.header:
         raise ValueError("the file is empty, not even a header line")
     if found.ragged:
@@ -105,24 +109,24 @@ def read_csv(
     return found.header, found.rows
 
 
-def _check_separator(line: str, wanted: Sequence[str]) -> None:
-    if all(name in line.split(",") for name in wanted):
+def _check_separator(line: str, wanted: Sequence[str], separator: str) -> None:
+    if all(name in line.split(separator) for name in wanted):
         return
-    for separator, name in SEPARATORS.items():
-        names = [field.strip().strip('"') for field in line.split(separator)]
-        if len(names) > 1 and all(column in names for column in wanted):
-            raise ValueError(f"its fields are separated by {name}; separate them by commas")
+    for other, name in SEPARATORS.items():
+        names = [field.strip().strip('"') for field in line.split(other)]
+        if other != separator and len(names) > 1 and all(column in names for column in wanted):
+            raise ValueError(f"its fields are separated by {name}; separate them by {SEPARATORS[separator]}")
 
 
-def _parse(lines: list[str]) -> _Csv:
+def _parse(lines: list[str], separator: str) -> _Csv:
     """Read all rows.
 
     Raises:
         ValueError: a quote is not closed, or something follows a closing quote.
     """
-    found = _Csv(lines)
+    found = _Csv(lines, separator)
     begin = 0
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=separator)
     try:
         for fields in reader:
             end = reader.line_num
@@ -146,7 +150,8 @@ def _parse(lines: list[str]) -> _Csv:
                 f"a quote opens a field here that is never closed, over {last - begin:,} lines to the end of the file"
             )
         else:
-            what = "after a field's closing quote there is neither a comma nor the end of the line"
+            between = {",": "a comma", "\t": "a tab"}[separator]
+            what = f"after a field's closing quote there is neither {between} nor the end of the line"
             if last - begin > 1:
                 what = f"a quote opens a field here that goes on to line {last}; there, {what}"
         raise ValueError(f"{where}: {what}{_HINT}") from None
@@ -167,7 +172,7 @@ def _ragged(found: _Csv) -> str:
 def _refuse_swallowed_rows(found: _Csv, is_record: IsRecord) -> None:
     """Raise a ValueError if a field of several lines seems to hold rows, because a quote was forgotten."""
     for row in found.spanning:
-        if (line := _swallowed(found.lines[row.begin : row.end], found.header, is_record)) is not None:
+        if (line := _swallowed(found.lines[row.begin : row.end], found, is_record)) is not None:
             raise ValueError(
                 f"{found.place(row)}: a quote opens a field here that goes on to line {row.end}, but line "
                 f"{row.begin + 1 + line} by itself looks like a row{_HINT}. If all of that is one text, give the "
@@ -175,21 +180,22 @@ def _refuse_swallowed_rows(found: _Csv, is_record: IsRecord) -> None:
             )
 
 
-def _swallowed(lines: Sequence[str], header: Sequence[str], is_record: IsRecord) -> int | None:
+def _swallowed(lines: Sequence[str], file: _Csv, is_record: IsRecord) -> int | None:
     """The first line inside a row that looks like a separate row; None if there is none.
 
     If the quote opens any field but the last, the last line holds the fields that follow, so it is not examined. If the
     quote opens the last field, the first line always looks like a row, so it is not examined. If only the number of
     fields can tell, at least three lines must be examined and all of them must look like rows.
     """
-    *before, rest = next(csv.reader([lines[0]]))  # the fields before the quote are read as usual
+    header, separator = file.header, file.separator
+    *before, rest = next(csv.reader([lines[0]], delimiter=separator))  # the fields before the quote are read as usual
     in_last = len(before) == len(header) - 1
     found = []
     for i, line in list(enumerate(lines))[1:] if in_last else list(enumerate(lines))[:-1]:
         if i == 0:
-            fields = [*before, *rest.rstrip("\r\n").split(",")]
+            fields = [*before, *rest.rstrip("\r\n").split(separator)]
         else:
-            fields = line.rstrip("\r\n").removesuffix('"').split(",")
+            fields = line.rstrip("\r\n").removesuffix('"').split(separator)
         if len(fields) == len(header) > 1:
             looks = is_record(dict(zip(header, fields, strict=True)))
             if looks:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from diffora.errors import UserError
 
+LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNORECASE)
+"""Names that other projects give to a file of validation rows."""
+
 
 def check_folder(folder: Path, content: str) -> None:
     """Raise a UserError if ``task.path`` is not a folder.
@@ -16,6 +19,25 @@ def check_folder(folder: Path, content: str) -> None:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UserError(f"task.path={folder} {what}; give the folder that holds {content}.")
+
+
+def has_validation(folder: Path, formats: Sequence[str]) -> bool:
+    """Whether a folder has files of the split "validation".
+
+    Args:
+        formats: accepted file extensions, without the dot, for the message.
+
+    Raises:
+        UserError: a file has another usual name for validation rows, so it would not be read.
+    """
+    there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
+    if not there and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
+        raise UserError(
+            f"{folder}: {', '.join(others)} is not read under this name; call it "
+            f"{' or '.join(f'validation.{kind}' for kind in formats)}, or move it elsewhere to take validation rows "
+            "from the training rows"
+        )
+    return there
 
 
 def split_files(

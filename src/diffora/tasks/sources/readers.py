@@ -56,7 +56,13 @@ def local_pieces(spec: TaskSpec, folder: Path, splits: Sequence[str]) -> Pieces:
     return pieces
 
 
-def _read_parquet(file: Path, spec: TaskSpec, notes: list[str]) -> pa.Table:
+def read_parquet(file: Path) -> pa.Table:
+    """All rows of a .parquet file.
+
+    Raises:
+        ValueError: the file is damaged; the message names rows and column if it can.
+        ArrowException, OSError: it is no parquet file, or cannot be opened.
+    """
     with pa.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
         try:
             return parquet.read()
@@ -177,7 +183,7 @@ def _first_json_fault(lines: list[bytes], spec: TaskSpec) -> str | None:
 
 
 _READERS: dict[str, Callable[[Path, TaskSpec, list[str]], pa.Table]] = {
-    ".parquet": _read_parquet,
+    ".parquet": lambda file, spec, notes: read_parquet(file),
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
 }

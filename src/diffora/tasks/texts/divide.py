@@ -1,0 +1,65 @@
+"""Taking validation rows from the training rows, if the data have no validation file."""
+
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def row_texts(table: pa.Table) -> pa.ChunkedArray:
+    """One text for each row, made of all its texts; rows with equal texts have equal ones."""
+    texts = [table.column(name).cast(pa.large_string()) for name in table.column_names if name != "label"]
+    return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
+
+
+def count_repeated(table: pa.Table) -> int:
+    """How many rows have the texts of an earlier row."""
+    different: int = len(pc.unique(row_texts(table)))
+    return int(table.num_rows) - different
+
+
+def count_contradictions(table: pa.Table) -> int:
+    """How many texts have rows with different labels."""
+    pairs = pa.table({"text": row_texts(table), "label": table.column("label")})
+    labels = pairs.group_by("text").aggregate([("label", "count_distinct")])
+    found: int = pc.sum(pc.greater(labels.column("label_count_distinct"), 1)).as_py()
+    return found
+
+
+def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: bool) -> np.ndarray:
+    """Which rows are for validation: a boolean array with one entry for each row.
+
+    Rows with equal texts stay together. Each class gives about ``fraction`` of its rows, and at least one if it has two
+    different texts, so no class is in validation only.
+
+    Args:
+        table: text columns and ``label``.
+        seed: another seed draws other rows.
+        by_class: whether to draw from each class by itself; otherwise labels do not matter.
+    """
+    same_text: dict[str, list[int]] = defaultdict(list)
+    for row, text in enumerate(row_texts(table).to_pylist()):
+        same_text[text].append(row)
+    labels = table.column("label").to_pylist()
+    strata: dict[int, list[list[int]]] = defaultdict(list)
+    for rows in same_text.values():
+        strata[labels[rows[0]] if by_class else 0].append(rows)
+    chosen = np.zeros(table.num_rows, dtype=bool)
+    generator = np.random.default_rng(seed)
+    for _, groups in sorted(strata.items()):
+        wanted, taken = max(1, round(fraction * sum(map(len, groups)))), 0
+        drawn = [groups[i] for i in generator.permutation(len(groups))]
+        for rows in drawn[:-1]:  # one text stays for training
+            if taken + len(rows) <= wanted:
+                chosen[rows] = True
+                taken += len(rows)
+        if taken == 0 and len(groups) > 1:
+            chosen[min(drawn, key=len)] = True
+    if by_class:  # one text may have several labels, so a class can be left without training rows
+        values = np.array(labels)
+        for label in set(values[chosen].tolist()) - set(values[~chosen].tolist()):
+            for rows in same_text.values():
+                if label in values[rows]:
+                    chosen[rows] = False
+    return chosen

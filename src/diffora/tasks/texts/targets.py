@@ -1,0 +1,73 @@
+"""From labels as text to what the model learns: class numbers, or numbers for regression."""
+
+import re
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from diffora.tasks.labels import known_classes
+from diffora.tasks.messages import some
+from diffora.tasks.sources.check_values import report
+from diffora.tasks.sources.readers import NUMBER
+from diffora.tasks.texts.read import Part
+
+WHOLE = r"[-+]?\d+"
+
+
+def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
+    """The different labels of a split, sorted: by number if all of them are whole numbers, else by name.
+
+    Args:
+        column: name of the label column, for messages.
+        problems: grows by a message if these cannot be classes.
+    """
+    classes: list[str] = pc.unique(part.table.column("label")).to_pylist()
+    numbers = all(re.fullmatch(WHOLE, name) for name in classes)
+    classes.sort(key=lambda name: (int(name), name) if numbers else name)
+    where = f"{part.where}: column '{column}'"
+    if len(classes) == 1:
+        problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
+    elif not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
+        problems.append(f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them.")
+    elif len(classes) > max(10, part.table.num_rows / 2):
+        rows = part.table.num_rows
+        part.account.notes.append(
+            f"column '{column}' has {len(classes):,} different labels in {rows:,} rows: are they classes?"
+        )
+    return classes
+
+
+def class_numbers(part: Part, classes: list[str], whose: str, column: str, problems: list[str]) -> pa.Table:
+    """The table of a split with class numbers (int64) as labels. A label that is no class is a problem.
+
+    Args:
+        whose: who has these classes, for messages.
+        column: name of the label column, for messages.
+    """
+    labels = part.table.column("label")
+    known = pc.is_in(labels, pa.array(classes, pa.string()))
+    strange = labels.filter(pc.invert(known))
+    near = known_classes(strange[0].as_py(), classes) if len(strange) else None
+    hint = f"; perhaps {near} is meant" if near else ""
+    report(problems, part.where, column, labels, pc.invert(known), f"is not a class of {whose}: {some(classes)}{hint}")
+    numbers = pc.index_in(labels, pa.array(classes, pa.string())).cast(pa.int64())
+    return part.table.set_column(part.table.column_names.index("label"), "label", numbers)
+
+
+def scores(part: Part, column: str, problems: list[str]) -> pa.Table:
+    """The table of a split with numbers (float32) as labels. A label that is no finite number is a problem."""
+    labels = part.table.column("label")
+    wrong = pc.invert(pc.match_substring_regex(labels, f"^{NUMBER}$"))
+    hint = "is not a number such as 3 or -0.5 (with a decimal point); task.kind=classification takes other labels"
+    if report(problems, part.where, column, labels, wrong, hint):
+        return part.table
+    numbers = labels.cast(pa.float64()).cast(pa.float32())
+    if report(problems, part.where, column, labels, pc.invert(pc.is_finite(numbers)), "is too large a number"):
+        return part.table
+    mean, spread = pc.mean(numbers).as_py(), pc.stddev(numbers).as_py()
+    if spread > 10 or abs(mean) > 10:
+        part.account.notes.append(
+            f"the numbers in column '{column}' have mean {mean:.4g} and standard deviation {spread:.4g}; training is "
+            "easier if you rescale them to about mean 0 and standard deviation 1"
+        )
+    return part.table.set_column(part.table.column_names.index("label"), "label", numbers)
