@@ -18,9 +18,9 @@ from diffora.core.attach import attach as core_attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.errors import UserError
-from diffora.library.search import Bilevel, SearchSettings
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
+from diffora.standalone.search import Bilevel, SearchSettings
 
 
 class Net(nn.Module):
@@ -367,7 +367,7 @@ def test_one_loader_is_divided_into_disjoint_halves(caplog):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_terminal_shows_progress_and_what_was_divided_unless_told_not_to(progress, capsys, monkeypatch):
-    monkeypatch.setattr("diffora.library.search._is_watched", lambda: True)
+    monkeypatch.setattr("diffora.standalone.search._is_watched", lambda: True)
     diffora.search(Net(), pairs(8), loss=entropy_loss, rounds=2, progress=progress)
     shown = capsys.readouterr().err
     wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2")

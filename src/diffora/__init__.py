@@ -22,11 +22,11 @@ __version__ = "0.1.0"
 _PLACES = {
     "Selection": "diffora.core.selection",
     "UserError": "diffora.errors",
-    "attach": "diffora.library.attach",
+    "attach": "diffora.standalone.attach",
     "find_grid": "diffora.core.grid",
     "load_adapter": "diffora.api",
-    "search": "diffora.library.search",
-    "select": "diffora.library.select",
+    "search": "diffora.standalone.search",
+    "select": "diffora.standalone.select",
 }
 """The module of each name in ``__all__``. Only `load_adapter` needs Lightning."""
 

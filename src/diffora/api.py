@@ -10,10 +10,10 @@ from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.library.attach import attach
-from diffora.library.search import search
-from diffora.library.select import select
 from diffora.methods.base import Method
+from diffora.standalone.attach import attach
+from diffora.standalone.search import search
+from diffora.standalone.select import select
 from diffora.trust import class_at
 
 __all__ = ["Selection", "attach", "find_grid", "load_adapter", "search", "select"]

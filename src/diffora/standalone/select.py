@@ -13,11 +13,11 @@ from diffora.core.grid import Grid
 from diffora.core.linear import weight_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.library.batches import Loss, checked, model_loss, moved, some
-from diffora.library.choice import choice_problems, selection_of
-from diffora.library.model import device_of, grid_of, left_as_found
 from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
+from diffora.standalone.batches import Loss, checked, model_loss, moved, some
+from diffora.standalone.choice import choice_problems, selection_of
+from diffora.standalone.model import device_of, grid_of, left_as_found
 
 
 def select(
@@ -42,7 +42,7 @@ def select(
             ``(model, grid, batches, loss) -> scores``, where ``loss(batch)`` is a scalar (`diffora.scoring.function`).
         loader: batches of training data; not needed for ``random``.
         loss: ``loss(model, batch)``, a scalar; None: ``model(**batch).loss``.
-        k, scope, layer, candidates: as in `diffora.library.search.search`.
+        k, scope, layer, candidates: as in `diffora.standalone.search.search`.
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, and of the order of a shuffled loader.
 

@@ -22,9 +22,9 @@ from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.selection import Selection
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
-from diffora.library.batches import Loss, checked, divided_loader, endless, in_groups, model_loss, moved, some
-from diffora.library.choice import choice_problems, selection_of
-from diffora.library.model import device_of, grid_of, head_of, left_as_found
+from diffora.standalone.batches import Loss, checked, divided_loader, endless, in_groups, model_loss, moved, some
+from diffora.standalone.choice import choice_problems, selection_of
+from diffora.standalone.model import device_of, grid_of, head_of, left_as_found
 
 log = logging.getLogger(__name__)
 

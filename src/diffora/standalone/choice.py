@@ -40,7 +40,7 @@ def selection_of(
     return Selection.from_mask(
         grid,
         mask,
-        method="library",
+        method="standalone",
         selector=selector,
         rho=k / grid.n_types,
         seed=seed,
