@@ -12,8 +12,10 @@ import pytest
 import torch
 from scipy import stats
 from sklearn import metrics as sk
+from transformers import AutoTokenizer
 
 from diffora.errors import UserError
+from diffora.hub import EMBEDDED
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
@@ -340,3 +342,17 @@ def test_a_dry_run_counts_the_head_of_all_classes(cfg, tmp_path):
     three = run(cfg(*overrides), tmp_path / "a").record["params"]["head"]
     write(tmp_path / "t.csv", [row | {"label": f"{row['label']}{i % 2}"} for i, row in enumerate(tickets())])
     assert run(cfg(*overrides), tmp_path / "b").record["params"]["head"] > three
+
+
+@pytest.mark.parametrize(("text", "noted"), [("the poet was tired", False), ("reembolso factura", True)])
+def test_many_unknown_tokens_are_noted(task, tmp_path, text, noted):
+    rows = [{"text": " ".join([text] * (i + 1)), "label": "ab"[i % 2]} for i in range(20)]
+    own = task(write(tmp_path / "rows.csv", rows), "task.max_length=32")
+    loaded, tokenizer = own.load(), AutoTokenizer.from_pretrained(EMBEDDED)
+    split = Split(loaded.train, own.encode(loaded.train, tokenizer, training=True))
+    ids = [number for row in split.encoded["input_ids"] for number in row]
+    share = ids.count(tokenizer.unk_token_id) / len(ids)
+    notes = [note for note in own.account("train", split).record()["notes"] if "unknown" in note]
+    assert (share > 0.1) == noted
+    words = f"{share:.0%} of the tokens are unknown to the model's tokenizer: use a model for this language"
+    assert notes == [words] * noted

@@ -14,6 +14,9 @@ from diffora.tasks.base import Collate, Split, Task, full_precision
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.tokenise import Collator, tokenise
 
+MANY_UNKNOWN = 0.1
+"""From this share of unknown tokens on, a line says so: the model cannot tell such texts apart."""
+
 
 class SentenceTask(Task):
     """Classify one text or a pair of texts, or predict a number for them. The settings have ``max_length``.
@@ -23,6 +26,8 @@ class SentenceTask(Task):
     """
 
     spec: TaskSpec
+    unknown_id: int | None = None
+    """The id of the tokenizer's unknown token, after `encode`; None if it has none of its own."""
 
     def head(self) -> dict[str, Any]:
         if self.spec.is_regression:
@@ -31,9 +36,18 @@ class SentenceTask(Task):
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
+        if processor.unk_token_id not in (processor.eos_token_id, processor.pad_token_id):
+            self.unknown_id = processor.unk_token_id
         return tokenise(rows, self.spec, processor, self.cfg.max_length)
 
     def count_encoded(self, account: Account, split: Split) -> None:
+        if self.unknown_id is not None:
+            tokens = pc.list_flatten(split.encoded.data.column("input_ids"))
+            share = (pc.sum(pc.equal(tokens, self.unknown_id)).as_py() or 0) / max(1, len(tokens))
+            if share > MANY_UNKNOWN:
+                account.notes.append(
+                    f"{share:.0%} of the tokens are unknown to the model's tokenizer: use a model for this language"
+                )
         account.change(
             f"cut at task.max_length={self.cfg.max_length}", pc.sum(split.encoded.data.column("cut")).as_py() or 0
         )
