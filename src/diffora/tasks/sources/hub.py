@@ -10,7 +10,7 @@ from diffora.tasks.messages import first_line
 
 
 def hub_splits(
-    task: str, dataset: str, config: str | None, splits: Sequence[str], files: str
+    task: str, dataset: str, config: str | None, splits: Sequence[str] | None, files: str
 ) -> dict[str, datasets.Dataset]:
     """Load splits of a hub dataset, from the hub or from the local cache of an earlier run.
 
@@ -18,7 +18,7 @@ def hub_splits(
         task: the task's name, for the message.
         dataset: the dataset on the hub.
         config: its configuration; None for its only one.
-        splits: names of the splits.
+        splits: names of the splits; None for all.
         files: what the user can give as ``task.path`` instead, for the message.
 
     Raises:
@@ -41,6 +41,7 @@ def hub_splits(
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
+    splits = list(found) if splits is None else splits
     if missing := [name for name in splits if name not in found]:
         where = f"{dataset}/{config}" if config else dataset
         raise UserError(f"{where} has no split {missing[0]!r}; it has {', '.join(found)}.")
