@@ -1,6 +1,6 @@
 """The L x N grid of candidate modules ([D] section 4.1): L layers with N linear modules each.
 
-Usually all layers are alike. Layers of several kinds, such as those of an encoder and a decoder, are blocks of one grid.
+Usually all layers are alike. Layers of several kinds, such as those of encoder and decoder, are blocks of one grid.
 Every block has columns of its own, so its layers have no module in the columns of other blocks. [D] relaxes and selects
 in each layer by itself, so its equations hold with N the number of modules of that layer.
 """
@@ -23,9 +23,9 @@ from diffora.core.stacks import (
     all_candidates,
     linear_below,
     main_stacks,
-    short_patterns,
     other_matrices,
     other_stacks,
+    short_patterns,
 )
 from diffora.errors import UserError
 
@@ -285,7 +285,9 @@ def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
     if problems or not candidates:
         raise UserError([*problems, _hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
-    return Grid(tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles=({},), prefix=prefix)
+    return Grid(
+        tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles=({},), prefix=prefix
+    )
 
 
 def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, prefix: str) -> Stack:

@@ -1,15 +1,18 @@
 """Pictures of a DAM: the heatmap ([D] Figure 2) and the gates over the rounds of the search."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffora.core.dam import neutral_gate
 from diffora.core.parts import short_names
 from diffora.core.selection import Selection
 from diffora.files import atomic
 
-Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
+Trajectory = Sequence[tuple[float, Sequence[Sequence[float | None]]]]
+"""(round, relaxed DAM); None where a layer has no such module."""
 
 
 def dam_heatmap(selection: Selection, title: str = "") -> bytes:
@@ -23,19 +26,24 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     from matplotlib.patches import Rectangle
 
     layers, types = len(selection.modules), short_names(selection.types)
+    sizes = [sum(name is not None for name in row) for row in selection.modules]
     figure = Figure(figsize=(2.4 + 0.62 * layers, 1.5 + 0.42 * len(types)), layout="constrained")
     axes = figure.subplots()
-    neutral = neutral_gate(selection.relaxation or "softmax", len(types))
+    neutral = [neutral_gate(selection.relaxation or "softmax", size) for size in sizes]
     known = selection.gamma_bar or _shares(selection)
-    values = known or [[neutral] * len(types)] * layers
-    grid = [list(column) for column in zip(*values, strict=True)]
-    spread = max(max(abs(v - neutral) for row in grid for v in row), 1e-9)
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=neutral - spread, vmax=neutral + spread, aspect="auto")
+    values = known or [[n if name else None for name in row] for n, row in zip(neutral, selection.modules, strict=True)]
+    beyond = [[None if v is None else v - n for v in row] for row, n in zip(values, neutral, strict=True)]
+    spread = max(max(abs(v) for row in beyond for v in row if v is not None), 1e-9)
+    # One scale of values if all layers have the same gate at Γ = 0, otherwise one of differences from it.
+    middle = neutral[0] if len(set(sizes)) == 1 else 0.0
+    grid = [[math.nan if v is None else middle + v for v in column] for column in zip(*beyond, strict=True)]
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=middle - spread, vmax=middle + spread, aspect="auto")
     for i, row in enumerate(selection.mask().tolist()):
         for j, flag in enumerate(row):
-            if known:
-                dark = abs(values[i][j] - neutral) > 0.65 * spread
-                axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
+            value, difference = values[i][j], beyond[i][j]
+            if known and value is not None and difference is not None:
+                dark = abs(difference) > 0.65 * spread
+                axes.text(i, j, f"{value:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
     axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
@@ -45,24 +53,28 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
     axes.spines[:].set_visible(False)
     if known:
         label = r"$\bar\gamma$" if selection.gamma_bar else selection.selector.replace("$", r"\$") + ", normalised"
+        label += "" if len(set(sizes)) == 1 else ", beyond its layer's mean"
         bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
         bar.outline.set_visible(False)
     if not title:
         own = sum(map(len, selection.selected))
-        size = f"{own} of {layers * len(types)}" if selection.k is None else f"K = {selection.k}"
+        size = f"{own} of {sum(sizes)}" if selection.k is None else f"K = {selection.k}"
         title = f"{selection.method}, selector {selection.selector}, {size}\nframed modules get a LoRA of their own"
     axes.set_title(title, size=10, parse_math=False)
     return _png(figure)
 
 
-def _shares(selection: Selection) -> list[list[float]] | None:
+def _shares(selection: Selection) -> list[list[float | None]] | None:
     """The scores on the scale of a softmax, as `dam_heatmap` shows them; the sums take absolute values."""
     if selection.scores is None:
         return None
-    totals = [sum(map(abs, row)) for row in selection.scores]
-    if selection.k is None:
+    totals = [sum(abs(v) for v in row if v is not None) for row in selection.scores]
+    if selection.k is None and all(None not in row for row in selection.modules):
         totals = [sum(totals) / len(totals)] * len(totals)
-    return [[v / (total or 1.0) for v in row] for row, total in zip(selection.scores, totals, strict=True)]
+    return [
+        [None if v is None else v / (total or 1.0) for v in row]
+        for row, total in zip(selection.scores, totals, strict=True)
+    ]
 
 
 def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation: str = "softmax") -> bytes:
@@ -79,19 +91,22 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     rows = -(-layers // columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 1.9 * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    lines: dict[int, Any] = {}
     for i, axes in enumerate(panels.flat):
         if i >= layers:
             axes.set_visible(False)
             continue
-        lines = [
-            axes.plot(rounds, [gamma_bar[i][j] for _, gamma_bar in trajectory], lw=1.4, color=f"C{j}")[0]
-            for j in range(len(types))
-        ]
-        axes.axhline(neutral_gate(relaxation, len(types)), color="0.75", lw=0.8, zorder=0)
+        there = [j for j in range(len(types)) if trajectory[0][1][i][j] is not None]
+        for j in there:
+            values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
+            lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
+        axes.axhline(neutral_gate(relaxation, len(there)), color="0.75", lw=0.8, zorder=0)
         axes.set_title(f"layer {i + 1}", size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(lines, short_names(types), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(
+        [lines[j] for j in range(len(types))], short_names(types), loc="outside right upper", frameon=False, fontsize=8
+    )
     figure.supxlabel("round of the search", size=9)
     figure.supylabel(r"$\bar\gamma$", size=10)
     return _png(figure)

@@ -260,4 +260,5 @@ To generate, write the conversation as in training:
 
 
 def exponential(loss: float) -> float:
+    """The perplexity of a mean loss; infinite where it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

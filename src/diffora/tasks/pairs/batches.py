@@ -37,7 +37,7 @@ class PairCollator:
         batch["generated"] = torch.tensor(rows["generated"], dtype=torch.bool)
         return batch | {"row": torch.tensor(rows["row"], dtype=torch.long)}
 
-    def _padded(self, lists: Sequence[Sequence[int]], value: int) -> Tensor:
+    def _padded(self, lists: Sequence[Any], value: int) -> Tensor:
         longest = max(1, *map(len, lists))
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         filled = np.full((len(lists), width), value, dtype=np.int64)

@@ -21,7 +21,7 @@ class Words:
 def generation_scores(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """Means over all pairs, each in [0, 1]; NaN without pairs.
 
-    - ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F measures as in Lin (2004), by Google's ``rouge_score``, without
+    - ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F measures of Lin (2004), by Google's ``rouge_score``, without
       stemming. ``rougeLsum`` takes each line as a sentence; for texts of one line it equals ``rougeL``. An empty
       prediction scores 0.
     - ``exact_match``: whether the texts are equal, apart from white space at both ends and its amount in between. Case
