@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffora.core.counts import Shapes, adapter_parameters, largest_prefix, largest_rank, n_modules, sizes_of
-from diffora.core.dam import discretise, discretise_globally, modules_per_layer
+from diffora.core.dam import comparable, discretise, discretise_globally, modules_per_layer
 
 DRAWS = 20_000
 """How many draws `draw_of_same_size` tries before it swaps modules of one shape only."""
@@ -50,7 +50,8 @@ def choose(
     ``global``  the best floor(rho N L) of all     as many of the best as fit at ``rank``; rho is not used
     ==========  =================================  =====================================================
 
-    N is the number of modules of a layer, which may differ; N L is then the number of all.
+    N is the number of modules of a layer. If it differs, N L is the number of all modules, and ``global`` compares the
+    gates of a softmax times N (`diffora.core.dam.comparable`).
 
     Args:
         scores: L x N, high is good; for the search the relaxed DAM.
@@ -63,6 +64,7 @@ def choose(
     """
     scores = scores.masked_fill(~_there(shapes).to(scores.device), float("nan"))
     if scope == "global":
+        scores = comparable(scores, sizes_of(shapes))
         size: int | None = modules_per_layer(rho, n_modules(shapes))
         if budget is not None:
             size = largest_prefix(shapes, scores, rank, shared_rank, budget)

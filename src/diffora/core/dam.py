@@ -71,6 +71,23 @@ def neutral_gate(relaxation: str, n_types: int) -> float:
     return float(relax(torch.zeros(n_types, dtype=torch.float64), relaxation)[0])
 
 
+def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Gates of a relaxed DAM on one scale for layers with different numbers of modules; not in [D].
+
+    With ``softmax``, the mean gate of a layer is 1/N: a module of a small layer would be above one of a large layer for
+    no other reason. So each gate is multiplied by its layer's N. Rows that do not sum to 1 (``sigmoid``, or scores of
+    other selectors) are on one scale already, and stay as they are. So does every matrix with equal N.
+
+    Args:
+        gamma_bar: L x N; 0 or NaN where a layer has no such module.
+        sizes: the number of modules of each layer.
+    """
+    sums = gamma_bar.nan_to_num(0.0).sum(-1)
+    if len(set(sizes)) == 1 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        return gamma_bar
+    return gamma_bar * torch.tensor(sizes, device=gamma_bar.device).unsqueeze(-1)
+
+
 def entropy(gamma_bar: Tensor) -> Tensor:
     """Entropy of each row of a relaxed DAM in nats, shape (L,).
 

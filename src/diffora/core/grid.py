@@ -5,10 +5,9 @@ Every block has columns of its own, so its layers have no module in the columns 
 in each layer by itself, so its equations hold with N the number of modules of that layer.
 """
 
-import difflib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +20,7 @@ from diffora.core.stacks import (
     MOST,
     Stack,
     all_candidates,
+    hint,
     linear_below,
     main_stacks,
     other_matrices,
@@ -283,7 +283,7 @@ def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
     linear = {name for name, module in modules.items() if is_linear(module)}
     problems = [f"{name} is not a linear layer of this model" for name in candidates if name not in linear]
     if problems or not candidates:
-        raise UserError([*problems, _hint(model, ".", candidates)])
+        raise UserError([*problems, hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
     return Grid(
         tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles=({},), prefix=prefix
@@ -312,7 +312,7 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
         found[index] = name, linear
     if not found:
         problems = [f"no linear layer matches {layer}.{path}" for path in candidates or ["…"]]
-        raise UserError([*problems, _hint(model, layer, candidates or ())])
+        raise UserError([*problems, hint(model, layer, candidates or ())])
     places, inside = zip(*(found[index] for index in sorted(found)), strict=True)
     return Stack(layer, list(places), list(inside))
 
@@ -331,7 +331,7 @@ def _check(
         strange = [each.place for each in layers if path not in each.linear]
         problems += [f"{prefix}roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
     if problems:
-        raise UserError([*problems, _hint(model, pattern, candidates)])
+        raise UserError([*problems, hint(model, pattern, candidates)])
     if problems := list(_shared(layers, candidates, prefix)):
         raise UserError(problems)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -383,19 +383,3 @@ def _has(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
-    near = _near_misses((name for name, module in model.named_modules() if is_linear(module)), layer, candidates)
-    return f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
-
-
-def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str], most: int = 8) -> list[str]:
-    """Linear layers of the model, numbers replaced by ``*``, those most similar to what was asked for first."""
-    there = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
-    wanted = [f"{layer}.{candidate}" for candidate in candidates] or [layer]
-
-    def distance(name: str) -> float:
-        return -max(difflib.SequenceMatcher(None, name, want).ratio() for want in wanted)
-
-    return sorted(there, key=distance)[:most]

@@ -4,8 +4,9 @@ Messages name the arguments ``layer`` and ``candidates`` of `diffora.core.grid.f
 they are settings of a configuration.
 """
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,3 +235,20 @@ def _layer_choice(stack: Stack, among: Sequence[Stack], prefix: str) -> str:
     """The choice of a stack, in words."""
     size = f"{len(stack.layers)} layers with {len(stack.common)} linear modules"
     return f"'{prefix}layer={_unique_end(stack, among)}' ({size})"
+
+
+def hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
+    """For a message: the linear layers of a model whose names are most similar to those that were asked for."""
+    near = _near_misses((name for name, module in model.named_modules() if is_linear(module)), layer, candidates)
+    return f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
+
+
+def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str], most: int = 8) -> list[str]:
+    """Linear layers of the model, numbers replaced by ``*``, those most similar to what was asked for first."""
+    there = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
+    wanted = [f"{layer}.{candidate}" for candidate in candidates] or [layer]
+
+    def distance(name: str) -> float:
+        return -max(difflib.SequenceMatcher(None, name, want).ratio() for want in wanted)
+
+    return sorted(there, key=distance)[:most]

@@ -178,31 +178,37 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     if len({(found.mask.shape, *found.types) for found in files.values()}) != 1:
         return None
     types = next(iter(files.values())).types
-    labels, uniform = short_names(types), 1 / len(types)
+    there = next(iter(files.values())).there
+    labels, uniform = short_names(types), 1 / there.sum(-1, keepdims=True)
     stacked = np.array([found.mask for found in files.values()])
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
-    scale = max((float(np.abs(values - uniform).max()) for values in relaxed), default=None)
+    scale = max((float(np.nanmax(np.abs(values - uniform))) for values in relaxed), default=None)
     seeds = []
     for seed, found in list(files.items())[: 0 if single else SEEDS]:
         if found.gamma_bar is None:
-            picture = charts.heatmap(found.mask.astype(float).tolist(), [], found.mask.tolist(), cell=15)
+            shown = np.where(there, found.mask, np.nan)
+            picture = charts.heatmap(shown.tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
-            picture = charts.heatmap(values, [], found.mask.tolist(), uniform, scale or 1.0, cell=15)
+            centres = uniform[:, 0].tolist()
+            picture = charts.heatmap(values, [], found.mask.tolist(), centres, scale or 1.0, cell=15)
         seeds.append((seed, picture))
-    by_layer = cell.first.record.selection.get("k") is not None
+    counts = stacked.sum(-1)
+    by_layer = cell.first.record.selection.get("k") is not None or (
+        not there.all() and bool((counts == counts[0]).all())
+    )
     return Dams(
         row,
         column,
-        charts.heatmap(stacked.mean(0).tolist(), labels),
+        charts.heatmap(np.where(there, stacked.mean(0), np.nan).tolist(), labels),
         seeds,
         trajectory_charts(cell, labels),
         list(enumerate(labels)),
-        None if single else stability(np.array(list(of.values())), by_layer),
+        None if single else stability(np.array(list(of.values())), by_layer, there),
         single,
         None if single else scale,
     )
@@ -216,13 +222,15 @@ class _Selected:
         seed: of the search or the draw that made it.
         mask: boolean, L x N.
         types: the N module types.
-        gamma_bar: the relaxed DAM, L x N; None if there is none.
+        gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
+        there: boolean, L x N, which layer has a module of which type.
     """
 
     seed: int
     mask: np.ndarray
     types: list[str]
     gamma_bar: np.ndarray | None
+    there: np.ndarray
 
 
 def _selection(run: Run, cell: ResultCell) -> _Selected | None:
@@ -239,17 +247,24 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
         relaxed = None if gamma_bar is None else _numbers(gamma_bar)
         if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
+        modules = content.get("modules") or [types] * len(mask)
+        there = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)
+        if there.shape != mask.shape or not there.any(-1).all():
+            return None
+        if relaxed is not None and (np.isnan(relaxed) != ~there).any():
+            return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
-        return _Selected(of, mask, types, relaxed)
+        return _Selected(of, mask, types, relaxed, there)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
 
 def _numbers(content: Any) -> np.ndarray:
-    """Lists of numbers as an array; a ValueError unless all can be drawn: finite and at most 1e100 in size."""
+    """Lists of numbers as an array, NaN for null; a ValueError unless all can be drawn: at most 1e100 in size."""
     values = np.array(content, dtype=float)
-    if not (np.abs(values) <= 1e100).all():
+    null = np.equal(np.array(content, dtype=object), None).astype(bool)
+    if not ((np.abs(values) <= 1e100) | null).all():
         raise ValueError("not all are finite")
     return values
 
@@ -273,6 +288,8 @@ def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
     for layer in range(mean.shape[1]):
         lines = []
         for j, name in enumerate(types):
+            if np.isnan(mean[:, layer, j]).any():  # this layer has no such module
+                continue
             if len(paths) > 1:
                 lines += [Line(name, j, list(zip(at.tolist(), v[:, layer, j].tolist(), strict=True)), faint=True)
                           for at, v in paths[:SEEDS]]  # fmt: skip

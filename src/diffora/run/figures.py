@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffora.core.dam import neutral_gate
-from diffora.core.parts import short_names
+from diffora.core.parts import block_of, short_names
 from diffora.core.selection import Selection
 from diffora.files import atomic
 
@@ -46,7 +46,7 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
                 axes.text(i, j, f"{value:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
-    axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
+    axes.set_xticks(range(layers), _numbers(selection.modules))
     axes.set_yticks(range(len(types)), types, parse_math=False)  # names may come from a file: no formulas
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
@@ -62,6 +62,16 @@ def dam_heatmap(selection: Selection, title: str = "") -> bytes:
         title = f"{selection.method}, selector {selection.selector}, {size}\nframed modules get a LoRA of their own"
     axes.set_title(title, size=10, parse_math=False)
     return _png(figure)
+
+
+def _numbers(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Numbers of the layers, from 1 in each block; layers of one block have their modules in the same columns.
+
+    Args:
+        rows: L x N, None where a layer has no such module.
+    """
+    blocks = [tuple(entry is None for entry in row) for row in rows]
+    return [str(1 + blocks[:i].count(block)) for i, block in enumerate(blocks)]
 
 
 def _shares(selection: Selection) -> list[list[float | None]] | None:
@@ -89,9 +99,11 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     layers = len(trajectory[0][1])
     columns = min(layers, 4)
     rows = -(-layers // columns)
-    figure = Figure(figsize=(2.6 * columns + 1.2, 1.9 * rows + 0.7), layout="constrained")
+    height = max(1.9 * rows + 0.7, 0.2 * len(types) + 0.4)
+    figure = Figure(figsize=(2.6 * columns + 1.2, height), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     lines: dict[int, Any] = {}
+    numbers = _numbers(trajectory[0][1])
     for i, axes in enumerate(panels.flat):
         if i >= layers:
             axes.set_visible(False)
@@ -101,7 +113,8 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
             values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
             lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
         axes.axhline(neutral_gate(relaxation, len(there)), color="0.75", lw=0.8, zorder=0)
-        axes.set_title(f"layer {i + 1}", size=9)
+        block = block_of(types[there[0]])
+        axes.set_title(f"{block} layer {numbers[i]}".strip(), size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(

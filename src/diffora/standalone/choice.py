@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffora.core.dam import discretise, discretise_globally
+from diffora.core.dam import comparable, discretise, discretise_globally
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 
@@ -37,7 +37,11 @@ def selection_of(
     """
     counts = [modules_of(k, size) for size in grid.sizes]
     values = values.masked_fill(~grid.there, float("nan"))
-    mask = discretise(values, counts) if scope == "layer" else discretise_globally(values, sum(counts))
+    mask = (
+        discretise(values, counts)
+        if scope == "layer"
+        else discretise_globally(comparable(values, grid.sizes), sum(counts))
+    )
     return Selection.from_mask(
         grid,
         mask,
