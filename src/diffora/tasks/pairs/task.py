@@ -135,10 +135,10 @@ the source as in training. To continue training, load with `is_trainable=True`.
             )
 
     def dummy(self, rows: int, model: Any) -> Batch:
-        self._learn(model)
         ids = torch.ones(rows, self.cfg.max_source_length, dtype=torch.long)
         labels = torch.ones(rows, self.cfg.max_target_length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": ids, "labels": labels, "row": torch.arange(rows)}
+        inputs = {"input_ids": ids, "attention_mask": ids, "decoder_input_ids": labels}
+        return inputs | {"labels": labels, "row": torch.arange(rows)}
 
     def _learn(self, model: Any) -> None:
         """Learn from the model how it makes the decoder's inputs of the targets; model families differ in this."""
@@ -147,8 +147,9 @@ the source as in training. To continue training, load with `is_trainable=True`.
     # --- in a step ---
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if "labels" in batch:
+        names = "input_ids", "attention_mask", "decoder_input_ids"  # the last one only in a `dummy`
+        found = {name: batch[name] for name in names if name in batch}
+        if "labels" in batch and "decoder_input_ids" not in batch:
             assert self._shifted is not None
             found["decoder_input_ids"] = self._shifted(batch["labels"])
         return found
@@ -201,7 +202,11 @@ the source as in training. To continue training, load with `is_trainable=True`.
             use_cache=True,
         )
         wanted = {name: batch[name][chosen] for name in ("input_ids", "attention_mask")}
-        found = model.generate(**wanted, generation_config=config)[:, 1 : longest + 1]
+        try:
+            model.generation_config = config  # as an argument of `generate`, it would be filled from the other one
+            found = model.generate(**wanted)[:, 1 : longest + 1]
+        finally:
+            model.generation_config = own
         text[chosen] = F.pad(found, (0, longest - found.shape[1]), value=pad)
         return text
 
