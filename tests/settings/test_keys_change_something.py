@@ -37,6 +37,9 @@ SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
+PAIRS = f"method=lora task=seq2seq model=tiny_t5 {CPU} {SHORT} task.path=pairs/rows.csv task.max_source_length=32"
+PAIRS += " task.max_target_length=16 task.validation_fraction=0.4"
+REWRITE = f"method=lora task=rewrite model=tiny_t5 {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
@@ -99,6 +102,22 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "text/other.csv", "task.kind": "regression",
             "task.text_columns": "[text,more]", "task.label_column": "other", "task.validation_fraction": "0.5",
             "task.split_seed": "1", "task.max_length": "8",
+        }),
+    ],
+    "Seq2SeqTask": [
+        (PAIRS, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "pairs/other.csv", "task.prefix": "'so : '",
+            "task.source_column": "target", "task.target_column": "source", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_source_length": "4", "task.max_target_length": "3",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
+        }),
+        ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {"task.hub_config": "x"}),
+    ],
+    "RewriteTask": [
+        (REWRITE, {
+            "task.name": "x", "task.max_train_rows": "16", "task.prefix": "'so : '", "task.max_source_length": "4",
+            "task.max_target_length": "3", "task.train_rows": "24", "task.validation_rows": "6",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
         }),
     ],
     "SquadTask": [
@@ -221,7 +240,7 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text")}
+    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text", "pairs")}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -242,6 +261,11 @@ def folders(tmp_path):
     rows = [f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]}\n" for i in range(24)]
     (places["text"] / "rows.csv").write_text("text,more,label,other\n" + "".join(rows))
     (places["text"] / "other.csv").write_text("text,more,label,other\n" + "".join(reversed(rows[:16])))
+    people = ("baker", "king", "teacher", "farmer")
+    told = [(f"the {a} thanked the {b}", f"the {b} was thanked by the {a}") for a in people for b in people if a != b]
+    pairs = "".join(f"{active},{passive}\n" for active, passive in told)
+    (places["pairs"] / "rows.csv").write_text("source,target\n" + pairs)
+    (places["pairs"] / "other.csv").write_text("source,target\n" + pairs.replace("thanked", "helped"))
     return places
 
 
@@ -265,7 +289,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
 
     def load_dataset(name, config):
-        if name not in ("yahma/alpaca-cleaned", "x"):
+        if name not in ("yahma/alpaca-cleaned", "owner/pairs", "x"):
             raise OSError("no such data")
         made = {
             split: [{"prompt": f"{name} {config} {split} {i}", "completion": "yes"} for i in range(8)]
