@@ -347,7 +347,7 @@ def test_every_kind_of_search_works_on_both_stacks(more, composed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["lora", "houlsby", "pfeiffer", "bitfit", "random", "share_only", "adalora", "full_ft"]
+    "method", ["lora", "houlsby", "pfeiffer", "random", "share_only", "adalora", "full_ft"]
 )
 def test_methods(method, composed, tmp_path):
     result = run(composed("t5", f"method={method}", "task.generation.rows=0"), tmp_path / "run")
