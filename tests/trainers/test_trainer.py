@@ -1,6 +1,7 @@
 """`DifforaCallback` in transformers' `Trainer`: equal to the formulas, and exact after a checkpoint."""
 
 import copy
+import types
 
 import accelerate
 import pytest
@@ -34,7 +35,7 @@ def batches_of(model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 
 def by_hand(model, batches, seed, weight, parts, steps, lr=1e-2, clip=0.5):
-    """RM-LoRA written out: [R] eq. 10 added to the loss, gradients masked as in [R] Algorithm 1, then clipped; AdamW."""
+    """RM-LoRA written out: [R] eq. 10 in the loss, gradients masked as in [R] Algorithm 1, then clipped; AdamW."""
     adapters = list({id(a): (a, b, transposed) for _, a, b, transposed, _ in pairs(model)}.values())
     ranks = [len(a) for a, _, _ in adapters]
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -251,16 +252,12 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_made(tmp_path, monkeypa
         trainer(plain, tmp_path, [DifforaCallback(1e-3)])
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
     with pytest.raises(UserError, match="2 GPUs in one process"):
-        trainer(attached(), tmp_path, [DifforaCallback(1e-3)])
+        trainer(attached(), tmp_path, [DifforaCallback(1e-3, "half")])
     monkeypatch.undo()
-    state = accelerate.state.AcceleratorState()
-    monkeypatch.setitem(state.__dict__, "distributed_type", accelerate.DistributedType.FSDP)
-    with pytest.raises(UserError, match="FSDP shards"):
-        DifforaCallback(1e-3).on_init_end(run_arguments(tmp_path), None, None, model=attached())
-
-
-def run_arguments(folder):
-    return transformers.TrainingArguments(str(folder), use_cpu=True, report_to=[])
+    sharded = types.SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: sharded)
+    with pytest.raises(UserError, match="which FSDP does not keep"):
+        DifforaCallback(1e-3).on_init_end(None, None, None, model=attached())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

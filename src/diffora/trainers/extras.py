@@ -1,6 +1,7 @@
 """What a callback adds to a training: its settings, their checks, and the gradient of the penalty."""
 
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,5 +80,15 @@ def add_penalty(adaptation: Adaptation, model: nn.Module, scale: float = 1.0) ->
     gradients = torch.autograd.grad(penalty * scale, trained, allow_unused=True)
     for parameter, gradient in zip(trained, gradients, strict=True):
         if gradient is not None:
+            gradient = gradient.contiguous()  # that of B of PEFT comes transposed
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     return penalty.detach()
+
+
+def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One message for each argument that differs from the one that a checkpoint was made with."""
+    return [
+        f"{key}={now.get(key)!r} was {value!r} when this checkpoint was made: give the same, or start a new training"
+        for key, value in saved.items()
+        if now.get(key) != value
+    ]

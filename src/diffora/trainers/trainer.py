@@ -1,6 +1,5 @@
 """A callback for transformers' `Trainer`, and so for TRL's trainers."""
 
-import logging
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,20 +9,20 @@ from diffora.errors import UserError
 from diffora.methods.base import Adaptation
 from diffora.trainers.adalora import TrainedAdaLoRA
 from diffora.trainers.adapted import adaptation_of, load_shared_once, shares_pairs
-from diffora.trainers.extras import Extras, add_penalty
-
-log = logging.getLogger(__name__)
+from diffora.trainers.extras import Extras, add_penalty, changed
 
 
 class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """What a low-rank adapter needs in training beyond its configuration: ``Trainer(…, callbacks=[DifforaCallback(…)])``.
+    """What a low-rank adapter needs in training beyond its configuration.
+
+    Give it to a trainer: ``Trainer(…, callbacks=[DifforaCallback(…)])``.
 
     - R-LoRA's penalty and GM-LoRA's masks, together RM-LoRA ([R] section 4), for adapters of `diffora.attach` and for a
       LoRA of PEFT. ``DifforaCallback(penalty=1e-3, mask_rank="half")`` is RM-LoRA as in ``method=rm_lora``.
     - PEFT's calls for AdaLoRA, and the number of steps in its configuration.
 
-    The penalty counts once in each optimiser step, before gradients are clipped. No reported loss contains it. A training
-    that resumes from a checkpoint goes on as if it had never stopped.
+    The penalty counts once in each optimiser step, before gradients are clipped. No reported loss contains it. A
+    training that resumes from a checkpoint goes on as if it had never stopped.
 
     Args:
         penalty: λ, the weight of the distance of every A and B from orthonormality; 0 for none.
@@ -31,8 +30,8 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         mask_rank: the number of directions of each adapter that a step trains, ``half`` of them, or None for all.
         mask_every: draw directions for each ``step`` ([R] Algorithm 1) or each ``epoch``.
         mask_independent: draw the directions of B independently of A's.
-        mask_target: ``gradient``: masked entries get no gradient, but momentum still moves them; ``update``: they do not
-            move.
+        mask_target: ``gradient``: masked entries get no gradient, but momentum still moves them; ``update``: they do
+            not move.
         mask_start: the first masked step.
         seed: of the masks; None for the seed of the `TrainingArguments`.
 
@@ -60,18 +59,18 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check the model, before anything is trained."""
-        check_training(args)
+        check_training(args, self.extras.mask_rank is not None)
         adaptation_of(model, self.extras, 0)
         if shares_pairs(model):
             if not hasattr(model, "save_pretrained") and args.save_strategy != "no":
                 raise UserError(
-                    f"Trainer cannot save the shared pairs of a {type(model).__name__}, which is no transformers model: "
+                    f"Trainer cannot save shared pairs of a {type(model).__name__}, which is no transformers model: "
                     'use save_strategy="no" and diffora.save_adapter after the training, or attach without shared_rank='
                 )
             load_shared_once(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
-        check_training(args)
+        check_training(args, self.extras.mask_rank is not None)
         self.seed = args.seed if self.seed is None else self.seed
         self._adaptation = adaptation_of(model, self.extras, self.seed)
         self._adaptation.begin(state.max_steps)
@@ -113,34 +112,29 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             raise UserError("this checkpoint was made without DifforaCallback: leave it out, or start a new training")
         if isinstance(saved, list):
             raise UserError("give the Trainer one DifforaCallback, not several")
-        now = self.state()["args"]
-        if changed := [
-            f"{key}={now[key]!r} was {value!r} when this checkpoint was made: give the same, or start a new training"
-            for key, value in saved["args"].items()
-            if now[key] != value
-        ]:
-            raise UserError(changed)
+        if problems := changed(saved["args"], self.state()["args"]):
+            raise UserError(problems)
         self._adaptation.load_state(saved["attributes"]["memory"])
         if isinstance(self._adaptation, TrainedAdaLoRA):
             self._adaptation.recall_averages(optimizer)
 
 
-def check_training(args: Any) -> None:
+def check_training(args: Any, masked: bool) -> None:
     """Refuse trainings in which a process does not hold the adapters as whole tensors.
 
     Raises:
-        UserError: FSDP, DeepSpeed and the like, or several GPUs in one process.
+        UserError: FSDP, DeepSpeed and the like, or masks with several GPUs in one process.
     """
     from accelerate.state import AcceleratorState
 
     kind = AcceleratorState().distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise UserError(
-            f"DifforaCallback needs whole adapters in every process, and {kind} shards them or changes their gradients: "
-            "train with DDP (torchrun) instead"
+            f"DifforaCallback needs whole adapters and gradients in every process, which {kind} does not keep: train "
+            "with DDP (torchrun) instead"
         )
-    if args.n_gpu > 1:
+    if args.n_gpu > 1 and masked:
         raise UserError(
-            f"Trainer would divide each batch among {args.n_gpu} GPUs in one process (DataParallel), where masks do not "
-            "work: start with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+            f"Trainer would divide each batch among {args.n_gpu} GPUs in one process (DataParallel), where mask_rank= "
+            "does not work: start with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
