@@ -100,3 +100,6 @@ def pairs(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter, bool,
         if hasattr(m, "lora_A")
     ]
     return ours + theirs
+
+
+MAKERS = {"attach": attached, "peft": with_peft}

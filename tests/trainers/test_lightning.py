@@ -6,8 +6,8 @@ import types
 import lightning.pytorch as pl
 import pytest
 import torch
-from data import attached, bert, rows, trained, with_peft
-from test_trainer import MAKERS, adalora, by_hand
+from data import MAKERS, attached, bert, rows, trained, with_peft
+from test_trainer import adalora, by_hand
 from torch.utils.data import DataLoader
 
 from diffora.errors import UserError

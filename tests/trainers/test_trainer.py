@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from data import attached, bert, fill, pairs, rows, trained, trainer, with_peft
+from data import MAKERS, attached, bert, fill, pairs, rows, trained, trainer, with_peft
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 
@@ -22,9 +22,6 @@ def warnings_of_transformers():
     transformers.utils.logging.enable_propagation()
     yield
     transformers.utils.logging.disable_propagation()
-
-
-MAKERS = {"attach": attached, "peft": with_peft}
 
 
 def batches_of(model: nn.Module) -> list[dict[str, torch.Tensor]]:

@@ -29,13 +29,13 @@ PLACES = {
 class Extras:
     """The arguments of a callback; `diffora.trainers.trainer.DifforaCallback` explains them."""
 
-    penalty: float
-    penalty_form: str
-    mask_rank: int | str | None
-    mask_every: str
-    mask_independent: bool
-    mask_target: str
-    mask_start: int
+    penalty: float = 0.0
+    mask_rank: int | str | None = None
+    penalty_form: str = "squared"
+    mask_every: str = "step"
+    mask_independent: bool = False
+    mask_target: str = "gradient"
+    mask_start: int = 0
 
     def __post_init__(self) -> None:
         problems = []

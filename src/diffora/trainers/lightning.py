@@ -45,7 +45,7 @@ class DifforaLightningCallback(Callback):
         mask_start: int = 0,
         seed: int | None = None,
     ) -> None:
-        self.extras = Extras(penalty, penalty_form, mask_rank, mask_every, mask_independent, mask_target, mask_start)
+        self.extras = Extras(penalty, mask_rank, penalty_form, mask_every, mask_independent, mask_target, mask_start)
         self.seed = seed
         self._adaptation: Adaptation | None = None
         self._saved: Mapping[str, Any] | None = None

@@ -52,7 +52,7 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         mask_start: int = 0,
         seed: int | None = None,
     ) -> None:
-        self.extras = Extras(penalty, penalty_form, mask_rank, mask_every, mask_independent, mask_target, mask_start)
+        self.extras = Extras(penalty, mask_rank, penalty_form, mask_every, mask_independent, mask_target, mask_start)
         self.seed = seed
         self._adaptation: Adaptation | None = None
         self._penalty: Any = None
