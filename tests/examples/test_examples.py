@@ -146,6 +146,6 @@ def test_plain_pytorch(monkeypatch, tmp_path, capsys):
 
 def test_the_page_says_how_many_lines_each_example_has():
     page = (REPO / "docs" / "how-to" / "trainers.md").read_text()
-    claimed = dict(re.findall(r"^\| \[(\w+)\.py\]\([^)]*\) \|.*\| (\d+) \|$", page, re.MULTILINE))
+    claimed = dict(re.findall(r"^\| `examples/(\w+)\.py` \|.*\| (\d+) \|$", page, re.MULTILINE))
     assert {file.stem for file in EXAMPLES.glob("*.py")} == claimed.keys()
     assert {name: lines_of(name) for name in claimed} == {name: int(lines) for name, lines in claimed.items()}

@@ -10,7 +10,10 @@ import transformers
 from data import MAKERS, attached, bert, fill, pairs, rows, trained, trainer, with_peft
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 
+import diffora
+from diffora.adapters.pairs import retie
 from diffora.core.masking import draw_rows
 from diffora.errors import UserError
 from diffora.trainers.trainer import DifforaCallback
@@ -304,3 +307,35 @@ def test_bf16_and_gradient_checkpointing_keep_masks_and_penalty(made, tmp_path):
         for a in {id(p): p.detach() for _, p, _, _, _ in pairs(MAKERS[made]())}.values()
     )
     assert run.state.log_history[0]["penalty"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_search_reads_the_loader_of_a_trainer_as_a_plain_one(tmp_path):
+    """accelerate has prepared it. The rows, their halves and their order are the same, so the search is."""
+    run = trainer(bert(), tmp_path, [])
+    plain = DataLoader(rows().with_format("torch"), batch_size=4, shuffle=True)
+    found = [diffora.search(bert(), loader, rounds=1).gamma_bar for loader in (run.get_train_dataloader(), plain)]
+    assert found[0] == found[1]
+
+
+def test_an_adapter_of_peft_with_ties_stays_tied(tmp_path):
+    """Saved by `save_adapter`, tied again in PEFT, trained by Trainer, resumed from its checkpoint."""
+    diffora.save_adapter(attached(), tmp_path / "adapter")
+
+    def make():
+        model = PeftModel.from_pretrained(bert(), tmp_path / "adapter", is_trainable=True)
+        retie(model, tmp_path / "adapter")
+        return model
+
+    whole = trainer(make(), tmp_path, [DifforaCallback(0.05, 1)])
+    whole.train()
+    tied = {id(p): p for _, p, _, _, _ in pairs(whole.model)}
+    assert len(tied) < len(pairs(whole.model))
+    again = trainer(make(), tmp_path / "again", [DifforaCallback(0.05, 1)])
+    again.train(str(tmp_path / "checkpoint-3"))
+    assert len({id(p) for _, p, _, _, _ in pairs(again.model)}) == len(tied)
+    assert all(torch.equal(p, trained(again.model)[name]) for name, p in trained(whole.model).items())
+    inputs = torch.tensor(rows(8, 1)["input_ids"])
+    with torch.no_grad():
+        expected = whole.model.eval()(input_ids=inputs).logits
+        loaded = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-6").eval()
+        assert torch.allclose(loaded(input_ids=inputs).logits, expected, atol=1e-6)
