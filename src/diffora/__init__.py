@@ -1,8 +1,8 @@
 """diffora: learn which modules of a pretrained model to fine-tune.
 
 As a library: `search`, `select`, `attach`, `find_grid`, `save_adapter`, `load_adapter`, `Selection` and `UserError`;
-and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are imported
-when they are first used, so that commands start quickly.
+for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are imported when they
+are first used, so that commands start quickly.
 """
 
 import time
@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffora.api import Selection, attach, find_grid, load_adapter, search, select
     from diffora.adapters.export import save_adapter
+    from diffora.api import Selection, attach, find_grid, load_adapter, search, select
     from diffora.errors import UserError
     from diffora.trainers.lightning import DifforaLightningCallback
     from diffora.trainers.trainer import DifforaCallback
