@@ -16,10 +16,12 @@ from torch import Tensor
 
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
+from diffora.core.picture import draw_dam, shares, size_of, start_gate
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from peft import LoraConfig
 
 FORMAT = 1
@@ -102,6 +104,39 @@ class Selection:
             raise UserError(problems)
         assert rank is not None
         return LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.names(), **more)  # type: ignore[arg-type]
+
+    def plot(self, ax: "Axes | None" = None, title: str | None = None) -> "Axes":
+        """Draw the DAM ([D] Figure 2): one column per layer, one row per module type, selected modules framed.
+
+        Colours show the gates that a search found: red was opened and blue was closed, compared with the gate at Γ = 0
+        (1/N for ``softmax``, 1/2 for ``sigmoid``). Scores of another selector are shown as shares of their layer, the
+        lowest one white; after a global selection the order over all layers is kept. A selection without either shows
+        the frames only. ``selection.plot().figure.savefig("dam.png")`` writes a file.
+
+        Args:
+            ax: matplotlib's axes to draw on. None: axes of a new figure, which a notebook shows.
+            title: None for one that says what was selected; an empty text for none.
+
+        Returns:
+            The axes.
+        """
+        if ax is None:
+            from matplotlib import pyplot  # takes half a second, and starts a user interface where there is one
+
+            ax = pyplot.subplots(figsize=size_of(len(self.modules), len(self.types)), layout="constrained")[1]
+        neutral, values, label = None, None, ""
+        if self.gamma_bar is not None:
+            neutral = start_gate(self.relaxation or "softmax", len(self.types))
+            values, label = self.gamma_bar, r"$\bar\gamma$"
+        elif self.scores is not None:
+            values, label = shares(self.scores, self.k is not None), self.selector.replace("$", r"\$") + ", normalised"
+        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label)
+        if title is None:
+            own, total = sum(map(len, self.selected)), len(self.modules) * len(self.types)
+            size = f"{own} of {total}" if self.k is None else f"K = {self.k}"
+            title = f"{self.method}, selector {self.selector}, {size}\nframed modules get a LoRA of their own"
+        ax.set_title(title, size=10, parse_math=False)
+        return ax
 
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""

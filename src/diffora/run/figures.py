@@ -6,63 +6,21 @@ from pathlib import Path
 
 from diffora.core.dam import neutral_gate
 from diffora.core.parts import short_names
+from diffora.core.picture import size_of
 from diffora.core.selection import Selection
 from diffora.files import atomic
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
 
-def dam_heatmap(selection: Selection, title: str = "") -> bytes:
-    """PNG of the DAM: one column per layer, one row per module type, selected modules framed.
-
-    Colours show the relaxed DAM. White is the gate at Γ = 0: 1/N for the softmax of [D] eq. 11, 1/2 for the sigmoid.
-    Scores of another selector are scaled like a softmax, so that each layer sums to 1. After a global selection, the
-    layers sum to 1 on average. A selection without scores shows the frames only.
-    """
+def dam_heatmap(selection: Selection, title: str | None = None) -> bytes:
+    """PNG of the DAM, as `Selection.plot` draws it."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
-    layers, types = len(selection.modules), short_names(selection.types)
-    figure = Figure(figsize=(2.4 + 0.62 * layers, 1.5 + 0.42 * len(types)), layout="constrained")
-    axes = figure.subplots()
-    neutral = neutral_gate(selection.relaxation or "softmax", len(types))
-    known = selection.gamma_bar or _shares(selection)
-    values = known or [[neutral] * len(types)] * layers
-    grid = [list(column) for column in zip(*values, strict=True)]
-    spread = max(max(abs(v - neutral) for row in grid for v in row), 1e-9)
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=neutral - spread, vmax=neutral + spread, aspect="auto")
-    for i, row in enumerate(selection.mask().tolist()):
-        for j, flag in enumerate(row):
-            if known:
-                dark = abs(values[i][j] - neutral) > 0.65 * spread
-                axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
-            if flag:
-                axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
-    axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
-    axes.set_yticks(range(len(types)), types, parse_math=False)  # names may come from a file: no formulas
-    axes.set_xlabel("layer")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if known:
-        label = r"$\bar\gamma$" if selection.gamma_bar else selection.selector.replace("$", r"\$") + ", normalised"
-        bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        bar.outline.set_visible(False)
-    if not title:
-        own = sum(map(len, selection.selected))
-        size = f"{own} of {layers * len(types)}" if selection.k is None else f"K = {selection.k}"
-        title = f"{selection.method}, selector {selection.selector}, {size}\nframed modules get a LoRA of their own"
-    axes.set_title(title, size=10, parse_math=False)
+    size = size_of(len(selection.modules), len(selection.types))
+    figure = Figure(figsize=size, layout="constrained")
+    selection.plot(figure.subplots(), title)
     return _png(figure)
-
-
-def _shares(selection: Selection) -> list[list[float]] | None:
-    """The scores on the scale of a softmax, as `dam_heatmap` shows them; the sums take absolute values."""
-    if selection.scores is None:
-        return None
-    totals = [sum(map(abs, row)) for row in selection.scores]
-    if selection.k is None:
-        totals = [sum(totals) / len(totals)] * len(totals)
-    return [[v / (total or 1.0) for v in row] for row, total in zip(selection.scores, totals, strict=True)]
 
 
 def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation: str = "softmax") -> bytes:
