@@ -6,7 +6,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
 from diffora.core.picture import draw_dam, shares, size_of, start_gate
+from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
 
@@ -45,6 +46,8 @@ class Selection:
         gamma_bar: L x N relaxed DAM; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
         scores: L x N scores of any other selector.
+        longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
+            ``layers`` and ``encoder.layers``.
         split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
     """
@@ -61,6 +64,7 @@ class Selection:
     gamma_bar: list[list[float]] | None = None
     relaxation: str | None = None
     scores: list[list[float]] | None = None
+    longer_names: list[str] = field(default_factory=list)
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +72,8 @@ class Selection:
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
         """A selection from a boolean L x N mask. ``rest`` holds the other fields."""
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in mask.tolist()]
-        return cls(types=list(grid.types), modules=[list(row) for row in grid.names], selected=chosen, **rest)
+        longer, names = list(grid.longer_names), [list(row) for row in grid.names]
+        return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
 
     def mask(self) -> Tensor:
         """Boolean L x N."""
@@ -82,28 +87,59 @@ class Selection:
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
 
-        Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that.
+        Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that. ``target_modules``
+        are full names. PEFT also adapts modules whose names end with one of them; if this model has such modules,
+        ``target_modules`` is a regular expression that matches the selected ones only.
 
         Args:
             rank: of every LoRA. None: the selection's own rank, which it has if a budget chose it.
             alpha: updates are scaled by alpha / rank.
-            more: other fields of ``LoraConfig``, such as ``task_type`` or ``lora_dropout``.
+            more: other fields of ``LoraConfig``, such as ``task_type``, ``lora_dropout`` or ``modules_to_save``.
 
         Raises:
             UserError: nothing is selected, there is no rank, or ``more`` has ``target_modules``.
         """
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
-        rank, problems = self.rank if rank is None else rank, []
+        taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        rank, names = self._rank(rank, taken), self.names()
+        targets = exact_pattern(names) if self._is_ambiguous else names
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)  # type: ignore[arg-type]
+
+    def to_yaml(self, program: str, rank: int | None = None, alpha: float = 16) -> str:
+        """The entries of a trainer's configuration file for a LoRA on the selected modules, to paste into it.
+
+        Args:
+            program: ``axolotl`` or ``llamafactory``.
+            rank, alpha: as in `lora_config`; alpha is a whole number.
+
+        Raises:
+            UserError: nothing is selected, there is no rank, or the program cannot express this selection.
+        """
+        rank, names = self._rank(rank), self.names()
+        total = len(self.modules) * len(self.types)
+        comment = [
+            f"{len(names)} of {total} modules, selected by {self.selector} (diffora).",
+            "The others stay frozen: this format has no pairs that modules share (diffora.attach has them).",
+        ]
+        return yaml_fragment(program, names, rank, alpha, self._is_ambiguous, comment)
+
+    @property
+    def _is_ambiguous(self) -> bool:
+        """Whether the name of another module ends with that of a selected one."""
+        return any(longer.endswith(f".{name}") for name in self.names() for longer in self.longer_names)
+
+    def _rank(self, rank: int | None, problems: Sequence[str] = ()) -> int:
+        """The rank that was asked for, or the selection's own. Raises a UserError with all problems if there are any."""
+        rank, problems = self.rank if rank is None else rank, list(problems)
         if type(rank) is not int or rank < 1:
-            problems.append(f"rank={rank!r} must be a whole number of at least 1")
+            problems.insert(0, f"rank={rank!r} must be a whole number of at least 1")
         if not self.names():
             problems.append("this selection selects no module, so that there is nothing for a LoRA")
-        problems += [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
         if problems:
             raise UserError(problems)
         assert rank is not None
-        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.names(), **more)  # type: ignore[arg-type]
+        return rank
 
     def plot(self, ax: "Axes | None" = None, title: str | None = None) -> "Axes":
         """Draw the DAM ([D] Figure 2): one column per layer, one row per module type, selected modules framed.
@@ -210,6 +246,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "gamma_bar": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
         "method": (_is_text, "text"),
