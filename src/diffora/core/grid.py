@@ -170,14 +170,15 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
         )
     number = r"\d+" if place[2] == "*" else place[2].strip("[]").replace(",", "|")
     pattern = re.compile(rf"(.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
-    matches = [(name, module, match) for name, module in model.named_modules() if (match := pattern.fullmatch(name))]
+    matches = []
+    for name, module in model.named_modules():
+        match = pattern.fullmatch(name)
+        linear = linear_below(module) if match else {}
+        if match and (linear if candidates is None else any(_has(module, path) for path in candidates)):
+            matches.append((name, linear, int(match[2]), match[1] is None))
     found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
-    # A pattern that is the whole name of a stack means that stack, not also one with a longer name.
-    for name, module, match in [whole for whole in matches if not whole[2][1]] or matches:
-        linear = linear_below(module)
-        if not (linear if candidates is None else any(_has(module, path) for path in candidates)):
-            continue
-        index = int(match[2])
+    # A pattern that is the whole name of a stack means that stack, and not also one with a longer name.
+    for name, linear, index, _ in [match for match in matches if match[3]] or matches:
         if index in found:
             raise UserError(f"{prefix}layer={layer} matches both {found[index][0]} and {name}: give a longer path")
         found[index] = name, linear
