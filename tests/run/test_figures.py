@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from diffora.core.parts import short_names
-from diffora.core.selection import Selection
 from diffora.core.picture import shares
+from diffora.core.selection import Selection
 from diffora.run.figures import dam_heatmap
 
 

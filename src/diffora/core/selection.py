@@ -130,7 +130,7 @@ class Selection:
         return any(longer.endswith(f".{name}") for name in self.names() for longer in self.longer_names)
 
     def _rank(self, rank: int | None, problems: Sequence[str] = ()) -> int:
-        """The rank that was asked for, or the selection's own. Raises a UserError with all problems if there are any."""
+        """The rank that was asked for, or the selection's own. Raises a UserError with all problems."""
         rank, problems = self.rank if rank is None else rank, list(problems)
         if type(rank) is not int or rank < 1:
             problems.insert(0, f"rank={rank!r} must be a whole number of at least 1")

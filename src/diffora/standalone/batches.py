@@ -70,6 +70,36 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def length_of(loader: Iterable[Any]) -> int | None:
+    """The number of batches; None for a loader that does not know it, such as one over an `IterableDataset`."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
+    """What is wrong with the two loaders of a search, as far as it can be seen without reading them."""
+    for name, loader in (("train_loader", train), ("valid_loader", valid)):
+        if not isinstance(loader, Iterable) and not (name == "valid_loader" and loader is None):
+            yield f"{name} is a {type(loader).__name__}: it must give batches when it is iterated over"
+    if isinstance(train, Iterator) and isinstance(rounds, int) and rounds > 1:
+        yield (
+            f"train_loader is a {type(train).__name__}, which can be read only once, and rounds={rounds} needs several "
+            "passes: give a list or a DataLoader"
+        )
+    if train is valid or (_reads_all(train) and _reads_all(valid) and train.dataset is valid.dataset):
+        yield (
+            "train_loader and valid_loader give the same rows, and the search needs different ones for the weights and "
+            "for Γ: give one loader, which is divided, or two parts of the training rows"
+        )
+
+
+def _reads_all(loader: Any) -> bool:
+    """Whether a loader surely reads all rows of its dataset."""
+    return isinstance(loader, DataLoader) and type(loader.sampler) in (RandomSampler, SequentialSampler)
+
+
 def some(loader: Iterable[Any], name: str) -> Iterator[Any]:
     """The batches of one pass over a loader.
 
