@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
+from diffora.core.parts import short_names
 from diffora.core.picture import draw_dam, shares, size_of, start_gate
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
@@ -83,6 +84,13 @@ class Selection:
         """Full names of the selected modules, layer by layer."""
         rows = zip(self.modules, self.selected, strict=True)
         return [name for row, types in rows for name, kind in zip(row, self.types, strict=True) if kind in types]
+
+    def __str__(self) -> str:
+        """How many modules are selected, and which ones of each layer, by the labels of `plot`."""
+        label = dict(zip(self.types, short_names(self.types), strict=True))
+        head = f"{len(self.names())} of {len(self.modules) * len(self.types)} modules, selected by {self.selector}"
+        rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
+        return "\n".join([head, *(f"layer {i}: {', '.join(row) or 'none'}" for i, row in enumerate(rows, 1))])
 
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
@@ -178,17 +186,18 @@ class Selection:
         """The entries of a run's record."""
         return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
 
-    def save(self, path: Path) -> None:
-        """Write atomically."""
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+    def save(self, path: Path | str) -> None:
+        """Write the selection file atomically."""
+        write_text(Path(path), json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Selection":
+    def load(cls, path: Path | str) -> "Selection":
         """Read and check a selection file.
 
         Raises:
             UserError: it is missing, not JSON, or not a selection; names every problem.
         """
+        path = Path(path)
         try:
             raw = read_json(path)
         except FileNotFoundError:
