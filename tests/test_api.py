@@ -277,8 +277,8 @@ def test_a_terminal_shows_progress_and_what_was_divided_unless_told_not_to(progr
     monkeypatch.setattr("diffora.standalone.progress.is_watched", lambda: True)
     diffora.search(Net(), pairs(8), loss=entropy_loss, rounds=2, progress=progress)
     shown = capsys.readouterr().err
-    wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2")
-    assert [text in shown for text in wanted] == [progress] * 4
+    wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2", "started at 0.500")
+    assert [text in shown for text in wanted] == [progress] * 5
 
 
 def test_a_list_of_batches_is_divided_by_batches():

@@ -89,3 +89,15 @@ def test_it_draws_on_the_axes_it_is_given_and_opens_no_window(searched):
     figure, axes = plt.subplots(1, 2)
     assert searched.plot(ax=axes[1]) is axes[1]
     assert axes[1].images and not axes[0].images and plt.get_fignums() == [figure.number]
+
+
+def test_many_layers_get_narrow_cells_without_numbers(searched):
+    many = dataclasses.replace(
+        searched,
+        modules=[[f"{i}.{t}" for t in "qkv"] for i in range(80)],
+        selected=[["q"]] * 80,
+        gamma_bar=[[0.5, 0.3, 0.2]] * 80,
+    )
+    axes = many.plot()
+    assert not axes.texts and len(axes.patches) == 80 and len(axes.get_xticks()) == 80
+    assert axes.figure.get_size_inches()[0] < 24

@@ -1,5 +1,7 @@
 """Which loaders and batches the library takes, and what it says of those that it cannot use."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
@@ -141,6 +143,18 @@ def unlabelled():
             r"BertForSequenceClassification returned no loss for a",
         ),
         (small_bert, (texts()[:1],), {}, r"1 batches cannot be divided: it needs at least 2"),
+        (
+            small_net,
+            (TensorDataset(torch.randn(8, 8)),),
+            {},
+            r"is a TensorDataset, which gives rows: put it into a torch",
+        ),
+        (
+            small_bert,
+            (datasets.Dataset.from_dict({"labels": [1]}),),
+            {},
+            r"is a Dataset, which gives rows: put it into",
+        ),
         (small_bert, (5,), {}, r"train_loader is a int: it must give batches"),
         (small_bert, (texts(), 5), {"k": 99}, r"k=99 must be .*\n.*valid_loader is a int: it must give batches"),
         (small_net, (pairs(8), iter(pairs(8, n=2))), {}, r"loader of validation batches has no batches.*only once"),
@@ -152,6 +166,36 @@ def test_a_loader_or_loss_that_cannot_be_used_is_named(make, loaders, more, mess
     loss = more.pop("loss", entropy_loss if make is small_net else None)
     with pytest.raises(UserError, match=f"(?s){message}"):
         search(make(), *loaders, loss=loss, **more)
+
+
+class Labelled(Net):
+    """Returns its own loss, as transformers' models do, and takes nothing else."""
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return SimpleNamespace(loss=None if labels is None else nn.functional.cross_entropy(logits, labels))
+
+
+def test_a_model_that_is_not_from_transformers_may_have_its_own_loss():
+    batches = [{"x": x, "labels": y} for x, y in pairs(8)]
+    assert torch.tensor(search(Labelled(), batches).gamma_bar).std() > 0
+    with pytest.raises(UserError, match=r"Labelled takes x, labels, and not idx: leave that out of the batches"):
+        search(Labelled(), [{**batch, "idx": 1} for batch in batches])
+    with pytest.raises(UserError, match=r"Labelled returned no loss for a batch with x: add labels"):
+        search(Labelled(), [{"x": batch["x"]} for batch in batches])
+
+
+def test_the_loss_may_compute_in_mixed_precision():
+    def mixed(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return entropy_loss(model, batch)
+
+    batches = pairs(8)
+    plain, found = (
+        torch.tensor(search(small_net(), batches[:3], batches[3:], loss=loss).gamma_bar)
+        for loss in (entropy_loss, mixed)
+    )
+    assert not found.equal(plain) and torch.allclose(found, plain, atol=0.1)
 
 
 def test_a_loader_with_its_own_sampler_is_not_divided_but_two_of_them_are_used():

@@ -49,9 +49,13 @@ def shares(scores: Rows, by_layer: bool) -> list[list[float]]:
     return [[v / (total or 1.0) for v in row] for row, total in zip(scores, totals, strict=True)]
 
 
+MOST_NUMBERED = 40
+"""Up to this many layers, numbers are written into the cells. More layers get narrow cells without numbers."""
+
+
 def size_of(n_layers: int, n_types: int) -> tuple[float, float]:
-    """Width and height of a figure in inches in which the numbers can be read."""
-    return 2.4 + 0.62 * n_layers, 1.5 + 0.42 * n_types
+    """Width and height of a figure in inches."""
+    return 2.4 + (0.62 if n_layers <= MOST_NUMBERED else 0.25) * n_layers, 1.5 + 0.42 * n_types
 
 
 def draw_dam(
@@ -85,14 +89,16 @@ def draw_dam(
         axes.figure.colorbar(image, ax=axes, label=label, pad=0.02).outline.set_visible(False)
     for i, row in enumerate(mask):
         for j, flag in enumerate(row):
-            if values is not None:
+            if values is not None and len(mask) <= MOST_NUMBERED:
                 dark = abs(values[i][j] - centre) > 0.65 * most
                 axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
     axes.set_xlim(-0.5, len(mask) - 0.5)
     axes.set_ylim(len(types) - 0.5, -0.5)
-    axes.set_xticks(range(len(mask)), [str(i + 1) for i in range(len(mask))])
+    axes.set_xticks(
+        range(len(mask)), [str(i + 1) for i in range(len(mask))], size=None if len(mask) <= MOST_NUMBERED else 7
+    )
     axes.set_yticks(range(len(types)), short_names(types), parse_math=False)  # names may come from a file: no formulas
     axes.set_xlabel("layer")
     axes.tick_params(length=0)

@@ -112,7 +112,8 @@ class Selection:
         taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
         rank, names = self._rank(rank, taken), self.names()
         targets = exact_pattern(names) if self._is_ambiguous else names
-        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)  # type: ignore[arg-type]
+        whole = int(alpha) if float(alpha).is_integer() else alpha  # some readers of the file take whole numbers only
+        return LoraConfig(r=rank, lora_alpha=whole, target_modules=targets, **more)  # type: ignore[arg-type]
 
     def to_yaml(self, program: str, rank: int | None = None, alpha: float = 16) -> str:
         """The entries of a trainer's configuration file for a LoRA on the selected modules, to paste into it.

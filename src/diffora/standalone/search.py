@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
 from diffora.core.attach import attach, detach
-from diffora.core.dam import RELAXATIONS, relax
+from diffora.core.dam import RELAXATIONS, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
 from diffora.core.lowrank import LowRankLinear, set_gates
@@ -253,6 +253,8 @@ def search(
         gamma_bar = _searched(
             model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, seed, progress
         )
+    start, low, high = neutral_gate(relaxation, grid.n_types), gamma_bar.min().item(), gamma_bar.max().item()
+    say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
     config = {"search": asdict(settings), "trained": names, "division": said or None}
     rest = {"gamma_bar": gamma_bar.tolist(), "relaxation": relaxation}
     return selection_of(grid, gamma_bar, k, scope, "search", seed, config, **rest)
