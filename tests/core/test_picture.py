@@ -77,7 +77,9 @@ def test_frames_labels_and_numbers_are_those_of_the_selection(searched):
     assert frames == [(0, 0), (1, 2)]
     assert [text.get_text() for text in axes.texts] == ["0.50", "0.30", "0.20", "0.10", "0.20", "0.70"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["q", "k", "v"]
-    assert "selector search, K = 1" in axes.get_title()
+    assert axes.get_title().startswith("selector search, K = 1\n")
+    run = dataclasses.replace(searched, method="diffora", k=None)
+    assert run.plot().get_title().startswith("diffora, selector search, 2 of 6\n")
 
 
 def test_a_selection_without_gates_or_scores_shows_frames_only(searched):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT = 1
+STANDALONE = "standalone"
+"""`Selection.method` of a selection that no method of a run made, but the library (`diffora.standalone`)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class Selection:
         if title is None:
             own, total = sum(map(len, self.selected)), len(self.modules) * len(self.types)
             size = f"{own} of {total}" if self.k is None else f"K = {self.k}"
-            title = f"{self.method}, selector {self.selector}, {size}\nframed modules get a LoRA of their own"
+            made = "" if self.method == STANDALONE else f"{self.method}, "
+            title = f"{made}selector {self.selector}, {size}\nframed modules get a LoRA of their own"
         ax.set_title(title, size=10, parse_math=False)
         return ax
 
