@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffora import __version__
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.files import write_text
 from diffora.report.comparisons import Comparison, comparisons_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
@@ -281,7 +281,7 @@ def _script_safe(content: object) -> Markup:
 
 
 def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
-    """(folders of runs, folder of the report) from the command line of `report.py`.
+    """(folders of runs, folder of the report) from the arguments of ``report``.
 
     Raises:
         UserError: names every argument that is wrong.
@@ -296,9 +296,9 @@ def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
         elif key == "output" and value:
             output = Path(value).expanduser()
         else:
-            problems.append(f"{argument}: report.py takes folders of runs and output=<folder>, nothing else")
+            problems.append(f"{argument}: a report takes folders of runs and output=<folder>, nothing else")
     if not folders and not problems:
-        problems.append("no folder of runs given: python report.py outputs output=<folder>")
+        problems.append(f"no folder of runs given: {called('report')} outputs output=<folder>")
     if output.exists() and not output.is_dir():
         problems.append(f"output={output} is not a folder")
     if problems:

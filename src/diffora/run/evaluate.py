@@ -1,4 +1,4 @@
-"""Metrics and predictions of a finished run on any split, without training (`evaluate.py`)."""
+"""Metrics and predictions of a finished run on any split, without training (``diffora evaluate``)."""
 
 import json
 import logging

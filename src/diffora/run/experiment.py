@@ -20,9 +20,10 @@ from diffora import START, digests
 from diffora.adapters.origin import Origin
 from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
-from diffora.errors import UserError, machine_limits
+from diffora.errors import UserError, called, machine_limits
 from diffora.files import check_writable
 from diffora.hub import resolve
+from diffora.loop.launch import torchrun
 from diffora.loop.loggers import Loggers
 from diffora.loop.machine import check_machine
 from diffora.loop.parts import Parts
@@ -82,7 +83,7 @@ def train(cfg: DictConfig) -> float | None:
     if hydra.mode == RunMode.MULTIRUN and devices not in (1, "auto") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
-            "yourself, `torchrun --nproc-per-node=N train.py -m …`, or sweep with trainer.devices=1"
+            f"yourself, `{torchrun()} -m …`, or sweep with trainer.devices=1"
         )
     # A single run counts from the start of the program, a later job of a sweep from the job's start.
     first = hydra.mode == RunMode.RUN or hydra.job.num == 0
@@ -253,7 +254,7 @@ def write_predictions(parts: Parts) -> list[str]:
             outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.settings.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
-            log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")
+            log.error(f"no predictions for {name}: {error}; {called('evaluate')} run={parts.folder} split={name}")
             continue
         for file in files:
             log.info(f"predictions for {name}: {file}")

@@ -8,16 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
-
 from diffora.errors import UserError, explained
 from diffora.run.composition import composition_problems, missing_plugin, short, with_sweep_hint
-from diffora.run.imports import import_run
-from diffora.settings import identity  # noqa: F401  # registers a resolver that conf/ needs
+from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 
 
 def command(main: Callable[[], object]) -> None:
-    """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
+    """Run a command; on failure print one message to stderr and exit with status 1."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before we started, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -60,34 +57,8 @@ def _came_while_composing(error: Exception) -> bool:
     """Whether an error came from Hydra before a run or a sweep started."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
-    begun = any(frame.f_code is job.__code__ for frame in frames) or "hydra_plugins.diffora_table" in modules
+    begun = {"diffora.run.experiment", "hydra_plugins.diffora_table"}.intersection(modules)
     return not begun and any(module.startswith("hydra.") for module in modules)
-
-
-def job(cfg: DictConfig) -> float | None:
-    """One run: returns the task's main metric, for sweeps to optimise."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        print(f"\n{hydra.runtime.output_dir}", flush=True)
-    elif hydra.sweeper.get("rows"):
-        name = hydra.runtime.choices["experiment"]
-        with suppress(OSError):
-            os.rmdir(hydra.runtime.output_dir)
-        fail(f"experiment={name} is a table of runs, which takes -m: python train.py -m experiment={name} scale=…")
-    import_run()
-    from diffora.run.experiment import train
-
-    try:
-        return train(cfg)
-    except UserError as error:
-        with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
-            os.rmdir(hydra.runtime.output_dir)
-        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
-            raise  # the other jobs of the sweep continue
-        fail(*error.problems)
 
 
 def fail(*problems: str, status: int = 1) -> NoReturn:
