@@ -242,7 +242,8 @@ class TableSweeper(Sweeper):
         failed = {}
         for folder, job in zip_longest(jobs, returned):
             record = read_record(folder) or {}
-            if record.get("status") == "completed" and not missing_files(folder, record):
+            ended = "selected" if self.compose(tuple(jobs[folder])).search_only else "completed"
+            if record.get("status") == ended and not missing_files(folder, record):
                 continue
             if job is not None and job.status == JobStatus.FAILED:
                 failed[folder] = str(job._return_value)  # `return_value` would raise it

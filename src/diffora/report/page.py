@@ -84,7 +84,13 @@ def page(
         remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not drawn.")
     if len(tables) > CHARTED:
         remarks.append(f"Training curves are drawn for the first {CHARTED} of {len(tables)} tables.")
-    unfinished = [run for run in gathered.runs if run.record.status != "completed"]
+    only_selected = sum(run.record.status == "selected" for run in gathered.runs)
+    if only_selected:
+        remarks.append(
+            f"{only_selected} runs ended with their selection (search_only=true), so they have no results. They are in "
+            "the list of runs, and their selections are in their folders: selection.json and dam.png."
+        )
+    unfinished = [run for run in gathered.runs if run.record.status not in ("completed", "selected")]
     problems = [(_short(run.folder), run.record.status, run.record.error or "") for run in unfinished]
     problems += [(_short(file), "unreadable", reason) for file, reason in gathered.broken]
     if len(problems) > PROBLEMS:
@@ -100,7 +106,7 @@ def page(
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
         folders=[str(folder) for folder in folders],
-        n_completed=len(gathered.runs) - len(unfinished),
+        n_completed=len(gathered.runs) - len(unfinished) - only_selected,
         tallies=tallies(tables, found),
         glance=glance(tables, found),
         views=views,

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffora.errors import called
 from diffora.settings.checks import show
 
-NOT_IN_HASH = ("resume", "dry_run", "scale", "cell", "debug", "logger")
+NOT_IN_HASH = ("resume", "search_only", "dry_run", "scale", "cell", "debug", "logger")
 """Sections that cannot change a result."""
 
 
