@@ -43,6 +43,8 @@ class TableSweeper(Sweeper):
         )
         path = self.loader.get_search_path().get_path()
         self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
+        home = next(Path(e.path.removeprefix("file://")) for e in path if e.provider == "main")
+        self.primary = home, str(config.hydra.job.config_name)
         launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
@@ -191,7 +193,7 @@ class TableSweeper(Sweeper):
                 impossible.add(setting)
                 kind = (str(error), *(line for line in setting if line.startswith("method=")))
                 if kind not in explained and len(problems) < SHOWN:
-                    reasons = composition_problems(list(overrides), self.added) or [short(error)]
+                    reasons = composition_problems(list(overrides), self.added, self.primary) or [short(error)]
                     problems |= dict.fromkeys(reasons)
                 explained.add(kind)
                 continue

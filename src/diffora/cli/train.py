@@ -3,13 +3,15 @@
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffora.cli import fail
+from diffora.cli import added_paths, fail, primary, values_of
 from diffora.errors import UserError, called
-from diffora.files import conf_dir
+from diffora.run.composition import check_added
 from diffora.run.imports import import_run
+from diffora.trust import look_in
 
 SELECT = """\
 Search and select modules, without fine-tuning: selection.json and its pictures.
@@ -37,7 +39,11 @@ def main(arguments: list[str]) -> None:
     global _typed
     _typed = sys.argv
     sys.argv = [sys.argv[0], *arguments]  # where Hydra looks for arguments
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    folder, name = primary()
+    if values_of("--config-path", "-cp"):  # Hydra would look for it beside this module, not in the current folder
+        sys.argv += ["--config-path", str(folder)]
+    look_in(check_added(added_paths(), folder))
+    hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
 
 
 def select(arguments: list[str]) -> None:
@@ -64,6 +70,7 @@ def job(cfg: DictConfig) -> float | None:
     if _typed:
         sys.argv = _typed  # Lightning starts the other processes of a run with it
     hydra = HydraConfig.get()
+    look_in(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")  # in a worker
     if hydra.mode == RunMode.MULTIRUN:
         print(f"\n{hydra.runtime.output_dir}", flush=True)
     elif hydra.sweeper.get("rows"):
