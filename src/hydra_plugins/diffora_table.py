@@ -117,8 +117,11 @@ class TableSweeper(Sweeper):
                 try:
                     cfg = self.compose((*choice, *overrides))
                 except (HydraException, OmegaConfBaseException) as error:
-                    reasons = composition_problems([*choice, *overrides], self.added) or [short(error)]
-                    raise UserError(with_sweep_hint(reasons)) from error
+                    typed = [str(o.input_line) for o in others]  # first all values, then those of this run
+                    for lines in (typed, overrides):
+                        if reasons := composition_problems([*choice, *lines], self.added, self.primary):
+                            raise UserError(with_sweep_hint(reasons)) from error
+                    raise UserError(with_sweep_hint([short(error)])) from error
                 with open_dict(cfg.hydra.job):
                     cfg.hydra.job.num = number
                 folder = place / cfg.hydra.sweep.subdir
