@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Selection", "UserError", "attach", "find_grid", "load_adapter", "search", "select"]
 
 START = time.time()
-"""When the package was first imported, which `train.py` does before all else: the zero of a run's ``startup_s``."""
+"""When the package was first imported, which the commands do before all else: the zero of a run's ``startup_s``."""
 
 __version__ = "0.1.0"
 

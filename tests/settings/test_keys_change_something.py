@@ -45,6 +45,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "": [
         (SEARCH, {
             "seed": "1", "rank": "2", "rho": "0.9", "predict": "true", "dry_run": "true", "cell.row": "x",
+            "search_only": "true",
             "cell.column": "x", "cell.experiment": "x", "model.name": "x", "model.path": "embedded:tiny_vit",
             "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
             "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",

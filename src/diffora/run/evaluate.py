@@ -1,4 +1,4 @@
-"""Metrics and predictions of a finished run on any split, without training (`evaluate.py`)."""
+"""Metrics and predictions of a finished run on any split, without training (``diffora evaluate``)."""
 
 import json
 import logging
@@ -159,7 +159,7 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
         raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
     weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
     if not weights:
-        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
+        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished, or it only selected")
     return settings(read_yaml(file), file, SECTIONS), weights[0]
 
 

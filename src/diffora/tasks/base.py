@@ -131,7 +131,7 @@ class Task:
         return self.maximise
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
-        """The splits that ``evaluate.py`` uses if the command names none.
+        """The splits that ``diffora evaluate`` uses if the command names none.
 
         Args:
             other_data: whether the command gives ``task.path``.

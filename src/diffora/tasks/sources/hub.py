@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import datasets
 
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.hub import why_unreachable
 from diffora.tasks.messages import first_line
 
@@ -37,7 +37,7 @@ def hub_splits(
             f"Cannot load task '{task}' from the Hugging Face hub ({dataset}{f', {config}' if config else ''}): "
             f"{reason}.\n"
             f"  Either use files you have: task.path={files}\n"
-            f"  or try the task that needs no download: python train.py experiment=quickstart"
+            f"  or try the task that needs no download: {called('train')} experiment=quickstart"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
