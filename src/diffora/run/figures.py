@@ -1,4 +1,4 @@
-"""Pictures of a DAM: the heatmap ([D] Figure 2) and the gates over the rounds of the search."""
+"""Pictures of a run: the heatmap of a DAM ([D] Figure 2), the gates over the rounds of the search, confused classes."""
 
 import io
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from diffora.core.dam import neutral_gate
 from diffora.core.parts import short_names
 from diffora.core.selection import Selection
 from diffora.files import atomic
+from diffora.tasks.classes import ClassResults
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
@@ -95,6 +96,56 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     figure.supxlabel("round of the search", size=9)
     figure.supylabel(r"$\bar\gamma$", size=10)
     return _png(figure)
+
+
+MOST_CLASSES = 50
+"""The most classes in the picture of confused classes."""
+LONGEST_NAME = 24
+"""Longer names of classes are cut in the picture, in characters."""
+
+
+def confusion_matrix(results: ClassResults) -> bytes:
+    """PNG of the confusion matrix: a row for each class, a column for each predicted class, the numbers of rows.
+
+    Colours show the share of the class's rows. Of more than `MOST_CLASSES` classes, it shows those with most errors.
+    """
+    from matplotlib.figure import Figure
+
+    counts = results.confusion
+    assert counts is not None
+    errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    chosen = errors.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
+    n, names = len(chosen), [_cut(results.names[i]) for i in chosen.tolist()]
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
+    numbers = counts[chosen][:, chosen].tolist()
+    cell = 0.62 if n <= 12 else 0.42 if n <= 30 else 0.32
+    margin = 1.6 + 0.075 * max(map(len, names))
+    figure = Figure(figsize=(max(3.4, margin + cell * n), max(2.6, margin + cell * n)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = 9 if n <= 12 else 7 if n <= 30 else 5
+    for i, row in enumerate(numbers):
+        for j, number in enumerate(row):
+            if number:
+                colour = "w" if shares[i][j] > 0.6 else "k"
+                axes.text(j, i, f"{number}", ha="center", va="center", size=size, color=colour)
+    # names come from a file: no formulas
+    axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", size=size, parse_math=False)
+    axes.set_yticks(range(n), names, size=size, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    right, total = int(counts.diagonal().sum()), int(counts.sum())
+    title = f"{right:,} of {total:,} rows right"
+    if n < len(results.names):
+        title += f"\nthe {n} of {len(results.names):,} classes with most errors"
+    axes.set_title(title, size=10)
+    return _png(figure)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def save_png(path: Path, png: bytes) -> None:
