@@ -1,6 +1,7 @@
 """Pictures of a run: the heatmap of a DAM ([D] Figure 2), the gates over the rounds of the search, confused classes."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,12 +119,12 @@ def confusion_matrix(results: ClassResults) -> bytes:
     n, names = len(chosen), [_cut(results.names[i]) for i in chosen.tolist()]
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
     numbers = counts[chosen][:, chosen].tolist()
-    cell = 0.62 if n <= 12 else 0.42 if n <= 30 else 0.32
+    cell = 0.62 if n <= 12 else 0.4 if n <= 30 else 0.28
     margin = 1.6 + 0.075 * max(map(len, names))
     figure = Figure(figsize=(max(3.4, margin + cell * n), max(2.6, margin + cell * n)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if n <= 12 else 7 if n <= 30 else 5
+    size = 9 if n <= 12 else 7 if n <= 30 else 6
     for i, row in enumerate(numbers):
         for j, number in enumerate(row):
             if number:
@@ -156,5 +157,7 @@ def save_png(path: Path, png: bytes) -> None:
 
 def _png(figure: object) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names may be in any script
+        figure.savefig(buffer, format="png", dpi=144)  # type: ignore[attr-defined]
     return buffer.getvalue()
