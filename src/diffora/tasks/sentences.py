@@ -67,7 +67,8 @@ class SentenceTask(Task):
         if not self.spec.multilabel or "labels" not in split.encoded.column_names:
             return super().class_counts(split)
         labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
-        return np.bincount(labels, minlength=self.spec.num_labels).tolist()
+        counts: list[int] = np.bincount(labels, minlength=self.spec.num_labels).tolist()
+        return counts
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy; for several classes, mean binary cross-entropy over classes; else mean squared error."""

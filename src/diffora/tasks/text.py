@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import datasets
 import pyarrow as pa
@@ -35,7 +35,7 @@ METRICS: Mapping[Kind, tuple[str, ...]] = {
     "regression": ("pearson", "spearman", "mse"),
 }
 """The metrics of each kind of label; the first one chooses the best epoch."""
-AVERAGES = ("micro", "macro", "weighted")
+AVERAGES: tuple[Literal["micro", "macro", "weighted"], ...] = ("micro", "macro", "weighted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,8 @@ class TextTask(SentenceTask):
         part = self._read(split, split == "validation", problems)
         if part is not None and "label" in part.table.column_names:
             table = self._with_targets(part, "the training rows", problems)
+            if problems and split != "validation":
+                problems.append(f"  For predictions without metrics, leave out column '{self.columns.label}'.")
         if problems or part is None:
             raise UserError(problems)
         if "label" not in part.table.column_names:
@@ -245,8 +247,8 @@ class TextTask(SentenceTask):
         chosen = choose_validation(table, fraction, seed, by_class=not self.numeric)
         if not chosen.any():
             raise UserError(
-                f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because no class has two "
-                "different texts; add rows, or a validation file"
+                f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because no class has "
+                "two different texts; add rows, or a validation file"
             )
         train, validation = table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
         why = f"task.validation_fraction={fraction:g}, task.split_seed={seed}"

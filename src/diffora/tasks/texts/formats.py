@@ -58,15 +58,14 @@ def _read_jsonl(file: Path, columns: Columns, notes: list[str]) -> pa.Table:
             if not isinstance(value, str | None):
                 raise ValueError(f"line {line}, column '{name}': {json.dumps(value)[:60]} is not text")
             found.append(_valid(value, line, name))
-        for name, found in labels.items():
-            found.append(_json_label(row.get(name), line, name, columns, found))
-    n_rows = len(next(iter(texts.values())))
-    for name, found in labels.items():
-        if len(kinds := {_kind(value) for value in found} - {None}) > 1:
+        for name, values in labels.items():
+            values.append(_json_label(row.get(name), line, name, columns, values))
+    for name, values in labels.items():
+        if len(kinds := {kind for value in values if (kind := _kind(value)) is not None}) > 1:
             notes.append(f"column '{name}' mixes {' and '.join(sorted(kinds))}; 1 and \"1\" are the same class")
-    read = texts | {name: [_as_text(value) for value in found] for name, found in labels.items()}
-    empty: list[str | None] = [None] * n_rows
-    types = {name: LISTS if any(isinstance(v, list) for v in found) else pa.string() for name, found in labels.items()}
+    read: dict[str, list[Any]] = {**texts, **{name: [_as_text(v) for v in values] for name, values in labels.items()}}
+    empty = [None] * len(next(iter(texts.values())))
+    types = {name: LISTS for name, values in labels.items() if any(isinstance(value, list) for value in values)}
     return pa.table({name: pa.array(read.get(name, empty), types.get(name, pa.string())) for name in names})
 
 

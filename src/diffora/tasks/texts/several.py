@@ -44,7 +44,7 @@ def find_separator(part: Part, column: str, classes: Sequence[str], problems: li
     found = [sign for sign in SEPARATORS if pc.any(pc.match_substring(labels, sign)).as_py()]
     if len(found) > 1 and classes:
         values = [text for text in pc.unique(labels).to_pylist() if text not in classes]
-        strange = {sign: sum(n not in classes for text in values for n in _names(text, sign)) for sign in found}
+        strange = {sign: sum(n not in classes for text in values for n in names_in(text, sign)) for sign in found}
         found = [min(found, key=lambda sign: strange[sign])]
     if len(found) > 1:
         signs = " and ".join(f"'{sign}'" for sign in found)
@@ -57,11 +57,12 @@ def find_separator(part: Part, column: str, classes: Sequence[str], problems: li
 
 def separated(part: Part, separator: str | None) -> Part:
     """The part with its labels, which are text, as lists of class names; None: a text is one class."""
-    labels = [_names(text, separator) for text in part.table.column("label").to_pylist()]
+    labels = [names_in(text, separator) for text in part.table.column("label").to_pylist()]
     return with_labels(part, pa.array(labels, LISTS))
 
 
-def _names(text: str, separator: str | None) -> list[str]:
+def names_in(text: str, separator: str | None) -> list[str]:
+    """The class names in a text; None: the text is one name."""
     names = text.split(separator) if separator else [text]
     return [name.strip() for name in names if name.strip()]
 

@@ -23,8 +23,8 @@ OTHER_VALIDATION = re.compile(r"(val|valid|dev|eval)(elopment|uation)?", re.IGNO
 ADVICE = {
     "xlsx": "save the sheet as CSV UTF-8", "xls": "save the sheet as CSV UTF-8", "ods": "save the sheet as CSV UTF-8",
     "json": "write one JSON object in each line and call it .jsonl", "ndjson": "rename it to .jsonl",
-    "gz": "unpack it first (gunzip)", "zip": "unpack it first (unzip)", "bz2": "unpack it first", "xz": "unpack it first",
-    "txt": "name it .csv or .tsv if it has columns",
+    "gz": "unpack it first (gunzip)", "zip": "unpack it first (unzip)", "bz2": "unpack it first",
+    "xz": "unpack it first", "txt": "name it .csv or .tsv if it has columns",
 }  # fmt: skip
 """What to do with files of other types."""
 
@@ -88,7 +88,8 @@ class Source:
         if name != "validation":
             raise UserError(no_split(self.path, self.subset, name, self._on_hub))
         if others:
-            raise UserError(f"{self.path} has no split 'validation', but {others[0]}: task.validation_split={others[0]}")
+            there = others[0]
+            raise UserError(f"{self.path} has no split 'validation', but '{there}': task.validation_split={there}")
         return False
 
     def read(self, split: str, columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
@@ -124,5 +125,6 @@ class Source:
     @cached_property
     def _on_hub(self) -> Mapping[str, datasets.Dataset]:
         what = f"task.path={self.path}, which is no file or folder here, from the Hugging Face hub"
-        subset = "" if self.subset else "; a data set of several subsets needs task.subset=<name>"
-        return hub_dataset(what, self.path, self.subset, f"\n  Give a file or a folder, or the id of a data set{subset}.")
+        advice = "\n  Give a file, a folder or the id of a data set"
+        advice += "." if self.subset else "; a data set of several subsets needs task.subset=<name>."
+        return hub_dataset(what, self.path, self.subset, advice)

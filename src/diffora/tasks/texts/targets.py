@@ -10,6 +10,7 @@ from diffora.tasks.messages import some
 from diffora.tasks.sources.check_values import report
 from diffora.tasks.sources.readers import NUMBER
 from diffora.tasks.texts.columns import Part
+from diffora.tasks.texts.several import SEPARATORS, names_in
 
 WHOLE = r"[-+]?\d+"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>")
@@ -38,11 +39,21 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
         part.account.notes.append(
             f"column '{column}' has {len(classes):,} different labels in {rows:,} rows: are they classes?"
         )
+    if not several and (joint := [name for name in classes if _is_joint(name, set(classes))]):
+        part.account.notes.append(
+            f"column '{column}' has labels made of others, such as '{joint[0]}': task.kind=multilabel learns them "
+            "as several classes"
+        )
     if absent := [name for name in classes if name.lower() in ABSENT]:
         part.account.notes.append(
             f"column '{column}' has the class {some(absent)}: if this means that there is no label, remove these rows"
         )
     return classes
+
+
+def _is_joint(name: str, classes: set[str]) -> bool:
+    """Whether a label is made of other labels with a separator in between."""
+    return any(sign in name and classes.issuperset(names_in(name, sign)) for sign in SEPARATORS)
 
 
 def class_numbers(part: Part, classes: list[str], whose: str, column: str, problems: list[str]) -> pa.Table:
