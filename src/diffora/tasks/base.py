@@ -238,7 +238,7 @@ class Task:
         names = self.head().get("id2label")
         if not names or "labels" not in split.encoded.column_names:
             return None
-        labels = torch.as_tensor(split.encoded.data.column("labels").to_numpy())
+        labels = torch.tensor(split.encoded.data.column("labels").to_numpy())
         return torch.bincount(labels, minlength=len(names)).tolist()
 
     def dummy(self, rows: int, model: Any) -> Batch:

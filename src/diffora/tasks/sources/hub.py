@@ -1,5 +1,6 @@
 """Splits of datasets on the Hugging Face hub."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import datasets
@@ -57,7 +58,11 @@ def hub_dataset(what: str, dataset: str, config: str | None, advice: str) -> dic
         datasets.config.HF_HUB_OFFLINE = unreachable is not None
         found: dict[str, datasets.Dataset] = datasets.load_dataset(dataset, config)
     except Exception as error:  # connection, proxy, hub and disk errors have no common base class
-        reason = f"{unreachable}, and nothing in the local cache" if unreachable else first_line(error)
+        reason = (
+            f"{unreachable}, and nothing in the local cache" if unreachable else first_line(error).removesuffix(".")
+        )
+        if several := re.search(r"available configs: (\[.*?\])", str(error)):
+            reason = f"choose one of its subsets {several[1]}"
         place = f"{dataset}{f', {config}' if config else ''}"
         raise UserError(f"Cannot load {what} ({place}): {reason}.{advice}") from error
     finally:
