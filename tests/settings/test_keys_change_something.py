@@ -99,7 +99,11 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (TEXT, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "text/other.csv", "task.kind": "regression",
             "task.text_columns": "[text,more]", "task.label_column": "other", "task.validation_fraction": "0.5",
-            "task.split_seed": "1", "task.max_length": "8",
+            "task.split_seed": "1", "task.max_length": "8", "task.subset": "x", "task.train_split": "x",
+            "task.validation_split": "x",
+        }),
+        (f"{TEXT} task.kind=multilabel task.label_column=mixed", {
+            "task.label_columns": "[one,two]", "task.label_separator": "|",
         }),
     ],
     "SquadTask": [
@@ -240,9 +244,14 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    rows = [f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]}\n" for i in range(24)]
-    (places["text"] / "rows.csv").write_text("text,more,label,other\n" + "".join(rows))
-    (places["text"] / "other.csv").write_text("text,more,label,other\n" + "".join(reversed(rows[:16])))
+    names, flags = "text,more,label,other,mixed,one,two\n", ("0,1", "1,0", "1,1")
+    rows = [
+        f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},"
+        f"{('x;y', 'x')[i % 2]},{flags[i % 3]}\n"
+        for i in range(24)
+    ]
+    (places["text"] / "rows.csv").write_text(names + "".join(rows))
+    (places["text"] / "other.csv").write_text(names + "".join(reversed(rows[:16])))
     return places
 
 

@@ -24,6 +24,7 @@ from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
 from diffora.run import terminal
 from diffora.run.check import section_problems
+from diffora.run.classes import write_classes
 from diffora.run.composition import composition_problems
 from diffora.run.record import WEIGHTS, check_as_left, read_record
 from diffora.settings import checks
@@ -256,7 +257,10 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     for name, split in splits.items():
         outputs: Outputs = predict(model, task, split, collate, request.batch_size, cfg.trainer)
         files += task.write_predictions(request.output, name, outputs, split)
-        scores = task.score(outputs, split) if task.labelled(split) else {}
+        scores: dict[str, float] = {}
+        if task.labelled(split):
+            scores = task.score(outputs, split)
+            files += write_classes(request.output, task.class_results(outputs), f"{name}_")
         found[name] = {key: round(value, 6) for key, value in scores.items()}
     account = {
         "weights": str(request.weights.resolve()),

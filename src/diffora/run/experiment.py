@@ -34,6 +34,7 @@ from diffora.records import write_record
 from diffora.run import directory as rundir
 from diffora.run import terminal
 from diffora.run.check import check
+from diffora.run.classes import write_classes
 from diffora.run.record import (
     file_digests,
     metric_facts,
@@ -201,6 +202,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             adaptation.export(folder, Origin(base, parts.task, record, settings.composed, parts.backbone))
         record["time"] = times(parts, found.seconds, module, began)
         if is_main():
+            write_classes(folder, module.best_classes)
             complete(parts, record, "completed")
         record["status"] = "completed"  # a failure after this line does not make it a failed run
         failed = False

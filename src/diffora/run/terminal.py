@@ -14,6 +14,7 @@ from diffora.core.grid import Grid
 from diffora.core.parts import short_names
 from diffora.core.selection import Selection
 from diffora.errors import called
+from diffora.run.classes import print_classes
 from diffora.run.sweep import quoted
 from diffora.tasks.base import Task
 
@@ -51,11 +52,14 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()
     console.print(table)
+    if (folder / "classes.csv").is_file():
+        print_classes(folder / "classes.csv", console, "validation rows by class, best epoch")
     if record["selection"]:
         pictures = " dam.png gamma.png" if (folder / "gamma.png").is_file() else " dam.png"
         console.print(f"selection: {_counts(record['selection']['selected'])}", highlight=False)
     else:
         pictures = ""
+    pictures += "".join(f" {name}" for name in ("classes.csv", "confusion.png") if (folder / name).is_file())
     weights = "adapter/" if (folder / "adapter").is_dir() else "model/"
     selection = " selection.json" if record["selection"] else ""
     console.print(
@@ -124,6 +128,9 @@ def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
         table.add_row(name, *("" if value is None else f"{value:.4f}" for value in found))
     console = Console()
     console.print(table)
+    for file in files:
+        if file.name.endswith("classes.csv"):
+            print_classes(file, console, f"{file.name.removesuffix('_classes.csv')} rows by class")
     if not names:
         console.print("no labels, so predictions only")
     console.print(*files, sep="\n", soft_wrap=True, highlight=False, markup=False)
