@@ -1,8 +1,8 @@
 """diffora: learn which modules of a pretrained model to fine-tune.
 
 As a library: `search`, `select`, `attach`, `find_grid`, `save_adapter`, `load_adapter`, `Selection` and `UserError`;
-and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are imported
-when they are first used, so that commands start quickly.
+and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are
+imported when they are first used, so that commands start quickly.
 """
 
 import time
