@@ -1,8 +1,8 @@
 """diffora: learn which modules of a pretrained model to fine-tune.
 
 As a library: `search`, `select`, `attach`, `find_grid`, `save_adapter`, `load_adapter`, `Selection` and `UserError`;
-for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are imported when they
-are first used, so that commands start quickly.
+and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are
+imported when they are first used, so that commands start quickly.
 """
 
 import time
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 START = time.time()
-"""When the package was first imported, which `train.py` does before all else: the zero of a run's ``startup_s``."""
+"""When the package was first imported, which the commands do before all else: the zero of a run's ``startup_s``."""
 
 __version__ = "0.1.0"
 
