@@ -75,6 +75,10 @@ def test_own_data(tmp_path):
     assert record["classes"] == ["billing", "bug", "other"]
     [first, _] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
     assert first["prediction"] in record["classes"] and list(first["probabilities"]) == record["classes"]
+    [folder] = (tmp_path / "outputs").glob("*/confusion.png")
+    assert (folder.parent / "classes.csv").is_file()
+    [first, _] = map(json.loads, (tmp_path / "praised" / "all.jsonl").read_text().splitlines())
+    assert set(first["prediction"]) <= {"fast", "cheap"} and list(first["probabilities"]) == ["cheap", "fast"]
 
 
 def test_own_model(tmp_path):

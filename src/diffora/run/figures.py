@@ -1,6 +1,7 @@
-"""Pictures of a DAM: the heatmap ([D] Figure 2) and the gates over the rounds of the search."""
+"""Pictures of a run: the heatmap of a DAM ([D] Figure 2), the gates over the rounds of the search, confused classes."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diffora.core.parts import short_names
 from diffora.core.picture import size_of
 from diffora.core.selection import Selection
 from diffora.files import atomic
+from diffora.tasks.classes import ClassResults
 
 Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
 
@@ -55,6 +57,56 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     return _png(figure)
 
 
+MOST_CLASSES = 50
+"""The most classes in the picture of confused classes."""
+LONGEST_NAME = 24
+"""Longer names of classes are cut in the picture, in characters."""
+
+
+def confusion_matrix(results: ClassResults) -> bytes:
+    """PNG of the confusion matrix: a row for each class, a column for each predicted class, the numbers of rows.
+
+    Colours show the share of the class's rows. Of more than `MOST_CLASSES` classes, it shows those with most errors.
+    """
+    from matplotlib.figure import Figure
+
+    counts = results.confusion
+    assert counts is not None
+    errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    chosen = errors.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
+    n, names = len(chosen), [_cut(results.names[i]) for i in chosen.tolist()]
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
+    numbers = counts[chosen][:, chosen].tolist()
+    cell = 0.62 if n <= 12 else 0.4 if n <= 30 else 0.28
+    margin = 1.6 + 0.075 * max(map(len, names))
+    figure = Figure(figsize=(max(3.4, margin + cell * n), max(2.6, margin + cell * n)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = 9 if n <= 12 else 7 if n <= 30 else 6
+    for i, row in enumerate(numbers):
+        for j, number in enumerate(row):
+            if number:
+                colour = "w" if shares[i][j] > 0.6 else "k"
+                axes.text(j, i, f"{number}", ha="center", va="center", size=size, color=colour)
+    # names come from a file: no formulas
+    axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", size=size, parse_math=False)
+    axes.set_yticks(range(n), names, size=size, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    right, total = int(counts.diagonal().sum()), int(counts.sum())
+    title = f"{right:,} of {total:,} rows right"
+    if n < len(results.names):
+        title += f"\nthe {n} of {len(results.names):,} classes with most errors"
+    axes.set_title(title, size=10)
+    return _png(figure)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
 def save_png(path: Path, png: bytes) -> None:
     """Write a picture atomically."""
     with atomic(path) as scratch:
@@ -63,5 +115,7 @@ def save_png(path: Path, png: bytes) -> None:
 
 def _png(figure: object) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names may be in any script
+        figure.savefig(buffer, format="png", dpi=144)  # type: ignore[attr-defined]
     return buffer.getvalue()

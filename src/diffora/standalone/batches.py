@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from diffora.errors import UserError
 
@@ -158,12 +166,12 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
         UserError: the loader cannot be divided, or there are fewer than two rows or batches.
     """
     items, unit = (loader.dataset, "rows") if isinstance(loader, DataLoader) else (loader, "batches")
+    rows = _row_sampling(loader)
     known = isinstance(loader, Sequence) or (
-        isinstance(loader, DataLoader)
-        and loader.batch_size is not None
-        and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler) in (RandomSampler, SequentialSampler)
-        and not getattr(loader.sampler, "replacement", False)
+        rows is not None
+        and not isinstance(loader.dataset, IterableDataset)  # type: ignore[attr-defined]
+        and (type(rows.sampler) in (RandomSampler, SequentialSampler) or _is_accelerates(rows.sampler))
+        and not getattr(rows.sampler, "replacement", False)
     )
     if not known:
         raise UserError(
@@ -181,18 +189,32 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
     return train, valid, said
 
 
+def _row_sampling(loader: Any) -> BatchSampler | None:
+    """How a DataLoader forms batches of rows; None if it does this in a way of its own.
+
+    A loader that accelerate prepared, such as that of transformers' `Trainer`, has this inside its own sampler.
+    """
+    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    sampler = sampler.batch_sampler if _is_accelerates(sampler) else sampler  # type: ignore[attr-defined, union-attr]
+    return sampler if type(sampler) is BatchSampler else None
+
+
+def _is_accelerates(sampler: Any) -> bool:
+    return type(sampler).__module__ == "accelerate.data_loader"
+
+
 def _part(loader: Any, places: list[int]) -> Iterable[Any]:
     """The rows of a DataLoader, or the batches of a sequence, at some places."""
-    if not isinstance(loader, DataLoader):
+    if (rows := _row_sampling(loader)) is None:
         return [loader[i] for i in places]
     return DataLoader(
         Subset(loader.dataset, places),
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler),
+        batch_size=rows.batch_size,
+        shuffle=isinstance(rows.sampler, RandomSampler),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last and len(places) >= (loader.batch_size or 1),
+        drop_last=rows.drop_last and len(places) >= rows.batch_size,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
