@@ -24,13 +24,26 @@ def hub_splits(
     Raises:
         UserError: the dataset cannot be loaded, or has no such split.
     """
+    found = hub_dataset(task, dataset, config, files)
+    if missing := [name for name in splits if name not in found]:
+        where = f"{dataset}/{config}" if config else dataset
+        raise UserError(f"{where} has no split {missing[0]!r}; it has {', '.join(found)}.")
+    return {name: found[name] for name in splits}
+
+
+def hub_dataset(task: str, dataset: str, config: str | None, files: str) -> dict[str, datasets.Dataset]:
+    """All splits of a hub dataset; arguments as in `hub_splits`.
+
+    Raises:
+        UserError: the dataset cannot be loaded.
+    """
     was_offline = datasets.config.HF_HUB_OFFLINE
     unreachable = why_unreachable()
     try:
         # Retries on an unreachable hub take half a minute or more. In offline mode `load_dataset` reads the local cache
         # at once.
         datasets.config.HF_HUB_OFFLINE = unreachable is not None
-        found = datasets.load_dataset(dataset, config)
+        return dict(datasets.load_dataset(dataset, config))
     except Exception as error:  # connection, proxy, hub and disk errors have no common base class
         reason = f"{unreachable}, and nothing in the local cache" if unreachable else first_line(error)
         raise UserError(
@@ -41,7 +54,3 @@ def hub_splits(
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-    if missing := [name for name in splits if name not in found]:
-        where = f"{dataset}/{config}" if config else dataset
-        raise UserError(f"{where} has no split {missing[0]!r}; it has {', '.join(found)}.")
-    return {name: found[name] for name in splits}
