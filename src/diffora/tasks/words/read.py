@@ -116,6 +116,8 @@ class _Checker:
             elif "\0" in word:
                 self._fault(number, at, self.columns[0], word, "has a NUL character")
         if not self.has_tags:
+            if row.get(self.columns[1]) is not None:
+                self.faults.add(number, self.columns[1], row[self.columns[1]], "are tags, but the first row has none")
             return {"words": words if all(isinstance(word, str) for word in words) else []}
         tags = self._list(number, row, self.columns[1])
         if len(tags) != len(words):
