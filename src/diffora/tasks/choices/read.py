@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.own_rows import Part
-from diffora.tasks.sources.faults import Faults
+from diffora.tasks.sources.faults import Faults, is_unicode
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import check_columns
 
@@ -120,10 +120,10 @@ def _checked(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
 
     def text(column: str) -> str:
         value = row.get(column)
-        if isinstance(value, str) and _is_unicode(value):
+        if isinstance(value, str) and is_unicode(value):
             return value
-        what = "in place of a text" if value is None else "is not text" if not isinstance(value, str) else "is damaged"
-        faults.add(number, column, value if what != "is damaged" else ascii(value), what)
+        what = "in place of a text" if value is None else "is not text" if not isinstance(value, str) else "is not valid Unicode"
+        faults.add(number, column, value if what != "is not valid Unicode" else ascii(value), what)
         return ""
 
     found = {
@@ -150,8 +150,8 @@ def _choices(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
         if not isinstance(value, str):
             what = "in place of a choice" if value is None else "is not text"
             faults.add(number, column, value, what, f" (choice {at + 1})")
-        elif not _is_unicode(value):
-            faults.add(number, column, ascii(value), "is damaged", f" (choice {at + 1})")
+        elif not is_unicode(value):
+            faults.add(number, column, ascii(value), "is not valid Unicode", f" (choice {at + 1})")
         elif not value.strip():
             faults.add(number, column, value, "is an empty choice", f" (choice {at + 1})")
         else:
@@ -159,10 +159,6 @@ def _choices(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
     if len(values) < 2:
         faults.add(number, shown, values, "are too few choices: at least two are needed")
     return found
-
-
-def _is_unicode(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # --- labels ---

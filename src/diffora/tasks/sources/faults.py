@@ -37,3 +37,8 @@ class Faults:
             where = f"{self.file}, {self.unit} {row}"
             where += " (data rows, counted from 1)" if self.unit == "row" else ""
             yield f"{where}, column '{column}': {shown} {kind}{detail}{more(count)}."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is valid Unicode without NUL. JSON can spell half of a surrogate pair, which is not."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

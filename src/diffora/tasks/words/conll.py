@@ -39,8 +39,9 @@ def read_conll(
     """
     lines = list(_lines(utf8(file)))
     width, own = _width(lines), [line for line in lines if line.text]
-    last = width - 1 if tags[1] is None else tags[1] - 1
-    known = {line.fields[last] for line in own if not line.text.startswith("#") and len(line.fields) == width > last}
+    columns = _columns(tokens, tags, width)
+    last = columns[-1][1]
+    known = {line.fields[last] for line in own if not line.text.startswith("#") and len(line.fields) == width}
     sentences: list[tuple[int, list[tuple[str, ...]]]] = []
     comments = documents = 0
     in_sentence = False
@@ -65,7 +66,6 @@ def read_conll(
             f"line {wrong[0].number} has {len(wrong[0].fields)} fields, other lines have {width}{more(len(wrong))}: "
             f"{wrong[0].text[:60]}"
         )
-    columns = _columns(tokens, tags, width)
     notes += [f"{comments:,} lines of comments left out"] if comments else []
     notes += [f"{documents:,} lines {DOCUMENT} left out"] if documents else []
     if width > len(columns):

@@ -9,7 +9,7 @@ from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.labels import known_classes
 from diffora.tasks.messages import some
 from diffora.tasks.own_rows import Part
-from diffora.tasks.sources.faults import Faults
+from diffora.tasks.sources.faults import Faults, is_unicode
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import check_columns
 
@@ -107,25 +107,26 @@ class _Checker:
 
     def checked(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
         """The row in the columns of `SCHEMA`; meaningless if ``faults`` grew."""
-        words = self._list(number, row, self.columns[0])
-        for at, word in enumerate(words):
-            if not isinstance(word, str):
-                self._fault(number, at, self.columns[0], word, "is not text")
-            elif any("\ud800" <= character <= "\udfff" for character in word):
-                self._fault(number, at, self.columns[0], ascii(word), "is not valid Unicode")
-            elif "\0" in word:
-                self._fault(number, at, self.columns[0], word, "has a NUL character")
+        found = self._list(number, row, self.columns[0])
+        words = [self._word(number, at, word) for at, word in enumerate(found)]
         if not self.has_tags:
             if row.get(self.columns[1]) is not None:
                 self.faults.add(number, self.columns[1], row[self.columns[1]], "are tags, but the first row has none")
-            return {"words": words if all(isinstance(word, str) for word in words) else []}
+            return {"words": words}
         tags = self._list(number, row, self.columns[1])
         if len(tags) != len(words):
             detail = f": there are {len(tags)} tags for {len(words)} words"
             self.faults.add(number, self.columns[1], tags, "does not have one tag for each word", detail)
-            return {"words": [], "tags": []}
-        names = [self._name(number, at, tag) for at, tag in enumerate(tags)]
-        return {"words": [word if isinstance(word, str) else "" for word in words], "tags": names}
+        return {"words": words, "tags": [self._name(number, at, tag) for at, tag in enumerate(tags)]}
+
+    def _word(self, number: int, at: int, word: Any) -> str:
+        if not isinstance(word, str):
+            self._fault(number, at, self.columns[0], word, "is not text")
+        elif not is_unicode(word):
+            self._fault(number, at, self.columns[0], ascii(word), "is not valid Unicode, or has a NUL character")
+        else:
+            return word
+        return ""
 
     def _list(self, number: int, row: dict[str, Any], column: str) -> list[Any]:
         value = row.get(column)
@@ -139,9 +140,9 @@ class _Checker:
         """A tag as text."""
         column = self.columns[1]
         if isinstance(tag, str):
-            if tag.strip():
+            if tag.strip() and is_unicode(tag):
                 return tag.strip()
-            self._fault(number, at, column, tag, "is an empty tag")
+            self._fault(number, at, column, ascii(tag) if tag.strip() else tag, "is an empty tag" if not tag.strip() else "is not valid Unicode")
         elif isinstance(tag, bool) or not isinstance(tag, int):
             self._fault(number, at, column, tag, "is not a tag: it must be text or a whole number")
         elif self.names is None:

@@ -3,7 +3,7 @@
 The tokenizer reads the words as one text, with a space between them. So a model sees in training what it sees later in
 ``pipeline("token-classification")``, and byte-level tokenizers (RoBERTa, GPT-2) need no ``add_prefix_space``. Tokens
 are assigned to words by their place in the text; a tokenizer that does not know places (a slow one) reads word by word.
-The first token of a word stands for it.
+A word is represented by the first token that has one of its characters; a token of a space alone is never that token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
