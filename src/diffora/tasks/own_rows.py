@@ -260,7 +260,8 @@ class OwnRowsTask(Task):
         """(training rows, validation rows); both accounts say how they were divided. Equal inputs stay together."""
         fraction, seed = self.cfg.validation_fraction, self.cfg.split_seed
         rows = pa.table({"text": self.keys(table), "label": np.zeros(len(table), dtype=np.int64)})
-        chosen = choose_validation(rows, fraction, seed, by_class=False)
+        least = 2 / max(4, len(rows))  # one row chooses the epoch, another one reports it
+        chosen = choose_validation(rows, max(fraction, least), seed, by_class=False)
         if not chosen.any():
             raise UserError(
                 f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because all have the "
