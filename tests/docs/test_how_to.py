@@ -53,7 +53,9 @@ def record_of(folder: Path) -> dict:
     return record
 
 
-@pytest.mark.parametrize("page", ["own-data", "entities", "multiple-choice", "own-model", "own-method", "own-task", "own-selector"])
+@pytest.mark.parametrize(
+    "page", ["own-data", "entities", "multiple-choice", "own-model", "own-method", "own-task", "own-selector"]
+)
 def test_a_page_has_commands_and_says_how_much_to_write(page):
     assert scripts_of(page)
     if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):

@@ -37,7 +37,9 @@ SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
-WORDS = f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=24 task.doc_stride=4"
+WORDS = (
+    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=24 task.doc_stride=4"
+)
 CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
@@ -116,7 +118,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.context_columns": "[more]",
             "task.start_column": "more", "task.choices_column": "others", "task.choice_columns": "[a,b]",
             "task.label_column": "other", "task.label_kind": "letter", "task.first_label": "1",
-            "task.validation_fraction": "0.5", "task.split_seed": "1", "task.max_length": "8",
+            "task.validation_fraction": "0.5", "task.split_seed": "1", "task.max_length": "6",
         }),
         ("task=choice task.path=some/choices", {"task.hub_config": "x"}),
     ],
@@ -259,7 +261,10 @@ def folders(tmp_path):
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     words = [
-        {"tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)], "ner_tags": ["B-X", "I-X", "O", *["O", "I-X"] * (i % 4)]}
+        {
+            "tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)],
+            "ner_tags": ["B-X", "I-X", "O", *["O", "I-X"] * (i % 4)],
+        }
         for i in range(24)
     ]
     words = [row | {"more": row["tokens"][::-1], "other": row["ner_tags"][::-1]} for row in words]

@@ -86,7 +86,10 @@ def notes_of(task) -> str:
 def test_all_formats_give_the_same_rows(task, tmp_path):
     full = rows(fewer=False)
     loaded = [task(write(tmp_path / f"a.{kind}", full)).load() for kind in ("jsonl", "parquet")]
-    loaded += [task(write(tmp_path / f"b.{kind}", columns(full)), ENDINGS).load() for kind in ("csv", "tsv", "jsonl", "parquet")]
+    loaded += [
+        task(write(tmp_path / f"b.{kind}", columns(full)), ENDINGS).load()
+        for kind in ("csv", "tsv", "jsonl", "parquet")
+    ]
     assert len({found.data_hash for found in loaded}) == 1
     assert len(loaded[0].train) == 27 and len(loaded[0].validation["validation"]) == 3
     assert loaded[0].train[0] == {"context": "who told x0", "start": "", "choices": LONG, "label": 0}
@@ -95,7 +98,9 @@ def test_all_formats_give_the_same_rows(task, tmp_path):
 def test_rows_with_fewer_choices(task, tmp_path):
     listed = task(write(tmp_path / "a.jsonl", rows()))
     assert "rows have 2, 3 or 4 choices" in notes_of(listed)
-    apart = task(write(tmp_path / "b.jsonl", [columns(rows())[2], *columns(rows())]), ENDINGS, "task.validation_fraction=0.2")
+    apart = task(
+        write(tmp_path / "b.jsonl", [columns(rows())[2], *columns(rows())]), ENDINGS, "task.validation_fraction=0.2"
+    )
     assert {len(choices) for choices in apart.load().train["choices"]} == {2, 3, 4}
     assert listed.most_choices == 4
 
@@ -146,10 +151,10 @@ def test_several_columns_of_context(task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed, column, message",
+    ("changed", "column", "message"),
     [
         ({"label": 4}, "label", "4 is not the number of a choice: they are 0 to 2"),
-        ({"label": 3}, "label", "3 is not the number of a choice: they are 0 to 2; if labels count from 1: task.first_label=1"),
+        ({"label": 3}, "label", "they are 0 to 2; if labels count from 1: task.first_label=1"),
         ({"label": -1}, "label", "-1 is not the number of a choice"),
         ({"label": None}, "label", "null in place of a label"),
         ({"label": "A"}, "label", '"A" is not the number of a choice'),
@@ -175,11 +180,13 @@ def test_a_faulty_row_is_named(task, tmp_path, changed, column, message):
 def test_labels_that_are_neither_letters_nor_texts_of_choices(task, tmp_path):
     content = [row | {"label": "ABCD"[row["label"]]} for row in rows()]
     content[0]["label"] = "C"
-    assert "\"C\" is not the letter of a choice: they are A to B" in problems_of(task(write(tmp_path / "a.jsonl", content)))
+    assert '"C" is not the letter of a choice: they are A to B' in problems_of(
+        task(write(tmp_path / "a.jsonl", content))
+    )
     content = [row | {"label": row["choices"][row["label"]]} for row in rows()]
     content[0]["label"] = "nobody"
     found = problems_of(task(write(tmp_path / "b.jsonl", content)))
-    assert "\"nobody\" is not the text of a choice: the farmer; a teacher was seen" in found
+    assert '"nobody" is not the text of a choice: the farmer; a teacher was seen' in found
     content[0] |= {"choices": ["x", "x"], "label": "x"}
     assert "is the text of more than one choice" in problems_of(task(write(tmp_path / "c.jsonl", content)))
 
@@ -188,7 +195,10 @@ def test_labels_that_could_be_numbers_or_texts_are_refused(task, tmp_path):
     content = [{"context": f"2 - {i}", "choices": ["1", "0"], "label": str(i % 2)} for i in range(10)]
     file = write(tmp_path / "a.jsonl", content)
     found = problems_of(task(file))
-    assert 'line 1, column \'label\': "0" may be the number of a choice or its text: say which with task.label_kind=' in found
+    assert (
+        "line 1, column 'label': \"0\" may be the number of a choice or its text: say which with task.label_kind="
+        in found
+    )
     number, text = (task(file, f"task.label_kind={kind}").load().train["label"][:] for kind in ("number", "text"))
     assert [1 - label for label in number] == text
 
@@ -199,7 +209,10 @@ def test_other_mistakes(task, tmp_path):
     assert "no column 'ending9'" in problems_of(task(file, "task.choice_columns=[ending9,ending1]"))
     empty = [row | {"ending3": ""} for row in columns(rows(fewer=False))]
     found = problems_of(task(write(tmp_path / "b.csv", empty), ENDINGS))
-    assert "b.csv, row 1 (data rows, counted from 1), column 'ending3': \"\" is an empty choice (choice 4) (and 29 more" in found
+    assert (
+        "b.csv, row 1 (data rows, counted from 1), column 'ending3': \"\" is an empty choice (choice 4) (and 29 more"
+        in found
+    )
     gap = [{k: v for k, v in row.items() if k != "ending1"} for row in columns(rows(fewer=False))[:3]]
     content = [columns(rows(fewer=False))[0], *gap]
     found = problems_of(task(write(tmp_path / "c.jsonl", content), ENDINGS))
@@ -215,7 +228,7 @@ def test_what_is_strange_is_said(task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    ("overrides", "message"),
     [
         (["task.choices_column=null"], "task.choices_column=null needs task.choice_columns"),
         (["task.context_columns=[]"], "task.context_columns=[] must name at least one column"),
@@ -334,7 +347,9 @@ def test_a_run_searches_trains_resumes_and_is_evaluated(cfg, tmp_path, update):
     assert scores["accuracy"] == pytest.approx(record["metrics"]["validation/accuracy"], abs=1e-6)
     assert scores["loss"] == pytest.approx(record["metrics"]["validation/loss"], rel=1e-3)
     new = write(tmp_path / "new.jsonl", [{"context": "who", "choices": ["a", "b", "c", "d", "e", "f"]}])
-    assert evaluate(read_request([f"run={whole.folder}", f"task.path={new}", f"output={tmp_path / 'b'}"])) == {"all": {}}
+    assert evaluate(read_request([f"run={whole.folder}", f"task.path={new}", f"output={tmp_path / 'b'}"])) == {
+        "all": {}
+    }
     [line] = map(json.loads, (tmp_path / "b" / "all.jsonl").read_text().splitlines())
     assert len(line["probabilities"]) == 6  # more choices than any training row
 
@@ -350,7 +365,9 @@ def test_the_simultaneous_search_takes_the_two_gradients_of_separate_passes(cfg,
     torch.manual_seed(0)
     model = load_backbone(composed.model, task.model_request(), processor).model.eval()
     grid = find_grid(model)
-    layers = attach(model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), rank=2, shared_rank=None, alpha=4)
+    layers = attach(
+        model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), rank=2, shared_rank=None, alpha=4
+    )
     for layer in itertools.chain(*layers):
         torch.nn.init.normal_(layer.lora_bt, std=0.1)
     train, valid = (task.collate(processor, True)(encoded[rows]) for rows in ([0, 1, 3], [2, 5, 4]))
@@ -396,6 +413,14 @@ def test_every_family_with_a_head_for_choices(cfg, tmp_path, name):
 def test_a_model_without_a_head_for_choices(cfg, tmp_path):
     place = save_family(tmp_path / "gpt2", "gpt2")
     file = write(tmp_path / "rows.jsonl", rows(12))
-    composed = cfg("method=lora", "task=choice", f"task.path={file}", "model=hf", f"model.path={place}", "trainer=cpu", "task.max_length=60")
+    composed = cfg(
+        "method=lora",
+        "task=choice",
+        f"task.path={file}",
+        "model=hf",
+        f"model.path={place}",
+        "trainer=cpu",
+        "task.max_length=60",
+    )
     with pytest.raises(UserError, match="transformers has no AutoModelForMultipleChoice for a GPT2 model"):
         run(composed, tmp_path / "run")

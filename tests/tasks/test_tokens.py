@@ -132,7 +132,7 @@ def test_the_model_gives_the_same_for_a_batch_and_for_single_rows(made):
         together = task.loss(model(**task.inputs(batch)), batch)
         alone = [collate(split.encoded[i : i + 1]) for i in range(8)]
         losses = torch.stack([task.loss(model(**task.inputs(part)), part) * task.weight(part) for part in alone])
-        wide = {key: value for key, value in joined(batch, collate(split.encoded[3:4]), task, 0).items()}
+        wide = dict(joined(batch, collate(split.encoded[3:4]), task, 0).items())
         both = task.loss(model(**task.inputs(wide)), wide)
     assert losses.sum() / task.weight(batch) == pytest.approx(together.item(), rel=1e-4)
     expected = (losses.sum() + losses[3]) / (task.weight(batch) + task.weight(alone[3]))
@@ -153,7 +153,7 @@ def test_rows_without_words_and_long_words(cfg, tmp_path):
 
 
 def test_an_input_that_is_too_short_for_its_windows(made):
-    with pytest.raises(UserError, match="task.max_length=5 must be at least 7"):
+    with pytest.raises(UserError, match=r"task\.max_length=5 must be at least 7"):
         made("task.max_length=5")
 
 
@@ -182,7 +182,9 @@ def test_a_run_searches_trains_resumes_exports_and_is_evaluated(cfg, file, tmp_p
     task = get_task(composed.task)
     names, chosen = None, task.load().validation["validation"]
     names = task.tagging.names
-    lines = [{"tokens": w, "ner_tags": [names[t] for t in ts]} for w, ts in zip(chosen["words"], chosen["tags"], strict=True)]
+    lines = [
+        {"tokens": w, "ner_tags": [names[t] for t in ts]} for w, ts in zip(chosen["words"], chosen["tags"], strict=True)
+    ]
     validation.write_text("".join(json.dumps(line) + "\n" for line in lines))
     request = read_request([f"run={whole.folder}", f"task.path={validation}", f"output={tmp_path / 'out'}"])
     scores = evaluate(request)["all"]

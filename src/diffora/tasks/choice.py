@@ -95,9 +95,7 @@ class ChoiceTask(OwnRowsTask):
     def wanted(self) -> tuple[str, ...]:
         return self.columns.inputs
 
-    def checked(
-        self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]
-    ) -> Part | None:
+    def checked(self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]) -> Part | None:
         return check_choices(sources, self.columns, labelled, account, problems)
 
     def numbered(self, part: Part, account: Account, problems: list[str]) -> pa.Table:
@@ -159,9 +157,9 @@ class ChoiceTask(OwnRowsTask):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {key: value for key, value in super().inputs(batch).items() if key != "n_choices"}
-        mask = found["attention_mask"].clone()
-        mask[..., 0] = 1  # choices that a row does not have: attention to no token at all would give NaN
-        return found | {"attention_mask": mask}
+        mask = found["attention_mask"]
+        # A choice that a row does not have: attention to no token at all would give NaN.
+        return found | {"attention_mask": torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], dim=-1)}
 
     def sequences(self, batch: Mapping[str, Tensor]) -> int:
         return batch["input_ids"].shape[1]

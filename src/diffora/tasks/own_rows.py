@@ -83,9 +83,7 @@ class OwnRowsTask(Task):
         """The columns that every file must have."""
         raise NotImplementedError
 
-    def checked(
-        self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]
-    ) -> Part | None:
+    def checked(self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]) -> Part | None:
         """Check the rows of a split.
 
         Args:

@@ -83,6 +83,7 @@ class TokensTask(OwnRowsTask):
         self.tagging: Tagging | None = None
         """What the tags mean; None until rows are loaded, or until `expect` gives the tags."""
         self._named: list[str] | None = None  # the tags in the features of the source
+        self._tags_from = "settings" if cfg.tags else "rows"  # who gave the tags, for messages
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -109,6 +110,7 @@ class TokensTask(OwnRowsTask):
 
     def expect(self, classes: Sequence[str]) -> None:
         """Number the tags of all splits as the trained model does."""
+        self._tags_from = "run"
         try:
             self._set_tags(classes)
         except ValueError as error:
@@ -125,9 +127,7 @@ class TokensTask(OwnRowsTask):
         numbers = [int(name) if name.isdigit() else None for name in self.columns]
         return read_conll(file, (self.columns[0], numbers[0]), (self.columns[1], numbers[1]), notes)
 
-    def checked(
-        self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]
-    ) -> Part | None:
+    def checked(self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]) -> Part | None:
         names = self.tagging.names if self.tagging else None
         if names is None:
             found = [found for source in sources if (found := source.class_names(self.columns[1]))]
@@ -138,6 +138,7 @@ class TokensTask(OwnRowsTask):
     def learn(self, train: Part, account: Account, problems: list[str]) -> None:
         if self.tagging is None:
             there = pc.unique(pc.list_flatten(train.table.column("tags"))).to_pylist()
+            self._tags_from = "features" if self._named else "rows"
             try:
                 self._set_tags(self._named or sorted(there, key=_order))
             except ValueError as error:
@@ -153,7 +154,12 @@ class TokensTask(OwnRowsTask):
         if "tags" not in part.table.column_names:
             account.notes.append(f"no tags in column '{self.columns[1]}': predictions without metrics")
             return part.table
-        whose = "the run" if self.cfg.tags or self._named else "the training rows; task.tags=[…] names more tags"
+        whose = {
+            "run": "the run",
+            "settings": "task.tags",
+            "features": "the data set's features",
+            "rows": "the training rows; task.tags=[…] names more tags",
+        }[self._tags_from]
         return tag_numbers(part, self._tags().names, whose, self.columns[1], problems)
 
     def before_split(self) -> None:
@@ -175,9 +181,13 @@ class TokensTask(OwnRowsTask):
             schemes[name] = scheme
             notes = self.accounts[name].notes
             kinds = len(tagging.types)
-            notes.append(f"{n:,} entities of {kinds} type{'s' if kinds > 1 else ''} in {len(tags):,} words; {scheme} tags")
+            notes.append(
+                f"{n:,} entities of {kinds} type{'s' if kinds > 1 else ''} in {len(tags):,} words; {scheme} tags"
+            )
             if strange:
-                notes.append(f"{strange:,} entities are not well-formed in {scheme}, e.g. they begin with I or do not end")
+                notes.append(
+                    f"{strange:,} entities are not well-formed in {scheme}, e.g. they begin with I or do not end"
+                )
             if name == "train" and OUTSIDE not in tagging.names and scheme == "IO":
                 notes.append("no tag is O: if these are not entities, accuracy is the metric to read")
         there = set(pc.unique(pc.list_flatten(tables["train"].column("tags"))).to_pylist())
@@ -185,8 +195,8 @@ class TokensTask(OwnRowsTask):
             self.accounts["train"].notes.append(f"no word has these tags: {some(missing)}")
         if self.cfg.strict and schemes["train"] not in STRICT:
             raise UserError(
-                f"task.strict=true is for the schemes {' and '.join(STRICT)}; the training rows have {schemes['train']} "
-                "tags"
+                f"task.strict=true is for the schemes {' and '.join(STRICT)}; the training rows have "
+                f"{schemes['train']} tags"
             )
 
     # --- encoding ---

@@ -83,7 +83,7 @@ def test_equal_to_seqeval_strict_iobes(sentences):
 
 
 @pytest.mark.parametrize(
-    "gold, predicted",
+    ("gold", "predicted"),
     [
         ("O O O", "O O O"),  # no entity at all
         ("B-LOC I-LOC O", "O O O"),  # nothing predicted
@@ -128,7 +128,7 @@ def test_tags_that_seem_to_mean_something_else_are_refused(names):
 
 
 @pytest.mark.parametrize(
-    "sentence, expected",
+    ("sentence", "expected"),
     [
         ("I-LOC I-LOC O I-PER", ("IO", 0)),
         ("I-LOC B-LOC O I-PER", ("IOB1", 0)),

@@ -24,7 +24,22 @@ from diffora.tasks.words.windows import (
     windows,
 )
 
-WORDS = ["Anna", "Müller-Lüdenscheid", "lives", "in", "東京", ",", "the", "U.S.", "don't", "...", "(x)", "ﬁne", "🙂", "market"]
+WORDS = [
+    "Anna",
+    "Müller-Lüdenscheid",
+    "lives",
+    "in",
+    "東京",
+    ",",
+    "the",
+    "U.S.",
+    "don't",
+    "...",
+    "(x)",
+    "ﬁne",
+    "🙂",
+    "market",
+]
 
 
 def sentences(n: int = 40) -> list[list[str]]:
@@ -103,7 +118,11 @@ def test_each_word_belongs_to_one_window_that_has_its_first_token(gaps, room, da
     assert [word for window in found for word in range(window.first, window.stop)] == list(range(len(gaps)))
     for window in found:
         assert 0 <= window.end - window.begin <= room and window.stop - window.first <= room
-        assert all(window.begin <= starts[word] < window.end for word in range(window.first, window.stop) if starts[word] >= 0 and gaps[word][1] < room)
+        assert all(
+            window.begin <= starts[word] < window.end
+            for word in range(window.first, window.stop)
+            if starts[word] >= 0 and gaps[word][1] < room
+        )
     ends = [window.end for window in found]
     assert ends == sorted(ends) and [w.begin for w in found] == sorted(w.begin for w in found)
     if n <= room and len(gaps) <= room:

@@ -122,7 +122,13 @@ def _checked(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
         value = row.get(column)
         if isinstance(value, str) and is_unicode(value):
             return value
-        what = "in place of a text" if value is None else "is not text" if not isinstance(value, str) else "is not valid Unicode"
+        what = (
+            "in place of a text"
+            if value is None
+            else "is not text"
+            if not isinstance(value, str)
+            else "is not valid Unicode"
+        )
         faults.add(number, column, value if what != "is not valid Unicode" else ascii(value), what)
         return ""
 
@@ -138,7 +144,12 @@ def _choices(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
     if columns.in_list:
         values = row.get(shown)
         if not isinstance(values, list):
-            faults.add(number, shown, values, "is not a list of choices")
+            faults.add(
+                number,
+                shown,
+                values,
+                "is not a list of choices; choices in columns of their own are task.choice_columns=[…]",
+            )
             return []
     else:
         values = [row.get(name) for name in columns.choices]

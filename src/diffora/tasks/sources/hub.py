@@ -46,6 +46,8 @@ def hub_dataset(task: str, dataset: str, config: str | None, files: str) -> dict
         return dict(datasets.load_dataset(dataset, config))
     except Exception as error:  # connection, proxy, hub and disk errors have no common base class
         reason = f"{unreachable}, and nothing in the local cache" if unreachable else first_line(error)
+        if not unreachable and "Config name is missing" in reason:  # the next line has the names
+            reason = " ".join(str(error).splitlines()[:2])
         raise UserError(
             f"Cannot load task '{task}' from the Hugging Face hub ({dataset}{f', {config}' if config else ''}): "
             f"{reason}.\n"

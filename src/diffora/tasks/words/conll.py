@@ -20,9 +20,7 @@ class _Line:
     fields: tuple[str, ...]
 
 
-def read_conll(
-    file: Path, tokens: tuple[str, int | None], tags: tuple[str, int | None], notes: list[str]
-) -> Records:
+def read_conll(file: Path, tokens: tuple[str, int | None], tags: tuple[str, int | None], notes: list[str]) -> Records:
     """The sentences of a file.
 
     Fields are separated by tabs if each line has one, otherwise by spaces. Lines that begin with -DOCSTART- are left
@@ -83,7 +81,7 @@ def _lines(text: str) -> Iterator[_Line]:
 
 
 def _width(lines: Sequence[_Line]) -> int:
-    """How many fields a line has: as many as the first line that is neither blank nor a comment nor between documents."""
+    """How many fields a line has: those of the first line with a word that is no comment."""
     own = [line for line in lines if line.text and line.fields[0] != DOCUMENT]
     first = next((line for line in own if not line.text.startswith("#")), own[0] if own else None)
     return len(first.fields) if first else 2
@@ -102,8 +100,6 @@ def _columns(tokens: tuple[str, int | None], tags: tuple[str, int | None], width
     return found
 
 
-def _rows(
-    sentences: Sequence[tuple[int, list[tuple[str, ...]]]], columns: Sequence[tuple[str, int]]
-) -> Iterator[Row]:
+def _rows(sentences: Sequence[tuple[int, list[tuple[str, ...]]]], columns: Sequence[tuple[str, int]]) -> Iterator[Row]:
     for number, words in sentences:
         yield number, {name: [fields[at] for fields in words] for name, at in columns}

@@ -25,7 +25,9 @@ class WordsPart(Part):
         files: the files, as messages name them, with what the numbers of their rows count.
     """
 
-    def __init__(self, table: pa.Table, where: str, numbers: list[int], files: list[Records], sources: list[int]) -> None:
+    def __init__(
+        self, table: pa.Table, where: str, numbers: list[int], files: list[Records], sources: list[int]
+    ) -> None:
         super().__init__(table, where, numbers)
         self.files, self.sources = files, sources
 
@@ -142,12 +144,22 @@ class _Checker:
         if isinstance(tag, str):
             if tag.strip() and is_unicode(tag):
                 return tag.strip()
-            self._fault(number, at, column, ascii(tag) if tag.strip() else tag, "is an empty tag" if not tag.strip() else "is not valid Unicode")
+            self._fault(
+                number,
+                at,
+                column,
+                ascii(tag) if tag.strip() else tag,
+                "is an empty tag" if not tag.strip() else "is not valid Unicode",
+            )
         elif isinstance(tag, bool) or not isinstance(tag, int):
             self._fault(number, at, column, tag, "is not a tag: it must be text or a whole number")
         elif self.names is None:
             self._fault(
-                number, at, column, tag, "is a number without a name: give the tags in their order, task.tags=[O,B-PER,…]"
+                number,
+                at,
+                column,
+                tag,
+                "is a number without a name: give the tags in their order, task.tags=[O,B-PER,…]",
             )
         elif not 0 <= tag < len(self.names):
             what = f"is not the number of a tag; they are 0 to {len(self.names) - 1}: {some(self.names)}"

@@ -6,6 +6,7 @@ are assigned to words by their place in the text; a tokenizer that does not know
 A word is represented by the first token that has one of its characters; a token of a space alone is never that token.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def windows(sentence: Sentence, room: int, overlap: int) -> list[Window]:
         while stop_of(after) <= stop:
             after += 1
         spans.append((after, stop_of(after)))
-    cuts = [0, *(after + (stop - after) // 2 for (_, stop), (after, _) in zip(spans, spans[1:], strict=False)), n]
+    cuts = [0, *(after + (stop - after) // 2 for (_, stop), (after, _) in itertools.pairwise(spans)), n]
     return [
         Window(int(begins[first]), min(int(begins[stop]), int(begins[first]) + room), cuts[i], cuts[i + 1])
         for i, (first, stop) in enumerate(spans)
