@@ -38,7 +38,7 @@ IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=i
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
 WORDS = (
-    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=24 task.doc_stride=4"
+    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=9 task.doc_stride=1"
 )
 CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
@@ -109,7 +109,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{WORDS} finetune.epochs=2 finetune.lr=0.02", {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.tokens_column": "more",
             "task.tags_column": "other", "task.tags": "[B-X,I-X,O,B-Y]", "task.validation_fraction": "0.5",
-            "task.split_seed": "1", "task.max_length": "9", "task.doc_stride": "1000", "task.strict": "true",
+            "task.split_seed": "1", "task.max_length": "24", "task.doc_stride": "4", "task.strict": "true",
         }),
         ("task=tokens task.path=some/words", {"task.hub_config": "x"}),
     ],

@@ -152,9 +152,15 @@ def test_rows_without_words_and_long_words(cfg, tmp_path):
     assert sum(task.class_counts(split)) == sum(len(row["tokens"]) for row in content)
 
 
-def test_an_input_that_is_too_short_for_its_windows(made):
-    with pytest.raises(UserError, match=r"task\.max_length=5 must be at least 7"):
-        made("task.max_length=5")
+def test_a_length_that_the_model_cannot_read(made):
+    with pytest.raises(UserError, match=r"task\.max_length=70 must be at least 3 .* and at most 64"):
+        made("task.max_length=70")
+
+
+def test_windows_overlap_by_at_most_half_of_them(made):
+    _, _, split, _ = made("task.max_length=8", "task.doc_stride=1000")
+    examples = split.encoded["example"][:]
+    assert len(set(examples)) == len(rows()) and max(map(examples.count, examples)) <= 6
 
 
 # --- runs ---

@@ -58,7 +58,9 @@ class TokensSettings(OwnRowsSettings):
         bool, Help("Count only well-formed entities, in the schemes IOB2 and IOBES; false: as CoNLL's own script.")
     ] = False
     doc_stride: Annotated[
-        int, whole(0, LENGTH), Help("Overlap of two windows of a sentence longer than `max_length`.", "tokens")
+        int,
+        whole(0, LENGTH),
+        Help("Overlap of two windows of a sentence longer than `max_length`, at most half of a window.", "tokens"),
     ] = 32
 
 
@@ -212,23 +214,23 @@ class TokensTask(OwnRowsTask):
         """
         frame, cfg = Frame.of(processor), self.cfg
         self.unknown_id = unknown_token(processor)
-        least = frame.size + cfg.doc_stride + 1
-        if not least <= cfg.max_length <= processor.model_max_length:
+        room = cfg.max_length - frame.size
+        if room < 1 or cfg.max_length > processor.model_max_length:
             raise UserError(
-                f"task.max_length={cfg.max_length} must be at least {least} (special tokens, task.doc_stride="
-                f"{cfg.doc_stride} and one more token) and at most {processor.model_max_length} (what the model's "
-                "tokenizer takes)."
+                f"task.max_length={cfg.max_length} must be at least {frame.size + 1} (special tokens and one more) and "
+                f"at most {processor.model_max_length} (what the model's tokenizer takes)."
             )
+        overlap = min(cfg.doc_stride, room // 2)
         facts = {
             "format": FORMAT_VERSION,
             "rows": content_hash(rows.data.table),
             **tokenizer_facts(processor),
-            "lengths": [cfg.max_length, cfg.doc_stride],
+            "lengths": [cfg.max_length, overlap],
         }
         found = cached(
             "words",
             facts,
-            lambda file: write_windows(file, rows, processor, frame, cfg.max_length, cfg.doc_stride),
+            lambda file: write_windows(file, rows, processor, frame, cfg.max_length, overlap),
         )
         if not len(found):
             raise UserError(f"task.path={cfg.path}: none of the {len(rows)} rows has any words")
@@ -254,7 +256,7 @@ class TokensTask(OwnRowsTask):
         if not self.labelled(split):
             return None
         labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
-        return np.bincount(labels, minlength=len(self._tags().names)).tolist()
+        return list(map(int, np.bincount(labels, minlength=len(self._tags().names))))
 
     def collate(self, processor: Any, training: bool) -> Collate:
         return WordsCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
