@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import save_family
-from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+from seqeval.metrics import accuracy_score, classification_report, f1_score, precision_score, recall_score
 
 from diffora.backbones.load import load_backbone
 from diffora.errors import UserError
@@ -97,6 +97,12 @@ def test_scores_are_those_of_seqeval_in_any_batches(made, length):
     ]
     assert scores[0]["loss"] == pytest.approx(np.mean(terms), rel=1e-5)
     assert task.class_counts(split) == [sum(tags.count(name) for tags in gold) for name in names]
+    by_type = {row["class"]: row for row in task.class_results(found[1]).rows()}
+    report = classification_report(gold, predicted, output_dict=True, zero_division=0)
+    for kind in ("LOC", "PER"):
+        assert by_type[kind]["support"] == report[kind]["support"] > 0
+        assert by_type[kind]["precision"] == pytest.approx(report[kind]["precision"], abs=1e-6)
+        assert by_type[kind]["f1"] == pytest.approx(report[kind]["f1-score"], abs=1e-6)
 
 
 def test_words_that_are_predicted_do_not_depend_on_windows(made):
@@ -176,6 +182,12 @@ def test_a_run_searches_trains_resumes_exports_and_is_evaluated(cfg, file, tmp_p
     record = whole.record
     assert record["status"] == "completed" and record["classes"] == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     assert record["metrics"]["validation/f1"] > 0.2 and "train/f1" in record["metrics"]
+
+    assert [line.split(",")[0] for line in (whole.folder / "classes.csv").read_text().splitlines()] == [
+        "class",
+        "LOC",
+        "PER",
+    ]
 
     again = shutil.copytree(whole.folder, tmp_path / "again")
     next((again / "checkpoints").glob("finetune-0002-*.ckpt")).unlink()

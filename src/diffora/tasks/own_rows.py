@@ -1,6 +1,5 @@
 """What the tasks for people's own rows share: rows from one file, a folder of files or the hub, and their splits."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,10 @@ from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Rows, Task
 from diffora.tasks.messages import first_line
-from diffora.tasks.sources.files import has_validation, split_files
-from diffora.tasks.sources.hub import hub_dataset
+from diffora.tasks.sources.place import ALL, Place
 from diffora.tasks.sources.records import Records, hub_records, open_records
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.texts.divide import choose_validation
-
-ALL = "all"
-"""The split of all rows of a single file."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +29,13 @@ class OwnRowsSettings(TaskSettings):
         Annotated[str, PATH] | None,
         Help("A file, a folder with one file for each split (train, validation, test), or a data set on the hub."),
     ] = None
-    hub_config: Annotated[str | None, Help("Configuration of the data set on the hub, if it has several.")] = None
+    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
+    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
+    validation_split: Annotated[
+        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
+    ] = "validation"
     validation_fraction: Annotated[
-        float, FRACTION, Help("Share of the training rows to validate on, if there is no validation split.")
+        float, FRACTION, Help("Share of the training rows to validate on, if there are no validation rows.")
     ] = 0.1
     split_seed: Annotated[int, SEED, Help("Draws these rows; the seed of the run does not matter.")] = 0
     max_length: Annotated[int, whole(4, LENGTH), Help("Length of the longest input.", "tokens")]
@@ -66,18 +64,8 @@ class OwnRowsTask(Task):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.place = Path(cfg.path or "")
-        is_folder = self.place.is_dir()
-        has_test = is_folder and any(self.place.glob("test[.-]*"))
-        self.test_splits = ("test",) if has_test or self.on_hub else ()
-        self._hub: dict[str, datasets.Dataset] | None = None
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether ``task.path`` names a data set on the hub."""
-        path = str(self.cfg.path or "")
-        is_file = self.place.suffix.removeprefix(".") in self.formats
-        return not is_file and not self.place.exists() and HUB_ID.fullmatch(path) is not None
+        self.place = Place(cfg.path or "", cfg.subset, cfg.train_split, cfg.validation_split, self.formats)
+        self.test_splits = ("test",) if self.place.has_test else ()
 
     def wanted(self) -> tuple[str, ...]:
         """The columns that every file must have."""
@@ -112,22 +100,16 @@ class OwnRowsTask(Task):
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         """All rows of another file; otherwise the validation rows."""
-        return (ALL,) if other_data and self._is_file() else self.validation_splits
+        return (ALL,) if other_data and self.place.is_file else self.validation_splits
 
     def problems(self) -> Iterator[str]:
-        kinds = ", ".join(self.formats)
         if self.cfg.path is None:
             yield (
-                f"task.path=null: task={self.name} reads your own rows: give a file ({kinds}), a folder with "
-                "train.<type>, or a data set on the hub"
+                f"task.path=null: task={self.name} reads your own rows: give a file ({', '.join(self.formats)}), a "
+                "folder with train.<type>, or a data set on the hub"
             )
-        elif self._is_file() and self.place.suffix.removeprefix(".") not in self.formats:
-            yield f"task.path={self.place} must be a file of one of the types {kinds}, a folder, or a hub id"
-        if self.cfg.hub_config is not None and not self.on_hub:
-            yield f"task.hub_config={self.cfg.hub_config} is for data on the hub; task.path={self.cfg.path} is not"
-
-    def _is_file(self) -> bool:
-        return not self.place.is_dir() and not self.on_hub
+        else:
+            yield from self.place.problems()
 
     # --- rows ---
 
@@ -158,11 +140,11 @@ class OwnRowsTask(Task):
 
         Rows of "train" and "validation" need labels; the rows of other splits need none.
         """
-        if self._is_file() and split not in ("train", "validation", ALL):
+        if self.place.is_file and split not in ("train", "validation", ALL):
             raise UserError(
-                f"split={split}: task.path={self.place} is one file; it has the splits all, train, validation"
+                f"split={split}: task.path={self.cfg.path} is one file; it has the splits all, train, validation"
             )
-        if split == "train" or (split == "validation" and self._is_cut()):
+        if split == "train" or (split == "validation" and not self.place.has_validation()):
             rows = self.load()
             return rows.train if split == "train" else rows.validation[split]
         self.before_split()
@@ -178,34 +160,12 @@ class OwnRowsTask(Task):
     def before_split(self) -> None:
         """Prepare for a split without training rows: a subclass learns its classes, if it does not know them."""
 
-    def _is_cut(self) -> bool:
-        """Whether validation rows are taken from the training rows."""
-        if self.on_hub:
-            return "validation" not in self._hub_splits()
-        return self._is_file() or not has_validation(self.place, self.formats)
-
-    def _hub_splits(self) -> dict[str, datasets.Dataset]:
-        if self._hub is None:
-            files = f"<file or folder, as {', '.join(self.formats)}>"
-            self._hub = hub_dataset(self.name, self.cfg.path, self.cfg.hub_config, files)
-        return self._hub
-
     def _sources(self, split: str, notes: list[str], problems: list[str]) -> list[Records]:
         """The files of a split, or its rows on the hub; empty, with a message in ``problems``, if it cannot be read."""
-        if self.on_hub:
-            there = self._hub_splits()
-            if split not in there:
-                problems.append(f"{self.cfg.path} has no split '{split}'; it has {', '.join(there)}.")
-                return []
-            return [hub_records(f"{self.cfg.path} {split}", there[split])]
-        if self._is_file():
-            if not self.place.is_file():
-                problems.append(f"task.path={self.place} does not exist.")
-                return []
-            files = [self.place]
-        else:
-            files = split_files(self.place, split, problems, self.formats)
-        found = []
+        if self.place.is_hub:
+            there = self.place.hub_split(split, problems)
+            return [] if there is None else [hub_records(*there)]
+        files, found = self.place.files(split, problems), []
         for file in files:
             try:
                 found.append(self.open(file, notes))
@@ -219,8 +179,7 @@ class OwnRowsTask(Task):
 
     def _read(self, split: str, labelled: bool, account: Account, problems: list[str]) -> Part | None:
         before = len(problems)
-        whole = ALL if self._is_file() else split
-        sources = self._sources(whole, account.notes, problems)
+        sources = self._sources(split, account.notes, problems)
         if not sources:
             return None
         try:
@@ -237,7 +196,7 @@ class OwnRowsTask(Task):
             UserError: everything that is wrong with the rows.
         """
         problems: list[str] = []
-        splits = ("train",) if self._is_cut() else ("train", "validation")
+        splits = ("train", "validation") if self.place.has_validation() else ("train",)
         accounts = {split: Account() for split in splits}
         parts = {split: self._read(split, True, accounts[split], problems) for split in splits}
         train = parts["train"]

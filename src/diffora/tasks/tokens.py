@@ -25,6 +25,7 @@ from diffora.settings.checks import LENGTH, TEXT, TEXTS, Check, Help, whole
 from diffora.tasks.account import Account
 from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
 from diffora.tasks.cache import cached, tokenizer_facts
+from diffora.tasks.classes import ClassResults
 from diffora.tasks.messages import some
 from diffora.tasks.own_rows import OwnRowsSettings, OwnRowsTask, Part
 from diffora.tasks.sentences import note_unknown, unknown_token
@@ -321,6 +322,14 @@ class TokensTask(OwnRowsTask):
         tagging = self._tags()
         gold, found = (tagging.entities(part, first, self._strict()) for part in (tags, predicted))
         return counts(gold, found, len(tagging.types))
+
+    def class_results(self, outputs: Outputs) -> ClassResults | None:
+        """Results by type of entity."""
+        if "tags" not in outputs:
+            return None
+        predicted, first = _words(outputs, "predicted")
+        numbers = self._counts(predicted, _words(outputs, "tags")[0], first)
+        return ClassResults(self._tags().types, *torch.from_numpy(numbers.T.copy()))
 
     def _strict(self) -> str | None:
         """The scheme whose well-formed entities count; None if all count."""

@@ -151,12 +151,12 @@ def test_a_data_set_on_the_hub(task, tmp_path, monkeypatch):
         return datasets.DatasetDict(train=made, validation=made.select(range(3)).flatten_indices(), test=made)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    hub = task("some/data", "task.hub_config=small", "task.tokens_column=words", "task.tags_column=tags")
+    hub = task("some/data", "task.subset=small", "task.tokens_column=words", "task.tags_column=tags")
     found = hub.load()
     assert asked == [("some/data", "small")] and len(found.train) == 20 and len(found.validation["validation"]) == 3
     assert list(hub.head()["id2label"].values()) == NAMES and hub.test_splits == ("test",)
     assert len(hub.load_split("test")) == 20
-    with pytest.raises(UserError, match="some/data has no split 'dev'; it has train, validation, test"):
+    with pytest.raises(UserError, match="some/data/small has no split 'dev'; it has train, validation, test"):
         hub.load_split("dev")
 
 
@@ -286,8 +286,8 @@ def test_other_mistakes(task, tmp_path):
     ("overrides", "message"),
     [
         (["task.path=null"], "task=tokens reads your own rows: give a file (conll, txt, jsonl, parquet)"),
-        (["task.path=a.csv"], "must be a file of one of the types conll, txt, jsonl, parquet, a folder, or a hub id"),
-        (["task.path=a.conll", "task.hub_config=x"], "task.hub_config=x is for data on the hub"),
+        (["task.path=a.xlsx"], "a file of one of the types conll, txt, jsonl, parquet; save the sheet as CSV UTF-8"),
+        (["task.path=a.conll", "task.subset=x"], "task.subset=x: only a data set on the hub has subsets"),
         (["task.path=a.conll", "task.tags_column=tokens"], "is task.tokens_column too"),
         (["task.path=a.conll", "task.tags=[O,PER,B-PER]"], "task.tags: the tag 'PER' has no prefix"),
         (["task.path=a.conll", "task.tags=[O]"], "must be a list of tags, each once, or null"),
