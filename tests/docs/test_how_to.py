@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPO
+from safetensors.torch import load_file
+
+from diffora.core.selection import Selection
 
 HOW_TO = REPO / "docs" / "how-to"
 NOT_RUN = "# not run by the tests"
@@ -53,7 +57,9 @@ def record_of(folder: Path) -> dict:
     return record
 
 
-@pytest.mark.parametrize("page", ["own-data", "own-model", "own-method", "own-task", "own-selector"])
+@pytest.mark.parametrize(
+    "page", ["own-data", "entities", "multiple-choice", "own-model", "own-method", "own-task", "own-selector"]
+)
 def test_a_page_has_commands_and_says_how_much_to_write(page):
     assert scripts_of(page)
     if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):
@@ -61,7 +67,7 @@ def test_a_page_has_commands_and_says_how_much_to_write(page):
         assert {"one": 1, "two": 2}[claim[1]] == len(counted)
         assert int(claim[2]) == sum(bool(line.strip()) for text in counted.values() for line in text.splitlines())
     else:
-        assert page == "own-data"
+        assert page in ("own-data", "entities", "multiple-choice")
 
 
 def test_own_data(tmp_path):
@@ -71,6 +77,28 @@ def test_own_data(tmp_path):
     assert record["classes"] == ["billing", "bug", "other"]
     [first, _] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
     assert first["prediction"] in record["classes"] and list(first["probabilities"]) == record["classes"]
+    [folder] = (tmp_path / "outputs").glob("*/confusion.png")
+    assert (folder.parent / "classes.csv").is_file()
+    [first, _] = map(json.loads, (tmp_path / "praised" / "all.jsonl").read_text().splitlines())
+    assert set(first["prediction"]) <= {"fast", "cheap"} and list(first["probabilities"]) == ["cheap", "fast"]
+
+
+def test_entities(tmp_path):
+    follow("entities", tmp_path)
+    record = record_of(tmp_path)
+    assert record["classes"] == ["O", "B-PERSON", "I-PERSON", "B-PRODUCT", "I-PRODUCT"]
+    assert record["data"]["train"]["used"] == 6 and record["data"]["validation"]["used"] == 2
+    lines = list(map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines()))
+    assert [line["tokens"] for line in lines] == [["Lee", "wants", "a", "desk"], ["The", "lamp", "is", "here"]]
+    assert all(len(line["prediction"]) == 4 for line in lines)
+
+
+def test_multiple_choice(tmp_path):
+    follow("multiple-choice", tmp_path)
+    record = record_of(tmp_path)
+    assert record["data"]["train"]["used"] == 6 and record["data"]["validation"]["used"] == 2
+    [line] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
+    assert len(line["probabilities"]) == 3 and line["choice"].startswith("We ")
 
 
 def test_seq2seq(tmp_path):
@@ -108,3 +136,28 @@ def test_own_selector(tmp_path):
     assert record_of(tmp_path)["method"] == "diffora"
     [selection] = (tmp_path / "outputs").glob("*/selection.json")
     assert json.loads(selection.read_text())["selector"] == "my_selectors.saliency"
+
+
+def test_peft(tmp_path):
+    """The scripts train, the fragment names the modules that PEFT wrapped, and the table counts the printed lines."""
+    printed = follow("peft", tmp_path)
+    selection = Selection.load(tmp_path / "selection.json")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    chosen = selection.names()
+    assert len(chosen) == 12 and adapter["r"] == 8
+    names = {
+        name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    }
+    assert {name.removesuffix(".lora_A.weight") for name in names if "lora_A" in name} == set(chosen)
+    text = (HOW_TO / "peft.md").read_text()
+    fragment = printed[printed.index("# 12 of 24") :]
+    assert yaml.safe_load(fragment)["lora_target_modules"] == chosen
+    [shown] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert shown.splitlines()[:-2] == fragment.splitlines()[:6]
+    counted = []
+    for script in ("with_trainer.py", "plain.py"):
+        lines = [line for line in files_of("peft")[script].splitlines() if line.strip()]
+        counted.append(
+            (len(lines), sum(bool(re.search(r"diffora|selection|head\.requires_grad", line)) for line in lines))
+        )
+    assert counted == [(int(a), int(b)) for a, b in re.findall(r"\| (\d+) \| (\d+) \|", text)]

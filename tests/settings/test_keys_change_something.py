@@ -40,6 +40,10 @@ TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv 
 PAIRS = f"method=lora task=seq2seq model=tiny_t5 {CPU} {SHORT} task.path=pairs/rows.csv task.max_source_length=32"
 PAIRS += " task.max_target_length=16 task.validation_fraction=0.4"
 REWRITE = f"method=lora task=rewrite model=tiny_t5 {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
+WORDS = (
+    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=9 task.doc_stride=1"
+)
+CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
@@ -48,6 +52,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "": [
         (SEARCH, {
             "seed": "1", "rank": "2", "rho": "0.9", "predict": "true", "dry_run": "true", "cell.row": "x",
+            "search_only": "true",
             "cell.column": "x", "cell.experiment": "x", "model.name": "x", "model.path": "embedded:tiny_vit",
             "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
             "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",
@@ -101,8 +106,31 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (TEXT, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "text/other.csv", "task.kind": "regression",
             "task.text_columns": "[text,more]", "task.label_column": "other", "task.validation_fraction": "0.5",
-            "task.split_seed": "1", "task.max_length": "8",
+            "task.split_seed": "1", "task.max_length": "8", "task.subset": "x", "task.train_split": "x",
+            "task.validation_split": "x",
         }),
+        (f"{TEXT} task.kind=multilabel task.label_column=mixed", {
+            "task.label_columns": "[one,two]", "task.label_separator": "|",
+        }),
+    ],
+    "TokensTask": [
+        (f"{WORDS} finetune.epochs=2 finetune.lr=0.02", {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.tokens_column": "more",
+            "task.tags_column": "other", "task.tags": "[B-X,I-X,O,B-Y]", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_length": "24", "task.doc_stride": "4", "task.strict": "true",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=tokens task.path=some/words", {"task.subset": "x"}),
+    ],
+    "ChoiceTask": [
+        (CHOICE, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.context_columns": "[more]",
+            "task.start_column": "more", "task.choices_column": "others", "task.choice_columns": "[a,b]",
+            "task.label_column": "other", "task.label_kind": "letter", "task.first_label": "1",
+            "task.validation_fraction": "0.5", "task.split_seed": "1", "task.max_length": "6",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=choice task.path=some/choices", {"task.subset": "x"}),
     ],
     "Seq2SeqTask": [
         (PAIRS, {
@@ -111,7 +139,9 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.split_seed": "1", "task.max_source_length": "4", "task.max_target_length": "3",
             "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
         }),
-        ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {"task.hub_config": "x"}),
+        ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {
+            "task.subset": "x",
+        }),
     ],
     "RewriteTask": [
         (REWRITE, {
@@ -240,7 +270,8 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text", "pairs")}
+    kinds = ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice", "pairs")
+    places = {name: tmp_path / name for name in kinds}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -258,14 +289,34 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    rows = [f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]}\n" for i in range(24)]
-    (places["text"] / "rows.csv").write_text("text,more,label,other\n" + "".join(rows))
-    (places["text"] / "other.csv").write_text("text,more,label,other\n" + "".join(reversed(rows[:16])))
     people = ("baker", "king", "teacher", "farmer")
     told = [(f"the {a} thanked the {b}", f"the {b} was thanked by the {a}") for a in people for b in people if a != b]
     pairs = "".join(f"{active},{passive}\n" for active, passive in told)
     (places["pairs"] / "rows.csv").write_text("source,target\n" + pairs)
     (places["pairs"] / "other.csv").write_text("source,target\n" + pairs.replace("thanked", "helped"))
+    words = [
+        {
+            "tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)],
+            "ner_tags": ["B-X", "I-X", "O", *["O", "I-X"] * (i % 4)],
+        }
+        for i in range(24)
+    ]
+    words = [row | {"more": row["tokens"][::-1], "other": row["ner_tags"][::-1]} for row in words]
+    choices = [
+        {"context": f"who sat {i}", "more": f"where {i}", "choices": ["the cat", "a dog"], "others": ["a dog", "a cow"]}
+        | {"a": "a", "b": "b", "label": i % 2, "other": i // 2 % 2}
+        for i in range(24)
+    ]
+    for name, table in (("tokens", words), ("choice", choices)):
+        (places[name] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    names, flags = "text,more,label,other,mixed,one,two\n", ("0,1", "1,0", "1,1")
+    rows = [
+        f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},"
+        f"{('x;y', 'x')[i % 2]},{flags[i % 3]}\n"
+        for i in range(24)
+    ]
+    (places["text"] / "rows.csv").write_text(names + "".join(rows))
+    (places["text"] / "other.csv").write_text(names + "".join(reversed(rows[:16])))
     return places
 
 
@@ -289,6 +340,12 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
 
     def load_dataset(name, config):
+        if name == "some/words":
+            table = [{"tokens": ["cat", f"{config}{i}"], "ner_tags": ["B-X", "O"]} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
+        if name == "some/choices":
+            table = [{"context": f"{config}{i}", "choices": ["a", "b"], "label": i % 2} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
         if name not in ("yahma/alpaca-cleaned", "owner/pairs", "x"):
             raise OSError("no such data")
         made = {

@@ -100,8 +100,8 @@ def test_a_folder_and_columns_of_other_names(task, tmp_path):
 def test_a_dataset_of_the_hub(task, monkeypatch):
     hub = datasets.DatasetDict({name: datasets.Dataset.from_list(pairs(n)) for name, n in (("train", 30), ("dev", 4))})
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or hub)
-    found = task("owner/pairs", "task.hub_config=de").load()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(args) or hub)
+    found = task("owner/pairs", "task.subset=de").load()
     assert asked == [("owner/pairs", "de")] and (len(found.train), len(found.validation["validation"])) == (27, 3)
     hub["validation"] = hub.pop("dev")
     assert len(task("owner/pairs").load().validation["validation"]) == 4
@@ -346,9 +346,7 @@ def test_every_kind_of_search_works_on_both_stacks(more, composed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", ["lora", "houlsby", "pfeiffer", "random", "share_only", "adalora", "full_ft"]
-)
+@pytest.mark.parametrize("method", ["lora", "houlsby", "pfeiffer", "random", "share_only", "adalora", "full_ft"])
 def test_methods(method, composed, tmp_path):
     result = run(composed("t5", f"method={method}", "task.generation.rows=0"), tmp_path / "run")
     assert result.record["status"] == "completed"

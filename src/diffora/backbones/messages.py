@@ -1,11 +1,12 @@
 """Errors of transformers, turned into one message that says what the user can do."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffora.errors import UserError, out_of_memory
+from diffora.errors import UserError, called, out_of_memory
 from diffora.files import read_json
 from diffora.hub import resolve, why_unreachable
 
@@ -55,6 +56,13 @@ def _message(error: Exception, settings: Any, what: str, unreachable: str | None
             f"{place}: its {what} is Python code that comes with the checkpoint (auto_map). This code is not run. If "
             "you have read it and trust its authors, set model.trust_remote_code=true"
         )
+    if lacks := re.search(
+        r"configuration class <class '.*?(\w+)Config'> for this kind of AutoModel: (\w+)", str(error)
+    ):
+        return (
+            f"{place}: transformers has no {lacks[2]} for a {lacks[1]} model, so there is no head of the kind that "
+            "this task needs: use another backbone"
+        )
     if local:
         for file in sorted(Path(path).glob("*.json")):
             read_json(file)
@@ -63,7 +71,7 @@ def _message(error: Exception, settings: Any, what: str, unreachable: str | None
         f"cannot get {path} from the model hub: "
         + (f"{unreachable}, and it is not in the local cache" if unreachable else one_line(error))
         + "\n  Either give a folder that you have: model.path=<folder>"
-        "\n  or try what needs no network: python train.py experiment=quickstart"
+        f"\n  or try what needs no network: {called('train')} experiment=quickstart"
     )
 
 

@@ -27,6 +27,7 @@ from diffora.core.stacks import (
     other_stacks,
     short_patterns,
 )
+from diffora.core.targets import longer_names
 from diffora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Grid:
             for each block.
         left_out: names of what is not in the grid: matrices of the layers that belong to no linear layer; and other
             stacks of layers, if the layers were found and not given.
+        longer_names: of other modules that end with a candidate's name (`diffora.core.targets.longer_names`).
         prefix: see `find_grid`.
     """
 
@@ -59,6 +61,7 @@ class Grid:
     layers: tuple[str, ...]
     roles: tuple[dict[str, tuple[str, ...]], ...]
     left_out: tuple[str, ...] = ()
+    longer_names: tuple[str, ...] = ()
     prefix: str = field(default="", compare=False, repr=False)
 
     @property
@@ -181,7 +184,7 @@ def find_grid(
         log.warning(
             f"left out of the grid, as not linear layers or in another stack: {', '.join(left_out[:MOST])}{more}"
         )
-    return _joined(blocks, short_patterns(stacks), tuple(left_out), prefix)
+    return _joined(model, blocks, short_patterns(stacks), tuple(left_out), prefix)
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,9 @@ def _block(
     return _Block(layers, tuple(candidates), (all_roles(everywhere) if one_of_several else {}) | given)
 
 
-def _joined(blocks: Sequence[_Block], patterns: Sequence[str], left_out: tuple[str, ...], prefix: str) -> Grid:
+def _joined(
+    model: nn.Module, blocks: Sequence[_Block], patterns: Sequence[str], left_out: tuple[str, ...], prefix: str
+) -> Grid:
     """One grid of some blocks, each with columns of its own."""
     before = 0
     types: list[str] = []
@@ -244,6 +249,7 @@ def _joined(blocks: Sequence[_Block], patterns: Sequence[str], left_out: tuple[s
         layers=tuple(each.place for block in blocks for each in block.layers),
         roles=tuple(block.roles for block in blocks for _ in block.layers),
         left_out=left_out,
+        longer_names=tuple(longer_names(model, [name for row in names for name in row if name is not None])),
         prefix=prefix,
     )
 
@@ -286,7 +292,13 @@ def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
         raise UserError([*problems, hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
     return Grid(
-        tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles=({},), prefix=prefix
+        types=tuple(candidates),
+        names=(tuple(candidates),),
+        shapes=(shapes,),
+        layers=("",),
+        roles=({},),
+        longer_names=tuple(longer_names(model, candidates)),
+        prefix=prefix,
     )
 
 
@@ -299,14 +311,16 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
             "layers, as [0] or [0,3]"
         )
     number = r"\d+" if place[2] == "*" else place[2].strip("[]").replace(",", "|")
-    pattern = re.compile(rf"(?:.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
-    found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
+    pattern = re.compile(rf"(.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
+    matches = []
     for name, module in model.named_modules():
         match = pattern.fullmatch(name)
         linear = linear_below(module) if match else {}
-        if not match or not (linear if candidates is None else any(_has(module, path) for path in candidates)):
-            continue
-        index = int(match[1])
+        if match and (linear if candidates is None else any(_has(module, path) for path in candidates)):
+            matches.append((name, linear, int(match[2]), match[1] is None))
+    found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
+    # A pattern that is the whole name of a stack means that stack, and not also one with a longer name.
+    for name, linear, index, _ in [match for match in matches if match[3]] or matches:
         if index in found:
             raise UserError(f"{prefix}layer={layer} matches both {found[index][0]} and {name}: give a longer path")
         found[index] = name, linear

@@ -1,5 +1,6 @@
 """The pictures of a table on the report's page."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from diffora.core.parts import short_names
+from diffora.core.picture import STARTS, colour_range, start_gate
 from diffora.report import charts
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
@@ -29,7 +31,8 @@ class Dams:
 
     Attributes:
         single: why all seeds have the same selection, ``given`` or ``reused``; empty if they have their own.
-        scale: distance of a relaxed DAM's entries from 1/N at which colours are strongest; None if there is no DAM.
+        neutral: the gate at Γ = 0, in words: 1/N or 1/2. It has no colour.
+        scale: distance of a relaxed DAM's entries from it at which colours are strongest; None if there is no DAM.
     """
 
     row: str
@@ -40,6 +43,7 @@ class Dams:
     types: list[tuple[int, str]]
     stability: Stability | None
     single: str
+    neutral: str
     scale: float | None
 
 
@@ -175,18 +179,20 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     """What the seeds of a setting selected; None if their files do not say, or are for different modules."""
     files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
-    if len({(found.mask.shape, *found.types) for found in files.values()}) != 1:
+    if len({(found.mask.shape, found.relaxation, *found.types) for found in files.values()}) != 1:
         return None
-    types = next(iter(files.values())).types
-    there = next(iter(files.values())).there
-    labels, uniform = short_names(types), 1 / there.sum(-1, keepdims=True)
+    first = next(iter(files.values()))
+    types, there, relaxation = first.types, first.there, first.relaxation
+    labels, starts = short_names(types), [start_gate(relaxation, int(n)) for n in there.sum(-1)]
+    neutral = starts[0] if len(set(starts)) == 1 else starts
     stacked = np.array([found.mask for found in files.values()])
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
-    scale = max((float(np.nanmax(np.abs(values - uniform))) for values in relaxed), default=None)
+    blanks = [[[None if math.isnan(v) else v for v in layer] for layer in values.tolist()] for values in relaxed]
+    scale = max((colour_range(values, neutral)[1] for values in blanks), default=None)
     seeds = []
     for seed, found in list(files.items())[: 0 if single else SEEDS]:
         if found.gamma_bar is None:
@@ -194,8 +200,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
             picture = charts.heatmap(shown.tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
-            centres = uniform[:, 0].tolist()
-            picture = charts.heatmap(values, [], found.mask.tolist(), centres, scale or 1.0, cell=15)
+            picture = charts.heatmap(values, [], found.mask.tolist(), neutral, scale or 1.0, cell=15)
         seeds.append((seed, picture))
     counts = stacked.sum(-1)
     by_layer = cell.first.record.selection.get("k") is not None or (
@@ -210,6 +215,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
         list(enumerate(labels)),
         None if single else stability(np.array(list(of.values())), by_layer, there),
         single,
+        STARTS[relaxation],
         None if single else scale,
     )
 
@@ -223,6 +229,7 @@ class _Selected:
         mask: boolean, L x N.
         types: the N module types.
         gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
+        relaxation: how the search relaxed Γ.
         there: boolean, L x N, which layer has a module of which type.
     """
 
@@ -230,6 +237,7 @@ class _Selected:
     mask: np.ndarray
     types: list[str]
     gamma_bar: np.ndarray | None
+    relaxation: str
     there: np.ndarray
 
 
@@ -255,7 +263,9 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
             return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
-        return _Selected(of, mask, types, relaxed, there)
+        relaxation = content.get("relaxation") or "softmax"
+        start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
+        return _Selected(of, mask, types, relaxed, relaxation, there)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
@@ -263,7 +273,7 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
 def _numbers(content: Any) -> np.ndarray:
     """Lists of numbers as an array, NaN for null; a ValueError unless all can be drawn: at most 1e100 in size."""
     values = np.array(content, dtype=float)
-    null = np.equal(np.array(content, dtype=object), None).astype(bool)
+    null = np.array([value is None for value in np.array(content, dtype=object).flat], dtype=bool).reshape(values.shape)
     if not ((np.abs(values) <= 1e100) | null).all():
         raise ValueError("not all are finite")
     return values

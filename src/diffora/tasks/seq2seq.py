@@ -17,7 +17,7 @@ from diffora.tasks.base import Rows
 from diffora.tasks.pairs.read import FORMATS, Columns, Part, read_files, read_hub_split
 from diffora.tasks.pairs.task import PairSettings, PairTask
 from diffora.tasks.sources.files import has_validation, split_files
-from diffora.tasks.sources.hub import hub_splits
+from diffora.tasks.sources.hub import hub_dataset, no_split
 from diffora.tasks.texts.divide import choose_validation
 
 ALL = "all"
@@ -33,7 +33,7 @@ class Seq2SeqSettings(PairSettings):
         Annotated[str, PATH] | None,
         Help("A .csv, .tsv, .jsonl or .parquet file, a folder with such files (train, validation, test), or a hub id."),
     ] = None
-    hub_config: Annotated[str | None, Help("Configuration of a data set on the hub, if it has several.")] = None
+    subset: Annotated[str | None, Help("Subset of a data set on the hub, if it has several.")] = None
     source_column: Annotated[str, Help("Column of the sources.")] = "source"
     target_column: Annotated[str, Help("Column of the targets.")] = "target"
     validation_fraction: Annotated[
@@ -131,7 +131,8 @@ class Seq2SeqTask(PairTask):
 
     def _from_hub(self, splits: Sequence[str], problems: list[str]) -> dict[str, Part]:
         c = self.cfg
-        there = hub_splits(c.name, c.path, c.hub_config, None, "<file, or folder with train.csv>")
+        advice = "\n  Or use files that you have: task.path=<file, or folder with train.csv>"
+        there = hub_dataset(f"task.path={c.path} from the Hugging Face hub", c.path, c.subset, advice)
         parts: dict[str, Part] = {}
         for name in splits:
             if name in there:
@@ -139,7 +140,7 @@ class Seq2SeqTask(PairTask):
                 part = read_hub_split(there[name], f"{c.path} {name}", self.columns, labelled, problems)
                 parts |= {} if part is None else {name: part}
             elif name != "validation":
-                problems.append(f"{c.path} has no split {name!r}; it has {', '.join(there)}.")
+                problems.append(no_split(c.path, c.subset, name, there))
         return parts
 
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:

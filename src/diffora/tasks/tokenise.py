@@ -80,7 +80,7 @@ def _write(
     if "token_type_ids" in tokenizer.model_input_names:
         types["token_type_ids"] = pa.list_(pa.int8())
     if "label" in dataset.column_names:
-        types["labels"] = pa.float32() if spec.is_regression else pa.int64()
+        types["labels"] = dataset.data.schema.field("label").type
     types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
     with (
         arrow_writer(file, pa.schema(types)) as append,
@@ -96,13 +96,13 @@ def _write(
             if "label" in rows:
                 columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["cut"] = _was_cut(encoded, texts, tokenizer, max_length)
+            columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
             columns["row"] = range(start, end)
             append(columns)
             bar.update(end - start)
 
 
-def _was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
+def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
     """Which of the encoded texts are longer than ``max_length`` tokens."""
     cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # candidates, checked below
     full = [i for i, may_be in enumerate(cut) if may_be]
