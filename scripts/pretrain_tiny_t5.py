@@ -4,7 +4,7 @@
 
 The text is newly generated for each step. There are three kinds: stories of
 `diffora.tasks.embedded.paraphrase.corpus` with missing words, which the target names (T5's span corruption); lists of
-random words of the vocabulary, to copy; and sentences to say in other words. There is no request or question of the
+random words and sentences, to copy; and sentences to say in other words. There is no request or question of the
 `rewrite` task.
 """
 
@@ -83,12 +83,15 @@ def pairs(seed: int) -> Iterator[Pair]:
 
     while True:
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.25:
             source, target = with_gaps([i for sentence in next(stories) for i in words(f"{sentence} .")], rng)
             if target:
                 yield source, target
-        elif kind < 0.6:
+        elif kind < 0.45:
             said = rng.sample(sorted(ids.values()), rng.randint(2, 10))
+            yield said, said
+        elif kind < 0.6:
+            said = words(paraphrase.render(paraphrase.draw(rng), rng))
             yield said, said
         else:
             meaning = paraphrase.draw(rng)
@@ -119,9 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny_t5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=72)
     parser.add_argument("--intermediate", type=int, default=192)
