@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffora.adapters.manifest import MANIFEST, read_manifest, write_manifest
-from diffora.adapters.pairs import CONFIG, SELECTION, UNIFORM, StoredPairs, write_pairs
+from diffora.adapters.manifest import CONFIG, MANIFEST, SELECTION, read_manifest, write_manifest
+from diffora.adapters.pairs import UNIFORM, StoredPairs, write_pairs
 from diffora.errors import UserError
 from diffora.files import atomic_folder, read_json
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffora.adapters.fetch import READ
 from diffora.adapters.load_peft import load_with_peft
 from diffora.adapters.load_weights import MethodOf, load_weights
-from diffora.adapters.manifest import ADAPT, MANIFEST, TRAINED, read_manifest
-from diffora.adapters.origin import check_heads, check_made_for, take_labels
-from diffora.adapters.pairs import CONFIG, EXACT, PREFIX, SELECTION, WEIGHTS, StoredPairs
+from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manifest
+from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
+from diffora.adapters.pairs import PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import freeze_rest, places_of
 from diffora.core.linear import features, is_linear
@@ -20,9 +21,6 @@ from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 
 log = logging.getLogger(__name__)
-
-READ = (CONFIG, WEIGHTS, EXACT, SELECTION, ADAPT, TRAINED)
-"""Files of an adapter that are read, where it has them."""
 
 
 def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: bool = True) -> None:
@@ -65,6 +63,16 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
         take_labels(backbone.model, manifest or {}, folder)
     else:
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no {CONFIG}")
+
+
+def warn_of_other_backbone(model: nn.Module, folder: Path) -> None:
+    """Warn if a model was loaded from other files than those that an adapter was trained on.
+
+    Says nothing where the manifest does not know the files, or where they are not on this machine.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for change in other_backbone(model, read_manifest(folder)):
+            log.warning(f"this model is not the one that {folder} was trained on: {change}")
 
 
 def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -41,11 +41,17 @@ def made_for(backbone: Backbone, identity: Mapping[str, Any] | None) -> dict[str
         identity: digests of the pretrained model's files (`diffora.digests.backbone`); None if they are not known.
 
     Returns:
-        The model's class, its number of layers, the class names and the digests.
+        The model's class, its number of layers, what ``from_pretrained`` needs, the class names and the digests.
     """
     model = backbone.model
-    labels = labels_of(backbone.arguments)
-    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels, "backbone": identity}
+    arguments = {key: value for key, value in backbone.arguments.items() if key not in ("id2label", "label2id")}
+    return {
+        "model": type(model).__name__,
+        "layers": _layers(model),
+        "arguments": arguments,
+        "labels": labels_of(backbone.arguments),
+        "backbone": identity,
+    }
 
 
 def identity_of(model: nn.Module) -> dict[str, Any] | None:

@@ -21,8 +21,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.adapters.forms import read_pairs, rewrite
+from diffora.adapters.manifest import CONFIG
 from diffora.adapters.merge import merge_updates
-from diffora.adapters.pairs import COMPACT, CONFIG, UNIFORM
+from diffora.adapters.pairs import COMPACT, UNIFORM
 from diffora.backbones.processors import load_processor
 from diffora.errors import UserError
 from diffora.files import atomic_folder, check_writable, read_json
