@@ -79,9 +79,19 @@ def check_made_for(model: nn.Module, manifest: Mapping[str, Any], folder: Path) 
     Raises:
         UserError: names both models.
     """
-    name, layers = manifest.get("model"), manifest.get("layers")
+    name = manifest.get("model")
     if name is not None and name not in {kind.__name__ for kind in type(model).__mro__}:
         raise UserError(f"{folder} was trained for a {name}, and this model is a {type(model).__name__}")
+    check_layers(model, manifest, folder)
+
+
+def check_layers(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of another depth.
+
+    Raises:
+        UserError: names both depths.
+    """
+    layers = manifest.get("layers")
     if None not in (layers, _layers(model)) and layers != _layers(model):
         raise UserError(f"{folder} was trained on {layers} layers, and this model has {_layers(model)}")
 

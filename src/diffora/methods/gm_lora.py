@@ -19,7 +19,8 @@ class GMLoRA(Everywhere):
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from self.mask.problems(self.rank)
+        yield from super().problems()
+        yield from self.mask.problems(self.known_rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         self.attach(model, grid)
