@@ -66,25 +66,27 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         for word, status in self.hub.fail.items():
             if word in path:
-                return self.answer(status, {"error": "as the test wants it"})
-        if (path.startswith("/api/") and path != "/" and self.command == "POST") or path == "/api/whoami-v2":
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                return self.answer(401, {"error": "Invalid username or password."})
-        if path == "/":
-            return self.answer(200)
-        if path == "/api/whoami-v2":
-            return self.answer(200, {"name": "somebody", "type": "user", "orgs": [], "auth": {}})
-        if path == "/api/repos/create":
-            return self.create(json.loads(body))
-        if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if found := PREUPLOAD.fullmatch(path):
+                self.answer(status, {"error": "as the test wants it"})
+                return
+        needs_token = path == "/api/whoami-v2" or (path.startswith("/api/") and self.command == "POST")
+        if needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid username or password."})
+        elif path == "/":
+            self.answer(200)
+        elif path == "/api/whoami-v2":
+            self.answer(200, {"name": "somebody", "type": "user", "orgs": [], "auth": {}})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif PREUPLOAD.fullmatch(path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-            return self.answer(200, {"files": modes})
-        if found := COMMIT.fullmatch(path):
-            return self.commit(found[1], body)
-        return self.read(path)
+            self.answer(200, {"files": modes})
+        elif found := COMMIT.fullmatch(path):
+            self.commit(found[1], body)
+        else:
+            self.read(path)
 
     do_GET = do_POST = do_HEAD = handle_any
 
@@ -92,9 +94,10 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{given.get('organization') or 'somebody'}/{given['name']}"
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repos:
-            return self.answer(409, {"error": "You already created this model repo", "url": url})
-        self.hub.repos[name], self.hub.private[name] = {}, bool(given.get("private"))
-        self.answer(200, {"url": url})
+            self.answer(409, {"error": "You already created this model repo", "url": url})
+        else:
+            self.hub.repos[name], self.hub.private[name] = {}, given.get("visibility") == "private"
+            self.answer(200, {"url": url})
 
     def commit(self, name: str, body: bytes) -> None:
         files = dict(self.hub.repos[name])
@@ -109,23 +112,27 @@ class Handler(BaseHTTPRequestHandler):
     def read(self, path: str) -> None:
         found = TREE.fullmatch(path) or INFO.fullmatch(path) or FILE.fullmatch(path)
         name = found[1] if found else ""
-        missing = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
         if found is None or name not in self.hub.repos:
-            return self.answer(404 if found is None or not path.startswith("/api") else 401, None, missing)
-        if found[2] not in (None, "main", self.hub.sha(name)):
-            return self.answer(404, None, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev"})
+            missing = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            self.answer(404 if found is None or not path.startswith("/api") else 401, None, missing)
+        elif found[2] not in (None, "main", self.hub.sha(name)):
+            self.answer(404, None, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev"})
+        else:
+            self.read_from(name, path, found)
+
+    def read_from(self, name: str, path: str, found: re.Match[str]) -> None:
         files, sha = self.hub.repos[name], self.hub.sha(name)
         if TREE.fullmatch(path):
             rows = [{"type": "file", "path": k, "size": len(v), "oid": _oid(v)} for k, v in files.items()]
-            return self.answer(200, rows, {"Content-Type": "application/json"})
-        if INFO.fullmatch(path):
-            rows = [{"rfilename": key, "size": len(value)} for key, value in files.items()]
-            info = {"id": name, "modelId": name, "sha": sha, "siblings": rows, "private": False, "tags": []}
-            return self.answer(200, info | {"downloads": 0, "likes": 0})
-        content = files.get(found[3])
-        if content is None:
-            return self.answer(404, None, {"X-Error-Code": "EntryNotFound"})
-        self.answer(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": sha})
+            self.answer(200, rows, {"Content-Type": "application/json"})
+        elif INFO.fullmatch(path):
+            siblings = [{"rfilename": key, "size": len(value)} for key, value in files.items()]
+            info = {"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False, "tags": []}
+            self.answer(200, info | {"downloads": 0, "likes": 0})
+        elif (content := files.get(found[3])) is None:
+            self.answer(404, None, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self.answer(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": sha})
 
 
 def _oid(content: bytes) -> str:

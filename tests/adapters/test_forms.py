@@ -113,7 +113,7 @@ def test_an_unknown_form_in_a_manifest_is_refused(value, tmp_path):
     manifest = read_manifest(tmp_path)
     files = manifest.pop("files")
     write_manifest(tmp_path, files, manifest | {"form": value})
-    with pytest.raises(UserError, match="form=.* must be uniform or compact"):
+    with pytest.raises(UserError, match=r"form=.* must be uniform or compact"):
         load_adapter(small_deberta(), tmp_path)
 
 
@@ -309,7 +309,7 @@ def talking(tmp_path, *overrides: str):
 
 def test_gguf_is_written_by_the_converter_of_llama_cpp(finished, tmp_path, monkeypatch):
     run, script = talking(tmp_path), tmp_path / "convert_lora_to_gguf.py"
-    with pytest.raises(UserError, match="needs llama.cpp's convert_lora_to_gguf.py, but there is no"):
+    with pytest.raises(UserError, match=r"needs llama.cpp's convert_lora_to_gguf.py, but there is no"):
         exported(run, "form=gguf")
     script.write_text(CONVERTER.format(fails=False))
     file = exported(run, "form=gguf", f"converter={script}") / "adapter.gguf"
@@ -325,5 +325,5 @@ def test_gguf_is_written_by_the_converter_of_llama_cpp(finished, tmp_path, monke
     with pytest.raises(UserError, match=r"failed \(exit code 1\): Model is not supported"):
         exported(run, "form=gguf", f"to={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
-    with pytest.raises(UserError, match="llama.cpp takes no head, and this adapter has"):
+    with pytest.raises(UserError, match=r"llama.cpp takes no head, and this adapter has"):
         exported(finished, "form=gguf", f"to={tmp_path / 'other'}")

@@ -186,7 +186,7 @@ def test_a_run_resumes_only_with_the_same_adapter(finished, tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "changed")
     (tmp_path / "changed" / "run.json").unlink()
     save_adapter_of_other_scale(start)
-    with pytest.raises(UserError, match="the files of method.adapter changed"):
+    with pytest.raises(UserError, match=r"the files of method.adapter changed"):
         run_of(tmp_path / "changed", *more, "resume=true")
 
 
@@ -222,7 +222,7 @@ def test_other_pretrained_weights_are_refused(finished, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="was trained on another backbone: the backbone's files changed: model.safe"):
+    with pytest.raises(UserError, match=r"was trained on another backbone: the backbone's files changed: model.safe"):
         run_of(tmp_path / "run", "method=lora", f"method.adapter={finished / 'adapter'}", f"model.path={tmp_path}/base")
 
 

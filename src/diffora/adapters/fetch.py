@@ -53,6 +53,6 @@ def local_copy(place: Path | str, revision: str | None = None) -> Path:
     except Exception as error:  # errors of connection, hub and disk have no common base class
         reason = f"{unreachable}, and it is not in the local cache" if unreachable else hub_failure(error, str(place))
         raise UserError(f"{place} is not a folder, and cannot be loaded from the hub: {reason}") from error
-    if problem := place_problem(found):
-        raise UserError(problem.replace(str(found), str(place)))
+    if not any((Path(found) / name).is_file() for name in (ADAPT, CONFIG)):
+        raise UserError(f"{place} on the hub is not an adapter: it has no {ADAPT} and no {CONFIG}")
     return Path(found)

@@ -13,7 +13,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
 from diffora import digests
-from diffora.adapters.manifest import ADAPT, read_manifest
+from diffora.adapters.fetch import local_copy, place_problem
+from diffora.adapters.manifest import read_manifest
 from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
 from diffora.core.lowrank import set_kernel
@@ -144,8 +145,8 @@ def _own_problems(own: dict[str, Any]) -> Iterator[str]:
 
 
 def _output(own: dict[str, Any], place: Path) -> Path:
-    """The folder for metrics and predictions: ``output=``, or a new one below the run or adapter."""
-    default = place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    """The folder for metrics and predictions: ``output=``, or a new one below the run, the adapter, or here."""
+    default = (place if place.is_dir() else Path()) / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(str(own["output"])).expanduser() if "output" in own else default
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
@@ -164,12 +165,13 @@ def settings_of_run(folder: Path) -> tuple[DictConfig, Path]:
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
-    """(settings that the command line chooses, the adapter's folder)."""
-    if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
-        raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
+    """(settings that the command line chooses, the adapter's folder). An adapter on the hub is downloaded."""
+    whole = (folder / "config.json").is_file()  # a fully fine-tuned model
+    if not whole and (problem := place_problem(folder)):
+        raise UserError(f"adapter={folder}: {problem}")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
         raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
-    return _compose(choices), folder
+    return _compose(choices), folder if whole else local_copy(folder)
 
 
 def _compose(choices: list[str]) -> DictConfig:
