@@ -14,7 +14,7 @@ def place_problem(place: Path | str) -> str | None:
     """What is wrong with the place of an adapter, as far as it can be seen without the network; None if nothing is."""
     folder = Path(place).expanduser()
     if folder.is_dir():
-        if any((folder / name).is_file() for name in (ADAPT, CONFIG)):
+        if any((folder / name).exists() for name in (ADAPT, CONFIG)):
             return None
         inside = f"; {folder / 'adapter'} is one" if (folder / "adapter").is_dir() else ""
         return f"{folder} is not an adapter: it has no {ADAPT} and no {CONFIG}{inside}"

@@ -21,7 +21,6 @@ class FLoRA(Everywhere):
     """
 
     name: ClassVar[str] = "flora"
-    continues: ClassVar[bool] = False
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         self.attach(model, grid)

@@ -8,11 +8,11 @@ from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask
+from diffora.methods.lowrank import EverywhereOrAdapter, LowRankAdaptation, Mask
 
 
 @dataclass(frozen=True)
-class GMLoRA(Everywhere):
+class GMLoRA(EverywhereOrAdapter):
     """Only rows R_t of A and columns R_t of B get a gradient. The other entries of the gradient are not computed."""
 
     name: ClassVar[str] = "gm_lora"

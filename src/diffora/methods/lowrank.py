@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,22 +153,16 @@ class Continuing(Method):
     """Base class of the methods that can go on from an adapter.
 
     Attributes:
-        continues: whether the method's layers can hold what an adapter holds.
         adapter: the adapter to go on from. Its modules, ranks, scales and shared pairs replace those of the method.
     """
 
-    continues: ClassVar[bool] = True
     adapter: Annotated[
         Annotated[str, PATH] | None,
         Help("Go on from this adapter, a folder or a hub id: its modules, ranks, scales and ties, and its head."),
     ] = field(default=None, kw_only=True)
 
     def problems(self) -> Iterator[str]:
-        if self.adapter is None:
-            return
-        if not self.continues:
-            yield f"method.adapter does not go with method={self.name}: its gates or cores are in no adapter"
-        elif problem := place_problem(self.adapter):
+        if self.adapter is not None and (problem := place_problem(self.adapter)):
             yield f"method.adapter: {problem}"
 
     @property
@@ -181,12 +175,24 @@ class Continuing(Method):
 
 
 @dataclass(frozen=True)
-class Everywhere(Continuing):
+class Everywhere(Method):
     """Base class of the methods that put a low-rank update of one rank on every candidate module."""
 
     rank: Rank
     dropout: Rate
     alpha: Alpha
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        check_ranks(grid, {"rank": self.rank})
+
+    def attach(self, model: nn.Module, grid: Grid) -> None:
+        everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+        attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout, freeze=False)
+
+
+@dataclass(frozen=True)
+class EverywhereOrAdapter(Everywhere, Continuing):
+    """Base class of the methods on every candidate module that can go on from an adapter instead."""
 
     @property
     def known_rank(self) -> int | None:
@@ -197,12 +203,11 @@ class Everywhere(Continuing):
         if (start := self.start()) is not None:
             start.check(model)
         else:
-            check_ranks(grid, {"rank": self.rank})
+            super().check(model, grid)
 
     def attach(self, model: nn.Module, grid: Grid) -> None:
         """Put low-rank layers on all candidates, or those of the adapter on its modules."""
         if (start := self.start()) is not None:
             start.put_on(model, self.dropout)
-            return
-        everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-        attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout, freeze=False)
+        else:
+            super().attach(model, grid)

@@ -29,14 +29,12 @@ class SoRA(Everywhere):
     """
 
     name: ClassVar[str] = "sora"
-    continues: ClassVar[bool] = False
     lam: Annotated[float, NOT_NEGATIVE, Help("λ: each step moves each gate this far towards 0.")]
     times_lr: Annotated[bool, Help("Multiply λ by the learning rate, as in the paper's formula.")]
     lam_start: Annotated[float, NOT_NEGATIVE, Help("λ of the first stage.")]
     stages: Annotated[int, whole(1), Help("Equal stages in which λ grows to `lam`; 1: `lam` from the start.", "stages")]
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
         if self.lam_start > self.lam:
             yield f"method.lam_start={self.lam_start} must lie between 0 and method.lam={self.lam}"
 
