@@ -25,7 +25,7 @@ from diffora.adapters.manifest import CONFIG
 from diffora.adapters.merge import merge_updates
 from diffora.adapters.pairs import COMPACT, UNIFORM
 from diffora.backbones.processors import load_processor
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.files import atomic_folder, check_writable, read_json
 from diffora.hub import resolve
 from diffora.loop.process import quiet_libraries
@@ -93,7 +93,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     """
     places, own, values, problems = parse(arguments, OWN, ("task", "model"))
     if len(places) != 1:
-        problems.insert(0, "give one run directory: diffora export <run>")
+        problems.insert(0, f"give one run directory: {called('export')} <run>")
     form = own.get("form", UNIFORM)
     if form not in FORMS:
         problems.append(f"form={show(form)} must be one of {', '.join(FORMS)}")

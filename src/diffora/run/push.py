@@ -19,7 +19,7 @@ from diffora.adapters.forms import name_base_model
 from diffora.adapters.manifest import read_manifest
 from diffora.adapters.pairs import UNIFORM
 from diffora.adapters.published import Published, published_card
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, resolve
 from diffora.run import export
@@ -66,7 +66,7 @@ def read_request(arguments: list[str]) -> Request:
     """
     places, own, values, problems = parse(arguments, OWN, ("task", "model"))
     if len(places) != 2:
-        problems.insert(0, "give a run directory and a name on the hub: diffora push <run> owner/name")
+        problems.insert(0, f"give a run directory and a name on the hub: {called('push')} <run> owner/name")
     elif not is_hub_id(places[1]):
         problems.append(f"{places[1]} is no name on the hub: it must be owner/name, of letters, digits, - _ and .")
     form, base = own.get("form", UNIFORM), own.get("base")

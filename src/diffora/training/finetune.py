@@ -13,6 +13,7 @@ from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
+from diffora.tasks.classes import ClassResults
 
 Metrics = dict[str, float]
 
@@ -43,6 +44,7 @@ class FineTuneModule(Stage):
     Attributes:
         history: the metrics of each epoch.
         best_state: the trainable weights of the best epoch.
+        best_classes: the results by class of the best epoch on the official split; None if the task has no classes.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class FineTuneModule(Stage):
         self.halves, self.settings = halves, settings
         self.history: list[Metrics] = []
         self.best_state: dict[str, Tensor] = {}
+        self.best_classes: ClassResults | None = None
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
@@ -165,10 +168,12 @@ class FineTuneModule(Stage):
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()
         scores = self._training_scores()
+        classes = None
         for i, (name, split) in enumerate(self.validation.items()):
             outputs, self._outputs[i] = self._gather(self._outputs[i]), []
             scores |= {f"{name}/{key}": value for key, value in self.task.score(outputs, split).items()}
             if i == 0:
+                classes = self.task.class_results(outputs)
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
                     half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
                     scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
@@ -181,7 +186,7 @@ class FineTuneModule(Stage):
         scores |= measures(self.adaptation)
         self.history.append(scores)
         if self.best_epoch == len(self.history) - 1:
-            self.best_state = self.trainable_state()
+            self.best_state, self.best_classes = self.trainable_state(), classes
         if self.stalled:
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
@@ -256,10 +261,13 @@ class FineTuneModule(Stage):
         return {key: round(value, 6) for key, value in metrics.items()}
 
     def memory(self) -> dict[str, Any]:
-        return {"history": self.history, "best_state": self.best_state, "method": self.adaptation.state()}
+        classes = self.best_classes and vars(self.best_classes)
+        kept = {"history": self.history, "best_state": self.best_state, "best_classes": classes}
+        return kept | {"method": self.adaptation.state()}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
+        self.best_classes = memory["best_classes"] and ClassResults(**memory["best_classes"])
         self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])
 
