@@ -327,3 +327,13 @@ def test_gguf_is_written_by_the_converter_of_llama_cpp(finished, tmp_path, monke
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match=r"llama.cpp takes no head, and this adapter has"):
         exported(finished, "form=gguf", f"to={tmp_path / 'other'}")
+
+
+def test_a_fully_fine_tuned_model_is_whole_already(tmp_path):
+    run = run_of(tmp_path / "run", "method=full_ft").folder
+    whole = AutoModelForSequenceClassification.from_pretrained(exported(run, "form=merged"))
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    theirs = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert torch.equal(of_run(whole, tokenizer), of_run(theirs, tokenizer))
+    with pytest.raises(UserError, match="is a whole model, not an adapter: copy that folder"):
+        exported(run)
