@@ -248,7 +248,10 @@ def test_the_pipeline_of_a_merged_model_gives_the_same_tags(cfg, file, tmp_path,
     assert len({tag for tags in found for tag in tags}) > 1
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "mpnet", "electra", "gpt2", "llama"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "distilbert", "electra", "llama")]
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "gpt2", *SLOW])
 def test_every_family_with_a_head_for_tokens(cfg, file, tmp_path, name):
     """The logits of a row do not depend on the batch, and the first tokens are those of the words."""
     place = save_family(tmp_path / name, name)
