@@ -31,7 +31,8 @@ GROUPS = {
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
 def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
     given = {"model=hf": ["model.path=some/model"], "task=imagefolder": ["task.path=some/folder"]}
-    given["task=text"] = ["task.path=some/file.csv"]
+    given["task=text"] = given["task=choice"] = ["task.path=some/file.csv"]
+    given["task=tokens"] = ["task.path=some/file.conll"]
     composed = cfg(choice, *given.get(choice, []))
     settings, _ = check(composed)
     assert settings.composed == plain(composed)

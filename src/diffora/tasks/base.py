@@ -262,6 +262,10 @@ class Task:
         """Mean loss of a batch, a scalar."""
         return F.cross_entropy(full_precision(output.logits), batch["labels"])
 
+    def sequences(self, batch: Mapping[str, Tensor]) -> int:
+        """How many sequences the model reads for each row of a batch."""
+        return 1
+
     def weight(self, batch: Mapping[str, Tensor]) -> float:
         """The number of terms that `loss` averages, to weigh the parts of a batch."""
         return float(len(batch["row"]))
@@ -343,8 +347,12 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
                     f"{type(task).__name__}.padding has no padding value for {name}, so batches of different widths "
                     "cannot be put together; search.update=alternating does not need it"
                 )
-            width = max(part.shape[1] for part in both)
-            both = [F.pad(part, (0, width - part.shape[1]), value=padding[name]) for part in both]
+            shape = torch.tensor([part.shape[1:] for part in both]).amax(0)
+            missing = [(shape - torch.tensor(part.shape[1:])).flip(0).tolist() for part in both]  # the last dim first
+            both = [
+                F.pad(part, [n for width in widths for n in (0, width)], value=padding[name])
+                for part, widths in zip(both, missing, strict=True)
+            ]
         batch[name] = torch.cat(both)
     return batch
 
