@@ -55,6 +55,10 @@ class SentenceTask(Task):
     def collate(self, processor: Any, training: bool) -> Collate:
         return Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
 
+    @property
+    def classifies(self) -> bool:
+        return not self.spec.is_regression
+
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy, or mean squared error for regression."""
         return self._loss(output.logits, batch["labels"])
