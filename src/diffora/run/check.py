@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.loop import own
 from diffora.methods.base import Method
 from diffora.scoring.selectors import find_selector
 from diffora.settings.identity import plain
@@ -42,6 +43,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     if "finetune" in sections:
         recipe = None if task is None else task.cfg.recipe.warmup_steps
         found |= {text: text for text in optimisers.problems(sections["finetune"], recipe)}
+    found |= {text: text for text in own.problems(sections.get("trainer"), sections.get("logger"))}
     if method is not None:
         found |= {text: text for text in [*_selector_problems(method), *_selection_problems(method)]}
     if found:

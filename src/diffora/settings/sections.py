@@ -46,6 +46,8 @@ CALLBACKS = Check(
     lambda v: isinstance(v, list) and all(isinstance(each, Mapping) and NAMED.fits(each) for each in v),
     "a list of {_target_: module.Class, <its arguments>}",
 )
+INTERNAL = Help("")
+"""For a field that is no key of the configuration."""
 SHARE_OF_ROWS = number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on")
 
 
@@ -272,11 +274,18 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Logger:
-    """Where curves are logged. ``logger=[csv,wandb]`` chooses several, ``logger=[]`` none."""
+    """Where curves are logged. ``logger=[csv,wandb]`` chooses several, ``logger=none`` none.
+
+    Attributes:
+        own: loggers by ``_target_``, by the key under which they are in the section. `read_sections` collects them.
+    """
 
     csv: Annotated[bool, Help("Write `logs/<stage>/version_<n>/metrics.csv`.")] = False
     tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs `pip install diffora[tensorboard]`.")] = False
     wandb: Annotated[Wandb | None, Help("Log to Weights & Biases.")] = None
+    own: Annotated[
+        dict[str, Any], Check(lambda v: isinstance(v, Mapping) and all(map(NAMED.fits, v.values())), "loggers"), INTERNAL
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

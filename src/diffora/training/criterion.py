@@ -1,6 +1,5 @@
 """The loss of a fine-tuning step: the task's own, or cross-entropy with label smoothing and class weights."""
 
-import logging
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -14,9 +13,6 @@ from torch import Tensor
 from diffora.errors import UserError
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Batch, Task
-
-log = logging.getLogger(__name__)
-
 
 class Criterion:
     """The training loss of a batch, and the number of terms that it averages. Evaluation always uses the task's own.
@@ -78,7 +74,6 @@ def criterion_of(settings: FineTune, task: Task, train: datasets.Dataset) -> Cri
     if asked is None:
         return Criterion(task, smoothing)
     weights = _weights(asked, names, task, train)
-    log.info("class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True)))
     return Criterion(task, smoothing, torch.tensor(weights, dtype=torch.float64).float())
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from diffora.loop.data import FineTuneData
 from diffora.loop.fit import fit
 from diffora.loop.loggers import Loggers
+from diffora.loop.own import own_callbacks
 from diffora.loop.parts import Parts
 from diffora.loop.plan import plan_of
 from diffora.loop.progress import ProgressBar
@@ -57,7 +58,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         "finetune",
         module,
         data,
-        [ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))],
+        [*own_callbacks(settings.trainer), ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))],
         loggers.of_stage("finetune"),
         gradient_clip_val=f.clip,
         accumulate_grad_batches=f.accumulate,
@@ -75,6 +76,10 @@ def _module(parts: Parts, adaptation: Adaptation, loaders: FineTuneData, warmup:
             f"fine-tune: the recipe's {f.warmup_steps} warm-up steps are too many for this run: using {warmup} instead"
         )
     data = parts.data
+    criterion = criterion_of(f, parts.task, data.train.encoded)
+    if criterion.weights is not None:
+        weights = zip(parts.task.head()["id2label"].values(), criterion.weights.tolist(), strict=True)
+        log.info("fine-tune: class weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights))
     return FineTuneModule(
         adaptation,
         parts.task,
@@ -84,5 +89,5 @@ def _module(parts: Parts, adaptation: Adaptation, loaders: FineTuneData, warmup:
         replace(f, warmup_steps=warmup),
         parts.settings.seed,
         lambda: loaders.plan,
-        criterion_of(f, parts.task, data.train.encoded),
+        criterion,
     )
