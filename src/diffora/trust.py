@@ -93,7 +93,9 @@ def function_at(
         own = inspect.isfunction is suggested  # a module of the user may import others' functions
         there = [n for n, o in vars(module).items() if suggested(o) and (not own or o.__module__ == name)]
         near = get_close_matches(attribute, there, n=1, cutoff=0.6)
-        hint = f"; did you mean {name}.{near[0]}?" if near else f"; its {what}s: {', '.join(there[:20])}" if there else ""
+        hint = (
+            f"; did you mean {name}.{near[0]}?" if near else f"; its {what}s: {', '.join(there[:20])}" if there else ""
+        )
         raise UserError(f"{key}={target}: {name} has no {attribute}{hint}")
     if not callable(found):
         raise UserError(f"{key}={target} is a {type(found).__name__}, not a {what}")

@@ -18,7 +18,9 @@ def resumed(overrides, folder, segment, batch=1):
     return run_of(*overrides, "resume=true", folder=folder / "part"), whole
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_a_run_resumes_exactly_within_an_epoch(workers, tmp_path):
     ours, whole = resumed([*HALF, f"trainer.num_workers={workers}"], tmp_path, segment=1)
     assert [scores["epoch"] for scores in whole.record["history"]] == [0.5, 1.0, 1.5, 2.0]
@@ -30,7 +32,8 @@ CASES = {
     "steps across epochs": ["finetune.eval_every=4", "finetune.max_steps=10", "finetune.accumulate=2"],
     "adalora": ["method=adalora", "method.every=1"],
     "masks of each epoch": ["method=gm_lora", "method.mask.every=epoch"],
-    "sgd, one cycle, LoRA+": [
+    "masks, sgd, one cycle, LoRA+, micro-batches": [
+        "method=gm_lora", "finetune.accumulate=2",
         "finetune.optimizer={_target_: torch.optim.SGD, momentum: 0.9}", "finetune.lora_plus_ratio=4",
         "finetune.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, pct_start: 0.5}",
         "finetune.warmup_steps=0",
@@ -39,7 +42,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("more", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(more, marks=[] if "LoRA+" in name else pytest.mark.slow, id=name) for name, more in CASES.items()],
+)
 def test_everything_that_has_a_state_resumes_within_an_epoch(more, tmp_path):
     ours, whole = resumed([*HALF, *more], tmp_path, segment=1)
     assert_equal_runs(ours, whole)
@@ -55,11 +61,17 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
         assert_equal_runs(run_of(*overrides, "resume=true", folder=tmp_path / "run"), whole)
 
 
+MASKED = [*LORA, *ROWS, "method=gm_lora", "method.mask.every=epoch"]
+
+
 def test_segments_change_no_step(tmp_path):
-    """With the same steps, the weights are the same, however often the model is evaluated in between."""
+    """With the same steps, the weights are the same, however often the model is evaluated in between.
+
+    The masks are drawn for each epoch, not for each segment.
+    """
     found = [
-        run_of(*LORA, *ROWS, *more, folder=tmp_path / str(i)).record["history"][-1]
-        for i, more in enumerate(([], ["finetune.eval_every=1"], ["finetune.max_steps=12", "finetune.eval_every=5"]))
+        run_of(*MASKED, *more, folder=tmp_path / str(i)).record["history"][-1]
+        for i, more in enumerate(([], ["finetune.max_steps=12", "finetune.eval_every=5"]))
     ]
     parts = ("validation/loss", "validation/accuracy", "update/orthogonality_loss", "epoch")
     assert len({tuple(scores[part] for part in parts) for scores in found}) == 1
@@ -87,4 +99,4 @@ def test_the_batches_of_all_segments_are_those_of_the_epochs():
 
     whole = batches(lambda n: plan_of(n, 3), 3)
     assert batches(lambda n: plan_of(n, 3, every=0.34), 9) == whole
-    assert batches(lambda n: plan_of(n, 1, max_steps=8, every=2), 6) == whole[:16]
+    assert batches(lambda n: plan_of(n, 1, max_steps=8, every=2), 5) == whole[:16]

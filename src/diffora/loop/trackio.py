@@ -17,7 +17,11 @@ class TrackioLogger(Logger):
     """
 
     def __init__(
-        self, project: str = "diffora", run_name: str | None = None, group: str | None = None, space_id: str | None = None
+        self,
+        project: str = "diffora",
+        run_name: str | None = None,
+        group: str | None = None,
+        space_id: str | None = None,
     ) -> None:
         super().__init__()
         self.project, self.run_name, self.group, self.space_id = project, run_name, group, space_id

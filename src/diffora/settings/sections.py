@@ -164,11 +164,12 @@ class Trainer:
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
     compile: Annotated[
-        bool, Help("Compile the model with `torch.compile` in search, fine-tuning and predictions; needs a C++ compiler.")
+        bool,
+        Help("Compile the model with `torch.compile` in search, fine-tuning and predictions; needs a C++ compiler."),
     ] = False
-    callbacks: Annotated[
-        list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")
-    ] = field(default_factory=list)
+    callbacks: Annotated[list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +214,7 @@ class FineTune:
         Annotated[float, POSITIVE] | None,
         Help("LoRA+: the learning rate of B is this many times that of A and the head; null: the same rate."),
     ] = None
-    label_smoothing: Annotated[
-        float, RATE, Help("Label smoothing of the training loss, for tasks with classes.")
-    ] = 0.0
+    label_smoothing: Annotated[float, RATE, Help("Label smoothing of the training loss, for tasks with classes.")] = 0.0
     class_weights: Annotated[
         Annotated[str | list[Any] | dict[str, Any], CLASS_WEIGHTS] | None,
         Help(
@@ -284,7 +283,9 @@ class Logger:
     tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs `pip install diffora[tensorboard]`.")] = False
     wandb: Annotated[Wandb | None, Help("Log to Weights & Biases.")] = None
     own: Annotated[
-        dict[str, Any], Check(lambda v: isinstance(v, Mapping) and all(map(NAMED.fits, v.values())), "loggers"), INTERNAL
+        dict[str, Any],
+        Check(lambda v: isinstance(v, Mapping) and all(map(NAMED.fits, v.values())), "loggers"),
+        INTERNAL,
     ] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from diffora.errors import UserError
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Batch, Task
 
+
 class Criterion:
     """The training loss of a batch, and the number of terms that it averages. Evaluation always uses the task's own.
 
@@ -35,10 +36,16 @@ class Criterion:
         if not self.smoothing and self.weights is None:
             return self.task.loss(output, batch)
         logits, labels = self.task.class_terms(output, batch)
-        logits = logits.reshape(-1, logits.shape[-1])
-        if self._placed is not None and (self._placed.device, self._placed.dtype) != (logits.device, logits.dtype):
-            self._placed = self._placed.to(logits)
-        return F.cross_entropy(logits, labels.reshape(-1), self._placed, label_smoothing=self.smoothing)
+        logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+        counted = (labels >= 0).to(logits.dtype)
+        weights = self._placed
+        if weights is not None:
+            if (weights.device, weights.dtype) != (logits.device, logits.dtype):
+                self._placed = weights = weights.to(logits)
+            counted = counted * weights[labels.clamp(min=0)]
+        total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=self.smoothing)
+        terms = counted.sum()
+        return total / torch.where(terms > 0, terms, 1.0)  # torch's own mean is NaN if no term counts
 
     def weight(self, batch: Batch) -> float:
         """The number of terms of a batch on the CPU, each counted with the weight of its class."""
@@ -68,9 +75,7 @@ def criterion_of(settings: FineTune, task: Task, train: datasets.Dataset) -> Cri
     if not (task.classifies and names and one_of_many):
         keys = [f"finetune.label_smoothing={smoothing:g}"] if smoothing else []
         keys += ["finetune.class_weights"] if asked is not None else []
-        raise UserError(
-            f"{' and '.join(keys)}: task={task.name} does not choose one of several classes; leave it out"
-        )
+        raise UserError(f"{' and '.join(keys)}: task={task.name} does not choose one of several classes; leave it out")
     if asked is None:
         return Criterion(task, smoothing)
     weights = _weights(asked, names, task, train)

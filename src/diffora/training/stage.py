@@ -58,7 +58,10 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         "finetune",
         module,
         data,
-        [*own_callbacks(settings.trainer), ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}"))],
+        [
+            *own_callbacks(settings.trainer),
+            ProgressBar("fine-tune", "epoch", ("train/loss", f"validation/{parts.task.main_metric}")),
+        ],
         loggers.of_stage("finetune"),
         gradient_clip_val=f.clip,
         accumulate_grad_batches=f.accumulate,
