@@ -58,9 +58,9 @@ lint: venv ## ruff, mypy, and import-linter's contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-wheel: venv ## build the wheel and run it from an empty environment, outside the repository
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	$(BIN)/python scripts/check_wheel.py dist
+wheel: venv ## build wheel and sdist, and run every program from an empty environment, outside the repository
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/python scripts/check_wheel.py dist --all
 
 docs: venv ## build the documentation as a site: docs/_build/html/index.html; a warning is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html

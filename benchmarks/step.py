@@ -9,7 +9,7 @@ each contender; see `benchmarks.common.memory_of`. Contenders:
     floor            gradients pass through the frozen backbone; only the head is trained
     lora             our LoRA, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
     plain            the same with kernel=plain, the formula in PyTorch operations; plain_dropout
-    compiled         lora under torch.compile, as with trainer.compile=true (with --compile; the first step takes minutes)
+    compiled         lora under torch.compile, as with trainer.compile=true; only with --compile
     peft             PEFT's LoRA; peft_dropout; adalora: PEFT's AdaLoRA
     full_ft          every weight is trained
     simultaneous     our bi-level step in one pass over 16 search-valid and 16 search-train rows

@@ -1,6 +1,5 @@
 """diffora as a library: search, select and attach on models and loaders of the user's own."""
 
-import random
 import subprocess
 import sys
 
@@ -8,78 +7,19 @@ import lightning as L
 import pytest
 import torch
 from conftest import TYPES, batch_of
+from library import CASES, Encoder, Net, assert_same, bert, entropy_loss, pairs, part_frozen, state, texts
 from small import small_deberta, small_task
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification
 
 import diffora
 from diffora.core.attach import attach as core_attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import LowRankLinear, lowrank_layers
+from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
 from diffora.standalone.search import Bilevel, SearchSettings
-
-
-class Net(nn.Module):
-    """A residual stack, with a buffer that each pass in training mode changes, and dropout."""
-
-    def __init__(self, encoder=None):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 8)) for _ in range(3)
-        )
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.norm(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-class Encoder(nn.Module):
-    """A classifier on `nn.TransformerEncoder`."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.head(self.encoder(x).mean(1))
-
-
-def bert():
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=2
-    )
-    return BertForSequenceClassification(config)
-
-
-def entropy_loss(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
-
-
-def pairs(*shape, n=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(4, *shape, generator=generator), torch.randint(0, 2, (4,), generator=generator)) for _ in range(n)
-    ]
-
-
-def texts(n=6):
-    batches = [batch_of(4, seed=seed) for seed in range(n)]
-    return [{key: value for key, value in batch.items() if key != "row"} for batch in batches]
-
-
-CASES = {"bert": (bert, texts, None), "net": (Net, lambda: pairs(8), entropy_loss)}
-CASES["encoder"] = Encoder, lambda: pairs(5, 8), entropy_loss
 
 
 @pytest.fixture(params=CASES)
@@ -87,39 +27,6 @@ def case(request):
     make, batches, loss = CASES[request.param]
     torch.manual_seed(0)
     return make(), batches(), loss
-
-
-def state(model):
-    """All that a search must leave as it was."""
-    return {
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
-        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
-        "grads": {name: p.grad for name, p in model.named_parameters()},
-        "objects": [id(module) for module in model.modules()],
-        "modes": [module.training for module in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "random": torch.get_rng_state(),
-    }
-
-
-def assert_same(before, after):
-    for key in ("flags", "objects", "modes", "hooks"):
-        assert before[key] == after[key], key
-    assert all(before["grads"][name] is grad for name, grad in after["grads"].items())
-    assert before["random"].equal(after["random"])
-    assert before["values"].keys() == after["values"].keys()
-    assert all(value.equal(after["values"][name]) for name, value in before["values"].items())
-
-
-def part_frozen(model):
-    """In evaluation mode but for one module, with one gradient and all but the head frozen."""
-    model.eval()
-    next(model.children()).train()
-    head = getattr(model, "head", None) or model.classifier
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-    head.weight.grad = torch.ones_like(head.weight)
-    return model
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -367,11 +274,11 @@ def test_one_loader_is_divided_into_disjoint_halves(caplog):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_terminal_shows_progress_and_what_was_divided_unless_told_not_to(progress, capsys, monkeypatch):
-    monkeypatch.setattr("diffora.standalone.search._is_watched", lambda: True)
+    monkeypatch.setattr("diffora.standalone.progress.is_watched", lambda: True)
     diffora.search(Net(), pairs(8), loss=entropy_loss, rounds=2, progress=progress)
     shown = capsys.readouterr().err
-    wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2")
-    assert [text in shown for text in wanted] == [progress] * 4
+    wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2", "started at 0.500")
+    assert [text in shown for text in wanted] == [progress] * 5
 
 
 def test_a_list_of_batches_is_divided_by_batches():
@@ -401,7 +308,10 @@ def bad_loss(value):
         ({"head": ["tail"]}, r"head: tail is not a module of this model"),
         ({"train_loader": []}, r"loader of training batches has no batches"),
         ({"valid_loader": []}, r"loader of validation batches has no batches"),
-        ({"train_loader": iter(pairs(8)), "rounds": 2}, r"loader of training batches has no batches.*only once"),
+        (
+            {"train_loader": iter(pairs(8)), "rounds": 2},
+            r"train_loader is a list_iterator, which can be read only once, and rounds=2",
+        ),
         ({"train_loader": iter(pairs(8)), "valid_loader": None}, r"cannot be divided.*give two loaders"),
         ({"train_loader": pairs(8, n=1), "valid_loader": None}, r"1 batches cannot be divided: it needs at least 2"),
         ({"loss": None}, r"without loss=, batches must be dicts for model\(\*\*batch\); this one is a tuple"),
@@ -459,27 +369,6 @@ def test_a_model_with_pefts_adapters_is_refused():
     wrapped = get_peft_model(model, diffora.select(model, "random", k=1).lora_config(rank=2))
     with pytest.raises(UserError, match=r"has adapters already, such as .*unload\(\)"):
         diffora.search(wrapped, texts())
-
-
-def test_a_model_in_bfloat16_without_a_head_is_searched_and_with_a_head_refused():
-    model = bert().bfloat16()
-    with pytest.raises(UserError, match=r"train classifier\.weight in torch\.bfloat16.*head=\[\]"):
-        diffora.search(model, texts(), progress=False)
-    found = diffora.search(model, texts(), head=[], rounds=1, progress=False)
-    assert found.config["trained"] == [] and torch.tensor(found.gamma_bar).std() > 0
-
-
-def test_a_failure_inside_the_loss_leaves_no_adapters():
-    model = Net()
-
-    def loss(model, batch):
-        if random.random() < 2:
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        diffora.search(model, pairs(8), loss=loss, progress=False)
-    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_importing_diffora_imports_nothing_large_and_the_search_no_lightning():

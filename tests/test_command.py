@@ -3,13 +3,25 @@
 import errno
 import io
 import logging
+import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from conftest import REPO
+from omegaconf import OmegaConf
 
-from diffora.cli import command
-from diffora.errors import UserError
+import diffora
+from diffora.__main__ import PROGRAMS, dispatch
+from diffora.cli import command, primary
+from diffora.cli.train import job, select
+from diffora.errors import UserError, called
+from diffora.files import conf_dir
+from diffora.loop.launch import torchrun
+from diffora.run.composition import check_added, composition_problems
+from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 
 
 def ended(capsys, error):
@@ -75,3 +87,148 @@ def test_a_command_runs_with_closed_output(monkeypatch, fails):
         monkeypatch.setattr(name, None)
     with pytest.raises(SystemExit) if fails else nullcontext():
         command(main)
+
+
+# --- the command and its programs ---
+
+
+def test_the_help_names_every_program_and_no_argument_shows_it(capsys):
+    dispatch(["--help"])
+    helped = capsys.readouterr().out
+    dispatch([])
+    assert capsys.readouterr().out == helped
+    assert all(f"\n  {name} " in helped and what in helped for name, (_, what) in PROGRAMS.items())
+
+
+def test_the_version_is_the_packages(capsys):
+    dispatch(["--version"])
+    assert capsys.readouterr().out == f"diffora {diffora.__version__}\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_has_a_function_of_its_arguments(program):
+    module, _, function = PROGRAMS[program][0].partition(":")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    assert f"\ndef {function}(arguments: list[str]) -> None:" in Path(spec.origin).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "method=lora"], "no program trian; did you mean train?"),
+        (["exprot"], "did you mean export?"),
+        (["xyz"], "no program xyz; It has train, select"),
+        (["method=lora", "-m"], "method=lora comes after the name of a program: diffora train method=lora -m"),
+        (["-m", "seed=0,1"], "diffora train -m seed=0,1"),
+    ],
+)
+def test_a_wrong_program_is_named_with_the_nearest(arguments, words):
+    with pytest.raises(UserError) as refused:
+        dispatch(arguments)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "train", "export", "many"),
+    [
+        ("train.py", "python train.py", "python -m diffora export", "train.py"),
+        ("../code/report.py", "python ../code/train.py", "python -m diffora export", "../code/train.py"),
+        ("/opt/bin/diffora", "diffora train", "diffora export", "-m diffora train"),
+        ("/lib/diffora/__main__.py", "python -m diffora train", "python -m diffora export", "-m diffora train"),
+        ("/lib/ipykernel_launcher.py", "diffora train", "diffora export", "-m diffora train"),
+        ("", "diffora train", "diffora export", "-m diffora train"),
+    ],
+)
+def test_messages_name_the_command_as_the_user_called_it(monkeypatch, start, train, export, many):
+    monkeypatch.setattr("sys.argv", [start, "x"])
+    assert (called("train"), called("export")) == (train, export)
+    assert torchrun() == f"torchrun --nproc-per-node=N {many}"
+    help_text = OmegaConf.create({"help": OmegaConf.load(conf_dir() / "hydra" / "default.yaml").help}).help.template
+    assert f"\n  {train} method=diffora" in help_text and f"`{train} --cfg" in help_text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "others"),
+    [
+        ("diffora ", set(PROGRAMS), {"method="}),
+        ("diffora tr", {"train"}, {"method="}),
+        ("diffora train method=dif", {"method=diffora"}, {"method=lora", "train"}),
+        ("diffora select task=s", {"task=sst2", "task=squad"}, {"task=mrpc"}),
+        ("diffora train method=lora finetune.ep", {"finetune.epochs="}, {"finetune.lr="}),
+        ("diffora report out", set(), {"train", "method="}),
+    ],
+)
+def test_the_shell_completes_programs_choices_and_values(line, expected, others, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/opt/bin/diffora", "-sc", "query=bash"])
+    monkeypatch.setenv("COMP_LINE", line)
+    dispatch(sys.argv[1:])
+    found = set(capsys.readouterr().out.split())
+    assert expected <= found and not others & found
+
+
+def test_the_script_for_the_shell_is_for_this_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/lib/diffora/__main__.py", "-sc", "install=bash"])
+    dispatch(sys.argv[1:])
+    assert capsys.readouterr().out.strip().endswith("-F hydra_bash_completion diffora")
+    assert "@hydra.main" in (REPO / "train.py").read_text()  # Hydra's script looks for it
+
+
+def test_select_is_train_with_search_only(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["diffora"])
+    monkeypatch.setattr("diffora.cli.train.main", seen.append)
+    select(["-m", "--config-dir=x=y", "seed=0,1", "rho=0.5"])
+    select([])
+    assert seen == [["-m", "--config-dir=x=y", "search_only=true", "seed=0,1", "rho=0.5"], ["search_only=true"]]
+    select(["--help"])
+    assert "diffora select method=diffora task=mrpc" in capsys.readouterr().out and len(seen) == 2
+    with pytest.raises(UserError, match="search_only=false: `diffora select` sets search_only=true itself"):
+        select(["search_only=false"])
+
+
+def test_other_processes_of_a_run_get_the_whole_command(monkeypatch, tmp_path):
+    """Hydra reads the arguments without ``train``; Lightning starts the other processes with all of them."""
+    typed = ["/opt/bin/diffora", "train", "dry_run=true", "experiment=quickstart", f"hydra.run.dir={tmp_path}"]
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", typed)
+    monkeypatch.setattr("diffora.run.experiment.train", lambda cfg: seen.append(list(sys.argv)))
+    monkeypatch.setattr("diffora.cli.train._typed", [])
+    dispatch(typed[1:])
+    assert seen == [typed] and job.__module__ == "diffora.cli.train"
+
+
+def test_the_help_imports_nothing_large():
+    code = (
+        "import sys; from diffora.__main__ import dispatch; dispatch(['--help']); print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"torch", "hydra", "lightning", "transformers", "numpy"} & set(done.stderr.split())
+
+
+# --- choices and classes of the user ---
+
+
+def test_a_file_that_hydra_would_not_read_is_refused(tmp_path):
+    for name in ("task/mrpc.yaml", "task/mine.yaml", "config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a: 1\n")
+    place = f"file://{tmp_path}"
+    assert composition_problems([], [place]) == [
+        f"{tmp_path / name} would not be read, because diffora has {name} too: give it another name"
+        for name in ("config.yaml", "task/mrpc.yaml")
+    ]
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "task/mrpc.yaml").write_bytes((conf_dir() / "task/mrpc.yaml").read_bytes())
+    assert check_added([place, "pkg://somewhere"], conf_dir()) == [tmp_path]
+
+
+def test_another_primary_configuration_is_used_for_messages(tmp_path, monkeypatch):
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group/one.yaml").write_text("x: 1\n")
+    (tmp_path / "main.yaml").write_text("defaults: [group: one]\n")
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr("sys.argv", ["diffora", "train", "-cp", tmp_path.name, "--config-name=main", "group=on"])
+    assert primary() == (tmp_path, "main")
+    assert composition_problems(["group=on"], [], primary())[0] == "group=on is not one of: one; did you mean one?"

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from made_runs import made_run
 from omegaconf import OmegaConf
 
-from diffora import cli
+from diffora import cli, trust
 from diffora.adapters.manifest import write_manifest
 from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
@@ -703,14 +703,46 @@ def test_names_of_a_selection_are_not_formulas_in_its_picture():
 # --- the rule itself ---
 
 
+def test_a_class_that_the_user_names_is_found_in_the_current_folder_and_beside_the_configurations(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(trust, "_folders", [])
+    text = "from diffora.tasks.glue import GlueTask\nclass Mine(GlueTask):\n    pass\n"
+    for folder in ("here", "project", "project/conf"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    for file in ("here/own_here.py", "here/json.py", "project/own_beside.py", "project/conf/own_inside.py"):
+        (tmp_path / file).write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    assert trust.class_at("own_here.Mine", Task, "task._target_").__module__ == "own_here"
+    with pytest.raises(UserError, match="in the folder of --config-dir or beside it, or on PYTHONPATH"):
+        trust.class_at("own_beside.Mine", Task, "task._target_")
+    trust.look_in([tmp_path / "project/conf"])
+    for name in ("own_beside", "own_inside"):
+        assert trust.class_at(f"{name}.Mine", Task, "task._target_").__module__ == name
+    with pytest.raises(UserError, match="json has no Mine"):  # an installed module is never replaced
+        trust.class_at("json.Mine", Task, "task._target_")
+
+
+def test_a_file_cannot_name_a_class_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_hostile.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nothing was imported"):
+        trust.class_at("own_hostile.Mine", Task, "task._target_", tmp_path / "config.yaml")
+    assert "own_hostile" not in sys.modules and str(tmp_path) not in sys.path
+
+
 def test_only_one_module_imports_by_name():
     """No other module imports by a given name, unpickles, or reads files with OmegaConf or PyYAML."""
     pattern = (
         r"import_module|__import__|get_(class|object|method)|hydra\.utils|pickle\.(?:load|Unpickler\b)|OmegaConf\.load"
     )
     pattern += r"|yaml\.(load|unsafe|full)|weights_only=False|\bexec\(|(?<![.\w])eval\("
-    # The package's own __init__ imports the modules of a fixed table when a name of the library is first used.
-    allowed = {"__init__.py": {"import_module"}, "trust.py": {"import_module"}, "files.py": {"yaml.load"}}
+    # Two files import the modules of a fixed table: __init__ when a name of the library is first used, __main__ for the
+    # program that the user asks for.
+    fixed = {"__init__.py": {"import_module"}, "__main__.py": {"import_module"}}
+    allowed = fixed | {"trust.py": {"import_module"}, "files.py": {"yaml.load"}}
     package = REPO / "src" / "diffora"
     for file in package.rglob("*.py"):
         code = re.sub(r'""".*?"""|#[^\n]*|"[^"\n]*"', "", file.read_text(), flags=re.DOTALL)

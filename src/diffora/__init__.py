@@ -1,7 +1,8 @@
 """diffora: learn which modules of a pretrained model to fine-tune.
 
-As a library: `search`, `select`, `attach`, `find_grid`, `load_adapter`, `Selection` and `UserError`. They are imported
-when they are first used, so that commands start quickly.
+As a library: `search`, `select`, `attach`, `find_grid`, `save_adapter`, `load_adapter`, `Selection` and `UserError`;
+and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are
+imported when they are first used, so that commands start quickly.
 """
 
 import time
@@ -9,26 +10,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffora.adapters.export import save_adapter
     from diffora.api import Selection, attach, find_grid, load_adapter, search, select
     from diffora.errors import UserError
+    from diffora.trainers.lightning import DifforaLightningCallback
+    from diffora.trainers.trainer import DifforaCallback
 
-__all__ = ["Selection", "UserError", "attach", "find_grid", "load_adapter", "search", "select"]
+__all__ = [
+    "DifforaCallback",
+    "DifforaLightningCallback",
+    "Selection",
+    "UserError",
+    "attach",
+    "find_grid",
+    "load_adapter",
+    "save_adapter",
+    "search",
+    "select",
+]
 
 START = time.time()
-"""When the package was first imported, which `train.py` does before all else: the zero of a run's ``startup_s``."""
+"""When the package was first imported, which the commands do before all else: the zero of a run's ``startup_s``."""
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "DifforaCallback": "diffora.trainers.trainer",
+    "DifforaLightningCallback": "diffora.trainers.lightning",
     "Selection": "diffora.core.selection",
     "UserError": "diffora.errors",
     "attach": "diffora.standalone.attach",
     "find_grid": "diffora.core.grid",
     "load_adapter": "diffora.api",
+    "save_adapter": "diffora.adapters.export",
     "search": "diffora.standalone.search",
     "select": "diffora.standalone.select",
 }
-"""The module of each name in ``__all__``. Only `load_adapter` needs Lightning."""
+"""The module of each name in ``__all__``. Only `load_adapter`, `save_adapter` and the callbacks need Lightning."""
 
 
 def __getattr__(name: str) -> Any:

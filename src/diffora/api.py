@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from diffora.adapters.export import save_adapter
 from diffora.adapters.load import load_onto
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
@@ -16,7 +17,7 @@ from diffora.standalone.search import search
 from diffora.standalone.select import select
 from diffora.trust import class_at
 
-__all__ = ["Selection", "attach", "find_grid", "load_adapter", "search", "select"]
+__all__ = ["Selection", "attach", "find_grid", "load_adapter", "save_adapter", "search", "select"]
 
 
 def load_adapter(

@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,6 +20,24 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def called(program: str) -> str:
+    """How the user of this process starts a program of the package, for messages.
+
+    ``diffora train``; ``python -m diffora train``; in the repository ``python train.py``.
+
+    Args:
+        program: a name in ``diffora --help``.
+    """
+    start = Path(sys.argv[0])
+    if start.name in SCRIPTS and f"{program}.py" in SCRIPTS:
+        return f"python {start.with_name(f'{program}.py')}"
+    return f"{'python -m diffora' if start.name in (*SCRIPTS, '__main__.py') else 'diffora'} {program}"
+
+
+SCRIPTS = ("train.py", "evaluate.py", "report.py")
+"""The programs that the repository also has as files."""
 
 
 class WriteError(UserError, OSError):

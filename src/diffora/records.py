@@ -55,7 +55,8 @@ class Record:
     Attributes:
         method: name of the method; also ``task`` and ``model``.
         seed: of the run.
-        status: ``running``, ``completed``, ``failed``, ``interrupted`` or ``dry_run``.
+        status: ``running``, ``completed``, ``failed``, ``interrupted`` or ``dry_run``; ``selected`` if the run had
+            ``search_only=true`` and is complete.
         setting_id: digest of `settings`: runs that differ in seed, place or machine only have the same one.
         settings: everything that decides the result, except the seed. Nested, with values instead of interpolations.
             Data are given by their hash, the model by its name, and a selection file by how it was made. A value that

@@ -7,9 +7,10 @@ The user may name any class on the command line or in ``conf/``. A file that may
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from importlib import import_module
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,39 @@ def object_in(package: str, target: Any) -> Any:
     return found if str(getattr(found, "__module__", "")).partition(".")[0] == package else None
 
 
+_folders: list[Path] = []
+"""Where modules of the user are looked for, after the current folder."""
+
+
+def look_in(folders: Iterable[Path]) -> None:
+    """Look for modules of the user in folders of configurations that the user gave, and beside these folders."""
+    _folders.extend(dict.fromkeys(place for folder in folders for place in (folder, folder.parent)))
+
+
+def _make_findable(module: str) -> None:
+    """Add a folder of the user to Python's path, if a module that the user named is there and nowhere else.
+
+    It comes last on the path, so a file of the user never replaces an installed module.
+    """
+    top = module.partition(".")[0]
+    if top in sys.modules or find_spec(top) is not None:
+        return
+    for place in (Path.cwd(), *_folders):
+        if (place / f"{top}.py").is_file() or (place / top).is_dir():
+            sys.path.append(str(place))
+            invalidate_caches()
+            return
+
+
 def _imported(name: str, target: str, key: str) -> Any:
+    _make_findable(name)
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise UserError(
                 f"{key}={target}: Python finds no module {error.name}{_nearest(target, key)}. A module of your own "
-                f"must be on Python's path: PYTHONPATH=<its folder> python {Path(sys.argv[0]).name or 'train.py'} …"
+                "must be in the current folder, in the folder of --config-dir or beside it, or on PYTHONPATH"
             ) from error
         reason: BaseException = error
     except (Exception, SystemExit) as error:  # whatever the user's own module does

@@ -43,6 +43,8 @@ class TableSweeper(Sweeper):
         )
         path = self.loader.get_search_path().get_path()
         self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
+        home = next(Path(e.path.removeprefix("file://")) for e in path if e.provider == "main")
+        self.primary = home, str(config.hydra.job.config_name)
         launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
@@ -115,8 +117,11 @@ class TableSweeper(Sweeper):
                 try:
                     cfg = self.compose((*choice, *overrides))
                 except (HydraException, OmegaConfBaseException) as error:
-                    reasons = composition_problems([*choice, *overrides], self.added) or [short(error)]
-                    raise UserError(with_sweep_hint(reasons)) from error
+                    typed = [str(o.input_line) for o in others]  # first all values, then those of this run
+                    for lines in (typed, overrides):
+                        if reasons := composition_problems([*choice, *lines], self.added, self.primary):
+                            raise UserError(with_sweep_hint(reasons)) from error
+                    raise UserError(with_sweep_hint([short(error)])) from error
                 with open_dict(cfg.hydra.job):
                     cfg.hydra.job.num = number
                 folder = place / cfg.hydra.sweep.subdir
@@ -191,7 +196,7 @@ class TableSweeper(Sweeper):
                 impossible.add(setting)
                 kind = (str(error), *(line for line in setting if line.startswith("method=")))
                 if kind not in explained and len(problems) < SHOWN:
-                    reasons = composition_problems(list(overrides), self.added) or [short(error)]
+                    reasons = composition_problems(list(overrides), self.added, self.primary) or [short(error)]
                     problems |= dict.fromkeys(reasons)
                 explained.add(kind)
                 continue
@@ -242,7 +247,8 @@ class TableSweeper(Sweeper):
         failed = {}
         for folder, job in zip_longest(jobs, returned):
             record = read_record(folder) or {}
-            if record.get("status") == "completed" and not missing_files(folder, record):
+            ended = "selected" if self.compose(tuple(jobs[folder])).search_only else "completed"
+            if record.get("status") == ended and not missing_files(folder, record):
                 continue
             if job is not None and job.status == JobStatus.FAILED:
                 failed[folder] = str(job._return_value)  # `return_value` would raise it

@@ -27,6 +27,21 @@ def test_a_saved_selection_loads_unchanged(selection, tmp_path):
     assert Selection.load(tmp_path / "s.json") == selection
 
 
+def test_a_path_may_be_text(selection, tmp_path):
+    selection.save(f"{tmp_path}/s.json")
+    assert Selection.load(f"{tmp_path}/s.json") == selection
+
+
+def test_printed_it_names_the_modules_of_each_layer(selection):
+    empty = dataclasses.replace(selection, selected=[selection.selected[0], []])
+    assert str(selection).splitlines() == [
+        "6 of 12 modules, selected by unknown",
+        "layer 1: Q, V, FFN out",
+        "layer 2: K, attn. out, FFN in",
+    ]
+    assert str(empty).splitlines()[2] == "layer 2: none"
+
+
 def test_editing_the_file_changes_the_mask(selection, tmp_path):
     selection.save(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())

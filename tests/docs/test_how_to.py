@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPO
+from safetensors.torch import load_file
+
+from diffora.core.selection import Selection
 
 HOW_TO = REPO / "docs" / "how-to"
 NOT_RUN = "# not run by the tests"
@@ -71,6 +75,10 @@ def test_own_data(tmp_path):
     assert record["classes"] == ["billing", "bug", "other"]
     [first, _] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
     assert first["prediction"] in record["classes"] and list(first["probabilities"]) == record["classes"]
+    [folder] = (tmp_path / "outputs").glob("*/confusion.png")
+    assert (folder.parent / "classes.csv").is_file()
+    [first, _] = map(json.loads, (tmp_path / "praised" / "all.jsonl").read_text().splitlines())
+    assert set(first["prediction"]) <= {"fast", "cheap"} and list(first["probabilities"]) == ["cheap", "fast"]
 
 
 def test_own_model(tmp_path):
@@ -106,3 +114,28 @@ def test_own_selector(tmp_path):
     assert record_of(tmp_path)["method"] == "diffora"
     [selection] = (tmp_path / "outputs").glob("*/selection.json")
     assert json.loads(selection.read_text())["selector"] == "my_selectors.saliency"
+
+
+def test_peft(tmp_path):
+    """The scripts train, the fragment names the modules that PEFT wrapped, and the table counts the printed lines."""
+    printed = follow("peft", tmp_path)
+    selection = Selection.load(tmp_path / "selection.json")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    chosen = selection.names()
+    assert len(chosen) == 12 and adapter["r"] == 8
+    names = {
+        name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    }
+    assert {name.removesuffix(".lora_A.weight") for name in names if "lora_A" in name} == set(chosen)
+    text = (HOW_TO / "peft.md").read_text()
+    fragment = printed[printed.index("# 12 of 24") :]
+    assert yaml.safe_load(fragment)["lora_target_modules"] == chosen
+    [shown] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert shown.splitlines()[:-2] == fragment.splitlines()[:6]
+    counted = []
+    for script in ("with_trainer.py", "plain.py"):
+        lines = [line for line in files_of("peft")[script].splitlines() if line.strip()]
+        counted.append(
+            (len(lines), sum(bool(re.search(r"diffora|selection|head\.requires_grad", line)) for line in lines))
+        )
+    assert counted == [(int(a), int(b)) for a, b in re.findall(r"\| (\d+) \| (\d+) \|", text)]

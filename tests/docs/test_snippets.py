@@ -6,9 +6,11 @@ import hydra
 import pytest
 import torch
 from conftest import REPO
+from matplotlib import pyplot
 from transformers import AutoModelForSequenceClassification
 
 from diffora.core.lowrank import lowrank_layers
+from diffora.core.selection import Selection
 from diffora.hub import EMBEDDED
 
 LIBRARY = (REPO / "docs" / "start" / "library.md").read_text()
@@ -37,6 +39,18 @@ def test_a_plain_model_gets_its_adapters():
     assert sum("lora_a" in name for name in trained) == sum("lora_bt" in name for name in trained) == pairs
     assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
     assert model(torch.randn(5, 16)).shape == (5, 2)
+
+
+def test_the_result_of_a_search_is_printed_drawn_and_saved(tmp_path, monkeypatch, capsys):
+    [block] = [block for block in blocks(LIBRARY) if "selection.plot()" in block]
+    monkeypatch.chdir(tmp_path)
+    pyplot.switch_backend("agg")
+    selection = Selection("m", ["q", "v"], [["0.q", "0.v"]], [["q"]], 0.5, 0, selector="search", gamma_bar=[[0.7, 0.3]])
+    exec(block, {"selection": selection})
+    pyplot.close("all")
+    assert capsys.readouterr().out == "1 of 2 modules, selected by search\nlayer 1: q\n"
+    assert (tmp_path / "dam.png").read_bytes().startswith(b"\x89PNG")
+    assert Selection.load("selection.json") == selection
 
 
 @pytest.fixture(scope="module")

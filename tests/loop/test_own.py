@@ -110,14 +110,14 @@ def test_trackio_gets_the_settings_the_metrics_and_the_end(tmp_path, monkeypatch
     ("override", "words"),
     [
         ("trainer.callbacks=[{_target_: my_own.Conts}]", "my_own has no Conts; did you mean my_own.Counts?"),
-        ("trainer.callbacks=[{_target_: my_own.Counts, evry: 3}]", "my_own.Counts has no argument evry; did you mean every?"),
+        ("trainer.callbacks=[{_target_: my_own.Counts, evry: 3}]", "my_own.Counts has no argument evry; did you mean"),
         ("trainer.callbacks=[{_target_: my_own.Notes}]", "is not a subclass of lightning's Callback"),
         ("trainer.callbacks=[{every: 3}]", "must be a list of {_target_: module.Class"),
-        ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint}]", "writes checkpoints, which a run does"),
+        ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint}]", "writes checkpoints"),
         ("+logger.mine={_target_: my_own.Counts}", "logger.mine=my_own.Counts is not a subclass of lightning's Logger"),
         ("+logger.mine={_target_: no_such.Logger}", "Python finds no module no_such"),
         ("+logger.mine={path: x}", "unknown key logger.mine"),
-        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://me:pass@host'}", "an address with a password must not be"),
+        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://me:pass@host'}", "an address with a password"),
     ],
 )  # fmt: skip
 def test_each_mistake_has_its_message(cfg, override, words):

@@ -792,6 +792,18 @@ def test_pictures_of_a_setting_have_one_scale(spec):
     assert not re.search(r'<[^>]* class="[^">]*"[^>]* class="', html)
 
 
+def test_colours_of_independent_gates_start_at_a_half(spec):
+    fill(spec, ["DiffoRA"], seeds=range(2))
+    for number, file in enumerate(sorted(spec.glob("DiffoRA-*/selection.json"))):
+        gates = [[0.5 + 0.1 * (-1) ** j * (number + 1) for j in range(len(TYPES))]] * LAYERS
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"gamma_bar": gates, "relaxation": "sigmoid"}))
+    found = pictures.dams("DiffoRA", "paraphrase", table_of(spec).cells["DiffoRA", "paraphrase"])
+    assert found.scale == pytest.approx(0.2)
+    assert all(picture.count('class="more"') == picture.count('class="less"') for _, picture in found.seeds)
+    html = page.write(gather([spec]), spec / "out", [spec])[0].read_text()
+    assert "γ̄ is above 1/2" in html and "strongest at a distance of 0.200 from 1/2" in html
+
+
 def test_the_mean_trajectory_is_over_all_seeds(spec, monkeypatch):
     monkeypatch.setattr(pictures, "SEEDS", 1)
     fill(spec, ["DiffoRA"], seeds=[2, 0, 1])

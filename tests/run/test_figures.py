@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from diffora.core.parts import short_names
+from diffora.core.picture import shares
 from diffora.core.selection import Selection
-from diffora.run.figures import _shares, dam_heatmap
+from diffora.run.figures import dam_heatmap
 
 
 @pytest.fixture
@@ -23,16 +24,15 @@ def scored():
 
 
 def test_scores_compared_within_a_layer_are_shown_as_shares_of_the_layer(scored):
-    assert _shares(scored) == [[0.75, 0.25], [0.25, 0.75]]
+    assert shares(scored.scores, True) == [[0.75, 0.25], [0.25, 0.75]]
 
 
 def test_scores_compared_over_all_layers_keep_their_order(scored):
-    shares = _shares(dataclasses.replace(scored, k=None))
-    assert shares == [[3 / 42, 1 / 42], [20 / 42, 60 / 42]]
+    assert shares(scored.scores, False) == [[3 / 42, 1 / 42], [20 / 42, 60 / 42]]
 
 
 def test_scores_that_are_all_zero_cause_no_division_by_zero(scored):
-    assert _shares(dataclasses.replace(scored, scores=[[0.0, 0.0], [1.0, 1.0]])) == [[0.0, 0.0], [0.5, 0.5]]
+    assert shares([[0.0, 0.0], [1.0, 1.0]], True) == [[0.0, 0.0], [0.5, 0.5]]
 
 
 def test_the_picture_shows_the_scores(scored):

@@ -264,7 +264,7 @@ def test_composition_errors_are_explained_once(sweep, monkeypatch):
 
     asked = []
 
-    def explain(overrides, paths):
+    def explain(overrides, paths, primary):
         asked.append(overrides)
         return []
 

@@ -45,6 +45,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "": [
         (SEARCH, {
             "seed": "1", "rank": "2", "rho": "0.9", "predict": "true", "dry_run": "true", "cell.row": "x",
+            "search_only": "true",
             "cell.column": "x", "cell.experiment": "x", "model.name": "x", "model.path": "embedded:tiny_vit",
             "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
             "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",
@@ -101,7 +102,11 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (TEXT, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "text/other.csv", "task.kind": "regression",
             "task.text_columns": "[text,more]", "task.label_column": "other", "task.validation_fraction": "0.5",
-            "task.split_seed": "1", "task.max_length": "8",
+            "task.split_seed": "1", "task.max_length": "8", "task.subset": "x", "task.train_split": "x",
+            "task.validation_split": "x",
+        }),
+        (f"{TEXT} task.kind=multilabel task.label_column=mixed", {
+            "task.label_columns": "[one,two]", "task.label_separator": "|",
         }),
     ],
     "SquadTask": [
@@ -242,9 +247,14 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    rows = [f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]}\n" for i in range(24)]
-    (places["text"] / "rows.csv").write_text("text,more,label,other\n" + "".join(rows))
-    (places["text"] / "other.csv").write_text("text,more,label,other\n" + "".join(reversed(rows[:16])))
+    names, flags = "text,more,label,other,mixed,one,two\n", ("0,1", "1,0", "1,1")
+    rows = [
+        f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},"
+        f"{('x;y', 'x')[i % 2]},{flags[i % 3]}\n"
+        for i in range(24)
+    ]
+    (places["text"] / "rows.csv").write_text(names + "".join(rows))
+    (places["text"] / "other.csv").write_text(names + "".join(reversed(rows[:16])))
     return places
 
 

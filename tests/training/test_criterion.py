@@ -105,7 +105,7 @@ def test_evaluation_is_neither_weighted_nor_smoothed(deberta):
     ("task", "changes", "words"),
     [
         ("mrpc", {"class_weights": [1, 2, 3]}, "has 3 numbers; task=mrpc has the 2 classes"),
-        ("mrpc", {"class_weights": {"equivalen": 2}}, "finetune.class_weights.equivalen: there is no such class; did you"),
+        ("mrpc", {"class_weights": {"equivalen": 2}}, "finetune.class_weights.equivalen: there is no such class; did"),
         ("stsb", {"label_smoothing": 0.1}, "finetune.label_smoothing=0.1: task=stsb does not choose one of several"),
         ("squad", {"class_weights": "balanced"}, "finetune.class_weights: task=squad does not choose one of several"),
         ("alpaca", {"label_smoothing": 0.1, "class_weights": [1]},

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
 from diffora.adapters.manifest import ADAPT, TRAINED, write_manifest
-from diffora.adapters.origin import Origin, made_for
-from diffora.adapters.pairs import CONFIG, EXACT, WEIGHTS, Kept, equal_groups, pad_and_fold, write_tensors
+from diffora.adapters.origin import Origin, identity_of, made_for
+from diffora.adapters.pairs import PREFIX, SELECTION, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.processors import load_processor
 from diffora.core.attach import places_of
 from diffora.core.linear import is_conv1d
-from diffora.core.lowrank import LowRankLinear
+from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.errors import UserError
 from diffora.files import atomic_folder, write_text
 
@@ -32,73 +33,155 @@ Pairs = Iterable[tuple[str, Tensor, Tensor, float]]
 
 
 def export_adapter(folder: Path, origin: Origin, pairs: Pairs, shared: Sequence[list[str]] = ()) -> None:
-    """Write low-rank updates and head as a LoRA adapter that PEFT and other programs load (`diffora.adapters.pairs`).
+    """Write a run's low-rank updates and head as a LoRA adapter that PEFT and other programs load.
+
+    Args:
+        folder: where the files go. A selection file is copied from the folder above.
+        origin: the adapted model with its head, and the facts for the configuration and the card.
+        pairs: the updates. Modules of rank 0 are left out.
+        shared: groups of modules that share one pair.
+    """
+    if selected := origin.record.get("selection"):
+        write_text(folder / SELECTION, (folder.parent / selected["file"]).read_text())
+    identity = origin.record.get("backbone")
+    groups = save_pairs(
+        folder, origin.backbone, pairs, shared, origin.base_model, origin.task.peft_type, identity=identity
+    )
+    write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
+
+
+def save_adapter(model: nn.Module | Backbone, folder: Path | str, *, form: str = UNIFORM) -> None:
+    """Write the low-rank layers and the head of a model as an adapter, for PEFT, for servers and for `load_adapter`.
+
+    Use it for a model that `diffora.attach` adapted and that you trained yourself.
+
+    Args:
+        model: with low-rank layers. The head is what transformers adds to the pretrained model, as in `load_adapter`.
+            Other modules with trainable parameters are saved too.
+        folder: where the files go.
+        form: ``uniform``: all modules get one rank and one scale, which every program reads. ``compact``: the exact
+            ranks, for PEFT and this package only.
+
+    Raises:
+        UserError: the model has no low-rank layers, or trains parameters that no module to save holds.
+    """
+    backbone = _with_trained(model if isinstance(model, Backbone) else Backbone.of(model))
+    pairs, shared = pairs_in(backbone.model)
+    if not pairs:
+        raise UserError(f"this {type(backbone.model).__name__} has no low-rank layers: call diffora.attach first")
+    config = getattr(backbone.model, "config", None)
+    base = getattr(config, "name_or_path", None) or None
+    kind = type(backbone.model).__name__
+    task = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), None)
+    save_pairs(Path(folder), backbone, pairs, shared, base, task, form, identity_of(backbone.model))
+
+
+def _with_trained(backbone: Backbone) -> Backbone:
+    """A backbone whose head includes all modules with trainable parameters, except low-rank layers."""
+    model, layers = backbone.model, dict(lowrank_layers(backbone.model))
+    done = {p for layer in layers.values() for p in layer.parameters(recurse=False)} | backbone.head_parameters()
+    holders = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in done]
+    more = tuple(dict.fromkeys(holders))
+    if bad := [name for name in more if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers)]:
+        raise UserError(
+            f"{bad[0] or type(model).__name__} has trainable parameters beside its low-rank layers, which no adapter "
+            "holds: freeze them before training, or save the whole model with torch.save(model.state_dict(), …)"
+        )
+    return replace(backbone, head=(*backbone.head, *more)) if more else backbone
+
+
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+"""PEFT's names of tasks, by the end of a transformers class."""
+
+
+def pairs_in(model: nn.Module) -> tuple[list[tuple[str, Tensor, Tensor, float]], list[list[str]]]:
+    """The low-rank updates of a model as `Pairs`, with gates multiplied in, and the groups that share a pair."""
+    layers = dict(lowrank_layers(model))
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.lora_a), []).append(name)
+    return [(name, *layer.plain_pair(), layer.scaling) for name, layer in layers.items()], list(groups.values())
+
+
+def save_pairs(
+    folder: Path,
+    backbone: Backbone,
+    pairs: Pairs,
+    shared: Sequence[Sequence[str]] = (),
+    base_model: str | None = None,
+    task_type: str | None = None,
+    form: str = UNIFORM,
+    identity: Mapping[str, Any] | None = None,
+) -> list[list[str]]:
+    """Write low-rank updates and head as a LoRA adapter (`diffora.adapters.pairs`).
 
     Modules are written with their full names: PEFT applies a name like ``output.dense`` to all that end with it.
 
     Args:
         folder: where the files go.
-        origin: the adapted model with its head, and the facts for the configuration and the card.
+        backbone: the adapted model, with the names of its head.
         pairs: the updates. Modules of rank 0 are left out.
         shared: groups of modules that share one pair.
+        base_model: hub id or folder of the pretrained model.
+        task_type: PEFT's name of the task.
+        form: ``uniform`` or ``compact``.
+        identity: digests of the pretrained model's files (`diffora.digests.backbone`).
+
+    Returns:
+        The groups of modules that share a pair in the file.
     """
     everything = list(pairs)
     kept = {name: (a.detach().cpu(), bt.detach().cpu(), scale) for name, a, bt, scale in everything if len(a)}
     if not kept:  # all pruned: PEFT wants at least one module
         name, lora_a, lora_bt, scale = everything[0]
         kept = {name: (torch.zeros(1, lora_a.shape[1]), torch.zeros(1, lora_bt.shape[1]), scale)}
-    backbone, model = origin.backbone, origin.backbone.model
+    model = backbone.model
     backbone.check_outside_head(kept)
     for name, others in _other_places(model, kept):
         log.warning(
             f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: load with diffora.api.load_adapter"
         )
     groups = equal_groups(kept, shared)
-    tensors, exact = pad_and_fold(kept, groups)
-    tensors |= {f"base_model.model.{name}": value for name, value in head_tensors(backbone).items()}
-    tensors |= _untrained_tensors(backbone, kept)
+    whole = {f"{PREFIX}{name}": value for name, value in head_tensors(backbone).items()}
+    whole |= _untrained_tensors(backbone, kept)
     heads = [*backbone.head, *(name for name in backbone.untrained if name not in kept)]
-    config = adapter_config(list(kept), max(len(a) for a, _, _ in kept.values()), heads, origin)
     layers = {name: model.get_submodule(name) for name in kept}
+    config = adapter_config(list(kept), heads, base_model, task_type)
     # How the backbone stores its weights. A and B are always stored in the same way.
     config["fan_in_fan_out"] = any(is_conv1d(part) for layer in layers.values() for part in layer.modules())
-    modules = {}
-    for name, (lora_a, _, scale) in kept.items():
-        layer = layers[name]
-        dropout = layer.dropout if isinstance(layer, LowRankLinear) else 0.0
-        modules[name] = {"rank": len(lora_a), "scale": scale, "dropout": dropout}
-    write_tensors(folder / WEIGHTS, tensors)
-    if exact:
-        write_tensors(folder / EXACT, exact)
-    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
-    write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
-    content = {"modules": modules, "shared": groups, "heads": heads, **made_for(origin)}
-    write_manifest(folder, [CONFIG, WEIGHTS, *([EXACT] if exact else [])], content)
+    dropout = {name: layer.dropout if isinstance(layer, LowRankLinear) else 0.0 for name, layer in layers.items()}
+    facts = {"heads": heads, **made_for(backbone, identity)}
+    write_pairs(folder, kept, groups, dropout, whole, config, facts, form)
+    return groups
 
 
-def adapter_config(names: Sequence[str], rank: int, heads: Sequence[str], origin: Origin) -> dict[str, Any]:
-    """The content of PEFT's ``adapter_config.json`` for updates of one rank and the scale 1.
+def adapter_config(
+    names: Sequence[str], heads: Sequence[str], base_model: str | None, task_type: str | None
+) -> dict[str, Any]:
+    """The content of PEFT's ``adapter_config.json``, without ranks and scales.
 
     Args:
         names: full names of the adapted modules.
-        rank: of every update.
         heads: full names of the modules that are saved whole.
-        origin: base model and task.
+        base_model: hub id or folder of the pretrained model.
+        task_type: PEFT's name of the task.
     """
     return {
         "peft_type": "LORA",
-        "task_type": origin.task.peft_type,
-        "base_model_name_or_path": origin.base_model,
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "target_modules": list(names),
-        "rank_pattern": {},
-        "alpha_pattern": {},
         "modules_to_save": list(heads) or None,
     }
 
@@ -124,7 +207,7 @@ def _untrained_tensors(backbone: Backbone, kept: Kept) -> dict[str, Tensor]:
         if name in kept:
             base, inner = getattr(base, "base", None) or base.base_layer, "base_layer."
         weights = {key: value.detach().cpu().clone() for key, value in base.state_dict().items()}
-        tensors |= {f"base_model.model.{name}.{inner}{key}": value for key, value in weights.items()}
+        tensors |= {f"{PREFIX}{name}.{inner}{key}": value for key, value in weights.items()}
     return tensors
 
 
@@ -169,7 +252,7 @@ def export_weights(folder: Path, origin: Origin) -> None:
     write_text(folder / ADAPT, json.dumps({"base_model": origin.base_model, **content}, indent=1) + "\n")
     write_text(folder / "README.md", card(origin, LOAD_WITH_DIFFORA))
     files = [TRAINED, ADAPT, *([content["selection"]] if selected else [])]
-    write_manifest(folder, files, made_for(origin))
+    write_manifest(folder, files, made_for(backbone, origin.record.get("backbone")))
 
 
 def export_model(folder: Path, origin: Origin) -> None:

@@ -12,7 +12,7 @@ from diffora.adapters.load_peft import load_with_peft
 from diffora.adapters.load_weights import MethodOf, load_weights
 from diffora.adapters.manifest import ADAPT, MANIFEST, TRAINED, read_manifest
 from diffora.adapters.origin import check_heads, check_made_for, take_labels
-from diffora.adapters.pairs import CONFIG, EXACT, WEIGHTS, StoredPairs
+from diffora.adapters.pairs import CONFIG, EXACT, PREFIX, SELECTION, WEIGHTS, StoredPairs
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import freeze_rest, places_of
 from diffora.core.linear import features, is_linear
@@ -21,7 +21,7 @@ from diffora.errors import UserError
 
 log = logging.getLogger(__name__)
 
-READ = (CONFIG, WEIGHTS, EXACT, ADAPT, TRAINED)
+READ = (CONFIG, WEIGHTS, EXACT, SELECTION, ADAPT, TRAINED)
 """Files of an adapter that are read, where it has them."""
 
 
@@ -74,12 +74,12 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     _check_fit(modules, pairs, folder)
     # If a low-rank pair adapts a fresh module, that module is saved next to the pair.
     adapted_and_saved = [
-        name for name in pairs.modules if any(key.startswith(f"{_place(name)}.base_layer.") for key in pairs.tensors)
+        name for name in pairs.modules if any(key.startswith(f"{PREFIX}{name}.base_layer.") for key in pairs.tensors)
     ]
     check_heads(backbone, [*pairs.heads, *adapted_and_saved], folder)
     take_labels(backbone.model, manifest, folder)
-    prefixes = {name: f"{_place(name)}." for name in pairs.heads}
-    prefixes |= {name: f"{_place(name)}.base_layer." for name in adapted_and_saved}
+    prefixes = {name: f"{PREFIX}{name}." for name in pairs.heads}
+    prefixes |= {name: f"{PREFIX}{name}.base_layer." for name in adapted_and_saved}
     states = {
         name: {key.removeprefix(prefix): value for key, value in pairs.tensors.items() if key.startswith(prefix)}
         for name, prefix in prefixes.items()
@@ -90,18 +90,13 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     _place_pairs(backbone.model, modules, pairs)
 
 
-def _place(name: str) -> str:
-    """PEFT's name for a module."""
-    return f"base_model.model.{name}"
-
-
 def _check_fit(modules: Mapping[str, nn.Module], pairs: StoredPairs, folder: Path) -> None:
     """Refuse pairs for modules that the model lacks, or that are not linear or have other widths."""
     if missing := [name for name in [*pairs.modules, *pairs.heads] if name not in modules]:
         raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
     problems = []
     for name in pairs.modules:
-        base, (lora_a, folded) = modules[name], pairs.padded(name)
+        base, (lora_a, folded) = modules[name], pairs.stored(name)
         if not is_linear(base):
             hint = " and has low-rank layers already" if isinstance(base, LowRankLinear) else ""
             problems.append(f"{name} is a {type(base).__name__}{hint}")

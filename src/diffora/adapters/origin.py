@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from diffora import digests
 from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.backbone import Backbone
 from diffora.errors import UserError
@@ -32,10 +33,38 @@ class Origin:
     backbone: Backbone
 
 
-def made_for(origin: Origin) -> dict[str, Any]:
-    """Entries of the manifest that say which models can take the adapter: class, number of layers, class names."""
-    model = origin.backbone.model
-    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels_of(origin.backbone.arguments)}
+def made_for(backbone: Backbone, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Entries of the manifest that say which models can take the adapter.
+
+    Args:
+        backbone: the adapted model.
+        identity: digests of the pretrained model's files (`diffora.digests.backbone`); None if they are not known.
+
+    Returns:
+        The model's class, its number of layers, the class names and the digests.
+    """
+    model = backbone.model
+    labels = labels_of(backbone.arguments)
+    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels, "backbone": identity}
+
+
+def identity_of(model: nn.Module) -> dict[str, Any] | None:
+    """Digests of the files from which a transformers model was loaded; None if they are not on this machine."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        return None
+    try:
+        return digests.backbone(str(name))
+    except (OSError, UserError):  # it is not there any more
+        return None
+
+
+def other_backbone(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
+    """What differs between the files of a model and those that an adapter was trained on, one line each.
+
+    Empty also where one of them is not known.
+    """
+    return digests.changes({"backbone": manifest.get("backbone")}, {"backbone": identity_of(model)})
 
 
 def check_made_for(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:

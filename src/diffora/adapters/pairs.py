@@ -1,15 +1,21 @@
-"""Low-rank pairs in files: a LoRA adapter that all programs read in the same way, and that can be trained on.
+"""Low-rank pairs in files: a LoRA adapter that other programs read, and that can be trained on.
 
 Programs disagree about ranks and scales that differ between modules. vLLM, TensorRT-LLM and diffusers divide
 ``lora_alpha`` by the ``r`` of the configuration for all modules and ignore patterns. llama.cpp divides by each tensor's
-own rank. PEFT knows patterns. So here every module gets the largest rank, filled up with rows of zeros, and the scale
-1: its own scale is multiplied into its B. Each module that shares a pair gets a copy.
+own rank. PEFT knows patterns. So there are two forms. Each module that shares a pair gets a copy in both.
 
-``manifest.json`` has each module's rank, scale and dropout, and the groups that share. If the scale is a power of two,
-dividing by it restores B exactly. Any other scale rounds, so ``exact.safetensors`` then has B itself.
+- ``uniform``: every module gets the largest rank, filled up with rows of zeros, and the scale 1: its own scale is
+  multiplied into its B. All programs read it in the same way.
+- ``compact``: every module has its own rank, and PEFT's patterns say ranks and scales. Only PEFT and this package read
+  it.
+
+``manifest.json`` has each module's rank, scale and dropout, and the groups that share. In the form ``uniform``,
+dividing by a scale that is a power of two restores B exactly. Any other scale rounds, so ``exact.safetensors`` then has
+B itself.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +24,17 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.manifest import MANIFEST, read_manifest
+from diffora.adapters.manifest import MANIFEST, read_manifest, write_manifest
 from diffora.errors import UserError
-from diffora.files import atomic
+from diffora.files import atomic, write_text
 
+UNIFORM, COMPACT = "uniform", "compact"
+PREFIX = "base_model.model."
+"""PEFT puts this before the name of every module."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names of its files."""
+SELECTION = "selection.json"
+"""Which modules were selected, in the adapters of methods that select."""
 EXACT = "exact.safetensors"
 """B of modules whose scale would round it."""
 
@@ -50,23 +61,79 @@ def _same(one: tuple[Tensor, Tensor, float], other: tuple[Tensor, Tensor, float]
     return one[2] == other[2] and torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def pad_and_fold(kept: Kept, groups: Sequence[Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors for PEFT's file: all of one rank and of scale 1.
+def tensors_of(kept: Kept, groups: Sequence[Sequence[str]], form: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors for PEFT's file.
 
     Returns:
-        (A and B under PEFT's names, padded to one rank and with the scale in B; exact B^T by module if B is rounded).
+        (A and B under PEFT's names; exact B^T by module if B is rounded, which happens in the form ``uniform`` only).
     """
-    rank = max(len(lora_a) for lora_a, _, _ in kept.values())
+    most = max(len(lora_a) for lora_a, _, _ in kept.values())
     copies = {name for group in groups for name in group[1:]}
     tensors: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for name, (lora_a, lora_bt, scale) in kept.items():
-        more, folded = (0, 0, 0, rank - len(lora_a)), lora_bt * scale
-        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(lora_a, more).clone()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(folded, more).T.contiguous().clone()
-        if name not in copies and not torch.equal(folded / scale, lora_bt):
+        uniform = form == UNIFORM
+        more, stored = (0, 0, 0, most - len(lora_a) if uniform else 0), lora_bt * scale if uniform else lora_bt
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(lora_a, more).clone()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(stored, more).T.contiguous().clone()
+        if uniform and name not in copies and not torch.equal(stored / scale, lora_bt):
             exact[name] = lora_bt.clone(memory_format=torch.contiguous_format)
     return tensors, exact
+
+
+def ranks_and_scales(kept: Kept, form: str) -> dict[str, Any]:
+    """The entries of PEFT's configuration that say the ranks and scales of all modules."""
+    ranks = {name: len(lora_a) for name, (lora_a, _, _) in kept.items()}
+    most = max(ranks.values())
+    if form == UNIFORM:
+        return {"r": most, "lora_alpha": most, "rank_pattern": {}, "alpha_pattern": {}}
+    alphas = {name: scale * ranks[name] for name, (_, _, scale) in kept.items()}
+    alpha = next(alphas[name] for name, rank in ranks.items() if rank == most)
+    # PEFT also finds a name at the end of another one, unless it is bound to the start.
+    exactly = {name: f"^{re.escape(name)}" for name in kept}
+    return {
+        "r": most,
+        "lora_alpha": alpha,
+        "rank_pattern": {exactly[name]: rank for name, rank in ranks.items() if rank != most},
+        "alpha_pattern": {exactly[name]: own for name, own in alphas.items() if own != alpha},
+    }
+
+
+def write_pairs(
+    folder: Path,
+    kept: Kept,
+    groups: Sequence[Sequence[str]],
+    dropout: Mapping[str, float],
+    whole: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    form: str,
+) -> None:
+    """Write an adapter of low-rank pairs with its manifest, for PEFT and for this package.
+
+    Args:
+        folder: where the files go.
+        kept: the updates.
+        groups: modules that share a pair (`equal_groups`).
+        dropout: rate by module.
+        whole: tensors of modules that are saved whole, by PEFT's names.
+        config: PEFT's configuration; its ranks and scales are added here.
+        facts: further entries of the manifest. Its ``heads`` names the modules that are saved whole.
+        form: ``uniform`` or ``compact``.
+    """
+    tensors, exact = tensors_of(kept, groups, form)
+    write_tensors(folder / WEIGHTS, {**tensors, **whole})
+    if exact:
+        write_tensors(folder / EXACT, exact)
+    else:
+        (folder / EXACT).unlink(missing_ok=True)  # of an earlier adapter
+    write_text(folder / CONFIG, json.dumps({**config, **ranks_and_scales(kept, form)}, indent=1) + "\n")
+    modules = {
+        name: {"rank": len(lora_a), "scale": scale, "dropout": dropout[name]}
+        for name, (lora_a, _, scale) in kept.items()
+    }
+    files = [CONFIG, WEIGHTS, *([EXACT] if exact else []), *([SELECTION] if (folder / SELECTION).is_file() else [])]
+    write_manifest(folder, files, {**facts, "modules": modules, "shared": groups, "form": form})
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -100,6 +167,7 @@ class StoredPairs:
         groups: modules that share a pair.
         heads: modules that are saved whole.
         tensors: by PEFT's names.
+        form: ``uniform`` or ``compact``.
         exact: B^T by module, if it is rounded in ``tensors``. A group has one entry, by its first module.
     """
 
@@ -108,6 +176,7 @@ class StoredPairs:
     heads: list[str]
     tensors: dict[str, Tensor]
     exact: dict[str, Tensor]
+    form: str = UNIFORM
 
     @classmethod
     def read(cls, folder: Path, manifest: Mapping[str, Any]) -> "StoredPairs":
@@ -120,38 +189,52 @@ class StoredPairs:
             raise UserError(problems)
         modules = {name: (m["rank"], m["scale"], m["dropout"]) for name, m in manifest["modules"].items()}
         exact = read_tensors(folder / EXACT) if EXACT in manifest["files"] else {}
-        pairs = cls(modules, manifest["shared"], manifest["heads"], read_tensors(folder / WEIGHTS), exact)
+        tensors, form = read_tensors(folder / WEIGHTS), manifest.get("form", UNIFORM)
+        pairs = cls(modules, manifest["shared"], manifest["heads"], tensors, exact, form)
         if problems := [f"{folder / WEIGHTS}: {problem}" for problem in pairs.problems()]:
             raise UserError(problems)
         return pairs
 
-    def padded(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, B^T) as stored: padded with rows of zeros, and the scale multiplied into B^T."""
-        place = f"base_model.model.{name}"
+    def stored(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B^T) as stored: in the form ``uniform`` with rows of zeros, and the scale multiplied into B^T."""
+        place = f"{PREFIX}{name}"
         return self.tensors[f"{place}.lora_A.weight"], self.tensors[f"{place}.lora_B.weight"].T
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, B^T) as they were trained."""
         rank, scale, _ = self.modules[name]
-        lora_a, folded = self.padded(name)
-        lora_bt = self.exact[name] if name in self.exact else folded[:rank] / scale
+        lora_a, lora_bt = self.stored(name)
+        if self.form == UNIFORM:
+            lora_bt = self.exact[name] if name in self.exact else lora_bt[:rank] / scale
         # Copy them: memory mapped from a file has another alignment, and products with it would round differently.
         form = torch.contiguous_format
         return lora_a[:rank].clone(memory_format=form), lora_bt.clone(memory_format=form)
+
+    def all(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """(A, B^T, scale) as they were trained, by module. Modules of a group get the same tensors."""
+        first = {name: group[0] for group in self.groups for name in group}
+        found = {name: self.pair(name) for name in self.modules if first.get(name, name) == name}
+        return {name: (*found[first.get(name, name)], scale) for name, (_, scale, _) in self.modules.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The tensors of modules that are saved whole, by PEFT's names."""
+        lora = {f"{PREFIX}{name}.lora_{matrix}.weight" for name in self.modules for matrix in "AB"}
+        return {key: value for key, value in self.tensors.items() if key not in lora}
 
     def problems(self) -> Iterator[str]:
         """One message for each contradiction between tensors and manifest."""
         most = max(rank for rank, _, _ in self.modules.values())
         known = set()
         for name, (rank, scale, _) in self.modules.items():
-            places = [f"base_model.model.{name}.lora_{matrix}.weight" for matrix in "AB"]
+            places = [f"{PREFIX}{name}.lora_{matrix}.weight" for matrix in "AB"]
             known.update(places)
             if any(place not in self.tensors for place in places):
                 yield f"it has no A and B for {name}"
                 continue
-            lora_a, folded = self.padded(name)
-            if lora_a.ndim != 2 or folded.ndim != 2 or not len(lora_a) == len(folded) == most:
-                yield f"A and B of {name} must have {most} rows and columns, the largest rank in {MANIFEST}"
+            lora_a, folded = self.stored(name)
+            wanted, which = (most, "the largest rank") if self.form == UNIFORM else (rank, "its rank")
+            if lora_a.ndim != 2 or folded.ndim != 2 or not len(lora_a) == len(folded) == wanted:
+                yield f"A and B of {name} must have {wanted} rows and columns, {which} in {MANIFEST}"
             elif lora_a[rank:].any() or folded[rank:].any():
                 yield f"A and B of {name} are not zero beyond its rank {rank}"
             elif name in self.exact and not torch.equal(self.exact[name] * scale, folded[:rank]):
@@ -161,11 +244,11 @@ class StoredPairs:
                 yield f"{name} has numbers that are not finite"
         if not self.exact.keys() <= self.modules.keys():
             yield f"{EXACT} has {min(self.exact.keys() - self.modules.keys())}, which {MANIFEST} does not name"
-        inside = tuple(f"base_model.model.{name}." for name in (*self.modules, *self.heads))
+        inside = tuple(f"{PREFIX}{name}." for name in (*self.modules, *self.heads))
         if strange := [key for key in self.tensors if key not in known and not key.startswith(inside)]:
             yield f"it has {strange[0]} (and {len(strange) - 1} more), which {MANIFEST} does not name"
         for group in self.groups:
-            pairs = [self.padded(name) for name in group if f"base_model.model.{name}.lora_A.weight" in self.tensors]
+            pairs = [self.stored(name) for name in group if f"{PREFIX}{name}.lora_A.weight" in self.tensors]
             if any(not torch.equal(*both) for pair in pairs for both in zip(pair, pairs[0], strict=True)):
                 yield f"{', '.join(group)} share a pair in {MANIFEST}, but their A and B differ"
 
@@ -189,6 +272,8 @@ def _layout_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"modules.{name}.scale={scale!r} must be a number above 0"
         if not (_is_number(dropout) and 0 <= dropout < 1):
             yield f"modules.{name}.dropout={dropout!r} must be a rate in [0, 1)"
+    if manifest.get("form", UNIFORM) not in (UNIFORM, COMPACT):
+        yield f"form={manifest['form']!r} must be {UNIFORM} or {COMPACT}"
     if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
         yield f"heads={heads!r} must be a list of modules"
     if not isinstance(groups, list) or not all(
@@ -231,9 +316,9 @@ def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> Non
         raise UserError(f"{folder} has no {MANIFEST}, which says which modules share a pair") from None
     pairs = StoredPairs.read(folder, manifest)
     layers: dict[str, Any] = {
-        name.removeprefix("base_model.model."): module
+        name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
-        if name.startswith("base_model.model.") and adapter in getattr(module, "lora_A", ())
+        if name.startswith(PREFIX) and adapter in getattr(module, "lora_A", ())
     }
     for group in pairs.groups:
         if missing := [name for name in group if name not in layers]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffora.errors import UserError, out_of_memory
+from diffora.errors import UserError, called, out_of_memory
 from diffora.files import read_json
 from diffora.hub import resolve, why_unreachable
 
@@ -63,7 +63,7 @@ def _message(error: Exception, settings: Any, what: str, unreachable: str | None
         f"cannot get {path} from the model hub: "
         + (f"{unreachable}, and it is not in the local cache" if unreachable else one_line(error))
         + "\n  Either give a folder that you have: model.path=<folder>"
-        "\n  or try what needs no network: python train.py experiment=quickstart"
+        f"\n  or try what needs no network: {called('train')} experiment=quickstart"
     )
 
 

@@ -20,6 +20,7 @@ from diffora.core.stacks import (
     other_matrices,
     other_stacks,
 )
+from diffora.core.targets import longer_names
 from diffora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Grid:
         roles: paths of modules of a layer by their role (``attention_output``, ``ffn_output``, ``key``, ``value``).
         left_out: names of what is not in the grid: matrices of the layers that belong to no linear layer; and other
             stacks of layers, if the layers were found and not given.
+        longer_names: of other modules that end with a candidate's name (`diffora.core.targets.longer_names`).
         prefix: see `find_grid`.
     """
 
@@ -46,6 +48,7 @@ class Grid:
     layers: tuple[str, ...]
     roles: dict[str, str]
     left_out: tuple[str, ...] = ()
+    longer_names: tuple[str, ...] = ()
     prefix: str = field(default="", compare=False, repr=False)
 
     @property
@@ -133,6 +136,7 @@ def find_grid(
         layers=tuple(each.place for each in layers),
         roles=guess_roles(everywhere) | dict(roles or {}),
         left_out=tuple(left_out),
+        longer_names=tuple(longer_names(model, (f"{e.place}.{path}" for e in layers for path in candidates))),
         prefix=prefix,
     )
 
@@ -145,7 +149,15 @@ def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
     if problems or not candidates:
         raise UserError([*problems, _hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
-    return Grid(tuple(candidates), names=(tuple(candidates),), shapes=(shapes,), layers=("",), roles={}, prefix=prefix)
+    return Grid(
+        types=tuple(candidates),
+        names=(tuple(candidates),),
+        shapes=(shapes,),
+        layers=("",),
+        roles={},
+        longer_names=tuple(longer_names(model, candidates)),
+        prefix=prefix,
+    )
 
 
 def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, prefix: str) -> Stack:
@@ -157,14 +169,16 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
             "layers, as [0] or [0,3]"
         )
     number = r"\d+" if place[2] == "*" else place[2].strip("[]").replace(",", "|")
-    pattern = re.compile(rf"(?:.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
-    found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
+    pattern = re.compile(rf"(.*\.)?{re.escape(place[1])}({number}){re.escape(place[3])}")
+    matches = []
     for name, module in model.named_modules():
         match = pattern.fullmatch(name)
         linear = linear_below(module) if match else {}
-        if not match or not (linear if candidates is None else any(_has(module, path) for path in candidates)):
-            continue
-        index = int(match[1])
+        if match and (linear if candidates is None else any(_has(module, path) for path in candidates)):
+            matches.append((name, linear, int(match[2]), match[1] is None))
+    found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
+    # A pattern that is the whole name of a stack means that stack, and not also one with a longer name.
+    for name, linear, index, _ in [match for match in matches if match[3]] or matches:
         if index in found:
             raise UserError(f"{prefix}layer={layer} matches both {found[index][0]} and {name}: give a longer path")
         found[index] = name, linear

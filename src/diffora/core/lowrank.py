@@ -185,13 +185,15 @@ class LowRankLinear(nn.Module):
     def readable(self) -> bool:
         """Whether the base layer only multiplies by a frozen weight that can be read.
 
-        If not (quantised, pruned, hooks, trained weights), the layer is called and its output is used.
+        If not (quantised, pruned, hooks or accelerate's own ``forward``, trained weights), the layer is called and its
+        output is used.
         """
         base: Any = self._modules["base"]
         own = base._parameters
         weight, bias = own.get("weight"), own.get("bias")
         return (
             (type(base) is nn.Linear or self._transposed)
+            and "forward" not in base.__dict__
             and is_plain(weight)
             and weight.dtype in FLOATS
             and not weight.requires_grad
@@ -293,11 +295,14 @@ def gate_times(gate: Tensor, lora_bt: Tensor) -> Tensor:
 
 
 def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -> None:
-    """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or remove the gates (None)."""
+    """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or remove the gates (None).
+
+    A model may be on several devices: a gate is moved to the device of its layer.
+    """
     rows = [[None] * len(row) for row in layers] if gates is None else [row.unbind() for row in gates]
     for row, values in zip(layers, rows, strict=True):
         for layer, gate in zip(row, values, strict=True):
-            layer.gate = gate
+            layer.gate = gate if gate is None else gate.to(layer.lora_a.device)
 
 
 def set_split(layers: Iterable[Iterable[LowRankLinear]], split: int | None) -> None:

@@ -6,7 +6,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,19 @@ from torch import Tensor
 
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid
+from diffora.core.parts import short_names
+from diffora.core.picture import draw_dam, shares, size_of, start_gate
+from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from peft import LoraConfig
 
 FORMAT = 1
+STANDALONE = "standalone"
+"""`Selection.method` of a selection that no method of a run made, but the library (`diffora.standalone`)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Selection:
         gamma_bar: L x N relaxed DAM; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
         scores: L x N scores of any other selector.
+        longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
+            ``layers`` and ``encoder.layers``.
         split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
     """
@@ -59,6 +67,7 @@ class Selection:
     gamma_bar: list[list[float]] | None = None
     relaxation: str | None = None
     scores: list[list[float]] | None = None
+    longer_names: list[str] = field(default_factory=list)
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -66,7 +75,8 @@ class Selection:
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
         """A selection from a boolean L x N mask. ``rest`` holds the other fields."""
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in mask.tolist()]
-        return cls(types=list(grid.types), modules=[list(row) for row in grid.names], selected=chosen, **rest)
+        longer, names = list(grid.longer_names), [list(row) for row in grid.names]
+        return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
 
     def mask(self) -> Tensor:
         """Boolean L x N."""
@@ -77,47 +87,121 @@ class Selection:
         rows = zip(self.modules, self.selected, strict=True)
         return [name for row, types in rows for name, kind in zip(row, self.types, strict=True) if kind in types]
 
+    def __str__(self) -> str:
+        """How many modules are selected, and which ones of each layer, by the labels of `plot`."""
+        label = dict(zip(self.types, short_names(self.types), strict=True))
+        head = f"{len(self.names())} of {len(self.modules) * len(self.types)} modules, selected by {self.selector}"
+        rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
+        return "\n".join([head, *(f"layer {i}: {', '.join(row) or 'none'}" for i, row in enumerate(rows, 1))])
+
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
 
-        Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that.
+        Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that. ``target_modules``
+        are full names. PEFT also adapts modules whose names end with one of them; if this model has such modules,
+        ``target_modules`` is a regular expression that matches the selected ones only.
 
         Args:
             rank: of every LoRA. None: the selection's own rank, which it has if a budget chose it.
             alpha: updates are scaled by alpha / rank.
-            more: other fields of ``LoraConfig``, such as ``task_type`` or ``lora_dropout``.
+            more: other fields of ``LoraConfig``, such as ``task_type``, ``lora_dropout`` or ``modules_to_save``.
 
         Raises:
             UserError: nothing is selected, there is no rank, or ``more`` has ``target_modules``.
         """
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
-        rank, problems = self.rank if rank is None else rank, []
+        taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        rank, names = self._rank(rank, taken), self.names()
+        targets = exact_pattern(names) if self._is_ambiguous else names
+        whole = int(alpha) if float(alpha).is_integer() else alpha  # some readers of the file take whole numbers only
+        return LoraConfig(r=rank, lora_alpha=whole, target_modules=targets, **more)  # type: ignore[arg-type]
+
+    def to_yaml(self, program: str, rank: int | None = None, alpha: float = 16) -> str:
+        """The entries of a trainer's configuration file for a LoRA on the selected modules, to paste into it.
+
+        Args:
+            program: ``axolotl`` or ``llamafactory``.
+            rank, alpha: as in `lora_config`; alpha is a whole number.
+
+        Raises:
+            UserError: nothing is selected, there is no rank, or the program cannot express this selection.
+        """
+        rank, names = self._rank(rank), self.names()
+        total = len(self.modules) * len(self.types)
+        comment = [
+            f"{len(names)} of {total} modules, selected by {self.selector} (diffora).",
+            "The others stay frozen: this format has no pairs that modules share (diffora.attach has them).",
+        ]
+        return yaml_fragment(program, names, rank, alpha, self._is_ambiguous, comment)
+
+    @property
+    def _is_ambiguous(self) -> bool:
+        """Whether the name of another module ends with that of a selected one."""
+        return any(longer.endswith(f".{name}") for name in self.names() for longer in self.longer_names)
+
+    def _rank(self, rank: int | None, problems: Sequence[str] = ()) -> int:
+        """The rank that was asked for, or the selection's own. Raises a UserError with all problems."""
+        rank, problems = self.rank if rank is None else rank, list(problems)
         if type(rank) is not int or rank < 1:
-            problems.append(f"rank={rank!r} must be a whole number of at least 1")
+            problems.insert(0, f"rank={rank!r} must be a whole number of at least 1")
         if not self.names():
             problems.append("this selection selects no module, so that there is nothing for a LoRA")
-        problems += [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
         if problems:
             raise UserError(problems)
         assert rank is not None
-        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.names(), **more)  # type: ignore[arg-type]
+        return rank
+
+    def plot(self, ax: "Axes | None" = None, title: str | None = None) -> "Axes":
+        """Draw the DAM ([D] Figure 2): one column per layer, one row per module type, selected modules framed.
+
+        Colours show the gates that a search found: red was opened and blue was closed, compared with the gate at Γ = 0
+        (1/N for ``softmax``, 1/2 for ``sigmoid``). Scores of another selector are shown as shares of their layer, the
+        lowest one white; after a global selection the order over all layers is kept. A selection without either shows
+        the frames only. ``selection.plot().figure.savefig("dam.png")`` writes a file.
+
+        Args:
+            ax: matplotlib's axes to draw on. None: axes of a new figure, which a notebook shows.
+            title: None for one that says what was selected; an empty text for none.
+
+        Returns:
+            The axes.
+        """
+        if ax is None:
+            from matplotlib import pyplot  # takes half a second, and starts a user interface where there is one
+
+            ax = pyplot.subplots(figsize=size_of(len(self.modules), len(self.types)), layout="constrained")[1]
+        neutral, values, label = None, None, ""
+        if self.gamma_bar is not None:
+            neutral = start_gate(self.relaxation or "softmax", len(self.types))
+            values, label = self.gamma_bar, r"$\bar\gamma$"
+        elif self.scores is not None:
+            values, label = shares(self.scores, self.k is not None), self.selector.replace("$", r"\$") + ", normalised"
+        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label)
+        if title is None:
+            own, total = sum(map(len, self.selected)), len(self.modules) * len(self.types)
+            size = f"{own} of {total}" if self.k is None else f"K = {self.k}"
+            made = "" if self.method == STANDALONE else f"{self.method}, "
+            title = f"{made}selector {self.selector}, {size}\nframed modules get a LoRA of their own"
+        ax.set_title(title, size=10, parse_math=False)
+        return ax
 
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""
         return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
 
-    def save(self, path: Path) -> None:
-        """Write atomically."""
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+    def save(self, path: Path | str) -> None:
+        """Write the selection file atomically."""
+        write_text(Path(path), json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Selection":
+    def load(cls, path: Path | str) -> "Selection":
         """Read and check a selection file.
 
         Raises:
             UserError: it is missing, not JSON, or not a selection; names every problem.
         """
+        path = Path(path)
         try:
             raw = read_json(path)
         except FileNotFoundError:
@@ -175,6 +259,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "gamma_bar": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
         "method": (_is_text, "text"),

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
+from diffora.errors import called
+
 COUNTS = (
     "RANK",
     "LOCAL_RANK",
@@ -10,7 +12,17 @@ COUNTS = (
     "SLURM_NTASKS_PER_NODE",
     "SLURM_PROCID",
 )
-TORCHRUN = "start the processes with `torchrun --nproc-per-node=N train.py …`"
+
+
+def torchrun() -> str:
+    """The start of a command that gives torchrun this program."""
+    by = called("train")
+    return f"torchrun --nproc-per-node=N {by.removeprefix('python ') if by.startswith('python ') else f'-m {by}'}"
+
+
+def start() -> str:
+    """What to do about wrong variables."""
+    return f"start the processes with `{torchrun()} …`"
 
 
 def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator[str]:
@@ -26,7 +38,7 @@ def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator
     given = {name: environment[name] for name in COUNTS if name in environment}
     wrong = {name: value for name, value in given.items() if not (value.isascii() and value.isdecimal())}
     for name, value in wrong.items():
-        yield f"the environment variable {name}={value} must be a whole number; unset it, or {TORCHRUN}"
+        yield f"the environment variable {name}={value} must be a whole number; unset it, or {start()}"
     if wrong:
         return
     counts = {name: int(value) for name, value in given.items()}
@@ -38,7 +50,7 @@ def launch_problems(environment: Mapping[str, str], devices: object) -> Iterator
     ):  # in these, Lightning starts the processes itself
         yield from _slurm(counts, devices, "SLURM_STEP_NUM_TASKS" in environment)
     elif rank := counts.get("SLURM_PROCID"):
-        yield f"SLURM_PROCID={rank} in an interactive job: only its first task may start train.py"
+        yield f"SLURM_PROCID={rank} in an interactive job: only its first task may start the program"
 
 
 def _torchrun(counts: Mapping[str, int], devices: object, by_torchrun: bool) -> Iterator[str]:
@@ -47,14 +59,14 @@ def _torchrun(counts: Mapping[str, int], devices: object, by_torchrun: bool) -> 
     said = ", ".join(f"{name}={value}" for name, value in ranks.items())
     world, highest = counts.get("WORLD_SIZE"), max(ranks.values(), default=0)
     if by_torchrun and (missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in counts]):
-        yield f"TORCHELASTIC_RUN_ID is set without {', '.join(missing)}: {TORCHRUN}, or unset it"
+        yield f"TORCHELASTIC_RUN_ID is set without {', '.join(missing)}: {start()}, or unset it"
     elif world is None:
         if highest > 0 or devices != 1:  # a single process has rank 0 anyway
-            yield f"{said} is set without WORLD_SIZE: {TORCHRUN}, or unset it"
+            yield f"{said} is set without WORLD_SIZE: {start()}, or unset it"
     elif highest >= world:
-        yield f"{said} must be less than WORLD_SIZE={world}: {TORCHRUN}, or unset them"
+        yield f"{said} must be less than WORLD_SIZE={world}: {start()}, or unset them"
     elif world > 1 and "LOCAL_RANK" not in counts:
-        yield f"{said} and WORLD_SIZE={world} are set without LOCAL_RANK: {TORCHRUN}, or unset them"
+        yield f"{said} and WORLD_SIZE={world} are set without LOCAL_RANK: {start()}, or unset them"
     else:
         yield from _as_many(world, devices, "WORLD_SIZE")
 
@@ -70,8 +82,8 @@ def _slurm(counts: Mapping[str, int], devices: object, by_srun: bool) -> Iterato
     elif tasks > 1 and not by_srun:
         yield (
             f"SLURM_NTASKS={tasks}, but srun did not start this process. For {tasks} processes: `srun "
-            f"--ntasks-per-node={tasks} python train.py trainer.devices={tasks} …`; for one: `env -u SLURM_NTASKS "
-            "python train.py …`"
+            f"--ntasks-per-node={tasks} {called('train')} trainer.devices={tasks} …`; for one: `env -u SLURM_NTASKS "
+            f"{called('train')} …`"
         )
     elif tasks > 1 and "SLURM_NTASKS_PER_NODE" not in counts:
         yield f"SLURM_NTASKS={tasks} without SLURM_NTASKS_PER_NODE: start with `srun --ntasks-per-node={tasks} …`"

@@ -42,7 +42,7 @@ def own_loggers(choices: sections.Logger, folder: Path) -> dict[str, Logger]:
     """The loggers of the section ``logger`` that have a ``_target_``, by their keys.
 
     Args:
-        folder: the run directory: ``save_dir`` of a logger that needs one. Its name is ``run_name``, if a logger has one.
+        folder: the run directory. A logger that needs a ``save_dir`` gets it, one with a ``run_name`` its name.
 
     Raises:
         UserError: there is no such class, or it does not accept its arguments.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.export import export_adapter
+from diffora.adapters.export import export_adapter, pairs_in
 from diffora.adapters.origin import Origin
 from diffora.core.attach import attach
 from diffora.core.grid import Grid
@@ -135,9 +135,7 @@ class LowRankAdaptation(Adaptation):
         return sum(matrix.numel() for layers in self.adapters for matrix in layers[0].plain_pair())
 
     def export(self, folder: Path, origin: Origin) -> None:
-        names = {layer: name for name, layer in lowrank_layers(self.model)}
-        shared = [[names[layer] for layer in layers] for layers in self.adapters]
-        export_adapter(folder / "adapter", origin, self.pairs(), shared)
+        export_adapter(folder / "adapter", origin, *pairs_in(self.model))
 
 
 def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:

@@ -246,7 +246,7 @@ class PEFTAdaptation(Adaptation):
         write_tensors(folder / WEIGHTS, copies)
         write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
         write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT))
-        write_manifest(folder, [CONFIG, WEIGHTS], made_for(origin))
+        write_manifest(folder, [CONFIG, WEIGHTS], made_for(origin.backbone, origin.record.get("backbone")))
 
 
 def inject(model: nn.Module, config: Any) -> Any:

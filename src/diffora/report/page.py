@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffora import __version__
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.files import write_text
 from diffora.report.comparisons import Comparison, comparisons_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
@@ -84,7 +84,13 @@ def page(
         remarks.append(f"Selections are drawn for {pictured} settings; {left_out} more are not drawn.")
     if len(tables) > CHARTED:
         remarks.append(f"Training curves are drawn for the first {CHARTED} of {len(tables)} tables.")
-    unfinished = [run for run in gathered.runs if run.record.status != "completed"]
+    only_selected = sum(run.record.status == "selected" for run in gathered.runs)
+    if only_selected:
+        remarks.append(
+            f"{only_selected} runs ended with their selection (search_only=true), so they have no results. They are in "
+            "the list of runs, and their selections are in their folders: selection.json and dam.png."
+        )
+    unfinished = [run for run in gathered.runs if run.record.status not in ("completed", "selected")]
     problems = [(_short(run.folder), run.record.status, run.record.error or "") for run in unfinished]
     problems += [(_short(file), "unreadable", reason) for file, reason in gathered.broken]
     if len(problems) > PROBLEMS:
@@ -100,7 +106,7 @@ def page(
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
         folders=[str(folder) for folder in folders],
-        n_completed=len(gathered.runs) - len(unfinished),
+        n_completed=len(gathered.runs) - len(unfinished) - only_selected,
         tallies=tallies(tables, found),
         glance=glance(tables, found),
         views=views,
@@ -281,7 +287,7 @@ def _script_safe(content: object) -> Markup:
 
 
 def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
-    """(folders of runs, folder of the report) from the command line of `report.py`.
+    """(folders of runs, folder of the report) from the arguments of ``report``.
 
     Raises:
         UserError: names every argument that is wrong.
@@ -296,9 +302,9 @@ def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
         elif key == "output" and value:
             output = Path(value).expanduser()
         else:
-            problems.append(f"{argument}: report.py takes folders of runs and output=<folder>, nothing else")
+            problems.append(f"{argument}: a report takes folders of runs and output=<folder>, nothing else")
     if not folders and not problems:
-        problems.append("no folder of runs given: python report.py outputs output=<folder>")
+        problems.append(f"no folder of runs given: {called('report')} outputs output=<folder>")
     if output.exists() and not output.is_dir():
         problems.append(f"output={output} is not a folder")
     if problems:

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from diffora.core.parts import short_names
+from diffora.core.picture import STARTS, colour_range, start_gate
 from diffora.report import charts
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
@@ -29,7 +30,8 @@ class Dams:
 
     Attributes:
         single: why all seeds have the same selection, ``given`` or ``reused``; empty if they have their own.
-        scale: distance of a relaxed DAM's entries from 1/N at which colours are strongest; None if there is no DAM.
+        neutral: the gate at Γ = 0, in words: 1/N or 1/2. It has no colour.
+        scale: distance of a relaxed DAM's entries from it at which colours are strongest; None if there is no DAM.
     """
 
     row: str
@@ -40,6 +42,7 @@ class Dams:
     types: list[tuple[int, str]]
     stability: Stability | None
     single: str
+    neutral: str
     scale: float | None
 
 
@@ -175,24 +178,24 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     """What the seeds of a setting selected; None if their files do not say, or are for different modules."""
     files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
-    if len({(found.mask.shape, *found.types) for found in files.values()}) != 1:
+    if len({(found.mask.shape, found.relaxation, *found.types) for found in files.values()}) != 1:
         return None
-    types = next(iter(files.values())).types
-    labels, uniform = short_names(types), 1 / len(types)
+    types, relaxation = next((found.types, found.relaxation) for found in files.values())
+    labels, neutral = short_names(types), start_gate(relaxation, len(types))
     stacked = np.array([found.mask for found in files.values()])
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
-    scale = max((float(np.abs(values - uniform).max()) for values in relaxed), default=None)
+    scale = max((colour_range(values.tolist(), neutral)[1] for values in relaxed), default=None)
     seeds = []
     for seed, found in list(files.items())[: 0 if single else SEEDS]:
         if found.gamma_bar is None:
             picture = charts.heatmap(found.mask.astype(float).tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
-            picture = charts.heatmap(values, [], found.mask.tolist(), uniform, scale or 1.0, cell=15)
+            picture = charts.heatmap(values, [], found.mask.tolist(), neutral, scale or 1.0, cell=15)
         seeds.append((seed, picture))
     by_layer = cell.first.record.selection.get("k") is not None
     return Dams(
@@ -204,6 +207,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
         list(enumerate(labels)),
         None if single else stability(np.array(list(of.values())), by_layer),
         single,
+        STARTS[relaxation],
         None if single else scale,
     )
 
@@ -217,12 +221,14 @@ class _Selected:
         mask: boolean, L x N.
         types: the N module types.
         gamma_bar: the relaxed DAM, L x N; None if there is none.
+        relaxation: how the search relaxed Γ.
     """
 
     seed: int
     mask: np.ndarray
     types: list[str]
     gamma_bar: np.ndarray | None
+    relaxation: str
 
 
 def _selection(run: Run, cell: ResultCell) -> _Selected | None:
@@ -241,7 +247,9 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
             return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
-        return _Selected(of, mask, types, relaxed)
+        relaxation = content.get("relaxation") or "softmax"
+        start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
+        return _Selected(of, mask, types, relaxed, relaxation)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 

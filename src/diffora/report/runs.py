@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffora.errors import UserError
+from diffora.errors import UserError, called
 from diffora.files import read_json
 from diffora.records import NAME, Record, SelectionSource, read_content
 from diffora.report.statistics import finite
@@ -104,7 +104,7 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
         gc.enable()
     if not files:
         places = ", ".join(map(str, roots))
-        raise UserError(f"no {NAME} below {places}: give the folder of a run or sweep, as python train.py names it")
+        raise UserError(f"no {NAME} below {places}: give the folder of a run or sweep, as {called('train')} names it")
     return Gathered(with_sources(runs), broken)
 
 

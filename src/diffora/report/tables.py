@@ -41,9 +41,9 @@ def tables_of(runs: Sequence[Run]) -> list[ResultTable]:
 
 
 def _completed_first(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """(completed runs, all other runs)."""
+    """(completed runs, runs that should have been). A run with ``search_only=true`` is in neither."""
     completed = [run for run in runs if run.record.status == "completed"]
-    return completed, [run for run in runs if run.record.status != "completed"]
+    return completed, [run for run in runs if run.record.status not in ("completed", "selected")]
 
 
 def _repeats(names: list[str]) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Finds every mistake in a configuration before anything is loaded or written."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffora.errors import UserError
 from diffora.loop import own
 from diffora.methods.base import Method
 from diffora.scoring.selectors import find_selector
+from diffora.settings.checks import show
 from diffora.settings.identity import plain
 from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
@@ -50,7 +51,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         raise UserError(list(reading.own_mistakes().values()))
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
-    if problems := list(combinations(settings)):
+    if problems := [*combinations(settings), *_search_only_problems(settings)]:
         raise UserError(problems)
     return settings, task
 
@@ -68,6 +69,19 @@ def section_problems(cfg: DictConfig, names: Sequence[str]) -> list[str]:
     if "task" in names:
         _task(reading, ignore_unknown=True)
     return [text for key, text in reading.own_mistakes().items() if key.partition(".")[0] in names]
+
+
+def _search_only_problems(settings: Settings) -> Iterator[str]:
+    """The settings that do not go with ``search_only=true``."""
+    method = settings.method
+    if not settings.search_only:
+        return
+    if type(method).choose is Method.choose:
+        yield f"search_only=true: method={method.name} selects no modules; method=diffora does"
+    if (given := getattr(method, "selection", None)) is not None:
+        yield f"search_only=true does not go with method.selection={show(given)}, which says what is selected"
+    if settings.predict:
+        yield "search_only=true does not go with predict=true, which needs a fine-tuned model"
 
 
 def _method(reading: Reading) -> Method | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -23,7 +24,38 @@ def with_sweep_hint(problems: list[str]) -> list[str]:
     ]
 
 
-def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[str]:
+def check_added(paths: Sequence[str], primary: Path) -> list[Path]:
+    """The folders among the places of configurations that a command adds.
+
+    Args:
+        paths: the places, as ``file://…``; others are Hydra's business.
+        primary: the folder that they are added to.
+
+    Raises:
+        UserError: a folder does not exist, or has a file of a name that ``primary`` has: Hydra would not read it.
+    """
+    folders = [Path(path.removeprefix("file://")).absolute() for path in paths if path.startswith("file://")]
+    problems = [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]
+    for folder in folders:
+        files = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
+        hidden = [file for file in files if _differs(primary / file.relative_to(folder), file)]
+        problems += [
+            f"{file} would not be read, because diffora has {file.relative_to(folder)} too: give it another name"
+            for file in sorted(hidden)
+        ]
+    if problems:
+        raise UserError(problems)
+    return folders
+
+
+def _differs(ours: Path, theirs: Path) -> bool:
+    """Whether a file of ours has the place of a file of the user, and another content."""
+    return ours.is_file() and ours.read_bytes() != theirs.read_bytes()
+
+
+def composition_problems(
+    given: list[str], paths: Sequence[str] = (), primary: tuple[Path, str] | None = None
+) -> list[str]:
     """Every reason why these overrides do not compose, and every wrong value among those that do.
 
     Hydra stops at the first mistake, so each override is tried alone: first the choices from ``conf/``, then the
@@ -31,6 +63,7 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
 
     Args:
         paths: folders with more choices than ``conf/``, as in ``hydra.searchpath``.
+        primary: (folder, name) of the configuration that they are added to; None: ``conf/config.yaml``.
     """
     # Imported here: Hydra and torch take seconds, and most commands have nothing to explain.
     from hydra import compose, initialize_config_dir
@@ -39,41 +72,49 @@ def composition_problems(given: list[str], paths: Sequence[str] = ()) -> list[st
     from diffora.run.check import check
     from diffora.run.sweep import quoted
 
-    folders = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
-    if lost := [f"--config-dir={folder} is not a folder" for folder in folders if not folder.is_dir()]:
-        return lost
+    home, name = primary or (conf_dir(), "config")
+    try:
+        folders = check_added(paths, home)
+    except UserError as error:
+        return error.problems
     GlobalHydra.instance().clear()
-    groups = [group for folder in (conf_dir(), *folders) for group in folder.iterdir() if group.is_dir()]
+    groups = [group for folder in (home, *folders) for group in folder.iterdir() if group.is_dir()]
     given = [o for o in given if not re.match(r"[+~]*hydra\b", o)]
     choices = [o for o in given if o.partition("=")[0].lstrip("+~") in {group.name for group in groups}]
     found: list[str] = []
     kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(home), version_base="1.3"):
         for override in [*choices, *(o for o in given if o not in choices)]:
-            right = []
-            for line in _each_value(override):
-                try:
-                    compose("config", [*kept, line])
-                    right.append(line)
-                except Exception as error:
-                    key = line.partition("=")[0]
-                    if "is not in struct" in str(error) or "Could not override" in str(error):
-                        found.append(_no_such_key(key, compose("config", kept)))
-                        break  # the other values of this key would have the same message
-                    found.append(
-                        missing_plugin(error) or _no_such_choice(line, error, groups) or f"{line}: {short(error)}"
-                    )
+            right, wrong = _tried(override, name, kept, groups)
             kept += right[:1]
+            found += wrong
         try:
-            check(compose("config", kept))
+            check(compose(name, kept))
         except UserError as error:
             found += error.problems
     return found
 
 
+def _tried(override: str, name: str, kept: list[str], groups: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """(the values of an override that compose together with those that are kept, the messages for the others)."""
+    from hydra import compose
+
+    right, wrong = [], []
+    for line in _each_value(override):
+        try:
+            compose(name, [*kept, line])
+            right.append(line)
+        except Exception as error:
+            if "is not in struct" in str(error) or "Could not override" in str(error):
+                wrong.append(_no_such_key(line.partition("=")[0], compose(name, kept)))
+                break  # the other values of this key would have the same message
+            wrong.append(missing_plugin(error) or _no_such_choice(line, error, groups) or f"{line}: {short(error)}")
+    return right, wrong
+
+
 def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str | None:
     """The message if an override asks for a choice that does not exist, else None; ``groups`` are its folders."""
-    key = line.partition("=")[0]
+    key, _, value = line.partition("=")
     files = [file for group in groups if group.name == key for file in group.glob("*.yaml")]
     if "Got NoneType" in str(error) or ("must be a string" in str(error) and files):
         none = "; logger=[] for none" if key == "logger" else ""
@@ -82,7 +123,9 @@ def _no_such_choice(line: str, error: Exception, groups: Sequence[Path]) -> str 
         inner = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
         if inner and options[1] != key.lstrip("+"):  # the chosen file asks for it in its defaults
             line += f" asks for {inner[1]}, which"
-        return f"{line} is not one of: {', '.join(options[2].split())}"
+        near = get_close_matches(value, names := options[2].split(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{line} is not one of: {', '.join(names)}{hint}"
     return None
 
 

@@ -63,6 +63,8 @@ def _strange(folder: Path) -> str | None:
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of the folder's run if it is complete; None if there is still work to do.
 
+    With ``search_only=true``, a run that has its selection is complete.
+
     Only the settings are compared here, with those in the record. `diffora.loop.resume.earlier` compares the settings,
     data and backbone of checkpoints.
 
@@ -78,7 +80,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
         log.warning(f"{broken}; continuing without it")
     if not cfg.resume:
-        if status == "completed" or has_work(folder):
+        if status in ("completed", "selected") or has_work(folder):
             raise UserError(
                 f"{folder} holds a run ({status or 'without a readable run.json'}) already: continue it with "
                 "resume=true, or choose another hydra.run.dir"
@@ -94,7 +96,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
                 *(_changed_settings(cfg, folder) or ["its run.json and its config.yaml are not from the same run"]),
             ]
         )
-    if status != "completed":
+    if status != "completed" and not (status == "selected" and cfg.search_only):
         return None
     if lost := missing_files(folder, old):
         log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")

@@ -1,4 +1,4 @@
-"""Metrics and predictions of a finished run on any split, without training (`evaluate.py`)."""
+"""Metrics and predictions of a finished run on any split, without training (``diffora evaluate``)."""
 
 import json
 import logging
@@ -24,6 +24,7 @@ from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
 from diffora.run import terminal
 from diffora.run.check import section_problems
+from diffora.run.classes import write_classes
 from diffora.run.composition import composition_problems
 from diffora.run.record import WEIGHTS, check_as_left, read_record
 from diffora.settings import checks
@@ -159,7 +160,7 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
         raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
     weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
     if not weights:
-        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished")
+        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished, or it only selected")
     return settings(read_yaml(file), file, SECTIONS), weights[0]
 
 
@@ -256,7 +257,10 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     for name, split in splits.items():
         outputs: Outputs = predict(model, task, split, collate, request.batch_size, cfg.trainer)
         files += task.write_predictions(request.output, name, outputs, split)
-        scores = task.score(outputs, split) if task.labelled(split) else {}
+        scores: dict[str, float] = {}
+        if task.labelled(split):
+            scores = task.score(outputs, split)
+            files += write_classes(request.output, task.class_results(outputs), f"{name}_")
         found[name] = {key: round(value, 6) for key, value in scores.items()}
     account = {
         "weights": str(request.weights.resolve()),

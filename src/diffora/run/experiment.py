@@ -20,9 +20,10 @@ from diffora import START, digests
 from diffora.adapters.origin import Origin
 from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
-from diffora.errors import UserError, machine_limits
+from diffora.errors import UserError, called, machine_limits
 from diffora.files import check_writable
 from diffora.hub import resolve
+from diffora.loop.launch import torchrun
 from diffora.loop.loggers import Loggers
 from diffora.loop.machine import check_machine
 from diffora.loop.parts import Parts
@@ -33,6 +34,7 @@ from diffora.records import write_record
 from diffora.run import directory as rundir
 from diffora.run import terminal
 from diffora.run.check import check
+from diffora.run.classes import write_classes
 from diffora.run.record import (
     file_digests,
     metric_facts,
@@ -83,7 +85,7 @@ def train(cfg: DictConfig) -> float | None:
     if hydra.mode == RunMode.MULTIRUN and devices not in (1, "auto") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
-            "yourself, `torchrun --nproc-per-node=N train.py -m …`, or sweep with trainer.devices=1"
+            f"yourself, `{torchrun()} -m …`, or sweep with trainer.devices=1"
         )
     # A single run counts from the start of the program, a later job of a sweep from the job's start.
     first = hydra.mode == RunMode.RUN or hydra.job.num == 0
@@ -118,7 +120,10 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     check_machine(settings)
     if is_main() and (done := rundir.finished(cfg, folder)) is not None:
         check_unchanged(settings, task, folder, done)
-        terminal.print_result(done, task, folder)
+        if done["status"] == "selected":
+            terminal.print_selection(done, folder)
+        else:
+            terminal.print_result(done, task, folder)
         return Result(folder, done, None, None)
     if is_main():
         check_writable(folder)
@@ -182,6 +187,10 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         found = select(parts, method, loggers)
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
+        if settings.search_only:
+            result = stop_at(found, parts, record, loggers, began)
+            failed = False
+            return result
         adaptation = adapt(parts, method, found)
         record["params"] = parts.backbone.count_parameters() | {"backbone": parts.backbone.n_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
@@ -195,7 +204,8 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             adaptation.export(folder, Origin(base, parts.task, record, settings.composed, parts.backbone))
         record["time"] = times(parts, found.seconds, module, began)
         if is_main():
-            complete(parts, record)
+            write_classes(folder, module.best_classes)
+            complete(parts, record, "completed")
         record["status"] = "completed"  # a failure after this line does not make it a failed run
         failed = False
         if is_main():
@@ -204,6 +214,20 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         return Result(folder, record, parts.model, found.selection)
     finally:
         loggers.finish(failed)
+
+
+def stop_at(found: Selected, parts: Parts, record: dict[str, Any], loggers: Loggers, began: float) -> Result:
+    """End a run with ``search_only=true`` at its selection. Completes ``record``."""
+    total = max(time.time() - began, found.seconds)
+    record["time"] = {"search_s": round(found.seconds, 3), "total_s": round(total, 3)}
+    record["memory"] = peaks()
+    if is_main():
+        complete(parts, record, "selected")
+    record["status"] = "selected"
+    if is_main():
+        loggers.summary(record)
+        terminal.print_selection(record, parts.folder)
+    return Result(parts.folder, record, parts.model, found.selection)
 
 
 def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
@@ -228,8 +252,8 @@ def times(parts: Parts, search_s: float, module: FineTuneModule, began: float) -
     }
 
 
-def complete(parts: Parts, record: dict[str, Any]) -> None:
-    """Write predictions, and the record with the list and the digests of the run's files.
+def complete(parts: Parts, record: dict[str, Any], status: str) -> None:
+    """Write predictions, and the record with its status and the list and the digests of the run's files.
 
     Raises:
         UserError: something removed files of the run while it was going on.
@@ -239,7 +263,7 @@ def complete(parts: Parts, record: dict[str, Any]) -> None:
     if lost := missing_files(folder, record):
         raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
     record["digests"] = file_digests(folder, result_files(folder, record))
-    write_record(folder, record | {"status": "completed"})
+    write_record(folder, record | {"status": status})
 
 
 def write_predictions(parts: Parts) -> list[str]:
@@ -255,7 +279,7 @@ def write_predictions(parts: Parts) -> list[str]:
             outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.settings.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
         except UserError as error:  # the training is done and must not be lost with it
-            log.error(f"no predictions for {name}: {error}; python evaluate.py run={parts.folder} split={name}")
+            log.error(f"no predictions for {name}: {error}; {called('evaluate')} run={parts.folder} split={name}")
             continue
         for file in files:
             log.info(f"predictions for {name}: {file}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from diffora.adapters.manifest import digest_of
-from diffora.errors import UserError, reason
+from diffora.errors import UserError, called, reason
 from diffora.records import NAME, MetricFacts, check, read_content
 from diffora.run.setting import setting_facts
 from diffora.settings.identity import config_hash
@@ -129,8 +129,8 @@ def check_as_left(folder: Path, record: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder}: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as the run left it: damaged, "
             "edited, or from another run. Restore it, or remove it and repeat the run's own command with resume=true, "
-            "which makes it again from the last checkpoint. evaluate.py takes other settings on its command line, not "
-            "from a file"
+            f"which makes it again from the last checkpoint. For `{called('evaluate')}`, give other settings on the "
+            "command line"
         )
 
 

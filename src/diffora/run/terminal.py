@@ -1,5 +1,8 @@
 """The tables on the terminal: at the end of a run, of an evaluation, and of a dry run."""
 
+import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ from rich.table import Table
 from diffora.core.grid import Grid
 from diffora.core.parts import short_names
 from diffora.core.selection import Selection
+from diffora.errors import called
+from diffora.run.classes import print_classes
+from diffora.run.sweep import quoted
 from diffora.tasks.base import Task
 
 
@@ -46,16 +52,67 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()
     console.print(table)
+    if (folder / "classes.csv").is_file():
+        print_classes(folder / "classes.csv", console, "validation rows by class, best epoch")
     if record["selection"]:
         pictures = " dam.png gamma.png" if (folder / "gamma.png").is_file() else " dam.png"
         console.print(f"selection: {_counts(record['selection']['selected'])}", highlight=False)
     else:
         pictures = ""
+    pictures += "".join(f" {name}" for name in ("classes.csv", "confusion.png") if (folder / name).is_file())
     weights = "adapter/" if (folder / "adapter").is_dir() else "model/"
     selection = " selection.json" if record["selection"] else ""
     console.print(
         f"{folder}: run.json {weights}{selection}{pictures} logs/ checkpoints/", soft_wrap=True, highlight=False
     )
+
+
+def print_selection(record: dict[str, Any], folder: Path) -> None:
+    """Print what a run with ``search_only=true`` selected, where its files are, and how to use them."""
+    file = folder / "selection.json"
+    selection = Selection.load(file)
+    mask = selection.mask()
+    title = f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}: selected modules"
+    table = Table(title=escape(title))
+    table.add_column("module of a layer")
+    table.add_column("layers", justify="right")
+    table.add_column("which", overflow="fold")
+    for name, column in zip(selection.types, mask.T.tolist(), strict=True):
+        layers = [str(i + 1) for i, flag in enumerate(column) if flag]
+        table.add_row(escape(name), f"{len(layers)}/{len(column)}", " ".join(layers))
+    console = Console()
+    console.print(table)
+    rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
+    spent = f"search {_duration(record['time']['search_s'])}" if record["time"]["search_s"] else "no search"
+    lines = [f"{int(mask.sum())} of {mask.numel()} modules selected{rank}; {spent}"]
+    pictures = " ".join(name for name in ("dam.png", "gamma.png") if (folder / name).is_file())
+    lines.append(f"{folder}: run.json selection.json {pictures}")
+    lines += ["", *how_to_use(record, folder)]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def how_to_use(record: dict[str, Any], folder: Path) -> list[str]:
+    """Lines that say what to do with the selection of a run."""
+    here = Path(os.path.relpath(folder) if folder.absolute().is_relative_to(Path.cwd()) else folder)
+    settings = record["settings"]
+    rank = "" if record["selection"]["rank"] else f"rank={settings.get('rank')}, "
+    alpha = settings["method"].get("alpha", 16)
+    return [
+        f"Fine-tune with it: the same arguments with `{called('train')}`, without search_only=true and with",
+        f"  resume=true {_argument('hydra.run.dir', here)}",
+        "or, in other runs,",
+        f"  {_argument('method.selection', here / 'selection.json')}",
+        "With PEFT, in Python:",
+        f"  diffora.Selection.load({str(here / 'selection.json')!r}).lora_config({rank}alpha={alpha})",
+    ]
+
+
+def _argument(key: str, path: Path) -> str:
+    """A path as the value of a setting, quoted for Hydra and for the shell where that is needed."""
+    if re.fullmatch(r"[\w./-]+", str(path), re.ASCII):
+        return f"{key}={path}"
+    argument = f"{key}={quoted(path)}"
+    return shlex.quote(argument) if re.search(r'["$`\\!]', argument) else f'"{argument}"'
 
 
 def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
@@ -71,6 +128,9 @@ def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
         table.add_row(name, *("" if value is None else f"{value:.4f}" for value in found))
     console = Console()
     console.print(table)
+    for file in files:
+        if file.name.endswith("classes.csv"):
+            print_classes(file, console, f"{file.name.removesuffix('_classes.csv')} rows by class")
     if not names:
         console.print("no labels, so predictions only")
     console.print(*files, sep="\n", soft_wrap=True, highlight=False, markup=False)

@@ -16,7 +16,7 @@ Your own selector is a plain function. `from_function` turns it into a selector:
         for batch in batches: ...  # search-train batches; loss(batch) is the task's loss, a scalar
         return scores  # a tensor, grid.n_layers x grid.n_types, high is good
 
-    PYTHONPATH=<its folder> python train.py method.selector=my_module.my_selector
+    diffora train method.selector=my_module.my_selector
 
 `diffora.scoring.function` describes the arguments, and what the function must not change.
 """

@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffora.errors import called
 from diffora.settings.checks import show
 
-NOT_IN_HASH = ("resume", "dry_run", "scale", "cell", "debug", "logger")
+NOT_IN_HASH = ("resume", "search_only", "dry_run", "scale", "cell", "debug", "logger")
 """Sections that cannot change a result."""
 
 
@@ -47,3 +48,4 @@ def short_name(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("short_name", short_name, replace=True)  # for conf/model/hf.yaml
+OmegaConf.register_new_resolver("called", called, replace=True)  # for the help in conf/hydra/default.yaml

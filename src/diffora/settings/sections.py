@@ -313,6 +313,9 @@ class Settings:
     ] = None
     resume: Annotated[bool, Help("Continue the run in `hydra.run.dir`, or the sweep in `hydra.sweep.dir`.")] = False
     predict: Annotated[bool, Help("Write predictions for the test split after training.")] = False
+    search_only: Annotated[
+        bool, Help("Search and select, write `selection.json` and stop before the fine-tuning (`diffora select`).")
+    ] = False
     dry_run: Annotated[
         bool, Help("Show modules, parameter counts and memory without weights or data; with `-m`, list the runs.")
     ] = False

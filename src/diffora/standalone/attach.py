@@ -4,6 +4,7 @@ from torch import nn
 
 from diffora.core import attach as core
 from diffora.core.selection import Selection
+from diffora.standalone.model import unwrapped
 
 
 def attach(
@@ -38,7 +39,7 @@ def attach(
             then as before.
     """
     core.attach(
-        model,
+        unwrapped(model),
         selection.modules,
         selection.mask(),
         selection.rank if rank is None else rank,  # type: ignore[arg-type]  # None is refused with a message

@@ -1,12 +1,21 @@
 """Batches and losses of a user's own loaders."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from diffora.errors import UserError
 
@@ -18,12 +27,19 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a transformers model computes itself: ``model(**batch).loss``.
 
     Raises:
-        UserError: the batch is not a dict, or the model returns no loss.
+        UserError: the batch is not a dict, has entries that the model does not take, or the model returns no loss.
     """
     if not isinstance(batch, Mapping):
         raise UserError(
             f"without loss=, batches must be dicts for model(**batch); this one is a {type(batch).__name__}: give "
             "loss=, a function of (model, batch) that returns a scalar"
+        )
+    accepted = inspect.signature(model.forward).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
+    if not takes_all and (unknown := [str(key) for key in batch if key not in accepted]):
+        raise UserError(
+            f"{type(model).__name__} takes {', '.join(accepted)}, and not {', '.join(unknown)}: leave that out of the "
+            "batches (dataset.remove_columns), or give loss=, a function of (model, batch)"
         )
     output = model(**batch)
     found: Tensor | None = getattr(output, "loss", None)
@@ -68,6 +84,39 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(moved(value, device) for value in batch)
     return batch
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """The number of batches; None for a loader that does not know it, such as one over an `IterableDataset`."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
+    """What is wrong with the two loaders of a search, as far as it can be seen without reading them."""
+    for name, loader in (("train_loader", train), ("valid_loader", valid)):
+        rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+        if rows or hasattr(loader, "column_names"):
+            yield f"{name} is a {type(loader).__name__}, which gives rows: put it into a torch.utils.data.DataLoader"
+        elif not isinstance(loader, Iterable) and not (name == "valid_loader" and loader is None):
+            yield f"{name} is a {type(loader).__name__}: it must give batches when it is iterated over"
+    if isinstance(train, Iterator) and isinstance(rounds, int) and rounds > 1:
+        yield (
+            f"train_loader is a {type(train).__name__}, which can be read only once, and rounds={rounds} needs several "
+            "passes: give a list or a DataLoader"
+        )
+    if train is valid or (_reads_all(train) and _reads_all(valid) and train.dataset is valid.dataset):
+        yield (
+            "train_loader and valid_loader give the same rows, and the search needs different ones for the weights and "
+            "for Γ: give one loader, which is divided, or two parts of the training rows"
+        )
+
+
+def _reads_all(loader: Any) -> bool:
+    """Whether a loader surely reads all rows of its dataset."""
+    return isinstance(loader, DataLoader) and type(loader.sampler) in (RandomSampler, SequentialSampler)
 
 
 def some(loader: Iterable[Any], name: str) -> Iterator[Any]:
@@ -117,12 +166,12 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
         UserError: the loader cannot be divided, or there are fewer than two rows or batches.
     """
     items, unit = (loader.dataset, "rows") if isinstance(loader, DataLoader) else (loader, "batches")
+    rows = _row_sampling(loader)
     known = isinstance(loader, Sequence) or (
-        isinstance(loader, DataLoader)
-        and loader.batch_size is not None
-        and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler) in (RandomSampler, SequentialSampler)
-        and not getattr(loader.sampler, "replacement", False)
+        rows is not None
+        and not isinstance(loader.dataset, IterableDataset)  # type: ignore[attr-defined]
+        and (type(rows.sampler) in (RandomSampler, SequentialSampler) or _is_accelerates(rows.sampler))
+        and not getattr(rows.sampler, "replacement", False)
     )
     if not known:
         raise UserError(
@@ -140,18 +189,32 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
     return train, valid, said
 
 
+def _row_sampling(loader: Any) -> BatchSampler | None:
+    """How a DataLoader forms batches of rows; None if it does this in a way of its own.
+
+    A loader that accelerate prepared, such as that of transformers' `Trainer`, has this inside its own sampler.
+    """
+    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    sampler = sampler.batch_sampler if _is_accelerates(sampler) else sampler  # type: ignore[attr-defined, union-attr]
+    return sampler if type(sampler) is BatchSampler else None
+
+
+def _is_accelerates(sampler: Any) -> bool:
+    return type(sampler).__module__ == "accelerate.data_loader"
+
+
 def _part(loader: Any, places: list[int]) -> Iterable[Any]:
     """The rows of a DataLoader, or the batches of a sequence, at some places."""
-    if not isinstance(loader, DataLoader):
+    if (rows := _row_sampling(loader)) is None:
         return [loader[i] for i in places]
     return DataLoader(
         Subset(loader.dataset, places),
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler),
+        batch_size=rows.batch_size,
+        shuffle=isinstance(rows.sampler, RandomSampler),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last and len(places) >= (loader.batch_size or 1),
+        drop_last=rows.drop_last and len(places) >= rows.batch_size,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )

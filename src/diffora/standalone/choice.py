@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffora.core.dam import discretise, discretise_globally
 from diffora.core.grid import Grid
-from diffora.core.selection import Selection
+from diffora.core.selection import STANDALONE, Selection
 
 SCOPES = ("layer", "global")
 
@@ -40,7 +40,7 @@ def selection_of(
     return Selection.from_mask(
         grid,
         mask,
-        method="standalone",
+        method=STANDALONE,
         selector=selector,
         rho=k / grid.n_types,
         seed=seed,

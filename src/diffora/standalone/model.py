@@ -1,5 +1,6 @@
-"""The user's model: which grid and head it has, and how it is left as it was found."""
+"""The user's model: what is inside its wrappers, which grid and head it has, and how it is left as it was found."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -7,14 +8,56 @@ import torch
 from torch import nn
 
 from diffora.backbones.backbone import Backbone
-from diffora.backbones.precision import HALF
 from diffora.core.attach import inside_adapter
 from diffora.core.grid import Grid, find_grid
 from diffora.errors import UserError
 
+log = logging.getLogger("diffora")
+
+SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DTensor")
+"""Classes of modules and parameters that belong to several processes."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside the wrappers of ``torch.compile`` and `nn.DataParallel`.
+
+    Raises:
+        UserError: the model is divided among processes, or has no weights to compute with.
+    """
+    while (
+        inner := getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel) else None)
+    ) is not None:
+        model = inner
+    kinds = {base.__name__ for thing in (model, *model.parameters()) for base in type(thing).__mro__}
+    if shared := [name for name in SHARDED if name in kinds]:
+        raise UserError(
+            f"this model is a {shared[0]}, which several processes train together. Search in one process, with the "
+            "model that is not wrapped yet (model.module), and give the result to the others: selection.save(path), "
+            "Selection.load(path)"
+        )
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(
+            f"{empty[0]} (and {len(empty) - 1} more) has no values on its device: load the weights of the model, and "
+            "let no device_map move them to the CPU or a disk"
+        )
+    return model
+
+
+def warn_of_processes() -> None:
+    """Warn if several processes run: each would search on its own batches, and their selections could differ."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        log.warning(
+            f"{torch.distributed.get_world_size()} processes are running, and each one searches on its own batches: "
+            "search in one of them, and give the selection to the others"
+        )
+
 
 def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | None) -> Grid:
-    """The candidates of a model without adapters; see `diffora.core.grid.find_grid`.
+    """The candidates of a model without adapters or wrappers; see `diffora.core.grid.find_grid`.
 
     Raises:
         UserError: there are adapters, no repeated layers, or other problems of the grid.
@@ -42,7 +85,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     - nothing is frozen, in any other model: everything outside the layers of the grid.
 
     Raises:
-        UserError: a name is not a module, or one of the parameters is in half precision.
+        UserError: a name is not a module.
     """
     parameters = dict(model.named_parameters())
     if names is not None:
@@ -58,13 +101,14 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
         layers = tuple(f"{layer}." for layer in grid.layers if layer)
         chosen = {p for name, p in parameters.items() if not name.startswith(layers)}
     chosen -= {p for row in grid.names for name in row for p in model.get_submodule(name).parameters()}
-    for name, parameter in parameters.items():
-        if parameter in chosen and parameter.dtype in HALF:
-            raise UserError(
-                f"the search would train {name} in {parameter.dtype}, where small steps are rounded away: load the "
-                "model in float32, or give head=[] to train no head"
-            )
     return [p for p in parameters.values() if p in chosen]
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's random numbers on the CPU and, if the device is a GPU, on all GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
@@ -72,20 +116,23 @@ def left_as_found(model: nn.Module, seed: int, trained: Sequence[nn.Parameter] =
     """Inside this context, torch's random numbers start from a seed. Afterwards, model and random state are as before.
 
     Restored are the values of ``trained`` and of all buffers, ``requires_grad`` and ``grad`` of all parameters, and the
-    mode of all modules.
+    mode of all modules. A module that was compiled in place (``model.compile()``) is not compiled inside the context.
     """
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
     modes = {module: module.training for module in model.modules()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     weights = [(p, p.detach().clone()) for p in trained]
     buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
     on_gpu = device_of(model).type == "cuda"
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.manual_seed_all(seed)
+        seed_torch(seed, device_of(model))
         try:
+            for module in compiled:
+                module._compiled_call_impl = None
             yield
         finally:
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
             with torch.no_grad():
                 for parameter, value in weights:
                     parameter.copy_(value)

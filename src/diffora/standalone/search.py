@@ -3,30 +3,46 @@
 The steps are those of `diffora.scoring.bilevel`, without Lightning, files, several processes or micro-batches.
 """
 
-import logging
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from diffora.backbones.precision import HALF
 from diffora.core.attach import attach, detach
-from diffora.core.dam import RELAXATIONS, relax
+from diffora.core.dam import RELAXATIONS, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
 from diffora.core.lowrank import LowRankLinear, set_gates
 from diffora.core.selection import Selection
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
-from diffora.standalone.batches import Loss, checked, divided_loader, endless, in_groups, model_loss, moved, some
+from diffora.standalone.batches import (
+    Loss,
+    checked,
+    divided_loader,
+    endless,
+    in_groups,
+    length_of,
+    loader_problems,
+    model_loss,
+    moved,
+    some,
+)
 from diffora.standalone.choice import choice_problems, selection_of
-from diffora.standalone.model import device_of, grid_of, head_of, left_as_found
-
-log = logging.getLogger(__name__)
+from diffora.standalone.model import (
+    device_of,
+    grid_of,
+    head_of,
+    left_as_found,
+    seed_torch,
+    unwrapped,
+    warn_of_processes,
+)
+from diffora.standalone.progress import bar, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,8 @@ class Bilevel:
     Attributes:
         gamma: Γ, L x N, starts at 0.
         weights: A, B and the head.
+        masters: what the optimiser steps: the weights, and a float32 copy of each one in half precision, in which small
+            steps would be rounded away.
     """
 
     def __init__(
@@ -87,8 +105,9 @@ class Bilevel:
         self.gamma = torch.zeros(len(layers), len(layers[0]), device=first.device, dtype=first.dtype).requires_grad_()
         self.weights = [p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)] + list(head)
         self.gamma_optimiser = torch.optim.Adam([self.gamma], lr=settings.gamma_lr, betas=(0.5, 0.999))
+        self.masters = [w.detach().float() if w.dtype in HALF else w for w in self.weights]
         self.weight_optimiser = torch.optim.AdamW(
-            self.weights, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+            self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self._tables = shared_tables(model)
 
@@ -109,8 +128,13 @@ class Bilevel:
             try:
                 return loss.detach(), first_order(loss, self.gamma)
             except RuntimeError as error:
-                if "not have been used" not in str(error):
+                if "not have been used" not in str(error) and "Checkpointing is not compatible" not in str(error):
                     raise
+                if getattr(self.model, "is_gradient_checkpointing", False):
+                    raise UserError(
+                        "this model computes activations again in a way that gives no gradient of Γ: call "
+                        'model.gradient_checkpointing_enable({"use_reentrant": False})'
+                    ) from error
                 raise UserError(
                     "the loss does not depend on any candidate module: loss(model, batch) must call the model that it "
                     "is given, with gradients"
@@ -126,12 +150,15 @@ class Bilevel:
         """One step of A, B and the head on the training loss ([D] Algorithm 1, line 6). Returns that loss."""
         loss = self._loss(batch, self.gamma_bar, what)
         grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        for weight, grad in zip(self.weights, grads, strict=True):
-            weight.grad = torch.zeros_like(weight) if grad is None else grad
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = torch.zeros_like(master) if grad is None else grad.to(master.dtype)
         if self.settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
+            torch.nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
         self.weight_optimiser.step()
         self.weight_optimiser.zero_grad(set_to_none=True)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master:
+                weight.data.copy_(master)
         return loss.item()
 
     def _loss(self, batch: Any, gates: Tensor, what: str) -> Tensor:
@@ -169,8 +196,10 @@ def search(
     weights.
 
     Args:
-        model: any module with repeated layers, without adapters. Stays on its device.
-        train_loader: batches for A, B and the head. A round is one pass over it.
+        model: any module with repeated layers, without adapters, in any precision, also quantised. It stays on its
+            device or devices. Inside `torch.compile` and `nn.DataParallel`, the module itself is searched.
+        train_loader: batches for A, B and the head: a `DataLoader`, a list, or anything else that can be iterated over
+            again. A round is one pass over it.
         valid_loader: batches for Γ, of other rows of the *training* data. None: ``train_loader`` is divided into two
             halves at random, and a line says so.
         loss: ``loss(model, batch)``, a scalar; the batch is on the model's device. None: ``model(**batch).loss``.
@@ -187,6 +216,7 @@ def search(
         train_steps: T, weight steps per Γ step.
         relaxation: from Γ to gates, a key of `diffora.core.dam.RELAXATIONS`.
         seed: of the adapters' first values, dropout, the order of a shuffled loader and the division of one loader.
+            Random numbers of numpy and of Python's ``random``, which a collate function may use, are not seeded.
         progress: show a progress bar, in a terminal or notebook.
 
     Returns:
@@ -207,19 +237,24 @@ def search(
         train_steps=train_steps,
         relaxation=relaxation,
     )
+    model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    if problems := [*choice_problems(k, scope, grid), *settings.problems()]:
+    problems = [*choice_problems(k, scope, grid), *settings.problems()]
+    if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
         raise UserError(problems)
+    warn_of_processes()
     trained = head_of(model, grid, head)
     said = ""
     if valid_loader is None:
         train_loader, valid_loader, said = divided_loader(train_loader, seed)
     names = [name for name, parameter in model.named_parameters() if parameter in set(trained)]
-    _say([said, f"trained with the adapters: {', '.join(names) or 'nothing'}"], progress)
+    say(progress, [said, f"trained with the adapters: {', '.join(names) or 'nothing'}"])
     with left_as_found(model, seed, trained):
         gamma_bar = _searched(
-            model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, progress
+            model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, seed, progress
         )
+    start, low, high = neutral_gate(relaxation, grid.n_types), gamma_bar.min().item(), gamma_bar.max().item()
+    say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
     config = {"search": asdict(settings), "trained": names, "division": said or None}
     rest = {"gamma_bar": gamma_bar.tolist(), "relaxation": relaxation}
     return selection_of(grid, gamma_bar, k, scope, "search", seed, config, **rest)
@@ -232,6 +267,7 @@ def _searched(
     loaders: tuple[Iterable[Any], Iterable[Any]],
     loss: Loss,
     settings: SearchSettings,
+    seed: int,
     progress: bool,
 ) -> Tensor:
     """The relaxed DAM at the end of a search, L x N on the CPU. Removes the adapters that it adds."""
@@ -239,8 +275,9 @@ def _searched(
     for parameter in head:
         parameter.requires_grad_(True)
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
     try:
+        attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
+        seed_torch(seed * 1009, device_of(model))  # dropout as in a run's search (`diffora.loop.stage`)
         layers = [[layer for layer in row if layer is not None] for row in attached]
         _match_precision(layers)
         bilevel = Bilevel(model.train(), layers, head, loss, settings)
@@ -264,30 +301,17 @@ def _run_rounds(
     """One Γ step, then T weight steps, until the training batches of all rounds are used."""
     train_loader, valid_batches = loaders[0], endless(loaders[1], "the loader of validation batches")
     s, step = bilevel.settings, 0
-    total = s.rounds * math.ceil(len(train_loader) / s.train_steps) if isinstance(train_loader, Sized) else None
-    with tqdm(total=total, desc="search", unit="step", disable=not (progress and _is_watched())) as bar:
+    batches = length_of(train_loader)
+    total = None if batches is None else s.rounds * math.ceil(batches / s.train_steps)
+    with bar(progress, "search", "step", total) as shown:
         for round_ in range(1, s.rounds + 1):
             for group in in_groups(some(train_loader, "the loader of training batches"), s.train_steps):
                 step += 1
                 valid = bilevel.gamma_step(moved(next(valid_batches), device), f"the validation batch of step {step}")
                 for batch in group:
                     train = bilevel.weight_step(moved(batch, device), f"a training batch of step {step}")
-                bar.update()
-                bar.set_postfix(round=f"{round_}/{s.rounds}", train=f"{train:.3f}", valid=f"{valid:.3f}")
-
-
-def _say(lines: Sequence[str], progress: bool) -> None:
-    """Show lines next to a progress bar, or log them where there is none."""
-    for line in filter(None, lines):
-        if progress and _is_watched():
-            tqdm.write(line, file=sys.stderr)
-        else:
-            log.info(line)
-
-
-def _is_watched() -> bool:
-    """Whether standard error is a terminal, or a notebook shows it."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+                shown.update()
+                shown.set_postfix(round=f"{round_}/{s.rounds}", train=f"{train:.3f}", valid=f"{valid:.3f}")
 
 
 def _is_number(value: Any, above: float) -> bool:

@@ -17,7 +17,8 @@ from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_ac
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.standalone.batches import Loss, checked, model_loss, moved, some
 from diffora.standalone.choice import choice_problems, selection_of
-from diffora.standalone.model import device_of, grid_of, left_as_found
+from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
+from diffora.standalone.progress import bar
 
 
 def select(
@@ -32,6 +33,7 @@ def select(
     candidates: Sequence[str] | None = None,
     n_batches: int = 16,
     seed: int = 0,
+    progress: bool = True,
 ) -> Selection:
     """Select modules by another criterion than the search. Nothing is trained, and the model stays as it is.
 
@@ -45,6 +47,7 @@ def select(
         k, scope, layer, candidates: as in `diffora.standalone.search.search`.
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, and of the order of a shuffled loader.
+        progress: show a progress bar, in a terminal or notebook.
 
     Returns:
         The selection; ``scores`` is L x N.
@@ -53,6 +56,7 @@ def select(
         UserError: an argument is impossible, the model has no repeated layers or has adapters, the loader has no
             batches, a loss is not a finite scalar, or a function does not keep the rules.
     """
+    model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
     problems = list(choice_problems(k, scope, grid))
     if selector == "search":
@@ -75,7 +79,7 @@ def select(
             model.eval()
             device = device_of(model)
             batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-            scores = _scores(model, grid, selector, batches, loss or model_loss)
+            scores = _scores(model, grid, selector, batches, loss or model_loss, progress)
     if not scores.isfinite().all():
         raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
     config = {"n_batches": n_batches}
@@ -89,7 +93,9 @@ def name_of(selector: str | ScoreFunction) -> str:
     return f"{selector.__module__}.{getattr(selector, '__qualname__', type(selector).__name__)}"
 
 
-def _scores(model: nn.Module, grid: Grid, selector: str | ScoreFunction, batches: list[Any], loss: Loss) -> Tensor:
+def _scores(
+    model: nn.Module, grid: Grid, selector: str | ScoreFunction, batches: list[Any], loss: Loss, progress: bool
+) -> Tensor:
     """L x N on the CPU."""
 
     def loss_of(batch: Any) -> Tensor:
@@ -100,12 +106,13 @@ def _scores(model: nn.Module, grid: Grid, selector: str | ScoreFunction, batches
     modules = [model.get_submodule(name) for row in grid.names for name in row]
     for module in modules:
         weight_of(module)  # refuses quantised ones
-    scores = (_gradient if selector == "gradient" else _activation)(model, modules, batches, loss_of)
+    watched = bar(progress, selector, "batch", items=batches)
+    scores = (_gradient if selector == "gradient" else _activation)(model, modules, watched, loss_of)
     return torch.stack(scores).view(grid.n_layers, grid.n_types).cpu()
 
 
 def _gradient(
-    model: nn.Module, modules: Sequence[nn.Module], batches: Sequence[Any], loss: Callable[[Any], Tensor]
+    model: nn.Module, modules: Sequence[nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> list[Tensor]:
     """Norms of the gradients of the mean loss of all batches, by the weight of each module."""
     weights: list[Any] = [module.weight for module in modules]
@@ -118,12 +125,12 @@ def _gradient(
         for total, grad in zip(sums, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
             if grad is not None:
                 total += grad
-    return [gradient_norm(total / len(batches)) for total in sums]
+    return [gradient_norm(total / number) for total in sums]
 
 
 @torch.no_grad()
 def _activation(
-    model: nn.Module, modules: Sequence[nn.Module], batches: Sequence[Any], loss: Callable[[Any], Tensor]
+    model: nn.Module, modules: Sequence[nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> list[Tensor]:
     """Wanda's criterion for each module, from its inputs in all batches. Padding does not count, if a batch says so.
 

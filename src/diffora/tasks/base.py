@@ -24,6 +24,7 @@ from diffora.files import write_text
 from diffora.settings.read import Reading, known_part, read_group
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, Accounts
+from diffora.tasks.classes import ClassResults
 from diffora.tasks.messages import some
 from diffora.trust import class_at
 
@@ -131,7 +132,7 @@ class Task:
         return self.maximise
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
-        """The splits that ``evaluate.py`` uses if the command names none.
+        """The splits that ``diffora evaluate`` uses if the command names none.
 
         Args:
             other_data: whether the command gives ``task.path``.
@@ -232,6 +233,14 @@ class Task:
         """Whether a split can be scored."""
         return set(self.targets) <= set(split.encoded.column_names)
 
+    def class_counts(self, split: Split) -> list[int] | None:
+        """How many rows of a split each class has, in the order of the head; None if the rows have no classes."""
+        names = self.head().get("id2label")
+        if not names or "labels" not in split.encoded.column_names:
+            return None
+        labels = torch.tensor(split.encoded.data.column("labels").to_numpy())
+        return torch.bincount(labels, minlength=len(names)).tolist()
+
     def dummy(self, rows: int, model: Any) -> Batch:
         """A batch of the largest size, without real content, to measure the memory of a step."""
         if model.main_input_name == "pixel_values":
@@ -284,6 +293,14 @@ class Task:
             split: the split that the rows belong to.
         """
         raise NotImplementedError
+
+    def class_results(self, outputs: Outputs) -> ClassResults | None:
+        """Results by class over the rows of a split, as in `score`; None if the task has no classes."""
+        names = self.head().get("id2label")
+        logits, labels = outputs.get("logits"), outputs.get("labels")
+        if not names or logits is None or labels is None or logits.shape != (len(labels), len(names)):
+            return None
+        return ClassResults.of_classes(list(names.values()), logits.argmax(dim=1), labels)
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
         """One JSON object for each example of a split; it has ``row`` and ``prediction``."""

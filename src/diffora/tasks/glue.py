@@ -128,14 +128,6 @@ class GlueTask(SentenceTask):
         logits, labels = outputs["logits"], outputs["labels"]
         return {"loss": self._loss(logits, labels).item()} | compute_metrics(self.spec, logits, labels)
 
-    def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        logits, rows = outputs["logits"], outputs["row"].tolist()
-        if self.spec.is_regression:
-            return [{"row": row, "prediction": value} for row, value in zip(rows, logits[:, 0].tolist(), strict=True)]
-        classes = logits.argmax(dim=1).tolist()
-        names = [self.spec.label_names[i] for i in classes]
-        return [{"row": row, "prediction": name, "label": i} for row, name, i in zip(rows, names, classes, strict=True)]
-
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
         """Write a test split as the table that GLUE's server takes, and as a zip; other splits as ``<name>.jsonl``.
 

@@ -11,11 +11,16 @@ from diffora.tasks.messages import some
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """The class names that `datasets` stores for a column of numbers (``ClassLabel``); None if it stores none."""
+    """The class names that `datasets` stores for a column of numbers (``ClassLabel``), or of lists of numbers.
+
+    Returns:
+        None if it stores none.
+    """
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature.get("feature", feature)  # of a list
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError, RecursionError):  # other programs may write anything there
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # other programs may write anything there
         return None
     return names if names and isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

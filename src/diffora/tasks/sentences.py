@@ -1,16 +1,18 @@
 """What all tasks on one text or a pair of texts share: head, encoding, batches and loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffora.tasks.account import Account
-from diffora.tasks.base import Collate, Split, Task, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
+from diffora.tasks.classes import ClassResults
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.tokenise import Collator, tokenise
 
@@ -33,7 +35,8 @@ class SentenceTask(Task):
         if self.spec.is_regression:
             return {"num_labels": 1, "problem_type": "regression"}
         names = dict(enumerate(self.spec.label_names))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        head = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        return head | ({"problem_type": "multi_label_classification"} if self.spec.multilabel else {})
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         if processor.unk_token_id not in (processor.eos_token_id, processor.pad_token_id):
@@ -53,18 +56,83 @@ class SentenceTask(Task):
         )
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        return Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        collate = Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return SeveralClasses(collate, self.spec.num_labels) if self.spec.multilabel else collate
+
+    def dummy(self, rows: int, model: Any) -> Batch:
+        batch = super().dummy(rows, model)
+        return batch | ({"labels": torch.zeros(rows, self.spec.num_labels)} if self.spec.multilabel else {})
+
+    def class_counts(self, split: Split) -> list[int] | None:
+        if not self.spec.multilabel or "labels" not in split.encoded.column_names:
+            return super().class_counts(split)
+        labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
+        counts: list[int] = np.bincount(labels, minlength=self.spec.num_labels).tolist()
+        return counts
 
     @property
     def classifies(self) -> bool:
-        return not self.spec.is_regression
+        return not (self.spec.is_regression or self.spec.multilabel)
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy, or mean squared error for regression."""
+        """Mean cross-entropy; for several classes, mean binary cross-entropy over classes; else mean squared error."""
         return self._loss(output.logits, batch["labels"])
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.spec.is_regression:
             logits = full_precision(logits).squeeze(-1)
             return F.mse_loss(logits, labels.to(logits.dtype))
+        if self.spec.multilabel:
+            logits = full_precision(logits)
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(full_precision(logits), labels)
+
+    def class_results(self, outputs: Outputs) -> ClassResults | None:
+        if not self.spec.multilabel:
+            return super().class_results(outputs)
+        return ClassResults.of_sets(self.spec.label_names, has_class(outputs["logits"]), outputs["labels"])
+
+    def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
+        """For classes: name and number of the predicted class, and the probability of each class by its name.
+
+        If a row can have several classes, names and numbers are lists.
+        """
+        rows, logits = outputs["row"].tolist(), outputs["logits"].to(torch.float64)
+        if self.spec.is_regression:
+            return [{"row": row, "prediction": value} for row, value in zip(rows, logits[:, 0].tolist(), strict=True)]
+        names = self.spec.label_names
+        shares = logits.sigmoid() if self.spec.multilabel else logits.softmax(dim=1)
+        best, flags = logits.argmax(dim=1).tolist(), has_class(logits).tolist()
+        found = []
+        for i, (row, each) in enumerate(zip(rows, shares.tolist(), strict=True)):
+            line: dict[str, Any] = {"row": row, "prediction": names[best[i]], "label": best[i]}
+            if self.spec.multilabel:
+                numbers = [k for k, flag in enumerate(flags[i]) if flag]
+                line |= {"prediction": [names[k] for k in numbers], "label": numbers}
+            found.append(line | {"probabilities": dict(zip(names, (round(p, 6) for p in each), strict=True))})
+        return found
+
+
+def has_class(logits: Tensor) -> Tensor:
+    """Whether each class is predicted if a row can have several: its probability is 0.5 or more."""
+    return logits >= 0
+
+
+class SeveralClasses:
+    """Makes batches whose labels are 0 or 1 for each class, [n, classes], from rows with lists of class numbers.
+
+    Args:
+        collate: makes the rest of the batch.
+        n_classes: width of the labels.
+    """
+
+    def __init__(self, collate: Collate, n_classes: int) -> None:
+        self.collate, self.n_classes = collate, n_classes
+
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+        batch = self.collate({name: values for name, values in rows.items() if name != "labels"})
+        if "labels" in rows:
+            batch["labels"] = torch.zeros(len(rows["labels"]), self.n_classes)
+            for i, numbers in enumerate(rows["labels"]):
+                batch["labels"][i, numbers] = 1
+        return batch

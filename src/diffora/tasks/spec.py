@@ -23,6 +23,7 @@ class TaskSpec:
         test_splits: splits without public labels, which only GLUE's server can score; the official one first.
         generate: makes the rows of a generated task. It takes ``train_rows``, ``validation_rows`` and ``seed``, and
             returns the columns of each split by the split's name.
+        multilabel: whether a row can have any number of classes. Its label is then a list of class numbers.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TaskSpec:
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     generate: Callable[..., dict[str, dict[str, list[Any]]]] | None = None
+    multilabel: bool = False
 
     @property
     def is_regression(self) -> bool:

@@ -1,37 +1,41 @@
-"""People's own texts with labels, from one file or a folder of files: ``task=text``."""
+"""People's own texts with labels, from one file, a folder of files or the hub: ``task=text``."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
+from torch import Tensor
 
 from diffora.errors import UserError
-from diffora.settings.checks import FRACTION, LENGTH, PATH, SEED, Help, whole
+from diffora.settings.checks import FRACTION, LENGTH, PATH, SEED, TEXT, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Outputs, Rows, Split
 from diffora.tasks.glue import compute_metrics
 from diffora.tasks.labels import alike
 from diffora.tasks.messages import some
-from diffora.tasks.sentences import SentenceTask
-from diffora.tasks.sources.files import check_folder, has_validation, split_files
+from diffora.tasks.sentences import SentenceTask, has_class
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
+from diffora.tasks.texts import several
+from diffora.tasks.texts.columns import Columns, Kind, Part
 from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
-from diffora.tasks.texts.read import FORMATS, Columns, Part, read_part
+from diffora.tasks.texts.source import ALL, Source
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
-ALL = "all"
-"""The split of all rows of a single file."""
+METRICS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "weighted_f1"),
+    "multilabel": ("micro_f1", "macro_f1", "weighted_f1", "subset_accuracy"),
+    "regression": ("pearson", "spearman", "mse"),
+}
+"""The metrics of each kind of label; the first one chooses the best epoch."""
+AVERAGES: tuple[Literal["micro", "macro", "weighted"], ...] = ("micro", "macro", "weighted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +44,30 @@ class TextSettings(TaskSettings):
 
     path: Annotated[
         Annotated[str, PATH] | None,
-        Help("A .csv, .tsv, .jsonl or .parquet file, or a folder with such files: train, validation, test."),
+        Help(
+            "A .csv, .tsv, .jsonl or .parquet file, a folder with such files (train, validation, test), or the id of a "
+            "data set on the hub."
+        ),
     ] = None
-    kind: Annotated[Literal["classification", "regression"], Help("Whether labels are classes or numbers.")] = (
-        "classification"
-    )
+    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
+    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
+    validation_split: Annotated[
+        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
+    ] = "validation"
+    kind: Annotated[Kind, Help("Whether a row has one class, any number of classes, or a number.")] = "classification"
     text_columns: Annotated[
         list[str] | str, Help("Columns of text: one, or two that are read as a pair; more are joined into one text.")
     ]
     label_column: Annotated[str, Help("Column of the labels.")] = "label"
+    label_columns: Annotated[
+        list[str] | None, Help("For `kind=multilabel`: columns that hold 0 or 1 for the class of their name.")
+    ] = None
+    label_separator: Annotated[
+        Annotated[str, TEXT] | None,
+        Help("For `kind=multilabel`: what separates the classes in a text; null: found in the rows."),
+    ] = None
     validation_fraction: Annotated[
-        float, FRACTION, Help("Share of the training rows to validate on, if there is no validation file.")
+        float, FRACTION, Help("Share of the training rows to validate on, if there are no validation rows.")
     ] = 0.1
     split_seed: Annotated[int, SEED, Help("Draws these rows; the seed of the run does not matter.")] = 0
     max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
@@ -59,7 +76,7 @@ class TextSettings(TaskSettings):
 class TextTask(SentenceTask):
     """Classify your own texts, or predict a number for them.
 
-    The classes are the labels of the training rows. Without a validation file, validation rows are taken from the
+    The classes are the labels of the training rows. Without a validation split, validation rows are taken from the
     training rows (`choose_validation`).
     """
 
@@ -67,16 +84,18 @@ class TextTask(SentenceTask):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.numeric = cfg.kind == "regression"
+        self.numeric, self.several = cfg.kind == "regression", cfg.kind == "multilabel"
         texts = [cfg.text_columns] if isinstance(cfg.text_columns, str) else cfg.text_columns
-        self.columns = Columns(tuple(texts), cfg.label_column, self.numeric)
-        self.metrics = ("pearson", "spearman", "mse") if self.numeric else ("accuracy", "macro_f1", "weighted_f1")
+        labels = tuple(cfg.label_columns or (cfg.label_column,))
+        self.columns = Columns(tuple(texts), labels, cfg.kind, flags=bool(cfg.label_columns))
+        self.metrics = METRICS[cfg.kind]
         self.main_metric = self.metrics[0]
-        self.spec = TaskSpec(cfg.name, None, self.columns.read_as, (), self.metrics, self.main_metric)
+        self.spec = TaskSpec(
+            cfg.name, None, self.columns.read_as, (), self.metrics, self.main_metric, multilabel=self.several
+        )
         """For classification, its class names are missing until rows are loaded, or until `expect` gives them."""
-        self.place = Path(cfg.path or "")
-        has_test = self.place.is_dir() and any(self.place.glob("test[.-]*"))
-        self.test_splits = ("test",) if has_test else ()
+        self.source = Source(cfg.path or "", cfg.subset, cfg.train_split, cfg.validation_split)
+        self.test_splits = ("test",) if self.source.has_test else ()
 
     def unit_of(self, metric: str) -> str:
         return "" if metric == "mse" else "fraction"
@@ -86,20 +105,30 @@ class TextTask(SentenceTask):
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         """All rows of another file; otherwise the validation rows."""
-        return (ALL,) if other_data and not self.place.is_dir() else self.validation_splits
+        return (ALL,) if other_data and self.source.is_file else self.validation_splits
 
     def problems(self) -> Iterator[str]:
-        names = self.columns.texts
-        if self.cfg.path is None:
+        names, cfg = self.columns.texts, self.cfg
+        if cfg.path is None:
             yield f"task.path=null: task={self.name} reads your own rows: give a file, or a folder with train.csv"
-        elif not self.place.is_dir() and self.place.suffix.removeprefix(".") not in FORMATS:
-            yield f"task.path={self.place} must be a folder or a file of one of the types {', '.join(FORMATS)}"
+        else:
+            yield from self.source.problems()
         if not names:
             yield "task.text_columns=[] must name at least one column"
-        if len(set(names)) < len(names):
-            yield f"task.text_columns={list(names)} names a column twice"
-        if self.cfg.label_column in names:
-            yield f"task.label_column={self.cfg.label_column} is in task.text_columns too; a label is not a text"
+        for key, columns in (("text_columns", names), ("label_columns", cfg.label_columns or ())):
+            if len(set(columns)) < len(columns):
+                yield f"task.{key}={list(columns)} names a column twice"
+        for label in self.columns.labels:
+            if label in names:
+                key = "label_columns" if self.columns.flags else "label_column"
+                yield f"task.{key}={label} is in task.text_columns too; a label is not a text"
+        for key in ("label_columns", "label_separator"):
+            if not self.several and getattr(cfg, key) is not None:
+                yield f"task.{key}={getattr(cfg, key)} is for task.kind=multilabel, not task.kind={cfg.kind}"
+        if cfg.label_columns is not None and len(cfg.label_columns) < 2:
+            yield f"task.label_columns={cfg.label_columns} must name at least two columns"
+        if cfg.label_columns and cfg.label_separator is not None:
+            yield f"task.label_separator={cfg.label_separator}: the columns of task.label_columns hold 0 or 1"
 
     def head(self) -> dict[str, Any]:
         if not self.numeric and not self.spec.label_names:
@@ -137,20 +166,21 @@ class TextTask(SentenceTask):
 
         Rows of "train" and "validation" need labels; the rows of other splits need none.
         """
-        single = not self.place.is_dir()
-        if single and split not in ("train", "validation", ALL):
+        if self.source.is_file and split not in ("train", "validation", ALL):
             raise UserError(
-                f"split={split}: task.path={self.place} is one file; it has the splits all, train, validation"
+                f"split={split}: task.path={self.cfg.path} is one file; it has the splits all, train, validation"
             )
-        if split == "train" or (split == "validation" and self._is_cut()):
+        if split == "train" or (split == "validation" and not self.source.has_validation()):
             rows = self.load()
             return rows.train if split == "train" else rows.validation[split]
         if not self.numeric and not self.spec.label_names:
             self.load()  # the training rows have the classes
         problems: list[str] = []
-        part = self._read(ALL if single else split, split == "validation", problems)
+        part = self._read(split, split == "validation", problems)
         if part is not None and "label" in part.table.column_names:
             table = self._with_targets(part, "the training rows", problems)
+            if problems and split != "validation":
+                problems.append(f"  For predictions without metrics, leave out column '{self.columns.label}'.")
         if problems or part is None:
             raise UserError(problems)
         if "label" not in part.table.column_names:
@@ -159,19 +189,20 @@ class TextTask(SentenceTask):
         self.accounts[split] = part.account
         return datasets.Dataset(table)
 
-    def _is_cut(self) -> bool:
-        """Whether validation rows are taken from the training rows."""
-        return not self.place.is_dir() or not has_validation(self.place, FORMATS)
-
     def _read(self, split: str, labelled: bool, problems: list[str]) -> Part | None:
-        if not self.place.is_dir():
-            if not self.place.is_file():
-                problems.append(f"task.path={self.place} does not exist.")
-                return None
-            files = [self.place]
-        else:
-            files = split_files(self.place, split, problems, FORMATS)
-        return read_part(files, self.columns, labelled, problems) if files else None
+        """The checked rows of a split, with the classes of each row as a list if a row can have several."""
+        part = self.source.read(split, self.columns, labelled, problems)
+        if not self.several or part is None or "label" not in part.table.column_names:
+            return part
+        if pa.types.is_list(part.table.column("label").type):
+            return part
+        before, sign = len(problems), self.cfg.label_separator
+        if sign is None:
+            sign = several.find_separator(part, self.columns.label, self.spec.label_names, problems)
+        if len(problems) > before:
+            return None
+        several.note_separator(part, self.columns.label, sign)
+        return several.separated(part, sign)
 
     def _tables(self) -> dict[str, pa.Table]:
         """The checked training rows and, if there is a file of them, the validation rows. Learns the classes.
@@ -180,16 +211,15 @@ class TextTask(SentenceTask):
             UserError: everything that is wrong with the rows.
         """
         problems: list[str] = []
-        if self.place.is_dir():
-            check_folder(self.place, "train.csv")
-        splits = ("train",) if self._is_cut() else ("train", "validation")
+        splits = ("train", "validation") if self.source.has_validation() else ("train",)
         parts = {split: self._read(split, True, problems) for split in splits}
         train = parts["train"]
         if train is None:
             raise UserError(problems)
         if not self.numeric:
             if not self.spec.label_names:
-                classes = find_classes(train, self.columns.label, problems)
+                found = find_classes(train, self.columns.label, problems)
+                classes = self.columns.labels if self.columns.flags else found
                 self.spec = dataclasses.replace(self.spec, label_names=tuple(classes))
             if twins := alike(self.spec.label_names):
                 train.account.notes.append(f"classes whose names differ only in case or white space: {some(twins)}")
@@ -208,7 +238,8 @@ class TextTask(SentenceTask):
     def _with_targets(self, part: Part, whose: str, problems: list[str]) -> pa.Table:
         if self.numeric:
             return scores(part, self.columns.label, problems)
-        return class_numbers(part, list(self.spec.label_names), whose, self.columns.label, problems)
+        number = several.class_lists if self.several else class_numbers
+        return number(part, list(self.spec.label_names), whose, self.columns.label, problems)
 
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(training rows, validation rows); both accounts say how they were divided."""
@@ -216,14 +247,16 @@ class TextTask(SentenceTask):
         chosen = choose_validation(table, fraction, seed, by_class=not self.numeric)
         if not chosen.any():
             raise UserError(
-                f"{self.place}: no validation rows can be taken from {table.num_rows} rows, because no class has two "
-                "different texts; add rows, or a validation file"
+                f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because no class has "
+                "two different texts; add rows, or a validation file"
             )
         train, validation = table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
         why = f"task.validation_fraction={fraction:g}, task.split_seed={seed}"
         self.accounts["train"].drop(f"taken for validation, {why}", validation.num_rows)
         self.accounts["validation"] = Account(validation.num_rows)
-        where = "drawn from each class" if not self.numeric else "drawn at random"
+        where = "drawn at random" if self.numeric else "drawn from each class"
+        if self.several:
+            where += " (a row of several classes counts for its rarest one)"
         self.accounts["validation"].notes.append(f"{validation.num_rows:,} of the training rows, {where}: {why}")
         if repeated := count_repeated(table):
             self.accounts["train"].notes.append(
@@ -234,7 +267,8 @@ class TextTask(SentenceTask):
     def _note_classes(self, tables: dict[str, pa.Table]) -> None:
         """Note classes that are missing in the rows used for training or validation."""
         for name, table in tables.items():
-            there = set(pc.unique(table.column("label")).to_pylist())
+            labels = table.column("label")
+            there = set(pc.unique(pc.list_flatten(labels) if self.several else labels).to_pylist())
             if missing := [label for i, label in enumerate(self.spec.label_names) if i not in there]:
                 self.accounts[name].notes.append(f"no row of these classes: {some(missing)}")
 
@@ -242,7 +276,10 @@ class TextTask(SentenceTask):
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         logits, labels = outputs["logits"], outputs["labels"]
-        found = {"loss": self._loss(logits, labels).item()} | compute_metrics(self.spec, logits, labels)
+        found = {"loss": self._loss(logits, labels).item()}
+        if self.several:
+            return found | several_f1(logits, labels)
+        found |= compute_metrics(self.spec, logits, labels)
         if self.numeric:
             return {name: found.get(name, found["loss"]) for name in ("loss", *self.metrics)}
 
@@ -254,14 +291,19 @@ class TextTask(SentenceTask):
             for average in ("macro", "weighted")
         }
 
-    def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """For classes: name and number of the predicted class, and the probability of each class by its name."""
-        rows, logits = outputs["row"].tolist(), outputs["logits"].to(torch.float64)
-        if self.numeric:
-            return [{"row": row, "prediction": value} for row, value in zip(rows, logits[:, 0].tolist(), strict=True)]
-        names, found = self.spec.label_names, []
-        for row, shares in zip(rows, logits.softmax(dim=1).numpy(), strict=True):
-            best = int(np.argmax(shares))
-            each = {name: round(float(share), 6) for name, share in zip(names, shares, strict=True)}
-            found.append({"row": row, "prediction": names[best], "label": best, "probabilities": each})
-        return found
+
+def several_f1(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics of rows that can have several classes; a class is predicted at a probability of 0.5 or more.
+
+    F1 is 0 for a class that no row has and none is predicted to have, as in scikit-learn.
+
+    Args:
+        logits: [n, classes].
+        labels: [n, classes], 1 where the row has the class.
+    """
+    from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
+
+    predicted, wanted, n = has_class(logits).long(), labels.long(), labels.shape[1]
+    found = {f"{name}_f1": multilabel_f1_score(predicted, wanted, n, average=name) for name in AVERAGES}
+    found["subset_accuracy"] = multilabel_exact_match(predicted, wanted, n)
+    return {name: float(value) for name, value in found.items()}

@@ -80,7 +80,7 @@ def _write(
     if "token_type_ids" in tokenizer.model_input_names:
         types["token_type_ids"] = pa.list_(pa.int8())
     if "label" in dataset.column_names:
-        types["labels"] = pa.float32() if spec.is_regression else pa.int64()
+        types["labels"] = dataset.data.schema.field("label").type
     types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
     with (
         arrow_writer(file, pa.schema(types)) as append,

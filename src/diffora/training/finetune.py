@@ -14,6 +14,7 @@ from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
+from diffora.tasks.classes import ClassResults
 from diffora.training.criterion import Criterion
 from diffora.training.optimisers import make_optimiser, make_schedule
 
@@ -30,9 +31,9 @@ class FineTuneModule(Stage):
     not part of the reported training loss. The training metric is that of the predictions made while training.
 
     An epoch of Lightning is a segment of the plan (`diffora.loop.plan`). After each epoch, or as often as
-    ``finetune.eval_every`` says, the whole validation split is predicted once and scored three times: as a whole (the usual figure
-    in the literature, which also chooses the best epoch), and as two seeded halves. So a choice made on one half can be
-    reported on the other.
+    ``finetune.eval_every`` says, the whole validation split is predicted once and scored three times: as a whole (the
+    usual figure in the literature, which also chooses the best weights), and as two seeded halves. So a choice made on
+    one half can be reported on the other.
 
     Args:
         adaptation: the adapted model, and what its method does in a step. Parameters that require gradients are
@@ -49,6 +50,7 @@ class FineTuneModule(Stage):
     Attributes:
         history: the metrics of each evaluation.
         best_state: the trainable weights of the best evaluation.
+        best_classes: the results by class of the best evaluation on the official split; None if there are none.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class FineTuneModule(Stage):
         self.halves, self.settings = halves, settings
         self.history: list[Metrics] = []
         self.best_state: dict[str, Tensor] = {}
+        self.best_classes: ClassResults | None = None
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
@@ -189,10 +192,12 @@ class FineTuneModule(Stage):
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()
         scores = self._training_scores()
+        classes = None
         for i, (name, split) in enumerate(self.validation.items()):
             outputs, self._outputs[i] = self._gather(self._outputs[i]), []
             scores |= {f"{name}/{key}": value for key, value in self.task.score(outputs, split).items()}
             if i == 0:
+                classes = self.task.class_results(outputs)
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
                     half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
                     scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
@@ -205,7 +210,7 @@ class FineTuneModule(Stage):
         scores |= measures(self.adaptation)
         self.history.append(scores)
         if self.best_epoch == len(self.history) - 1:
-            self.best_state = self.trainable_state()
+            self.best_state, self.best_classes = self.trainable_state(), classes
         if self.stalled:
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
@@ -283,12 +288,14 @@ class FineTuneModule(Stage):
         return {
             "history": self.history,
             "best_state": self.best_state,
+            "best_classes": self.best_classes and vars(self.best_classes),
             "method": self.adaptation.state(),
             "finished": self.current_epoch + 1 >= len(self.plan),
         }
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
+        self.best_classes = memory["best_classes"] and ClassResults(**memory["best_classes"])
         self._finished = bool(memory["finished"])
         self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])

@@ -16,7 +16,7 @@ from diffora.tasks.account import Account, Accounts, note_ignored, note_overlap
 from diffora.tasks.base import Rows
 from diffora.tasks.sources.check_labels import Numbering, check_label, has_names, is_unlabelled, numbering_of
 from diffora.tasks.sources.check_values import check_index, check_text, check_unique
-from diffora.tasks.sources.hub import hub_splits
+from diffora.tasks.sources.hub import hub_splits, with_features
 from diffora.tasks.sources.readers import Piece, Pieces, local_pieces
 from diffora.tasks.sources.tables import check_columns, content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
@@ -131,12 +131,7 @@ def _hub(spec: TaskSpec, splits: Sequence[str]) -> Pieces:
         found = {DIAGNOSTIC: hub_splits(spec.name, HUB_DATASET, DIAGNOSTIC, ["test"], files)["test"]}
     else:
         found = hub_splits(spec.name, HUB_DATASET, spec.hub_config, splits, files)
-    return {name: {name: Piece(_with_features(split))} for name, split in found.items()}
-
-
-def _with_features(split: datasets.Dataset) -> pa.Table:
-    """A split's table, with the class names in its schema as in the hub's parquet files."""
-    return split.data.table.replace_schema_metadata(split.features.arrow_schema.metadata)
+    return {name: {name: Piece(with_features(split))} for name, split in found.items()}
 
 
 # --- checks ---

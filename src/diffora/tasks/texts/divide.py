@@ -1,6 +1,6 @@
 """Taking validation rows from the training rows, if the data have no validation file."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,10 @@ def count_repeated(table: pa.Table) -> int:
 
 def count_contradictions(table: pa.Table) -> int:
     """How many texts have rows with different labels."""
-    pairs = pa.table({"text": row_texts(table), "label": table.column("label")})
+    labels = table.column("label")
+    if pa.types.is_list(labels.type):
+        labels = pa.array(map(str, labels.to_pylist()), pa.string())
+    pairs = pa.table({"text": row_texts(table), "label": labels})
     labels = pairs.group_by("text").aggregate([("label", "count_distinct")])
     found: int = pc.sum(pc.greater(labels.column("label_count_distinct"), 1)).as_py()
     return found
@@ -36,15 +39,20 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
     Args:
         table: text columns and ``label``.
         seed: another seed draws other rows.
-        by_class: whether to draw from each class by itself; otherwise labels do not matter.
+        by_class: whether to draw from each class by itself; otherwise labels do not matter. A row of several classes is
+            drawn with those of its rarest class.
     """
     same_text: dict[str, list[int]] = defaultdict(list)
     for row, text in enumerate(row_texts(table).to_pylist()):
         same_text[text].append(row)
-    labels = table.column("label").to_pylist()
+    labels: list[list[int]] = table.column("label").to_pylist()
+    if by_class and not pa.types.is_list(table.column("label").type):
+        labels = [[label] for label in labels]  # type: ignore[list-item]
+    counts = Counter(label for row in labels for label in row) if by_class else Counter()
     strata: dict[int, list[list[int]]] = defaultdict(list)
     for rows in same_text.values():
-        strata[labels[rows[0]] if by_class else 0].append(rows)
+        rarest = min(labels[rows[0]], key=lambda label: (counts[label], label), default=-1) if by_class else 0
+        strata[rarest].append(rows)
     chosen = np.zeros(table.num_rows, dtype=bool)
     generator = np.random.default_rng(seed)
     for _, groups in sorted(strata.items()):
@@ -57,9 +65,8 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
         if taken == 0 and len(groups) > 1:
             chosen[min(drawn, key=len)] = True
     if by_class:  # one text may have several labels, so a class can be left without training rows
-        values = np.array(labels)
-        for label in set(values[chosen].tolist()) - set(values[~chosen].tolist()):
-            for rows in same_text.values():
-                if label in values[rows]:
-                    chosen[rows] = False
+        trained = {label for row, out in zip(labels, chosen, strict=True) if not out for label in row}
+        for rows in same_text.values():
+            if any(label not in trained for row in rows for label in labels[row]):
+                chosen[rows] = False
     return chosen

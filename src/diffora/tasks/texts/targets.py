@@ -9,32 +9,51 @@ from diffora.tasks.labels import known_classes
 from diffora.tasks.messages import some
 from diffora.tasks.sources.check_values import report
 from diffora.tasks.sources.readers import NUMBER
-from diffora.tasks.texts.read import Part
+from diffora.tasks.texts.columns import Part
+from diffora.tasks.texts.several import SEPARATORS, names_in
 
 WHOLE = r"[-+]?\d+"
+ABSENT = ("nan", "none", "null", "n/a", "na", "<na>")
+"""What other programs write in place of a missing label, in lower case."""
 
 
 def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
-    """The different labels of a split, sorted: by number if all of them are whole numbers, else by name.
+    """The classes of a split, sorted: by number if all of them are whole numbers, else by name.
 
     Args:
         column: name of the label column, for messages.
         problems: grows by a message if these cannot be classes.
     """
-    classes: list[str] = pc.unique(part.table.column("label")).to_pylist()
+    labels = part.table.column("label")
+    several = pa.types.is_list(labels.type)
+    classes: list[str] = pc.unique(pc.list_flatten(labels) if several else labels).to_pylist()
     numbers = all(re.fullmatch(WHOLE, name) for name in classes)
     classes.sort(key=lambda name: (int(name), name) if numbers else name)
     where = f"{part.where}: column '{column}'"
     if len(classes) == 1:
         problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
-    elif not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
+    elif not several and not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
         problems.append(f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them.")
     elif len(classes) > max(10, part.table.num_rows / 2):
         rows = part.table.num_rows
         part.account.notes.append(
             f"column '{column}' has {len(classes):,} different labels in {rows:,} rows: are they classes?"
         )
+    if not several and (joint := [name for name in classes if _is_joint(name, set(classes))]):
+        part.account.notes.append(
+            f"column '{column}' has labels made of others, such as '{joint[0]}': task.kind=multilabel learns them "
+            "as several classes"
+        )
+    if absent := [name for name in classes if name.lower() in ABSENT]:
+        part.account.notes.append(
+            f"column '{column}' has the class {some(absent)}: if this means that there is no label, remove these rows"
+        )
     return classes
+
+
+def _is_joint(name: str, classes: set[str]) -> bool:
+    """Whether a label is made of other labels with a separator in between."""
+    return any(sign in name and classes.issuperset(names_in(name, sign)) for sign in SEPARATORS)
 
 
 def class_numbers(part: Part, classes: list[str], whose: str, column: str, problems: list[str]) -> pa.Table:

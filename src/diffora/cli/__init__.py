@@ -6,18 +6,17 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
-
 from diffora.errors import UserError, explained
+from diffora.files import conf_dir
 from diffora.run.composition import composition_problems, missing_plugin, short, with_sweep_hint
-from diffora.run.imports import import_run
-from diffora.settings import identity  # noqa: F401  # registers a resolver that conf/ needs
+from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 
 
 def command(main: Callable[[], object]) -> None:
-    """Run a Hydra main function; on failure print one message to stderr and exit with status 1."""
+    """Run a command; on failure print one message to stderr and exit with status 1."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before we started, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -51,7 +50,9 @@ def command(main: Callable[[], object]) -> None:
             fail(*told.problems)
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf") or _came_while_composing(error):
             plugin = missing_plugin(error)
-            problems = [plugin] if plugin else composition_problems(overrides(), added_paths()) or [short(error)]
+            problems = (
+                [plugin] if plugin else composition_problems(overrides(), added_paths(), primary()) or [short(error)]
+            )
             fail(*(with_sweep_hint(problems) if {"-m", "--multirun"}.intersection(sys.argv) else problems))
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
 
@@ -60,34 +61,8 @@ def _came_while_composing(error: Exception) -> bool:
     """Whether an error came from Hydra before a run or a sweep started."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
-    begun = any(frame.f_code is job.__code__ for frame in frames) or "hydra_plugins.diffora_table" in modules
+    begun = {"diffora.run.experiment", "hydra_plugins.diffora_table"}.intersection(modules)
     return not begun and any(module.startswith("hydra.") for module in modules)
-
-
-def job(cfg: DictConfig) -> float | None:
-    """One run: returns the task's main metric, for sweeps to optimise."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        print(f"\n{hydra.runtime.output_dir}", flush=True)
-    elif hydra.sweeper.get("rows"):
-        name = hydra.runtime.choices["experiment"]
-        with suppress(OSError):
-            os.rmdir(hydra.runtime.output_dir)
-        fail(f"experiment={name} is a table of runs, which takes -m: python train.py -m experiment={name} scale=…")
-    import_run()
-    from diffora.run.experiment import train
-
-    try:
-        return train(cfg)
-    except UserError as error:
-        with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
-            os.rmdir(hydra.runtime.output_dir)
-        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
-            raise  # the other jobs of the sweep continue
-        fail(*error.problems)
 
 
 def fail(*problems: str, status: int = 1) -> NoReturn:
@@ -114,17 +89,30 @@ def overrides() -> list[str]:
     return [a for a in sys.argv[1:] if a.startswith("~") or ("=" in a and not a.startswith("--"))]
 
 
+def primary() -> tuple[Path, str]:
+    """(folder, name) of the configuration that all others are added to: ``--config-path`` and ``--config-name``."""
+    folder, name = values_of("--config-path", "-cp"), values_of("--config-name", "-cn")
+    return Path(folder[-1]).absolute() if folder else conf_dir(), name[-1] if name else "config"
+
+
+def values_of(*names: str) -> list[str]:
+    """The values of an option of Hydra on the command line: ``--name value`` or ``--name=value``."""
+    found = []
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        if name in names:
+            found.append(value if given else following)
+    return found
+
+
 def added_paths() -> list[str]:
     """The folders of configurations that the command line adds: ``--config-dir`` and ``hydra.searchpath``."""
     from diffora.run.sweep import parse
 
-    found = []
-    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
-        name, given, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            found.append(f"file://{os.path.abspath(value if given else following)}")
-        elif name.lstrip("+") == "hydra.searchpath":
+    found = [f"file://{os.path.abspath(value)}" for value in values_of("--config-dir", "-cd")]
+    for override in overrides():
+        if override.partition("=")[0].lstrip("+") == "hydra.searchpath":
             with suppress(Exception):  # not of the form name=[…]: Hydra says so itself
-                value_of: Any = parse([argument])[0].value()
+                value_of: Any = parse([override])[0].value()
                 found += map(str, value_of)
     return found

@@ -1,0 +1,92 @@
+"""``train`` and ``select``: Hydra reads their arguments, and calls `job` for each run."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from diffora.cli import added_paths, fail, primary, values_of
+from diffora.errors import UserError, called
+from diffora.run.composition import check_added
+from diffora.run.imports import import_run
+from diffora.trust import look_in
+
+SELECT = """\
+Search and select modules, without fine-tuning: selection.json and its pictures.
+
+  {select} method=diffora task=mrpc
+  {select} experiment=quickstart                   in seconds, without network or GPU
+  {select} method.selector=attribution task=mrpc   another way to score the modules
+  {select} -m seed=0,1,2 task=mrpc                 a sweep
+
+It takes every choice and value of `{train}` (see its --help), and sets search_only=true. At the end it says how to
+use the selection. Methods that select no modules are refused."""
+
+_typed: list[str] = []
+"""The command line as it was typed, while Hydra reads a part of it."""
+
+
+def main(arguments: list[str]) -> None:
+    """One run, or with ``-m`` a sweep.
+
+    Raises:
+        Exception: Hydra's and those of the run; `diffora.cli.command` explains them.
+    """
+    import hydra  # slow, and `--help` of `select` does not need it
+
+    global _typed
+    _typed = sys.argv
+    sys.argv = [sys.argv[0], *arguments]  # where Hydra looks for arguments
+    folder, name = primary()
+    if values_of("--config-path", "-cp"):  # Hydra would look for it beside this module, not in the current folder
+        sys.argv += ["--config-path", str(folder)]
+    look_in(check_added(added_paths(), folder))
+    hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+
+
+def select(arguments: list[str]) -> None:
+    """The same, with ``search_only=true``.
+
+    Raises:
+        UserError: the arguments set ``search_only`` themselves.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(SELECT.format(select=called("select"), train=called("train")))
+        return
+    if given := [a for a in arguments if a.lstrip("+~").partition("=")[0] == "search_only"]:
+        raise UserError(f"{given[0]}: `{called('select')}` sets search_only=true itself; leave it out")
+    # Hydra takes its overrides in one piece, so this one stands before the first of them.
+    first = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
+    main([*arguments[:first], "search_only=true", *arguments[first:]])
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One run: returns the task's main metric, for sweeps to optimise."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if _typed:
+        sys.argv = _typed  # Lightning starts the other processes of a run with it
+    hydra = HydraConfig.get()
+    look_in(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")  # in a worker
+    if hydra.mode == RunMode.MULTIRUN:
+        print(f"\n{hydra.runtime.output_dir}", flush=True)
+    elif hydra.sweeper.get("rows"):
+        name = hydra.runtime.choices["experiment"]
+        with suppress(OSError):
+            os.rmdir(hydra.runtime.output_dir)
+        table = f"{called('train')} -m experiment={name} scale=…"
+        fail(f"experiment={name} is a table of runs, which takes -m: {table}")
+    import_run()
+    from diffora.run.experiment import train
+
+    try:
+        return train(cfg)
+    except UserError as error:
+        with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
+            os.rmdir(hydra.runtime.output_dir)
+        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
+            raise  # the other jobs of the sweep continue
+        fail(*error.problems)

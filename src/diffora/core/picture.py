@@ -1,0 +1,105 @@
+"""The picture of a DAM ([D] Figure 2): `diffora.core.selection.Selection.plot` and the pictures of a run draw it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffora.core.parts import short_names
+
+Rows = Sequence[Sequence[float]]
+
+STARTS = {"softmax": "1/N", "sigmoid": "1/2"}
+"""The gate at Γ = 0 in words, by relaxation."""
+
+
+def start_gate(relaxation: str, n_types: int) -> float:
+    """`diffora.core.dam.neutral_gate` without torch, which a report does not import.
+
+    Raises:
+        KeyError: there is no such relaxation.
+    """
+    return {"1/N": 1 / n_types, "1/2": 0.5}[STARTS[relaxation]]
+
+
+def colour_range(values: Rows, neutral: float | None) -> tuple[float, float]:
+    """(centre, distance): the value that is drawn white, and how far from it a colour is strongest.
+
+    Gates are white at the gate of Γ = 0, so that a colour says whether the search opened or closed a module. Scores
+    have no such point: the lowest of them is white.
+
+    Args:
+        values: L x N.
+        neutral: the gate at Γ = 0 (`start_gate`); None for scores.
+    """
+    flat = [value for row in values for value in row]
+    centre = min(flat) if neutral is None else neutral
+    return centre, max(max(abs(value - centre) for value in flat), 1e-9)
+
+
+def shares(scores: Rows, by_layer: bool) -> list[list[float]]:
+    """Scores divided by the sum of their absolute values in a layer, so that layers can be compared by eye.
+
+    Args:
+        scores: L x N.
+        by_layer: whether modules compete within a layer. False: all are divided by the mean of these sums, which keeps
+            the order over all layers.
+    """
+    totals = [sum(map(abs, row)) for row in scores]
+    if not by_layer:
+        totals = [sum(totals) / len(totals)] * len(totals)
+    return [[v / (total or 1.0) for v in row] for row, total in zip(scores, totals, strict=True)]
+
+
+MOST_NUMBERED = 40
+"""Up to this many layers, numbers are written into the cells. More layers get narrow cells without numbers."""
+
+
+def size_of(n_layers: int, n_types: int) -> tuple[float, float]:
+    """Width and height of a figure in inches."""
+    return 2.4 + (0.62 if n_layers <= MOST_NUMBERED else 0.25) * n_layers, 1.5 + 0.42 * n_types
+
+
+def draw_dam(
+    axes: Any,
+    values: Rows | None,
+    mask: Sequence[Sequence[bool]],
+    types: Sequence[str],
+    neutral: float | None,
+    label: str,
+) -> None:
+    """Draw one column per layer and one row per module type on matplotlib's axes; selected modules get a frame.
+
+    Args:
+        values: L x N gates or scores; None draws the frames only.
+        mask: L x N, whether a module is selected.
+        types: the N module types.
+        neutral: see `colour_range`.
+        label: of the colour bar.
+    """
+    from matplotlib.patches import Rectangle  # matplotlib takes half a second to import
+
+    if values is not None:
+        centre, most = colour_range(values, neutral)
+        image = axes.imshow(
+            [list(column) for column in zip(*values, strict=True)],
+            cmap="Reds" if neutral is None else "RdBu_r",
+            vmin=centre if neutral is None else centre - most,
+            vmax=centre + most,
+            aspect="auto",
+        )
+        axes.figure.colorbar(image, ax=axes, label=label, pad=0.02).outline.set_visible(False)
+    for i, row in enumerate(mask):
+        for j, flag in enumerate(row):
+            if values is not None and len(mask) <= MOST_NUMBERED:
+                dark = abs(values[i][j] - centre) > 0.65 * most
+                axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
+            if flag:
+                axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
+    axes.set_xlim(-0.5, len(mask) - 0.5)
+    axes.set_ylim(len(types) - 0.5, -0.5)
+    axes.set_xticks(
+        range(len(mask)), [str(i + 1) for i in range(len(mask))], size=None if len(mask) <= MOST_NUMBERED else 7
+    )
+    axes.set_yticks(range(len(types)), short_names(types), parse_math=False)  # names may come from a file: no formulas
+    axes.set_xlabel("layer")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)

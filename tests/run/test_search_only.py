@@ -1,0 +1,84 @@
+"""``search_only=true``: the same selection as a whole run's, and a run that a whole run can go on from."""
+
+import pytest
+
+from diffora.core.selection import Selection
+from diffora.errors import UserError
+from diffora.report.page import write
+from diffora.report.runs import gather
+from diffora.run.check import check
+from diffora.run.evaluate import read_request
+from diffora.run.experiment import run
+from diffora.run.record import read_record
+from diffora.run.terminal import how_to_use
+
+
+@pytest.fixture
+def short(quick) -> list[str]:
+    return [*quick, "finetune.epochs=1"]
+
+
+def test_the_selection_is_that_of_a_whole_run_which_can_go_on_from_it(cfg, short, tmp_path, capsys):
+    whole = run(cfg(*short), tmp_path / "whole")
+    only = run(cfg(*short, "search_only=true"), tmp_path / "only")
+    assert only.selection == whole.selection and Selection.load(tmp_path / "only/selection.json") == whole.selection
+    record = read_record(tmp_path / "only")
+    assert (
+        record["status"] == "selected"
+        and record["metrics"] == {}
+        and record["setting_id"] == whole.record["setting_id"]
+    )
+    assert set(record["files"]) == set(record["digests"]) == {"config.yaml", "selection.json"}
+    assert not (tmp_path / "only/adapter").exists() and (tmp_path / "only/gamma.png").is_file()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "12 of 24 modules selected" in printed and "resume=true hydra.run.dir=" in printed
+
+    with pytest.raises(UserError, match="holds a run \\(selected\\) already"):
+        run(cfg(*short), tmp_path / "only")
+    again = run(cfg(*short, "search_only=true", "resume=true"), tmp_path / "only")
+    assert again.record["status"] == "selected" and again.model is None  # nothing was loaded
+    with pytest.raises(UserError, match="or it only selected"):
+        read_request([f"run={tmp_path / 'only'}"])
+
+    further = run(cfg(*short, "resume=true"), tmp_path / "only")
+    assert further.record["status"] == "completed" and further.metrics == whole.metrics
+    assert further.record["time"]["search_s"] == record["time"]["search_s"]  # it did not search again
+    done = run(cfg(*short, "search_only=true", "resume=true"), tmp_path / "only")
+    assert done.record["status"] == "completed"  # the selection is a part of the complete run
+
+
+def test_what_does_not_go_with_it_is_refused_in_one_message(cfg):
+    with pytest.raises(UserError) as refused:
+        check(cfg("task=mrpc", "model=tiny", "method=lora", "search_only=true", "predict=true"))
+    assert "method=lora selects no modules" in str(refused.value) and "predict=true" in str(refused.value)
+    with pytest.raises(UserError, match=r"search_only=true does not go with method.selection=\['query'\]"):
+        check(cfg("experiment=quickstart", "method.selection=[query]", "search_only=true"))
+
+
+def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):
+    done = run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
+    assert done.record["status"] == "selected" and done.record["time"]["search_s"] == 0
+    with pytest.raises(UserError, match="holds a run"):
+        run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
+
+
+def test_a_report_has_them_in_its_list_and_not_among_results_or_failures(cfg, short, tmp_path):
+    run(cfg(*short, "method.selector=random", "search_only=true"), tmp_path / "runs/only")
+    for name in ("first", "second"):  # without and with a complete run
+        page, *_ = write(gather([tmp_path / "runs"]), tmp_path / name, [tmp_path / "runs"])
+        text = page.read_text()
+        assert "1 runs ended with their selection" in text and '"selected"' in text
+        assert "failed, unfinished" not in text and "no completed run" not in text
+        if name == "first":
+            assert "0 completed runs" in text
+            run(cfg(*(o for o in short if "search" not in o), "method=lora"), tmp_path / "runs/lora")
+    assert "1 completed runs" in text
+
+
+def test_paths_in_the_printed_advice_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {"settings": {"rank": 4, "method": {"alpha": 8}}, "selection": {"rank": None}}
+    lines = how_to_use(record, tmp_path / "a run, x=1")
+    assert lines[1] == "  resume=true \"hydra.run.dir='a run, x=1'\""
+    assert lines[-1].endswith("lora_config(rank=4, alpha=8)")
+    assert how_to_use(record, tmp_path / "plain")[3] == "  method.selection=plain/selection.json"

@@ -1,0 +1,298 @@
+"""Which models the library takes (wrapped, half precision, quantised, placed, checkpointed); how it leaves them."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from library import CASES, Net, assert_same, bert, entropy_loss, pairs, state, texts
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import diffora
+from diffora.core import attach as core_attach
+from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
+from diffora.errors import UserError
+from diffora.standalone.search import Bilevel, SearchSettings
+
+
+def search(model, batches, loss=None, **more):
+    return diffora.search(
+        model, batches[:3], batches[3:], loss=loss, **{"rounds": 1, "gamma_lr": 0.1, "progress": False} | more
+    )
+
+
+def made(name):
+    make, batches, loss = CASES[name]
+    torch.manual_seed(0)
+    return make(), batches(), loss
+
+
+# --- wrappers ---
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_the_module_inside_a_wrapper_is_searched_and_adapted(wrap):
+    model, batches, loss = made("net")
+    wanted = search(model, batches, loss)
+    wrapped = wrap(model)
+    assert search(wrapped, batches, loss) == wanted
+    assert diffora.select(wrapped, "gradient", batches, loss=loss).modules == wanted.modules
+    assert diffora.attach(wrapped, wanted, rank=2) is wrapped
+    assert {name for name, _ in lowrank_layers(model)} == set(wanted.names())
+
+
+def test_a_model_compiled_in_place_is_searched_as_it_is_and_stays_compiled():
+    model, batches, loss = made("net")
+    wanted = search(model, batches, loss)
+    model.compile(backend="eager")
+    model.blocks[1].compile(backend="eager")
+    compiled = [module._compiled_call_impl for module in model.modules()]
+    seen = []
+
+    def noted(model, batch):
+        seen.append(any(module._compiled_call_impl for module in model.modules()))
+        return loss(model, batch)
+
+    assert search(model, batches, noted) == wanted and not any(seen)
+    assert [module._compiled_call_impl for module in model.modules()] == compiled and sum(map(bool, compiled)) == 2
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_of_several_processes_is_refused(group):
+    model, batches, loss = made("net")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    selection = search(model, batches, loss)
+    for call in (
+        lambda: search(wrapped, batches, loss),
+        lambda: diffora.select(wrapped, "random"),
+        lambda: diffora.attach(wrapped, selection, rank=2),
+    ):
+        with pytest.raises(
+            UserError, match=r"is a DistributedDataParallel, which several processes train.*model\.module"
+        ):
+            call()
+
+
+def test_several_processes_are_warned_that_each_searches_alone(monkeypatch, caplog):
+    model, batches, loss = made("net")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    search(model, batches, loss)
+    assert "2 processes are running, and each one searches on its own batches" in caplog.text
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_in_bfloat16_is_searched_and_left_as_it_was(name):
+    model, batches, loss = made(name)
+    model = model.bfloat16()
+    if loss is not None:
+        batches = [(x.bfloat16(), y) for x, y in batches]
+    before = state(model)
+    found = search(model, batches, loss)
+    assert_same(before, state(model))
+    assert found.config["trained"] and torch.tensor(found.gamma_bar).std() > 0
+
+
+def test_small_steps_of_a_head_in_bfloat16_are_not_rounded_away():
+    settings = {"rounds": 1, "rank": 2, "alpha": 4.0, "lr": 1e-4, "gamma_lr": 0.01, "weight_decay": 0.0}
+    settings |= {"clip": None, "train_steps": 1, "relaxation": "softmax"}
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Net().eval().to(dtype)
+        nn.init.ones_(model.head.weight)  # next to 1, numbers in bfloat16 are at least 0.004 apart
+        grid = diffora.find_grid(model)
+        layers = core_attach.attach(model, grid.names, torch.ones(3, 2, dtype=torch.bool), 2, None, 4.0)
+        model.head.requires_grad_(True)
+        bilevel = Bilevel(model, layers, list(model.head.parameters()), entropy_loss, SearchSettings(**settings))
+        for x, y in pairs(8, n=40):
+            bilevel.weight_step((x.to(dtype), y))
+        moved[dtype] = (bilevel.masters[-2] - 1).float()
+        assert model.head.weight.equal(bilevel.masters[-2].to(dtype))
+    assert moved[torch.float32].abs().max() < 0.004 and moved[torch.float32].abs().min() > 0
+    assert torch.allclose(moved[torch.bfloat16], moved[torch.float32], atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_searched_and_left_as_it_was(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = bert()
+    kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+    for name in [name for name, part in model.bert.encoder.named_modules() if isinstance(part, nn.Linear)]:
+        old = model.bert.encoder.get_submodule(name)
+        new = kind(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict())
+        model.bert.encoder.set_submodule(name, new)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    flags = [p.requires_grad for p in model.parameters()]
+    found = search(model, texts())
+    assert torch.tensor(found.gamma_bar).std() > 0
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    with pytest.raises(UserError, match="is quantised and cannot be read"):
+        diffora.select(model, "gradient", texts())
+
+
+# --- devices ---
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = Net()
+    for call in (lambda: search(model, pairs(8), entropy_loss), lambda: diffora.select(model, "random")):
+        with pytest.raises(UserError, match=r"norm\.weight \(and \d+ more\) has no values on its device: load"):
+            call()
+
+
+def test_a_model_that_accelerate_placed_is_searched_and_keeps_its_hooks():
+    model, batches, loss = made("bert")
+    wanted = search(model, batches, loss)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    forwards = {name: part.forward for name, part in model.named_modules() if hasattr(part, "_hf_hook")}
+    assert forwards
+    found = search(model, batches, loss)
+    assert found.selected == wanted.selected
+    assert torch.allclose(torch.tensor(found.gamma_bar), torch.tensor(wanted.gamma_bar), atol=1e-5)
+    assert {n: part.forward for n, part in model.named_modules() if hasattr(part, "_hf_hook")} == forwards
+
+
+def test_a_model_that_accelerate_offloaded_is_refused():
+    model, batches, loss = made("bert")
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"let no device_map move them"):
+        search(model, batches, loss)
+
+
+def test_a_gate_is_on_the_device_of_its_layer():
+    layers = []
+    for device in ("cpu", "meta"):
+        base = nn.Linear(4, 4, device=device)
+        layers.append([LowRankLinear(base, *core_attach.new_pair(base, 2), alpha=2)])
+    gates = torch.ones(2, 1, requires_grad=True)
+    set_gates(layers, gates)
+    assert [row[0].gate.device.type for row in layers] == ["cpu", "meta"]
+    assert all(row[0].gate.requires_grad for row in layers)
+
+
+# --- checkpointed activations ---
+
+
+def test_checkpointed_activations_change_nothing():
+    found = []
+    for checkpointed in (False, True):
+        model, batches, _ = made("bert")
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(torch.tensor(search(model, batches, rounds=2).gamma_bar))
+        assert model.is_gradient_checkpointing is checkpointed
+    assert torch.allclose(found[0], found[1], atol=1e-5) and found[0].std() > 1e-3
+
+
+def test_reentrant_checkpoints_are_refused_with_what_to_call():
+    model, batches, _ = made("bert")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    before = state(model)
+    with pytest.raises(UserError, match=r'gradient_checkpointing_enable\(\{"use_reentrant": False\}\)'):
+        search(model, batches)
+    assert_same(before, state(model))
+
+
+# --- architectures of transformers ---
+
+SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+def t5():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def language(n=6):
+    return [{**batch, "labels": batch["input_ids"]} for batch in texts(n)]
+
+
+@pytest.mark.parametrize(("make", "types"), [(llama, 7), (gpt2, 4)])
+def test_a_decoder_is_searched_without_its_pretrained_head(make, types):
+    torch.manual_seed(0)
+    model = make()
+    before = state(model)
+    found = search(model, language())
+    assert_same(before, state(model))
+    assert len(found.types) == types and found.config["trained"] == []
+    assert torch.tensor(found.gamma_bar).std() > 0
+
+
+def test_of_an_encoder_and_a_decoder_one_is_chosen():
+    torch.manual_seed(0)
+    model = t5()
+    with pytest.raises(UserError, match=r"(?s)2 stacks of layers; choose.*layer=encoder\.block.*layer=decoder\.block"):
+        search(model, language(), layer=None)
+    before = state(model)
+    found = search(
+        model, language(), layer="encoder.block.*", candidates=["layer.0.SelfAttention.q", "layer.1.DenseReluDense.wo"]
+    )
+    assert_same(before, state(model))
+    assert found.modules[1] == ["encoder.block.1.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
+    assert torch.tensor(found.gamma_bar).std() > 0
+
+
+# --- interrupted ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
+@pytest.mark.parametrize("call", [0, 3])
+def test_what_is_raised_in_the_loss_leaves_the_model_as_it_was(error, call):
+    model, batches, _ = made("bert")
+    before, calls = state(model), []
+
+    def stops(model, batch):
+        calls.append(batch)
+        if len(calls) > call:
+            raise error("mine")
+        return model(**batch).loss
+
+    with pytest.raises(error, match="mine"):
+        search(model, batches, stops)
+    assert_same(before, state(model))
+
+
+def test_an_interrupt_between_two_adapters_leaves_none(monkeypatch):
+    model, batches, loss = made("bert")
+    before, made_pairs = state(model), []
+    new_pair = core_attach.new_pair
+
+    def interrupted(base, rank):
+        made_pairs.append(base)
+        if len(made_pairs) == 5:
+            raise KeyboardInterrupt
+        return new_pair(base, rank)
+
+    monkeypatch.setattr(core_attach, "new_pair", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, batches, loss)
+    assert_same(before, state(model))
