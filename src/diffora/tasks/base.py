@@ -260,7 +260,19 @@ class Task:
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of a batch, a scalar."""
-        return F.cross_entropy(full_precision(output.logits), batch["labels"])
+        return F.cross_entropy(*self.class_terms(output, batch))
+
+    def class_terms(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits (..., classes), labels (...)): if the task `classifies`, `loss` is their mean cross-entropy.
+
+        A label of -100 does not count. Fine-tuning uses them for label smoothing and class weights.
+        """
+        return full_precision(output.logits), batch["labels"]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether `loss` is the mean cross-entropy of `class_terms`."""
+        return type(self).loss is Task.loss
 
     def sequences(self, batch: Mapping[str, Tensor]) -> int:
         """How many sequences the model reads for each row of a batch."""

@@ -64,6 +64,10 @@ class SentenceTask(Task):
         counts: list[int] = np.bincount(labels, minlength=self.spec.num_labels).tolist()
         return counts
 
+    @property
+    def classifies(self) -> bool:
+        return not (self.spec.is_regression or self.spec.multilabel)
+
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy; for several classes, mean binary cross-entropy over classes; else mean squared error."""
         return self._loss(output.logits, batch["labels"])
