@@ -37,6 +37,10 @@ SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
+WORDS = (
+    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=9 task.doc_stride=1"
+)
+CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
@@ -66,7 +70,10 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (FIVE, {
             "finetune.epochs": "2", "finetune.batch_size": "4", "finetune.lr": "0.1", "finetune.warmup_steps": "8",
             "finetune.weight_decay": "0.9", "finetune.clip": "1e-4", "finetune.accumulate": "2",
-            "finetune.dropout": "0.5",
+            "finetune.dropout": "0.5", "finetune.max_steps": "3", "finetune.eval_every": "2",
+            "finetune.optimizer": "sgd", "finetune.scheduler": "cosine", "finetune.lora_plus_ratio": "16",
+            "finetune.label_smoothing": "0.5", "finetune.class_weights": "[1,9]", "trainer.compile": "true",
+            "trainer.callbacks": "[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: x}]",
         }),
         (f"{FIVE} finetune.lr=1e-12", {"finetune.early_stop": "1"}),
         ("experiment=quickstart task.train_rows=32 task.validation_rows=16 task.recipe.epochs=1"
@@ -105,6 +112,25 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TEXT} task.kind=multilabel task.label_column=mixed", {
             "task.label_columns": "[one,two]", "task.label_separator": "|",
         }),
+    ],
+    "TokensTask": [
+        (f"{WORDS} finetune.epochs=2 finetune.lr=0.02", {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.tokens_column": "more",
+            "task.tags_column": "other", "task.tags": "[B-X,I-X,O,B-Y]", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_length": "24", "task.doc_stride": "4", "task.strict": "true",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=tokens task.path=some/words", {"task.subset": "x"}),
+    ],
+    "ChoiceTask": [
+        (CHOICE, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.context_columns": "[more]",
+            "task.start_column": "more", "task.choices_column": "others", "task.choice_columns": "[a,b]",
+            "task.label_column": "other", "task.label_kind": "letter", "task.first_label": "1",
+            "task.validation_fraction": "0.5", "task.split_seed": "1", "task.max_length": "6",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=choice task.path=some/choices", {"task.subset": "x"}),
     ],
     "SquadTask": [
         (SQUAD, {
@@ -229,7 +255,7 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text")}
+    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice")}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -247,6 +273,21 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    words = [
+        {
+            "tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)],
+            "ner_tags": ["B-X", "I-X", "O", *["O", "I-X"] * (i % 4)],
+        }
+        for i in range(24)
+    ]
+    words = [row | {"more": row["tokens"][::-1], "other": row["ner_tags"][::-1]} for row in words]
+    choices = [
+        {"context": f"who sat {i}", "more": f"where {i}", "choices": ["the cat", "a dog"], "others": ["a dog", "a cow"]}
+        | {"a": "a", "b": "b", "label": i % 2, "other": i // 2 % 2}
+        for i in range(24)
+    ]
+    for name, table in (("tokens", words), ("choice", choices)):
+        (places[name] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     names, flags = "text,more,label,other,mixed,one,two\n", ("0,1", "1,0", "1,1")
     rows = [
         f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},"
@@ -278,6 +319,12 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
 
     def load_dataset(name, config):
+        if name == "some/words":
+            table = [{"tokens": ["cat", f"{config}{i}"], "ner_tags": ["B-X", "O"]} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
+        if name == "some/choices":
+            table = [{"context": f"{config}{i}", "choices": ["a", "b"], "label": i % 2} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
         if name not in ("yahma/alpaca-cleaned", "x"):
             raise OSError("no such data")
         made = {

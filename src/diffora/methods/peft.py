@@ -30,6 +30,7 @@ from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES
 from diffora.core.selection import Selection
+from diffora.core.targets import longer_names
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
@@ -261,6 +262,11 @@ def inject(model: nn.Module, config: Any) -> Any:
     from peft import get_peft_model
 
     kind = type(config).__name__
+    if longer := longer_names(model, config.target_modules):
+        raise UserError(
+            f"PEFT would adapt {longer[0]} too, because its name ends with that of a module to adapt: {kind} cannot be "
+            "used on one of two stacks with such names"
+        )
     head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for name in config.target_modules)

@@ -48,6 +48,7 @@ from diffora.run.select import Selected, select, start_warm
 from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
+from diffora.training.criterion import criterion_of
 from diffora.training.finetune import FineTuneModule
 from diffora.training.stage import finetune
 from diffora.training.steps import check_stages
@@ -132,6 +133,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
+    criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
     record |= {"backbone": parts.identity, "inputs": settings.method.inputs, "data": parts.data.accounts}
     if names := parts.backbone.arguments.get("id2label"):

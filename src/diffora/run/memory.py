@@ -147,7 +147,8 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Sequence
 
     def simultaneously(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
         set_gates(layers, relax(gamma))
-        with divided(layers, shared_tables(model), rows, 2 * rows):
+        n = rows * task.sequences(batch)
+        with divided(layers, shared_tables(model), n, 2 * n):
             train, valid = joint_losses(batch)
             pairs = [p for name, p in trained.items() if name.endswith((".lora_a", ".lora_bt"))]
             head = [p for name, p in trained.items() if not name.endswith((".lora_a", ".lora_bt"))]

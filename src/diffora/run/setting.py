@@ -20,7 +20,7 @@ from diffora.records import SelectionSource, short_digest
 from diffora.settings.identity import NOT_IN_HASH, plain, short_name
 
 NOT_A_SETTING = (*NOT_IN_HASH, "seed", "predict")
-MACHINE = ("accelerator", "devices", "strategy", "deterministic", "gradient_checkpointing", "num_workers")
+MACHINE = ("accelerator", "devices", "strategy", "deterministic", "gradient_checkpointing", "num_workers", "compile")
 """Keys of ``trainer`` that say where and how fast a run goes, not what comes out."""
 FILES = ("selection", "like")
 """Keys of ``method`` that may name a selection file."""

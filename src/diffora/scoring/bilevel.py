@@ -177,7 +177,7 @@ class SearchModule(Stage):
         for (a, a_share), (b, b_share) in zip_longest(
             parts_of(train, n_parts, self.task), parts_of(valid, n_parts, self.task), fillvalue=(None, 0.0)
         ):
-            n_train, n_valid = (0 if part is None else len(part["row"]) for part in (a, b))
+            n_train, n_valid = self._sequences(a, b)
             with divided(self.layers, self._tables, n_train, n_train + n_valid):
                 train_loss, valid_loss = self._joint_losses(a, b)
                 scaled = self._scaled(train_loss) * a_share, self._scaled(valid_loss) * b_share
@@ -186,6 +186,13 @@ class SearchModule(Stage):
             valid_total = valid_total + valid_loss.detach() * b_share
         assert sums is not None
         return (train_total, valid_total), sums
+
+    def _sequences(self, train: Batch | None, valid: Batch | None) -> tuple[int, int]:
+        """How many sequences the model reads for the rows of each batch, in one pass over both; 0 for None."""
+        there = [part for part in (train, valid) if part is not None]
+        each = max(self.task.sequences(part) for part in there)  # rows of one pass have the same number
+        n_train, n_valid = (0 if part is None else each * len(part["row"]) for part in (train, valid))
+        return n_train, n_valid
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
         """(training loss, validation loss) from one pass, training rows first; 0 for a batch that is None."""
@@ -205,7 +212,7 @@ class SearchModule(Stage):
     def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
         """Refuse a model in which the gradients of the two levels would mix. Tested on two rows of each batch."""
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
-        n_train, n_valid = (len(batch["row"]) for batch in few)
+        n_train, n_valid = self._sequences(*few)
         with (
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             divided(self.layers, self._tables, n_train, n_train + n_valid),

@@ -260,7 +260,23 @@ class Task:
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of a batch, a scalar."""
-        return F.cross_entropy(full_precision(output.logits), batch["labels"])
+        return F.cross_entropy(*self.class_terms(output, batch))
+
+    def class_terms(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits (..., classes), labels (...)): if the task `classifies`, `loss` is their mean cross-entropy.
+
+        A label of -100 does not count. Fine-tuning uses them for label smoothing and class weights.
+        """
+        return full_precision(output.logits), batch["labels"]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether `loss` is the mean cross-entropy of `class_terms`."""
+        return type(self).loss is Task.loss
+
+    def sequences(self, batch: Mapping[str, Tensor]) -> int:
+        """How many sequences the model reads for each row of a batch."""
+        return 1
 
     def weight(self, batch: Mapping[str, Tensor]) -> float:
         """The number of terms that `loss` averages, to weigh the parts of a batch."""
@@ -343,8 +359,12 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
                     f"{type(task).__name__}.padding has no padding value for {name}, so batches of different widths "
                     "cannot be put together; search.update=alternating does not need it"
                 )
-            width = max(part.shape[1] for part in both)
-            both = [F.pad(part, (0, width - part.shape[1]), value=padding[name]) for part in both]
+            shape = torch.tensor([part.shape[1:] for part in both]).amax(0)
+            missing = [(shape - torch.tensor(part.shape[1:])).flip(0).tolist() for part in both]  # the last dim first
+            both = [
+                F.pad(part, [n for width in widths for n in (0, width)], value=padding[name])
+                for part, widths in zip(both, missing, strict=True)
+            ]
         batch[name] = torch.cat(both)
     return batch
 

@@ -21,12 +21,13 @@ from diffora.tasks.glue import compute_metrics
 from diffora.tasks.labels import alike
 from diffora.tasks.messages import some
 from diffora.tasks.sentences import SentenceTask, has_class
+from diffora.tasks.sources.place import ALL
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.texts import several
 from diffora.tasks.texts.columns import Columns, Kind, Part
 from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
-from diffora.tasks.texts.source import ALL, Source
+from diffora.tasks.texts.source import Source
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
 METRICS: Mapping[Kind, tuple[str, ...]] = {

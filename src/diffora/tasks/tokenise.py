@@ -96,13 +96,13 @@ def _write(
             if "label" in rows:
                 columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["cut"] = _was_cut(encoded, texts, tokenizer, max_length)
+            columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
             columns["row"] = range(start, end)
             append(columns)
             bar.update(end - start)
 
 
-def _was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
+def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
     """Which of the encoded texts are longer than ``max_length`` tokens."""
     cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # candidates, checked below
     full = [i for i, may_be in enumerate(cut) if may_be]
