@@ -4,9 +4,9 @@ A checkpoint is written at the end of each epoch of Lightning: in a search a rou
 evaluations. Its name ends with the digest of its content, ``finetune-0003-1a2b3c4d5e6f.ckpt``, so damage is detected.
 It holds the trainable weights, the optimisers, the schedule, the random state of each process and the stage's memory
 (history, best epoch, gamma trajectory). It does not hold the frozen backbone. The order of batches needs no state,
-because it depends only on seed and epoch (`diffora.loop.samplers`). A checkpoint also records what it was made with: settings, data and backbone
-(`diffora.digests.made_with`). Only a run with the same settings, data and backbone can continue from it
-(`diffora.loop.resume`).
+because it depends only on seed and epoch (`diffora.loop.samplers`). A checkpoint also records what it was made with:
+settings, data and backbone (`diffora.digests.made_with`). Only a run with the same settings, data and backbone can
+continue from it (`diffora.loop.resume`).
 """
 
 import logging
