@@ -233,14 +233,6 @@ class Task:
         """Whether a split can be scored."""
         return set(self.targets) <= set(split.encoded.column_names)
 
-    def class_counts(self, split: Split) -> list[int] | None:
-        """How many rows of a split each class has, in the order of the head; None if the rows have no classes."""
-        names = self.head().get("id2label")
-        if not names or "labels" not in split.encoded.column_names:
-            return None
-        labels = torch.tensor(split.encoded.data.column("labels").to_numpy())
-        return torch.bincount(labels, minlength=len(names)).tolist()
-
     def dummy(self, rows: int, model: Any) -> Batch:
         """A batch of the largest size, without real content, to measure the memory of a step."""
         if model.main_input_name == "pixel_values":
@@ -311,11 +303,7 @@ class Task:
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split to ``folder``, in the task's usual format; by default ``<name>.jsonl``.
-
-        Returns:
-            The files written.
-        """
+        """Write the predictions for a split in the task's usual format, ``<name>.jsonl``; returns the files."""
         lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
@@ -327,11 +315,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most ``n_parts`` parts.
-
-    Yields:
-        (part, its share in the mean loss of the whole batch)
-    """
+    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch)."""
     n = len(batch["row"])
     size = -(-n // n_parts)
     if size == n:
