@@ -56,6 +56,7 @@ class SentenceTask(Task):
         batch = super().dummy(rows, model)
         return batch | ({"labels": torch.zeros(rows, self.spec.num_labels)} if self.spec.multilabel else {})
 
+    @property
     def classifies(self) -> bool:
         return not (self.spec.is_regression or self.spec.multilabel)
 
