@@ -303,7 +303,7 @@ class Task:
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split in the task's usual format, ``<name>.jsonl``; returns the files."""
+        """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files."""
         lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
