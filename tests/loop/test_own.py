@@ -146,3 +146,19 @@ def test_a_secret_is_refused_and_not_repeated(cfg, name):
 def test_one_word_turns_all_loggers_or_wandb_off(cfg):
     assert check(cfg(*QUICK, "logger=none"))[0].logger == sections.Logger()
     assert check(cfg(*QUICK, "logger=csv"))[0].logger == sections.Logger(csv=True)
+
+
+def test_nothing_in_the_settings_of_a_file_is_imported(tmp_path, monkeypatch):
+    """A run's config.yaml may come from somebody else: `section_problems` reads it for evaluate.py."""
+    from omegaconf import OmegaConf
+
+    from diffora.run.check import section_problems
+
+    (tmp_path / "imported_by_a_file.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    evil = {"_target_": "imported_by_a_file.X"}
+    content = {
+        "trainer": {"callbacks": [evil]}, "logger": {"mine": evil}, "finetune": {"optimizer": evil, "scheduler": evil}
+    }  # fmt: skip
+    section_problems(OmegaConf.create(content), ["trainer", "logger", "finetune"])
+    assert "imported_by_a_file" not in sys.modules

@@ -30,7 +30,7 @@ from diffora.settings.checks import show
 log = logging.getLogger(__name__)
 
 OWN = ("private", "form", "method._target_", "base")
-PICTURES = ("dam.png", "gamma.png")
+PICTURES = ("dam.png", "gamma.png", "confusion.png")
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Trainer:
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
     compile: Annotated[
         bool,
-        Help("Compile the model with `torch.compile` in search, fine-tuning and predictions; needs a C++ compiler."),
+        Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),
     ] = False
     callbacks: Annotated[list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")] = field(
         default_factory=list
