@@ -101,6 +101,15 @@ def test_multiple_choice(tmp_path):
     assert len(line["probabilities"]) == 3 and line["choice"].startswith("We ")
 
 
+def test_seq2seq(tmp_path):
+    printed = follow("seq2seq", tmp_path)
+    assert "24 layers x 16 candidates" in printed and "12 layers x 10 candidates" in printed
+    record = record_of(tmp_path)
+    assert record["data"]["train"]["used"] == 8 and {len(row) for row in record["selection"]["selected"]} == {3, 5}
+    [line] = map(json.loads, (tmp_path / "written" / "all.jsonl").read_text().splitlines())
+    assert line["id"] == "x1" and line.keys() == {"row", "number", "id", "prediction"}
+
+
 def test_own_model(tmp_path):
     printed = follow("own-model", tmp_path)
     assert "diffora on mine: 3 layers x 6 candidates" in printed

@@ -37,6 +37,9 @@ SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
+PAIRS = f"method=lora task=seq2seq model=tiny_t5 {CPU} {SHORT} task.path=pairs/rows.csv task.max_source_length=32"
+PAIRS += " task.max_target_length=16 task.validation_fraction=0.4"
+REWRITE = f"method=lora task=rewrite model=tiny_t5 {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 WORDS = (
     f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=9 task.doc_stride=1"
 )
@@ -131,6 +134,24 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.train_split": "x", "task.validation_split": "x",
         }),
         ("task=choice task.path=some/choices", {"task.subset": "x"}),
+    ],
+    "Seq2SeqTask": [
+        (PAIRS, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "pairs/other.csv", "task.prefix": "'so : '",
+            "task.source_column": "target", "task.target_column": "source", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_source_length": "4", "task.max_target_length": "3",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
+        }),
+        ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {
+            "task.subset": "x",
+        }),
+    ],
+    "RewriteTask": [
+        (REWRITE, {
+            "task.name": "x", "task.max_train_rows": "16", "task.prefix": "'so : '", "task.max_source_length": "4",
+            "task.max_target_length": "3", "task.train_rows": "24", "task.validation_rows": "6",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
+        }),
     ],
     "SquadTask": [
         (SQUAD, {
@@ -255,7 +276,8 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice")}
+    kinds = ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice", "pairs")
+    places = {name: tmp_path / name for name in kinds}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -273,6 +295,11 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    people = ("baker", "king", "teacher", "farmer")
+    told = [(f"the {a} thanked the {b}", f"the {b} was thanked by the {a}") for a in people for b in people if a != b]
+    pairs = "".join(f"{active},{passive}\n" for active, passive in told)
+    (places["pairs"] / "rows.csv").write_text("source,target\n" + pairs)
+    (places["pairs"] / "other.csv").write_text("source,target\n" + pairs.replace("thanked", "helped"))
     words = [
         {
             "tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)],
@@ -325,7 +352,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         if name == "some/choices":
             table = [{"context": f"{config}{i}", "choices": ["a", "b"], "label": i % 2} for i in range(8)]
             return {"train": datasets.Dataset.from_list(table)}
-        if name not in ("yahma/alpaca-cleaned", "x"):
+        if name not in ("yahma/alpaca-cleaned", "owner/pairs", "x"):
             raise OSError("no such data")
         made = {
             split: [{"prompt": f"{name} {config} {split} {i}", "completion": "yes"} for i in range(8)]
@@ -347,7 +374,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         hook.remove()
 
     def count_rows(model, args, inputs):
-        rows.append(max(len(value) for value in inputs.values()))
+        rows.append(max(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim))
 
     watched.usual = ["SingleDeviceStrategy", "32-true", False, (True, True), 0, False]
     monkeypatch.setattr(L.Trainer, "fit", watched)

@@ -17,6 +17,7 @@ from diffora.hub import EMBEDDED
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task, joined
+from diffora.training.criterion import Criterion
 
 SHORT = "model=tiny trainer=cpu logger=csv task.max_length=24 task.doc_stride=4 finetune.batch_size=8"
 NAMES = ["Ann", "the farmer", "a teacher"]
@@ -142,6 +143,21 @@ def test_the_model_gives_the_same_for_a_batch_and_for_single_rows(made):
     assert losses.sum() / task.weight(batch) == pytest.approx(together.item(), rel=1e-4)
     expected = (losses.sum() + losses[3]) / (task.weight(batch) + task.weight(alone[3]))
     assert both == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_label_smoothing_and_weights_of_tags(made):
+    task, processor, split, _ = made()
+    batch = task.collate(processor, training=True)(split.encoded[0:6])
+    logits = torch.randn(*batch["labels"].shape, 5, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0])
+    criterion = Criterion(task, 0.1, weights)
+    there = batch["labels"] >= 0
+    expected = torch.nn.functional.cross_entropy(logits[there], batch["labels"][there], weights, label_smoothing=0.1)
+    output = type("Output", (), {"logits": logits})()
+    assert criterion.loss(output, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert criterion.weight(batch) == pytest.approx(weights[batch["labels"][there]].sum().item())
+    plain = torch.nn.functional.cross_entropy(logits[there], batch["labels"][there])
+    assert Criterion(task).loss(output, batch).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_rows_without_words_and_long_words(cfg, tmp_path):

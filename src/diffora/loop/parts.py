@@ -1,6 +1,5 @@
 """The data, backbone and grid of a run, loaded and checked. Both stages use them."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +142,7 @@ class Parts:
 def _grid(settings: Settings, backbone: Backbone) -> Grid:
     """The candidate modules of a backbone, after a check that the head is not among them."""
     grid = find_grid(backbone.model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
-    backbone.check_outside_head(itertools.chain(*grid.names))
+    backbone.check_outside_head(grid.modules)
     if isinstance(path := getattr(settings.method, "selection", None), str):
         Selection.load(Path(path)).check_fits(grid, path)
     return grid

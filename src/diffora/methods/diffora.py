@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
-from diffora.core.parts import part_of
+from diffora.core.parts import part_of, path_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Scoring, check_ranks
@@ -77,9 +77,10 @@ class DiffoRA(Selecting):
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
-            if unknown := set(self.selection).difference(grid.types, parts):
+            paths = list(dict.fromkeys(map(path_of, grid.types)))
+            if unknown := set(self.selection).difference(grid.types, paths, parts):
                 raise UserError(
-                    f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(grid.types)}"
+                    f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(paths)}"
                     + (f", or, by their parts, {', '.join(dict.fromkeys(parts))}" if parts else "")
                 )
         selection = self.given(grid, 0)
@@ -120,6 +121,10 @@ class DiffoRA(Selecting):
             chosen.check_fits(grid, self.selection)
             return chosen
         assert self.selection is not None
-        row = torch.tensor([name in self.selection or part_of(name) in self.selection for name in grid.types])
-        made = {"selector": "given", "k": int(row.sum()), "rho": self.rho, "seed": seed}
-        return Selection.from_mask(grid, row.expand(grid.n_layers, -1), method=self.name, **made)
+        row = torch.tensor(
+            [bool({name, path_of(name), part_of(name)}.intersection(self.selection)) for name in grid.types]
+        )
+        mask = row.expand(grid.n_layers, -1) & grid.there
+        counts = set(mask.sum(-1).tolist())
+        made = {"selector": "given", "k": counts.pop() if len(counts) == 1 else None, "rho": self.rho, "seed": seed}
+        return Selection.from_mask(grid, mask, method=self.name, **made)

@@ -28,7 +28,7 @@ from diffora.adapters.origin import Origin, made_for
 from diffora.adapters.pairs import write_tensors
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
-from diffora.core.parts import ROLES
+from diffora.core.parts import ROLES, path_of
 from diffora.core.selection import Selection
 from diffora.core.targets import longer_names
 from diffora.errors import UserError
@@ -118,8 +118,9 @@ class PEFT(Method):
         """Full names of the modules to adapt."""
         found: list[str] = []
         for place in grid.types if self.places is None else self.places:
-            column = grid.types.index(place) if place in grid.types else None
-            found += grid.having(place) if column is None else [row[column] for row in grid.names]
+            columns = [i for i, kind in enumerate(grid.types) if place in (kind, path_of(kind))]
+            names = [row[column] for column in columns for row in grid.names]
+            found += [name for name in names if name is not None] if columns else grid.having(place)
         return list(dict.fromkeys(found))
 
     def check(self, model: nn.Module, grid: Grid) -> None:

@@ -112,8 +112,8 @@ class Selecting(Continuing):
     def size(self, grid: Grid) -> int:
         """The number of selected modules, K L or floor(rho N L). With scope ``global``, a budget overrides it."""
         if self.scope == "layer":
-            return modules_per_layer(self.rho, grid.n_types) * grid.n_layers
-        return modules_per_layer(self.rho, grid.n_types * grid.n_layers)
+            return sum(modules_per_layer(self.rho, size) for size in grid.sizes)
+        return modules_per_layer(self.rho, grid.n_modules)
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         """Refuse, before the search, a budget that some selection would exceed, and ranks above a module's width.
@@ -127,7 +127,7 @@ class Selecting(Continuing):
             return
         ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
         check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
-        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_layers * grid.n_types):
+        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_modules):
             log.warning(
                 f"rho={self.rho} selects {'all' if self.size(grid) else 'none'} of the modules: the selection does not "
                 "depend on the scores"
@@ -135,7 +135,7 @@ class Selecting(Continuing):
         if self.limit is None:
             if self.rank_elsewhere is None and self.size(grid) == 0:
                 raise UserError(
-                    f"rho={self.rho} selects none of the {grid.n_types} modules of a layer, and "
+                    f"rho={self.rho} selects none of the {max(grid.sizes)} modules of a layer, and "
                     "method.weight_sharing=false freezes the others: there is no adapter to train"
                 )
             return
@@ -146,7 +146,7 @@ class Selecting(Continuing):
             counts, _ = extreme_adapter_parameters(grid.shapes, self.rank, self.rank_elsewhere)
             least, why = min(counts[0], counts[-1]), "with no module selected, or with all of them"
             if self.rank_elsewhere is None:
-                least = self.rank * max(sum(shape) for row in grid.shapes for shape in row)
+                least = self.rank * max(sum(shape or ()) for row in grid.shapes for shape in row)
                 why = f"which the largest module has at rank={self.rank}, so that at least one is selected"
         if self.limit < least:
             raise UserError(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffora.core.dam import entropy, relax
+from diffora.core.dam import entropy, initial_gamma, relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
-from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.lowrank import Layers, set_gates
 from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
@@ -44,7 +44,7 @@ class SearchModule(Stage):
 
     Args:
         model: the backbone with a low-rank layer at every place of the grid.
-        layers: those layers, L x N.
+        layers: those layers, L x N; None where a layer of the model has no such module.
         types: the N module types, to name metrics.
         task: gives the loss.
         settings: the section ``search``.
@@ -58,7 +58,7 @@ class SearchModule(Stage):
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Sequence[LowRankLinear]],
+        layers: Layers,
         types: Sequence[str],
         task: Task,
         settings: Search,
@@ -66,11 +66,13 @@ class SearchModule(Stage):
     ) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
-        self.gamma = nn.Parameter(torch.zeros(len(layers), len(layers[0])))
+        there = torch.tensor([[layer is not None for layer in row] for row in layers])
+        self.gamma = nn.Parameter(initial_gamma(there))
         self.layers, self.types = layers, list(types)
         self.task, self.settings = task, settings
         trained = [p for p in model.parameters() if p.requires_grad]
-        of_layers = {p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)}
+        adapters = [layer for row in layers for layer in row if layer is not None]
+        of_layers = {p for layer in adapters for p in (layer.lora_a, layer.lora_bt)}
         self.pairs = [p for p in trained if p in of_layers]
         self.head = [p for p in trained if p not in of_layers]
         self._tables = shared_tables(model)
@@ -312,7 +314,8 @@ class SearchModule(Stage):
             self.certainty: spread.mean().item(),
         }
         for i, row in enumerate(gamma_bar.tolist()):
-            values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
+            there = zip(self.types, row, self.layers[i], strict=True)
+            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in there if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
     def memory(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     else:
         layers = tuple(f"{layer}." for layer in grid.layers if layer)
         chosen = {p for name, p in parameters.items() if not name.startswith(layers)}
-    chosen -= {p for row in grid.names for name in row for p in model.get_submodule(name).parameters()}
+    chosen -= {p for name in grid.modules for p in model.get_submodule(name).parameters()}
     return [p for p in parameters.values() if p in chosen]
 
 

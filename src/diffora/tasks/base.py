@@ -15,7 +15,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffora.backbones.processors import ProcessorKind, load_processor
 from diffora.backbones.request import ModelRequest
@@ -280,6 +280,16 @@ class Task:
         """What predictions and metrics need, without gradients. It must be small and equally wide in all batches."""
         kept = {"row": batch["row"], "logits": full_precision(output.logits.detach())}
         return kept | {name: batch[name] for name in self.targets if name in batch}
+
+    def evaluate(self, model: nn.Module, batch: Batch, final: bool) -> Outputs:
+        """`outputs` of a batch in an evaluation, for a task that needs more than one pass, such as to generate text.
+
+        Args:
+            model: in evaluation mode.
+            batch: on the model's device.
+            final: for predictions and `evaluate.py`; otherwise it is a validation while training.
+        """
+        return self.outputs(model(**self.inputs(batch)), batch)
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         """``loss`` and the task's metrics over all or some rows of a split.

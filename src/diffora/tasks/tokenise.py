@@ -86,7 +86,7 @@ def _write(
         arrow_writer(file, pa.schema(types)) as append,
         tqdm(total=len(dataset), desc="tokenise", unit="row", disable=len(dataset) < PROGRESS_FROM_ROWS) as bar,
     ):
-        for start, end in _chunks(dataset, spec.text_columns):
+        for start, end in chunks(dataset, spec.text_columns):
             rows = dataset[start:end]
             texts = [rows[name] for name in spec.text_columns]
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
@@ -116,7 +116,7 @@ def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length
     return cut
 
 
-def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Ranges of rows, (start, end), to tokenise at once."""
     start = characters = 0
     lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]

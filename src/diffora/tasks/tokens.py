@@ -78,6 +78,7 @@ class TokensTask(OwnRowsTask):
     padding: ClassVar = {**Task.padding, "labels": IGNORED, "tags": IGNORED, "starts": NO_WORD}
     metrics = ("f1", "precision", "recall", "accuracy")
     main_metric = "f1"
+    classifies = True
     unknown_id: int | None = None
 
     def __init__(self, cfg: Any) -> None:
