@@ -226,6 +226,13 @@ def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fu
     return Contender(adaptation.model.to(shape.device), shape)
 
 
+def compiled_lora(model: nn.Module, shape: Shape) -> Contender:
+    """Our LoRA with its forward pass compiled, as with ``trainer.compile=true``."""
+    contender = lora(model, shape)
+    contender.model.forward = torch.compile(contender.model.forward, dynamic=True)
+    return contender
+
+
 def peft_lora(model: nn.Module, shape: Shape, dropout: float = 0.0, parts: int = 1) -> Contender:
     """PEFT's LoRA on the same modules, and the same head."""
     model = own(model)
@@ -281,6 +288,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
     "plain": lambda model, shape: lora(model, shape, kernel="plain"),
     "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
+    "compiled": compiled_lora,
     "peft": peft_lora,
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,

@@ -1,6 +1,6 @@
 """One optimisation step of each contender side by side: forward, backward, optimiser step, gradients cleared.
 
-    python -m benchmarks.step [--rounds N] [--only minilm_16x64 …] [--no-memory] [--output FILE]
+    python -m benchmarks.step [--rounds N] [--only minilm_16x64 …] [--no-memory] [--compile] [--output FILE]
 
 The contenders of a group take turns in one process; each round starts with the next contender. Each figure is a ratio
 to another contender in the same round: the median over rounds, with quartiles. Memory is measured in a new process for
@@ -9,6 +9,7 @@ each contender; see `benchmarks.common.memory_of`. Contenders:
     floor            gradients pass through the frozen backbone; only the head is trained
     lora             our LoRA, r = 4 on all modules; lora_dropout: with dropout 0.1 on the input of A
     plain            the same with kernel=plain, the formula in PyTorch operations; plain_dropout
+    compiled         lora under torch.compile, as with trainer.compile=true; only with --compile
     peft             PEFT's LoRA; peft_dropout; adalora: PEFT's AdaLoRA
     full_ft          every weight is trained
     simultaneous     our bi-level step in one pass over 16 search-valid and 16 search-train rows
@@ -17,12 +18,12 @@ each contender; see `benchmarks.common.memory_of`. Contenders:
     two_peft_steps   two PEFT steps, each on 16 of the same 32 rows; two_floors: the same for the floor
                      (in the groups of the search, floor and peft have all 32 rows in one step)
 
-Writes benchmarks/results/step.json. With ``--only``, it writes a file only if ``--output`` names one.
+Writes benchmarks/results/step.json. With ``--only`` or ``--compile``, it writes a file only if ``--output`` names one.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ PAIRS = {
     "finetune_dropout/floor": ("lora_dropout", "floor"),
     "finetune/plain": ("lora", "plain"),
     "finetune_dropout/plain": ("lora_dropout", "plain_dropout"),
+    "compiled/lora": ("compiled", "lora"),
     "peft/floor": ("peft", "floor"),
     "peft_dropout/floor": ("peft_dropout", "floor"),
     "adalora/floor": ("adalora", "floor"),
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(groups), help="groups, in place of all")
     parser.add_argument("--rounds", type=int, help="for every group, in place of its own number")
     parser.add_argument("--threads", type=int, help="in place of torch's choice, a thread for each core")
+    parser.add_argument("--compile", action="store_true", help="in the groups of fine-tuning, also a compiled LoRA")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -165,13 +168,16 @@ def main() -> None:
     result: dict[str, Any] = header() | {"settings": {"rounds": {}, "warmup_rounds": 1}, "shapes": {}, "ratios": {}}
     every: dict[str, Any] = {}
     for name in given.only or groups:
-        rounds = given.rounds or groups[name].rounds
-        result["shapes"][name], found = measure(groups[name], rounds, not given.no_memory)
+        group = groups[name]
+        if given.compile and "lora" in group.contenders:
+            group = replace(group, contenders=(*group.contenders, "compiled"))
+        rounds = given.rounds or group.rounds
+        result["shapes"][name], found = measure(group, rounds, not given.no_memory)
         result["settings"]["rounds"][name] = rounds
         every |= {f"{key}@{name}": value for key, value in found.items()}
         show(name, result["shapes"][name], found)
     result["ratios"] = headlines(every)
-    output = given.output or (None if given.only else RESULTS / "step.json")
+    output = given.output or (None if given.only or given.compile else RESULTS / "step.json")
     if output is not None:
         write(output, result)
 

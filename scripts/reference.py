@@ -17,7 +17,7 @@ from diffora.files import conf_dir, read_yaml, write_text
 from diffora.methods.base import DIALS
 from diffora.settings import sections
 from diffora.settings.checks import checks_of, help_of, words_of
-from diffora.settings.read import is_needed, section_of
+from diffora.settings.read import NO_KEYS, is_needed, section_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "configuration.md"
 INTRO = """# Configuration
@@ -153,6 +153,8 @@ def table(kind: Any, prefix: str, written: Values, fields: Any = None) -> str:
 def rows(kind: Any, field: Any, prefix: str, written: Values) -> Iterator[str]:
     """The row of a setting; for a nested group, the rows of its settings."""
     hint, key = _hint(kind, field), f"{prefix}{field.name}"
+    if (kind, field.name) in NO_KEYS:
+        return
     if (section := section_of(hint)) is not None:
         for inner in dataclasses.fields(section):
             yield from rows(section, inner, f"{key}.", written)

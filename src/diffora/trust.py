@@ -7,7 +7,7 @@ The user may name any class on the command line or in ``conf/``. A file that may
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
@@ -68,7 +68,9 @@ def class_at(target: Any, base: Any, key: str, file: Path | None = None) -> Any:
     return found
 
 
-def function_at(target: str, key: str) -> Any:
+def function_at(
+    target: str, key: str, what: str = "function", suggested: Callable[[Any], bool] = inspect.isfunction
+) -> Any:
     """The function (or other callable) at a dotted path, which is imported.
 
     Only for a path that the user typed or has in ``conf/``. There is no variant for a path in a file that somebody else
@@ -77,22 +79,27 @@ def function_at(target: str, key: str) -> Any:
     Args:
         target: ``module.function``.
         key: where the path was given, such as ``method.selector``, for messages.
+        what: what it must be, for messages.
+        suggested: whether an object of the same module may be meant instead.
 
     Raises:
         UserError: there is no such function.
     """
     if not (isinstance(target, str) and NAME.fullmatch(target)):
-        raise UserError(f"{key}={_path(target)} must be the dotted path of a function, as in module.function")
+        raise UserError(f"{key}={_path(target)} must be the dotted path of a {what}, as in module.{what}")
     name, _, attribute = target.rpartition(".")
     module = _imported(name, target, key)
     found = getattr(module, attribute, None)
     if found is None:
-        there = [n for n, o in vars(module).items() if inspect.isfunction(o) and o.__module__ == name]
+        own = inspect.isfunction is suggested  # a module of the user may import others' functions
+        there = [n for n, o in vars(module).items() if suggested(o) and (not own or o.__module__ == name)]
         near = get_close_matches(attribute, there, n=1, cutoff=0.6)
-        hint = f"; did you mean {name}.{near[0]}?" if near else f"; its functions: {', '.join(there)}" if there else ""
+        hint = (
+            f"; did you mean {name}.{near[0]}?" if near else f"; its {what}s: {', '.join(there[:20])}" if there else ""
+        )
         raise UserError(f"{key}={target}: {name} has no {attribute}{hint}")
     if not callable(found):
-        raise UserError(f"{key}={target} is a {type(found).__name__}, not a function")
+        raise UserError(f"{key}={target} is a {type(found).__name__}, not a {what}")
     return found
 
 

@@ -131,6 +131,13 @@ def test_own_task(tmp_path):
     assert "validation/macro_f1" in record["metrics"]
 
 
+def test_training(tmp_path):
+    printed = follow("training", tmp_path)
+    assert "done: 12 steps" in printed
+    history = record_of(tmp_path)["history"]
+    assert [scores["epoch"] for scores in history] == [0.625, 1.25, 1.5]  # of 8 steps each
+
+
 def test_own_selector(tmp_path):
     follow("own-selector", tmp_path)
     assert record_of(tmp_path)["method"] == "diffora"

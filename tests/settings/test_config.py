@@ -29,7 +29,8 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
-def test_every_shipped_choice_composes_and_is_valid(cfg, choice):
+def test_every_shipped_choice_composes_and_is_valid(cfg, choice, monkeypatch):
+    monkeypatch.setattr("diffora.loop.own.find_spec", lambda name: True)  # loggers need packages that are no dependency
     given = {"model=hf": ["model.path=some/model"], "task=imagefolder": ["task.path=some/folder"]}
     given["task=text"] = given["task=choice"] = given["task=seq2seq"] = ["task.path=some/file.csv"]
     given["task=tokens"] = ["task.path=some/file.conll"]
@@ -119,6 +120,16 @@ def messages(cfg, *overrides):
         ("finetune.epochs=0", "finetune.epochs=0"),
         ("finetune.dropout=16", "finetune.dropout=16 must be a number in [0, 1)"),
         ("finetune.warmup_steps=-1", "finetune.warmup_steps=-1"),
+        ("finetune.max_steps=0", "finetune.max_steps=0 must be a whole number of at least 1"),
+        ("finetune.eval_every=1.0", "finetune.eval_every=1.0 must be a number of steps, or a fraction of an epoch"),
+        ("finetune.eval_every=0", "finetune.eval_every=0 must be a number of steps, or a fraction of an epoch"),
+        ("finetune.lora_plus_ratio=0", "finetune.lora_plus_ratio=0 must be a number above 0"),
+        ("finetune.label_smoothing=1", "finetune.label_smoothing=1 must be a number in [0, 1)"),
+        ("finetune.class_weights=blanced", "finetune.class_weights='blanced' must be balanced, or numbers above 0"),
+        ("finetune.class_weights=[1,0]", "finetune.class_weights=[1, 0] must be balanced, or numbers above 0"),
+        ("finetune.class_weights={a: x}", "finetune.class_weights={'a': 'x'} must be balanced, or numbers above 0"),
+        ("trainer.compile=1", "trainer.compile=1 must be true or false"),
+        ("trainer.callbacks=x", "trainer.callbacks='x' must be a list of {_target_: module.Class, <its arguments>}"),
         ("search.order=3", "search.order=3 must be one of 1, 2"),
         ("search.gamma_lr=0", "search.gamma_lr=0 must be a number above 0"),
         ("method.alpha=0", "method.alpha=0 must be a number above 0"),
@@ -226,6 +237,16 @@ def test_all_composition_errors_are_explained_at_once():
     assert "task=mrpc has no setting task.path_" in text
 
 
+def test_arguments_of_an_optimiser_without_a_plus_are_explained():
+    [problem] = composition_problems(["method=lora", "finetune.optimizer._target_=torch.optim.SGD"])
+    assert problem.startswith("finetune.optimizer._target_: write finetune.optimizer='{_target_: ")
+
+
+def test_a_second_order_search_cannot_be_compiled(cfg):
+    found = messages(cfg, "search.order=2", "trainer.compile=true")
+    assert found == ["search.order=2 differentiates twice, which does not go with trainer.compile=true"]
+
+
 def test_a_knob_of_another_method_is_explained():
     found = composition_problems(["method=lora", "method.shared_rank=2", "search.epochs=1", "rho=0.5"])
     assert len(found) == 3 and all(line.startswith("method=lora has no setting") for line in found)
@@ -266,7 +287,10 @@ WHOLE = "must be a whole number of at least"
         ("task=null", "task=null is not one of: alpaca, chat"),
         ("model=null", "model=null is not one of: bert_base"),
         ("method=null", "method=null is not one of: adalora"),
-        ("logger=null", "logger=null is not one of: csv, tensorboard, wandb; logger=[] for none"),
+        (
+            "logger=null",
+            "logger=null is not one of: comet, csv, mlflow, none, tensorboard, trackio, wandb; logger=[] for",
+        ),
         ("recipe=5", "recipe=5 is not one of: rm_lora, roberta"),
         ("trainer=5", "trainer=5 is not one of: cpu"),
         ("cell=5", "cell=5 must be a group of settings: experiment, row, column"),

@@ -73,7 +73,10 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (FIVE, {
             "finetune.epochs": "2", "finetune.batch_size": "4", "finetune.lr": "0.1", "finetune.warmup_steps": "8",
             "finetune.weight_decay": "0.9", "finetune.clip": "1e-4", "finetune.accumulate": "2",
-            "finetune.dropout": "0.5",
+            "finetune.dropout": "0.5", "finetune.max_steps": "3", "finetune.eval_every": "2",
+            "finetune.optimizer": "sgd", "finetune.scheduler": "cosine", "finetune.lora_plus_ratio": "16",
+            "finetune.label_smoothing": "0.5", "finetune.class_weights": "[1,9]", "trainer.compile": "true",
+            "trainer.callbacks": "[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: x}]",
         }),
         (f"{FIVE} finetune.lr=1e-12", {"finetune.early_stop": "1"}),
         ("experiment=quickstart task.train_rows=32 task.validation_rows=16 task.recipe.epochs=1"
@@ -191,7 +194,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1",
             "method.selector": "random", "method.scope": "global",
             "method.budget": "30k", "method.selection": "[key]", "method.warm_start": "true",
-            "method.regulariser.weight": "0.1", "method.mask.rank": "1",
+            "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.adapter": "a/b/c",
         }),
         (f"{SEARCH} method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{SEARCH} '{MASK}'", {
@@ -204,7 +207,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TINY} method=random", {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1", "method.scope": "global",
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
-            "method.like": "conf",
+            "method.like": "conf", "method.adapter": "a/b/c",
         }),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
@@ -213,17 +216,20 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         }),
     ],
     "ShareOnly": [(f"{TINY} method=share_only", {"method.alpha": "2", "method.shared_rank": "1"})],
-    "LoRA": [(LORA, {"method.alpha": "2"})],
+    "LoRA": [(LORA, {"method.alpha": "2", "method.adapter": "a/b/c"})],
     "FLoRA": [(f"{TINY} method=flora", {"method.alpha": "2"})],
     "RLoRA": [(f"{TINY} method=r_lora", {
-        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
     })],
     "GMLoRA": [(f"{TINY} method=gm_lora", {
-        "method.alpha": "2", "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
         "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
     })],
     "RMLoRA": [(f"{TINY} method=rm_lora", {
-        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
         "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
         "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
     })],

@@ -322,7 +322,7 @@ def test_gradients_are_finite_and_micro_batches_do_not_divide_rows(made):
 # --- runs ---
 
 
-@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+@pytest.mark.parametrize("update", ["simultaneous", pytest.param("alternating", marks=pytest.mark.slow)])
 def test_a_run_searches_trains_resumes_and_is_evaluated(cfg, tmp_path, update):
     torch.set_num_threads(1)
     file = write(tmp_path / "rows.jsonl", rows(24))
@@ -394,7 +394,10 @@ def test_the_simultaneous_search_takes_the_two_gradients_of_separate_passes(cfg,
     assert expected[-1].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "mpnet", "deberta-v2"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "distilbert", "mpnet")]
+
+
+@pytest.mark.parametrize("name", ["roberta", "deberta-v2", *SLOW])
 def test_every_family_with_a_head_for_choices(cfg, tmp_path, name):
     place = save_family(tmp_path / name, name)
     file = write(tmp_path / "rows.jsonl", rows(12))

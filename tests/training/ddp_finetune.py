@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
+from diffora.loop.plan import plan_of
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
@@ -56,14 +57,16 @@ def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     return {key: value[rows] for key, value in whole.items()}
 
 
-def gradients(batches: list[dict[str, Tensor]], **trainer) -> Tensor:
+def gradients(batches: list[dict[str, Tensor]], criterion=None, **trainer) -> Tensor:
     """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty."""
     task = CausalLMTask(OmegaConf.create({"name": "lm"}))
     adaptation = LowRankAdaptation(decoder(), Regulariser(weight=0.01, form="squared"))
     split = Split(rows_of(ROWS), rows_of(ROWS))
     settings = FineTune(epochs=1, batch_size=4, lr=1e-3, warmup_steps=0, early_stop=None)
     halves = np.arange(2), np.arange(2, ROWS)
-    module = FineTuneModule(adaptation, task, split, {"validation": split}, halves, settings, seed=0)
+    steps = -(-len(batches) // trainer.get("accumulate_grad_batches", 1))
+    plan = lambda: plan_of(steps, 1)  # noqa: E731
+    module = FineTuneModule(adaptation, task, split, {"validation": split}, halves, settings, 0, plan, criterion)
     seen: list[Tensor] = []
     module.configure_gradient_clipping = lambda *_, **__: seen.append(
         torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).clone()

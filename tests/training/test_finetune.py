@@ -24,6 +24,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
+from diffora.loop.plan import plan_of
 from diffora.loop.stage import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.settings.sections import FineTune
@@ -43,11 +44,13 @@ def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     settings = FineTune(**{"epochs": 4, "batch_size": 8, "lr": 1e-3, "warmup_steps": 4, "early_stop": None} | changes)
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     split = Split(rows_of(24), rows_of(24))
-    return FineTuneModule(adaptation, small_task(), split, {"validation": split}, halves, settings, seed=0)
+    validation = {"validation": split}
+    return FineTuneModule(adaptation, small_task(), split, validation, halves, settings, 0, lambda: plan_of(5, 2))
 
 
 def fit(module, epochs=2, **extra):
     train = [batch_of(8, seed=i) for i in range(5)]
+    module.make_plan = lambda: plan_of(-(-5 // extra.get("accumulate_grad_batches", 1)), epochs)
     rows = batch_of(24, seed=99)
     order = torch.randperm(24)  # rows arrive in any order
     valid = [{key: value[part] for key, value in rows.items()} for part in order.split(7)]
@@ -378,7 +381,7 @@ def test_losses_are_read_only_in_the_steps_that_are_logged(deberta, monkeypatch)
 def test_losses_on_a_gpu_are_checked_every_25_steps(deberta, monkeypatch):
     module = module_of(deberta)
     monkeypatch.setattr(FineTuneModule, "device", torch.device("meta"))  # any that is no CPU
-    module.trainer = SimpleNamespace(current_epoch=0)
+    module.trainer, module.plan = SimpleNamespace(current_epoch=0), plan_of(50, 1)
     for step in range(50):
         module.watch(torch.tensor(torch.nan if step == 30 else 1.0))
         if step == 49:

@@ -1,12 +1,12 @@
 """Checkpoints that survive a killed process: written atomically, verified by name, small, and exact to resume from.
 
-A checkpoint is written at the end of each epoch (an epoch of a search is a round). Its name ends with the digest of its
-content, ``finetune-0003-1a2b3c4d5e6f.ckpt``, so damage is detected. It holds the trainable weights, the optimisers, the
-schedule, the random state of each process and the stage's memory (history, best epoch, gamma trajectory). It does not
-hold the frozen backbone. The order of batches needs no state, because it depends only on seed and epoch
-(`diffora.loop.samplers`). A checkpoint also records what it was made with: settings, data and backbone
-(`diffora.digests.made_with`). Only a run with the same settings, data and backbone can continue from it
-(`diffora.loop.resume`).
+A checkpoint is written at the end of each epoch of Lightning: in a search a round, in fine-tuning what lies between two
+evaluations. Its name ends with the digest of its content, ``finetune-0003-1a2b3c4d5e6f.ckpt``, so damage is detected.
+It holds the trainable weights, the optimisers, the schedule, the random state of each process and the stage's memory
+(history, best epoch, gamma trajectory). It does not hold the frozen backbone. The order of batches needs no state,
+because it depends only on seed and epoch (`diffora.loop.samplers`). A checkpoint also records what it was made with:
+settings, data and backbone (`diffora.digests.made_with`). Only a run with the same settings, data and backbone can
+continue from it (`diffora.loop.resume`).
 """
 
 import logging
@@ -138,7 +138,7 @@ def _is_complete(made_with: Any) -> bool:
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint at the end of each epoch and keeps the newest two undamaged ones.
+    """Writes a checkpoint at the end of each epoch of Lightning, if it is due, and keeps the newest two undamaged ones.
 
     It is a Lightning `Checkpoint`, so that it runs after the module's own hooks.
 
@@ -151,7 +151,9 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: Path, stage: str, made_with: Mapping[str, Any]) -> None:
         self.folder, self.stage, self.made_with = folder, stage, made_with
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not pl_module.checkpoint_due:
+            return
         trainer.save_checkpoint(self.folder / f"{self.stage}-{trainer.current_epoch + 1:04d}.ckpt")
         if trainer.is_global_zero:
             prune(self.folder, self.stage)

@@ -5,7 +5,8 @@ the iterator before it sets the epoch.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -15,7 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from diffora.loop import streams
-from diffora.loop.samplers import BilevelBatchSampler, Drawn, EvalBatchSampler, LengthGroupedBatchSampler
+from diffora.loop.plan import Plan, plan_of
+from diffora.loop.samplers import (
+    BilevelBatchSampler,
+    Drawn,
+    EvalBatchSampler,
+    LengthGroupedBatchSampler,
+    SegmentSampler,
+)
+from diffora.settings.checks import MOST
 from diffora.tasks.base import Collate
 
 
@@ -192,7 +201,9 @@ class SearchData(L.LightningDataModule):
 
 
 class FineTuneData(L.LightningDataModule):
-    """Loaders of the fine-tuning stage.
+    """Loaders of the fine-tuning stage. They are made once, and the training loader has the length of its segment.
+
+    The Trainer asks for the loaders before each segment (``reload_dataloaders_every_n_epochs=1``), to see this length.
 
     Args:
         train: the encoded training split.
@@ -200,6 +211,8 @@ class FineTuneData(L.LightningDataModule):
         collate: functions for training rows and for evaluation.
         batch_size: training rows per batch of all processes together.
         eval_batch_size: rows per batch in evaluation, of all processes together.
+        accumulate: batches per optimiser step.
+        plan_for: gives the plan of the stage for its steps per epoch; by default, epochs without end.
     """
 
     def __init__(
@@ -211,17 +224,39 @@ class FineTuneData(L.LightningDataModule):
         eval_batch_size: int,
         seed: int,
         num_workers: int = 0,
+        accumulate: int = 1,
+        plan_for: Callable[[int], Plan] = lambda steps_per_epoch: plan_of(steps_per_epoch, MOST),
     ) -> None:
         super().__init__()
         self.train, self.validation, self.collate = train, validation, collate
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.num_workers = num_workers
+        self.num_workers, self.accumulate, self.plan_for = num_workers, accumulate, plan_for
+
+    @cached_property
+    def sampler(self) -> SegmentSampler:
+        """The training batches. It needs the number of processes, so it is made after they have met."""
+        batches = LengthGroupedBatchSampler(_lengths(self.train), self.batch_size, self.seed, **_process())
+        return SegmentSampler(batches, self.plan_for(-(-len(batches) // self.accumulate)), self.accumulate)
+
+    @property
+    def plan(self) -> Plan:
+        """The segments of the stage."""
+        return self.sampler.plan
+
+    @cached_property
+    def _train_loader(self) -> DataLoader[Any]:
+        return _loader(TrainingDataset(self.train), self.sampler, self.collate[0], self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        sampler = LengthGroupedBatchSampler(_lengths(self.train), self.batch_size, self.seed, **_process())
-        return _loader(TrainingDataset(self.train), sampler, self.collate[0], self.num_workers)
+        if self.trainer is not None:  # as Lightning will do, but only after it has asked for the length
+            self.sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return self._train_loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._eval_loaders
+
+    @cached_property
+    def _eval_loaders(self) -> list[DataLoader[Any]]:
         return [
             eval_loader(split, self.collate[1], self.eval_batch_size, num_workers=self.num_workers)
             for split in self.validation.values()

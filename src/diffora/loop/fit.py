@@ -10,6 +10,7 @@ import torch
 
 from diffora.errors import UserError, out_of_memory
 from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
+from diffora.loop.compiled import compiled
 from diffora.loop.parts import Parts
 from diffora.loop.stage import NonFiniteLoss, Stage
 
@@ -49,7 +50,8 @@ def fit(
     trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": section.epochs} | extra))
     resume_from = None if newest is None else newest[0]
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        with compiled(module.model, parts.settings.trainer.compile):
+            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:
         raise _not_finite(error, stage, section, parts.settings.trainer.precision, checkpoints) from error
     except SystemExit as error:  # Lightning turns ctrl-C into this

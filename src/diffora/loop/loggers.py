@@ -1,4 +1,4 @@
-"""Loggers for metrics: CSV, TensorBoard and W&B, in any combination."""
+"""Loggers for metrics: CSV, TensorBoard, W&B and the user's own, in any combination."""
 
 import logging
 import netrc
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from diffora.errors import UserError, place, reason
 from diffora.files import write_text
+from diffora.loop.own import SECRET, own_loggers
 from diffora.loop.process import is_main
 from diffora.settings import sections
 
@@ -29,10 +30,10 @@ class Loggers:
     Args:
         choices: the ``logger`` section of the configuration.
         folder: the run directory.
-        config: the resolved configuration, which W&B records.
+        config: the resolved configuration, which W&B and the user's own loggers record.
 
     Raises:
-        UserError: a logger that is asked for is not installed.
+        UserError: a logger that is asked for is not installed, or the user's own does not accept its arguments.
     """
 
     def __init__(self, choices: sections.Logger | None, folder: Path, config: dict[str, Any]) -> None:
@@ -43,6 +44,10 @@ class Loggers:
         wandb = self.choices.wandb
         if wandb and (logger := _wandb_logger(wandb, folder, config)) is not None:
             self.wandb = Guarded("wandb", logger)
+        with _no_questions():
+            self.own = [Guarded(name, own, whole_run=True) for name, own in own_loggers(self.choices, folder).items()]
+            for own in self.own:
+                own.log_hyperparams(config)
 
     def of_stage(self, stage: str) -> list[Logger]:
         """Loggers for the Trainer of one stage. A run that resumes writes to a new version."""
@@ -55,7 +60,7 @@ class Loggers:
             found.append(Guarded("tensorboard", TensorBoardLogger(self.folder / "logs" / "tensorboard", name=stage)))
         if self.wandb is not None:
             found.append(self.wandb)
-        return found
+        return [*found, *self.own]
 
     def picture(self, name: str, png: bytes, step: int, caption: str, stage_loggers: Sequence["Guarded"]) -> None:
         """Send a picture to loggers of a stage.
@@ -82,7 +87,12 @@ class Loggers:
                     logger.inner.experiment.add_image(name, pixels[..., :3], step, dataformats="HWC")
 
     def summary(self, record: dict[str, Any]) -> None:
-        """Write a run's results to W&B's summary, which its tables show; keep selection and adapter as artefacts."""
+        """Write a run's results to W&B's summary, which its tables show; keep selection and adapter as artefacts.
+
+        The user's own loggers get the metrics under ``final/``.
+        """
+        for own in self.own:
+            own.log_metrics({f"final/{name}": value for name, value in record["metrics"].items()})
         if self.wandb is None or not self.wandb.works:
             return
         with self.wandb.guard():
@@ -103,11 +113,13 @@ class Loggers:
                 run.log_artifact(artifact)
 
     def finish(self, failed: bool) -> None:
-        """Close W&B's run before the job ends, so that the next job of a sweep gets its own.
+        """Close the loggers of the whole run before the job ends, so that the next job of a sweep gets its own.
 
         Args:
             failed: whether the run failed.
         """
+        for own in self.own:
+            own.close("failed" if failed else "success")
         if self.wandb is not None:
             with self.wandb.guard():
                 import wandb
@@ -121,11 +133,12 @@ class Guarded(Logger):
     Args:
         kind: its name in the configuration.
         inner: the logger itself.
+        whole_run: it serves both stages: the Trainer of a stage does not end it, but `close` does.
     """
 
-    def __init__(self, kind: str, inner: Any) -> None:
+    def __init__(self, kind: str, inner: Any, whole_run: bool = False) -> None:
         super().__init__()
-        self.kind, self.inner, self.works = kind, inner, True
+        self.kind, self.inner, self.whole_run, self.works = kind, inner, whole_run, True
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -150,7 +163,7 @@ class Guarded(Logger):
 
     @property
     def experiment(self) -> Any:
-        return self._get("experiment")
+        return self._get("experiment") if hasattr(type(self.inner), "experiment") else None  # a logger may have none
 
     @property
     def name(self) -> str | None:
@@ -185,23 +198,29 @@ class Guarded(Logger):
         self._call("save")
 
     def finalize(self, status: str) -> None:
+        if not self.whole_run:
+            self._call("finalize", status)
+
+    def close(self, status: str) -> None:
+        """Finalize a logger of the whole run."""
         self._call("finalize", status)
 
 
 def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
     """The loggers of a stage that show pictures and have not failed: TensorBoard's and W&B's."""
     guarded = (logger for logger in stage_loggers if isinstance(logger, Guarded))
-    return [logger for logger in guarded if logger.works and not isinstance(logger.inner, CSVLogger)]
+    return [logger for logger in guarded if logger.works and not logger.whole_run and logger.kind != "csv"]
 
 
 def _why(error: BaseException) -> str:
-    """The reason for a failure in one line, without W&B's key."""
+    """The reason for a failure in one line, without keys and passwords of the environment."""
     text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and (file := place(error)):
         text = f"{file}: {text}"
-    for key in filter(None, (_key(), os.environ.get("WANDB_API_KEY"))):
-        text = text.replace(key, "…")
-    return text
+    secrets = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]
+    for secret in filter(None, (_key(), os.environ.get("WANDB_API_KEY"), *secrets)):
+        text = text.replace(secret, "…")
+    return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://…@", text)  # an address with a password
 
 
 def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:

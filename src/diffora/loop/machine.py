@@ -1,7 +1,12 @@
 """Checks, before anything is loaded, that the ``trainer`` section suits this machine and the way it was started."""
 
 import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -23,10 +28,21 @@ def check_machine(settings: Settings) -> None:
         UserError: everything that is wrong.
     """
     t = settings.trainer
+    if t.compile and (missing := list(_compile_problems())):
+        raise UserError(missing)
     if problems := list(launch_problems(os.environ, t.devices)) or _device_problems(
         t.accelerator, t.devices, t.strategy, t.precision
     ):
         raise UserError(list(problems))
+
+
+def _compile_problems() -> Iterator[str]:
+    """What ``torch.compile`` lacks on this machine. It would say so at the first step, in many lines."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(name) for name in compilers if name):
+        yield "trainer.compile=true needs a C++ compiler, and there is none: install g++, or set CXX to its path"
+    if sys.platform == "linux" and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        yield "trainer.compile=true needs Python's header files: install python3-dev (or python3.x-dev)"
 
 
 @cache

@@ -130,7 +130,8 @@ class Parts:
 
         identity = digests.backbone(settings.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity)
+        inputs = settings.method.inputs
+        made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity, inputs)
         before = earlier(folder, made_with) if settings.resume else Earlier()
 
         data = Data.encode(task, processor, rows, test)

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from diffora.backbones.precision import AUTOCAST
 from diffora.errors import UserError, out_of_memory
+from diffora.loop.compiled import compiled
 from diffora.loop.data import whole_loader
 from diffora.tasks.base import Collate, Outputs, Split, Task
 
@@ -32,10 +33,11 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
     found: list[Outputs] = []
     try:
         model.to(device).eval()
-        for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                found.append(task.evaluate(model, batch, final=True))  # kept on the device: no wait for a GPU
+        with compiled(model, trainer.compile):
+            for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
+                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    found.append(task.evaluate(model, batch, final=True))  # kept on the device: no wait for a GPU
     except Exception as error:
         if (shortage := out_of_memory(error)) is None:
             raise

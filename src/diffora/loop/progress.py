@@ -28,7 +28,7 @@ class ProgressBar(Checkpoint):
         self.bar: Progress | None = None
         self._metrics = ""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         self._started, self._first = time.monotonic(), trainer.current_epoch
@@ -45,39 +45,40 @@ class ProgressBar(Checkpoint):
             TextColumn("{task.fields[metrics]}"),
             console=console,
         )
-        steps = int(trainer.num_training_batches)
-        self._task = self.bar.add_task(
-            "", total=steps * (trainer.max_epochs or 1), completed=steps * trainer.current_epoch, metrics=""
-        )
-        self._describe(trainer)
+        total = pl_module.progress()[2]
+        done = trainer.current_epoch / (trainer.max_epochs or 1)
+        self._task = self.bar.add_task("", total=total, completed=round(total * done), metrics="")
+        self._describe(pl_module)
         self.bar.start()
 
-    def _describe(self, trainer: L.Trainer, doing: str = "") -> None:
+    def _describe(self, module: Any, doing: str = "") -> None:
         if self.bar is not None:
-            epoch = f"{self.stage}: {self.unit} {min(trainer.current_epoch + 1, trainer.max_epochs or 1)}"
-            self.bar.update(self._task, description=f"{epoch}/{trainer.max_epochs}{doing}", metrics=self._metrics)
+            done, epochs, _ = module.progress()
+            text = f"{self.stage}: {self.unit} {done:g}/{epochs:g}{doing}"
+            self.bar.update(self._task, description=text, metrics=self._metrics)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe(trainer)
+        self._describe(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe(trainer, ", evaluating")
+        self._describe(pl_module, ", evaluating")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self.bar is not None:
             self.bar.advance(self._task)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not (trainer.is_global_zero and pl_module.checkpoint_due):
             return
         values = trainer.callback_metrics
         self._metrics = "  ".join(f"{name.split('/')[-1]} {values[name]:.4f}" for name in self.shown if name in values)
-        self._describe(trainer)
+        self._describe(pl_module)
         if self.bar is None:
             spent = time.monotonic() - self._started
-            done, total = trainer.current_epoch + 1, trainer.max_epochs or 1
-            left = spent / (done - self._first) * (total - done)
-            log.info(f"{self.stage}: {self.unit} {done}/{total}  {spent:.0f} s, {left:.0f} s left  {self._metrics}")
+            done, total, _ = pl_module.progress()
+            ended, segments = trainer.current_epoch + 1, trainer.max_epochs or 1
+            left = spent / (ended - self._first) * (segments - ended)
+            log.info(f"{self.stage}: {self.unit} {done:g}/{total:g}  {spent:.0f} s, {left:.0f} s left  {self._metrics}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 
 from diffora.errors import UserError
 from diffora.loop import streams
+from diffora.loop.plan import Plan
 
 
 class Drawn(list[int]):
@@ -104,6 +105,35 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             mine = self.indices[positions[self.rank :: self.world_size]].tolist()
             yield Drawn(mine, draw, int(self.lengths[positions].max()))
+
+
+class SegmentSampler(Sampler[list[int]]):
+    """The batches of one segment of fine-tuning (`diffora.loop.plan`), which Lightning calls an epoch.
+
+    Args:
+        batches: all batches of an epoch.
+        plan: the segments, in optimiser steps.
+        accumulate: batches per optimiser step. The last step of an epoch may have fewer.
+    """
+
+    def __init__(self, batches: LengthGroupedBatchSampler, plan: Plan, accumulate: int) -> None:
+        self.batches, self.plan, self.accumulate = batches, plan, accumulate
+        self.set_epoch(0)
+
+    def set_epoch(self, segment: int) -> None:
+        self.segment = self.plan[segment]
+        self.batches.set_epoch(self.segment.epoch)
+
+    def _bounds(self) -> tuple[int, int]:
+        first, stop = self.segment.first * self.accumulate, self.segment.stop * self.accumulate
+        return first, min(stop, len(self.batches))
+
+    def __len__(self) -> int:
+        first, stop = self._bounds()
+        return stop - first
+
+    def __iter__(self) -> Iterator[Drawn]:
+        return islice(iter(self.batches), *self._bounds())
 
 
 class EvalBatchSampler(Sampler[list[int]]):

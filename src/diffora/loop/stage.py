@@ -70,6 +70,21 @@ class Stage(L.LightningModule):
         """Whether the stage is finished after so many epochs."""
         return epochs_done >= epochs
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether to write a checkpoint at the end of the present epoch of Lightning."""
+        return True
+
+    @property
+    def epoch_now(self) -> int:
+        """The present epoch, from 0. Lightning's own may be a part of it."""
+        return self.current_epoch
+
+    def progress(self) -> tuple[float, float, int]:
+        """For the progress bar: epochs done after the present one of Lightning, all epochs, and all batches."""
+        epochs = self.trainer.max_epochs or 1
+        return self.current_epoch + 1, epochs, epochs * int(self.trainer.num_training_batches)
+
     # --- trainable weights ---
 
     @property
@@ -197,7 +212,7 @@ class Stage(L.LightningModule):
         """Raise `NonFiniteLoss` if any loss since the last call is not finite, before a checkpoint is written."""
         losses, self._watched = self._watched, []
         if losses and not bool(torch.stack(losses).isfinite().all()):
-            raise NonFiniteLoss(self.current_epoch)
+            raise NonFiniteLoss(self.epoch_now)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.device.type == "cpu" or len(self._watched) >= WATCHED:

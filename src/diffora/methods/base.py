@@ -163,6 +163,11 @@ class Method:
         """Raise a UserError if the settings do not fit a model. Called before anything is written or trained."""
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of files that the result depends on besides data and backbone, by the key of their setting."""
+        return {}
+
+    @property
     def scoring(self) -> Scoring | None:
         """The scores that `choose` needs; None if it needs none."""
         return None

@@ -60,6 +60,10 @@ class DiffoRA(Selecting):
         yield from super().problems()
         if self.selection is not None and self.budget is not None:
             yield "method.budget does not go with method.selection, which already says what is selected"
+        if self.adapter is not None and (self.selection is not None or self.warm_start):
+            key = "selection" if self.selection is not None else "warm_start"
+            yield f"method.{key} does not go with method.adapter, which has its own selection and weights"
+            return
         if self.warm_start and isinstance(self.selection, list):
             yield "method.warm_start=true needs the file of a search, and a list in method.selection has no A and B"
         if self.warm_start and self.selection is None and not trains(self.selector):
@@ -92,11 +96,13 @@ class DiffoRA(Selecting):
 
     @property
     def scoring(self) -> Scoring | None:
-        if self.selection is not None or self.selector == CHANCE:
+        if self.selection is not None or self.adapter is not None or self.selector == CHANCE:
             return None
         return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
+        if (found := self.selection_of_start(grid, seed)) is not None:
+            return found
         if self.selection is not None:
             return self.given(grid, seed)
         if self.selector == CHANCE:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_PEFT, card
 from diffora.adapters.export import export_adapter, head_tensors
-from diffora.adapters.manifest import write_manifest
+from diffora.adapters.manifest import CONFIG, WEIGHTS, write_manifest
 from diffora.adapters.origin import Origin, made_for
-from diffora.adapters.pairs import CONFIG, WEIGHTS, write_tensors
+from diffora.adapters.pairs import write_tensors
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES, path_of

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.loop import own
 from diffora.methods.base import Method
 from diffora.scoring.selectors import find_selector
 from diffora.settings.checks import show
@@ -17,6 +18,7 @@ from diffora.settings.identity import plain
 from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task, read_task
+from diffora.training import optimisers
 from diffora.trust import class_at
 
 
@@ -39,6 +41,10 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         found |= {text: text for text in model_problems(sections["model"], sections.get("dry_run", False))}
     if task is not None and sections.get("predict") and not task.test_splits:
         found["predict"] = f"predict=true: task={task.name} has no split to predict"
+    if "finetune" in sections:
+        recipe = None if task is None else task.cfg.recipe.warmup_steps
+        found |= {text: text for text in optimisers.problems(sections["finetune"], recipe)}
+    found |= {text: text for text in own.problems(sections.get("trainer"), sections.get("logger"))}
     if method is not None:
         found |= {text: text for text in [*_selector_problems(method), *_selection_problems(method)]}
     if found:

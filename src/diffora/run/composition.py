@@ -156,6 +156,9 @@ def _no_such_key(key: str, cfg: DictConfig) -> str:
     if key.startswith("task.") and isinstance(cfg.get("task"), DictConfig):
         there = [f"task.{name}" for name in cfg.task if name != "_target_"]
         return f"task={cfg.task.name} has no setting {key}; it has {', '.join(there)}"
+    for name in ("finetune.optimizer", "finetune.scheduler"):
+        if key.startswith(f"{name}."):
+            return f"{key}: write {name}='{{_target_: module.Class, <its arguments>}}', or +{key}=…"
     return unknown_key(key, [*known_keys(), *map(str, cfg)])
 
 

@@ -13,13 +13,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffora.adapters.start import adapter_digest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.records import SelectionSource, short_digest
 from diffora.settings.identity import NOT_IN_HASH, plain, short_name
 
 NOT_A_SETTING = (*NOT_IN_HASH, "seed", "predict")
-MACHINE = ("accelerator", "devices", "strategy", "deterministic", "gradient_checkpointing", "num_workers")
+MACHINE = ("accelerator", "devices", "strategy", "deterministic", "gradient_checkpointing", "num_workers", "compile")
 """Keys of ``trainer`` that say where and how fast a run goes, not what comes out."""
 FILES = ("selection", "like")
 """Keys of ``method`` that may name a selection file."""
@@ -50,6 +51,9 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         if isinstance(file, str) and (source := selection_source(Path(file))) is not None:
             sources[f"method.{name}"] = asdict(source)
             settings["method"][name] = source.made
+    if isinstance(adapter := settings["method"].get("adapter"), str) and ("method", "adapter") not in follows:
+        with suppress(UserError):  # which the method reports
+            settings["method"]["adapter"] = adapter_digest(adapter)[:8]
     return {
         "setting_id": short_digest(settings),
         "settings": settings,

@@ -34,7 +34,7 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
                 table.add_row(key, f"{value:.4f}")
     held_out = f"held_out/{task.main_metric}"
     table.add_row(f"{held_out} (epoch chosen on the other half)", f"{metrics[held_out]:.4f}")
-    table.add_row("best epoch", f"{metrics['best_epoch']:.0f} of {len(record['history'])}")
+    table.add_row("best epoch", f"{metrics['best_epoch']:g} of {record['history'][-1]['epoch']:g}")
     if "generalisation_gap" in metrics:
         table.add_row("generalisation gap (training − validation)", f"{metrics['generalisation_gap']:.4f}")
     if "update/rank" in metrics:

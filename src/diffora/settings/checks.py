@@ -91,6 +91,11 @@ FLAG = Check(lambda v: isinstance(v, bool), "true or false")
 TEXT = Check(_is_text, "text")
 PATH = Check(is_path, "the name of a file or folder, in UTF-8")
 NULL = Check(lambda v: v is None, "null")
+NAMED = Check(
+    lambda v: _is_text(v) or (isinstance(v, Mapping) and _is_text(v.get("_target_"))),
+    "a name, or {_target_: module.Class, <its arguments>}",
+)
+"""A class or function and its arguments."""
 TEXTS = Check(lambda v: isinstance(v, list) and all(map(_is_text, v)), "a list of texts")
 GROUP = Check(lambda v: isinstance(v, Mapping), "a group of settings")
 

@@ -13,8 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffora.files import conf_dir
 from diffora.settings.checks import TEXT, Check, checks_of, show, strange_value, unknown_key, words_of
-from diffora.settings.sections import Settings, TaskSettings
+from diffora.settings.sections import Logger, Settings, TaskSettings
 
+NO_KEYS = ((Settings, "composed"), (Logger, "own"))
+"""Fields that are no keys of the configuration."""
 CHOSEN = {"method": "_target_", "task": "_target_", "model": "path"}
 """Groups that come from a file of their own, and a key that each such file has."""
 
@@ -99,6 +101,7 @@ def read_sections(reading: Reading) -> dict[str, Any]:
     the settings.
     """
     hints = typing.get_type_hints(Settings, include_extras=True)
+    _collect_own_loggers(reading)
     kept: dict[str, Any] = {}
     choices = ("method", "task")
     for group in choices:
@@ -115,6 +118,15 @@ def read_sections(reading: Reading) -> dict[str, Any]:
         reading.found[name] = unknown_key(name, [*known, *known_keys()])
     _check_search(reading)
     return kept
+
+
+def _collect_own_loggers(reading: Reading) -> None:
+    """Put the loggers that have a ``_target_`` into `Logger.own`."""
+    section = reading._group("logger")
+    own = {name: each for name, each in section.items() if isinstance(each, Mapping) and "_target_" in each}
+    if own:
+        others = {name: each for name, each in section.items() if name not in own}
+        reading.values["logger"] = others | {"own": own}
 
 
 def _check_search(reading: Reading) -> None:
@@ -138,6 +150,8 @@ def combinations(settings: Settings) -> Iterator[str]:
                 "a batch is cut into that many micro-batches"
             )
     method, search, trainer = settings.method, stages["search"], settings.trainer
+    if settings.model.quantise is not None and trainer.compile:
+        yield "trainer.compile=true does not go with model.quantise: the frozen layers are compiled already"
     if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":
         yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
     if search is None:
@@ -154,6 +168,8 @@ def combinations(settings: Settings) -> Iterator[str]:
             "search.order=2 does not go with search.update=simultaneous: it differentiates through a weight step that "
             "comes before the Γ step; use search.update=alternating"
         )
+    if search.order == 2 and trainer.compile:
+        yield "search.order=2 differentiates twice, which does not go with trainer.compile=true"
     if search.order == 2 and trainer.gradient_checkpointing:
         yield "search.order=2 differentiates twice, which does not go with trainer.gradient_checkpointing=true"
 
@@ -316,7 +332,7 @@ def keys_of(kind: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(kind):
         if (section := section_of(hints[field.name])) is not None:
             yield from keys_of(section, f"{prefix}{field.name}.")
-        elif field.init and hints[field.name] is not Any and field.name != "composed":
+        elif field.init and hints[field.name] is not Any and (kind, field.name) not in NO_KEYS:
             yield f"{prefix}{field.name}"
 
 

@@ -4,11 +4,13 @@ Each field has a type, a check and a help text; an optional field also has a def
 own settings in the same way, in their own files. The values that a run starts from are in ``conf/``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from diffora.settings.checks import (
     FRACTION,
+    NAMED,
     NOT_NEGATIVE,
     POSITIVE,
     RANK,
@@ -28,6 +30,24 @@ BACKBONE = Check(is_path, "a hub id or a folder")
 CANDIDATES = Check(
     lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of the linear modules of a layer, each once"
 )
+EVALUATIONS = Check(
+    lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
+    "a number of steps, or a fraction of an epoch between 0 and 1",
+)
+CLASS_WEIGHTS = Check(
+    lambda v: (
+        v == "balanced"
+        or (isinstance(v, list) and bool(v) and all(map(POSITIVE.fits, v)))
+        or (isinstance(v, Mapping) and bool(v) and all(isinstance(n, str) and POSITIVE.fits(w) for n, w in v.items()))
+    ),
+    "balanced, or numbers above 0: a list in the order of the classes, or {class: number}",
+)
+CALLBACKS = Check(
+    lambda v: isinstance(v, list) and all(isinstance(each, Mapping) and NAMED.fits(each) for each in v),
+    "a list of {_target_: module.Class, <its arguments>}",
+)
+INTERNAL = Help("")
+"""For a field that is no key of the configuration."""
 LAYERS = Check(
     lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of names of layers, one for each block"
 )
@@ -149,6 +169,13 @@ class Trainer:
         Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
+    compile: Annotated[
+        bool,
+        Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),
+    ] = False
+    callbacks: Annotated[list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +187,47 @@ class FineTune:
     lr: Annotated[float, POSITIVE, Help("Peak learning rate.")]
     warmup_steps: Annotated[int, whole(0), Help("Steps in which the learning rate rises to its peak.", "steps")]
     early_stop: Annotated[
-        Annotated[int, COUNT] | None, Help("Stop after this many epochs without improvement; null: never.", "epochs")
+        Annotated[int, COUNT] | None,
+        Help("Stop after this many evaluations (by default epochs) without improvement; null: never.", "evaluations"),
     ]
-    weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of AdamW.")] = 0.0
+    max_steps: Annotated[
+        Annotated[int, COUNT] | None,
+        Help("Train for this many optimiser steps instead of `finetune.epochs`; null: by epochs.", "steps"),
+    ] = None
+    eval_every: Annotated[
+        Annotated[float, EVALUATIONS] | None,
+        Help(
+            "Evaluate, choose the best weights and write a checkpoint after so many steps, or after this fraction of "
+            "an epoch; null: after each epoch."
+        ),
+    ] = None
+    optimizer: Annotated[
+        Annotated[str | dict[str, Any], NAMED],
+        Help(
+            "`adamw`, `sgd`, `adafactor`, or a class, as in `{_target_: torch.optim.SGD, momentum: 0.9}`. It gets "
+            "`finetune.lr` and `finetune.weight_decay`."
+        ),
+    ] = "adamw"
+    scheduler: Annotated[
+        Annotated[str | dict[str, Any], NAMED],
+        Help(
+            "Schedule of the learning rate: `linear`, `cosine`, `constant` (with warm-up), or a class or function, as "
+            "in `{_target_: torch.optim.lr_scheduler.OneCycleLR}`. It is stepped once per optimiser step."
+        ),
+    ] = "linear"
+    weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of the optimiser.")] = 0.0
+    lora_plus_ratio: Annotated[
+        Annotated[float, POSITIVE] | None,
+        Help("LoRA+: the learning rate of B is this many times that of A and the head; null: the same rate."),
+    ] = None
+    label_smoothing: Annotated[float, RATE, Help("Label smoothing of the training loss, for tasks with classes.")] = 0.0
+    class_weights: Annotated[
+        Annotated[str | list[Any] | dict[str, Any], CLASS_WEIGHTS] | None,
+        Help(
+            "Weights of the classes in the training loss: `balanced` (the same total for each class), a list, or "
+            "`{class: weight}` (others 1); null: every row counts the same."
+        ),
+    ] = None
     clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
@@ -214,11 +279,20 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Logger:
-    """Where curves are logged. ``logger=[csv,wandb]`` chooses several, ``logger=[]`` none."""
+    """Where curves are logged. ``logger=[csv,wandb]`` chooses several, ``logger=none`` none.
+
+    Attributes:
+        own: loggers by ``_target_``, by the key under which they are in the section. `read_sections` collects them.
+    """
 
     csv: Annotated[bool, Help("Write `logs/<stage>/version_<n>/metrics.csv`.")] = False
     tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs `pip install diffora[tensorboard]`.")] = False
     wandb: Annotated[Wandb | None, Help("Log to Weights & Biases.")] = None
+    own: Annotated[
+        dict[str, Any],
+        Check(lambda v: isinstance(v, Mapping) and all(map(NAMED.fits, v.values())), "loggers"),
+        INTERNAL,
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

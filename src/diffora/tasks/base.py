@@ -233,14 +233,6 @@ class Task:
         """Whether a split can be scored."""
         return set(self.targets) <= set(split.encoded.column_names)
 
-    def class_counts(self, split: Split) -> list[int] | None:
-        """How many rows of a split each class has, in the order of the head; None if the rows have no classes."""
-        names = self.head().get("id2label")
-        if not names or "labels" not in split.encoded.column_names:
-            return None
-        labels = torch.tensor(split.encoded.data.column("labels").to_numpy())
-        return torch.bincount(labels, minlength=len(names)).tolist()
-
     def dummy(self, rows: int, model: Any) -> Batch:
         """A batch of the largest size, without real content, to measure the memory of a step."""
         if model.main_input_name == "pixel_values":
@@ -260,7 +252,19 @@ class Task:
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of a batch, a scalar."""
-        return F.cross_entropy(full_precision(output.logits), batch["labels"])
+        return F.cross_entropy(*self.class_terms(output, batch))
+
+    def class_terms(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits (..., classes), labels (...)): if the task `classifies`, `loss` is their mean cross-entropy.
+
+        A label of -100 does not count. Fine-tuning uses them for label smoothing and class weights.
+        """
+        return full_precision(output.logits), batch["labels"]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether `loss` is the mean cross-entropy of `class_terms`."""
+        return type(self).loss is Task.loss
 
     def sequences(self, batch: Mapping[str, Tensor]) -> int:
         """How many sequences the model reads for each row of a batch."""
@@ -309,11 +313,7 @@ class Task:
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split to ``folder``, in the task's usual format; by default ``<name>.jsonl``.
-
-        Returns:
-            The files written.
-        """
+        """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files."""
         lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
@@ -325,11 +325,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most ``n_parts`` parts.
-
-    Yields:
-        (part, its share in the mean loss of the whole batch)
-    """
+    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch)."""
     n = len(batch["row"])
     size = -(-n // n_parts)
     if size == n:

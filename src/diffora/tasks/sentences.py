@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -57,12 +56,9 @@ class SentenceTask(Task):
         batch = super().dummy(rows, model)
         return batch | ({"labels": torch.zeros(rows, self.spec.num_labels)} if self.spec.multilabel else {})
 
-    def class_counts(self, split: Split) -> list[int] | None:
-        if not self.spec.multilabel or "labels" not in split.encoded.column_names:
-            return super().class_counts(split)
-        labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
-        counts: list[int] = np.bincount(labels, minlength=self.spec.num_labels).tolist()
-        return counts
+    @property
+    def classifies(self) -> bool:
+        return not (self.spec.is_regression or self.spec.multilabel)
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy; for several classes, mean binary cross-entropy over classes; else mean squared error."""

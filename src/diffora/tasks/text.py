@@ -283,14 +283,8 @@ class TextTask(SentenceTask):
         found |= compute_metrics(self.spec, logits, labels)
         if self.numeric:
             return {name: found.get(name, found["loss"]) for name in ("loss", *self.metrics)}
-
-        from torchmetrics.functional.classification import multiclass_f1_score  # imported here: it takes seconds
-
-        predicted, n = logits.argmax(dim=1), self.spec.num_labels
-        return found | {
-            f"{average}_f1": float(multiclass_f1_score(predicted, labels.long(), n, average))
-            for average in ("macro", "weighted")
-        }
+        results = self.class_results(outputs)
+        return found | (results.averages() if results else {})
 
 
 def several_f1(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -78,6 +78,7 @@ class TokensTask(OwnRowsTask):
     padding: ClassVar = {**Task.padding, "labels": IGNORED, "tags": IGNORED, "starts": NO_WORD}
     metrics = ("f1", "precision", "recall", "accuracy")
     main_metric = "f1"
+    classifies = True
     unknown_id: int | None = None
 
     def __init__(self, cfg: Any) -> None:
@@ -251,13 +252,6 @@ class TokensTask(OwnRowsTask):
             account.notes.append(f"{silent:,} words have no token in this tokenizer: their predicted tag is {outside}")
         account.change("a word has more tokens than a window; the word is cut", cut)
         note_unknown(account, table.column("input_ids"), self.unknown_id)
-
-    def class_counts(self, split: Split) -> list[int] | None:
-        """How many words of a split have each tag."""
-        if not self.labelled(split):
-            return None
-        labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
-        return list(map(int, np.bincount(labels, minlength=len(self._tags().names))))
 
     def collate(self, processor: Any, training: bool) -> Collate:
         return WordsCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)

@@ -1,7 +1,7 @@
 """Fine-tuning: trains the parameters that the method made trainable. Stage 2 of DiffoRA, the only one of others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
+from diffora.loop.plan import Plan
 from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
 from diffora.tasks.classes import ClassResults
+from diffora.training.criterion import Criterion
+from diffora.training.optimisers import make_optimiser, make_schedule
 
 Metrics = dict[str, float]
 
 
 class FineTuneModule(Stage):
-    """Trains with AdamW, linear warm-up and linear decay to 0, and keeps the best epoch.
+    """Trains with the optimiser and schedule of the settings, and keeps the best weights.
 
     The loss of a step is the mean over all its terms (`Task.weight`: rows, or tokens that count), however they are
     divided into micro-batches and processes.
@@ -27,9 +30,10 @@ class FineTuneModule(Stage):
     The method's hooks run around each optimiser step. A penalty that a method adds to the loss is trained on, but is
     not part of the reported training loss. The training metric is that of the predictions made while training.
 
-    After each epoch the whole validation split is predicted once and scored three times: as a whole (the usual figure
-    in the literature, which also chooses the best epoch), and as two seeded halves. So a choice made on one half can be
-    reported on the other.
+    An epoch of Lightning is a segment of the plan (`diffora.loop.plan`). After each epoch, or as often as
+    ``finetune.eval_every`` says, the whole validation split is predicted once and scored three times: as a whole (the
+    usual figure in the literature, which also chooses the best weights), and as two seeded halves. So a choice made on
+    one half can be reported on the other.
 
     Args:
         adaptation: the adapted model, and what its method does in a step. Parameters that require gradients are
@@ -40,12 +44,16 @@ class FineTuneModule(Stage):
         halves: (choice, held-out) row numbers of the official split, as encoded.
         settings: the ``finetune`` section, with the warm-up steps of this run.
         seed: the run's seed.
+        plan: gives the segments; called once the processes have met.
+        criterion: the training loss; None for the task's own.
 
     Attributes:
-        history: the metrics of each epoch.
-        best_state: the trainable weights of the best epoch.
-        best_classes: the results by class of the best epoch on the official split; None if the task has no classes.
+        history: the metrics of each evaluation.
+        best_state: the trainable weights of the best evaluation.
+        best_classes: the results by class of the best evaluation on the official split; None if there are none.
     """
+
+    plan: Plan
 
     def __init__(
         self,
@@ -56,8 +64,11 @@ class FineTuneModule(Stage):
         halves: tuple[np.ndarray, np.ndarray],
         settings: FineTune,
         seed: int,
+        plan: Callable[[], Plan],
+        criterion: Criterion | None = None,
     ) -> None:
         super().__init__(adaptation.model, seed)
+        self.make_plan, self.criterion = plan, criterion or Criterion(task)
         self.adaptation = adaptation
         self.task, self.train_split, self.validation = task, train, dict(validation)
         self.halves, self.settings = halves, settings
@@ -67,35 +78,48 @@ class FineTuneModule(Stage):
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
+        self._finished = False  # whether a checkpoint is of the last step
         self._step = -1  # the optimiser step of the last micro-batch
         self._terms = 0.0  # terms of the present micro-batch in this process
         # Terms in all processes: of the step's first micro-batch, and of all its micro-batches so far.
         self._first_terms = self._all_terms = torch.ones(())
 
     def configure_optimizers(self) -> Any:
-        s = self.settings
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=s.lr, weight_decay=s.weight_decay, fused=True)
-        total = int(self.trainer.estimated_stepping_batches)
-        self.adaptation.begin(total)
-
-        def factor(step: int) -> float:
-            if step < s.warmup_steps:
-                return (step + 1) / s.warmup_steps
-            return max(0.0, (total - step) / max(1, total - s.warmup_steps))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.plan = self.make_plan()
+        self.trainer.fit_loop.max_epochs = len(self.plan)
+        optimizer = make_optimiser(((n, p) for n, p in self.named_parameters() if p.requires_grad), self.settings)
+        schedule = make_schedule(optimizer, self.settings, self.plan.total)
+        self.adaptation.begin(self.plan.total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def epoch_now(self) -> int:
+        return self.plan[self.current_epoch].epoch
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self.plan[self.current_epoch].evaluates
+
+    def progress(self) -> tuple[float, float, int]:
+        plan, parts = self.plan, self.trainer.accumulate_grad_batches
+        now = min(self.current_epoch, len(plan) - 1)
+        return plan.epochs_after(now), plan.epochs, plan.total * parts
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        # Lightning validates after every n-th epoch; an n above the number of the present one turns that off.
+        self.trainer.check_val_every_n_epoch = 1 if self.checkpoint_due else self.current_epoch + 2
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Unscale the gradients, and rescale them to the mean over all terms of the step."""
-        # For a fused optimiser, Lightning does not unscale before clipping, so it is done here.
-        if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
+        # For an optimiser that unscales by itself (a fused one), Lightning does not do it before clipping.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
         if (parts := self.trainer.accumulate_grad_batches) > 1:
             # Lightning divided the loss by the number of micro-batches, and `_loss_weight` by the terms of the first.
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, parts * self._first_terms / self._all_terms.clamp(min=1))
+            torch._foreach_mul_(gradients, parts * self._first_terms / _or_one(self._all_terms))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -106,17 +130,17 @@ class FineTuneModule(Stage):
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training:
-            self._terms = self.task.weight(batch)  # count while the batch is on the CPU: no wait for the GPU
+            self._terms = self.criterion.weight(batch)  # count while the batch is on the CPU: no wait for the GPU
         return batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = self.trainer.global_step
         first = step != self._step  # whether this is the step's first micro-batch
         if first:
-            self.adaptation.before_step(step, self.current_epoch)
+            self.adaptation.before_step(step, self.epoch_now)
             self._step = step
         output = self.model(**self.task.inputs(batch))
-        loss = self.task.loss(output, batch)
+        loss = self.criterion.loss(output, batch)
         self._losses.append(loss.detach())
         if self.task.scores_training:
             self._seen.append(self.task.outputs(output, batch))
@@ -141,7 +165,7 @@ class FineTuneModule(Stage):
             terms = mine.clone()
             torch.distributed.all_reduce(terms)
         if first:
-            self._first_terms = terms.clamp(min=1)  # if no term counts, the loss is 0 anyway
+            self._first_terms = _or_one(terms)
         self._all_terms = terms if first else self._all_terms + terms
         return mine * world / self._first_terms
 
@@ -177,7 +201,7 @@ class FineTuneModule(Stage):
                     half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
                     scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
         if not all(math.isfinite(scores.get(f"{name}/loss", 0.0)) for name in self.validation):
-            raise NonFiniteLoss(self.current_epoch, "validation loss")
+            raise NonFiniteLoss(self.epoch_now, "validation loss")
         if (seen_score := scores.get(f"train/{self.task.main_metric}")) is not None:
             # [R] Figures 1 and 2: how much better the model is on its training rows.
             gap = seen_score - scores[f"{self.official}/{self.task.main_metric}"]
@@ -194,7 +218,7 @@ class FineTuneModule(Stage):
         """Epoch, mean training loss and training metrics, over all processes. It clears what was collected."""
         loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
         loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        scores: Metrics = {"epoch": float(self.current_epoch + 1), "train/loss": loss.item()}
+        scores: Metrics = {"epoch": self.plan.epochs_after(self.current_epoch), "train/loss": loss.item()}
         if self._seen:
             seen = self.task.score(self._gather(self._seen), self.train_split)
             scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
@@ -234,12 +258,12 @@ class FineTuneModule(Stage):
 
     @property
     def stalled(self) -> bool:
-        """Whether none of the last ``early_stop`` epochs was the best so far."""
+        """Whether none of the last ``early_stop`` evaluations was the best so far."""
         patience = self.settings.early_stop
         return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
 
     def over(self, epochs_done: int, epochs: int) -> bool:
-        return super().over(epochs_done, epochs) or self.stalled
+        return self._finished or self.stalled
 
     def results(self) -> Metrics:
         """The run's metrics.
@@ -260,15 +284,25 @@ class FineTuneModule(Stage):
         return {key: round(value, 6) for key, value in metrics.items()}
 
     def memory(self) -> dict[str, Any]:
-        classes = self.best_classes and vars(self.best_classes)
-        kept = {"history": self.history, "best_state": self.best_state, "best_classes": classes}
-        return kept | {"method": self.adaptation.state()}
+        return {
+            "history": self.history,
+            "best_state": self.best_state,
+            "best_classes": self.best_classes and vars(self.best_classes),
+            "method": self.adaptation.state(),
+            "finished": self.current_epoch + 1 >= len(self.plan),
+        }
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
         self.best_classes = memory["best_classes"] and ClassResults(**memory["best_classes"])
+        self._finished = bool(memory["finished"])
         self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])
+
+
+def _or_one(terms: Tensor) -> Tensor:
+    """The number of terms; 1 if no term counts, because the loss is 0 then anyway."""
+    return torch.where(terms > 0, terms, 1.0)
 
 
 def measures(adaptation: Adaptation) -> Metrics:

@@ -32,6 +32,8 @@ def check_stages(settings: Settings, method: Method, grid: Grid, n_rows: int | N
             f"finetune.batch_size={settings.finetune.batch_size}: there are {n_rows} rows, so an epoch is one step"
         )
     steps, run = steps_of(settings, n_rows)
+    if isinstance(every := settings.finetune.eval_every, int) and every > steps:
+        log.warning(f"finetune.eval_every={every} is more than {steps}, {run}: evaluated at the end only")
     mask = getattr(method, "mask", None)
     if mask is not None and mask.rank is not None and mask.start >= steps:
         raise UserError(f"method.mask.start={mask.start} must be less than {steps}, {run}: no step would be masked")
@@ -59,5 +61,7 @@ def warmup_steps(settings: Settings, n_rows: int) -> int:
 def steps_of(settings: Settings, n_rows: int) -> tuple[int, str]:
     """(optimiser steps of the fine-tuning stage, where this number comes from, for messages)"""
     f = settings.finetune
+    if f.max_steps is not None:
+        return f.max_steps, "finetune.max_steps"
     made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"
     return -(-n_rows // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"

@@ -104,7 +104,7 @@ def test_slow_and_fast_tokenizers_agree(slow):
 GAPS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=25)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(GAPS, st.integers(1, 12), st.data())
 def test_each_word_belongs_to_one_window_that_has_its_first_token(gaps, room, data):
     """``gaps`` has for each word its number of tokens, and of tokens of no word before it."""

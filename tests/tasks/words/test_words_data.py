@@ -311,3 +311,15 @@ def test_strict_needs_a_scheme_with_well_formed_entities(task, tmp_path):
 def test_the_recipe_is_complete(cfg):
     recipe = OmegaConf.to_container(cfg("task=tokens", "task.path=a.conll").task.recipe)
     assert recipe["rank"] and recipe["search_epochs"]
+
+
+def test_other_rows_have_the_tags_of_the_run(task, tmp_path):
+    made = task(write_lines(tmp_path / "new.jsonl", rows(4)))
+    made.expect(["O", "B-PER", "I-PER"])
+    with pytest.raises(UserError) as caught:
+        made.load_split("all")
+    place = "new.jsonl, line 1, column 'ner_tags'"
+    what = '"B-LOC" is not a tag of the run: O, B-PER, I-PER (word 5 of the row) (and 3 more such rows).'
+    assert f"{place}: {what}" in str(caught.value)
+    with pytest.raises(UserError, match="the run was trained on other classes than tags of words"):
+        made.expect(["O", "B-PER", "PER"])

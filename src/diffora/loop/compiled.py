@@ -1,0 +1,38 @@
+"""``trainer.compile=true``: the model's forward pass through `torch.compile`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from diffora.errors import UserError
+
+
+@contextmanager
+def compiled(model: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, the model's forward pass is compiled, for batches of any size. Afterwards the model is as before.
+
+    Names of parameters, and so checkpoints and exports, do not change. Low-rank layers and dropout then compute their
+    plain formulas (`LowRankLinear.kernel`), which the compiler fuses by itself.
+
+    Raises:
+        UserError: `torch.compile` fails on this model.
+    """
+    if not on:
+        yield
+        return
+    torch.compiler.reset()  # what earlier stages or runs have compiled counts towards the limit of compilations
+    model.forward = torch.compile(model.forward, dynamic=True)  # of the whole width: not again for every length
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"trainer.compile=true: torch.compile fails on {type(model).__name__}: {reason}. Leave it out, or see "
+                "TORCH_LOGS=recompiles"
+            ) from error
+        raise
+    finally:
+        del model.forward  # the class has the original

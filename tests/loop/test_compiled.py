@@ -1,0 +1,67 @@
+"""``trainer.compile=true``: the same values, the same names, and the model as before afterwards."""
+
+import pytest
+import torch
+from conftest import TYPES, batch_of
+from torch._dynamo.utils import counters
+
+from diffora.core.attach import attach
+from diffora.core.grid import find_grid
+from diffora.core.lowrank import lowrank_layers
+from diffora.errors import UserError
+from diffora.loop import machine
+from diffora.loop.compiled import compiled
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses_and_gradients_for_any_width(deberta):
+    model = deberta()
+    grid = find_grid(model, "encoder.layer.*", TYPES)
+    attach(model, grid.names, torch.ones(2, 6, dtype=torch.bool), 2, None, alpha=4, freeze=False)
+    with torch.no_grad():
+        for _, layer in lowrank_layers(model):
+            layer.lora_bt.normal_(std=0.1)
+    names = list(model.state_dict())
+    model.train()
+
+    def steps():
+        for rows, length in ((4, 6), (8, 9), (5, 7), (3, 11)):
+            batch = batch_of(rows, length, seed=length)
+            loss = model(**{key: value for key, value in batch.items() if key != "row"}).loss
+            trained = [p for p in model.parameters() if p.requires_grad]
+            yield loss.detach(), *torch.autograd.grad(loss, trained)
+
+    plain = list(steps())
+    counters.clear()
+    with compiled(model, True):
+        found = list(steps())
+        assert list(model.state_dict()) == names
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2  # and not one for each width
+    assert "forward" not in vars(model)
+
+
+def test_without_the_setting_nothing_happens(deberta):
+    model = deberta()
+    with compiled(model, False):
+        assert "forward" not in vars(model)
+
+
+def test_an_error_of_the_compiler_is_one_message(deberta, monkeypatch):
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    model = deberta()
+    with pytest.raises(UserError, match="fails on Deberta"), compiled(model, True):
+        raise InternalTorchDynamoError("not possible\nmany lines")
+    assert "forward" not in vars(model)
+    with pytest.raises(ValueError, match="of the model"), compiled(model, True):
+        raise ValueError("of the model itself")
+
+
+def test_a_machine_without_a_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": "/no/such"})
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    compiler, headers = machine._compile_problems()
+    assert "needs a C++ compiler, and there is none" in compiler and "needs Python's header files" in headers
