@@ -157,7 +157,7 @@ def command_in(programs: Path, folder: Path) -> Run:
     def run(*arguments: str, status: int = 0) -> str:
         print("  diffora", *arguments, flush=True)
         command = [str(programs / "diffora"), *arguments]
-        done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=1800)
         if done.returncode != status or "Traceback" in done.stderr:
             sys.exit(f"diffora {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout if status == 0 else done.stderr

@@ -14,7 +14,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "requirements"
-BUILD = ("pip", "setuptools", "hatchling", "editables")
+# setuptools-scm builds seqeval, which has no wheel.
+BUILD = ("pip", "setuptools", "setuptools-scm", "hatchling", "editables")
 
 # PyPI has torch for Linux with CUDA only. These are hashes of PyTorch's CPU builds, such as 2.13.0+cpu. `make venv`
 # prefers such a build if PIP_FIND_LINKS names a folder that holds one.

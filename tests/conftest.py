@@ -68,6 +68,14 @@ def quick() -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of DiffoRA, for several tests. They must not change it."""
+    from finished_run import run_of
+
+    return run_of(tmp_path_factory.mktemp("finished") / "run").folder
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder with real data; the test is skipped if there is none."""

@@ -112,11 +112,12 @@ def test_a_wheel_works_outside_the_repository(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_program_works_from_wheel_and_sdist(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
     subprocess.run(build, check=True, capture_output=True, timeout=120, cwd=REPO)
     check = [sys.executable, str(REPO / "scripts" / "check_wheel.py"), str(tmp_path), "--all"]
-    done = subprocess.run(check, capture_output=True, text=True, timeout=590, cwd=tmp_path)
+    done = subprocess.run(check, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installs the same files" in done.stdout
 

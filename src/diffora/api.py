@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from diffora.adapters.export import save_adapter
-from diffora.adapters.load import load_onto
+from diffora.adapters.fetch import local_copy
+from diffora.adapters.load import load_onto, warn_of_other_backbone
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
@@ -21,7 +22,12 @@ __all__ = ["Selection", "attach", "find_grid", "load_adapter", "save_adapter", "
 
 
 def load_adapter(
-    model: nn.Module | Backbone, folder: Path | str, method: str | None = None, *, freeze: bool = True
+    model: nn.Module | Backbone,
+    folder: Path | str,
+    method: str | None = None,
+    *,
+    freeze: bool = True,
+    revision: str | None = None,
 ) -> None:
     """Put an exported adapter on a pretrained model, in place, with ranks, scales and sharing as they were trained.
 
@@ -30,12 +36,16 @@ def load_adapter(
 
     Args:
         model: the pretrained model with a head, without low-rank layers.
-        folder: the ``adapter/`` of a run, or an adapter that PEFT wrote.
+        folder: the ``adapter/`` of a run, an adapter that PEFT wrote, or the hub id of one, such as ``owner/name``. A
+            folder of that name has priority.
         method: dotted path of your own `Method`, if the adapter was trained with one that is not in this package. For
             safety, no name in the folder itself is imported from outside the package.
         freeze: freeze everything else, the head too. To train the head, call ``model.classifier.requires_grad_(True)``
             afterwards. False leaves everything else as it is; only where the folder has no low-rank pairs, the head
             then becomes trainable.
+        revision: branch, tag or commit on the hub.
+
+    A warning says if the model was loaded from other files than those that the adapter was trained on.
 
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
@@ -50,5 +60,7 @@ def load_adapter(
             raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
         return made
 
-    backbone = model if isinstance(model, Backbone) else Backbone.of(model)
-    load_onto(backbone, Path(folder), method_of, freeze)
+    place = local_copy(folder, revision)
+    if not isinstance(model, Backbone):  # otherwise the caller knows where it comes from
+        warn_of_other_backbone(model, place)
+    load_onto(model if isinstance(model, Backbone) else Backbone.of(model), place, method_of, freeze)

@@ -170,7 +170,11 @@ def _weights(folder: Path) -> Iterator[str]:
 
 
 def made_with(
-    composed: Mapping[str, Any], data: str, rows: Mapping[str, int], backbone: Mapping[str, Any] | None
+    composed: Mapping[str, Any],
+    data: str,
+    rows: Mapping[str, int],
+    backbone: Mapping[str, Any] | None,
+    inputs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint or a search is made with, to compare later with `changes`.
 
@@ -179,12 +183,13 @@ def made_with(
         data: hash of the data.
         rows: number of rows by split.
         backbone: what `backbone` returned.
+        inputs: digests of other files, by the key of their setting.
 
     Returns:
         Plain containers, equal to what comes back from a JSON file.
     """
     settings = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
-    made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone}
+    made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone, "inputs": dict(inputs or {})}
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as it will be when it comes from a file
     return plain
 
@@ -207,4 +212,6 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             found.append(f"the backbone's files changed: {', '.join(sorted(files))}")
         elif pair[0].get("digest") != pair[1].get("digest"):
             found.append("the backbone's files changed")
+    if pair := both("inputs"):
+        found += [f"the files of {key} changed" for key in pair[0] if key in pair[1] and pair[0][key] != pair[1][key]]
     return found

@@ -64,3 +64,48 @@ def resolve(path: str) -> tuple[str, bool]:
     except HFValidationError:
         raise UserError(f"model.path={path} is neither a folder nor a hub id such as owner/name") from None
     return path, False
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of somebody's repository on the hub: ``owner/name``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def hub_failure(error: Exception, name: str) -> str:
+    """Why the hub did not do what it was asked, and what helps.
+
+    Args:
+        error: what a client of the hub raised.
+        name: of the repository.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    endpoint = huggingface_hub.constants.ENDPOINT
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} is gated: ask for access at {endpoint}/{name}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no such revision"
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return f"{endpoint} does not know your token: log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        return f"{endpoint} has no {name}, or it is private and you are not logged in (`hf auth login`)"
+    if status == 403:
+        return (
+            f"your token may not do this with {name}: it needs write access ({endpoint}/settings/tokens), and the "
+            "owner must be you or an organisation of yours"
+        )
+    if status == 409:
+        return f"{name} was changed by somebody else at the same moment: give the command again"
+    if status is not None:
+        return f"{endpoint} answers with an error (HTTP {status}): try again later"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{endpoint} cannot be reached ({reason})"

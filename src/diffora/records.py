@@ -77,6 +77,7 @@ class Record:
         data_hash: hash of the training and validation rows.
         data: how many rows of each split were read, used and dropped, and why.
         backbone: digests of the backbone's files.
+        inputs: digests of other files that the run was given, by the key of their setting.
         git_commit: commit of the program, with ``+`` where it was changed since.
         versions: of Python and packages.
         classes: names of the task's classes.
@@ -110,6 +111,7 @@ class Record:
     data_hash: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None
     versions: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
@@ -201,7 +203,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a whole number": (("seed",), _is_int),
     "an object": (("settings", *RESULTS), lambda value: isinstance(value, dict)),
     "an object or null": (
-        ("selection", "data", "backbone", "versions", "digests"),
+        ("selection", "data", "backbone", "inputs", "versions", "digests"),
         lambda value: isinstance(value, dict | None),
     ),
     "a list of text": (

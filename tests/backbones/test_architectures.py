@@ -273,7 +273,7 @@ def test_a_language_model_has_no_head_to_train():
         ("gpt2", "mrpc", 124_439_808, 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
         ("bert_base", "mrpc", 109_482_240, 12 * 8 * (4 * 1536 + 2 * 3840)),
         ("distilbert_base", "mrpc", 66_362_880, 6 * 8 * (4 * 1536 + 2 * 3840)),
-        ("t5_base", "mrpc", 222_903_552, 12 * 8 * (4 * 1536 + 2 * 3840)),
+        ("t5_base", "mrpc", 222_903_552, 12 * 8 * (12 * 1536 + 4 * 3840)),  # both stacks
     ],
 )
 def test_parameter_counts_of_the_shipped_models(model, task, backbone, adapter, cfg, tmp_path):
@@ -283,7 +283,7 @@ def test_parameter_counts_of_the_shipped_models(model, task, backbone, adapter, 
     assert (params["backbone"], params["adapter"]) == (backbone, adapter)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert_base", "distilbert_base", "t5_base"])
+@pytest.mark.parametrize("model", ["gpt2", "bert_base", "distilbert_base", "t5_base", "bart_base"])
 def test_a_shipped_grid_is_the_one_that_would_be_found(model, cfg):
     composed = cfg(f"model={model}")
     net = meta_backbone(composed.model, get_task(composed.task).model_request()).model

@@ -57,7 +57,9 @@ def record_of(folder: Path) -> dict:
     return record
 
 
-@pytest.mark.parametrize("page", ["own-data", "own-model", "own-method", "own-task", "own-selector"])
+@pytest.mark.parametrize(
+    "page", ["own-data", "entities", "multiple-choice", "own-model", "own-method", "own-task", "own-selector"]
+)
 def test_a_page_has_commands_and_says_how_much_to_write(page):
     assert scripts_of(page)
     if claim := re.search(r"\*\*What it takes:\*\* (\w+) files?, (\d+) lines", (HOW_TO / f"{page}.md").read_text()):
@@ -65,7 +67,7 @@ def test_a_page_has_commands_and_says_how_much_to_write(page):
         assert {"one": 1, "two": 2}[claim[1]] == len(counted)
         assert int(claim[2]) == sum(bool(line.strip()) for text in counted.values() for line in text.splitlines())
     else:
-        assert page == "own-data"
+        assert page in ("own-data", "entities", "multiple-choice")
 
 
 def test_own_data(tmp_path):
@@ -79,6 +81,33 @@ def test_own_data(tmp_path):
     assert (folder.parent / "classes.csv").is_file()
     [first, _] = map(json.loads, (tmp_path / "praised" / "all.jsonl").read_text().splitlines())
     assert set(first["prediction"]) <= {"fast", "cheap"} and list(first["probabilities"]) == ["cheap", "fast"]
+
+
+def test_entities(tmp_path):
+    follow("entities", tmp_path)
+    record = record_of(tmp_path)
+    assert record["classes"] == ["O", "B-PERSON", "I-PERSON", "B-PRODUCT", "I-PRODUCT"]
+    assert record["data"]["train"]["used"] == 6 and record["data"]["validation"]["used"] == 2
+    lines = list(map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines()))
+    assert [line["tokens"] for line in lines] == [["Lee", "wants", "a", "desk"], ["The", "lamp", "is", "here"]]
+    assert all(len(line["prediction"]) == 4 for line in lines)
+
+
+def test_multiple_choice(tmp_path):
+    follow("multiple-choice", tmp_path)
+    record = record_of(tmp_path)
+    assert record["data"]["train"]["used"] == 6 and record["data"]["validation"]["used"] == 2
+    [line] = map(json.loads, (tmp_path / "predicted" / "all.jsonl").read_text().splitlines())
+    assert len(line["probabilities"]) == 3 and line["choice"].startswith("We ")
+
+
+def test_seq2seq(tmp_path):
+    printed = follow("seq2seq", tmp_path)
+    assert "24 layers x 16 candidates" in printed and "12 layers x 10 candidates" in printed
+    record = record_of(tmp_path)
+    assert record["data"]["train"]["used"] == 8 and {len(row) for row in record["selection"]["selected"]} == {3, 5}
+    [line] = map(json.loads, (tmp_path / "written" / "all.jsonl").read_text().splitlines())
+    assert line["id"] == "x1" and line.keys() == {"row", "number", "id", "prediction"}
 
 
 def test_own_model(tmp_path):

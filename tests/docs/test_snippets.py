@@ -90,7 +90,7 @@ def test_a_whole_run_and_its_adapter(names):
     exec(load.replace("outputs/…/adapter", place), given)
     assert torch.allclose(logits(given["model"]), expected, atol=1e-5)
 
-    peft, ours, tie = blocks(ADAPTERS)
+    peft, ours, tie, _ = blocks(ADAPTERS)
     given = {"base": fresh()}
     exec(ours.replace("outputs/…/adapter", place), given)
     assert torch.allclose(logits(given["base"]), expected, atol=1e-5)

@@ -15,7 +15,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
-from diffora.methods.peft import PEFTAdaptation
+from diffora.methods.peft import PEFTAdaptation, inject
 from diffora.run.check import check
 from diffora.run.experiment import run
 from diffora.run.record import read_record
@@ -341,3 +341,17 @@ def test_settings_that_do_not_fit_the_model_give_pefts_message(cfg, deberta):
     method = method_of(cfg, "method=peft", "method.config._target_=peft.MissConfig", "rank=64", *without)
     with pytest.raises(UserError, match=r"PEFT cannot put MissConfig on this model: .*64"):
         adapted(method, deberta())
+
+
+def test_a_stack_whose_names_end_others_is_refused_because_peft_would_adapt_both():
+    from peft import LoraConfig
+
+    def two_stacks():
+        inner = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+        return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "encoder": inner})
+
+    inject(two_stacks(), LoraConfig(target_modules=["encoder.layers.0"]))
+    model = two_stacks()
+    with pytest.raises(UserError, match=r"PEFT would adapt encoder\.layers\.0 too"):
+        inject(model, LoraConfig(target_modules=["layers.0"]))
+    assert not any(hasattr(module, "lora_A") for module in model.modules())

@@ -162,7 +162,7 @@ def sweep(tmp_path, monkeypatch, capsys):
     """Runs a sweep in a folder of its own; returns the names of the folders that were run."""
     monkeypatch.chdir(tmp_path)
 
-    def start(*overrides, fails=()):
+    def start(*overrides, fails=(), status="completed"):
         ran = []
 
         def run(cfg):
@@ -176,7 +176,7 @@ def sweep(tmp_path, monkeypatch, capsys):
                 raise RuntimeError("no luck")
             write_text(folder / "adapter" / "adapter_config.json", "{}")
             files = ["config.yaml", "adapter/adapter_config.json"]
-            write_record(folder, record | {"status": "completed", "files": files})
+            write_record(folder, record | {"status": status, "files": files})
 
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -204,6 +204,16 @@ def test_a_failed_run_does_not_stop_the_others_and_the_same_command_repeats_it(s
     cell = {key: record[key] for key in ("experiment", "row", "column", "scale", "seed")}
     expected = ("table4_sample_rate", "ρ = 0.4", "digits", "small", 1)
     assert tuple(cell.values()) == expected
+
+
+def test_a_sweep_that_only_selects_is_complete_with_selections_and_a_whole_sweep_is_not(sweep, capsys):
+    assert sweep(*CELLS, "search_only=true", status="selected") == NAMES
+    assert sweep(*CELLS, "search_only=true") == []
+    assert "2 complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        sweep(*CELLS, status="selected")  # as if the runs ended before their records were written again
+    assert sweep(*CELLS) == NAMES
+    assert sweep(*CELLS, "search_only=true") == []  # a whole run has its selection
 
 
 def test_equal_failures_are_reported_once(sweep):

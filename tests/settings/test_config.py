@@ -32,7 +32,8 @@ GROUPS = {
 def test_every_shipped_choice_composes_and_is_valid(cfg, choice, monkeypatch):
     monkeypatch.setattr("diffora.loop.own.find_spec", lambda name: True)  # loggers need packages that are no dependency
     given = {"model=hf": ["model.path=some/model"], "task=imagefolder": ["task.path=some/folder"]}
-    given["task=text"] = ["task.path=some/file.csv"]
+    given["task=text"] = given["task=choice"] = given["task=seq2seq"] = ["task.path=some/file.csv"]
+    given["task=tokens"] = ["task.path=some/file.conll"]
     composed = cfg(choice, *given.get(choice, []))
     settings, _ = check(composed)
     assert settings.composed == plain(composed)

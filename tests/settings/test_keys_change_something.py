@@ -37,6 +37,13 @@ SQUAD += " task.doc_stride=4 task.max_question_length=8"
 IMAGES = f"method=lora task=imagefolder model=tiny_vit {CPU} {SHORT} task.path=imagefolder"
 DIGITS = f"method=lora task=digits model=tiny_vit {CPU} {SHORT} task.max_train_rows=32 task.validation_rows=800"
 TEXT = f"method=lora task=text model=tiny {CPU} {SHORT} task.path=text/rows.csv task.max_length=64"
+PAIRS = f"method=lora task=seq2seq model=tiny_t5 {CPU} {SHORT} task.path=pairs/rows.csv task.max_source_length=32"
+PAIRS += " task.max_target_length=16 task.validation_fraction=0.4"
+REWRITE = f"method=lora task=rewrite model=tiny_t5 {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
+WORDS = (
+    f"method=lora task=tokens model=tiny {CPU} {SHORT} task.path=tokens/rows.jsonl task.max_length=9 task.doc_stride=1"
+)
+CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
@@ -109,6 +116,43 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.label_columns": "[one,two]", "task.label_separator": "|",
         }),
     ],
+    "TokensTask": [
+        (f"{WORDS} finetune.epochs=2 finetune.lr=0.02", {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.tokens_column": "more",
+            "task.tags_column": "other", "task.tags": "[B-X,I-X,O,B-Y]", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_length": "24", "task.doc_stride": "4", "task.strict": "true",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=tokens task.path=some/words", {"task.subset": "x"}),
+    ],
+    "ChoiceTask": [
+        (CHOICE, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.context_columns": "[more]",
+            "task.start_column": "more", "task.choices_column": "others", "task.choice_columns": "[a,b]",
+            "task.label_column": "other", "task.label_kind": "letter", "task.first_label": "1",
+            "task.validation_fraction": "0.5", "task.split_seed": "1", "task.max_length": "6",
+            "task.train_split": "x", "task.validation_split": "x",
+        }),
+        ("task=choice task.path=some/choices", {"task.subset": "x"}),
+    ],
+    "Seq2SeqTask": [
+        (PAIRS, {
+            "task.name": "x", "task.max_train_rows": "8", "task.path": "pairs/other.csv", "task.prefix": "'so : '",
+            "task.source_column": "target", "task.target_column": "source", "task.validation_fraction": "0.5",
+            "task.split_seed": "1", "task.max_source_length": "4", "task.max_target_length": "3",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
+        }),
+        ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {
+            "task.subset": "x",
+        }),
+    ],
+    "RewriteTask": [
+        (REWRITE, {
+            "task.name": "x", "task.max_train_rows": "16", "task.prefix": "'so : '", "task.max_source_length": "4",
+            "task.max_target_length": "3", "task.train_rows": "24", "task.validation_rows": "6",
+            "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
+        }),
+    ],
     "SquadTask": [
         (SQUAD, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.train_file": "x.jsonl",
@@ -150,7 +194,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1",
             "method.selector": "random", "method.scope": "global",
             "method.budget": "30k", "method.selection": "[key]", "method.warm_start": "true",
-            "method.regulariser.weight": "0.1", "method.mask.rank": "1",
+            "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.adapter": "a/b/c",
         }),
         (f"{SEARCH} method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{SEARCH} '{MASK}'", {
@@ -163,7 +207,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TINY} method=random", {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1", "method.scope": "global",
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
-            "method.like": "conf",
+            "method.like": "conf", "method.adapter": "a/b/c",
         }),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
@@ -172,17 +216,20 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         }),
     ],
     "ShareOnly": [(f"{TINY} method=share_only", {"method.alpha": "2", "method.shared_rank": "1"})],
-    "LoRA": [(LORA, {"method.alpha": "2"})],
+    "LoRA": [(LORA, {"method.alpha": "2", "method.adapter": "a/b/c"})],
     "FLoRA": [(f"{TINY} method=flora", {"method.alpha": "2"})],
     "RLoRA": [(f"{TINY} method=r_lora", {
-        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
     })],
     "GMLoRA": [(f"{TINY} method=gm_lora", {
-        "method.alpha": "2", "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
         "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
     })],
     "RMLoRA": [(f"{TINY} method=rm_lora", {
-        "method.alpha": "2", "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
+        "method.adapter": "a/b/c", "method.alpha": "2",
+        "method.regulariser.weight": "1", "method.regulariser.form": "mean_norm",
         "method.mask.rank": "1", "method.mask.every": "epoch", "method.mask.independent": "true",
         "method.mask.target": "update", "method.mask.start": "1", "method.mask.head": "true",
     })],
@@ -229,7 +276,8 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    places = {name: tmp_path / name for name in ("mrpc", "squad_v2", "chat", "imagefolder", "text")}
+    kinds = ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice", "pairs")
+    places = {name: tmp_path / name for name in kinds}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
         for place in places.values():
@@ -247,6 +295,26 @@ def folders(tmp_path):
             folder.mkdir(parents=True)
             for i in range(n // 2):
                 Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    people = ("baker", "king", "teacher", "farmer")
+    told = [(f"the {a} thanked the {b}", f"the {b} was thanked by the {a}") for a in people for b in people if a != b]
+    pairs = "".join(f"{active},{passive}\n" for active, passive in told)
+    (places["pairs"] / "rows.csv").write_text("source,target\n" + pairs)
+    (places["pairs"] / "other.csv").write_text("source,target\n" + pairs.replace("thanked", "helped"))
+    words = [
+        {
+            "tokens": ["the", "cat", f"x{i}", *["sat", "near"] * (i % 4)],
+            "ner_tags": ["B-X", "I-X", "O", *["O", "I-X"] * (i % 4)],
+        }
+        for i in range(24)
+    ]
+    words = [row | {"more": row["tokens"][::-1], "other": row["ner_tags"][::-1]} for row in words]
+    choices = [
+        {"context": f"who sat {i}", "more": f"where {i}", "choices": ["the cat", "a dog"], "others": ["a dog", "a cow"]}
+        | {"a": "a", "b": "b", "label": i % 2, "other": i // 2 % 2}
+        for i in range(24)
+    ]
+    for name, table in (("tokens", words), ("choice", choices)):
+        (places[name] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     names, flags = "text,more,label,other,mixed,one,two\n", ("0,1", "1,0", "1,1")
     rows = [
         f"the cat sat near the door {i},more {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},"
@@ -278,7 +346,13 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
 
     def load_dataset(name, config):
-        if name not in ("yahma/alpaca-cleaned", "x"):
+        if name == "some/words":
+            table = [{"tokens": ["cat", f"{config}{i}"], "ner_tags": ["B-X", "O"]} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
+        if name == "some/choices":
+            table = [{"context": f"{config}{i}", "choices": ["a", "b"], "label": i % 2} for i in range(8)]
+            return {"train": datasets.Dataset.from_list(table)}
+        if name not in ("yahma/alpaca-cleaned", "owner/pairs", "x"):
             raise OSError("no such data")
         made = {
             split: [{"prompt": f"{name} {config} {split} {i}", "completion": "yes"} for i in range(8)]
@@ -300,7 +374,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
         hook.remove()
 
     def count_rows(model, args, inputs):
-        rows.append(max(len(value) for value in inputs.values()))
+        rows.append(max(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim))
 
     watched.usual = ["SingleDeviceStrategy", "32-true", False, (True, True), 0, False]
     monkeypatch.setattr(L.Trainer, "fit", watched)

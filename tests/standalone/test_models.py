@@ -90,7 +90,7 @@ def test_several_processes_are_warned_that_each_searches_alone(monkeypatch, capl
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     search(model, batches, loss)
-    assert "2 processes are running, and each one searches on its own batches" in caplog.text
+    assert "2 processes are running, and each one searches by itself" in caplog.text
 
 
 # --- precision ---

@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 from diffora.run.classes import SHOWN, print_classes, write_classes
 from diffora.run.figures import MOST_CLASSES, confusion_matrix
+from diffora.tasks import classes
 from diffora.tasks.base import get_task
 from diffora.tasks.classes import COLUMNS, ClassResults
 
@@ -43,6 +44,35 @@ def test_results_match_scikit_learn(n):
             assert row["confused_rows"] == (wrong == int(row["confused_with"][1:])).sum() == np.bincount(wrong).max()
         else:
             assert row["confused_with"] == row["confused_rows"] == ""
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 40, 1000])
+def test_averages_match_scikit_learn(n):
+    labels, predicted = made(n, rows=3000)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # as in a run; torchmetrics then takes rows x classes^2 bytes
+    try:
+        found = results(n, rows=3000).averages()
+    finally:
+        torch.use_deterministic_algorithms(was)
+    for name in ("macro", "weighted"):
+        wanted = sk.f1_score(labels, predicted, average=name, zero_division=0)
+        assert found[f"{name}_f1"] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_many_classes_have_no_confusion_matrix(tmp_path, monkeypatch):
+    whole = results(40)
+    monkeypatch.setattr(classes, "MOST_CONFUSED", 39)
+    found = results(40)
+    assert found.confusion is None and [file.name for file in write_classes(tmp_path, found)] == ["classes.csv"]
+    assert [list(row.values())[:6] for row in found.rows()] == [list(row.values())[:6] for row in whole.rows()]
+
+
+def test_a_checkpoint_keeps_the_results(tmp_path):
+    found = results(5)
+    torch.save(vars(found), tmp_path / "x.pt")
+    again = ClassResults(**torch.load(tmp_path / "x.pt", weights_only=True))
+    assert again.csv() == found.csv() and torch.equal(again.confusion, found.confusion)
 
 
 def test_only_right_predictions_confuse_nothing():

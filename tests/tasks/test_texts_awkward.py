@@ -2,7 +2,6 @@
 
 import gzip
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -110,8 +109,6 @@ def test_a_thousand_classes(task, tmp_path):
     given = task(tmp_path / "t.csv")
     loaded = given.load()
     assert given.head()["num_labels"] == 1000 and len(set(loaded.train["label"])) == 1000
-    counts = given.class_counts(Split(loaded.train, loaded.train.rename_column("label", "labels")))
-    assert counts == np.bincount(loaded.train["label"], minlength=1000).tolist()
 
 
 def test_rows_without_labels_and_with_unknown_ones(task, tmp_path):

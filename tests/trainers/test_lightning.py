@@ -1,6 +1,8 @@
 """`DifforaLightningCallback` in Lightning's `Trainer` and a module that knows nothing of it."""
 
+import contextlib
 import copy
+import functools
 import types
 
 import lightning.pytorch as pl
@@ -81,6 +83,28 @@ def test_a_training_resumes_as_if_it_had_never_stopped(made, tmp_path):
     if made == "attach":
         with pytest.raises(UserError, match=r"penalty=0\.5 was 0\.05"):
             fit(make(), tmp_path, DifforaLightningCallback(0.5), max_steps=18, ckpt_path=tmp_path / "step=6.ckpt")
+
+
+class Scaled(pl.plugins.MixedPrecision):
+    """Float16's scaling of gradients, in float32."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def forward_context(self):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_get_a_scaled_penalty(fused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=fused))
+    found = []
+    for plugins in ([], [Scaled()]):
+        callback = DifforaLightningCallback(0.05, "half")
+        module, _ = fit(attached(), tmp_path, callback, plugins=plugins, gradient_clip_val=None)
+        found.append(trained(module))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-4, atol=1e-5), name
 
 
 def test_what_cannot_work_is_refused(tmp_path):

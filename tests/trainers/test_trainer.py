@@ -16,6 +16,8 @@ import diffora
 from diffora.adapters.pairs import retie
 from diffora.core.masking import draw_rows
 from diffora.errors import UserError
+from diffora.trainers.adapted import adaptation_of
+from diffora.trainers.extras import Extras, add_penalty
 from diffora.trainers.trainer import DifforaCallback
 
 
@@ -260,6 +262,13 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_made(tmp_path, monkeypa
         DifforaCallback(1e-3).on_init_end(None, None, None, model=attached())
 
 
+def test_a_callback_without_use_says_so(tmp_path, caplog):
+    trainer(with_peft(), tmp_path, [DifforaCallback()])
+    assert caplog.text.count("changes nothing here") == 1
+    trainer(attached(), tmp_path, [DifforaCallback()])  # takes care of shared pairs
+    assert caplog.text.count("changes nothing here") == 1
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     trainer(attached(), tmp_path / "with", [DifforaCallback(0.05, 1)]).train()
     trainer(attached(), tmp_path / "without", []).train()
@@ -273,6 +282,19 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run = trainer(attached(), tmp_path, [DifforaCallback(0.01)], restore_callback_states_from_checkpoint=True)
     run.train(str(tmp_path / "with" / "checkpoint-3"))  # transformers takes the callback of the checkpoint
     assert run.state.stateful_callbacks["DifforaCallback"]["args"]["penalty"] == 0.05
+
+
+def test_scaled_gradients_get_a_scaled_penalty(tmp_path):
+    """As in float16, where accelerate scales the loss."""
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        arguments = {"max_grad_norm": 0, "save_strategy": "no"}
+        run = trainer(attached(), tmp_path, [DifforaCallback(0.05, "half")], **arguments)
+        run.accelerator.scaler = scaler
+        run.train()
+        found.append(trained(run.model))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-4, atol=1e-5), name
 
 
 def test_an_interrupted_training_leaves_no_mask(tmp_path):
@@ -307,6 +329,16 @@ def test_bf16_and_gradient_checkpointing_keep_masks_and_penalty(made, tmp_path):
         for a in {id(p): p.detach() for _, p, _, _, _ in pairs(MAKERS[made]())}.values()
     )
     assert run.state.log_history[0]["penalty"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_penalty_of_adapters_in_half_precision_is_computed_in_float32():
+    model = with_peft().bfloat16()
+    matrices = [m.detach().float() for _, a, b, _, _ in pairs(model) for m in (a, b.T)]
+    adaptation = adaptation_of(model, Extras(penalty=1.0), 0)
+    penalty = add_penalty(adaptation, model)
+    exact = sum(((m @ m.T - torch.eye(4)) ** 2).sum().item() for m in matrices)
+    assert penalty.item() == pytest.approx(exact, rel=1e-5)
+    assert all(a.grad.dtype == torch.bfloat16 and a.grad.any() for _, a, _, _, _ in pairs(model))
 
 
 def test_a_search_reads_the_loader_of_a_trainer_as_a_plain_one(tmp_path):

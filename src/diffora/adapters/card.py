@@ -1,7 +1,8 @@
 """The model card of an exported adapter: its metrics, and the code that loads it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffora.adapters.origin import Origin, labels_of
 
@@ -64,13 +65,24 @@ tags: [{record["method"]}, {record["task"]}]
 
 def _code(origin: Origin, how_to_load: str) -> str:
     """Code that makes the base model with the right head, and then loads the adapter."""
-    given, kind = origin.backbone.arguments, origin.task.model_class
-    labels, lines = labels_of(given), [f"from transformers import {kind}", ""]
-    arguments = {key: repr(value) for key, value in given.items() if key not in ("id2label", "label2id")}
+    arguments, kind = origin.backbone.arguments, origin.task.model_class
+    return base_code(kind, arguments, labels_of(arguments), origin.base_model) + how_to_load
+
+
+def base_code(kind: str, arguments: Mapping[str, Any], labels: Sequence[str] | None, base_model: str) -> str:
+    """Code that makes the base model with the right head.
+
+    Args:
+        kind: the transformers class.
+        arguments: of ``from_pretrained``, besides the name; class names in them are left out.
+        labels: names of the classes.
+        base_model: hub id or folder.
+    """
+    lines = [f"from transformers import {kind}", ""]
+    given = {key: repr(value) for key, value in arguments.items() if key not in ("id2label", "label2id")}
     if labels is not None:
-        lines.append(f"names = {labels!r}")
+        lines.append(f"names = {list(labels)!r}")
         named = {"id2label": "dict(enumerate(names))", "label2id": "{name: i for i, name in enumerate(names)}"}
-        arguments = {key: value for key, value in arguments.items() if key != "num_labels"} | named
-    more = "".join(f", {key}={value}" for key, value in arguments.items())
-    lines += [f'base = {kind}.from_pretrained("{origin.base_model}"{more}, dtype="float32")', how_to_load]
-    return "\n".join(lines)
+        given = {key: value for key, value in given.items() if key != "num_labels"} | named
+    more = "".join(f", {key}={value}" for key, value in given.items())
+    return "\n".join([*lines, f'base = {kind}.from_pretrained("{base_model}"{more}, dtype="float32")', ""])

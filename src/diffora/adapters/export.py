@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
-from diffora.adapters.manifest import ADAPT, TRAINED, write_manifest
+from diffora.adapters.manifest import ADAPT, SELECTION, TRAINED, write_manifest
 from diffora.adapters.origin import Origin, identity_of, made_for
-from diffora.adapters.pairs import PREFIX, SELECTION, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
+from diffora.adapters.pairs import PREFIX, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.processors import load_processor
 from diffora.core.attach import places_of

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffora.adapters.fetch import READ
 from diffora.adapters.load_peft import load_with_peft
 from diffora.adapters.load_weights import MethodOf, load_weights
-from diffora.adapters.manifest import ADAPT, MANIFEST, TRAINED, read_manifest
-from diffora.adapters.origin import check_heads, check_made_for, take_labels
-from diffora.adapters.pairs import CONFIG, EXACT, PREFIX, SELECTION, WEIGHTS, StoredPairs
+from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manifest
+from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
+from diffora.adapters.pairs import PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import freeze_rest, places_of
 from diffora.core.linear import features, is_linear
@@ -20,9 +21,6 @@ from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
 
 log = logging.getLogger(__name__)
-
-READ = (CONFIG, WEIGHTS, EXACT, SELECTION, ADAPT, TRAINED)
-"""Files of an adapter that are read, where it has them."""
 
 
 def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: bool = True) -> None:
@@ -67,30 +65,46 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no {CONFIG}")
 
 
+def warn_of_other_backbone(model: nn.Module, folder: Path) -> None:
+    """Warn if a model was loaded from other files than those that an adapter was trained on.
+
+    Says nothing where the manifest does not know the files, or where they are not on this machine.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for change in other_backbone(model, read_manifest(folder)):
+            log.warning(f"this model is not the one that {folder} was trained on: {change}")
+
+
 def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Load low-rank pairs, with ranks, scales and sharing as they were trained, and the modules saved whole."""
     pairs = StoredPairs.read(folder, manifest)
     modules = dict(backbone.model.named_modules(remove_duplicate=False))
-    _check_fit(modules, pairs, folder)
-    # If a low-rank pair adapts a fresh module, that module is saved next to the pair.
-    adapted_and_saved = [
-        name for name in pairs.modules if any(key.startswith(f"{PREFIX}{name}.base_layer.") for key in pairs.tensors)
-    ]
-    check_heads(backbone, [*pairs.heads, *adapted_and_saved], folder)
+    check_fit(modules, pairs, folder)
+    check_heads(backbone, [*pairs.heads, *_adapted_and_saved(pairs)], folder)
     take_labels(backbone.model, manifest, folder)
-    prefixes = {name: f"{PREFIX}{name}." for name in pairs.heads}
-    prefixes |= {name: f"{PREFIX}{name}.base_layer." for name in adapted_and_saved}
-    states = {
-        name: {key.removeprefix(prefix): value for key, value in pairs.tensors.items() if key.startswith(prefix)}
-        for name, prefix in prefixes.items()
-    }
+    states = states_of(pairs)
     _check_states(modules, states, pairs, folder)
     for name, state in states.items():
         modules[name].load_state_dict(state)
-    _place_pairs(backbone.model, modules, pairs)
+    place_pairs(backbone.model, modules, pairs)
 
 
-def _check_fit(modules: Mapping[str, nn.Module], pairs: StoredPairs, folder: Path) -> None:
+def _adapted_and_saved(pairs: StoredPairs) -> list[str]:
+    """Fresh modules that a low-rank pair adapts. They are saved next to the pair."""
+    return [name for name in pairs.modules if any(k.startswith(f"{PREFIX}{name}.base_layer.") for k in pairs.tensors)]
+
+
+def states_of(pairs: StoredPairs) -> dict[str, dict[str, Tensor]]:
+    """The weights of each module that is saved whole, by full name."""
+    prefixes = {name: f"{PREFIX}{name}." for name in pairs.heads}
+    prefixes |= {name: f"{PREFIX}{name}.base_layer." for name in _adapted_and_saved(pairs)}
+    return {
+        name: {key.removeprefix(prefix): value for key, value in pairs.tensors.items() if key.startswith(prefix)}
+        for name, prefix in prefixes.items()
+    }
+
+
+def check_fit(modules: Mapping[str, nn.Module], pairs: StoredPairs, folder: Path) -> None:
     """Refuse pairs for modules that the model lacks, or that are not linear or have other widths."""
     if missing := [name for name in [*pairs.modules, *pairs.heads] if name not in modules]:
         raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
@@ -123,7 +137,7 @@ def _check_states(
         raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])
 
 
-def _place_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: StoredPairs) -> None:
+def place_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: StoredPairs) -> None:
     """Replace the adapted modules by low-rank layers. Modules of a group get the same parameters."""
     places = places_of(model)
     first = {name: group[0] for group in pairs.groups for name in group}

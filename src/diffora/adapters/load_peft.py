@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from diffora.adapters.manifest import CONFIG, WEIGHTS
 from diffora.adapters.origin import check_heads
-from diffora.adapters.pairs import CONFIG, WEIGHTS, read_tensors
+from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.errors import UserError
 from diffora.trust import check_peft_adapter

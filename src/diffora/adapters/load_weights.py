@@ -89,14 +89,15 @@ def _how_to_adapt(file: Path) -> DictConfig:
 def _model_problems(model: DictConfig) -> list[str]:
     """The mistakes in the ``model`` section of ``diffora.json``."""
     problems = []
-    for key, fits in (("name", str), ("layer", str | None), ("candidates", ListConfig | None)):
+    for key, fits in (("name", str), ("layer", str | ListConfig | None), ("candidates", ListConfig | None)):
         if key not in model or not isinstance(model[key], fits):
             problems.append(f"model.{key}={model.get(key)!r} must be {'a list' if key == 'candidates' else 'text'}")
     if not isinstance(roles := model.get("roles"), DictConfig | None):
         problems.append(f"model.roles={roles!r} must be a group of settings")
     texts = [] if problems else [*(model.candidates or ()), *(roles or {}).values()]
+    texts += model.layer if not problems and isinstance(model.layer, ListConfig) else []
     if strange := [text for text in texts if not isinstance(text, str)]:
-        problems.append(f"model.candidates and model.roles must hold names of modules, not {strange[0]!r}")
+        problems.append(f"model.layer, candidates and roles must hold names of modules, not {strange[0]!r}")
     return problems
 
 

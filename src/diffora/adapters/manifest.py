@@ -13,6 +13,12 @@ from diffora.files import file_digest, read_json, write_text
 MANIFEST = "manifest.json"
 ADAPT, TRAINED = "diffora.json", "weights.safetensors"
 """How to adapt the model, and what was trained, for methods that no PEFT format holds."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names of its files."""
+SELECTION = "selection.json"
+"""Which modules were selected, in the adapters of methods that select."""
+EXACT = "exact.safetensors"
+"""B of modules whose scale would round it."""
 MOVABLE = ("base_model_name_or_path", "revision", "base_model")
 """Keys of JSON files that the digests leave out. They change when an adapter is moved or published."""
 NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)

@@ -41,11 +41,17 @@ def made_for(backbone: Backbone, identity: Mapping[str, Any] | None) -> dict[str
         identity: digests of the pretrained model's files (`diffora.digests.backbone`); None if they are not known.
 
     Returns:
-        The model's class, its number of layers, the class names and the digests.
+        The model's class, its number of layers, what ``from_pretrained`` needs, the class names and the digests.
     """
     model = backbone.model
-    labels = labels_of(backbone.arguments)
-    return {"model": type(model).__name__, "layers": _layers(model), "labels": labels, "backbone": identity}
+    arguments = {key: value for key, value in backbone.arguments.items() if key not in ("id2label", "label2id")}
+    return {
+        "model": type(model).__name__,
+        "layers": _layers(model),
+        "arguments": arguments,
+        "labels": labels_of(backbone.arguments),
+        "backbone": identity,
+    }
 
 
 def identity_of(model: nn.Module) -> dict[str, Any] | None:
@@ -73,9 +79,19 @@ def check_made_for(model: nn.Module, manifest: Mapping[str, Any], folder: Path) 
     Raises:
         UserError: names both models.
     """
-    name, layers = manifest.get("model"), manifest.get("layers")
+    name = manifest.get("model")
     if name is not None and name not in {kind.__name__ for kind in type(model).__mro__}:
         raise UserError(f"{folder} was trained for a {name}, and this model is a {type(model).__name__}")
+    check_layers(model, manifest, folder)
+
+
+def check_layers(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of another depth.
+
+    Raises:
+        UserError: names both depths.
+    """
+    layers = manifest.get("layers")
     if None not in (layers, _layers(model)) and layers != _layers(model):
         raise UserError(f"{folder} was trained on {layers} layers, and this model has {_layers(model)}")
 

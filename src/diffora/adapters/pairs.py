@@ -24,20 +24,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.manifest import MANIFEST, read_manifest, write_manifest
+from diffora.adapters.fetch import local_copy
+from diffora.adapters.manifest import CONFIG, EXACT, MANIFEST, SELECTION, WEIGHTS, read_manifest, write_manifest
 from diffora.errors import UserError
 from diffora.files import atomic, write_text
 
 UNIFORM, COMPACT = "uniform", "compact"
 PREFIX = "base_model.model."
 """PEFT puts this before the name of every module."""
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""PEFT's names of its files."""
-SELECTION = "selection.json"
-"""Which modules were selected, in the adapters of methods that select."""
-EXACT = "exact.safetensors"
-"""B of modules whose scale would round it."""
-
 Kept = Mapping[str, tuple[Tensor, Tensor, float]]
 """(A (rank, in), B^T (rank, out), s) by module, on the CPU."""
 
@@ -303,13 +297,13 @@ def retie(model: nn.Module, folder: Path | str, adapter: str = "default") -> Non
     Args:
         model: the `PeftModel`. A model into which transformers itself loaded the adapter
             (``AutoModel.from_pretrained(folder)``) is refused, because it cannot be saved with shared weights.
-        folder: the adapter's, with its ``manifest.json``.
+        folder: the adapter's, with its ``manifest.json``, or its hub id.
         adapter: PEFT's name for it.
 
     Raises:
         UserError: the folder does not say which modules share, or its adapter is not on this model.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:

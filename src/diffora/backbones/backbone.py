@@ -139,7 +139,7 @@ def outside_pretrained(model: nn.Module) -> list[str]:
 
     Empty for a module that is not a transformers model: nothing says which of its parts are pretrained.
     """
-    if not hasattr(model, "config"):
+    if not hasattr(model, "base_model_prefix"):  # models of diffusers have a config too
         return []
     pretrained = _pretrained_children(model)
     return [

@@ -145,12 +145,18 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
     if not ids or (most is not None and len(ids) + 4 > most):
         return
     device = model.get_input_embeddings().weight.device
+    # For other tasks, these models make the decoder's input themselves.
+    generates = model.config.is_encoder_decoder and model.can_generate()
+    one_choice = type(model).__name__.endswith("ForMultipleChoice")  # it reads rows of choices
 
     def outputs(padding: int) -> list[torch.Tensor]:
         columns = {"input_ids": ids + [pad] * padding, "attention_mask": [1] * len(ids) + [0] * padding}
         if "token_type_ids" in encoded:
             columns["token_type_ids"] = list(encoded["token_type_ids"]) + [0] * padding
-        found = model(**{name: torch.tensor([values], device=device) for name, values in columns.items()})
+        if generates:
+            columns["decoder_input_ids"] = ids
+        rows = {name: torch.tensor([values], device=device) for name, values in columns.items()}
+        found = model(**{name: values[None] if one_choice else values for name, values in rows.items()})
         # If each token has logits, keep those of the text.
         logits = [found[name] for name in ("logits", "start_logits", "end_logits") if name in found]
         return [(part[:, : len(ids)] if part.shape[1] == len(ids) + padding else part).float() for part in logits]

@@ -24,6 +24,14 @@ RANGES = {
 """Bounds for entries of ``config.json``. Beyond them, transformers makes a useless model without an error."""
 
 
+WORDS = {
+    "AutoModelForSeq2SeqLM": "an encoder with a decoder, such as T5 or BART",
+    "AutoModelForCausalLM": "a decoder, such as GPT-2 or Llama",
+    "AutoModelForImageClassification": "a model of images, such as ViT",
+}
+"""Which models have the head of a transformers class, for messages."""
+
+
 def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
     """The transformers configuration of backbone and head.
 
@@ -49,10 +57,25 @@ def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
                 f"{', '.join(other)} ignored: model.config describes a model for dry_run=true without its files, and "
                 f"the files of model.path={settings.path} say otherwise"
             )
+    _check_kind(settings, request, config)
     config.return_dict = True  # outputs are read by name
     if hasattr(config, "use_cache"):
         config.use_cache = False  # only generation needs the cache; with it, decoders miss where packed sequences begin
     return config
+
+
+def _check_kind(settings: Any, request: ModelRequest, config: Any) -> None:
+    """Refuse a model of a family that does not have the head that the task needs."""
+    import transformers
+
+    known: Any = getattr(transformers, request.model_class)._model_mapping
+    if type(config) in known or request.model_class in (getattr(config, "auto_map", None) or {}):
+        return
+    wanted = WORDS.get(request.model_class, f"one of the families of transformers.{request.model_class}")
+    raise UserError(
+        f"model.path={settings.path} is a {config.model_type} model, which has no head for task={request.task}: it "
+        f"needs {wanted}"
+    )
 
 
 def _plain(entries: Any) -> dict[str, Any]:

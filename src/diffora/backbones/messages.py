@@ -1,5 +1,6 @@
 """Errors of transformers, turned into one message that says what the user can do."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,13 @@ def _message(error: Exception, settings: Any, what: str, unreachable: str | None
         return (
             f"{place}: its {what} is Python code that comes with the checkpoint (auto_map). This code is not run. If "
             "you have read it and trust its authors, set model.trust_remote_code=true"
+        )
+    if lacks := re.search(
+        r"configuration class <class '.*?(\w+)Config'> for this kind of AutoModel: (\w+)", str(error)
+    ):
+        return (
+            f"{place}: transformers has no {lacks[2]} for a {lacks[1]} model, so there is no head of the kind that "
+            "this task needs: use another backbone"
         )
     if local:
         for file in sorted(Path(path).glob("*.json")):

@@ -38,10 +38,10 @@ def main(arguments: list[str]) -> None:
 
     global _typed
     _typed = sys.argv
-    sys.argv = [sys.argv[0], *arguments]  # where Hydra looks for arguments
+    sys.argv = [sys.argv[0], *options_first(arguments)]  # where Hydra looks for arguments
     folder, name = primary()
     if values_of("--config-path", "-cp"):  # Hydra would look for it beside this module, not in the current folder
-        sys.argv += ["--config-path", str(folder)]
+        sys.argv += ["--config-path", str(folder)]  # the last one counts
     look_in(check_added(added_paths(), folder))
     hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
 
@@ -57,9 +57,26 @@ def select(arguments: list[str]) -> None:
         return
     if given := [a for a in arguments if a.lstrip("+~").partition("=")[0] == "search_only"]:
         raise UserError(f"{given[0]}: `{called('select')}` sets search_only=true itself; leave it out")
-    # Hydra takes its overrides in one piece, so this one stands before the first of them.
-    first = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
-    main([*arguments[:first], "search_only=true", *arguments[first:]])
+    main(["search_only=true", *arguments])
+
+
+def options_first(arguments: list[str]) -> list[str]:
+    """Arguments with Hydra's options before all settings. Hydra refuses settings that have options between them."""
+    options: list[str] = []
+    settings: list[str] = []
+    before = ""
+    for argument in arguments:
+        value = before in WITH_VALUE or (before in ("--info", "-i") and "=" not in argument)
+        (options if value or argument.startswith("-") else settings).append(argument)
+        before = "" if value else argument
+    return [*options, *settings]
+
+
+WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
+"""Hydra's options that take the next argument."""
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -70,7 +87,8 @@ def job(cfg: DictConfig) -> float | None:
     if _typed:
         sys.argv = _typed  # Lightning starts the other processes of a run with it
     hydra = HydraConfig.get()
-    look_in(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")  # in a worker
+    sources = [source for source in hydra.runtime.config_sources if source.schema == "file"]
+    look_in(Path(source.path) for source in sources if source.provider != "main")  # a launcher's worker needs it
     if hydra.mode == RunMode.MULTIRUN:
         print(f"\n{hydra.runtime.output_dir}", flush=True)
     elif hydra.sweeper.get("rows"):

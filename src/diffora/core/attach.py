@@ -23,7 +23,7 @@ def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 def attach(
     model: nn.Module,
-    names: Iterable[Iterable[str]],
+    names: Iterable[Iterable[str | None]],
     selected: Tensor,
     rank: int,
     shared_rank: int | None,
@@ -40,7 +40,7 @@ def attach(
     A module that is used in several places of the model is replaced in all of them.
 
     Args:
-        names: L x N full names of the modules.
+        names: L x N full names of the modules, None where a layer has no such module.
         selected: boolean, L x N.
         rank, shared_rank: of the selected and of the other modules.
         alpha: the updates are scaled by alpha / rank.
@@ -63,7 +63,7 @@ def attach(
     if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
         raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
     modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
-    _check_places([name for row in rows for name in row], modules)
+    _check_places([name for row in rows for name in row if name is not None], modules)
     if freeze:
         freeze_rest(model)
     shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
@@ -78,7 +78,9 @@ def attach(
             shared[key] = new_pair(base, shared_rank)
         return shared[key]
 
-    def adapt(name: str, column: int, flag: bool) -> LowRankLinear | None:
+    def adapt(name: str | None, column: int, flag: bool) -> LowRankLinear | None:
+        if name is None:
+            return None
         base = modules[name]
         if (pair := pair_of(base, column, flag)) is None:
             return None

@@ -6,8 +6,8 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from diffora.core.counts import Shapes, adapter_parameters, largest_prefix, largest_rank
-from diffora.core.dam import discretise, discretise_globally, modules_per_layer
+from diffora.core.counts import Shapes, adapter_parameters, largest_prefix, largest_rank, n_modules, sizes_of
+from diffora.core.dam import comparable, discretise, discretise_globally, modules_per_layer
 
 DRAWS = 20_000
 """How many draws `draw_of_same_size` tries before it swaps modules of one shape only."""
@@ -50,31 +50,42 @@ def choose(
     ``global``  the best floor(rho N L) of all     as many of the best as fit at ``rank``; rho is not used
     ==========  =================================  =====================================================
 
+    N is the number of modules of a layer. If it differs, N L is the number of all modules, and ``global`` compares the
+    gates of a softmax times N (`diffora.core.dam.comparable`).
+
     Args:
         scores: L x N, high is good; for the search the relaxed DAM.
-        shapes: L x N pairs (in_features, out_features).
+        shapes: L x N pairs (in_features, out_features), None where a layer has no such module.
         shared_rank: r_s of the pairs that unselected modules share; None if they are frozen.
         budget: most adapter parameters, counted as in `diffora.core.counts`.
 
     Raises:
         ValueError: the budget is too small for any selection.
     """
+    scores = scores.masked_fill(~_there(shapes).to(scores.device), float("nan"))
     if scope == "global":
-        size: int | None = modules_per_layer(rho, scores.numel())
+        scores = comparable(scores, sizes_of(shapes))
+        size: int | None = modules_per_layer(rho, n_modules(shapes))
         if budget is not None:
             size = largest_prefix(shapes, scores, rank, shared_rank, budget)
         if size is None:
             raise ValueError(f"a budget of {budget} parameters is too small: the shared pairs alone exceed it")
         return Choice(discretise_globally(scores, size))
-    k = modules_per_layer(rho, scores.shape[-1])
-    mask = discretise(scores, k)
+    counts = [modules_per_layer(rho, size) for size in sizes_of(shapes)]
+    mask = discretise(scores, counts)
+    k = counts[0] if len(set(counts)) == 1 else None
     allowed = None if budget is None else largest_rank(shapes, mask, shared_rank, budget)
     if allowed is None:
         return Choice(mask, k)
     if allowed < 1:
         raise ValueError(f"a budget of {budget} parameters is too small: the selected modules exceed it at rank 1")
-    width = min(min(shape) for row, flags in zip(shapes, mask, strict=True) for shape in compress(row, flags))
+    chosen = [shape for row, flags in zip(shapes, mask, strict=True) for shape in compress(row, flags)]
+    width = min(min(shape) for shape in chosen if shape is not None)
     return Choice(mask, k, min(allowed, width), rank_at_width=allowed > width)
+
+
+def _there(shapes: Shapes) -> Tensor:
+    return torch.tensor([[shape is not None for shape in row] for row in shapes], dtype=torch.bool)
 
 
 def random_scores(n_layers: int, n_types: int, seed: int) -> Tensor:
@@ -99,7 +110,7 @@ def draw_of_same_size(
     the number of shared pairs may differ.
 
     Args:
-        shapes: L x N pairs (in_features, out_features).
+        shapes: L x N pairs (in_features, out_features), None where a layer has no such module.
         mask: boolean L x N.
         scope: ``layer`` or ``global``.
         rank: r of the selected modules.
@@ -107,17 +118,26 @@ def draw_of_same_size(
     """
     generator = torch.Generator().manual_seed(seed)
     rows = mask if scope == "layer" else mask.view(1, -1)
+    there = _there(shapes).view(rows.shape)
 
     def shuffled(flags: Tensor) -> Tensor:
         return flags.gather(-1, torch.rand(flags.shape, generator=generator).argsort(dim=-1))
 
+    def drawn_again() -> Tensor:
+        if there.all():
+            return shuffled(rows)
+        drawn = rows.clone()
+        for row, places in enumerate(there):
+            drawn[row, places] = shuffled(rows[row, places])
+        return drawn
+
     wanted = adapter_parameters(shapes, mask, rank, shared_rank)
     for _ in range(DRAWS):
-        drawn = shuffled(rows).view(mask.shape)
+        drawn = drawn_again().view(mask.shape)
         if adapter_parameters(shapes, drawn, rank, shared_rank) == wanted and not drawn.equal(mask):
             return drawn
-    sizes = torch.tensor([[sum(shape) for shape in row] for row in shapes]).view(rows.shape)
-    alike = [(row, sizes[row] == size) for row in range(len(rows)) for size in set(sizes[row].tolist())]
+    sizes = torch.tensor([[sum(shape or ()) for shape in row] for row in shapes]).view(rows.shape)
+    alike = [(row, sizes[row] == size) for row in range(len(rows)) for size in set(sizes[row].tolist()) - {0}]
     if all(rows[place].all() or not rows[place].any() for place in alike):
         return None
     drawn = mask

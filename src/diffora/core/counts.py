@@ -2,18 +2,18 @@
 
 Counted as in [D]: r (in + out) for a selected module; one shared pair of r_s (in + out) for all unselected modules of
 one type and shape; the head is not counted. ``shapes`` is always the L x N grid of pairs (in_features, out_features),
-as in `Grid.shapes`; ``shared_rank`` is r_s, or None if unselected modules are frozen and have no adapter.
+as in `Grid.shapes`, None where a layer has no such module; ``shared_rank`` is r_s, or None if unselected modules are
+frozen and have no adapter.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-Shapes = Sequence[Sequence[tuple[int, int]]]
+Shapes = Sequence[Sequence[tuple[int, int] | None]]
 
 
 def adapter_parameters(shapes: Shapes, selected: Tensor, rank: int, shared_rank: int | None) -> int:
@@ -33,6 +33,8 @@ def adapter_parameters(shapes: Shapes, selected: Tensor, rank: int, shared_rank:
     shared: set[tuple[int, tuple[int, int]]] = set()
     for row, flags in zip(shapes, selected.tolist(), strict=True):
         for column, (shape, flag) in enumerate(zip(row, flags, strict=True)):
+            if shape is None:
+                continue
             if flag:
                 total += rank * sum(shape)
             else:
@@ -59,10 +61,12 @@ def largest_prefix(shapes: Shapes, scores: Tensor, rank: int, shared_rank: int |
     type is selected in every layer.
 
     Args:
-        scores: L x N; equal scores count in row-major order, as in `diffora.core.dam.discretise_globally`.
+        scores: L x N, NaN where a layer has no such module; equal scores count in row-major order, as in
+            `diffora.core.dam.discretise_globally`.
     """
-    order = scores.flatten().argsort(descending=True, stable=True).cpu()
-    for m in range(len(order), -1, -1):
+    known = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).flatten()
+    order = known.argsort(descending=True, stable=True).cpu()
+    for m in range(n_modules(shapes), -1, -1):
         selected = torch.zeros(len(order), dtype=torch.bool).scatter(0, order[:m], True).view(scores.shape)
         if adapter_parameters(shapes, selected, rank, shared_rank) <= budget:
             return m
@@ -77,7 +81,8 @@ def extreme_adapter_parameters(shapes: Shapes, rank: int, shared_rank: int | Non
     values are exact if all layers have the same shapes, and bounds otherwise.
     """
     least, most = [0], [0]
-    for (_, shape), count in _groups(shapes).items():
+    for (_, shape), layers in _groups(shapes).items():
+        count = len(layers)
         cost = [sum(shape) * (rank * n + (shared_rank or 0) * (n < count)) for n in range(count + 1)]
         totals = range(len(least) + count)
         ways = [[(m - n, cost[n]) for n in range(count + 1) if 0 <= m - n < len(least)] for m in totals]
@@ -88,38 +93,67 @@ def extreme_adapter_parameters(shapes: Shapes, rank: int, shared_rank: int | Non
     return least, most
 
 
-def expected_adapter_parameters(shapes: Shapes, k: int, rank: int, shared_rank: int | None) -> int:
-    """Mean of `adapter_parameters` over all selections of K modules a layer, each equally likely, rounded."""
-    share = Fraction(k, len(shapes[0]))
+def expected_adapter_parameters(shapes: Shapes, k: int | Sequence[int], rank: int, shared_rank: int | None) -> int:
+    """Mean of `adapter_parameters` over all selections of K modules a layer, each equally likely, rounded.
+
+    Args:
+        k: modules per layer, or one number for each layer.
+    """
+    sizes = sizes_of(shapes)
+    counts = [k] * len(sizes) if isinstance(k, int) else k
+    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
     # A shared pair exists unless its type is selected in every layer.
-    return _expected(shapes, share, lambda n: share**n, rank, shared_rank)
+    return _expected(
+        shapes, shares, lambda layers: math.prod((shares[i] for i in layers), start=Fraction(1)), rank, shared_rank
+    )
 
 
 def expected_globally(shapes: Shapes, m: int, rank: int, shared_rank: int | None) -> int:
     """Mean of `adapter_parameters` over all selections of M modules of the grid, each equally likely, rounded."""
-    n_modules = len(shapes) * len(shapes[0])
+    total = n_modules(shapes)
 
-    def all_selected(n: int) -> Fraction:
-        return Fraction(math.comb(n_modules - n, m - n), math.comb(n_modules, m)) if m >= n else Fraction(0)
+    def all_selected(layers: Sequence[int]) -> Fraction:
+        n = len(layers)
+        return Fraction(math.comb(total - n, m - n), math.comb(total, m)) if m >= n else Fraction(0)
 
-    return _expected(shapes, Fraction(m, n_modules), all_selected, rank, shared_rank)
+    return _expected(shapes, [Fraction(m, total)] * len(shapes), all_selected, rank, shared_rank)
+
+
+def n_modules(shapes: Shapes) -> int:
+    """The number of modules of a grid."""
+    return sum(sizes_of(shapes))
+
+
+def sizes_of(shapes: Shapes) -> list[int]:
+    """The number of modules of each layer."""
+    return [sum(shape is not None for shape in row) for row in shapes]
 
 
 def _expected(
-    shapes: Shapes, share: Fraction, all_selected: Callable[[int], Fraction], rank: int, shared_rank: int | None
+    shapes: Shapes,
+    shares: Sequence[Fraction],
+    all_selected: Callable[[Sequence[int]], Fraction],
+    rank: int,
+    shared_rank: int | None,
 ) -> int:
     """Mean count, rounded.
 
     Args:
-        share: probability that a module is selected.
-        all_selected: probability that all ``n`` modules of a group are selected.
+        shares: for each layer, the probability that a module of it is selected.
+        all_selected: probability that all modules of a group are selected, by their layers.
     """
     total = Fraction(0)
-    for (_, shape), n in _groups(shapes).items():
-        total += (share * n * rank + (1 - all_selected(n)) * (shared_rank or 0)) * sum(shape)
+    for (_, shape), layers in _groups(shapes).items():
+        own = sum((shares[i] for i in layers), Fraction(0)) * rank
+        total += (own + (1 - all_selected(layers)) * (shared_rank or 0)) * sum(shape)
     return round(total)
 
 
-def _groups(shapes: Shapes) -> Counter[tuple[int, tuple[int, int]]]:
-    """The number of modules of each (column, shape): the modules that would share one pair."""
-    return Counter(key for row in shapes for key in enumerate(row))
+def _groups(shapes: Shapes) -> dict[tuple[int, tuple[int, int]], list[int]]:
+    """The layers of the modules of each (column, shape). These modules would share one pair."""
+    groups: dict[tuple[int, tuple[int, int]], list[int]] = {}
+    for layer, row in enumerate(shapes):
+        for column, shape in enumerate(row):
+            if shape is not None:
+                groups.setdefault((column, shape), []).append(layer)
+    return groups

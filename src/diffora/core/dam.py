@@ -8,11 +8,13 @@ Where the equations of [D] are:
   `diffora.scoring.bilevel`,
 - [D] eq. 14, the discretisation ([D] Algorithm 1, line 10): `discretise`, with K from `modules_per_layer`.
 
-Γ and every matrix made from it are L x N: one row per layer, one column per module type.
+Γ and every matrix made from it are L x N: one row per layer, one column per module type. If a layer lacks a module of
+some type (`diffora.core.grid`), Γ is minus infinity there, the gate 0, and a score NaN. All equations are of one layer
+each, so N is then the number of modules of that layer.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -53,9 +55,37 @@ def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
     return RELAXATIONS[relaxation](gamma)
 
 
+def initial_gamma(there: Tensor) -> Tensor:
+    """Γ before the search: 0 for each module, minus infinity where a layer has no module of that type.
+
+    No step changes the latter: the gradient there is 0.
+
+    Args:
+        there: boolean L x N, which layer has a module of which type.
+    """
+    return torch.zeros(there.shape).masked_fill(~there.cpu(), -torch.inf)
+
+
 def neutral_gate(relaxation: str, n_types: int) -> float:
     """The gate of every module at Γ = 0, when all are equal: 1/N for ``softmax``, 1/2 for ``sigmoid``."""
     return float(relax(torch.zeros(n_types, dtype=torch.float64), relaxation)[0])
+
+
+def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Gates of a relaxed DAM on one scale for layers with different numbers of modules; not in [D].
+
+    With ``softmax``, the mean gate of a layer is 1/N: a module of a small layer would be above one of a large layer for
+    no other reason. So each gate is multiplied by its layer's N. Rows that do not sum to 1 (``sigmoid``, or scores of
+    other selectors) are on one scale already, and stay as they are. So does every matrix with equal N.
+
+    Args:
+        gamma_bar: L x N; 0 or NaN where a layer has no such module.
+        sizes: the number of modules of each layer.
+    """
+    sums = gamma_bar.nan_to_num(0.0).sum(-1)
+    if len(set(sizes)) == 1 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        return gamma_bar
+    return gamma_bar * torch.tensor(sizes, device=gamma_bar.device).unsqueeze(-1)
 
 
 def entropy(gamma_bar: Tensor) -> Tensor:
@@ -83,40 +113,46 @@ def modules_per_layer(rho: float, n_types: int) -> int:
     return int(Fraction(Decimal(str(rho))) * n_types)
 
 
-def discretise(gamma_bar: Tensor, k: int) -> Tensor:
+def discretise(gamma_bar: Tensor, k: int | Sequence[int]) -> Tensor:
     """Select the K largest entries of each row ([D] eq. 14). Also used for the scores of other selectors.
 
     Warns (`UserWarning`) of a tie at the threshold: a selected and an unselected module have equal scores. Of these,
     the module in the lower column is selected.
 
     Args:
-        gamma_bar: L x N, high is good.
-        k: modules per layer, 0 to N.
+        gamma_bar: L x N, high is good; NaN where a layer has no such module.
+        k: modules per layer, 0 to N; or one number for each layer.
 
     Returns:
         Boolean L x N, exactly ``k`` True entries in each row.
 
     Raises:
-        ValueError: k is not between 0 and N.
+        ValueError: k is not between 0 and the number of modules of a layer.
 
     >>> discretise(torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]), 1)
     tensor([[False,  True, False],
             [ True, False, False]])
     """
-    n_types = gamma_bar.shape[-1]
-    if not 0 <= k <= n_types:
-        raise ValueError(f"k={k} must lie between 0 and the {n_types} candidates of a layer")
-    values, columns = gamma_bar.sort(dim=-1, descending=True, stable=True)
-    if 0 < k < n_types:
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten().tolist()
-        if tied:
-            warnings.warn(
-                f"the scores do not separate the top {k} modules in layer(s) {', '.join(map(str, tied))}: "
-                "equal scores, taken in column order",
-                stacklevel=2,
-            )
+    sizes = (~gamma_bar.isnan()).sum(-1).tolist()
+    wanted = [k] * len(sizes) if isinstance(k, int) else list(k)
+    for count, size in zip(wanted, sizes, strict=True):
+        if not 0 <= count <= size:
+            raise ValueError(f"k={count} must lie between 0 and the {size} candidates of a layer")
+    known = gamma_bar.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    values, columns = known.sort(dim=-1, descending=True, stable=True)
     selected = torch.zeros_like(gamma_bar, dtype=torch.bool)
-    return selected.scatter(-1, columns[:, :k], True)
+    tied = []
+    for row, (count, size) in enumerate(zip(wanted, sizes, strict=True)):
+        selected[row, columns[row, :count]] = True
+        if 0 < count < size and values[row, count - 1] == values[row, count]:
+            tied.append(row)
+    if tied:
+        warnings.warn(
+            f"the scores do not separate the top {', '.join(map(str, sorted({wanted[row] for row in tied})))} modules "
+            f"in layer(s) {', '.join(map(str, tied))}: equal scores, taken in column order",
+            stacklevel=2,
+        )
+    return selected
 
 
 def discretise_globally(scores: Tensor, m: int) -> Tensor:
@@ -125,22 +161,23 @@ def discretise_globally(scores: Tensor, m: int) -> Tensor:
     Warns of a tie at the threshold as `discretise` does.
 
     Args:
-        scores: L x N, high is good.
+        scores: L x N, high is good; NaN where a layer has no such module.
         m: modules in all, 0 to L N.
 
     Returns:
         Boolean L x N, exactly ``m`` True entries.
 
     Raises:
-        ValueError: m is not between 0 and L N.
+        ValueError: m is not between 0 and the number of modules.
     """
-    n = scores.numel()
+    n = int((~scores.isnan()).sum())
     if not 0 <= m <= n:
         raise ValueError(f"m={m} must lie between 0 and the {n} candidates of the grid")
-    values, order = scores.flatten().sort(descending=True, stable=True)
+    flat = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).flatten()
+    values, order = flat.sort(descending=True, stable=True)
     if 0 < m < n and values[m - 1] == values[m]:
         warnings.warn(
             f"the scores do not separate the top {m} modules of the grid: equal scores, taken in row-major order",
             stacklevel=2,
         )
-    return torch.zeros(n, dtype=torch.bool).scatter(0, order[:m].cpu(), True).view(scores.shape)
+    return torch.zeros(len(flat), dtype=torch.bool).scatter(0, order[:m].cpu(), True).view(scores.shape)

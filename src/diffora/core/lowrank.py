@@ -294,7 +294,11 @@ def gate_times(gate: Tensor, lora_bt: Tensor) -> Tensor:
     return gate.T @ lora_bt if gate.ndim == 2 else gate.reshape(-1, 1) * lora_bt
 
 
-def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -> None:
+Layers = Sequence[Sequence["LowRankLinear | None"]]
+"""An L x N grid of low-rank layers, None where a layer of the model has no module of that type."""
+
+
+def set_gates(layers: Layers, gates: Tensor | None) -> None:
     """Set the gate of each layer of an L x N grid to its entry of ``gates``, (L, N), or remove the gates (None).
 
     A model may be on several devices: a gate is moved to the device of its layer.
@@ -302,14 +306,16 @@ def set_gates(layers: Sequence[Sequence[LowRankLinear]], gates: Tensor | None) -
     rows = [[None] * len(row) for row in layers] if gates is None else [row.unbind() for row in gates]
     for row, values in zip(layers, rows, strict=True):
         for layer, gate in zip(row, values, strict=True):
-            layer.gate = gate if gate is None else gate.to(layer.lora_a.device)
+            if layer is not None:
+                layer.gate = gate if gate is None else gate.to(layer.lora_a.device)
 
 
-def set_split(layers: Iterable[Iterable[LowRankLinear]], split: int | None) -> None:
+def set_split(layers: Iterable[Iterable[LowRankLinear | None]], split: int | None) -> None:
     """Set how many leading examples train A and B in each layer of an L x N grid (`LowRankLinear.split`)."""
     for row in layers:
         for layer in row:
-            layer.split = split
+            if layer is not None:
+                layer.split = split
 
 
 def set_kernel(model: nn.Module, kernel: str) -> None:

@@ -27,7 +27,7 @@ def orthogonality(matrices: Sequence[Tensor], form: str = "squared", trained: Se
     (0.0, 18.0)
     """
     with torch.autocast(matrices[0].device.type, enabled=False):  # half precision cannot resolve a small excess over 1
-        return _orthogonality(matrices, form, trained)
+        return _orthogonality([m.float() if m.itemsize < 4 else m for m in matrices], form, trained)
 
 
 def _orthogonality(matrices: Sequence[Tensor], form: str, trained: Sequence[Tensor] | None) -> Tensor:

@@ -1,11 +1,13 @@
 """The picture of a DAM ([D] Figure 2): `diffora.core.selection.Selection.plot` and the pictures of a run draw it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from diffora.core.parts import short_names
 
-Rows = Sequence[Sequence[float]]
+Rows = Sequence[Sequence[float | None]]
+"""L x N numbers, None where a layer has no such module."""
 
 STARTS = {"softmax": "1/N", "sigmoid": "1/2"}
 """The gate at Γ = 0 in words, by relaxation."""
@@ -20,7 +22,7 @@ def start_gate(relaxation: str, n_types: int) -> float:
     return {"1/N": 1 / n_types, "1/2": 0.5}[STARTS[relaxation]]
 
 
-def colour_range(values: Rows, neutral: float | None) -> tuple[float, float]:
+def colour_range(values: Rows, neutral: float | Sequence[float] | None) -> tuple[float, float]:
     """(centre, distance): the value that is drawn white, and how far from it a colour is strongest.
 
     Gates are white at the gate of Γ = 0, so that a colour says whether the search opened or closed a module. Scores
@@ -28,14 +30,32 @@ def colour_range(values: Rows, neutral: float | None) -> tuple[float, float]:
 
     Args:
         values: L x N.
-        neutral: the gate at Γ = 0 (`start_gate`); None for scores.
+        neutral: the gate at Γ = 0 (`start_gate`); one for each layer if they differ, and then differences from these
+            are drawn; None for scores.
     """
-    flat = [value for row in values for value in row]
+    if isinstance(neutral, Sequence):
+        values, neutral = differences(values, neutral), 0.0
+    flat = [value for row in values for value in row if value is not None]
     centre = min(flat) if neutral is None else neutral
     return centre, max(max(abs(value - centre) for value in flat), 1e-9)
 
 
-def shares(scores: Rows, by_layer: bool) -> list[list[float]]:
+def differences(values: Rows, neutral: Sequence[float]) -> list[list[float | None]]:
+    """How far each gate is from the gate at Γ = 0 of its layer."""
+    return [[None if v is None else v - start for v in row] for row, start in zip(values, neutral, strict=True)]
+
+
+def layer_numbers(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Numbers of the layers, from 1 in each block; layers of one block have their modules in the same columns.
+
+    Args:
+        rows: L x N, None where a layer has no such module.
+    """
+    blocks = [tuple(entry is None for entry in row) for row in rows]
+    return [str(1 + blocks[:i].count(block)) for i, block in enumerate(blocks)]
+
+
+def shares(scores: Rows, by_layer: bool) -> list[list[float | None]]:
     """Scores divided by the sum of their absolute values in a layer, so that layers can be compared by eye.
 
     Args:
@@ -43,10 +63,10 @@ def shares(scores: Rows, by_layer: bool) -> list[list[float]]:
         by_layer: whether modules compete within a layer. False: all are divided by the mean of these sums, which keeps
             the order over all layers.
     """
-    totals = [sum(map(abs, row)) for row in scores]
+    totals = [sum(abs(value) for value in row if value is not None) for row in scores]
     if not by_layer:
         totals = [sum(totals) / len(totals)] * len(totals)
-    return [[v / (total or 1.0) for v in row] for row, total in zip(scores, totals, strict=True)]
+    return [[None if v is None else v / (total or 1.0) for v in row] for row, total in zip(scores, totals, strict=True)]
 
 
 MOST_NUMBERED = 40
@@ -63,8 +83,9 @@ def draw_dam(
     values: Rows | None,
     mask: Sequence[Sequence[bool]],
     types: Sequence[str],
-    neutral: float | None,
+    neutral: float | Sequence[float] | None,
     label: str,
+    numbers: Sequence[str] = (),
 ) -> None:
     """Draw one column per layer and one row per module type on matplotlib's axes; selected modules get a frame.
 
@@ -74,13 +95,16 @@ def draw_dam(
         types: the N module types.
         neutral: see `colour_range`.
         label: of the colour bar.
+        numbers: of the layers; empty for 1 to L.
     """
     from matplotlib.patches import Rectangle  # matplotlib takes half a second to import
 
     if values is not None:
         centre, most = colour_range(values, neutral)
+        shown = differences(values, neutral) if isinstance(neutral, Sequence) else values
+        label += ", minus 1/N" if isinstance(neutral, Sequence) else ""
         image = axes.imshow(
-            [list(column) for column in zip(*values, strict=True)],
+            [[math.nan if value is None else value for value in column] for column in zip(*shown, strict=True)],
             cmap="Reds" if neutral is None else "RdBu_r",
             vmin=centre if neutral is None else centre - most,
             vmax=centre + most,
@@ -89,15 +113,17 @@ def draw_dam(
         axes.figure.colorbar(image, ax=axes, label=label, pad=0.02).outline.set_visible(False)
     for i, row in enumerate(mask):
         for j, flag in enumerate(row):
-            if values is not None and len(mask) <= MOST_NUMBERED:
-                dark = abs(values[i][j] - centre) > 0.65 * most
+            if values is not None and len(mask) <= MOST_NUMBERED and (value := shown[i][j]) is not None:
+                dark = abs(value - centre) > 0.65 * most
                 axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
                 axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
     axes.set_xlim(-0.5, len(mask) - 0.5)
     axes.set_ylim(len(types) - 0.5, -0.5)
     axes.set_xticks(
-        range(len(mask)), [str(i + 1) for i in range(len(mask))], size=None if len(mask) <= MOST_NUMBERED else 7
+        range(len(mask)),
+        numbers or [str(i + 1) for i in range(len(mask))],
+        size=None if len(mask) <= MOST_NUMBERED else 7,
     )
     axes.set_yticks(range(len(types)), short_names(types), parse_math=False)  # names may come from a file: no formulas
     axes.set_xlabel("layer")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from diffora.core.dam import RELAXATIONS
-from diffora.core.grid import Grid
+from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
-from diffora.core.picture import draw_dam, shares, size_of, start_gate
+from diffora.core.picture import draw_dam, layer_numbers, shares, size_of, start_gate
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -40,13 +40,13 @@ class Selection:
         selector: where the scores come from: ``search``, another selector's name, or the dotted path of a user's
             function (`diffora.scoring.selectors`); ``random``, ``given`` (a list of modules), or ``none``.
         types: the N module types.
-        modules: L x N full module names.
+        modules: L x N full module names, None where a layer has no such module (`diffora.core.grid`).
         selected: for each layer the types that are selected; edit this to change the selection.
         rho: the share of modules to select.
         seed: of the run that made it.
         k: modules per layer that were asked for; None if layers may have different numbers.
         rank: r of the selected modules if a budget chose it; it overrides ``rank=``. None: ``rank=`` applies.
-        gamma_bar: L x N relaxed DAM; None if the selection was not searched.
+        gamma_bar: L x N relaxed DAM, None where a layer has no such module; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
         scores: L x N scores of any other selector.
         longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
@@ -57,16 +57,16 @@ class Selection:
 
     method: str
     types: list[str]
-    modules: list[list[str]]
+    modules: list[list[str | None]]
     selected: list[list[str]]
     rho: float
     seed: int
     selector: str = "unknown"
     k: int | None = None
     rank: int | None = None
-    gamma_bar: list[list[float]] | None = None
+    gamma_bar: list[list[float | None]] | None = None
     relaxation: str | None = None
-    scores: list[list[float]] | None = None
+    scores: list[list[float | None]] | None = None
     longer_names: list[str] = field(default_factory=list)
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +74,17 @@ class Selection:
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
         """A selection from a boolean L x N mask. ``rest`` holds the other fields."""
-        chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in mask.tolist()]
+        for key in ("gamma_bar", "scores"):
+            if rest.get(key) is not None:
+                rest[key] = blanked(rest[key], grid.names)
+        flags = (mask & grid.there).tolist()
+        chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in flags]
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
         return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
+
+    def sizes(self) -> list[int]:
+        """The number of candidates of each layer."""
+        return [sum(name is not None for name in row) for row in self.modules]
 
     def mask(self) -> Tensor:
         """Boolean L x N."""
@@ -85,12 +93,13 @@ class Selection:
     def names(self) -> list[str]:
         """Full names of the selected modules, layer by layer."""
         rows = zip(self.modules, self.selected, strict=True)
-        return [name for row, types in rows for name, kind in zip(row, self.types, strict=True) if kind in types]
+        pairs = [pair for row, types in rows for pair in zip(row, self.types, strict=True) if pair[1] in types]
+        return [name for name, _ in pairs if name is not None]
 
     def __str__(self) -> str:
         """How many modules are selected, and which ones of each layer, by the labels of `plot`."""
         label = dict(zip(self.types, short_names(self.types), strict=True))
-        head = f"{len(self.names())} of {len(self.modules) * len(self.types)} modules, selected by {self.selector}"
+        head = f"{len(self.names())} of {sum(self.sizes())} modules, selected by {self.selector}"
         rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
         return "\n".join([head, *(f"layer {i}: {', '.join(row) or 'none'}" for i, row in enumerate(rows, 1))])
 
@@ -171,15 +180,18 @@ class Selection:
             from matplotlib import pyplot  # takes half a second, and starts a user interface where there is one
 
             ax = pyplot.subplots(figsize=size_of(len(self.modules), len(self.types)), layout="constrained")[1]
-        neutral, values, label = None, None, ""
+        neutral: float | list[float] | None = None
+        values, label = None, ""
         if self.gamma_bar is not None:
-            neutral = start_gate(self.relaxation or "softmax", len(self.types))
+            starts = [start_gate(self.relaxation or "softmax", size) for size in self.sizes()]
+            neutral = starts[0] if len(set(starts)) == 1 else starts
             values, label = self.gamma_bar, r"$\bar\gamma$"
         elif self.scores is not None:
-            values, label = shares(self.scores, self.k is not None), self.selector.replace("$", r"\$") + ", normalised"
-        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label)
+            by_layer = self.k is not None or len(set(self.sizes())) > 1
+            values, label = shares(self.scores, by_layer), self.selector.replace("$", r"\$") + ", normalised"
+        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label, layer_numbers(self.modules))
         if title is None:
-            own, total = sum(map(len, self.selected)), len(self.modules) * len(self.types)
+            own, total = sum(map(len, self.selected)), sum(self.sizes())
             size = f"{own} of {total}" if self.k is None else f"K = {self.k}"
             made = "" if self.method == STANDALONE else f"{self.method}, "
             title = f"{made}selector {self.selector}, {size}\nframed modules get a LoRA of their own"
@@ -225,12 +237,25 @@ class Selection:
             rows = getattr(selection, key)
             if rows is not None and (len(rows) != size[0] or any(len(row) != size[1] for row in rows)):
                 problems.append(f"{path}: {key!r} must have {size[0]} layers of {size[1]}, as 'modules' and 'types' do")
-        for layer, row in enumerate(selection.selected):
+        if problems:
+            raise UserError(problems)
+        for layer, (row, names) in enumerate(zip(selection.selected, selection.modules, strict=True)):
+            has = [kind for kind, name in zip(selection.types, names, strict=True) if name is not None]
             problems += [
-                f"{path}: layer {layer} selects {name!r}, which is none of {', '.join(selection.types)}"
+                f"{path}: layer {layer} selects {name!r}, which is none of {', '.join(has)}"
                 for name in row
-                if name not in selection.types
+                if name not in has
             ]
+        for key in ("gamma_bar", "scores"):
+            rows = getattr(selection, key)
+            if rows is not None and blanked(rows, selection.modules) != rows:
+                problems.append(f"{path}: {key!r} has a number where 'modules' has null")
+            elif rows is not None and any(
+                value is None and name is not None
+                for values, names in zip(rows, selection.modules, strict=True)
+                for value, name in zip(values, names, strict=True)
+            ):
+                problems.append(f"{path}: {key!r} has null where 'modules' has a name")
         if problems:
             raise UserError(problems)
         return selection
@@ -238,11 +263,19 @@ class Selection:
     def check_fits(self, grid: Grid, path: Path | str) -> None:
         """Raise a UserError unless this selection was made for a model with the same grid."""
         if self.modules != [list(row) for row in grid.names]:
-            first = self.modules[0][0] if self.modules and self.modules[0] else "nothing"
+            first = next((name for row in self.modules for name in row if name is not None), "nothing")
             raise UserError(
                 f"{path} was made for {len(self.modules)} layers x {len(self.types)} modules ({first} …); "
-                f"this model has {grid.n_layers} x {grid.n_types} ({grid.names[0][0]} …)"
+                f"this model has {grid.n_layers} x {grid.n_types} ({grid.modules[0]} …)"
             )
+
+
+def blanked(rows: Sequence[Sequence[float | None]], names: Names) -> list[list[float | None]]:
+    """L x N numbers, with None in place of those where a layer has no such module."""
+    return [
+        [None if name is None else value for value, name in zip(values, row, strict=True)]
+        for values, row in zip(rows, names, strict=True)
+    ]
 
 
 def _misfit(key: str, value: Any) -> str | None:
@@ -250,15 +283,15 @@ def _misfit(key: str, value: Any) -> str | None:
     table = "a list of lists, one for each layer"
     wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
         "types": (_is_list_of(_is_text), "a list of module types"),
-        "modules": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module names"),
+        "modules": (_is_list_of(_is_list_of(_or_none(_is_text))), f"{table}, of module names"),
         "selected": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module types"),
         "rho": (lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
         "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number of at least 0"),
         "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
         "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
-        "gamma_bar": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
-        "scores": (lambda v: v is None or _is_list_of(_is_list_of(_is_number))(v), f"{table}, of finite numbers"),
+        "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
@@ -276,6 +309,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
 
 
 def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_split
-
-Layers = Sequence[Sequence[LowRankLinear]]
+from diffora.core.lowrank import Layers, LowRankLinear, lowrank_layers, set_split
 
 TABLE_METHODS = ("disentangled_attention_bias", "disentangled_att_bias")
 """Methods of attention modules that project a table shared by all examples: DeBERTa-v2's (and v3's) and DeBERTa's.

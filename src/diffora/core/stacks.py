@@ -4,9 +4,11 @@ Messages name the arguments ``layer`` and ``candidates`` of `diffora.core.grid.f
 they are settings of a configuration.
 """
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -77,31 +79,54 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     return found
 
 
-def main_stack(model: nn.Module, candidates: Sequence[str] | None, prefix: str = "") -> Stack:
-    """The outermost stack that has nearly all the weights. Candidates, if given, must all be in it.
+def main_stacks(model: nn.Module, candidates: Sequence[str] | None, prefix: str = "") -> list[Stack]:
+    """The outermost stack that has nearly all the weights; of a model that generates with both, encoder and decoder.
+
+    Args:
+        model: any module.
+        candidates: if given, the stack must have all of them; of several stacks, those are taken that have some.
+        prefix: see the module.
 
     Raises:
-        UserError: there is none; or several are large (encoder and decoder, text and images), and the user must choose.
+        UserError: there is none; or several are large (text and images, encoder and decoder of a classifier), and the
+            user must choose.
     """
     stacks = find_stacks(model)
+    both = _generates_with_two(model)
     if candidates:
-        stacks = [s for s in stacks if all(any(path in paths for paths in s.linear) for path in candidates)]
+        enough = any if both else all
+        stacks = [s for s in stacks if enough(any(path in paths for paths in s.linear) for path in candidates)]
     outer = [stack for stack in stacks if not any(other.holds(stack) for other in stacks)]
     if not outer:
         having = f" that have {', '.join(candidates)}" if candidates else ""
         raise UserError(f"this model has no numbered layers{having}: give their place as {prefix}layer")
+    total = sum(stack.size for stack in outer)
     largest = max(outer, key=lambda stack: stack.size)
-    if largest.size < ENOUGH * sum(stack.size for stack in outer):
+    if both and (large := [stack for stack in outer if stack.size > (1 - ENOUGH) * total]):
+        return large
+    if largest.size < ENOUGH * total:
         choices = [_layer_choice(stack, stacks, prefix) for stack in outer]
         raise UserError(_with(f"this model has {len(outer)} stacks of layers; choose the one to adapt:", choices))
-    return largest
+    return [largest]
 
 
-def other_stacks(model: nn.Module, stack: Stack) -> list[str]:
-    """Patterns of the outermost stacks other than the adapted one, such as a small second encoder."""
-    stacks = [other for other in find_stacks(model) if other.pattern != stack.pattern]
-    outer = [other for other in stacks if not any(another.holds(other) for another in (stack, *stacks))]
+def _generates_with_two(model: nn.Module) -> bool:
+    """Whether a model generates text with an encoder and a decoder, as transformers' models say of themselves."""
+    generates: Any = getattr(model, "can_generate", None)
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False) and generates and generates())
+
+
+def other_stacks(model: nn.Module, taken: Sequence[Stack]) -> list[str]:
+    """Patterns of the outermost stacks other than the adapted ones, such as a small second encoder."""
+    patterns = {stack.pattern for stack in taken}
+    stacks = [other for other in find_stacks(model) if other.pattern not in patterns]
+    outer = [other for other in stacks if not any(another.holds(other) for another in (*taken, *stacks))]
     return [other.pattern for other in outer]
+
+
+def short_patterns(stacks: Sequence[Stack]) -> list[str]:
+    """The shortest end of each stack's pattern that no other stack has: ``encoder.block.*``."""
+    return [_unique_end(stack, stacks) for stack in stacks]
 
 
 def other_matrices(model: nn.Module, stack: Stack) -> list[str]:
@@ -198,11 +223,32 @@ def _is_conv(module: nn.Module, parameter: str) -> bool:
     return isinstance(module.get_submodule(_above(parameter)), nn.modules.conv._ConvNd)
 
 
-def _layer_choice(stack: Stack, among: Sequence[Stack], prefix: str) -> str:
-    """The choice of a stack by the shortest end of its name that is unique, so that it fits models with any head."""
+def _unique_end(stack: Stack, among: Sequence[Stack]) -> str:
+    """The shortest end of a stack's name that is unique, so that it fits models with any head."""
     names = stack.pattern.split(".")
     ends = [".".join(names[start:]) for start in range(len(names) - 2, -1, -1) if not names[start].isdigit()]
     others = [f".{other.pattern}" for other in among if other is not stack]
-    unique = (end for end in ends if not any(other.endswith(f".{end}") for other in others))
+    return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), stack.pattern)
+
+
+def _layer_choice(stack: Stack, among: Sequence[Stack], prefix: str) -> str:
+    """The choice of a stack, in words."""
     size = f"{len(stack.layers)} layers with {len(stack.common)} linear modules"
-    return f"'{prefix}layer={next(unique, stack.pattern)}' ({size})"
+    return f"'{prefix}layer={_unique_end(stack, among)}' ({size})"
+
+
+def hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
+    """For a message: the linear layers of a model whose names are most similar to those that were asked for."""
+    near = _near_misses((name for name, module in model.named_modules() if is_linear(module)), layer, candidates)
+    return f"linear layers of this model: {', '.join(near)}" if near else "this model has no linear layers"
+
+
+def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str], most: int = 8) -> list[str]:
+    """Linear layers of the model, numbers replaced by ``*``, those most similar to what was asked for first."""
+    there = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
+    wanted = [f"{layer}.{candidate}" for candidate in candidates] or [layer]
+
+    def distance(name: str) -> float:
+        return -max(difflib.SequenceMatcher(None, name, want).ratio() for want in wanted)
+
+    return sorted(there, key=distance)[:most]

@@ -1,6 +1,5 @@
 """The data, backbone and grid of a run, loaded and checked. Both stages use them."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +130,8 @@ class Parts:
 
         identity = digests.backbone(settings.model.path)
         n_rows = {name: len(split) for name, split in {"train": rows.train, **rows.validation}.items()}
-        made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity)
+        inputs = settings.method.inputs
+        made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity, inputs)
         before = earlier(folder, made_with) if settings.resume else Earlier()
 
         data = Data.encode(task, processor, rows, test)
@@ -142,7 +142,7 @@ class Parts:
 def _grid(settings: Settings, backbone: Backbone) -> Grid:
     """The candidate modules of a backbone, after a check that the head is not among them."""
     grid = find_grid(backbone.model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
-    backbone.check_outside_head(itertools.chain(*grid.names))
+    backbone.check_outside_head(grid.modules)
     if isinstance(path := getattr(settings.method, "selection", None), str):
         Selection.load(Path(path)).check_fits(grid, path)
     return grid

@@ -37,8 +37,7 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
             for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
                 batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    output = model(**task.inputs(batch))
-                found.append(task.outputs(output, batch))  # kept on the device, so that steps do not wait for a GPU
+                    found.append(task.evaluate(model, batch, final=True))  # kept on the device: no wait for a GPU
     except Exception as error:
         if (shortage := out_of_memory(error)) is None:
             raise

@@ -50,7 +50,7 @@ class AdaLoRA(Method):
         from peft import AdaLoraConfig
 
         config = AdaLoraConfig(
-            target_modules=[name for row in grid.names for name in row],
+            target_modules=grid.modules,
             init_r=self.init_rank,
             target_r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]

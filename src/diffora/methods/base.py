@@ -163,6 +163,11 @@ class Method:
         """Raise a UserError if the settings do not fit a model. Called before anything is written or trained."""
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of files that the result depends on besides data and backbone, by the key of their setting."""
+        return {}
+
+    @property
     def scoring(self) -> Scoring | None:
         """The scores that `choose` needs; None if it needs none."""
         return None
@@ -200,7 +205,7 @@ def check_ranks(grid: Grid, ranks: Mapping[str, int], where: Tensor | None = Non
         (min(shape), name, shape)
         for names, shapes, row in zip(grid.names, grid.shapes, flags, strict=True)
         for name, shape, flag in zip(names, shapes, row, strict=True)
-        if flag
+        if flag and name is not None and shape is not None
     ]
     width, name, (n_in, n_out) = min(modules, key=lambda module: module[0], default=(MOST, "", (0, 0)))
     problems = [

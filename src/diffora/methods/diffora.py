@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
-from diffora.core.parts import part_of
+from diffora.core.parts import part_of, path_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Scoring, check_ranks
@@ -60,6 +60,10 @@ class DiffoRA(Selecting):
         yield from super().problems()
         if self.selection is not None and self.budget is not None:
             yield "method.budget does not go with method.selection, which already says what is selected"
+        if self.adapter is not None and (self.selection is not None or self.warm_start):
+            key = "selection" if self.selection is not None else "warm_start"
+            yield f"method.{key} does not go with method.adapter, which has its own selection and weights"
+            return
         if self.warm_start and isinstance(self.selection, list):
             yield "method.warm_start=true needs the file of a search, and a list in method.selection has no A and B"
         if self.warm_start and self.selection is None and not trains(self.selector):
@@ -73,9 +77,10 @@ class DiffoRA(Selecting):
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
-            if unknown := set(self.selection).difference(grid.types, parts):
+            paths = list(dict.fromkeys(map(path_of, grid.types)))
+            if unknown := set(self.selection).difference(grid.types, paths, parts):
                 raise UserError(
-                    f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(grid.types)}"
+                    f"method.selection names {', '.join(sorted(unknown))}; a layer has {', '.join(paths)}"
                     + (f", or, by their parts, {', '.join(dict.fromkeys(parts))}" if parts else "")
                 )
         selection = self.given(grid, 0)
@@ -91,11 +96,13 @@ class DiffoRA(Selecting):
 
     @property
     def scoring(self) -> Scoring | None:
-        if self.selection is not None or self.selector == CHANCE:
+        if self.selection is not None or self.adapter is not None or self.selector == CHANCE:
             return None
         return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
+        if (found := self.selection_of_start(grid, seed)) is not None:
+            return found
         if self.selection is not None:
             return self.given(grid, seed)
         if self.selector == CHANCE:
@@ -114,6 +121,10 @@ class DiffoRA(Selecting):
             chosen.check_fits(grid, self.selection)
             return chosen
         assert self.selection is not None
-        row = torch.tensor([name in self.selection or part_of(name) in self.selection for name in grid.types])
-        made = {"selector": "given", "k": int(row.sum()), "rho": self.rho, "seed": seed}
-        return Selection.from_mask(grid, row.expand(grid.n_layers, -1), method=self.name, **made)
+        row = torch.tensor(
+            [bool({name, path_of(name), part_of(name)}.intersection(self.selection)) for name in grid.types]
+        )
+        mask = row.expand(grid.n_layers, -1) & grid.there
+        counts = set(mask.sum(-1).tolist())
+        made = {"selector": "given", "k": counts.pop() if len(counts) == 1 else None, "rho": self.rho, "seed": seed}
+        return Selection.from_mask(grid, mask, method=self.name, **made)

@@ -8,18 +8,19 @@ from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask
+from diffora.methods.lowrank import EverywhereOrAdapter, LowRankAdaptation, Mask
 
 
 @dataclass(frozen=True)
-class GMLoRA(Everywhere):
+class GMLoRA(EverywhereOrAdapter):
     """Only rows R_t of A and columns R_t of B get a gradient. The other entries of the gradient are not computed."""
 
     name: ClassVar[str] = "gm_lora"
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from self.mask.problems(self.rank)
+        yield from super().problems()
+        yield from self.mask.problems(self.known_rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         self.attach(model, grid)

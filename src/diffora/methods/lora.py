@@ -7,11 +7,11 @@ from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.lowrank import Everywhere, LowRankAdaptation
+from diffora.methods.lowrank import EverywhereOrAdapter, LowRankAdaptation
 
 
 @dataclass(frozen=True)
-class LoRA(Everywhere):
+class LoRA(EverywhereOrAdapter):
     """h = W x + b + alpha/r B A x."""
 
     name: ClassVar[str] = "lora"

@@ -1,7 +1,7 @@
 """Shared by all methods that use `LowRankLinear` layers: R-LoRA's regulariser, GM-LoRA's masks, and the export."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from diffora.adapters.export import export_adapter, pairs_in
+from diffora.adapters.fetch import place_problem
 from diffora.adapters.origin import Origin
+from diffora.adapters.start import Start, adapter_digest
 from diffora.core.attach import attach
 from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
-from diffora.settings.checks import NOT_NEGATIVE, RANK, Help, whole
+from diffora.settings.checks import NOT_NEGATIVE, PATH, RANK, Help, whole
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,32 @@ def _by_pair(model: nn.Module) -> list[list[LowRankLinear]]:
 
 
 @dataclass(frozen=True)
+class Continuing(Method):
+    """Base class of the methods that can go on from an adapter.
+
+    Attributes:
+        adapter: the adapter to go on from. Its modules, ranks, scales and shared pairs replace those of the method.
+    """
+
+    adapter: Annotated[
+        Annotated[str, PATH] | None,
+        Help("Go on from this adapter, a folder or a hub id: its modules, ranks, scales and ties, and its head."),
+    ] = field(default=None, kw_only=True)
+
+    def problems(self) -> Iterator[str]:
+        if self.adapter is not None and (problem := place_problem(self.adapter)):
+            yield f"method.adapter: {problem}"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {} if self.adapter is None else {"method.adapter": adapter_digest(self.adapter)}
+
+    def start(self) -> Start | None:
+        """The adapter to go on from, read anew; None without one."""
+        return None if self.adapter is None else Start.read(self.adapter)
+
+
+@dataclass(frozen=True)
 class Everywhere(Method):
     """Base class of the methods that put a low-rank update of one rank on every candidate module."""
 
@@ -160,3 +188,26 @@ class Everywhere(Method):
     def attach(self, model: nn.Module, grid: Grid) -> None:
         everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
         attach(model, grid.names, everything, self.rank, None, self.alpha, self.dropout, freeze=False)
+
+
+@dataclass(frozen=True)
+class EverywhereOrAdapter(Everywhere, Continuing):
+    """Base class of the methods on every candidate module that can go on from an adapter instead."""
+
+    @property
+    def known_rank(self) -> int | None:
+        """The rank of all modules; None if an adapter says it."""
+        return self.rank if self.adapter is None else None
+
+    def check(self, model: nn.Module, grid: Grid) -> None:
+        if (start := self.start()) is not None:
+            start.check(model)
+        else:
+            super().check(model, grid)
+
+    def attach(self, model: nn.Module, grid: Grid) -> None:
+        """Put low-rank layers on all candidates, or those of the adapter on its modules."""
+        if (start := self.start()) is not None:
+            start.put_on(model, self.dropout)
+        else:
+            super().attach(model, grid)

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_PEFT, card
 from diffora.adapters.export import export_adapter, head_tensors
-from diffora.adapters.manifest import write_manifest
+from diffora.adapters.manifest import CONFIG, WEIGHTS, write_manifest
 from diffora.adapters.origin import Origin, made_for
-from diffora.adapters.pairs import CONFIG, WEIGHTS, write_tensors
+from diffora.adapters.pairs import write_tensors
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
-from diffora.core.parts import ROLES
+from diffora.core.parts import ROLES, path_of
 from diffora.core.selection import Selection
+from diffora.core.targets import longer_names
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
@@ -117,8 +118,9 @@ class PEFT(Method):
         """Full names of the modules to adapt."""
         found: list[str] = []
         for place in grid.types if self.places is None else self.places:
-            column = grid.types.index(place) if place in grid.types else None
-            found += grid.having(place) if column is None else [row[column] for row in grid.names]
+            columns = [i for i, kind in enumerate(grid.types) if place in (kind, path_of(kind))]
+            names = [row[column] for column in columns for row in grid.names]
+            found += [name for name in names if name is not None] if columns else grid.having(place)
         return list(dict.fromkeys(found))
 
     def check(self, model: nn.Module, grid: Grid) -> None:
@@ -261,6 +263,11 @@ def inject(model: nn.Module, config: Any) -> Any:
     from peft import get_peft_model
 
     kind = type(config).__name__
+    if longer := longer_names(model, config.target_modules):
+        raise UserError(
+            f"PEFT would adapt {longer[0]} too, because its name ends with that of a module to adapt: {kind} cannot be "
+            "used on one of two stacks with such names"
+        )
     head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for name in config.target_modules)

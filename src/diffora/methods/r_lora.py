@@ -7,11 +7,11 @@ from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Regulariser
+from diffora.methods.lowrank import EverywhereOrAdapter, LowRankAdaptation, Regulariser
 
 
 @dataclass(frozen=True)
-class RLoRA(Everywhere):
+class RLoRA(EverywhereOrAdapter):
     """Loss + lambda Reg, with Reg = sum over adapters of ||A A^T - I||^2_F + ||B^T B - I||^2_F ([R] eq. 10)."""
 
     name: ClassVar[str] = "r_lora"

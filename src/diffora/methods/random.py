@@ -39,8 +39,12 @@ class Random(Selecting):
         yield from super().problems()
         if self.like is not None and self.budget is not None:
             yield "method.like does not go with method.budget: both fix the number of parameters"
+        if self.like is not None and self.adapter is not None:
+            yield "method.like does not go with method.adapter, which has its own selection"
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
+        if (found := self.selection_of_start(grid, seed)) is not None:
+            return found
         if self.like is None:
             drawn = random_scores(grid.n_layers, grid.n_types, self.draw)
             return self.selection_by(grid, drawn, "random", self.draw)

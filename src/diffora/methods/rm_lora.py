@@ -8,11 +8,11 @@ from torch import nn
 
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.methods.lowrank import Everywhere, LowRankAdaptation, Mask, Regulariser
+from diffora.methods.lowrank import EverywhereOrAdapter, LowRankAdaptation, Mask, Regulariser
 
 
 @dataclass(frozen=True)
-class RMLoRA(Everywhere):
+class RMLoRA(EverywhereOrAdapter):
     """[R] eq. 10 and [R] Algorithm 1. The mask also applies to the gradient of the penalty."""
 
     name: ClassVar[str] = "rm_lora"
@@ -20,7 +20,8 @@ class RMLoRA(Everywhere):
     mask: Mask
 
     def problems(self) -> Iterator[str]:
-        yield from self.mask.problems(self.rank)
+        yield from super().problems()
+        yield from self.mask.problems(self.known_rank)
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         self.attach(model, grid)

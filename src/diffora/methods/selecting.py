@@ -17,8 +17,8 @@ from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.methods.base import Alpha, Method, Rank, Rate, check_ranks
-from diffora.methods.lowrank import LowRankAdaptation, Mask, Regulariser
+from diffora.methods.base import Alpha, Rank, Rate, check_ranks
+from diffora.methods.lowrank import Continuing, LowRankAdaptation, Mask, Regulariser
 from diffora.settings.checks import RANK, SHARE_OF_MODULES, Check, Help, is_int, show
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k
 
 
 @dataclass(frozen=True)
-class Selecting(Method):
+class Selecting(Continuing):
     """Selected modules get a LoRA of their own. The others share pairs, or stay frozen.
 
     Attributes:
@@ -75,8 +75,13 @@ class Selecting(Method):
     mask: Annotated[Mask, Help("GM-LoRA's masks on the adapters.")]
 
     def problems(self) -> Iterator[str]:
-        # With a budget the rank is not known yet. If it turns out smaller than the mask's rank, nothing is masked.
-        yield from self.mask.problems(None if self.budget is not None and self.scope == "layer" else self.rank)
+        yield from super().problems()
+        # With a budget or an adapter the rank is not known yet. If it is smaller than the mask's rank, nothing is
+        # masked.
+        known = self.adapter is None and (self.budget is None or self.scope != "layer")
+        yield from self.mask.problems(self.rank if known else None)
+        if self.adapter is not None and self.budget is not None:
+            yield "method.budget does not go with method.adapter, which already says what is adapted"
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         """[D] Algorithm 1, line 11: a pair of rank r for each selected module.
@@ -84,6 +89,9 @@ class Selecting(Method):
         Unselected modules of one type and shape share a pair of rank r_s, or are frozen.
         """
         assert selection is not None
+        if (start := self.start()) is not None:
+            start.put_on(model, self.dropout)
+            return LowRankAdaptation(model, self.regulariser, self.mask, seed)
         if self.rank_elsewhere is None and not any(selection.selected):
             raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
         rank = self.rank if selection.rank is None else selection.rank
@@ -104,8 +112,8 @@ class Selecting(Method):
     def size(self, grid: Grid) -> int:
         """The number of selected modules, K L or floor(rho N L). With scope ``global``, a budget overrides it."""
         if self.scope == "layer":
-            return modules_per_layer(self.rho, grid.n_types) * grid.n_layers
-        return modules_per_layer(self.rho, grid.n_types * grid.n_layers)
+            return sum(modules_per_layer(self.rho, size) for size in grid.sizes)
+        return modules_per_layer(self.rho, grid.n_modules)
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         """Refuse, before the search, a budget that some selection would exceed, and ranks above a module's width.
@@ -114,9 +122,12 @@ class Selecting(Method):
             UserError: the budget is too small (the message names the smallest possible one), or there would be nothing
                 to train, because no module is selected and the others are frozen.
         """
+        if (start := self.start()) is not None:
+            start.check(model)
+            return
         ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
         check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
-        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_layers * grid.n_types):
+        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_modules):
             log.warning(
                 f"rho={self.rho} selects {'all' if self.size(grid) else 'none'} of the modules: the selection does not "
                 "depend on the scores"
@@ -124,7 +135,7 @@ class Selecting(Method):
         if self.limit is None:
             if self.rank_elsewhere is None and self.size(grid) == 0:
                 raise UserError(
-                    f"rho={self.rho} selects none of the {grid.n_types} modules of a layer, and "
+                    f"rho={self.rho} selects none of the {max(grid.sizes)} modules of a layer, and "
                     "method.weight_sharing=false freezes the others: there is no adapter to train"
                 )
             return
@@ -135,12 +146,17 @@ class Selecting(Method):
             counts, _ = extreme_adapter_parameters(grid.shapes, self.rank, self.rank_elsewhere)
             least, why = min(counts[0], counts[-1]), "with no module selected, or with all of them"
             if self.rank_elsewhere is None:
-                least = self.rank * max(sum(shape) for row in grid.shapes for shape in row)
+                least = self.rank * max(sum(shape or ()) for row in grid.shapes for shape in row)
                 why = f"which the largest module has at rank={self.rank}, so that at least one is selected"
         if self.limit < least:
             raise UserError(
                 f"method.budget={self.budget} is too small: {least} parameters are the least that would do, {why}"
             )
+
+    def selection_of_start(self, grid: Grid, seed: int) -> Selection | None:
+        """The selection of the adapter that training goes on from; None without one."""
+        start = self.start()
+        return None if start is None else start.selection(grid, method=self.name, rho=self.rho, seed=seed)
 
     def selection_by(self, grid: Grid, scores: Tensor, selector: str, seed: int) -> Selection:
         """Select by scores (L x N, high is good) with scope, rho and budget (`diffora.core.choose.choose`).

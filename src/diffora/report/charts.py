@@ -139,20 +139,22 @@ def heatmap(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     frames: Sequence[Sequence[bool]] = (),
-    centre: float = 0.0,
+    centre: float | Sequence[float] = 0.0,
     most: float = 1.0,
     cell: int = 30,
 ) -> Markup:
     """A heatmap with one column for each layer and one row for each module type.
 
     Args:
-        values: L x N. Cells above ``centre`` have one colour, cells below another.
+        values: L x N. Cells above ``centre`` have one colour, cells below another. NaN leaves the place blank.
         rows: names of the N types; empty for a small picture without text.
         frames: L x N, the cells that get a frame.
+        centre: one number, or one for each layer.
         most: the distance from ``centre`` at which a colour is strongest.
         cell: width of a cell in pixels.
     """
     layers, types = len(values), len(values[0]) if values else 0
+    centres = [centre] * layers if isinstance(centre, float) else centre
     left = 8 + 6.4 * max(map(len, rows)) if rows else 2
     high = cell * 0.72
     width, height = left + cell * layers + 2, high * types + (20 if rows else 2)
@@ -163,7 +165,9 @@ def heatmap(
         if rows:
             parts.append(_text(left - 6, high * (j + 0.5) + 4, rows[j], "end"))
         for i in range(layers):
-            value, share = values[i][j], (values[i][j] - centre) / most
+            if math.isnan(values[i][j]):
+                continue
+            value, share = values[i][j], (values[i][j] - centres[i]) / most
             x, y = left + cell * i, 1 + high * j
             parts.append(
                 Markup(

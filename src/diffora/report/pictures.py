@@ -1,5 +1,6 @@
 """The pictures of a table on the report's page."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,32 +181,39 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
     if len({(found.mask.shape, found.relaxation, *found.types) for found in files.values()}) != 1:
         return None
-    types, relaxation = next((found.types, found.relaxation) for found in files.values())
-    labels, neutral = short_names(types), start_gate(relaxation, len(types))
+    first = next(iter(files.values()))
+    types, there, relaxation = first.types, first.there, first.relaxation
+    labels, starts = short_names(types), [start_gate(relaxation, int(n)) for n in there.sum(-1)]
+    neutral = starts[0] if len(set(starts)) == 1 else starts
     stacked = np.array([found.mask for found in files.values()])
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
     single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
-    scale = max((colour_range(values.tolist(), neutral)[1] for values in relaxed), default=None)
+    blanks = [[[None if math.isnan(v) else v for v in layer] for layer in values.tolist()] for values in relaxed]
+    scale = max((colour_range(values, neutral)[1] for values in blanks), default=None)
     seeds = []
     for seed, found in list(files.items())[: 0 if single else SEEDS]:
         if found.gamma_bar is None:
-            picture = charts.heatmap(found.mask.astype(float).tolist(), [], found.mask.tolist(), cell=15)
+            shown = np.where(there, found.mask, np.nan)
+            picture = charts.heatmap(shown.tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
             picture = charts.heatmap(values, [], found.mask.tolist(), neutral, scale or 1.0, cell=15)
         seeds.append((seed, picture))
-    by_layer = cell.first.record.selection.get("k") is not None
+    counts = stacked.sum(-1)
+    by_layer = cell.first.record.selection.get("k") is not None or (
+        not there.all() and bool((counts == counts[0]).all())
+    )
     return Dams(
         row,
         column,
-        charts.heatmap(stacked.mean(0).tolist(), labels),
+        charts.heatmap(np.where(there, stacked.mean(0), np.nan).tolist(), labels),
         seeds,
         trajectory_charts(cell, labels),
         list(enumerate(labels)),
-        None if single else stability(np.array(list(of.values())), by_layer),
+        None if single else stability(np.array(list(of.values())), by_layer, there),
         single,
         STARTS[relaxation],
         None if single else scale,
@@ -220,8 +228,9 @@ class _Selected:
         seed: of the search or the draw that made it.
         mask: boolean, L x N.
         types: the N module types.
-        gamma_bar: the relaxed DAM, L x N; None if there is none.
+        gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
         relaxation: how the search relaxed Γ.
+        there: boolean, L x N, which layer has a module of which type.
     """
 
     seed: int
@@ -229,6 +238,7 @@ class _Selected:
     types: list[str]
     gamma_bar: np.ndarray | None
     relaxation: str
+    there: np.ndarray
 
 
 def _selection(run: Run, cell: ResultCell) -> _Selected | None:
@@ -245,19 +255,26 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
         relaxed = None if gamma_bar is None else _numbers(gamma_bar)
         if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
+        modules = content.get("modules") or [types] * len(mask)
+        there = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)
+        if there.shape != mask.shape or not there.any(-1).all():
+            return None
+        if relaxed is not None and (np.isnan(relaxed) != ~there).any():
+            return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
         relaxation = content.get("relaxation") or "softmax"
         start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
-        return _Selected(of, mask, types, relaxed, relaxation)
+        return _Selected(of, mask, types, relaxed, relaxation, there)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
 
 def _numbers(content: Any) -> np.ndarray:
-    """Lists of numbers as an array; a ValueError unless all can be drawn: finite and at most 1e100 in size."""
+    """Lists of numbers as an array, NaN for null; a ValueError unless all can be drawn: at most 1e100 in size."""
     values = np.array(content, dtype=float)
-    if not (np.abs(values) <= 1e100).all():
+    null = np.array([value is None for value in np.array(content, dtype=object).flat], dtype=bool).reshape(values.shape)
+    if not ((np.abs(values) <= 1e100) | null).all():
         raise ValueError("not all are finite")
     return values
 
@@ -281,6 +298,8 @@ def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
     for layer in range(mean.shape[1]):
         lines = []
         for j, name in enumerate(types):
+            if np.isnan(mean[:, layer, j]).any():  # this layer has no such module
+                continue
             if len(paths) > 1:
                 lines += [Line(name, j, list(zip(at.tolist(), v[:, layer, j].tolist(), strict=True)), faint=True)
                           for at, v in paths[:SEEDS]]  # fmt: skip

@@ -80,11 +80,14 @@ class Stability:
     n: int
 
 
-def stability(masks: np.ndarray, by_layer: bool, draws: int = 1000) -> Stability | None:
+def stability(
+    masks: np.ndarray, by_layer: bool, there: np.ndarray | None = None, draws: int = 1000
+) -> Stability | None:
     """How far selections agree, compared with random selections of the same sizes.
 
     Args:
         masks: boolean, selections x L x N.
+        there: boolean, L x N, which layer has a module of which type; None: every layer has all.
         by_layer: whether random selections keep the size of each layer, or only the size of the whole selection.
         draws: number of random sets of selections.
     """
@@ -93,7 +96,10 @@ def stability(masks: np.ndarray, by_layer: bool, draws: int = 1000) -> Stability
         return None
     flat = masks if by_layer else masks.reshape(n, 1, -1)
     keys = np.random.default_rng(0).random((draws, *flat.shape))
-    drawn = keys.argsort(-1) < flat.sum(-1, keepdims=True)
+    order = keys.argsort(-1)
+    if there is not None and not there.all():  # ranks of the random numbers, those of missing modules last
+        order = (keys + ~there.reshape(flat.shape[1:])).argsort(-1).argsort(-1)
+    drawn = order < flat.sum(-1, keepdims=True)
     by_chance = _mean_jaccard(drawn.reshape(draws, n, -1))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(by_chance, [tail, 1 - tail])

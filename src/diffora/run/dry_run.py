@@ -1,6 +1,5 @@
 """``dry_run=true``: shows a run's modules, parameters and memory without loading weights or data."""
 
-import itertools
 import logging
 import time
 from bisect import bisect_right
@@ -16,6 +15,7 @@ from diffora.backbones.meta import meta_backbone
 from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
@@ -48,7 +48,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     backbone = _meta_backbone(settings, task)
     model = backbone.model
     grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
-    backbone.check_outside_head(itertools.chain(*grid.names))
+    backbone.check_outside_head(grid.modules)
     method.check(model, grid)
     check_stages(settings, method, grid, None)
     selector = None if method.scoring is None else method.scoring.selector
@@ -100,9 +100,7 @@ def _memory(settings: Settings, task: Task, adapted: Backbone, searched: Grid | 
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
         rank, alpha, kernel = settings.search.rank, settings.method.alpha, settings.model.kernel
         attached = attach(model, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
-        return memory.of_search(
-            settings, task, model, [[layer for layer in row if layer is not None] for row in attached]
-        )
+        return memory.of_search(settings, task, model, attached)
 
     stages = {"search": search} if searched is not None else {}
     stages["finetune"] = lambda: memory.of_finetuning(settings, task, _checkpointing(settings, adapted))
@@ -149,5 +147,6 @@ def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
     if method.scope == "global":
         expected = expected_globally(shapes, size, method.rank, elsewhere)
     else:
-        expected = expected_adapter_parameters(shapes, size // grid.n_layers, method.rank, elsewhere)
+        counts = [modules_per_layer(method.rho, n) for n in grid.sizes]
+        expected = expected_adapter_parameters(shapes, counts, method.rank, elsewhere)
     return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}

@@ -13,7 +13,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from torch import nn
 
 from diffora import digests
-from diffora.adapters.manifest import ADAPT
+from diffora.adapters.fetch import local_copy, place_problem
+from diffora.adapters.manifest import read_manifest
 from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
 from diffora.core.lowrank import set_kernel
@@ -73,10 +74,10 @@ def read_request(arguments: list[str]) -> Request:
 
     own, choices, values = _parse(arguments)
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
-    cfg, weights = _of_run(place) if "run" in own else _of_adapter(place, choices)
+    cfg, weights = settings_of_run(place) if "run" in own else _of_adapter(place, choices)
     if "run" in own:  # only the command line may allow code, not a folder that may come from others
         OmegaConf.update(cfg, "model.trust_remote_code", False)
-    cfg = _override(cfg, choices if "run" in own else [], values)
+    cfg = override(cfg, choices if "run" in own else [], values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := section_problems(cfg, SECTIONS):
@@ -145,15 +146,15 @@ def _own_problems(own: dict[str, Any]) -> Iterator[str]:
 
 
 def _output(own: dict[str, Any], place: Path) -> Path:
-    """The folder for metrics and predictions: ``output=``, or a new one below the run or adapter."""
-    default = place / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    """The folder for metrics and predictions: ``output=``, or a new one below the run, the adapter, or here."""
+    default = (place if place.is_dir() else Path()) / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(str(own["output"])).expanduser() if "output" in own else default
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
     return output
 
 
-def _of_run(folder: Path) -> tuple[DictConfig, Path]:
+def settings_of_run(folder: Path) -> tuple[DictConfig, Path]:
     """(settings in a run's folder, the folder of its weights). Somebody else may have written the settings."""
     file = folder / "config.yaml"
     if not file.is_file():
@@ -165,12 +166,13 @@ def _of_run(folder: Path) -> tuple[DictConfig, Path]:
 
 
 def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
-    """(settings that the command line chooses, the adapter's folder)."""
-    if not any((folder / name).is_file() for name in (ADAPT, "adapter_config.json", "config.json")):
-        raise UserError(f"adapter={folder} is not an adapter: it has no {ADAPT} and no adapter_config.json")
+    """(settings that the command line chooses, the adapter's folder). An adapter on the hub is downloaded."""
+    whole = (folder / "config.json").is_file()  # a fully fine-tuned model
+    if not whole and (problem := place_problem(folder)):
+        raise UserError(f"adapter={folder}: {problem}")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
         raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
-    return _compose(choices), folder
+    return _compose(choices), folder if whole else local_copy(folder)
 
 
 def _compose(choices: list[str]) -> DictConfig:
@@ -188,7 +190,7 @@ def _compose(choices: list[str]) -> DictConfig:
         raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
 
 
-def _override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
+def override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
     """Settings with some sections replaced, and then some values.
 
     Raises:
@@ -246,7 +248,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     names = request.splits or task.default_splits(request.other_data)
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
-    _check_backbone(request)
+    check_backbone(cfg, request.weights, request.own_backbone)
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     data = {name: task.account(name, split).record() for name, split in splits.items()}
@@ -305,22 +307,36 @@ def load_trained(
     return backbone.model.eval(), processor
 
 
-def _check_backbone(request: Request) -> None:
-    """Refuse a backbone that is not the one that the run was trained on. If the user chose it, only warn."""
-    whole = (request.weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
-    record = read_record(request.weights.parent) or {}
-    trained = None if whole else record.get("backbone")
-    path = request.cfg.model.path
+def check_backbone(cfg: DictConfig, weights: Path, own_backbone: bool) -> None:
+    """Refuse a backbone that is not the one that the weights were trained on. If the user chose it, only warn.
+
+    Args:
+        cfg: section ``model``.
+        weights: folder of an adapter, or of a whole model.
+        own_backbone: whether the user chose the backbone.
+    """
+    whole = (weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
+    record = read_record(weights.parent) or {}
+    trained = None if whole else record.get("backbone") or _backbone_of(weights)
+    path = cfg.model.path
     if whole and not record.get("digests"):
-        log.warning(f"{request.weights} may not be as its run left it: no run.json has its digests")
+        log.warning(f"{weights} may not be as its run left it: no run.json has its digests")
     if not trained:
-        if not whole and not request.own_backbone:
-            log.warning(f"{path} may not be the backbone that the run was trained on: no run.json says which that was")
+        if not whole and not own_backbone:
+            log.warning(f"{path} may not be the backbone that the run was trained on: no file says which that was")
         return
     for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
-        if not request.own_backbone:
+        if not own_backbone:
             raise UserError(
                 f"{change} in {path} since the run was trained; bring them back, or say that you want this backbone: "
                 f"model.path={path}"
             )
         log.warning(f"{path} is not the backbone that the run was trained on: {change}")
+
+
+def _backbone_of(adapter: Path) -> Any:
+    """The digests of the backbone in an adapter's manifest; None without a manifest."""
+    try:
+        return read_manifest(adapter).get("backbone")
+    except FileNotFoundError:
+        return None

@@ -135,7 +135,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
-    record |= {"backbone": parts.identity, "data": parts.data.accounts}
+    record |= {"backbone": parts.identity, "inputs": settings.method.inputs, "data": parts.data.accounts}
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
@@ -167,11 +167,12 @@ def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str
     now: dict[str, Any] = {}
     try:
         now["backbone"] = digests.backbone(settings.model.path)
+        now["inputs"] = settings.method.inputs
         if getattr(settings.task, "path", None) is not None:
             now["data"] = task.load().data_hash
     except UserError as error:
         log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
-    old = {"data": done.get("data_hash"), "backbone": done.get("backbone")}
+    old = {"data": done.get("data_hash"), "backbone": done.get("backbone"), "inputs": done.get("inputs")}
     if changed := digests.changes(old, now):
         raise UserError(
             [f"{folder} is complete, but its results are not those of today's files; choose another folder:", *changed]

@@ -4,15 +4,17 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffora.core.dam import neutral_gate
-from diffora.core.parts import short_names
-from diffora.core.picture import size_of
+from diffora.core.parts import block_of, short_names
+from diffora.core.picture import layer_numbers, size_of
 from diffora.core.selection import Selection
 from diffora.files import atomic
 from diffora.tasks.classes import ClassResults
 
-Trajectory = Sequence[tuple[float, Sequence[Sequence[float]]]]
+Trajectory = Sequence[tuple[float, Sequence[Sequence[float | None]]]]
+"""(round, relaxed DAM); None where a layer has no such module."""
 
 
 def dam_heatmap(selection: Selection, title: str | None = None) -> bytes:
@@ -37,21 +39,27 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     layers = len(trajectory[0][1])
     columns = min(layers, 4)
     rows = -(-layers // columns)
-    figure = Figure(figsize=(2.6 * columns + 1.2, 1.9 * rows + 0.7), layout="constrained")
+    height = max(1.9 * rows + 0.7, 0.2 * len(types) + 0.4)
+    figure = Figure(figsize=(2.6 * columns + 1.2, height), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    lines: dict[int, Any] = {}
+    numbers = layer_numbers(trajectory[0][1])
     for i, axes in enumerate(panels.flat):
         if i >= layers:
             axes.set_visible(False)
             continue
-        lines = [
-            axes.plot(rounds, [gamma_bar[i][j] for _, gamma_bar in trajectory], lw=1.4, color=f"C{j}")[0]
-            for j in range(len(types))
-        ]
-        axes.axhline(neutral_gate(relaxation, len(types)), color="0.75", lw=0.8, zorder=0)
-        axes.set_title(f"layer {i + 1}", size=9)
+        there = [j for j in range(len(types)) if trajectory[0][1][i][j] is not None]
+        for j in there:
+            values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
+            lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
+        axes.axhline(neutral_gate(relaxation, len(there)), color="0.75", lw=0.8, zorder=0)
+        block = block_of(types[there[0]])
+        axes.set_title(f"{block} layer {numbers[i]}".strip(), size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(lines, short_names(types), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(
+        [lines[j] for j in range(len(types))], short_names(types), loc="outside right upper", frameon=False, fontsize=8
+    )
     figure.supxlabel("round of the search", size=9)
     figure.supylabel(r"$\bar\gamma$", size=10)
     return _png(figure)

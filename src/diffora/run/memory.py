@@ -7,7 +7,7 @@ fragmentation, and the memory of the libraries themselves.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from diffora.backbones.precision import AUTOCAST
 from diffora.core.dam import relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
-from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.lowrank import Layers, set_gates
 from diffora.core.split import divided, shared_tables
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Batch, Task
@@ -111,12 +111,12 @@ def of_finetuning(settings: Settings, task: Task, model: nn.Module) -> Estimate:
     return _measure(settings, task, model, rows, step)
 
 
-def of_search(settings: Settings, task: Task, model: nn.Module, layers: Sequence[Sequence[LowRankLinear]]) -> Estimate:
+def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers) -> Estimate:
     """The estimate for a step of the bi-level search.
 
     Args:
         model: on the meta device, with a low-rank layer at each place of the grid. It cannot be used again.
-        layers: these layers, L x N.
+        layers: these layers, L x N; None where a layer of the model has no such module.
     """
     together = settings.search.update == "simultaneous"
     rows = _rows(settings, settings.search)
@@ -147,7 +147,8 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Sequence
 
     def simultaneously(batch: Batch, gamma: Tensor, trained: dict[str, Tensor]) -> None:
         set_gates(layers, relax(gamma))
-        with divided(layers, shared_tables(model), rows, 2 * rows):
+        n = rows * task.sequences(batch)
+        with divided(layers, shared_tables(model), n, 2 * n):
             train, valid = joint_losses(batch)
             pairs = [p for name, p in trained.items() if name.endswith((".lora_a", ".lora_bt"))]
             head = [p for name, p in trained.items() if not name.endswith((".lora_a", ".lora_bt"))]
@@ -155,7 +156,7 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Sequence
 
     def step(batch: Batch) -> None:
         trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)
+        gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)  # shapes matter, not values
         (simultaneously if together else alternating)(batch, gamma, trained)
 
     return _measure(settings, task, model, 2 * rows if together else rows, step)

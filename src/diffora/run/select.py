@@ -16,7 +16,7 @@ import lightning as L
 from torch import Tensor
 
 from diffora.core.grid import Grid
-from diffora.core.selection import Selection
+from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
 from diffora.loop.loggers import Loggers, taking_pictures
 from diffora.loop.parts import Parts
@@ -105,11 +105,14 @@ def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights
     folder = parts.folder
     if result.trajectory:
         types = list(parts.grid.types)
-        rounds, points = [at for at, _ in result.trajectory], [gates for _, gates in result.trajectory]
+        rounds = [at for at, _ in result.trajectory]
+        points = [blanked(gates, parts.grid.names) for _, gates in result.trajectory]
         content = {"types": types, "rounds": rounds, "gamma_bar": points}
         write_text(folder / "trajectory.json", json.dumps(content) + "\n")
         relaxation = result.relaxation or "softmax"
-        figures.save_png(folder / "gamma.png", figures.gamma_trajectories(result.trajectory, types, relaxation))
+        figures.save_png(
+            folder / "gamma.png", figures.gamma_trajectories(list(zip(rounds, points, strict=True)), types, relaxation)
+        )
     if keep_weights:
         save_weights(result.weights, weights_file(folder / FILE))
     selection.save(folder / FILE)

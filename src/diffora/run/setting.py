@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffora.adapters.start import adapter_digest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.records import SelectionSource, short_digest
@@ -50,6 +51,9 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         if isinstance(file, str) and (source := selection_source(Path(file))) is not None:
             sources[f"method.{name}"] = asdict(source)
             settings["method"][name] = source.made
+    if isinstance(adapter := settings["method"].get("adapter"), str) and ("method", "adapter") not in follows:
+        with suppress(UserError):  # which the method reports
+            settings["method"]["adapter"] = adapter_digest(adapter)[:8]
     return {
         "setting_id": short_digest(settings),
         "settings": settings,

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
-from diffora.core.parts import short_names
+from diffora.core.parts import block_of, short_names
 from diffora.core.selection import Selection
 from diffora.errors import called
 from diffora.run.classes import print_classes
@@ -147,10 +148,11 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
     mask = selection.mask().tolist() if selection else []
     for j, name in enumerate(grid.types):
         chosen = " ".join(str(i + 1) for i, row in enumerate(mask) if row[j])
-        table.add_row(name, *map(str, grid.shapes[0][j]), chosen)
+        shape = next(row[j] for row in grid.shapes if row[j] is not None)
+        table.add_row(name, *map(str, shape or ()), chosen)
     console = Console()
     console.print(table)
-    n_modules = grid.n_layers * grid.n_types
+    n_modules = grid.n_modules
     if selection is not None:
         rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
         console.print(f"{sum(map(len, selection.selected))} of {n_modules} modules selected{rank}", highlight=False)
@@ -159,7 +161,8 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
         console.print(f"{span} of {n_modules} modules within the budget", highlight=False)
     elif hasattr(method, "scope"):
         size = method.size(grid)
-        many = f"K = {size // grid.n_layers} of {grid.n_types} modules a layer"
+        counts = dict.fromkeys((modules_per_layer(method.rho, n), n) for n in grid.sizes)
+        many = f"K = {' or '.join(f'{k} of {n}' for k, n in counts)} modules a layer"
         many = many if method.scope == "layer" else f"{size} of {n_modules} modules"
         console.print(f"rho = {method.rho}: {many}", highlight=False)
     if "rank_min" in params:
@@ -189,7 +192,9 @@ def _counts(selected: list[list[str]]) -> str:
     names = sorted({name for row in selected for name in row}, key=lambda n: (-sum(n in row for row in selected), n))
     labels = dict(zip(names, short_names(names), strict=True))
     layers = len(selected)
-    return ", ".join(f"{labels[n]} in {sum(n in row for row in selected)}/{layers}" for n in names) or "nothing"
+    # A block has fewer layers than the model, and a layer without a selected module does not show its block.
+    of = {name: "" if block_of(name) else f"/{layers}" for name in names}
+    return ", ".join(f"{labels[n]} in {sum(n in row for row in selected)}{of[n]}" for n in names) or "nothing"
 
 
 def _size(mb: float) -> str:

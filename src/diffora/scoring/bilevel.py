@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffora.core.dam import entropy, relax
+from diffora.core.dam import entropy, initial_gamma, relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
-from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.lowrank import Layers, set_gates
 from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
@@ -44,7 +44,7 @@ class SearchModule(Stage):
 
     Args:
         model: the backbone with a low-rank layer at every place of the grid.
-        layers: those layers, L x N.
+        layers: those layers, L x N; None where a layer of the model has no such module.
         types: the N module types, to name metrics.
         task: gives the loss.
         settings: the section ``search``.
@@ -58,7 +58,7 @@ class SearchModule(Stage):
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Sequence[LowRankLinear]],
+        layers: Layers,
         types: Sequence[str],
         task: Task,
         settings: Search,
@@ -66,11 +66,13 @@ class SearchModule(Stage):
     ) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
-        self.gamma = nn.Parameter(torch.zeros(len(layers), len(layers[0])))
+        there = torch.tensor([[layer is not None for layer in row] for row in layers])
+        self.gamma = nn.Parameter(initial_gamma(there))
         self.layers, self.types = layers, list(types)
         self.task, self.settings = task, settings
         trained = [p for p in model.parameters() if p.requires_grad]
-        of_layers = {p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)}
+        adapters = [layer for row in layers for layer in row if layer is not None]
+        of_layers = {p for layer in adapters for p in (layer.lora_a, layer.lora_bt)}
         self.pairs = [p for p in trained if p in of_layers]
         self.head = [p for p in trained if p not in of_layers]
         self._tables = shared_tables(model)
@@ -177,7 +179,7 @@ class SearchModule(Stage):
         for (a, a_share), (b, b_share) in zip_longest(
             parts_of(train, n_parts, self.task), parts_of(valid, n_parts, self.task), fillvalue=(None, 0.0)
         ):
-            n_train, n_valid = (0 if part is None else len(part["row"]) for part in (a, b))
+            n_train, n_valid = self._sequences(a, b)
             with divided(self.layers, self._tables, n_train, n_train + n_valid):
                 train_loss, valid_loss = self._joint_losses(a, b)
                 scaled = self._scaled(train_loss) * a_share, self._scaled(valid_loss) * b_share
@@ -186,6 +188,13 @@ class SearchModule(Stage):
             valid_total = valid_total + valid_loss.detach() * b_share
         assert sums is not None
         return (train_total, valid_total), sums
+
+    def _sequences(self, train: Batch | None, valid: Batch | None) -> tuple[int, int]:
+        """How many sequences the model reads for the rows of each batch, in one pass over both; 0 for None."""
+        there = [part for part in (train, valid) if part is not None]
+        each = max(self.task.sequences(part) for part in there)  # rows of one pass have the same number
+        n_train, n_valid = (0 if part is None else each * len(part["row"]) for part in (train, valid))
+        return n_train, n_valid
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
         """(training loss, validation loss) from one pass, training rows first; 0 for a batch that is None."""
@@ -205,7 +214,7 @@ class SearchModule(Stage):
     def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
         """Refuse a model in which the gradients of the two levels would mix. Tested on two rows of each batch."""
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
-        n_train, n_valid = (len(batch["row"]) for batch in few)
+        n_train, n_valid = self._sequences(*few)
         with (
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             divided(self.layers, self._tables, n_train, n_train + n_valid),
@@ -305,7 +314,8 @@ class SearchModule(Stage):
             self.certainty: spread.mean().item(),
         }
         for i, row in enumerate(gamma_bar.tolist()):
-            values |= {f"gamma_bar/layer{i:02d}/{name}": value for name, value in zip(self.types, row, strict=True)}
+            there = zip(self.types, row, self.layers[i], strict=True)
+            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in there if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
     def memory(self) -> dict[str, Any]:

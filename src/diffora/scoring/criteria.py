@@ -1,8 +1,14 @@
 """Formulas of the selectors other than the search, as pure functions: one number per candidate, high is good."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffora.core.parts import part_of
+from diffora.tasks.chat.loss import IGNORED
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
@@ -24,6 +30,30 @@ def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
     keep = mask.reshape(-1).to(x.dtype)
     return keep @ x.square(), keep.sum()
+
+
+def counted_tokens(name: str, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Which tokens of a module's input count: all but padding, as far as the batch says where padding is.
+
+    An encoder-decoder has two sequences, of sources and targets. Its decoder reads the targets, but the keys and values
+    of its cross-attention read the sources.
+
+    Args:
+        name: of the module.
+        x: its input (..., in).
+        batch: may have an ``attention_mask``, and for an encoder-decoder ``labels`` of one entry per target token.
+
+    Returns:
+        One entry for each token of ``x``, 0 for one that does not count.
+    """
+    mask: Tensor | None
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    reads_sources = part_of(name) in ("cross_key", "cross_value") or "decoder" not in name.split(".")
+    if not reads_sources and labels is not None and labels.shape == x.shape[:-1]:
+        mask = labels != IGNORED
+    if mask is None or mask.shape != x.shape[:-1]:
+        return torch.ones(x.shape[:-1], device=x.device)
+    return mask
 
 
 def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:

@@ -94,18 +94,23 @@ def call_function(
             f"{name} must leave the model as it was, but it changed "
             f"{', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}: undo that before returning, or use a copy"
         )
-    return _checked(found, (grid.n_layers, grid.n_types), name)
+    return _checked(found, grid, name)
 
 
-def _checked(found: Any, shape: tuple[int, int], name: str) -> Tensor:
-    """The scores as float64 on the CPU; a UserError if they are not L x N finite numbers."""
+def _checked(found: Any, grid: Grid, name: str) -> Tensor:
+    """The scores as float64 on the CPU; a UserError if they are not L x N finite numbers.
+
+    What they are where a layer has no such module does not matter. It becomes NaN.
+    """
+    shape = grid.n_layers, grid.n_types
     what = f"a {type(found).__name__}"
     if isinstance(found, Tensor):
         if tuple(found.shape) == shape and not found.is_complex():
             scores = found.detach().to("cpu", torch.float64)
-            if scores.isfinite().all():
-                return scores
-            what = f"{int((~scores.isfinite()).sum())} that are not finite"
+            wrong = ~scores.isfinite() & grid.there
+            if not wrong.any():
+                return scores.masked_fill(~grid.there, float("nan"))
+            what = f"{int(wrong.sum())} that are not finite"
         else:
             what = f"a tensor of shape {tuple(found.shape)} and type {found.dtype}"
     raise UserError(

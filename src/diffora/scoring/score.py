@@ -1,15 +1,16 @@
 """Selectors ``gradient`` and ``activation``: score the candidates on a few batches, without training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffora.core.grid import Names, laid_out
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
-from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.scoring.criteria import counted_tokens, gradient_norm, square_sums, weight_times_activation
 from diffora.tasks.base import Batch, Task, full_precision, parts_of
 
 
@@ -36,7 +37,7 @@ class ScoreModule(Stage):
     def __init__(
         self,
         model: nn.Module,
-        names: Sequence[Sequence[str]],
+        names: Names,
         criterion: str,
         task: Task,
         accumulate: int,
@@ -44,11 +45,12 @@ class ScoreModule(Stage):
     ) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
-        self.shape = len(names), len(names[0])
-        self.candidates = [model.get_submodule(name) for row in names for name in row]
+        self.names = names
+        self.paths = [name for row in names for name in row if name is not None]
+        self.candidates = [model.get_submodule(name) for name in self.paths]
         for candidate in self.candidates:
             weight_of(candidate)  # refuses quantised ones at once
-        self.weights = [model.get_parameter(f"{name}.weight") for row in names for name in row]
+        self.weights = [model.get_parameter(f"{name}.weight") for name in self.paths]
         self.criterion, self.task, self.accumulate = criterion, task, accumulate
         self._sums: list[Tensor] = []
 
@@ -88,15 +90,14 @@ class ScoreModule(Stage):
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> list[Tensor]:
-        """For each candidate the sum of squares of its input features, (in,); last, the number of tokens."""
-        mask = batch.get("attention_mask")
+        """For each candidate the sum of squares of its input features, (in,); then for each the number of tokens."""
+        names = dict(zip(self.candidates, self.paths, strict=True))
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def note(layer: nn.Module, args: tuple[Tensor]) -> None:
             # Only the first call in a pass is on tokens: DeBERTa calls Q and K again, on its table of positions.
             if layer not in found:
-                x = args[0]
-                found[layer] = square_sums(x, torch.ones(x.shape[:-1], device=x.device) if mask is None else mask)
+                found[layer] = square_sums(args[0], counted_tokens(names[layer], args[0], batch))
 
         hooks = [layer.register_forward_pre_hook(note) for layer in self.candidates]
         try:
@@ -104,7 +105,7 @@ class ScoreModule(Stage):
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[layer][0] for layer in self.candidates] + [found[self.candidates[0]][1]]
+        return [found[layer][part] for part in (0, 1) for layer in self.candidates]
 
     def on_train_epoch_end(self) -> None:
         sums, self._sums = self._sums, []
@@ -116,11 +117,12 @@ class ScoreModule(Stage):
             n = self.trainer.num_training_batches * self.trainer.world_size
             scores = [gradient_norm(total / n) for total in sums]
         else:
-            *squares, tokens = sums
-            pairs = zip((weight_of(m).detach() for m in self.candidates), squares, strict=True)
-            scores = [weight_times_activation(weight, total / tokens) for weight, total in pairs]
-        self.scores = torch.stack(scores).view(self.shape).cpu()
-        if not self.scores.isfinite().all():
+            weights, n = (weight_of(m).detach() for m in self.candidates), len(self.candidates)
+            parts = zip(weights, sums[:n], sums[n:], strict=True)
+            scores = [weight_times_activation(weight, squares / tokens) for weight, squares, tokens in parts]
+        values = torch.stack(scores).cpu()
+        self.scores = laid_out(values, self.names)
+        if not values.isfinite().all():
             raise UserError(
                 f"method.selector={self.criterion}: a score is not finite"
                 + ("" if self.trainer.precision == "32-true" else "; try trainer.precision=32-true")

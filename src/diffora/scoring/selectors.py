@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from diffora.core.attach import attach, detach
-from diffora.core.lowrank import LowRankLinear
+from diffora.core.lowrank import Layers, LowRankLinear
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -203,8 +203,11 @@ def from_function(function: ScoreFunction, name: str) -> Run:
 
 
 @contextmanager
-def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
-    """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head."""
+def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | None]]]:
+    """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head.
+
+    There is None in place of an adapter where a layer has no such module.
+    """
     grid, model = context.parts.grid, context.parts.model
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
@@ -214,7 +217,7 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear]]]:
     rank, kernel = context.settings.rank, context.parts.settings.model.kernel
     attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
     try:
-        yield [[layer for layer in row if layer is not None] for row in attached]
+        yield attached
     finally:
         detach(model)
         for name, state in head.items():
@@ -261,13 +264,13 @@ def _fit_rounds(
     module.close_gates()
 
 
-def searched_weights(
-    context: SearchContext, gates: Tensor, layers: Sequence[Sequence[LowRankLinear]]
-) -> dict[str, Tensor]:
+def searched_weights(context: SearchContext, gates: Tensor, layers: Layers) -> dict[str, Tensor]:
     """`SearchResult.weights`. The gate goes into B, because fine-tuning has no gates."""
     weights = {}
     for names, row, gates_of_row in zip(context.parts.grid.names, layers, gates, strict=True):
         for name, layer, gate in zip(names, row, gates_of_row, strict=True):
+            if layer is None:
+                continue
             weights[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
             weights[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
     return weights

@@ -55,7 +55,7 @@ def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapp
     """
     layers = dict(lowrank_layers(model))
     for names, flags in zip(grid.names, selection.mask().tolist(), strict=True):
-        for name in itertools.compress(names, flags):
+        for name in filter(None, itertools.compress(names, flags)):
             layer = layers[name]
             for which, own in (("a", layer.lora_a), ("bt", layer.lora_bt)):
                 found = weights.get(f"{name}.lora_{which}")

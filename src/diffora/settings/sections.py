@@ -48,6 +48,9 @@ CALLBACKS = Check(
 )
 INTERNAL = Help("")
 """For a field that is no key of the configuration."""
+LAYERS = Check(
+    lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of names of layers, one for each block"
+)
 SHARE_OF_ROWS = number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on")
 
 
@@ -107,7 +110,10 @@ class Model:
 
     name: Annotated[str, Help("A short name, in run directories and records.")]
     path: Annotated[str, BACKBONE, Help("Hub id or folder of the pretrained model; `embedded`: the package's own.")]
-    layer: Annotated[str | None, Help("Name of the layers, as in `encoder.layer.*`; null: found in the model.")] = None
+    layer: Annotated[
+        str | Annotated[list[str], LAYERS] | None,
+        Help("Name of the layers, as in `encoder.layer.*`; a list for several blocks; null: found in the model."),
+    ] = None
     candidates: Annotated[
         Annotated[list[str], CANDIDATES] | None,
         Help("The linear modules of a layer that may get an adapter; null: all of them."),

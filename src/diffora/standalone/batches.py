@@ -194,8 +194,8 @@ def _row_sampling(loader: Any) -> BatchSampler | None:
 
     A loader that accelerate prepared, such as that of transformers' `Trainer`, has this inside its own sampler.
     """
-    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    sampler = sampler.batch_sampler if _is_accelerates(sampler) else sampler  # type: ignore[attr-defined, union-attr]
+    sampler: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    sampler = sampler.batch_sampler if _is_accelerates(sampler) else sampler
     return sampler if type(sampler) is BatchSampler else None
 
 

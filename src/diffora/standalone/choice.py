@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffora.core.dam import discretise, discretise_globally
+from diffora.core.dam import comparable, discretise, discretise_globally
 from diffora.core.grid import Grid
 from diffora.core.selection import STANDALONE, Selection
 
@@ -19,8 +19,8 @@ def modules_of(k: int | None, n_types: int) -> int:
 
 def choice_problems(k: int | None, scope: str, grid: Grid) -> Iterator[str]:
     """What is wrong with ``k`` and ``scope``."""
-    if k is not None and (type(k) is not int or not 1 <= k <= grid.n_types):
-        yield f"k={k!r} must be a whole number from 1 to {grid.n_types}, the candidates of a layer"
+    if k is not None and (type(k) is not int or not 1 <= k <= min(grid.sizes)):
+        yield f"k={k!r} must be a whole number from 1 to {min(grid.sizes)}, the candidates of a layer"
     if scope not in SCOPES:
         yield f"scope={scope!r} must be one of {', '.join(SCOPES)}"
 
@@ -32,19 +32,24 @@ def selection_of(
 
     Args:
         values: L x N scores on the CPU, high is good.
-        k: modules per layer; None for half of them. With ``scope="global"``, k times the number of layers in all.
+        k: modules per layer; None for half of those of each layer. With ``scope="global"``, as many in all.
         rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
     """
-    k = modules_of(k, grid.n_types)
-    mask = discretise(values, k) if scope == "layer" else discretise_globally(values, k * grid.n_layers)
+    counts = [modules_of(k, size) for size in grid.sizes]
+    values = values.masked_fill(~grid.there, float("nan"))
+    mask = (
+        discretise(values, counts)
+        if scope == "layer"
+        else discretise_globally(comparable(values, grid.sizes), sum(counts))
+    )
     return Selection.from_mask(
         grid,
         mask,
         method=STANDALONE,
         selector=selector,
-        rho=k / grid.n_types,
+        rho=sum(counts) / grid.n_modules,
         seed=seed,
-        k=k if scope == "layer" else None,
+        k=counts[0] if scope == "layer" and len(set(counts)) == 1 else None,
         config={"scope": scope, "left_out": list(grid.left_out)} | config,
         **rest,
     )

@@ -44,16 +44,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def warn_of_processes() -> None:
-    """Warn if several processes run: each would search on its own batches, and their selections could differ."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        log.warning(
-            f"{torch.distributed.get_world_size()} processes are running, and each one searches on its own batches: "
-            "search in one of them, and give the selection to the others"
-        )
+    """Warn if several processes run, because each one searches by itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        n = torch.distributed.get_world_size()
+        if n > 1:
+            log.warning(
+                f"{n} processes are running, and each one searches by itself. Their selections are the same only if "
+                "their weights and batches are. Otherwise, search in one of them, and give the others its file "
+                "(selection.save)"
+            )
 
 
 def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | None) -> Grid:
@@ -100,7 +99,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     else:
         layers = tuple(f"{layer}." for layer in grid.layers if layer)
         chosen = {p for name, p in parameters.items() if not name.startswith(layers)}
-    chosen -= {p for row in grid.names for name in row for p in model.get_submodule(name).parameters()}
+    chosen -= {p for name in grid.modules for p in model.get_submodule(name).parameters()}
     return [p for p in parameters.values() if p in chosen]
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
 from diffora.core.attach import attach, detach
-from diffora.core.dam import RELAXATIONS, neutral_gate, relax
+from diffora.core.dam import RELAXATIONS, initial_gamma, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
-from diffora.core.lowrank import LowRankLinear, set_gates
+from diffora.core.lowrank import Layers, set_gates
 from diffora.core.selection import Selection
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
@@ -80,7 +80,7 @@ class Bilevel:
 
     Args:
         model: with the adapters; only A, B and the head require gradients.
-        layers: the adapters, L x N.
+        layers: the adapters, L x N; None where a layer of the model has no such module.
         head: the parameters that are trained together with A and B.
         loss: the user's.
         settings: of the search.
@@ -95,15 +95,16 @@ class Bilevel:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Sequence[LowRankLinear]],
+        layers: Layers,
         head: Sequence[nn.Parameter],
         loss: Loss,
         settings: SearchSettings,
     ) -> None:
         self.model, self.layers, self.loss, self.settings = model, layers, loss, settings
-        first = layers[0][0].lora_a
-        self.gamma = torch.zeros(len(layers), len(layers[0]), device=first.device, dtype=first.dtype).requires_grad_()
-        self.weights = [p for row in layers for layer in row for p in (layer.lora_a, layer.lora_bt)] + list(head)
+        adapters = [layer for row in layers for layer in row if layer is not None]
+        there = torch.tensor([[layer is not None for layer in row] for row in layers])
+        self.gamma = initial_gamma(there).to(adapters[0].lora_a).requires_grad_()
+        self.weights = [p for layer in adapters for p in (layer.lora_a, layer.lora_bt)] + list(head)
         self.gamma_optimiser = torch.optim.Adam([self.gamma], lr=settings.gamma_lr, betas=(0.5, 0.999))
         self.masters = [w.detach().float() if w.dtype in HALF else w for w in self.weights]
         self.weight_optimiser = torch.optim.AdamW(
@@ -278,20 +279,19 @@ def _searched(
     try:
         attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
         seed_torch(seed * 1009, device_of(model))  # dropout as in a run's search (`diffora.loop.stage`)
-        layers = [[layer for layer in row if layer is not None] for row in attached]
-        _match_precision(layers)
-        bilevel = Bilevel(model.train(), layers, head, loss, settings)
+        _match_precision(attached)
+        bilevel = Bilevel(model.train(), attached, head, loss, settings)
         _run_rounds(bilevel, loaders, device_of(model), progress)
         return bilevel.gamma_bar.cpu()
     finally:
         detach(model)
 
 
-def _match_precision(layers: Sequence[Sequence[LowRankLinear]]) -> None:
+def _match_precision(layers: Layers) -> None:
     """A and B of a float64 model become float64; those of all others are float32 already."""
     for row in layers:
         for layer in row:
-            if layer.base.weight.dtype == torch.float64:
+            if layer is not None and layer.base.weight.dtype == torch.float64:
                 layer.lora_a.data, layer.lora_bt.data = layer.lora_a.data.double(), layer.lora_bt.data.double()
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
-from diffora.core.grid import Grid
+from diffora.core.grid import Grid, laid_out
 from diffora.core.linear import weight_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.scoring.criteria import counted_tokens, gradient_norm, square_sums, weight_times_activation
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.standalone.batches import Loss, checked, model_loss, moved, some
 from diffora.standalone.choice import choice_problems, selection_of
@@ -80,7 +80,7 @@ def select(
             device = device_of(model)
             batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
             scores = _scores(model, grid, selector, batches, loss or model_loss, progress)
-    if not scores.isfinite().all():
+    if not scores[grid.there].isfinite().all():
         raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
     config = {"n_batches": n_batches}
     return selection_of(grid, scores, k, scope, name_of(selector), seed, config, scores=scores.tolist())
@@ -103,12 +103,12 @@ def _scores(
 
     if not isinstance(selector, str):
         return call_function(selector, model, grid, batches, loss_of, f"selector={name_of(selector)}")
-    modules = [model.get_submodule(name) for row in grid.names for name in row]
+    modules = [model.get_submodule(name) for name in grid.modules]
     for module in modules:
         weight_of(module)  # refuses quantised ones
     watched = bar(progress, selector, "batch", items=batches)
     scores = (_gradient if selector == "gradient" else _activation)(model, modules, watched, loss_of)
-    return torch.stack(scores).view(grid.n_layers, grid.n_types).cpu()
+    return laid_out(torch.stack(scores).cpu(), grid.names)
 
 
 def _gradient(
@@ -138,7 +138,8 @@ def _activation(
     """
     squares: dict[nn.Module, Tensor] = {}
     tokens: dict[nn.Module, Tensor] = {}
-    mask: Any = None
+    names = {module: name for name, module in model.named_modules()}
+    current: Any = {}
     seen: set[nn.Module] = set()
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -146,9 +147,7 @@ def _activation(
         if module in seen:
             return
         seen.add(module)
-        x = args[0]
-        counts = mask if mask is not None and mask.shape == x.shape[:-1] else x.new_ones(x.shape[:-1])
-        found = square_sums(x, counts)
+        found = square_sums(args[0], counted_tokens(names[module], args[0], current))
         squares[module] = squares.get(module, 0) + found[0]
         tokens[module] = tokens.get(module, 0) + found[1]
 
@@ -157,7 +156,7 @@ def _activation(
         with _called_layers():
             for batch in batches:
                 seen.clear()
-                mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+                current = batch if hasattr(batch, "get") else {}
                 loss(batch)
     finally:
         for hook in hooks:

@@ -15,7 +15,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffora.backbones.processors import ProcessorKind, load_processor
 from diffora.backbones.request import ModelRequest
@@ -233,14 +233,6 @@ class Task:
         """Whether a split can be scored."""
         return set(self.targets) <= set(split.encoded.column_names)
 
-    def class_counts(self, split: Split) -> list[int] | None:
-        """How many rows of a split each class has, in the order of the head; None if the rows have no classes."""
-        names = self.head().get("id2label")
-        if not names or "labels" not in split.encoded.column_names:
-            return None
-        labels = torch.tensor(split.encoded.data.column("labels").to_numpy())
-        return torch.bincount(labels, minlength=len(names)).tolist()
-
     def dummy(self, rows: int, model: Any) -> Batch:
         """A batch of the largest size, without real content, to measure the memory of a step."""
         if model.main_input_name == "pixel_values":
@@ -274,6 +266,10 @@ class Task:
         """Whether `loss` is the mean cross-entropy of `class_terms`."""
         return type(self).loss is Task.loss
 
+    def sequences(self, batch: Mapping[str, Tensor]) -> int:
+        """How many sequences the model reads for each row of a batch."""
+        return 1
+
     def weight(self, batch: Mapping[str, Tensor]) -> float:
         """The number of terms that `loss` averages, to weigh the parts of a batch."""
         return float(len(batch["row"]))
@@ -284,6 +280,16 @@ class Task:
         """What predictions and metrics need, without gradients. It must be small and equally wide in all batches."""
         kept = {"row": batch["row"], "logits": full_precision(output.logits.detach())}
         return kept | {name: batch[name] for name in self.targets if name in batch}
+
+    def evaluate(self, model: nn.Module, batch: Batch, final: bool) -> Outputs:
+        """`outputs` of a batch in an evaluation, for a task that needs more than one pass, such as to generate text.
+
+        Args:
+            model: in evaluation mode.
+            batch: on the model's device.
+            final: for predictions and `evaluate.py`; otherwise it is a validation while training.
+        """
+        return self.outputs(model(**self.inputs(batch)), batch)
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         """``loss`` and the task's metrics over all or some rows of a split.
@@ -307,11 +313,7 @@ class Task:
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split to ``folder``, in the task's usual format; by default ``<name>.jsonl``.
-
-        Returns:
-            The files written.
-        """
+        """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files."""
         lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
@@ -323,11 +325,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most ``n_parts`` parts.
-
-    Yields:
-        (part, its share in the mean loss of the whole batch)
-    """
+    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch)."""
     n = len(batch["row"])
     size = -(-n // n_parts)
     if size == n:
@@ -355,8 +353,12 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
                     f"{type(task).__name__}.padding has no padding value for {name}, so batches of different widths "
                     "cannot be put together; search.update=alternating does not need it"
                 )
-            width = max(part.shape[1] for part in both)
-            both = [F.pad(part, (0, width - part.shape[1]), value=padding[name]) for part in both]
+            shape = torch.tensor([part.shape[1:] for part in both]).amax(0)
+            missing = [(shape - torch.tensor(part.shape[1:])).flip(0).tolist() for part in both]  # the last dim first
+            both = [
+                F.pad(part, [n for width in widths for n in (0, width)], value=padding[name])
+                for part, widths in zip(both, missing, strict=True)
+            ]
         batch[name] = torch.cat(both)
     return batch
 

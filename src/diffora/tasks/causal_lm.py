@@ -239,7 +239,7 @@ To generate, write the conversation as in training:
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         """Mean loss over the tokens of all given rows, and its exponential."""
         loss = float(outputs["loss"].double().sum() / outputs["tokens"].sum().clamp(min=1))
-        return {"loss": loss, "perplexity": _exp(loss)}
+        return {"loss": loss, "perplexity": exponential(loss)}
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
         """Loss and perplexity of each example; null if no token of it counts.
@@ -253,11 +253,12 @@ To generate, write the conversation as in training:
         lines, numbers = [], split.rows["number"][:]
         for row, (loss, tokens) in enumerate(sums.T.tolist()):
             mean = loss / tokens if tokens else None
-            perplexity = None if mean is None else _exp(mean)
+            perplexity = None if mean is None else exponential(mean)
             line = {"row": row, "number": numbers[row], "tokens": int(tokens), "loss": mean, "perplexity": perplexity}
             lines.append(line)
         return lines
 
 
-def _exp(loss: float) -> float:
+def exponential(loss: float) -> float:
+    """The perplexity of a mean loss; infinite where it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

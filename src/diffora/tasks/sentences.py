@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
@@ -39,18 +39,11 @@ class SentenceTask(Task):
         return head | ({"problem_type": "multi_label_classification"} if self.spec.multilabel else {})
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
-        if processor.unk_token_id not in (processor.eos_token_id, processor.pad_token_id):
-            self.unknown_id = processor.unk_token_id
+        self.unknown_id = unknown_token(processor)
         return tokenise(rows, self.spec, processor, self.cfg.max_length)
 
     def count_encoded(self, account: Account, split: Split) -> None:
-        if self.unknown_id is not None:
-            tokens = pc.list_flatten(split.encoded.data.column("input_ids"))
-            share = (pc.sum(pc.equal(tokens, self.unknown_id)).as_py() or 0) / max(1, len(tokens))
-            if share > MANY_UNKNOWN:
-                account.notes.append(
-                    f"{share:.0%} of the tokens are unknown to the model's tokenizer: use a model for this language"
-                )
+        note_unknown(account, split.encoded.data.column("input_ids"), self.unknown_id)
         account.change(
             f"cut at task.max_length={self.cfg.max_length}", pc.sum(split.encoded.data.column("cut")).as_py() or 0
         )
@@ -62,13 +55,6 @@ class SentenceTask(Task):
     def dummy(self, rows: int, model: Any) -> Batch:
         batch = super().dummy(rows, model)
         return batch | ({"labels": torch.zeros(rows, self.spec.num_labels)} if self.spec.multilabel else {})
-
-    def class_counts(self, split: Split) -> list[int] | None:
-        if not self.spec.multilabel or "labels" not in split.encoded.column_names:
-            return super().class_counts(split)
-        labels = pc.list_flatten(split.encoded.data.column("labels")).to_numpy()
-        counts: list[int] = np.bincount(labels, minlength=self.spec.num_labels).tolist()
-        return counts
 
     @property
     def classifies(self) -> bool:
@@ -136,3 +122,27 @@ class SeveralClasses:
             for i, numbers in enumerate(rows["labels"]):
                 batch["labels"][i, numbers] = 1
         return batch
+
+
+def unknown_token(tokenizer: Any) -> int | None:
+    """The id of a tokenizer's unknown token; None if it has none of its own."""
+    unknown: int | None = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
+
+
+def note_unknown(account: Account, tokens: pa.ChunkedArray, unknown_id: int | None) -> None:
+    """Note if many tokens are unknown.
+
+    Args:
+        tokens: token ids, in lists.
+        unknown_id: from `unknown_token`.
+    """
+    if unknown_id is None:
+        return
+    while pa.types.is_list(tokens.type):
+        tokens = pc.list_flatten(tokens)
+    share = (pc.sum(pc.equal(tokens, unknown_id)).as_py() or 0) / max(1, len(tokens))
+    if share > MANY_UNKNOWN:
+        account.notes.append(
+            f"{share:.0%} of the tokens are unknown to the model's tokenizer: use a model for this language"
+        )

@@ -21,12 +21,13 @@ from diffora.tasks.glue import compute_metrics
 from diffora.tasks.labels import alike
 from diffora.tasks.messages import some
 from diffora.tasks.sentences import SentenceTask, has_class
+from diffora.tasks.sources.place import ALL
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.texts import several
 from diffora.tasks.texts.columns import Columns, Kind, Part
 from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
-from diffora.tasks.texts.source import ALL, Source
+from diffora.tasks.texts.source import Source
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
 METRICS: Mapping[Kind, tuple[str, ...]] = {
@@ -282,14 +283,8 @@ class TextTask(SentenceTask):
         found |= compute_metrics(self.spec, logits, labels)
         if self.numeric:
             return {name: found.get(name, found["loss"]) for name in ("loss", *self.metrics)}
-
-        from torchmetrics.functional.classification import multiclass_f1_score  # imported here: it takes seconds
-
-        predicted, n = logits.argmax(dim=1), self.spec.num_labels
-        return found | {
-            f"{average}_f1": float(multiclass_f1_score(predicted, labels.long(), n, average))
-            for average in ("macro", "weighted")
-        }
+        results = self.class_results(outputs)
+        return found | (results.averages() if results else {})
 
 
 def several_f1(logits: Tensor, labels: Tensor) -> dict[str, float]:

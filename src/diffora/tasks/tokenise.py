@@ -86,7 +86,7 @@ def _write(
         arrow_writer(file, pa.schema(types)) as append,
         tqdm(total=len(dataset), desc="tokenise", unit="row", disable=len(dataset) < PROGRESS_FROM_ROWS) as bar,
     ):
-        for start, end in _chunks(dataset, spec.text_columns):
+        for start, end in chunks(dataset, spec.text_columns):
             rows = dataset[start:end]
             texts = [rows[name] for name in spec.text_columns]
             encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
@@ -96,13 +96,13 @@ def _write(
             if "label" in rows:
                 columns["labels"] = rows["label"]
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["cut"] = _was_cut(encoded, texts, tokenizer, max_length)
+            columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
             columns["row"] = range(start, end)
             append(columns)
             bar.update(end - start)
 
 
-def _was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
+def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
     """Which of the encoded texts are longer than ``max_length`` tokens."""
     cut = [len(ids) == max_length for ids in encoded["input_ids"]]  # candidates, checked below
     full = [i for i, may_be in enumerate(cut) if may_be]
@@ -116,7 +116,7 @@ def _was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_lengt
     return cut
 
 
-def _chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Ranges of rows, (start, end), to tokenise at once."""
     start = characters = 0
     lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]

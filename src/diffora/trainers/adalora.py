@@ -66,7 +66,7 @@ class TrainedAdaLoRA(AdaLoRAAdaptation):
         """The weighted mean of ||A A^T - I||_F and ||B^T B - I||_F over every A and B, as in PEFT; None at weight 0."""
         if self.config.orth_reg_weight == 0:
             return None
-        layers = [module for module in self.model.modules() if hasattr(module, "lora_E")]
+        layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "lora_E")]
         pairs = [(layer.lora_A[self.adapter], layer.lora_B[self.adapter].T) for layer in layers]
         penalty: Tensor = self.config.orth_reg_weight * orthogonality([m for pair in pairs for m in pair], "mean_norm")
         return penalty

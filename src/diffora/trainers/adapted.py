@@ -1,7 +1,7 @@
 """The adapters in a model that somebody else's trainer trains: of `diffora.attach`, or of PEFT."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,11 +48,20 @@ def adaptation_of(model: nn.Module, extras: Extras, seed: int) -> Adaptation:
         )
     if isinstance(mask.rank, int) and mask.rank > max(ranks):
         raise UserError(f"mask_rank={mask.rank} must not be above {max(ranks)}, the largest rank of the adapters")
-    if not extras.some:
-        log.warning("this callback changes nothing here: give it penalty= or mask_rank=, or leave it out")
     for layer in (layer for layers in adaptation.adapters for layer in layers):
         layer.rows = None  # of a training that was interrupted
     return adaptation
+
+
+def check_adapters(model: nn.Module, extras: Extras) -> None:
+    """Check before a training what `adaptation_of` checks, and warn if the callback has nothing to do.
+
+    Raises:
+        UserError: as `adaptation_of`.
+    """
+    adaptation_of(model, extras, 0)
+    if not (extras.some or shares_pairs(model) or tuner_in(model) is not None):
+        log.warning("this callback changes nothing here: give it penalty= or mask_rank=, or leave it out")
 
 
 class PeftLoRA(LowRankAdaptation):
@@ -124,12 +133,14 @@ def _peft_pairs(model: nn.Module) -> Iterator[PeftPair]:
         UserError: a LoRA is on a module that is not linear.
     """
     seen: set[nn.Parameter] = set()
-    for name, module in model.named_modules():
-        for adapter, part in getattr(module, "lora_A", {}).items():
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    for name, module in modules:
+        parts: dict[str, Any] = getattr(module, "lora_A", {})
+        for adapter, part in parts.items():
             if not any(p.requires_grad for p in part.parameters()):
                 continue
-            other = module.lora_B[adapter]  # type: ignore[operator, index, union-attr]
-            if not (isinstance(part, nn.Linear) and isinstance(other, nn.Linear)):
+            other: Any = module.lora_B[adapter]
+            if any(not isinstance(matrix, nn.Linear) for matrix in (part, other)):
                 raise UserError(
                     f"{name}: penalty and masks are for LoRAs of linear layers, not of {type(part).__name__}"
                 )

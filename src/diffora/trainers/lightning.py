@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation
 from diffora.trainers.adalora import TrainedAdaLoRA
-from diffora.trainers.adapted import adaptation_of
+from diffora.trainers.adapted import adaptation_of, check_adapters
 from diffora.trainers.extras import Extras, add_penalty, changed
 
 WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
@@ -46,7 +45,7 @@ class DifforaLightningCallback(Callback):
         seed: int | None = None,
     ) -> None:
         self.extras = Extras(penalty, mask_rank, penalty_form, mask_every, mask_independent, mask_target, mask_start)
-        self.seed = seed
+        self.seed = self._seed = seed
         self._adaptation: Adaptation | None = None
         self._saved: Mapping[str, Any] | None = None
         self._step = -1  # the optimiser step of the last micro-batch
@@ -67,12 +66,12 @@ class DifforaLightningCallback(Callback):
                 f"{type(pl_module).__name__} has automatic_optimization=False, and then only the module itself knows "
                 "when a step begins: use automatic optimisation"
             )
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-        adaptation_of(pl_module, self.extras, self.seed)
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        check_adapters(pl_module, self.extras)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.seed is not None
-        self._adaptation = adaptation_of(pl_module, self.extras, self.seed)
+        assert self._seed is not None
+        self._adaptation = adaptation_of(pl_module, self.extras, self._seed)
         self._adaptation.begin(int(trainer.estimated_stepping_batches))
         self._step, self._open = -1, False
         if trainer.global_step:
@@ -88,13 +87,12 @@ class DifforaLightningCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Add the gradient of the penalty. Lightning clips gradients afterwards."""
         assert self._adaptation is not None
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and getattr(
-            optimizer, "_step_supports_amp_scaling", False
-        )  # fused: not unscaled yet
-        penalty: Tensor | None = add_penalty(self._adaptation, pl_module, scaler.get_scale() if scaled else 1.0)
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        # Lightning has unscaled the gradients of float16 by now, except for a fused optimiser.
+        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        penalty = add_penalty(self._adaptation, pl_module, scaler.get_scale() if scaled else 1.0)
         if penalty is not None:
-            self.log("penalty", penalty, rank_zero_only=True)
+            pl_module.log("penalty", penalty, rank_zero_only=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,7 +109,7 @@ class DifforaLightningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         memory = self._adaptation.state() if self._adaptation else {}
-        return {"args": {**vars(self.extras), "seed": self.seed}, "memory": memory}
+        return {"args": {**vars(self.extras), "seed": self._seed}, "memory": memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict  # the adapters are known when training starts

@@ -8,11 +8,11 @@ from transformers.trainer_callback import ExportableState
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation
 from diffora.trainers.adalora import TrainedAdaLoRA
-from diffora.trainers.adapted import adaptation_of, load_shared_once, shares_pairs
+from diffora.trainers.adapted import adaptation_of, check_adapters, load_shared_once, shares_pairs
 from diffora.trainers.extras import Extras, add_penalty, changed
 
 
-class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class DifforaCallback(TrainerCallback, ExportableState):
     """What a low-rank adapter needs in training beyond its configuration.
 
     Give it to a trainer: ``Trainer(…, callbacks=[DifforaCallback(…)])``.
@@ -53,14 +53,15 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         seed: int | None = None,
     ) -> None:
         self.extras = Extras(penalty, mask_rank, penalty_form, mask_every, mask_independent, mask_target, mask_start)
-        self.seed = seed
+        self.seed = self._seed = seed
         self._adaptation: Adaptation | None = None
         self._penalty: Any = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the model, before anything is trained."""
+        model = kwargs["model"]
         check_training(args, self.extras.mask_rank is not None)
-        adaptation_of(model, self.extras, 0)
+        check_adapters(model, self.extras)
         if shares_pairs(model):
             if not hasattr(model, "save_pretrained") and args.save_strategy != "no":
                 raise UserError(
@@ -69,35 +70,36 @@ class DifforaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 )
             load_shared_once(model)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_training(args, self.extras.mask_rank is not None)
-        self.seed = args.seed if self.seed is None else self.seed
-        self._adaptation = adaptation_of(model, self.extras, self.seed)
+        self._seed = args.seed if self.seed is None else self.seed
+        self._adaptation = adaptation_of(kwargs["model"], self.extras, self._seed)
         self._adaptation.begin(state.max_steps)
         if state.global_step:
-            self._resume(state, optimizer)
+            self._resume(state, kwargs["optimizer"])
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the masks, and start the gradients with that of the penalty."""
         assert self._adaptation is not None
         self._adaptation.before_step(state.global_step, int(state.epoch))
-        scaler = getattr(optimizer, "scaler", None)
-        self._penalty = add_penalty(self._adaptation, model, 1.0 if scaler is None else scaler.get_scale())
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        self._penalty = add_penalty(self._adaptation, kwargs["model"], 1.0 if scaler is None else scaler.get_scale())
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._adaptation is not None
+        optimizer = kwargs["optimizer"]
         self._adaptation.after_step(state.global_step, optimizer.param_groups[0]["lr"])
         if isinstance(self._adaptation, TrainedAdaLoRA):
             self._adaptation.keep_averages(optimizer)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the penalty of the last step to what is printed and to ``trainer.state.log_history``."""
-        if self._penalty is not None and "loss" in logs:
-            logs["penalty"] = state.log_history[-1]["penalty"] = round(self._penalty.item(), 6)
+        if self._penalty is not None and "loss" in kwargs["logs"]:
+            kwargs["logs"]["penalty"] = state.log_history[-1]["penalty"] = round(self._penalty.item(), 6)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's ``trainer_state.json`` holds of this callback."""
-        args = {**vars(self.extras), "seed": self.seed}
+        args = {**vars(self.extras), "seed": self._seed}
         return {"args": args, "attributes": {"memory": self._adaptation.state() if self._adaptation else {}}}
 
     def _resume(self, state: Any, optimizer: Any) -> None:

@@ -186,8 +186,7 @@ class FineTuneModule(Stage):
         self._outputs = [[] for _ in self.validation]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        output = self.model(**self.task.inputs(batch))
-        self._outputs[dataloader_idx].append(self.task.outputs(output, batch))
+        self._outputs[dataloader_idx].append(self.task.evaluate(self.model, batch, final=False))
 
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()

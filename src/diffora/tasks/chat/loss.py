@@ -26,9 +26,13 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         (losses in float32 or better, 0 if there is no label; which tokens count), both [n, length]. Each entry is at
         the position before its token.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    losses: Tensor = _TokenLoss.apply(logits.reshape(-1, logits.shape[-1]), following.reshape(-1))
-    return losses.view_as(labels), following != IGNORED
+    return aligned_losses(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+
+
+def aligned_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` for labels that are already at the position that predicts them, as a decoder's targets are."""
+    losses: Tensor = _TokenLoss.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    return losses.view_as(labels), labels != IGNORED
 
 
 class _TokenLoss(torch.autograd.Function):

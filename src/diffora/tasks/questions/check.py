@@ -1,13 +1,12 @@
 """Checks the rows of question answering one by one and brings them into one form."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.messages import more
+from diffora.tasks.sources.faults import Faults
 from diffora.tasks.sources.tables import check_columns
 
 ROWS_AT_ONCE = 1000  # bounds memory
@@ -22,24 +21,6 @@ SCHEMA = pa.schema(
 
 Reader = tuple[Sequence[str], Iterable[dict[str, Any]]]
 """Names of the columns, and rows with the hub's columns."""
-
-
-class _Faults:
-    """The faults of one file: for each kind, the first row that has it and how many rows have it."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.found: dict[tuple[str, str], list[Any]] = {}
-
-    def add(self, row: int, column: str, value: Any, kind: str, detail: str = "") -> None:
-        entry = self.found.setdefault((column, kind), [0, row, value, detail])
-        entry[0] += 1
-
-    def messages(self) -> Iterator[str]:
-        for (column, kind), (count, row, value, detail) in self.found.items():
-            shown = json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
-            where = f"{self.file}, row {row} (data rows, counted from 1), column '{column}'"
-            yield f"{where}: {shown} {kind}{detail}{more(count)}."
 
 
 def check(
@@ -105,7 +86,7 @@ class _Checker:
     def __init__(self, names: Sequence[str], file: str, has_answers: bool) -> None:
         self.has_answers = has_answers
         self.number = 0
-        self.faults = _Faults(file)
+        self.faults = Faults(file)
         self.without: list[int] = []
         self._columns: dict[str, None] = dict.fromkeys(names)
         self._first_with: dict[str, int] = {}  # the row of each id

@@ -1,0 +1,182 @@
+"""Make the `tiny_t5` backbone: a small T5, pretrained on generated text on one CPU core.
+
+    python scripts/pretrain_tiny_t5.py            # into src/diffora/assets/tiny_t5, which the package ships
+
+The text is newly generated for each step. There are three kinds: stories of
+`diffora.tasks.embedded.paraphrase.corpus` with missing words, which the target names (T5's span corruption); lists of
+random words of the vocabulary, to copy; and sentences to say in other words. There is no request or question of the
+`rewrite` task.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from diffora.tasks.embedded import paraphrase  # noqa: E402
+from diffora.tasks.embedded.dialogue import VOCABULARY  # noqa: E402
+
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+PAD, EOS, UNK = range(3)
+GAPS = 10
+MAX_LENGTH = 256
+Pair = tuple[list[int], list[int]]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level, with an end token after each text, and T5's tokens for gaps."""
+    gaps = [f"<extra_id_{i}>" for i in range(GAPS)]
+    tokens = [*SPECIAL, *VOCABULARY, *gaps]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=gaps,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def with_gaps(ids: list[int], rng: random.Random) -> Pair:
+    """T5's span corruption: about 15 % of the tokens are in gaps of one to three tokens."""
+    first_gap = len(SPECIAL) + len(VOCABULARY)
+    source: list[int] = []
+    target: list[int] = []
+    at = gap = 0
+    while at < len(ids):
+        if gap < GAPS and rng.random() < 0.085:
+            size = rng.choice((1, 2, 3))
+            source.append(first_gap + gap)
+            target += [first_gap + gap, *ids[at : at + size]]
+            gap, at = gap + 1, at + size
+        else:
+            source.append(ids[at])
+            at += 1
+    return source, target
+
+
+def pairs(seed: int) -> Iterator[Pair]:
+    """Token ids of endless pairs (source, target), without end tokens."""
+    ids = {word: i + len(SPECIAL) for i, word in enumerate(VOCABULARY)}
+    rng = random.Random(f"tiny-t5-{seed}")
+    stories = paraphrase.corpus(sys.maxsize, seed)
+
+    def words(text: str) -> list[int]:
+        return [ids[word] for word in text.split()]
+
+    while True:
+        kind = rng.random()
+        if kind < 0.4:
+            source, target = with_gaps([i for sentence in next(stories) for i in words(f"{sentence} .")], rng)
+            if target:
+                yield source, target
+        elif kind < 0.6:
+            said = rng.sample(sorted(ids.values()), rng.randint(2, 10))
+            yield said, said
+        else:
+            meaning = paraphrase.draw(rng)
+            yield words(paraphrase.render(meaning, rng)), words(paraphrase.render(meaning, rng))
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows)) + 1
+    return torch.tensor([[*row, EOS] + [value] * (longest - 1 - len(row)) for row in rows])
+
+
+def batches(size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless padded batches. Pairs of similar length are in one batch."""
+    shuffle = random.Random(seed)
+    source = pairs(seed)
+    while True:
+        rows = sorted(islice(source, 16 * size), key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = list(range(0, len(rows), size))
+        shuffle.shuffle(starts)
+        for start in starts:
+            chosen = rows[start : start + size]
+            ids = padded([given for given, _ in chosen], PAD)
+            mask = (ids != PAD).long()
+            yield {"input_ids": ids, "attention_mask": mask, "labels": padded([wanted for _, wanted in chosen], -100)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny_t5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=72)
+    parser.add_argument("--intermediate", type=int, default=192)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=args.hidden,
+        d_kv=args.hidden // args.heads,
+        d_ff=args.intermediate,
+        num_layers=args.layers,
+        num_decoder_layers=args.layers,
+        num_heads=args.heads,
+        dropout_rate=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+    )
+    model = T5ForConditionalGeneration(config).train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, args.steps // 20)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / args.steps))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    start, mean = time.perf_counter(), math.log(len(tokenizer))
+    for step, batch in enumerate(islice(batches(args.batch_size, args.seed), args.steps), 1):
+        loss = model(**batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        mean += (loss.item() - mean) * 0.02
+        if step % args.log_every == 0 or step == args.steps:
+            spent = time.perf_counter() - start
+            left = spent / step * (args.steps - step)
+            print(f"{step}/{args.steps}  loss {mean:.3f}  {spent:.0f} s spent, {left:.0f} s left", flush=True)
+    model.config.dropout_rate = 0.1
+    model.half().save_pretrained(args.output)  # half the size; it is loaded as float32
+    (args.output / "model.safetensors").chmod(0o644)
+    tokenizer.save_pretrained(args.output)
+    size = sum(f.stat().st_size for f in args.output.iterdir())
+    print(f"loss {mean:.3f}, {time.perf_counter() - start:.0f} s, {size / 2**20:.2f} MiB in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

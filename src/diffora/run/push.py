@@ -1,0 +1,158 @@
+"""A finished run on the Hugging Face hub: the adapter or the merged model, with a card and pictures.
+
+  diffora push <run> owner/name                    the adapter, in the form that all programs read
+  diffora push <run> owner/name private=true       only you and your organisation can see it
+  diffora push <run> owner/name form=merged        a whole model; form=compact: each module's own rank
+
+Log in first: `hf auth login`, or set HF_TOKEN. All files arrive in one commit, or none. No local paths are published.
+Also: base=<hub id> if the base model was a local copy of it, and the settings of `diffora export`.
+"""
+
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffora.adapters.forms import name_base_model
+from diffora.adapters.manifest import read_manifest
+from diffora.adapters.pairs import UNIFORM
+from diffora.adapters.published import Published, published_card
+from diffora.errors import UserError, called
+from diffora.files import read_json
+from diffora.hub import hub_failure, is_hub_id, resolve
+from diffora.run import export
+from diffora.run.export import GGUF, MERGED, finished_run, parse
+from diffora.run.record import WEIGHTS
+from diffora.settings.checks import show
+
+log = logging.getLogger(__name__)
+
+OWN = ("private", "form", "method._target_", "base")
+PICTURES = ("dam.png", "gamma.png", "confusion.png")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to publish.
+
+    Attributes:
+        name: hub id of the repository, which is made if it does not exist.
+        private: whether only its owner can see a new repository.
+        export: the run and the form. Its files go to a temporary folder.
+        base_model: hub id of the base model, or None.
+    """
+
+    name: str
+    private: bool
+    export: export.Request
+    base_model: str | None
+
+
+def main(arguments: list[str]) -> None:
+    """``diffora push``: publish as the command line asks, and print the address."""
+    if not arguments or {"-h", "--help"}.intersection(arguments):
+        print(str(__doc__).strip())
+        return
+    print(push(read_request(arguments)))
+
+
+def read_request(arguments: list[str]) -> Request:
+    """Read the command line of ``diffora push``.
+
+    Raises:
+        UserError: arguments are wrong (it lists all of them), or the run is not finished.
+    """
+    places, own, values, problems = parse(arguments, OWN, ("task", "model"))
+    if len(places) != 2:
+        problems.insert(0, f"give a run directory and a name on the hub: {called('push')} <run> owner/name")
+    elif not is_hub_id(places[1]):
+        problems.append(f"{places[1]} is no name on the hub: it must be owner/name, of letters, digits, - _ and .")
+    form, base = own.get("form", UNIFORM), own.get("base")
+    if form not in export.FORMS or form == GGUF:
+        problems.append(f"form={show(form)} must be one of {', '.join(f for f in export.FORMS if f != GGUF)}")
+    if not isinstance(private := own.get("private", False), bool):
+        problems.append(f"private={show(private)} must be true or false")
+    if base is not None and not is_hub_id(str(base)):
+        problems.append(f"base={show(base)} must be the hub id of the base model")
+    if problems:
+        raise UserError(problems)
+    run = Path(places[0]).expanduser()
+    cfg, weights, record = finished_run(run, values)
+    if weights.name == WEIGHTS[1]:  # a fully fine-tuned model has one form
+        form = MERGED
+    path, local = resolve(cfg.model.path)
+    base = base or (None if local else path)
+    own_backbone = "model.path" in values
+    ours = export.Request(run, form, run, cfg, weights, record, None, own.get("method._target_"), own_backbone)
+    return Request(places[1], private, ours, base)
+
+
+def push(request: Request) -> str:
+    """Publish a run.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: there is no token, the hub refuses, or the run cannot be written in this form. Nothing is published
+            then.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    api = HfApi()
+    if get_token() is None:
+        raise UserError(
+            "you are not logged in to the hub: `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
+    try:
+        api.whoami()
+    except Exception as error:
+        raise UserError(hub_failure(error, request.name)) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "files"
+        prepare(request, folder)
+        try:
+            api.create_repo(request.name, private=request.private or None, exist_ok=True)
+            api.upload_folder(repo_id=request.name, folder_path=folder, commit_message="Upload by diffora push")
+        except Exception as error:
+            raise UserError(f"{request.name} was not published: {hub_failure(error, request.name)}") from error
+    return f"{api.endpoint}/{request.name}"
+
+
+def prepare(request: Request, folder: Path) -> None:
+    """Write the files to publish: those of `diffora export`, the card and the pictures, without local paths.
+
+    Raises:
+        UserError: a file would still have a path of this machine.
+    """
+    ours = replace(request.export, to=folder)
+    export.export(ours)
+    name_base_model(folder, request.base_model)
+    manifest: dict[str, Any] | None = None
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder)
+        kind = manifest["model"]
+    else:
+        kind = read_json(folder / "config.json")["architectures"][0]
+    pictures = [file for file in PICTURES if (ours.run / file).is_file()]
+    for file in pictures:
+        shutil.copyfile(ours.run / file, folder / file)
+    published = Published(request.name, ours.record, request.base_model, kind, manifest, pictures)
+    (folder / "README.md").write_text(published_card(published), encoding="utf-8")
+    _check_no_paths(folder, request)
+
+
+def _check_no_paths(folder: Path, request: Request) -> None:
+    """Refuse to publish text with a path of this machine."""
+    cfg = request.export.cfg
+    settings = [str(cfg[section].get("path") or "") for section in ("task", "model")]
+    places = [text for text in settings if Path(text).is_absolute()]
+    places += [str(place.resolve()) for place in (Path.home(), request.export.run, Path.cwd())]
+    for file in folder.iterdir():
+        if file.suffix not in (".json", ".md", ".jinja", ".txt"):
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if found := [place for place in places if len(place) > 1 and place in text]:
+            raise UserError(f"{file.name} would publish the path {found[0]}: nothing was uploaded")

@@ -1,0 +1,1 @@
+"""What the task of multiple choice needs: reading rows of choices, and their batches."""

@@ -1,0 +1,80 @@
+"""A generated task from text to text: a sentence and a request, and the one right answer to it.
+
+The sentences and requests are the first turns of `diffora.tasks.embedded.dialogue`: say it in the other voice, say that
+it is not so, who did it, to whom it was done.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Annotated
+
+import datasets
+import pyarrow as pa
+
+from diffora.errors import UserError
+from diffora.settings.checks import ROWS, Help, whole
+from diffora.tasks.account import Account
+from diffora.tasks.base import Rows
+from diffora.tasks.embedded.dialogue import converse
+from diffora.tasks.pairs.task import PairSettings, PairTask
+
+SEED = 0
+
+
+def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """Training and validation pairs (source, target). No two of them have the same sentence."""
+    taken: set[str] = set()
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, rows in (("train", train_rows), ("validation", validation_rows)):
+        rng = random.Random(f"rewrite-{name}-{seed}")
+        found[name] = []
+        while len(found[name]) < rows:
+            asked, answer = (turn["content"] for turn in converse(rng)[:2])
+            told = asked.split(" . ")[0]
+            if told not in taken:
+                taken.add(told)
+                found[name].append((asked, answer))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteSettings(PairSettings):
+    """The settings of `RewriteTask`."""
+
+    train_rows: Annotated[int, whole(1, ROWS), Help("Training pairs to generate.", "rows")]
+    validation_rows: Annotated[int, whole(2, ROWS), Help("Validation pairs to generate.", "rows")]
+
+
+class RewriteTask(PairTask):
+    """Generated pairs: ``task.train_rows`` for training and ``task.validation_rows`` for validation."""
+
+    settings = RewriteSettings
+
+    @property
+    def source(self) -> str:
+        return f"embedded:{self.name}"
+
+    def load(self) -> Rows:
+        tables = self._tables()
+        self.accounts |= {name: Account(table.num_rows) for name, table in tables.items()}
+        return self.divided(tables)
+
+    def load_split(self, split: str) -> datasets.Dataset:
+        tables = self._tables()
+        if split not in tables:
+            raise UserError(f"split={split}: task '{self.name}' has the splits {', '.join(tables)}")
+        self.accounts[split] = Account(tables[split].num_rows)
+        return datasets.Dataset(tables[split])
+
+    def _tables(self) -> dict[str, pa.Table]:
+        made = splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)
+        return {
+            name: pa.table(
+                {
+                    "source": pa.array([source for source, _ in pairs], pa.string()),
+                    "target": pa.array([target for _, target in pairs], pa.string()),
+                    "number": pa.array(range(1, len(pairs) + 1), pa.int64()),
+                }
+            )
+            for name, pairs in made.items()
+        }

@@ -1,0 +1,121 @@
+"""Where the rows of people's own data are: in one file, in a folder with a file for each split, or on the hub."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+
+from diffora.errors import UserError
+from diffora.tasks.sources.files import check_folder, has_validation, split_files
+from diffora.tasks.sources.hub import hub_dataset, no_split
+
+ALL = "all"
+"""The split of all rows of a single file."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OTHER_VALIDATION = re.compile(r"(val|valid|dev|eval)(elopment|uation)?", re.IGNORECASE)
+"""Names that hub data sets give to rows for validation."""
+ADVICE = {
+    "xlsx": "save the sheet as CSV UTF-8", "xls": "save the sheet as CSV UTF-8", "ods": "save the sheet as CSV UTF-8",
+    "json": "write one JSON object in each line and call it .jsonl", "ndjson": "rename it to .jsonl",
+    "gz": "unpack it first (gunzip)", "zip": "unpack it first (unzip)", "bz2": "unpack it first",
+    "xz": "unpack it first", "txt": "name it .csv or .tsv if it has columns",
+}  # fmt: skip
+"""What to do with files of other types."""
+
+
+class Place:
+    """The place of the rows, ``task.path``.
+
+    Args:
+        path: a file, a folder, or the id of a data set on the hub.
+        subset: the configuration of a data set on the hub; None for its only one.
+        train, validation: the names of these splits in a folder or on the hub.
+        formats: endings of the files that the task reads, without the dot.
+
+    Attributes:
+        is_file: whether the rows are in one file.
+        is_hub: whether they are on the hub.
+    """
+
+    def __init__(self, path: str, subset: str | None, train: str, validation: str, formats: Sequence[str]) -> None:
+        self.path, self.place, self.subset, self.formats = path, Path(path), subset, tuple(formats)
+        self.names = {"train": train, "validation": validation}
+        looks_like_file = self.place.suffix.removeprefix(".") in (*self.formats, *ADVICE)
+        self.is_hub = not self.place.exists() and not looks_like_file and HUB_ID.fullmatch(path) is not None
+        self.is_file = not self.is_hub and not self.place.is_dir()
+
+    def problems(self) -> Iterator[str]:
+        """One message for each setting that does not suit the place."""
+        kind = self.place.suffix.removeprefix(".")
+        if self.is_file and kind not in self.formats:
+            types = (
+                f"a folder, the id of a data set on the hub, or a file of one of the types {', '.join(self.formats)}"
+            )
+            if not self.place.exists() and kind not in ADVICE:
+                yield f"task.path={self.path} does not exist; it must be {types}"
+            else:
+                lower = "write its ending in lower case" if kind.lower() in self.formats else ""
+                advice = ADVICE.get(kind.lower(), lower)
+                yield f"task.path={self.path} must be {types}{f'; {advice}' if advice else ''}"
+        if self.subset is not None and not self.is_hub:
+            yield f"task.subset={self.subset}: only a data set on the hub has subsets; task.path={self.path} is not one"
+        for name, own in self.names.items():
+            if self.is_file and own != name:
+                yield f"task.{name}_split={own}: task.path={self.path} is one file, which has no splits"
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a split "test"; on the hub it is not known before the data are loaded."""
+        return self.is_hub or (self.place.is_dir() and any(self.place.glob("test[.-]*")))
+
+    def has_validation(self) -> bool:
+        """Whether there is a validation split; otherwise validation rows are taken from the training rows.
+
+        Raises:
+            UserError: the split that the user names is missing, or validation rows have another usual name.
+        """
+        name = self.names["validation"]
+        if self.is_file:
+            return False
+        if not self.is_hub:
+            return has_validation(self.place, self.formats) if name == "validation" else True
+        if name in self._on_hub:
+            return True
+        others = [other for other in self._on_hub if OTHER_VALIDATION.fullmatch(other)]
+        if name != "validation":
+            raise UserError(no_split(self.path, self.subset, name, self._on_hub))
+        if others:
+            there = others[0]
+            raise UserError(f"{self.path} has no split 'validation', but '{there}': task.validation_split={there}")
+        return False
+
+    def files(self, split: str, problems: list[str]) -> list[Path]:
+        """The files of a split; empty, with a message in ``problems``, if there are none.
+
+        Args:
+            split: its name here: "train", "validation", or another name at the source.
+        """
+        if not self.is_file:
+            check_folder(self.place, f"{self.names['train']}.{self.formats[0]}")
+            return split_files(self.place, self.names.get(split, split), problems, self.formats)
+        if not self.place.is_file():
+            problems.append(f"task.path={self.path} does not exist.")
+            return []
+        return [self.place]
+
+    def hub_split(self, split: str, problems: list[str]) -> tuple[str, datasets.Dataset] | None:
+        """A split on the hub and its name for messages; None, with a message in ``problems``, if it is not there."""
+        name = self.names.get(split, split)
+        if name not in self._on_hub:
+            problems.append(no_split(self.path, self.subset, name, self._on_hub))
+            return None
+        return f"{self.path}, {name}", self._on_hub[name]
+
+    @cached_property
+    def _on_hub(self) -> Mapping[str, datasets.Dataset]:
+        what = f"task.path={self.path}, which is no file or folder here, from the Hugging Face hub"
+        advice = "\n  Give a file, a folder or the id of a data set"
+        advice += "." if self.subset else "; a data set of several subsets needs task.subset=<name>."
+        return hub_dataset(what, self.path, self.subset, advice)

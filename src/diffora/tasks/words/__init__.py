@@ -1,0 +1,1 @@
+"""What the task of named entities needs: reading rows of words and tags, tag schemes and entities, windows."""
