@@ -125,3 +125,20 @@ def test_a_run_is_refused_before_it_writes_anything(cfg, tmp_path):
     with pytest.raises(UserError, match="has 3 numbers"):
         run(cfg(*overrides, "finetune.class_weights=[1,2,3]"), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_with_equal_weights_the_loss_of_words_is_the_tasks_own(cfg):
+    """`task=tokens`: pieces that stand for no word do not count, and a batch without a word has the loss 0."""
+    task = get_task(cfg("task=tokens", "task.path=some/folder").task)
+    assert task.classifies
+    generator = torch.Generator().manual_seed(0)
+    output = SimpleNamespace(logits=torch.randn(4, 6, 3, dtype=torch.float64, generator=generator))
+    labels = torch.randint(0, 3, (4, 6), generator=generator)
+    labels[0], labels[1, 3:] = -100, -100
+    criterion = Criterion(task, 0.0, torch.ones(3))
+    for part in (slice(None), slice(0, 1)):
+        batch = {"labels": labels[part], "row": torch.arange(4)[part]}
+        ours = criterion.loss(SimpleNamespace(logits=output.logits[part]), batch)
+        theirs = task.loss(SimpleNamespace(logits=output.logits[part]), batch)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        assert criterion.weight(batch) == task.weight(batch)
