@@ -266,10 +266,6 @@ class TokensTask(OwnRowsTask):
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in super().inputs(batch).items() if key not in ("starts", "tags", "example")}
 
-    @property
-    def classifies(self) -> bool:
-        return True
-
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy over words; 0 if no word of the batch has a token."""
         return self._losses(output, batch).sum() / (batch["labels"] != IGNORED).sum().clamp(min=1)
