@@ -71,9 +71,9 @@ def test_parts_of_a_batch_add_up_with_weights_below_one(cut, smoothing):
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
-    train = rows_of(48).filter(lambda row, i: row["labels"] == 0 or i % 3 == 0, with_indices=True)
-    criterion = criterion_of(settings(class_weights="balanced"), small_task(), datasets.Dataset(train.data.table))
-    labels = train["labels"]
+    labels = [0] * 17 + [1] * 5
+    train = datasets.Dataset.from_dict({"labels": labels})
+    criterion = criterion_of(settings(class_weights="balanced"), small_task(), train)
     expected = compute_class_weight("balanced", classes=np.unique(labels), y=np.array(labels))
     assert criterion.weights.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
     tokens = datasets.Dataset.from_dict({"labels": [[0, -100, 1], [0, 0]]})
@@ -125,3 +125,20 @@ def test_a_run_is_refused_before_it_writes_anything(cfg, tmp_path):
     with pytest.raises(UserError, match="has 3 numbers"):
         run(cfg(*overrides, "finetune.class_weights=[1,2,3]"), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_with_equal_weights_the_loss_of_words_is_the_tasks_own(cfg):
+    """`task=tokens`: pieces that stand for no word do not count, and a batch without a word has the loss 0."""
+    task = get_task(cfg("task=tokens", "task.path=some/folder").task)
+    assert task.classifies
+    generator = torch.Generator().manual_seed(0)
+    output = SimpleNamespace(logits=torch.randn(4, 6, 3, dtype=torch.float64, generator=generator))
+    labels = torch.randint(0, 3, (4, 6), generator=generator)
+    labels[0], labels[1, 3:] = -100, -100
+    criterion = Criterion(task, 0.0, torch.ones(3))
+    for part in (slice(None), slice(0, 1)):
+        batch = {"labels": labels[part], "row": torch.arange(4)[part]}
+        ours = criterion.loss(SimpleNamespace(logits=output.logits[part]), batch)
+        theirs = task.loss(SimpleNamespace(logits=output.logits[part]), batch)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        assert criterion.weight(batch) == task.weight(batch)

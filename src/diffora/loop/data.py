@@ -249,7 +249,8 @@ class FineTuneData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         if self.trainer is not None:  # as Lightning will do, but only after it has asked for the length
-            self.sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            self.sampler.set_epoch(progress.processed)
         return self._train_loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

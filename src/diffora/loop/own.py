@@ -53,6 +53,7 @@ def own_loggers(choices: sections.Logger, folder: Path) -> dict[str, Logger]:
 
 def problems(trainer: sections.Trainer | None, logger: sections.Logger | None) -> Iterator[str]:
     """Every mistake in the user's own callbacks and loggers. Their modules are imported, but no object is made."""
+    named: list[tuple[str, Any, type]]
     named = [(f"trainer.callbacks[{i}]", each, Callback) for i, each in enumerate(trainer.callbacks if trainer else [])]
     named += [(f"logger.{name}", each, Logger) for name, each in (logger.own if logger else {}).items()]
     for key, value, kind in named:

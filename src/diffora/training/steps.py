@@ -1,6 +1,7 @@
 """Computes how many steps a run has, and checks that its settings suit that number."""
 
 import logging
+from typing import Any
 
 from diffora.core.grid import Grid
 from diffora.errors import UserError
@@ -32,7 +33,8 @@ def check_stages(settings: Settings, method: Method, grid: Grid, n_rows: int | N
             f"finetune.batch_size={settings.finetune.batch_size}: there are {n_rows} rows, so an epoch is one step"
         )
     steps, run = steps_of(settings, n_rows)
-    if isinstance(every := settings.finetune.eval_every, int) and every > steps:
+    every: Any = settings.finetune.eval_every
+    if isinstance(every, int) and every > steps:
         log.warning(f"finetune.eval_every={every} is more than {steps}, {run}: evaluated at the end only")
     mask = getattr(method, "mask", None)
     if mask is not None and mask.rank is not None and mask.start >= steps:
