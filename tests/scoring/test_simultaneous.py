@@ -24,7 +24,8 @@ from diffora.run.check import check
 from diffora.run.experiment import run
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
-from diffora.tasks.base import Task, joined
+from diffora.tasks.base import Task
+from diffora.tasks.batches import joined
 from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.chat.loss import IGNORED
 from diffora.tasks.squad import SquadTask

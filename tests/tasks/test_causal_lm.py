@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from diffora.errors import UserError
 from diffora.loop.splits import examples_of, held_out_split, split_search
 from diffora.tasks.account import Account
-from diffora.tasks.base import Split, parts_of
+from diffora.tasks.base import Split
+from diffora.tasks.batches import parts_of
 from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.chat import conversations, loss, tokens
 from diffora.tasks.chat.batches import ChatCollator

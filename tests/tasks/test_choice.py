@@ -23,7 +23,8 @@ from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks.base import Split, get_task, joined, parts_of
+from diffora.tasks.base import Split, get_task
+from diffora.tasks.batches import joined, parts_of
 
 SHORT = "model=tiny trainer=cpu logger=csv task.max_length=32 finetune.batch_size=8"
 LONG = ["the farmer", "a teacher was seen", "the gardener in the market", "somebody"]

@@ -19,7 +19,8 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks.base import Split, get_task, parts_of
+from diffora.tasks.base import Split, get_task
+from diffora.tasks.batches import parts_of
 from diffora.tasks.pairs.read import LONGEST
 from diffora.tasks.pairs.task import evenly
 from diffora.tasks.seq2seq import is_hub_id

@@ -17,7 +17,8 @@ from diffora.errors import UserError
 from diffora.hub import EMBEDDED
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks.base import Split, get_task, parts_of
+from diffora.tasks.base import Split, get_task
+from diffora.tasks.batches import parts_of
 from diffora.tasks.texts.divide import choose_validation
 
 NAMES = ("cheap", "fast", "tasty")

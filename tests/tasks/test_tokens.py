@@ -16,7 +16,8 @@ from diffora.errors import UserError
 from diffora.hub import EMBEDDED
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
-from diffora.tasks.base import Split, get_task, joined
+from diffora.tasks.base import Split, get_task
+from diffora.tasks.batches import joined
 from diffora.training.criterion import Criterion
 
 SHORT = "model=tiny trainer=cpu logger=csv task.max_length=24 task.doc_stride=4 finetune.batch_size=8"

@@ -22,7 +22,8 @@ from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.settings.sections import Search
-from diffora.tasks.base import Batch, Task, joined, parts_of
+from diffora.tasks.base import Batch, Task
+from diffora.tasks.batches import joined, parts_of
 
 POINTS_PER_ROUND = 40
 """Of the trajectory of Γ."""

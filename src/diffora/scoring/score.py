@@ -11,7 +11,8 @@ from diffora.core.linear import weight_of
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.scoring.criteria import counted_tokens, gradient_norm, square_sums, weight_times_activation
-from diffora.tasks.base import Batch, Task, full_precision, parts_of
+from diffora.tasks.base import Batch, Task, full_precision
+from diffora.tasks.batches import parts_of
 
 
 class ScoreModule(Stage):

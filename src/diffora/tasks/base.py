@@ -324,45 +324,6 @@ def full_precision(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch)."""
-    n = len(batch["row"])
-    size = -(-n // n_parts)
-    if size == n:
-        yield batch, 1.0
-        return
-    parts = [{key: value[start : start + size] for key, value in batch.items()} for start in range(0, n, size)]
-    weights = [task.weight(part) for part in parts]
-    for part, weight in zip(parts, weights, strict=True):
-        yield part, weight / sum(weights)
-
-
-def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
-    """One batch of the rows of two batches. The narrower one is padded on the right.
-
-    Raises:
-        UserError: `Task.padding` has no value for a column.
-    """
-    padding = {"input_ids": pad_token_id, **task.padding}
-    batch = {}
-    for name, values in first.items():
-        both = [values, second[name]]
-        if values.shape[1:] != second[name].shape[1:]:
-            if name not in padding:
-                raise UserError(
-                    f"{type(task).__name__}.padding has no padding value for {name}, so batches of different widths "
-                    "cannot be put together; search.update=alternating does not need it"
-                )
-            shape = torch.tensor([part.shape[1:] for part in both]).amax(0)
-            missing = [(shape - torch.tensor(part.shape[1:])).flip(0).tolist() for part in both]  # the last dim first
-            both = [
-                F.pad(part, [n for width in widths for n in (0, width)], value=padding[name])
-                for part, widths in zip(both, missing, strict=True)
-            ]
-        batch[name] = torch.cat(both)
-    return batch
-
-
 def get_task(cfg: DictConfig) -> Task:
     """The task that a ``task`` section describes, of this run or an earlier one. Keys that the task lacks are ignored.
 
