@@ -146,7 +146,7 @@ def main() -> None:
         dropout_rate=0.0,
         pad_token_id=PAD,
         eos_token_id=EOS,
-        decoder_start_token_id=PAD,
+        decoder_start_token_id=PAD,  # type: ignore[call-arg]
     )
     model = T5ForConditionalGeneration(config).train()
     groups = [
