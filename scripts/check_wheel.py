@@ -172,12 +172,16 @@ def quick(run: Run) -> None:
 
 
 def every_program(run: Run, folder: Path) -> None:
-    """What a user does: a run, an evaluation, a selection, a sweep, own choices and classes, a report, a mistake."""
+    """What a user does: a run, its evaluation and export, a selection, a sweep, own choices and classes, a report."""
     run("train", "experiment=quickstart", "hydra.run.dir=quickstart")
     record = json.loads((folder / "quickstart/run.json").read_text())
     run("evaluate", "run=quickstart", "output=evaluated")
     again = json.loads((folder / "evaluated/metrics.json").read_text())["metrics"]["validation"]["accuracy"]
     assert math.isclose(again, record["metrics"]["validation/accuracy"], abs_tol=1e-5), (again, record["metrics"])
+
+    run("export", "quickstart", "form=merged", "to=merged")
+    assert (folder / "merged/config.json").is_file()
+    assert "not logged in" in run("push", "quickstart", "somebody/something", status=1)
 
     assert "modules selected" in run("select", *SHORT, "hydra.run.dir=selected")
     run("train", *SHORT[:3], "finetune.epochs=1", "method.selection=selected/selection.json", "hydra.run.dir=used")

@@ -499,7 +499,7 @@ def test_only_the_best_of_many_settings_are_shown_with_a_note(tmp_path, monkeypa
 
 def test_the_command_line_is_checked(tmp_path):
     assert page.request([str(tmp_path), f"output={tmp_path / 'o'}"]) == ([tmp_path], tmp_path / "o")
-    with pytest.raises(UserError, match=r"outptu=x: report\.py takes folders"):
+    with pytest.raises(UserError, match=r"outptu=x: a report takes folders"):
         page.request([str(tmp_path), "outptu=x"])
     with pytest.raises(UserError, match="an argument is empty"):  # "$RUNS" that is not set
         page.request([""])
