@@ -11,7 +11,8 @@ from small import small_deberta
 from torch import nn
 
 from diffora.adapters.export import save_adapter
-from diffora.adapters.start import Start, adapter_digest
+from diffora.adapters.fetch import adapter_digest
+from diffora.adapters.start import Start
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid

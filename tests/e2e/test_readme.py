@@ -22,7 +22,7 @@ COMMANDS = sorted(
     {
         re.split(r"\s{2,}|\s#|`", match[1])[0].strip()
         for page in PAGES
-        for match in re.finditer(r"python train\.py (.*)", page.read_text())
+        for match in re.finditer(r"python train\.py (?!-sc)(.*)", page.read_text())
     }
 )
 

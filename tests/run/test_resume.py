@@ -174,9 +174,13 @@ def test_evaluation_refuses_another_backbone_unless_it_is_named(place, tmp_path,
     caplog.clear()
     evaluate(read_request([f"run={folder}", f"output={tmp_path / 'same'}"]))
     assert "backbone" not in caplog.text
-    (folder / "run.json").write_text("[]")
-    evaluate(read_request([f"run={folder}", f"output={tmp_path / 'unknown'}"]))
-    assert "may not be the backbone that the run was trained on" in caplog.text
+    (folder / "run.json").write_text("[]")  # the adapter knows its backbone too
+    evaluate(read_request([f"run={folder}", f"output={tmp_path / 'without record'}"]))
+    assert "backbone" not in caplog.text
+    with restored(file):
+        change_backbone(file)
+        with pytest.raises(UserError, match=r"backbone's files changed: model\.safetensors in .*backbone"):
+            evaluate(read_request([f"run={folder}", f"output={tmp_path / 'other'}"]))
 
 
 def flip(file: Path) -> None:

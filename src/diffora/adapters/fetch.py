@@ -1,9 +1,12 @@
 """Finds an adapter: in a folder, or on the Hugging Face hub."""
 
+import hashlib
+import json
 from pathlib import Path
 
-from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, SELECTION, TRAINED, WEIGHTS
+from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, SELECTION, TRAINED, WEIGHTS, digest_of
 from diffora.errors import UserError
+from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, why_unreachable
 
 READ = (CONFIG, WEIGHTS, EXACT, SELECTION, ADAPT, TRAINED)
@@ -56,3 +59,16 @@ def local_copy(place: Path | str, revision: str | None = None) -> Path:
     if not any((Path(found) / name).is_file() for name in (ADAPT, CONFIG)):
         raise UserError(f"{place} on the hub is not an adapter: it has no {ADAPT} and no {CONFIG}")
     return Path(found)
+
+
+def adapter_digest(place: str) -> str:
+    """sha256 of the files of an adapter, in a folder or on the hub. The name of the base model does not count.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    folder = local_copy(place)
+    files = [digest_of(folder / name) for name in READ if (folder / name).is_file()]
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    facts = {key: manifest.get(key) for key in ("modules", "shared", "heads", "form")}
+    return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()

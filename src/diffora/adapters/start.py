@@ -1,7 +1,5 @@
 """Starts a training from an adapter (``method.adapter``): its modules, ranks, scales, shared pairs, and its head."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,31 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffora.adapters.fetch import READ, local_copy
+from diffora.adapters.fetch import adapter_digest, local_copy
 from diffora.adapters.load import check_fit, place_pairs, states_of
-from diffora.adapters.manifest import ADAPT, MANIFEST, SELECTION, digest_of, read_manifest
+from diffora.adapters.manifest import ADAPT, SELECTION, read_manifest
 from diffora.adapters.origin import check_layers, labels_of, other_backbone
 from diffora.adapters.pairs import StoredPairs
 from diffora.adapters.peft_pairs import read_peft_pairs
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.files import read_json
 
 log = logging.getLogger(__name__)
-
-
-def adapter_digest(place: str) -> str:
-    """sha256 of the files of an adapter, in a folder or on the hub. The name of the base model does not count.
-
-    Raises:
-        UserError: there is no adapter.
-    """
-    folder = local_copy(place)
-    files = [digest_of(folder / name) for name in READ if (folder / name).is_file()]
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    facts = {key: manifest.get(key) for key in ("modules", "shared", "heads", "form")}
-    return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

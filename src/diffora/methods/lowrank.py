@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from diffora.adapters.export import export_adapter, pairs_in
-from diffora.adapters.fetch import place_problem
+from diffora.adapters.fetch import adapter_digest, place_problem
 from diffora.adapters.origin import Origin
-from diffora.adapters.start import Start, adapter_digest
+from diffora.adapters.start import Start
 from diffora.core.attach import attach
 from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, lowrank_layers

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffora.adapters.start import adapter_digest
+from diffora.adapters.fetch import adapter_digest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.records import SelectionSource, short_digest

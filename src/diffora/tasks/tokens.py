@@ -23,7 +23,7 @@ from torch import Tensor
 from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, TEXT, TEXTS, Check, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
+from diffora.tasks.base import IGNORED, Batch, Collate, Outputs, Split, Task, full_precision
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.classes import ClassResults
 from diffora.tasks.messages import some
@@ -34,7 +34,7 @@ from diffora.tasks.sources.tables import content_hash
 from diffora.tasks.words.conll import read_conll
 from diffora.tasks.words.read import WordsPart, check_words, tag_numbers
 from diffora.tasks.words.tags import OUTSIDE, STRICT, Tagging, counts, scores
-from diffora.tasks.words.windows import IGNORED, NO_WORD, Frame, WordsCollator, write_windows
+from diffora.tasks.words.windows import NO_WORD, Frame, WordsCollator, write_windows
 
 FORMAT_VERSION = 1  # raise it when the content of a cache file changes its meaning
 COLUMN = Check(lambda v: TEXT.fits(v) or whole(1, 1000).fits(v), "the name of a column, or its number in a CoNLL file")

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffora.tasks.base import Batch
-from diffora.tasks.chat.loss import IGNORED
+from diffora.tasks.base import IGNORED, Batch
 
 
 class ChatCollator:

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.tasks.base import Batch
-from diffora.tasks.chat.loss import IGNORED
+from diffora.tasks.base import IGNORED, Batch
 
 
 class PairCollator:

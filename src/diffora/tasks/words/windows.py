@@ -18,13 +18,11 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from diffora.tasks.base import Batch
+from diffora.tasks.base import IGNORED, Batch
 from diffora.tasks.cache import arrow_writer
 from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
 
 ROWS_AT_ONCE = 1000  # bounds memory
-IGNORED = -100
-"""Label of tokens that stand for no word."""
 NO_TOKEN = -1
 """In ``starts``, the place of a word for which the tokenizer has no token."""
 NO_WORD = -2
