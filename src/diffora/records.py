@@ -18,6 +18,9 @@ from diffora.files import MOST_JSON, parse_json, read_text, write_text
 
 NAME = "run.json"
 
+ENDED = ("completed", "selected")
+"""The status of runs that did all they were asked to do; ``selected``: with ``search_only=true``."""
+
 
 @dataclass(frozen=True, slots=True)
 class MetricFacts:

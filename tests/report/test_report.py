@@ -95,6 +95,12 @@ def test_random_selections_have_the_size_of_each_layer_or_of_the_whole():
     assert stability(np.array([full, full]), by_layer=False).chance < 0.9
 
 
+def test_random_selections_stay_inside_a_grid_of_blocks():
+    there = np.array([[True, True, False, False], [False, False, True, True]])
+    for by_layer in (True, False):
+        assert stability(np.array([there, there]), by_layer, there).chance == 1.0  # nothing else can be selected
+
+
 # --- gathering ---
 
 
@@ -547,6 +553,12 @@ def test_losses_are_never_shown_in_per_cent(spec):
     fill(spec, ["random"])
     charts_, _, _ = pictures.training_charts(table_of(spec))
     assert any("0.4" in chart and "100" not in chart for title, chart in charts_ if "training loss" in title)
+
+
+def test_evaluations_within_an_epoch_are_drawn_where_they_are():
+    history = [{"epoch": at, "train/loss": 1 - at} for at in (0.25, 0.5, 1.0)]
+    points = pictures._means([history, history[:2]], "train/loss", 1.0)
+    assert points == [(0.25, 0.75), (0.5, 0.5)]
 
 
 def test_all_comparisons_are_computed_and_the_first_are_listed():

@@ -10,7 +10,7 @@ from diffora.run.check import check
 from diffora.run.evaluate import read_request
 from diffora.run.experiment import run
 from diffora.run.record import read_record
-from diffora.run.terminal import how_to_use
+from diffora.run.terminal import how_to_use, print_selection
 
 
 @pytest.fixture
@@ -60,6 +60,33 @@ def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):
     assert done.record["status"] == "selected" and done.record["time"]["search_s"] == 0
     with pytest.raises(UserError, match="holds a run"):
         run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
+    run(cfg(*quick, "method.selector=random", "dry_run=true"), tmp_path / "run")
+    assert read_record(tmp_path / "run") == done.record  # a dry run does not replace it
+
+
+def test_the_printed_selection_counts_the_modules_that_are_there(tmp_path, capsys):
+    selection = Selection(
+        method="diffora",
+        rho=0.4,
+        seed=0,
+        types=["encoder.block.*.attention.q", "encoder.block.*.attention.v", "decoder.block.*.attention.q"],
+        modules=[["e0.q", "e0.v", None], ["e1.q", "e1.v", None], [None, None, "d0.q"]],
+        selected=[["encoder.block.*.attention.q"], [], ["decoder.block.*.attention.q"]],
+    )
+    selection.save(tmp_path / "selection.json")
+    record = {"method": "diffora", "task": "rewrite", "model": "tiny_t5", "seed": 0, "time": {"search_s": 0.0}}
+    record |= {"settings": {"rank": 4, "method": {"alpha": 8}}, "selection": selection.summary()}
+    print_selection(record, tmp_path)
+    printed = capsys.readouterr().out
+    assert "2 of 5 modules selected" in printed
+    rows = [line.replace("│", " ").split() for line in printed.splitlines() if "block" in line]
+    assert [row[1:] for row in rows] == [["1/2", "1"], ["0/2"], ["1/1", "1"]]  # layers of a block count from 1
+    assert str(selection).splitlines()[1:] == [
+        "encoder.block.* layer 1: encoder Q",
+        "encoder.block.* layer 2: none",
+        "decoder.block.* layer 1: decoder Q",
+    ]
+    assert "2 of 5 modules" in selection.to_yaml("axolotl", rank=4)
 
 
 def test_a_report_has_them_in_its_list_and_not_among_results_or_failures(cfg, short, tmp_path):
@@ -67,7 +94,7 @@ def test_a_report_has_them_in_its_list_and_not_among_results_or_failures(cfg, sh
     for name in ("first", "second"):  # without and with a complete run
         page, *_ = write(gather([tmp_path / "runs"]), tmp_path / name, [tmp_path / "runs"])
         text = page.read_text()
-        assert "1 runs ended with their selection" in text and '"selected"' in text
+        assert "ended with their selection (search_only=true): 1." in text and '"selected"' in text
         assert "failed, unfinished" not in text and "no completed run" not in text
         if name == "first":
             assert "0 completed runs" in text

@@ -143,7 +143,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.generation.rows": "2", "task.generation.max_new_tokens": "2", "task.generation.num_beams": "3",
         }),
         ("task=seq2seq task.path=owner/pairs task.source_column=prompt task.target_column=completion", {
-            "task.subset": "x",
+            "task.subset": "x", "task.train_split": "x", "task.validation_split": "x",
         }),
     ],
     "RewriteTask": [

@@ -23,7 +23,6 @@ from diffora.tasks.base import Split, get_task
 from diffora.tasks.batches import parts_of
 from diffora.tasks.pairs.read import LONGEST
 from diffora.tasks.pairs.task import evenly
-from diffora.tasks.seq2seq import is_hub_id
 from diffora.training.finetune import FineTuneModule
 
 KIND = "AutoModelForSeq2SeqLM"
@@ -98,17 +97,29 @@ def test_a_folder_and_columns_of_other_names(task, tmp_path):
     assert made.load_split("test").column_names == ["source", "number"]
 
 
+def test_files_of_other_names(task, tmp_path):
+    write(tmp_path / "d" / "learn.csv", pairs()), write(tmp_path / "d" / "dev.jsonl", pairs(5))
+    found = task(tmp_path / "d", "task.train_split=learn", "task.validation_split=dev").load()
+    assert len(found.train) == 40 and len(found.validation["validation"]) == 5
+    with pytest.raises(UserError, match=r"dev\.jsonl is not read under this name"):
+        task(tmp_path / "d", "task.train_split=learn").load()
+
+
 def test_a_dataset_of_the_hub(task, monkeypatch):
     hub = datasets.DatasetDict({name: datasets.Dataset.from_list(pairs(n)) for name, n in (("train", 30), ("dev", 4))})
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(args) or hub)
+    with pytest.raises(UserError, match=r"no split 'validation', but 'dev': task\.validation_split=dev"):
+        task("owner/pairs").load()
+    assert len(task("owner/pairs", "task.validation_split=dev").load().validation["validation"]) == 4
+    asked.clear()
+    hub["other"] = hub.pop("dev")
     found = task("owner/pairs", "task.subset=de").load()
     assert asked == [("owner/pairs", "de")] and (len(found.train), len(found.validation["validation"])) == (27, 3)
-    hub["validation"] = hub.pop("dev")
+    hub["validation"] = hub.pop("other")
     assert len(task("owner/pairs").load().validation["validation"]) == 4
     with pytest.raises(UserError, match="has no split 'test'; it has train, validation"):
         task("owner/pairs").load_split("test")
-    assert is_hub_id("owner/pairs") and is_hub_id("xsum") and not is_hub_id("rows.csv") and not is_hub_id("./a/b")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,10 @@ def test_faults_of_other_formats(task, tmp_path):
     ("overrides", "expected"),
     [
         (["task.path=null"], "task.path=null: task=seq2seq reads your own rows"),
-        (["task.path=rows.xlsx"], "must be a folder, a file of one of the types csv, tsv, jsonl, parquet, or a hub id"),
+        (["task.path=rows.xlsx"], "a file of one of the types csv, tsv, jsonl, parquet; save the sheet as CSV UTF-8"),
+        (["task.path=xsum"], "task.path=xsum does not exist; it must be a folder, the id of a data set on the hub"),
+        (["task.path=a.csv", "task.subset=de"], "only a data set on the hub has subsets"),
+        (["task.path=a.csv", "task.validation_split=dev"], "a.csv is one file, which has no splits"),
         (["task.path=a.csv", "task.target_column=source"], "they must be two columns"),
     ],
 )

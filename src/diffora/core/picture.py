@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from diffora.core.parts import short_names
+from diffora.core.parts import block_of, short_names
 
 Rows = Sequence[Sequence[float | None]]
 """L x N numbers, None where a layer has no such module."""
@@ -53,6 +53,17 @@ def layer_numbers(rows: Sequence[Sequence[object]]) -> list[str]:
     """
     blocks = [tuple(entry is None for entry in row) for row in rows]
     return [str(1 + blocks[:i].count(block)) for i, block in enumerate(blocks)]
+
+
+def layer_labels(rows: Sequence[Sequence[object]], types: Sequence[str]) -> list[str]:
+    """``layer 1``, or, in a grid of blocks, ``encoder.block.* layer 1``.
+
+    Args:
+        rows: L x N, None where a layer has no such module.
+        types: the N module types.
+    """
+    first = (next((kind for kind, entry in zip(types, row, strict=True) if entry is not None), "") for row in rows)
+    return [f"{block_of(kind)} layer {n}".strip() for kind, n in zip(first, layer_numbers(rows), strict=True)]
 
 
 def shares(scores: Rows, by_layer: bool) -> list[list[float | None]]:

@@ -36,6 +36,7 @@ from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
 from diffora.settings.checks import GROUP, POSITIVE, RATE, TEXTS, Check, Help, whole
 from diffora.settings.read import value_problem
+from diffora.tasks.messages import first_line
 from diffora.trust import object_in
 
 ADAPTER = "default"
@@ -195,7 +196,7 @@ class PEFTAdaptation(Adaptation):
                     show_progress_bar=False,
                 )
         except ValueError as error:
-            raise UserError(f"EVA: {_first_line(error)}") from error
+            raise UserError(f"EVA: {first_line(error)}") from error
 
     def plain_layers(self) -> list[tuple[str, Any]]:
         """(name, layer) of PEFT's LoRA layers, if plain LoRA pairs are all that was added; otherwise empty."""
@@ -264,10 +265,8 @@ def inject(model: nn.Module, config: Any) -> Any:
 
     kind = type(config).__name__
     if longer := longer_names(model, config.target_modules):
-        raise UserError(
-            f"PEFT would adapt {longer[0]} too, because its name ends with that of a module to adapt: {kind} cannot be "
-            "used on one of two stacks with such names"
-        )
+        why = f"PEFT would adapt {longer[0]} too, because its name ends with that of a module to adapt"
+        raise UserError(f"{why}: {kind} cannot be used on one of two stacks with such names")
     head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for name in config.target_modules)
@@ -279,7 +278,7 @@ def inject(model: nn.Module, config: Any) -> Any:
     except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError) as error:
         if "meta tensor" in str(error):
             raise UserError(f"{kind} is computed from the weights: there is no dry_run of it") from error
-        raise UserError(f"PEFT cannot put {kind} on this model: {_first_line(error)}") from error
+        raise UserError(f"PEFT cannot put {kind} on this model: {first_line(error)}") from error
     if {p for p in peft.parameters() if p.requires_grad} - set(model.parameters()):
         raise UserError(f"{kind} keeps trainable weights outside the model's modules, where they would not be trained")
     for parameter in head:
@@ -319,7 +318,7 @@ def build(spec: Mapping[str, Any], key: str) -> Any:
     try:
         return kind(**arguments)
     except Exception as error:
-        raise UserError(f"PEFT refuses {key} (peft.{kind.__name__}): {_first_line(error)}") from error
+        raise UserError(f"PEFT refuses {key} (peft.{kind.__name__}): {first_line(error)}") from error
 
 
 def _find_class(path: Any, key: str) -> Any:
@@ -400,7 +399,3 @@ def _tokens(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
     if mask is None:
         return states.reshape(-1, states.shape[-1])
     return states[mask.bool()] if states.shape[:2] == mask.shape else states.new_empty(0, states.shape[-1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from diffora import __version__
 from diffora.errors import UserError, called
 from diffora.files import write_text
+from diffora.records import ENDED
 from diffora.report.comparisons import Comparison, comparisons_of, verdict
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
 from diffora.report.layout import duration, plus_minus, probability, search_time, signed
@@ -87,10 +88,10 @@ def page(
     only_selected = sum(run.record.status == "selected" for run in gathered.runs)
     if only_selected:
         remarks.append(
-            f"{only_selected} runs ended with their selection (search_only=true), so they have no results. They are in "
-            "the list of runs, and their selections are in their folders: selection.json and dam.png."
+            f"Runs that ended with their selection (search_only=true): {only_selected}. They have no results. They are "
+            "in the list of runs, and their selections are in their folders: selection.json and dam.png."
         )
-    unfinished = [run for run in gathered.runs if run.record.status not in ("completed", "selected")]
+    unfinished = [run for run in gathered.runs if run.record.status not in ENDED]
     problems = [(_short(run.folder), run.record.status, run.record.error or "") for run in unfinished]
     problems += [(_short(file), "unreadable", reason) for file, reason in gathered.broken]
     if len(problems) > PROBLEMS:

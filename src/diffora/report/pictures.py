@@ -168,11 +168,13 @@ def training_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[
 
 
 def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float) -> list[tuple[float, float]]:
+    """(epochs done, mean over the runs) for each evaluation. An evaluation may be within an epoch."""
     points = []
     for number, epochs in enumerate(zip(*histories, strict=False), 1):
         values = [value for epoch in epochs if (value := finite(epoch.get(key))) is not None]
         if len(values) == len(histories):
-            points.append((float(number), factor * sum(values) / len(values)))
+            at = finite(epochs[0].get("epoch"))
+            points.append((float(number) if at is None else at, factor * sum(values) / len(values)))
     return points
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffora.errors import UserError
 from diffora.files import conf_dir, read_yaml
+from diffora.records import ENDED
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.runs import Run, differing
 from diffora.report.statistics import spread
@@ -43,7 +44,7 @@ def tables_of(runs: Sequence[Run]) -> list[ResultTable]:
 def _completed_first(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     """(completed runs, runs that should have been). A run with ``search_only=true`` is in neither."""
     completed = [run for run in runs if run.record.status == "completed"]
-    return completed, [run for run in runs if run.record.status not in ("completed", "selected")]
+    return completed, [run for run in runs if run.record.status not in ENDED]
 
 
 def _repeats(names: list[str]) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError, explained, reason
 from diffora.files import kept, read_yaml, remove_leftovers, write_text
-from diffora.records import write_record
+from diffora.records import ENDED, write_record
 from diffora.run.record import check_as_left, missing_files, peaks, read_record, why_broken
 from diffora.settings import identity
 
@@ -80,7 +80,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             raise UserError(f"{broken}; it has checkpoints: continue with resume=true, or choose another hydra.run.dir")
         log.warning(f"{broken}; continuing without it")
     if not cfg.resume:
-        if status in ("completed", "selected") or has_work(folder):
+        if status in ENDED or has_work(folder):
             raise UserError(
                 f"{folder} holds a run ({status or 'without a readable run.json'}) already: continue it with "
                 "resume=true, or choose another hydra.run.dir"
@@ -151,7 +151,7 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
             yield
         except BaseException as error:
             told = explained(error, ADVICE)
-            if record["status"] != "completed":
+            if record["status"] not in ENDED:
                 _record_failure(folder, record, told or error)
             if told is None or told is error:
                 raise

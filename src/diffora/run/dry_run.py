@@ -22,7 +22,7 @@ from diffora.errors import UserError
 from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
-from diffora.records import write_record
+from diffora.records import ENDED, write_record
 from diffora.run import memory, terminal
 from diffora.run.record import read_record
 from diffora.scoring.selectors import trains
@@ -70,7 +70,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     searched = grid if selector and trains(selector) else None
     record["memory"] = {"estimate": _memory(settings, task, backbone, searched)}
     terminal.print_memory(record["memory"]["estimate"])
-    if (read_record(folder) or {}).get("status") != "completed" and not has_work(folder):  # keep the record of a run
+    if (read_record(folder) or {}).get("status") not in ENDED and not has_work(folder):  # keep the record of a run
         write_record(folder, record)
     return record
 

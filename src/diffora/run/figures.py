@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diffora.core.dam import neutral_gate
-from diffora.core.parts import block_of, short_names
-from diffora.core.picture import layer_numbers, size_of
+from diffora.core.parts import short_names
+from diffora.core.picture import layer_labels, size_of
 from diffora.core.selection import Selection
 from diffora.files import atomic
 from diffora.tasks.classes import ClassResults
@@ -43,7 +43,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
     figure = Figure(figsize=(2.6 * columns + 1.2, height), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     lines: dict[int, Any] = {}
-    numbers = layer_numbers(trajectory[0][1])
+    labels = layer_labels(trajectory[0][1], types)
     for i, axes in enumerate(panels.flat):
         if i >= layers:
             axes.set_visible(False)
@@ -53,8 +53,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
             values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
             lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
         axes.axhline(neutral_gate(relaxation, len(there)), color="0.75", lw=0.8, zorder=0)
-        block = block_of(types[there[0]])
-        axes.set_title(f"{block} layer {numbers[i]}".strip(), size=9)
+        axes.set_title(labels[i], size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(

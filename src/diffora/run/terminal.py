@@ -13,6 +13,7 @@ from rich.table import Table
 from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.parts import block_of, short_names
+from diffora.core.picture import layer_numbers
 from diffora.core.selection import Selection
 from diffora.errors import called
 from diffora.run.classes import print_classes
@@ -72,20 +73,21 @@ def print_selection(record: dict[str, Any], folder: Path) -> None:
     """Print what a run with ``search_only=true`` selected, where its files are, and how to use them."""
     file = folder / "selection.json"
     selection = Selection.load(file)
-    mask = selection.mask()
     title = f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}: selected modules"
     table = Table(title=escape(title))
     table.add_column("module of a layer")
     table.add_column("layers", justify="right")
     table.add_column("which", overflow="fold")
-    for name, column in zip(selection.types, mask.T.tolist(), strict=True):
-        layers = [str(i + 1) for i, flag in enumerate(column) if flag]
-        table.add_row(escape(name), f"{len(layers)}/{len(column)}", " ".join(layers))
+    numbers = layer_numbers(selection.modules)
+    for j, name in enumerate(selection.types):
+        there = sum(row[j] is not None for row in selection.modules)
+        layers = [number for number, row in zip(numbers, selection.selected, strict=True) if name in row]
+        table.add_row(escape(name), f"{len(layers)}/{there}", " ".join(layers))
     console = Console()
     console.print(table)
     rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
     spent = f"search {_duration(record['time']['search_s'])}" if record["time"]["search_s"] else "no search"
-    lines = [f"{int(mask.sum())} of {mask.numel()} modules selected{rank}; {spent}"]
+    lines = [f"{len(selection.names())} of {sum(selection.sizes())} modules selected{rank}; {spent}"]
     pictures = " ".join(name for name in ("dam.png", "gamma.png") if (folder / name).is_file())
     lines.append(f"{folder}: run.json selection.json {pictures}")
     lines += ["", *how_to_use(record, folder)]
@@ -145,9 +147,9 @@ def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | Non
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
     table.add_column("selected in layers" if selection else "", overflow="fold")
-    mask = selection.mask().tolist() if selection else []
+    numbers, selected = layer_numbers(grid.names), selection.selected if selection else []
     for j, name in enumerate(grid.types):
-        chosen = " ".join(str(i + 1) for i, row in enumerate(mask) if row[j])
+        chosen = " ".join(number for number, row in zip(numbers, selected, strict=False) if name in row)
         shape = next(row[j] for row in grid.shapes if row[j] is not None)
         table.add_row(name, *map(str, shape or ()), chosen)
     console = Console()

@@ -19,4 +19,4 @@ def some(names: Sequence[str]) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or the name of its class if the message is empty."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,9 +1,7 @@
 """From a text to a text, with an encoder and a decoder (T5, BART and the like): ``task=seq2seq``."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import datasets
@@ -16,13 +14,8 @@ from diffora.tasks.account import Account
 from diffora.tasks.base import Rows
 from diffora.tasks.pairs.read import FORMATS, Columns, Part, read_files, read_hub_split
 from diffora.tasks.pairs.task import PairSettings, PairTask
-from diffora.tasks.sources.files import has_validation, split_files
-from diffora.tasks.sources.hub import hub_dataset, no_split
+from diffora.tasks.sources.place import ALL, Place
 from diffora.tasks.texts.divide import choose_validation
-
-ALL = "all"
-"""The split of all rows of a single file."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +24,16 @@ class Seq2SeqSettings(PairSettings):
 
     path: Annotated[
         Annotated[str, PATH] | None,
-        Help("A .csv, .tsv, .jsonl or .parquet file, a folder with such files (train, validation, test), or a hub id."),
+        Help(
+            "A .csv, .tsv, .jsonl or .parquet file, a folder with such files (train, validation, test), or the id of a "
+            "data set on the hub."
+        ),
     ] = None
-    subset: Annotated[str | None, Help("Subset of a data set on the hub, if it has several.")] = None
+    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
+    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
+    validation_split: Annotated[
+        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
+    ] = "validation"
     source_column: Annotated[str, Help("Column of the sources.")] = "source"
     target_column: Annotated[str, Help("Column of the targets.")] = "target"
     validation_fraction: Annotated[
@@ -50,10 +50,8 @@ class Seq2SeqTask(PairTask):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.columns = Columns(cfg.source_column, cfg.target_column)
-        self.place = Path(cfg.path or "")
-        self.is_hub = not self.place.exists() and is_hub_id(cfg.path or "")
-        has_test = self.place.is_dir() and any(self.place.glob("test[.-]*"))
-        self.test_splits = ("test",) if has_test else ()
+        self.place = Place(cfg.path or "", cfg.subset, cfg.train_split, cfg.validation_split, FORMATS)
+        self.test_splits = ("test",) if self.place.has_test else ()
 
     @property
     def source(self) -> str:
@@ -61,25 +59,28 @@ class Seq2SeqTask(PairTask):
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         """All rows of another file; otherwise the validation rows."""
-        return (ALL,) if other_data and self.place.is_file() else self.validation_splits
+        return (ALL,) if other_data and self.place.is_file else self.validation_splits
 
     def problems(self) -> Iterator[str]:
         c = self.cfg
         if c.path is None:
-            yield f"task.path=null: task={self.name} reads your own rows: a file, a folder with train.csv, or a hub id"
-        elif not self.is_hub and not self.place.is_dir() and self.place.suffix.removeprefix(".") not in FORMATS:
-            yield (
-                f"task.path={self.place} must be a folder, a file of one of the types {', '.join(FORMATS)}, or a hub id"
-            )
+            yield f"task.path=null: task={self.name} reads your own rows: give a file, or a folder with train.csv"
+        else:
+            yield from self.place.problems()
         if c.source_column == c.target_column:
             yield f"task.source_column={c.source_column} is task.target_column too; they must be two columns"
 
     # --- rows ---
 
     def load(self) -> Rows:
-        parts = self._parts(("train", "validation"))
-        self.accounts |= {name: part.account for name, part in parts.items()}
-        tables = {name: part.table for name, part in parts.items()}
+        problems: list[str] = []
+        splits = ("train", "validation") if self.place.has_validation() else ("train",)
+        parts = {split: self._read(split, problems) for split in splits}
+        if problems:
+            raise UserError(problems)
+        found = {split: part for split, part in parts.items() if part is not None}
+        self.accounts |= {split: part.account for split, part in found.items()}
+        tables = {split: part.table for split, part in found.items()}
         if "validation" not in tables:
             tables["train"], tables["validation"] = self._cut(tables["train"])
         return self.divided(tables)
@@ -89,59 +90,31 @@ class Seq2SeqTask(PairTask):
 
         Rows of "train" and "validation" need targets; the rows of other splits need none.
         """
-        if self.place.is_file() and split not in ("train", "validation", ALL):
+        if self.place.is_file and split not in ("train", "validation", ALL):
             raise UserError(
-                f"split={split}: task.path={self.place} is one file; it has the splits all, train, validation"
+                f"split={split}: task.path={self.cfg.path} is one file; it has the splits all, train, validation"
             )
-        if split in ("train", "validation"):
+        if split == "train" or (split == "validation" and not self.place.has_validation()):
             rows = self.load()
             self.accounts["validation"].notes[:] = []
             return rows.train if split == "train" else rows.validation[split]
-        part = self._parts((split,))[split]
+        problems: list[str] = []
+        part = self._read(split, problems)
+        if part is None:
+            raise UserError(problems)
         if "target" not in part.table.column_names:
             part.account.notes.append(f"no targets in column '{self.columns.target}': predictions without metrics")
         self.accounts[split] = part.account
         return datasets.Dataset(part.table)
 
-    def _parts(self, splits: Sequence[str]) -> dict[str, Part]:
-        """The checked rows of some splits by name; a source without "validation" does not give it.
-
-        Raises:
-            UserError: everything that is wrong with the rows.
-        """
-        problems: list[str] = []
-        found = (self._from_hub if self.is_hub else self._from_files)(splits, problems)
-        if problems:
-            raise UserError(problems)
-        return found
-
-    def _from_files(self, splits: Sequence[str], problems: list[str]) -> dict[str, Part]:
-        if not self.place.exists():
-            problems.append(f"task.path={self.place} does not exist.")
-            return {}
-        if self.place.is_file():
-            files = {name: [self.place] for name in splits if name != "validation"}
-        else:
-            there = "validation" in splits and has_validation(self.place, FORMATS)
-            names = [name for name in splits if name != "validation" or there]
-            files = {name: split_files(self.place, name, problems, FORMATS) for name in names}
-        labelled = {"train", "validation"}
-        parts = {name: read_files(f, self.columns, name in labelled, problems) for name, f in files.items() if f}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _from_hub(self, splits: Sequence[str], problems: list[str]) -> dict[str, Part]:
-        c = self.cfg
-        advice = "\n  Or use files that you have: task.path=<file, or folder with train.csv>"
-        there = hub_dataset(f"task.path={c.path} from the Hugging Face hub", c.path, c.subset, advice)
-        parts: dict[str, Part] = {}
-        for name in splits:
-            if name in there:
-                labelled = name in ("train", "validation")
-                part = read_hub_split(there[name], f"{c.path} {name}", self.columns, labelled, problems)
-                parts |= {} if part is None else {name: part}
-            elif name != "validation":
-                problems.append(no_split(c.path, c.subset, name, there))
-        return parts
+    def _read(self, split: str, problems: list[str]) -> Part | None:
+        """The checked rows of a split; None, and messages in ``problems``, if something is wrong."""
+        labelled = split in ("train", "validation")
+        if self.place.is_hub:
+            there = self.place.hub_split(split, problems)
+            return read_hub_split(*there, self.columns, labelled, problems) if there else None
+        files = self.place.files(split, problems)
+        return read_files(files, self.columns, labelled, problems) if files else None
 
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(training rows, validation rows); both accounts say how they were divided. Equal sources stay together."""
@@ -158,8 +131,3 @@ class Seq2SeqTask(PairTask):
         self.accounts["train"].drop(f"taken for validation, {why}", validation.num_rows)
         self.accounts["validation"] = Account(validation.num_rows)
         return train, validation
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path has the form of an id on the hub: ``owner/name`` or ``name``, without a file's ending."""
-    return bool(HUB_ID.fullmatch(path)) and Path(path).suffix.removeprefix(".") not in FORMATS

@@ -76,7 +76,7 @@ def read_files(files: Sequence[Path], columns: Columns, labelled: bool, problems
 
 
 def read_hub_split(
-    rows: datasets.Dataset, where: str, columns: Columns, labelled: bool, problems: list[str]
+    where: str, rows: datasets.Dataset, columns: Columns, labelled: bool, problems: list[str]
 ) -> Part | None:
     """`read_files` for a split of a dataset on the hub."""
     before, account = len(problems), Account()
