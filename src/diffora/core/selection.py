@@ -17,7 +17,7 @@ from torch import Tensor
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
-from diffora.core.picture import draw_dam, layer_numbers, shares, size_of, start_gate
+from diffora.core.picture import draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -101,7 +101,8 @@ class Selection:
         label = dict(zip(self.types, short_names(self.types), strict=True))
         head = f"{len(self.names())} of {sum(self.sizes())} modules, selected by {self.selector}"
         rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
-        return "\n".join([head, *(f"layer {i}: {', '.join(row) or 'none'}" for i, row in enumerate(rows, 1))])
+        layers = zip(layer_labels(self.modules, self.types), rows, strict=True)
+        return "\n".join([head, *(f"{layer}: {', '.join(row) or 'none'}" for layer, row in layers)])
 
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
