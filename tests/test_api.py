@@ -305,6 +305,9 @@ def bad_loss(value):
         ({"k": 0, "rounds": 0, "lr": -1.0}, r"k=0 must .*\nrounds=0 must .*\nlr=-1.0 must"),
         ({"scope": "all"}, r"scope='all' must be one of layer, global"),
         ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, sigmoid"),
+        ({"head": "head"}, r"head='head' must be a list of names: head=\['head'\]$"),
+        ({"candidates": "0"}, r"candidates='0' must be a list of names: candidates=\['0'\]$"),
+        ({"layer": 3}, r"layer=3 must be the name of the layers"),
         ({"head": ["tail"]}, r"head: tail is not a module of this model"),
         ({"train_loader": []}, r"loader of training batches has no batches"),
         ({"valid_loader": []}, r"loader of validation batches has no batches"),
@@ -360,6 +363,13 @@ def test_a_model_without_repeated_layers_is_refused():
     for call in (lambda m: diffora.search(m, pairs(8), loss=entropy_loss), lambda m: diffora.select(m, "random")):
         with pytest.raises(UserError, match="no numbered layers: give their place as layer"):
             call(nn.Linear(8, 2))
+
+
+def test_what_is_no_model_or_selection_is_refused():
+    with pytest.raises(UserError, match="model is a str"):
+        diffora.search("bert", pairs(8))
+    with pytest.raises(UserError, match="selection is a str"):
+        diffora.attach(bert(), "file.json", rank=2)
 
 
 def test_a_model_with_pefts_adapters_is_refused():

@@ -102,6 +102,8 @@ def test_what_no_adapter_can_hold_is_refused(tmp_path):
     model.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(UserError, match="has trainable parameters beside its low-rank layers"):
         save_adapter(model, tmp_path)
+    with pytest.raises(UserError, match="form='merged' must be uniform or compact"):
+        save_adapter(adapted(), tmp_path, form="merged")
     assert not list(tmp_path.iterdir())
 
 

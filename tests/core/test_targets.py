@@ -130,12 +130,24 @@ def test_names_that_look_like_numbers_stay_names():
     [
         (("unsloth", 2), "fragments for axolotl and llamafactory, not for 'unsloth'"),
         (("axolotl", None), "rank=None must be a whole number"),
+        (("axolotl", 2, 0), r"alpha=0 must be a finite number above 0"),
         (("axolotl", 2, 2.5), r"alpha=2\.5 must be a whole number"),
     ],
 )
 def test_a_fragment_that_cannot_be_made_says_why(arguments, message):
     with pytest.raises(UserError, match=message):
         selected(llama()).to_yaml(*arguments)
+
+
+def test_a_fragment_counts_only_modules_that_are_there():
+    selection = Selection("m", ["q", "v"], [["0.q", None], ["1.q", "1.v"]], [["q"], ["v"]], 0.5, 0)
+    assert selection.to_yaml("axolotl", rank=2).startswith("# 2 of 3 modules")
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "16"])
+def test_a_configuration_with_an_impossible_alpha_is_refused(alpha):
+    with pytest.raises(UserError, match=r"alpha=.* must be a finite number above 0"):
+        selected(llama()).lora_config(rank=2, alpha=alpha)
 
 
 def test_a_comma_in_a_name_is_refused_for_llamafactory():

@@ -42,6 +42,23 @@ def test_a_compiled_model_has_the_same_losses_and_gradients_for_any_width(debert
     assert "forward" not in vars(model)
 
 
+@pytest.mark.slow
+def test_one_forward_pass_can_have_two_backward_passes():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    x = torch.randn(5, 4)
+
+    def gradients():
+        loss = model(x).pow(3).sum()
+        return [g for _ in range(2) for g in torch.autograd.grad(loss, model.parameters(), retain_graph=True)]
+
+    plain = gradients()
+    with compiled(model, True, keep_graph=True):
+        found = gradients()
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    with compiled(model, True), pytest.raises(RuntimeError, match="donated"):  # what it is for
+        gradients()
+
+
 def test_without_the_setting_nothing_happens(deberta):
     model = deberta()
     with compiled(model, False):

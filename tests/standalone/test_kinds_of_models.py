@@ -247,12 +247,14 @@ def test_a_decoder_is_searched_without_its_pretrained_head(make, types):
     assert torch.tensor(found.gamma_bar).std() > 0
 
 
-def test_of_an_encoder_and_a_decoder_one_is_chosen():
+def test_encoder_and_decoder_are_searched_together_or_one_of_them():
     torch.manual_seed(0)
     model = t5()
-    with pytest.raises(UserError, match=r"(?s)2 stacks of layers; choose.*layer=encoder\.block.*layer=decoder\.block"):
-        search(model, language(), layer=None)
     before = state(model)
+    both = search(model, language())
+    assert_same(before, state(model))
+    assert len(both.modules) == 4 and sum(both.sizes()) == 2 * 6 + 2 * 10
+    assert {name.split(".")[0] for name in both.names()} == {"encoder", "decoder"}
     found = search(
         model, language(), layer="encoder.block.*", candidates=["layer.0.SelfAttention.q", "layer.1.DenseReluDense.wo"]
     )

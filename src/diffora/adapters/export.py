@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
 from diffora.adapters.manifest import ADAPT, SELECTION, TRAINED, write_manifest
 from diffora.adapters.origin import Origin, identity_of, made_for
-from diffora.adapters.pairs import PREFIX, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
+from diffora.adapters.pairs import COMPACT, PREFIX, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.processors import load_processor
 from diffora.core.attach import places_of
@@ -63,8 +63,11 @@ def save_adapter(model: nn.Module | Backbone, folder: Path | str, *, form: str =
             ranks, for PEFT and this package only.
 
     Raises:
-        UserError: the model has no low-rank layers, or trains parameters that no module to save holds.
+        UserError: ``form`` is none of these, the model has no low-rank layers, or it trains parameters that no module
+            to save holds.
     """
+    if form not in (UNIFORM, COMPACT):
+        raise UserError(f"form={form!r} must be {UNIFORM} or {COMPACT}")
     backbone = _with_trained(model if isinstance(model, Backbone) else Backbone.of(model))
     pairs, shared = pairs_in(backbone.model)
     if not pairs:

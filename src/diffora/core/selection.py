@@ -17,7 +17,7 @@ from torch import Tensor
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
-from diffora.core.picture import draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
+from diffora.core.picture import draw_dam, layer_numbers, shares, size_of, start_gate
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -101,8 +101,7 @@ class Selection:
         label = dict(zip(self.types, short_names(self.types), strict=True))
         head = f"{len(self.names())} of {sum(self.sizes())} modules, selected by {self.selector}"
         rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
-        layers = zip(layer_labels(self.modules, self.types), rows, strict=True)
-        return "\n".join([head, *(f"{layer}: {', '.join(row) or 'none'}" for layer, row in layers)])
+        return "\n".join([head, *(f"layer {i}: {', '.join(row) or 'none'}" for i, row in enumerate(rows, 1))])
 
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
@@ -117,12 +116,12 @@ class Selection:
             more: other fields of ``LoraConfig``, such as ``task_type``, ``lora_dropout`` or ``modules_to_save``.
 
         Raises:
-            UserError: nothing is selected, there is no rank, or ``more`` has ``target_modules``.
+            UserError: nothing is selected, rank or alpha is impossible, or ``more`` has ``target_modules``.
         """
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
         taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
-        rank, names = self._rank(rank, taken), self.names()
+        rank, names = self._rank(rank, alpha, taken), self.names()
         targets = exact_pattern(names) if self._is_ambiguous else names
         whole = int(alpha) if float(alpha).is_integer() else alpha  # some readers of the file take whole numbers only
         return LoraConfig(r=rank, lora_alpha=whole, target_modules=targets, **more)  # type: ignore[arg-type]
@@ -137,7 +136,7 @@ class Selection:
         Raises:
             UserError: nothing is selected, there is no rank, or the program cannot express this selection.
         """
-        rank, names = self._rank(rank), self.names()
+        rank, names = self._rank(rank, alpha), self.names()
         comment = [
             f"{len(names)} of {sum(self.sizes())} modules, selected by {self.selector} (diffora).",
             "The others stay frozen: this format has no pairs that modules share (diffora.attach has them).",
@@ -149,11 +148,13 @@ class Selection:
         """Whether the name of another module ends with that of a selected one."""
         return any(longer.endswith(f".{name}") for name in self.names() for longer in self.longer_names)
 
-    def _rank(self, rank: int | None, problems: Sequence[str] = ()) -> int:
-        """The rank that was asked for, or the selection's own. Raises a UserError with all problems."""
+    def _rank(self, rank: int | None, alpha: float, problems: Sequence[str] = ()) -> int:
+        """The rank that was asked for, or the selection's own. Raises a UserError with all problems, alpha's too."""
         rank, problems = self.rank if rank is None else rank, list(problems)
         if type(rank) is not int or rank < 1:
             problems.insert(0, f"rank={rank!r} must be a whole number of at least 1")
+        if not _is_number(alpha) or alpha <= 0:
+            problems.append(f"alpha={alpha!r} must be a finite number above 0")
         if not self.names():
             problems.append("this selection selects no module, so that there is nothing for a LoRA")
         if problems:

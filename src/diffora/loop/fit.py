@@ -50,7 +50,8 @@ def fit(
     trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": section.epochs} | extra))
     resume_from = None if newest is None else newest[0]
     try:
-        with compiled(module.model, parts.settings.trainer.compile):
+        both_levels = getattr(section, "update", None) == "simultaneous"  # two backward passes through one forward pass
+        with compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels):
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:
         raise _not_finite(error, stage, section, parts.settings.trainer.precision, checkpoints) from error

@@ -4,6 +4,7 @@ from torch import nn
 
 from diffora.core import attach as core
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 from diffora.standalone.model import unwrapped
 
 
@@ -38,6 +39,11 @@ def attach(
         UserError: the model lacks a module of the selection or has adapters, or a number is impossible. The model is
             then as before.
     """
+    if not isinstance(selection, Selection):
+        raise UserError(
+            f"selection is a {type(selection).__name__}: it must be what diffora.search or select returns, or "
+            "Selection.load(path)"
+        )
     core.attach(
         unwrapped(model),
         selection.modules,

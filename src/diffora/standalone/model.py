@@ -22,8 +22,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside the wrappers of ``torch.compile`` and `nn.DataParallel`.
 
     Raises:
-        UserError: the model is divided among processes, or has no weights to compute with.
+        UserError: this is no model, it is divided among processes, or it has no weights to compute with.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}: it must be a loaded model, a torch.nn.Module")
     while (
         inner := getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel) else None)
     ) is not None:
@@ -61,6 +63,9 @@ def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | Non
     Raises:
         UserError: there are adapters, no repeated layers, or other problems of the grid.
     """
+    if layer is not None and not isinstance(layer, str | list | tuple):
+        raise UserError(f"layer={layer!r} must be the name of the layers, with * for the number")
+    check_names("candidates", candidates)
     modules = dict(model.named_modules())
     if adapted := [name for name in modules if name and inside_adapter(name, modules)]:
         raise UserError(
@@ -68,6 +73,12 @@ def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | Non
             "diffora.core.attach.detach(model), or with unload() where they are PEFT's"
         )
     return find_grid(model, layer, candidates)
+
+
+def check_names(argument: str, names: Sequence[str] | None) -> None:
+    """Refuse one text where a list of names is needed: its letters would be taken as names."""
+    if isinstance(names, str):
+        raise UserError(f"{argument}={names!r} must be a list of names: {argument}=[{names!r}]")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -86,6 +97,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     Raises:
         UserError: a name is not a module.
     """
+    check_names("head", names)
     parameters = dict(model.named_parameters())
     if names is not None:
         modules = dict(model.named_modules())
