@@ -33,7 +33,7 @@ def test_evaluation_gives_the_runs_own_metrics(cfg, quick, tmp_path, method):
     assert written["metrics"] == found and written["rows"] == {"validation": 48}
     predictions = lines(tmp_path / "out" / "validation.jsonl")
     labels = splits(train_rows=1, validation_rows=48, seed=0)["validation"]["label"]
-    right = sum(p["label"] == label for p, label in zip(predictions, labels, strict=True))
+    right = sum(p["class_number"] == label for p, label in zip(predictions, labels, strict=True))
     assert right / 48 == pytest.approx(found["validation"]["accuracy"], abs=1e-6)
 
 

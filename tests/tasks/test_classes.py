@@ -146,6 +146,6 @@ def test_probabilities_are_in_the_predictions_of_glue(cfg):
         assert list(line["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-6)
         assert (
             line["prediction"]
-            == task.spec.label_names[line["label"]]
+            == task.spec.label_names[line["class_number"]]
             == max(line["probabilities"], key=line["probabilities"].get)
         )

@@ -103,7 +103,7 @@ def test_class_numbers_with_names_as_the_hub_stores_them(task, tmp_path):
         ("text,x,y\na,1,0\nb,1,\n", [FLAGS], "row 2 (data rows, counted from 1), column 'y': \"\" is not 0 or 1"),
         ("text,x,z\na,1,0\n", [FLAGS], "no column 'y' (task.label_columns); the file has text, x, z"),
         ("text,label\na,\nb,\n", [], "column 'label' is empty in all 2 rows"),
-        ("text,label\na,x\nb,x\nc,\n", [], "all rows have the same label 'x'"),
+        ("text,label\na,x\nb,x\nc,\n", [], "the rows have no class but 'x'; at least two classes are needed"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_rows(task, tmp_path, content, more, words):
@@ -259,7 +259,7 @@ def test_metrics_match_scikit_learn(task, labels, predicted):
     for row, *wanted in zip(given.class_results(outputs).rows(), *values, strict=True):
         assert [row[k] for k in ("precision", "recall", "f1", "support")] == pytest.approx(wanted, abs=1e-6)
     for line, flags in zip(given.predictions(outputs, Split(None, None)), predicted, strict=True):
-        assert line["label"] == np.flatnonzero(flags).tolist() and len(line["probabilities"]) == 5
+        assert line["class_number"] == np.flatnonzero(flags).tolist() and len(line["probabilities"]) == 5
 
 
 # --- a whole run ---

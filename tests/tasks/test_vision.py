@@ -301,7 +301,7 @@ def test_unlabelled_splits(folders, tmp_path, task):
     assert "labels" not in batch
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]])
     lines = t.predictions({"row": torch.arange(3), "logits": logits}, Split(rows, found))
-    assert [(line["prediction"], line["label"]) for line in lines] == [("dog", 1), ("cat", 0), ("cat", 0)]
+    assert [(line["prediction"], line["class_number"]) for line in lines] == [("dog", 1), ("cat", 0), ("cat", 0)]
     assert lines[0]["file"] == str(folders / "test" / "0.png")
     assert lines[0]["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert "label" in t.load_split("validation").column_names

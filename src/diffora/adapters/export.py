@@ -262,7 +262,12 @@ def export_model(folder: Path, origin: Origin) -> None:
     """Write a whole transformers model (full fine-tuning), with its tokenizer or image processor."""
     model: Any = origin.backbone.model
     with atomic_folder(folder) as scratch:
+        caches = getattr(model.config, "use_cache", None)
+        if caches is not None:
+            model.config.use_cache = True  # off in training only; generation is slow without it
         model.save_pretrained(scratch)
+        if caches is not None:
+            model.config.use_cache = caches
         try:
             # Load it again: the one in memory keeps settings of its last call, such as the truncation.
             settings = OmegaConf.create(origin.config["model"])

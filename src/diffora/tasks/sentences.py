@@ -91,10 +91,10 @@ class SentenceTask(Task):
         best, flags = logits.argmax(dim=1).tolist(), has_class(logits).tolist()
         found = []
         for i, (row, each) in enumerate(zip(rows, shares.tolist(), strict=True)):
-            line: dict[str, Any] = {"row": row, "prediction": names[best[i]], "label": best[i]}
+            line: dict[str, Any] = {"row": row, "prediction": names[best[i]], "class_number": best[i]}
             if self.spec.multilabel:
                 numbers = [k for k, flag in enumerate(flags[i]) if flag]
-                line |= {"prediction": [names[k] for k in numbers], "label": numbers}
+                line |= {"prediction": [names[k] for k in numbers], "class_number": numbers}
             found.append(line | {"probabilities": dict(zip(names, (round(p, 6) for p in each), strict=True))})
         return found
 

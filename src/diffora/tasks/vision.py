@@ -271,7 +271,7 @@ class ImageTask(Task):
         files, found = split.rows["file"][:], []
         for row, i, p in zip(outputs["row"].tolist(), label.tolist(), probability.tolist(), strict=True):
             file = {"file": files[row]} if files[row] is not None else {}
-            found.append({"row": row, **file, "prediction": self.classes[i], "label": i, "probability": p})
+            found.append({"row": row, **file, "prediction": self.classes[i], "class_number": i, "probability": p})
         return found
 
 
