@@ -255,6 +255,8 @@ def test_encoder_and_decoder_are_searched_together_or_one_of_them():
     assert_same(before, state(model))
     assert len(both.modules) == 4 and sum(both.sizes()) == 2 * 6 + 2 * 10
     assert {name.split(".")[0] for name in both.names()} == {"encoder", "decoder"}
+    labels = [line.partition(":")[0] for line in str(both).splitlines()[1:]]
+    assert labels == [f"{block}.block.* layer {n}" for block in ("encoder", "decoder") for n in (1, 2)]
     found = search(
         model, language(), layer="encoder.block.*", candidates=["layer.0.SelfAttention.q", "layer.1.DenseReluDense.wo"]
     )
