@@ -24,9 +24,10 @@ from diffora.run.check import check
 from diffora.run.experiment import run
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
-from diffora.tasks.base import IGNORED, Task
+from diffora.tasks.base import Task
 from diffora.tasks.batches import joined
 from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.ignored import IGNORED
 from diffora.tasks.squad import SquadTask
 
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}

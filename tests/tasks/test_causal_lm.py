@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from diffora.errors import UserError
 from diffora.loop.splits import examples_of, held_out_split, split_search
 from diffora.tasks.account import Account
-from diffora.tasks.base import IGNORED, Split
+from diffora.tasks.base import Split
 from diffora.tasks.batches import parts_of
 from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.chat import conversations, loss, tokens
@@ -26,6 +26,7 @@ from diffora.tasks.chat.batches import ChatCollator
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import best_fit, pack
 from diffora.tasks.chat.tokens import encode
+from diffora.tasks.ignored import IGNORED
 
 # --- common kinds of tokenizers and templates ---
 

@@ -22,8 +22,9 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.loop.plan import plan_of
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
 from diffora.settings.sections import FineTune
-from diffora.tasks.base import IGNORED, Split
+from diffora.tasks.base import Split
 from diffora.tasks.causal_lm import CausalLMTask
+from diffora.tasks.ignored import IGNORED
 from diffora.training.finetune import FineTuneModule
 
 STEPS, ROWS, LENGTH = 3, 4, 9

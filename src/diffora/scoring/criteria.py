@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffora.core.parts import part_of
-from diffora.tasks.base import IGNORED
+from diffora.tasks.ignored import IGNORED
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:

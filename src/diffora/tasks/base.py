@@ -29,8 +29,6 @@ from diffora.tasks.messages import some
 from diffora.trust import class_at
 
 Batch = dict[str, Tensor]
-IGNORED = -100
-"""torch's label of a token that does not count in the loss."""
 Outputs = dict[str, Tensor]
 """What predictions and metrics need of a model's output: tensors of one entry per row; ``row`` is its position."""
 

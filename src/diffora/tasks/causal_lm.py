@@ -22,12 +22,13 @@ from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
-from diffora.tasks.base import IGNORED, Batch, Collate, Outputs, Rows, Split, Task
+from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.chat.batches import ChatCollator
 from diffora.tasks.chat.conversations import cut_validation, read, read_file, row_keys, rows_hash
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.tokens import encode
+from diffora.tasks.ignored import IGNORED
 from diffora.tasks.sources.files import check_folder, find_file, has_validation
 from diffora.tasks.sources.hub import hub_splits
 from diffora.tasks.sources.tables import joint_hash, subset

@@ -23,9 +23,10 @@ from torch import Tensor
 from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, TEXT, TEXTS, Check, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.base import IGNORED, Batch, Collate, Outputs, Split, Task, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.classes import ClassResults
+from diffora.tasks.ignored import IGNORED
 from diffora.tasks.messages import some
 from diffora.tasks.own_rows import OwnRowsSettings, OwnRowsTask, Part
 from diffora.tasks.sentences import note_unknown, unknown_token

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffora.tasks.base import IGNORED, Batch
+from diffora.tasks.base import Batch
+from diffora.tasks.ignored import IGNORED
 
 
 class ChatCollator:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffora.tasks.base import IGNORED, full_precision
+from diffora.tasks.base import full_precision
+from diffora.tasks.ignored import IGNORED
 
 LOGITS_AT_ONCE = 1 << 24
 """How many logits are converted to float32 at a time; they take 64 MiB."""

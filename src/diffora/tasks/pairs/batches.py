@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.tasks.base import IGNORED, Batch
+from diffora.tasks.base import Batch
+from diffora.tasks.ignored import IGNORED
 
 
 class PairCollator:

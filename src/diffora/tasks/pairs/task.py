@@ -21,9 +21,10 @@ from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
-from diffora.tasks.base import IGNORED, Batch, Collate, Outputs, Rows, Split, Task
+from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.causal_lm import exponential
 from diffora.tasks.chat.loss import aligned_losses
+from diffora.tasks.ignored import IGNORED
 from diffora.tasks.pairs.batches import PairCollator
 from diffora.tasks.pairs.encode import encode
 from diffora.tasks.pairs.metrics import ROUGE, generation_scores

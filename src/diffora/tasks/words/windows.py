@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from diffora.tasks.base import IGNORED, Batch
+from diffora.tasks.base import Batch
 from diffora.tasks.cache import arrow_writer
+from diffora.tasks.ignored import IGNORED
 from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
 
 ROWS_AT_ONCE = 1000  # bounds memory
