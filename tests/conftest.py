@@ -17,8 +17,8 @@ from torch import nn
 from diffora.files import conf_dir
 from diffora.hub import why_unreachable
 
-# rouge_score imports absl. Whenever Hydra configures logging, absl's handler closes the stream that was stderr when absl
-# was imported, unless it still is: in tests that is the file in which pytest captures the output.
+# rouge_score imports absl. When Hydra configures logging, absl's handler closes the stream that was stderr when absl
+# was imported, unless it still is. In tests that is the file in which pytest captures the output.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 REPO = Path(__file__).parents[1]
