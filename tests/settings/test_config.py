@@ -285,7 +285,7 @@ WHOLE = "must be a whole number of at least"
         ("finetune.batch_size=99999999999999999999", f"{WHOLE} 1, at most 1,000,000,000"),
         # similar cases
         ("task=null", "task=null is not one of: alpaca, chat"),
-        ("model=null", "model=null is not one of: bert_base"),
+        ("model=null", "model=null is not one of: bart_base, bert_base"),
         ("method=null", "method=null is not one of: adalora"),
         (
             "logger=null",

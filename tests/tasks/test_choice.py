@@ -426,5 +426,5 @@ def test_a_model_without_a_head_for_choices(cfg, tmp_path):
         "trainer=cpu",
         "task.max_length=60",
     )
-    with pytest.raises(UserError, match="transformers has no AutoModelForMultipleChoice for a GPT2 model"):
+    with pytest.raises(UserError, match="is a gpt2 model, which has no head for task=choice: it needs"):
         run(composed, tmp_path / "run")

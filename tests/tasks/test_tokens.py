@@ -291,4 +291,4 @@ def test_a_model_without_a_head_for_tokens(cfg, file, tmp_path):
     composed = cfg("method=lora", "task=tokens", f"task.path={file}", "model=hf", f"model.path={place}", "trainer=cpu")
     with pytest.raises(UserError) as caught:
         run(composed, tmp_path / "run")
-    assert "transformers has no AutoModelForTokenClassification for a Bart model" in str(caught.value)
+    assert "is a bart model, which has no head for task=tokens: it needs" in str(caught.value)
