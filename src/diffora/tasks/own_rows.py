@@ -10,34 +10,20 @@ import numpy as np
 import pyarrow as pa
 
 from diffora.errors import UserError
-from diffora.settings.checks import FRACTION, LENGTH, PATH, SEED, Help, whole
-from diffora.settings.sections import TaskSettings
+from diffora.settings.checks import LENGTH, Help, whole
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Rows, Task
 from diffora.tasks.messages import first_line
-from diffora.tasks.sources.place import ALL, Place
+from diffora.tasks.sources.place import Place, PlaceSettings
 from diffora.tasks.sources.records import Records, hub_records, open_records
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
-from diffora.tasks.texts.divide import choose_validation
+from diffora.tasks.texts.divide import choose_validation, cut
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnRowsSettings(TaskSettings):
+class OwnRowsSettings(PlaceSettings):
     """The settings that the tasks for people's own rows share."""
 
-    path: Annotated[
-        Annotated[str, PATH] | None,
-        Help("A file, a folder with one file for each split (train, validation, test), or a data set on the hub."),
-    ] = None
-    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
-    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
-    validation_split: Annotated[
-        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
-    ] = "validation"
-    validation_fraction: Annotated[
-        float, FRACTION, Help("Share of the training rows to validate on, if there are no validation rows.")
-    ] = 0.1
-    split_seed: Annotated[int, SEED, Help("Draws these rows; the seed of the run does not matter.")] = 0
     max_length: Annotated[int, whole(4, LENGTH), Help("Length of the longest input.", "tokens")]
 
 
@@ -64,7 +50,7 @@ class OwnRowsTask(Task):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.place = Place(cfg.path or "", cfg.subset, cfg.train_split, cfg.validation_split, self.formats)
+        self.place = Place(cfg, self.formats)
         self.test_splits = ("test",) if self.place.has_test else ()
 
     def wanted(self) -> tuple[str, ...]:
@@ -99,17 +85,10 @@ class OwnRowsTask(Task):
     # --- before training ---
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
-        """All rows of another file; otherwise the validation rows."""
-        return (ALL,) if other_data and self.place.is_file else self.validation_splits
+        return self.place.default_splits(other_data)
 
     def problems(self) -> Iterator[str]:
-        if self.cfg.path is None:
-            yield (
-                f"task.path=null: task={self.name} reads your own rows: give a file ({', '.join(self.formats)}), a "
-                "folder with train.<type>, or a data set on the hub"
-            )
-        else:
-            yield from self.place.problems()
+        yield from self.place.problems()
 
     # --- rows ---
 
@@ -140,11 +119,7 @@ class OwnRowsTask(Task):
 
         Rows of "train" and "validation" need labels; the rows of other splits need none.
         """
-        if self.place.is_file and split not in ("train", "validation", ALL):
-            raise UserError(
-                f"split={split}: task.path={self.cfg.path} is one file; it has the splits all, train, validation"
-            )
-        if split == "train" or (split == "validation" and not self.place.has_validation()):
+        if self.place.of_training(split):
             rows = self.load()
             return rows.train if split == "train" else rows.validation[split]
         self.before_split()
@@ -215,20 +190,12 @@ class OwnRowsTask(Task):
 
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(training rows, validation rows); both accounts say how they were divided. Equal inputs stay together."""
-        fraction, seed = self.cfg.validation_fraction, self.cfg.split_seed
         rows = pa.table({"text": self.keys(table), "label": np.zeros(len(table), dtype=np.int64)})
         least = 2 / max(4, len(rows))  # one row chooses the epoch, another one reports it
-        chosen = choose_validation(rows, max(fraction, least), seed, by_class=False)
+        chosen = choose_validation(rows, max(self.cfg.validation_fraction, least), self.cfg.split_seed, by_class=False)
         if not chosen.any():
             raise UserError(
                 f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because all have the "
                 "same input; add rows, or a validation file"
             )
-        train, validation = table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
-        why = f"task.validation_fraction={fraction:g}, task.split_seed={seed}"
-        self.accounts["train"].drop(f"taken for validation, {why}", validation.num_rows)
-        self.accounts["validation"] = Account(validation.num_rows)
-        self.accounts["validation"].notes.append(
-            f"{validation.num_rows:,} of the training rows, drawn at random: {why}"
-        )
-        return train, validation
+        return cut(table, chosen, self.cfg, self.accounts, "drawn at random")

@@ -13,20 +13,20 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from diffora.errors import UserError
-from diffora.settings.checks import FRACTION, LENGTH, PATH, SEED, TEXT, Help, whole
+from diffora.settings.checks import LENGTH, TEXT, Help, whole
 from diffora.settings.sections import TaskSettings
-from diffora.tasks.account import Account, note_overlap
+from diffora.tasks.account import note_overlap
 from diffora.tasks.base import Outputs, Rows, Split
 from diffora.tasks.glue import compute_metrics
 from diffora.tasks.labels import alike
 from diffora.tasks.messages import some
 from diffora.tasks.sentences import SentenceTask, has_class
-from diffora.tasks.sources.place import ALL
+from diffora.tasks.sources.place import PlaceSettings
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.texts import several
 from diffora.tasks.texts.columns import Columns, Kind, Part
-from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
+from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, cut, row_texts
 from diffora.tasks.texts.source import Source
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
@@ -40,21 +40,9 @@ AVERAGES: tuple[Literal["micro", "macro", "weighted"], ...] = ("micro", "macro",
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings(TaskSettings):
+class TextSettings(PlaceSettings):
     """The settings of `TextTask`."""
 
-    path: Annotated[
-        Annotated[str, PATH] | None,
-        Help(
-            "A .csv, .tsv, .jsonl or .parquet file, a folder with such files (train, validation, test), or the id of a "
-            "data set on the hub."
-        ),
-    ] = None
-    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
-    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
-    validation_split: Annotated[
-        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
-    ] = "validation"
     kind: Annotated[Kind, Help("Whether a row has one class, any number of classes, or a number.")] = "classification"
     text_columns: Annotated[
         list[str] | str, Help("Columns of text: one, or two that are read as a pair; more are joined into one text.")
@@ -67,10 +55,6 @@ class TextSettings(TaskSettings):
         Annotated[str, TEXT] | None,
         Help("For `kind=multilabel`: what separates the classes in a text; null: found in the rows."),
     ] = None
-    validation_fraction: Annotated[
-        float, FRACTION, Help("Share of the training rows to validate on, if there are no validation rows.")
-    ] = 0.1
-    split_seed: Annotated[int, SEED, Help("Draws these rows; the seed of the run does not matter.")] = 0
     max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
 
 
@@ -95,7 +79,7 @@ class TextTask(SentenceTask):
             cfg.name, None, self.columns.read_as, (), self.metrics, self.main_metric, multilabel=self.several
         )
         """For classification, its class names are missing until rows are loaded, or until `expect` gives them."""
-        self.source = Source(cfg.path or "", cfg.subset, cfg.train_split, cfg.validation_split)
+        self.source = Source(cfg)
         self.test_splits = ("test",) if self.source.has_test else ()
 
     def unit_of(self, metric: str) -> str:
@@ -105,15 +89,11 @@ class TextTask(SentenceTask):
         return metric != "mse"
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
-        """All rows of another file; otherwise the validation rows."""
-        return (ALL,) if other_data and self.source.is_file else self.validation_splits
+        return self.source.default_splits(other_data)
 
     def problems(self) -> Iterator[str]:
         names, cfg = self.columns.texts, self.cfg
-        if cfg.path is None:
-            yield f"task.path=null: task={self.name} reads your own rows: give a file, or a folder with train.csv"
-        else:
-            yield from self.source.problems()
+        yield from self.source.problems()
         if not names:
             yield "task.text_columns=[] must name at least one column"
         for key, columns in (("text_columns", names), ("label_columns", cfg.label_columns or ())):
@@ -167,11 +147,7 @@ class TextTask(SentenceTask):
 
         Rows of "train" and "validation" need labels; the rows of other splits need none.
         """
-        if self.source.is_file and split not in ("train", "validation", ALL):
-            raise UserError(
-                f"split={split}: task.path={self.cfg.path} is one file; it has the splits all, train, validation"
-            )
-        if split == "train" or (split == "validation" and not self.source.has_validation()):
+        if self.source.of_training(split):
             rows = self.load()
             return rows.train if split == "train" else rows.validation[split]
         if not self.numeric and not self.spec.label_names:
@@ -244,21 +220,16 @@ class TextTask(SentenceTask):
 
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(training rows, validation rows); both accounts say how they were divided."""
-        fraction, seed = self.cfg.validation_fraction, self.cfg.split_seed
-        chosen = choose_validation(table, fraction, seed, by_class=not self.numeric)
+        chosen = choose_validation(table, self.cfg.validation_fraction, self.cfg.split_seed, by_class=not self.numeric)
         if not chosen.any():
             raise UserError(
                 f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because no class has "
                 "two different texts; add rows, or a validation file"
             )
-        train, validation = table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
-        why = f"task.validation_fraction={fraction:g}, task.split_seed={seed}"
-        self.accounts["train"].drop(f"taken for validation, {why}", validation.num_rows)
-        self.accounts["validation"] = Account(validation.num_rows)
-        where = "drawn at random" if self.numeric else "drawn from each class"
+        how = "drawn at random" if self.numeric else "drawn from each class"
         if self.several:
-            where += " (a row of several classes counts for its rarest one)"
-        self.accounts["validation"].notes.append(f"{validation.num_rows:,} of the training rows, {where}: {why}")
+            how += " (a row of several classes counts for its rarest one)"
+        train, validation = cut(table, chosen, self.cfg, self.accounts, how)
         if repeated := count_repeated(table):
             self.accounts["train"].notes.append(
                 f"{repeated:,} rows have the text of an earlier row; equal texts are never divided between the parts"

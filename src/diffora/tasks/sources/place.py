@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import datasets
 
 from diffora.errors import UserError
+from diffora.settings.checks import FRACTION, PATH, SEED, Help
+from diffora.settings.sections import TaskSettings
 from diffora.tasks.sources.files import check_folder, has_validation, split_files
 from diffora.tasks.sources.hub import hub_dataset, no_split
 
@@ -25,13 +29,30 @@ ADVICE = {
 """What to do with files of other types."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlaceSettings(TaskSettings):
+    """Settings of every task that reads people's own rows: where they are, and which of them are for validation."""
+
+    path: Annotated[
+        Annotated[str, PATH] | None,
+        Help("A file, a folder with one file for each split (train, validation, test), or the id of a hub data set."),
+    ] = None
+    subset: Annotated[str | None, Help("Subset of a data set on the hub; null: its only one.")] = None
+    train_split: Annotated[str, Help("Split of the training rows, in a folder or on the hub.")] = "train"
+    validation_split: Annotated[
+        str, Help("Split of the validation rows. Without it, they are taken from the training rows.")
+    ] = "validation"
+    validation_fraction: Annotated[
+        float, FRACTION, Help("Share of the training rows to validate on, if there are no validation rows.")
+    ] = 0.1
+    split_seed: Annotated[int, SEED, Help("Draws these rows; the seed of the run does not matter.")] = 0
+
+
 class Place:
     """The place of the rows, ``task.path``.
 
     Args:
-        path: a file, a folder, or the id of a data set on the hub.
-        subset: the configuration of a data set on the hub; None for its only one.
-        train, validation: the names of these splits in a folder or on the hub.
+        settings: of the task, `PlaceSettings`.
         formats: endings of the files that the task reads, without the dot.
 
     Attributes:
@@ -39,15 +60,22 @@ class Place:
         is_hub: whether they are on the hub.
     """
 
-    def __init__(self, path: str, subset: str | None, train: str, validation: str, formats: Sequence[str]) -> None:
-        self.path, self.place, self.subset, self.formats = path, Path(path), subset, tuple(formats)
-        self.names = {"train": train, "validation": validation}
+    def __init__(self, settings: Any, formats: Sequence[str]) -> None:
+        path = self.path = settings.path or ""
+        self.task, self.place, self.subset, self.formats = settings.name, Path(path), settings.subset, tuple(formats)
+        self.names = {"train": settings.train_split, "validation": settings.validation_split}
         looks_like_file = self.place.suffix.removeprefix(".") in (*self.formats, *ADVICE)
         self.is_hub = not self.place.exists() and not looks_like_file and HUB_ID.fullmatch(path) is not None
         self.is_file = not self.is_hub and not self.place.is_dir()
 
     def problems(self) -> Iterator[str]:
         """One message for each setting that does not suit the place."""
+        if not self.path:
+            yield (
+                f"task.path=null: task={self.task} reads your own rows: give a file ({', '.join(self.formats)}), a "
+                "folder with train.<type>, or a data set on the hub"
+            )
+            return
         kind = self.place.suffix.removeprefix(".")
         if self.is_file and kind not in self.formats:
             types = (
@@ -90,6 +118,22 @@ class Place:
             there = others[0]
             raise UserError(f"{self.path} has no split 'validation', but '{there}': task.validation_split={there}")
         return False
+
+    def default_splits(self, other_data: bool) -> tuple[str, ...]:
+        """The splits to evaluate: all rows of another file, otherwise the validation rows."""
+        return (ALL,) if other_data and self.is_file else ("validation",)
+
+    def of_training(self, split: str) -> bool:
+        """Whether the rows of a split are known only after the training rows are divided.
+
+        Raises:
+            UserError: a single file has no such split.
+        """
+        if self.is_file and split not in ("train", "validation", ALL):
+            raise UserError(
+                f"split={split}: task.path={self.path} is one file; it has the splits all, train, validation"
+            )
+        return split == "train" or (split == "validation" and not self.has_validation())
 
     def files(self, split: str, problems: list[str]) -> list[Path]:
         """The files of a split; empty, with a message in ``problems``, if there are none.

@@ -1,10 +1,13 @@
 """Taking validation rows from the training rows, if the data have no validation file."""
 
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from diffora.tasks.account import Account, Accounts
 
 
 def row_texts(table: pa.Table) -> pa.ChunkedArray:
@@ -70,3 +73,20 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
             if any(label not in trained for row in rows for label in labels[row]):
                 chosen[rows] = False
     return chosen
+
+
+def cut(table: pa.Table, chosen: np.ndarray, settings: Any, accounts: Accounts, how: str) -> tuple[pa.Table, pa.Table]:
+    """(training rows, validation rows). Both accounts say how the rows were divided.
+
+    Args:
+        chosen: [n] from `choose_validation`.
+        settings: of the task, `diffora.tasks.sources.place.PlaceSettings`.
+        accounts: of the task.
+        how: how the rows were drawn, in words.
+    """
+    train, validation = table.filter(pa.array(~chosen)), table.filter(pa.array(chosen))
+    why = f"task.validation_fraction={settings.validation_fraction:g}, task.split_seed={settings.split_seed}"
+    accounts["train"].drop(f"taken for validation, {why}", validation.num_rows)
+    accounts["validation"] = Account(validation.num_rows)
+    accounts["validation"].notes.append(f"{validation.num_rows:,} of the training rows, {how}: {why}")
+    return train, validation

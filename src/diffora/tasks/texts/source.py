@@ -1,5 +1,7 @@
 """The rows of texts with labels, in one file, in a folder with a file for each split, or on the hub."""
 
+from typing import Any
+
 from diffora.tasks.account import Account
 from diffora.tasks.sources.hub import with_features
 from diffora.tasks.sources.place import Place
@@ -12,11 +14,11 @@ class Source(Place):
     """The place of rows of texts, ``task.path``.
 
     Args:
-        path, subset, train, validation: as in `Place`.
+        settings: as in `Place`.
     """
 
-    def __init__(self, path: str, subset: str | None, train: str, validation: str) -> None:
-        super().__init__(path, subset, train, validation, FORMATS)
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings, FORMATS)
 
     def read(self, split: str, columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
         """The checked rows of a split; None, and messages in ``problems``, if something is wrong.
