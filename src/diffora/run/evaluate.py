@@ -24,6 +24,7 @@ from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
 from diffora.run import terminal
+from diffora.run.arguments import named_values, put
 from diffora.run.check import section_problems
 from diffora.run.classes import write_classes
 from diffora.run.composition import composition_problems
@@ -99,24 +100,14 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
     Raises:
         UserError: words are wrong; it lists all of them.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import
-
     own: dict[str, Any] = {}
     choices: list[str] = []
     values: dict[str, Any] = {}
     problems: list[str] = []
     groups = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
-    for argument in arguments:
-        try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except Exception:
-            problems.append(f"{argument} is not of the form name=value")
-            continue
-        name, value = parsed.key_or_group, parsed.value()
+    for argument, name, value in named_values(arguments, problems):
         if name in OWN:
-            if own.get(name, value) != value:
-                problems.append(f"{name}= is given twice: {checks.show(own[name])} and {checks.show(value)}")
-            own[name] = value
+            put(own, name, value, problems)
         elif name in SECTIONS:
             choices.append(argument)
         elif name.split(".")[0] in SECTIONS:

@@ -29,9 +29,10 @@ from diffora.errors import UserError, called
 from diffora.files import atomic_folder, check_writable, read_json
 from diffora.hub import resolve
 from diffora.loop.process import quiet_libraries
+from diffora.run.arguments import sorted_words
 from diffora.run.evaluate import check_backbone, load_trained, override, settings_of_run
 from diffora.run.record import WEIGHTS, check_as_left, read_record, why_broken
-from diffora.settings.checks import show, unknown_key
+from diffora.settings.checks import show
 from diffora.tasks.base import Task, get_task
 from diffora.trust import class_at
 
@@ -91,7 +92,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     Raises:
         UserError: arguments are wrong (it lists all of them), or the run is not finished.
     """
-    places, own, values, problems = parse(arguments, OWN, ("task", "model"))
+    places, own, values, problems = sorted_words(arguments, OWN, ("task", "model"))
     if len(places) != 1:
         problems.insert(0, f"give one run directory: {called('export')} <run>")
     form = own.get("form", UNIFORM)
@@ -111,45 +112,6 @@ def read_request(arguments: Sequence[str]) -> Request:
     converter = Path(str(own["converter"])).expanduser() if "converter" in own else None
     own_backbone = "model.path" in values
     return Request(run, form, to, cfg, weights, record, converter, own.get("method._target_"), own_backbone)
-
-
-def parse(
-    arguments: Sequence[str], own: Sequence[str], sections: Sequence[str]
-) -> tuple[list[str], dict[str, Any], dict[str, Any], list[str]]:
-    """Sort the words of a command line.
-
-    Args:
-        arguments: the words.
-        own: names of the command's own arguments.
-        sections: sections of the configuration whose values may be given, as ``model.path=…``.
-
-    Returns:
-        (words without ``=``; own arguments by name; settings by key; one message for each wrong word).
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import
-
-    places: list[str] = []
-    found: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for argument in arguments:
-        if "=" not in argument or Path(argument).expanduser().exists():
-            places.append(argument)
-            continue
-        try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except Exception:
-            problems.append(f"{argument} is not of the form name=value")
-            continue
-        name, value = parsed.key_or_group, parsed.value()
-        group = found if name in own else values
-        if (group is values and name.partition(".")[0] not in sections) or name in sections:
-            problems.append(unknown_key(name, list(own)))
-        elif name in group and group[name] != value:
-            problems.append(f"{name}= is given twice: {show(group[name])} and {show(value)}")
-        else:
-            group[name] = value
-    return places, found, values, problems
 
 
 def finished_run(folder: Path, values: dict[str, Any]) -> tuple[DictConfig, Path, dict[str, Any]]:
