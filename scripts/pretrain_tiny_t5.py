@@ -8,21 +8,22 @@ random words and sentences, to copy; and sentences to say in other words. There 
 `rewrite` task.
 """
 
-import argparse
-import math
 import random
 import sys
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from pretraining import options, pretrain  # noqa: E402
 
 from diffora.tasks.embedded import paraphrase  # noqa: E402
 from diffora.tasks.embedded.dialogue import VOCABULARY  # noqa: E402
@@ -118,22 +119,14 @@ def batches(size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
             yield {"input_ids": ids, "attention_mask": mask, "labels": padded([wanted for _, wanted in chosen], -100)}
 
 
+def loss_of(model: Any, batch: Any) -> Tensor:
+    """Cross-entropy of the target's tokens."""
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "src/diffora/assets/tiny_t5")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=72)
-    parser.add_argument("--intermediate", type=int, default=192)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=100)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = options(__doc__ or "", "tiny_t5", steps=4000, batch_size=32, layers=3, hidden=72, intermediate=192)
     tokenizer = build_tokenizer()
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -149,36 +142,8 @@ def main() -> None:
         decoder_start_token_id=PAD,  # type: ignore[call-arg]
     )
     model = T5ForConditionalGeneration(config).train()
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
-    warmup = max(1, args.steps // 20)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / args.steps))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    start, mean = time.perf_counter(), math.log(len(tokenizer))
-    for step, batch in enumerate(islice(batches(args.batch_size, args.seed), args.steps), 1):
-        loss = model(**batch, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        mean += (loss.item() - mean) * 0.02
-        if step % args.log_every == 0 or step == args.steps:
-            spent = time.perf_counter() - start
-            left = spent / step * (args.steps - step)
-            print(f"{step}/{args.steps}  loss {mean:.3f}  {spent:.0f} s spent, {left:.0f} s left", flush=True)
-    model.config.dropout_rate = 0.1
-    model.half().save_pretrained(args.output)  # half the size; it is loaded as float32
-    (args.output / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(args.output)
-    size = sum(f.stat().st_size for f in args.output.iterdir())
-    print(f"loss {mean:.3f}, {time.perf_counter() - start:.0f} s, {size / 2**20:.2f} MiB in {args.output}")
+    model.config.dropout_rate = 0.1  # for those who load it; the layers above were made without dropout
+    pretrain(model, tokenizer, batches(args.batch_size, args.seed), loss_of, args)
 
 
 if __name__ == "__main__":
