@@ -1,8 +1,6 @@
 """task=seq2seq: rows, loss, generated text, and whole runs."""
 
-import csv
 import json
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -12,6 +10,7 @@ import torch
 from families import random_model, save_family, tokenizer_for
 from peft import PeftModel
 from stopped_runs import Stopped
+from tables import write
 from transformers import AutoModelForSeq2SeqLM
 
 from diffora.api import load_adapter
@@ -36,20 +35,6 @@ def pairs(n: int = 40) -> list[dict]:
         words = [WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(2 + i % 4)]
         rows.append({"source": f"{i} {' '.join(words)}", "target": " ".join(reversed(words)), "id": f"r{i}"})
     return rows
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    else:
-        with file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return file
 
 
 @pytest.fixture

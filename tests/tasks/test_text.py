@@ -1,17 +1,15 @@
 """task=text: people's own texts with classes or numbers."""
 
-import csv
 import json
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
 from sklearn import metrics as sk
+from tables import write
 from transformers import AutoTokenizer
 
 from diffora.errors import UserError
@@ -30,20 +28,6 @@ def tickets(n: int = 30) -> list[dict]:
     """Rows with the columns text and label; the first class in the file is not the first by name."""
     names = list(WORDS)
     return [{"text": f"{WORDS[names[i % 3]]} {i}", "label": names[i % 3]} for i in range(n)]
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    else:
-        with file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return file
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import gzip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_text import problems_of, tickets, write
+from tables import write
+from test_text import problems_of, tickets
 from transformers import AutoTokenizer
 
 from diffora.errors import UserError

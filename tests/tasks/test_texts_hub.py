@@ -9,7 +9,8 @@ import threading
 import pytest
 from conftest import REPO
 from dataset_hub import dataset_hub
-from test_text import tickets, write
+from tables import write
+from test_text import tickets
 
 LOAD = """
 import json, sys

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn import metrics as sk
-from test_text import SHORT, write
+from tables import write
+from test_text import SHORT
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
