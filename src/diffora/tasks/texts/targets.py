@@ -30,7 +30,9 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
     numbers = all(re.fullmatch(WHOLE, name) for name in classes)
     classes.sort(key=lambda name: (int(name), name) if numbers else name)
     where = f"{part.where}: column '{column}'"
-    if len(classes) == 1 and several:
+    if not classes:
+        problems.append(f"{where}: no row has a class, so there is nothing to learn.")
+    elif len(classes) == 1 and several:
         problems.append(f"{where}: the rows have no class but '{classes[0]}'; at least two classes are needed.")
     elif len(classes) == 1:
         problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
