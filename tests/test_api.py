@@ -1,5 +1,6 @@
 """diffora as a library: search, select and attach on models and loaders of the user's own."""
 
+import logging
 import subprocess
 import sys
 
@@ -275,6 +276,8 @@ def test_one_loader_is_divided_into_disjoint_halves(caplog):
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_terminal_shows_progress_and_what_was_divided_unless_told_not_to(progress, capsys, monkeypatch):
     monkeypatch.setattr("diffora.standalone.progress.is_watched", lambda: True)
+    # Without progress the lines are log messages, and logging may have been configured by an earlier test.
+    monkeypatch.setattr(logging.getLogger("diffora"), "propagate", False)
     diffora.search(Net(), pairs(8), loss=entropy_loss, rounds=2, progress=progress)
     shown = capsys.readouterr().err
     wanted = ("divided 6 batches", "trained with the adapters: norm.weight", "6/6", "round=2/2", "started at 0.500")
