@@ -53,6 +53,7 @@ class Selection:
             ``layers`` and ``encoder.layers``.
         split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
+        facts: numbers by which the selector says how far its scores can be trusted; most selectors have none.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Selection:
     longer_names: list[str] = field(default_factory=list)
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
@@ -202,7 +204,8 @@ class Selection:
 
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""
-        return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
+        kept = {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
+        return kept | ({"facts": self.facts} if self.facts else {})
 
     def save(self, path: Path | str) -> None:
         """Write the selection file atomically."""
@@ -297,6 +300,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
+        "facts": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "finite numbers by name"),
         "method": (_is_text, "text"),
         "selector": (_is_text, "text"),
     }

@@ -1,5 +1,6 @@
 """DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffora.errors import UserError
 from diffora.methods.base import Scoring, check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.scoring.selectors import SELECTORS, trains
-from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
+from diffora.settings.checks import PATH, TEXTS, Check, Help, show, whole
 from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
@@ -74,6 +75,12 @@ class DiffoRA(Selecting):
     def check(self, model: nn.Module, grid: Grid) -> None:
         if self.selection is None:
             super().check(model, grid)
+            if self.scoring is not None and self.selector == "one_shot" and self._has_one_selection(grid):
+                raise UserError(
+                    f"method.selector=one_shot compares random selections, but with rho={self.rho} and "
+                    f"method.budget={show(self.budget)} there is only one: choose a rho that selects some modules and "
+                    "leaves out others"
+                )
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
@@ -93,6 +100,14 @@ class DiffoRA(Selecting):
                 f"method.selection={self.selection} selects nothing, and method.weight_sharing=false freezes what is "
                 "not selected: there is no adapter to train"
             )
+
+    def _has_one_selection(self, grid: Grid) -> bool:
+        """Whether the selection is the same for all scores."""
+        scores = random_scores(grid.n_layers, grid.n_types, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, last = (self.selection_by(grid, sign * scores, self.selector, 0).mask() for sign in (1, -1))
+        return first.equal(last)
 
     @property
     def scoring(self) -> Scoring | None:

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -74,11 +75,13 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
     pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, loggers, pictures)
+    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
+    made = {"split_hash": rows.hash, "config": _provenance(parts)}
+    selection = replace(chosen, relaxation=result.relaxation, facts=result.facts, **made)
     if is_main():
         _save(parts, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
