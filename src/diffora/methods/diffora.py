@@ -17,7 +17,7 @@ from diffora.errors import UserError
 from diffora.methods.base import Scoring, check_ranks
 from diffora.methods.selecting import Selecting
 from diffora.scoring.selectors import SELECTORS, trains
-from diffora.settings.checks import PATH, TEXTS, Check, Help, show, whole
+from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
@@ -76,10 +76,10 @@ class DiffoRA(Selecting):
         if self.selection is None:
             super().check(model, grid)
             if self.scoring is not None and self.selector == "one_shot" and self._has_one_selection(grid):
+                key, value = ("rho", self.rho) if self.budget is None else ("method.budget", self.budget)
                 raise UserError(
-                    f"method.selector=one_shot compares random selections, but with rho={self.rho} and "
-                    f"method.budget={show(self.budget)} there is only one: choose a rho that selects some modules and "
-                    "leaves out others"
+                    f"method.selector=one_shot compares random selections, but {key}={value} allows only one: choose a "
+                    "value that selects some modules and leaves out others"
                 )
             return
         if isinstance(self.selection, list):

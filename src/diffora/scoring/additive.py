@@ -49,7 +49,8 @@ def fit_additive(masks: np.ndarray, values: np.ndarray) -> Additive:
     Returns:
         The model, computed in float64.
     """
-    x, y = np.asarray(masks, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    x, values = np.asarray(masks, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    y = values - values[0]  # equal values then give exactly 0
     n, mean_x, mean_y = len(y), x.mean(0), y.mean()
     u, d, vt = np.linalg.svd(x - mean_x, full_matrices=False)
     there = d > d[0] * 1e-10
@@ -69,4 +70,4 @@ def fit_additive(masks: np.ndarray, values: np.ndarray) -> Additive:
     of_mean = (y - mean_y) * n / (n - 1)  # the same errors of a model that is only a mean
     variation = float(of_mean @ of_mean)
     r2 = 1 - min(sums) / variation if variation > 0 else 0.0
-    return Additive(effects, float(mean_y - mean_x @ effects), ridge, r2)
+    return Additive(effects, float(values[0] + mean_y - mean_x @ effects), ridge, r2)

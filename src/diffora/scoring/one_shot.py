@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Selections that are scored between two checkpoints."""
+TRUSTED = 0.1
+"""Below this leave-one-out R², a warning says that the scores say little."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,3 @@ def _tell(facts: Mapping[str, float], losses: Sequence[float]) -> None:
             f"one_shot: leave-one-out R² is {r2:.2f}: the effects of modules do not add up, or the losses do not "
             "depend on the selection; the scores say little"
         )
-
-
-TRUSTED = 0.1
-"""Below this leave-one-out R², a warning says that the scores say little."""
