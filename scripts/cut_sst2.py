@@ -1,4 +1,4 @@
-"""Cut SST-2's training rows into 4,000 for training and 5,000 others for validation, for experiment=selection_landscape.
+"""Cut 4,000 of SST-2's training rows for training and 5,000 others for validation, for experiment=selection_landscape.
 
     python scripts/cut_sst2.py data/sst2 data/landscape/sst2
 
