@@ -1,6 +1,7 @@
 """One-shot scores recover known worths; training and scoring use the deployed model; nothing else changes."""
 
 import logging
+from itertools import chain
 
 import lightning as L
 import numpy as np
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader
 from diffora.core.attach import attach, detach
 from diffora.core.dam import discretise, discretise_globally
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import set_gates
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop import streams
@@ -157,10 +157,8 @@ def test_it_recovers_the_order_of_modules_whose_worths_are_known_and_add_up(scop
     found = module.fitted()
     effects = torch.from_numpy(found.effects).view(3, 4).float()
     worth = torch.stack([task.of(batch) for batch in valid]).mean(0)
-    if scope == "layer":  # which layer is better cannot be seen: each has two modules in every selection
-        worth = worth - worth.mean(-1, keepdim=True)
-    else:
-        worth = worth - worth.mean()
+    # With scope=layer each layer has two modules in every selection, so which layer is better cannot be seen.
+    worth = worth - (worth.mean(-1, keepdim=True) if scope == "layer" else worth.mean())
     assert found.r2 > 0.95
     torch.testing.assert_close(effects, worth, rtol=0.05, atol=0.05)
     assert torch.equal(discretise(effects, 2), discretise(worth, 2))
@@ -177,7 +175,9 @@ def test_a_module_with_gate_zero_adds_exactly_nothing_and_gets_exactly_no_gradie
         for layer in row:
             nn.init.normal_(layer.lora_bt, std=0.5)
     gates = module.draws.gates(1)
-    off = [x for row, values in zip(module.layers, gates, strict=True) for x, g in zip(row, values, strict=True) if not g]
+    off = [
+        x for row, values in zip(module.layers, gates, strict=True) for x, g in zip(row, values, strict=True) if not g
+    ]
     on = [x for row in module.layers for x in row if x not in off]
     batch = batch_of(4)
     loss = module._loss(batch, gates)
@@ -229,11 +229,11 @@ def test_the_score_of_a_selection_is_the_loss_of_the_deployed_model(make, deploy
     module.model.eval()
     total, terms = module.score(gates).tolist()
 
-    model, old = module.model, sum(module.layers, [])
+    model, old = module.model, list(chain(*module.layers))
     detach(model)
     alpha = 3 * 6 / (chosen or deployed)  # an adapter of rank 3 then has the scale 6 / the deployed rank
     new = attach(model, module.grid.names, gates > 0, 3, None, alpha, freeze=False)
-    for layer, trained in zip(sum(new, []), old, strict=True):
+    for layer, trained in zip(chain(*new), old, strict=True):
         if layer is not None:
             layer.lora_a, layer.lora_bt = trained.lora_a, trained.lora_bt
     batches = [batch_of(4, seed=1), batch_of(4, seed=2)]
@@ -290,7 +290,9 @@ def test_a_grid_with_missing_modules_has_no_score_there(make):
     module = make()
     there = torch.ones(2, 6, dtype=torch.bool)
     there[1, 2] = False
-    module.layers = [[x if t else None for x, t in zip(*r, strict=True)] for r in zip(module.layers, there, strict=True)]
+    module.layers = [
+        [x if t else None for x, t in zip(*r, strict=True)] for r in zip(module.layers, there, strict=True)
+    ]
     drawn = torch.stack([module.draws.gates(streams.ONE_SHOT_SCORE, n) for n in range(40)]) > 0
     module.losses = (drawn[:, 0, 1].double() * -2.0 + 5).tolist()
     effects = module.fitted().effects
@@ -358,5 +360,5 @@ def test_a_size_with_only_one_selection_is_refused_before_any_training(given, wo
 
 
 def test_too_few_selections_are_refused(cfg):
-    with pytest.raises(UserError, match="search.masks=5 must be"):
+    with pytest.raises(UserError, match=r"search\.masks=5 must be"):
         check(cfg(*RUN, "search.masks=5"))
