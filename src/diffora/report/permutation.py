@@ -30,7 +30,7 @@ class Permuted:
         low, high: the central 95 % of the shuffles.
         p: one-sided p-value of "better than chance": the share of shuffles with at least this value.
         p_worse: the same for "worse than chance".
-        exact: whether all shuffles were tried. Otherwise the observed order counts as one more shuffle, so p is above 0.
+        exact: whether all shuffles were tried. If not, the observed order counts as one more, so p is above 0.
     """
 
     value: float
@@ -53,7 +53,7 @@ class Permuted:
 
 
 def percentiles(worth: Sequence[float], groups: Sequence[int] | None = None) -> np.ndarray:
-    """For each subset the percentage of subsets of its group that are worth less; equal ones, itself included, count half.
+    """For each subset the percentage of its group that is worth less; equal ones, itself included, count half.
 
     Args:
         worth: of each subset; high is good.
@@ -116,8 +116,8 @@ def choices_track_worth(
 def picks_stand_out(strata: Sequence[Sequence[float]], picked: Sequence[int], seed: int = 0) -> Permuted:
     """Mean percentile of one picked run of each stratum, tested by picking any run of each stratum instead.
 
-    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. Picks of
-    different strata are independent in this test. If a selector picks alike with all seeds, that is one coincidence
+    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. Picks
+    of different strata are independent in this test. If a selector picks alike with all seeds, that is one coincidence
     rather than several, and the p-value is too small.
 
     Args:
