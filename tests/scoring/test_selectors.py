@@ -52,7 +52,9 @@ def zeros(model, grid, batches, loss):
 
 
 def test_the_registry_has_the_selectors_of_the_configuration():
-    assert list(SELECTORS) == ["search", "attribution", "gradient", "activation"]
+    assert list(SELECTORS) == [
+        *("search", "attribution", "gradient", "activation", "plop", "fisher", "kappa", "spectrum")
+    ]
     assert [name for name in [*SELECTORS, "a.b"] if trains(name)] == ["search", "attribution"]
     assert all(find_selector(name) is entry for name, entry in SELECTORS.items())
 
