@@ -155,7 +155,7 @@ def test_out_of_memory_is_not_reported_as_a_mistake_of_the_function():
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("magic", "must be one of search, attribution, gradient, activation, random, or the dotted path"),
+        ("magic", "must be one of search, attribution, gradient, .* random, qv, .* alternate, or the dotted path"),
         ("my_selectors.square", r"my_selectors has no square; did you mean my_selectors\.squares\?"),
         ("my_selectors.nothing_like_it", "its functions: squares, few"),
         ("my_selectors.number", "is a int, not a function"),
