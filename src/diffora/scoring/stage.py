@@ -14,7 +14,8 @@ from diffora.core.ensemble import log_gates, member_seed, standardised
 from diffora.loop.parts import Parts
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of, split_hash, split_search
-from diffora.scoring.selectors import Member, Run, SearchContext, SearchResult, find_selector
+from diffora.scoring.context import Member, Run, SearchContext, SearchResult
+from diffora.scoring.selectors import find_selector
 from diffora.tasks.account import Account
 
 log = logging.getLogger(__name__)
