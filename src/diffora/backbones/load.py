@@ -94,7 +94,7 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
 
 
 def draw_fresh(backbone: Backbone) -> None:
-    """Draw the weights that no checkpoint has again, in place, from torch's global generator, as `load_backbone` does."""
+    """Draw the weights that no checkpoint has again, in place, from torch's global generator, as a loading does."""
     _draw(backbone.model, tuple(f"{name}." for name in backbone.fresh), torch.get_rng_state())
 
 

@@ -1,4 +1,4 @@
-"""How sure a selection is: from the confidence of each module to words. No torch, because a report starts without it."""
+"""How sure a selection is: from the confidence of each module to words. No torch: a report starts without it."""
 
 from collections.abc import Iterable, Sequence
 

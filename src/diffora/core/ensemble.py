@@ -14,6 +14,10 @@ from diffora.core.dam import comparable
 
 DRAWS = 1000
 """How many repeats of an ensemble `confidence` imagines."""
+SAME_SCORES = (
+    "the {n} members of the ensemble have the same scores: {selector} does not depend on seed, head or order of rows "
+    "here, so that the ensemble cannot say how sure the selection is"
+)
 SMALLEST_GATE = 1e-12
 """Gates closer to 0 or 1 than this are moved here before a logarithm is taken."""
 

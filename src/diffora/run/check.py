@@ -89,8 +89,8 @@ def _ensemble_problems(settings: Settings) -> Iterator[str]:
     n, scoring = 1 if settings.search is None else settings.search.ensemble, settings.method.scoring
     if n > 1 and scoring is not None and scoring.keep_weights:
         yield (
-            f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and none "
-            "of them made the selection"
+            f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and "
+            "none of them made the selection"
         )
 
 

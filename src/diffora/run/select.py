@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from diffora.core.ensemble import confidence
+from diffora.core.ensemble import SAME_SCORES, confidence
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
@@ -115,10 +115,7 @@ def _with_confidence(parts: Parts, method: Method, selection: Selection, result:
         standardised = torch.stack([member.standardised for member in result.members])
         found = confidence(standardised, lambda scores: _mask(method.choose(parts.grid, scores, seed)))
     if found is None:
-        log.warning(
-            f"the {len(result.members)} members of the ensemble have the same scores: {selection.selector} does not "
-            "depend on seed, head or rows, so that the ensemble cannot say how sure the selection is"
-        )
+        log.warning(SAME_SCORES.format(n=len(result.members), selector=selection.selector))
     return replace(
         selection,
         gamma_bar=None,

@@ -16,7 +16,13 @@ from diffora.errors import UserError
 from diffora.scoring.criteria import counted_tokens, gradient_norm, square_sums, weight_times_activation
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.standalone.batches import Loss, checked, model_loss, moved, some
-from diffora.standalone.choice import choice_problems, selection_of
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    member_seeds,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
 
@@ -34,6 +40,7 @@ def select(
     n_batches: int = 16,
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Select modules by another criterion than the search. Nothing is trained, and the model stays as it is.
 
@@ -48,6 +55,9 @@ def select(
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, and of the order of a shuffled loader.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: score so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean of
+            the standardised scores. The selection then has a ``confidence`` for each module. The scores must depend on
+            the seed: give a shuffled loader.
 
     Returns:
         The selection; ``scores`` is L x N.
@@ -58,7 +68,7 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = list(choice_problems(k, scope, grid))
+    problems = [*choice_problems(k, scope, grid), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
     elif not callable(selector) and selector not in ("gradient", "activation", "random"):
@@ -71,18 +81,23 @@ def select(
         raise UserError(problems)
     if callable(selector):
         check_signature(selector, f"selector={name_of(selector)}")
-    if selector == "random":
-        scores = random_scores(grid.n_layers, grid.n_types, seed)
-    else:
-        assert loader is not None
-        with left_as_found(model, seed):
-            model.eval()
-            device = device_of(model)
-            batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-            scores = _scores(model, grid, selector, batches, loss or model_loss, progress)
-    if not scores[grid.there].isfinite().all():
-        raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+    members = []
+    for own in member_seeds(seed, ensemble, progress):
+        if selector == "random":
+            scores = random_scores(grid.n_layers, grid.n_types, own)
+        else:
+            assert loader is not None
+            with left_as_found(model, own):
+                model.eval()
+                device = device_of(model)
+                batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
+                scores = _scores(model, grid, selector, batches, loss or model_loss, progress)
+        if not scores[grid.there].isfinite().all():
+            raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+        members.append(scores)
     config = {"n_batches": n_batches}
+    if ensemble > 1:
+        return selection_of_members(grid, members, k, scope, name_of(selector), seed, config)
     return selection_of(grid, scores, k, scope, name_of(selector), seed, config, scores=scores.tolist())
 
 
