@@ -236,10 +236,11 @@ def over_tasks(values: Sequence[float], shuffled: Sequence[np.ndarray]) -> Permu
         values: one correlation for each task.
         shuffled: for each task the correlations of the shuffles, all of the same number. NaN counts as 0.
     """
-    together = np.tanh(_fisher(np.nan_to_num(np.array(shuffled))).mean(0))
-    return Permuted.of(float(np.tanh(_fisher(np.array(values)).mean())), together)
+    together = np.tanh(fisher_z(np.nan_to_num(np.array(shuffled))).mean(0))
+    return Permuted.of(float(np.tanh(fisher_z(values).mean())), together)
 
 
-def _fisher(values: np.ndarray) -> np.ndarray:
-    z: np.ndarray = np.arctanh(np.clip(values, -0.999999, 0.999999))
+def fisher_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Fisher's z of correlations: the scale on which they are averaged. 1 and -1 become large, but finite."""
+    z: np.ndarray = np.arctanh(np.clip(np.asarray(values, dtype=float), -0.999999, 0.999999))
     return z
