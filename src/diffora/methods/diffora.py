@@ -128,7 +128,7 @@ class DiffoRA(Selecting):
     def scoring(self) -> Scoring | None:
         if self.selection is not None or self.adapter is not None or self.selector in WITHOUT_MODEL:
             return None
-        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
+        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start, self.scope)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if (found := self.selection_of_start(grid, seed)) is not None:
