@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from diffora.core.choose import draw_of_same_size, random_scores
-from diffora.core.counts import adapter_parameters
+from diffora.core.counts import above, adapter_parameters
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -39,6 +39,8 @@ class Random(Selecting):
         yield from super().problems()
         if self.like is not None and self.budget is not None:
             yield "method.like does not go with method.budget: both fix the number of parameters"
+        if self.like is not None and self.time_budget is not None:
+            yield "method.like does not go with method.time_budget: both say which layers may have adapters"
         if self.like is not None and self.adapter is not None:
             yield "method.like does not go with method.adapter, which has its own selection"
 
@@ -51,13 +53,15 @@ class Random(Selecting):
         pattern = Selection.load(Path(self.like))
         pattern.check_fits(grid, self.like)
         rank = self.rank if pattern.rank is None else pattern.rank
-        mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
+        shapes = above(grid.shapes, pattern.lowest_layer)
+        mask = draw_of_same_size(shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
         if mask is None:
             raise UserError(f"method.like={self.like}: no other selection has as many parameters")
-        wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
+        wanted, has = (adapter_parameters(shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
         if has != wanted:
             log.warning(
                 f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other pairs are shared"
             )
         made = {"selector": "random", "k": pattern.k, "rank": pattern.rank, "rho": self.rho, "seed": seed}
+        made["lowest_layer"] = pattern.lowest_layer
         return Selection.from_mask(grid, mask, method=self.name, **made)
