@@ -4,6 +4,7 @@ Every share is of the time of a step with LoRA on all candidate modules, at the 
 `Counted` gets it from operations that are counted on tensors without content, `Timed` from timed steps.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -250,7 +251,7 @@ class Timed:
         rows = rows_at_a_time(parts.settings, parts.settings.finetune)
         train = parts.data.train.encoded
         sampler = LengthGroupedBatchSampler(np.asarray(train["length"]), rows, parts.settings.seed)
-        drawn = [numbers for _, numbers in zip(range(ROUNDS), sampler, strict=False)]
+        drawn = list(itertools.islice(sampler, ROUNDS))
         self.batches: list[Batch] = [parts.data.collate(train[numbers]) for numbers in drawn]
         self.criterion = criterion_of(parts.settings.finetune, parts.task, train)
 
