@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -65,6 +65,8 @@ class DiffoRA(Selecting):
         yield from super().problems()
         if self.selection is not None and self.budget is not None:
             yield "method.budget does not go with method.selection, which already says what is selected"
+        if self.selection is not None and self.time_budget is not None:
+            yield "method.time_budget does not go with method.selection, which already says what is selected"
         if self.adapter is not None and (self.selection is not None or self.warm_start):
             key = "selection" if self.selection is not None else "warm_start"
             yield f"method.{key} does not go with method.adapter, which has its own selection and weights"
@@ -109,7 +111,11 @@ class DiffoRA(Selecting):
         mask, from_file = selection.mask(), selection.rank is not None
         check_ranks(grid, {f"{self.selection}: rank" if from_file else "rank": selection.rank or self.rank}, mask)
         if self.weight_sharing:
-            check_ranks(grid, {"method.shared_rank": self.shared_rank}, ~mask)
+            check_ranks(
+                replace(grid, lowest_layer=selection.lowest_layer).allowed,
+                {"method.shared_rank": self.shared_rank},
+                ~mask,
+            )
         elif not mask.any():
             raise UserError(
                 f"method.selection={self.selection} selects nothing, and method.weight_sharing=false freezes what is "
