@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from diffora.core.attach import attach, detach
 from diffora.core.dam import discretise, discretise_globally
+from diffora.core.ensemble import member_seed
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -343,6 +344,16 @@ def test_warm_start_takes_the_trained_pairs(tmp_path, cfg):
     small = [*RUN, "search.masks=10", "method.warm_start=true", "search_only=true"]
     result = run(cfg(*small), tmp_path / "run")
     assert (result.folder / "selection.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_facts_of_an_ensemble_are_means_over_its_members(tmp_path, cfg):
+    small = [*RUN, "search.epochs=1", "search.masks=10", "search_only=true"]
+    seeds = [0, member_seed(0, 1)]
+    single = [run(cfg(*small, f"seed={seed}"), tmp_path / f"{seed}").selection.facts for seed in seeds]
+    facts = run(cfg(*small, "search.ensemble=2"), tmp_path / "both").selection.facts
+    assert single[0] != single[1]
+    assert facts == {name: pytest.approx((single[0][name] + single[1][name]) / 2, rel=1e-6) for name in single[0]}
 
 
 @pytest.mark.parametrize(
