@@ -4,13 +4,16 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from families import random_model
 
 import diffora
+from diffora.core.dam import modules_per_layer
 from diffora.core.grid import find_grid
-from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, heuristic_scores
+from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, heuristic_problem, heuristic_scores, usual_sizes
 from diffora.core.parts import part_of
 from diffora.errors import UserError
+from diffora.files import conf_dir
 from diffora.run.check import check
 from diffora.run.experiment import run
 
@@ -147,3 +150,17 @@ def test_a_run_without_a_search(cfg, quick, tmp_path):
     result = run(cfg(*settings), tmp_path)
     assert [len(row) for row in result.selection.selected] == [0, 0, 6, 6]
     assert result.selection.selector == "upper" and result.record["time"]["search_s"] == 0
+
+
+def test_the_experiment_of_all_selectors_asks_for_numbers_that_suit():
+    rows = yaml.safe_load((conf_dir() / "experiment/selection_matters.yaml").read_text())["hydra"]["sweeper"]["rows"]
+    settings = [dict(text.split("=", 1) for text in row["set"]) for row in rows]
+    found = [each for each in settings if each.get("method.selector") in HEURISTICS]
+    assert {each["method.selector"] for each in found} == set(HEURISTICS)
+    for grid in (find_grid(random_model(family, num_hidden_layers=4)) for family in ("bert", "llama", "vit")):
+        for each in found:
+            sizes = [grid.n_modules] if each.get("method.scope") == "global" else grid.sizes
+            counts = [modules_per_layer(float(each["rho"]), size) for size in sizes]
+            scores = heuristic_scores(each["method.selector"], grid)
+            assert sum(counts) == sum(usual_sizes(each["method.selector"], scores))
+            assert heuristic_problem(scores, counts, []) == ""
