@@ -121,8 +121,15 @@ def messages(cfg, *overrides):
         ("finetune.dropout=16", "finetune.dropout=16 must be a number in [0, 1)"),
         ("finetune.warmup_steps=-1", "finetune.warmup_steps=-1"),
         ("finetune.max_steps=0", "finetune.max_steps=0 must be a whole number of at least 1"),
-        ("finetune.eval_every=1.0", "finetune.eval_every=1.0 must be a number of steps, or a fraction of an epoch"),
-        ("finetune.eval_every=0", "finetune.eval_every=0 must be a number of steps, or a fraction of an epoch"),
+        (
+            "finetune.eval_every=1.0",
+            "finetune.eval_every=1.0 must be a whole number of steps such as 500, or a fraction",
+        ),
+        (
+            "finetune.eval_every=2.5",
+            "finetune.eval_every=2.5 must be a whole number of steps such as 500, or a fraction",
+        ),
+        ("finetune.eval_every=0", "finetune.eval_every=0 must be a whole number of steps such as 500, or a fraction"),
         ("finetune.lora_plus_ratio=0", "finetune.lora_plus_ratio=0 must be a number above 0"),
         ("finetune.label_smoothing=1", "finetune.label_smoothing=1 must be a number in [0, 1)"),
         ("finetune.class_weights=blanced", "finetune.class_weights='blanced' must be balanced, or numbers above 0"),

@@ -206,8 +206,11 @@ def test_labels_that_could_be_numbers_or_texts_are_refused(task, tmp_path):
 
 def test_other_mistakes(task, tmp_path):
     file = write(tmp_path / "a.csv", columns(rows(fewer=False)))
-    assert "no column 'choices'" in problems_of(task(file))
-    assert "no column 'ending9'" in problems_of(task(file, "task.choice_columns=[ending9,ending1]"))
+    assert "no column 'choices' (task.choices_column); it has context, ending0, " in problems_of(task(file))
+    found = problems_of(task(file, "task.choice_columns=[Ending0,ending1]", "task.start_column=x"))
+    assert "no column 'x' (task.start_column)" in found
+    assert "no column 'Ending0' (task.choice_columns); it has " in found
+    assert "perhaps task.choice_columns=[ending0,ending1]." in found
     empty = [row | {"ending3": ""} for row in columns(rows(fewer=False))]
     found = problems_of(task(write(tmp_path / "b.csv", empty), ENDINGS))
     assert (

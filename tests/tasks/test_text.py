@@ -159,7 +159,7 @@ def test_doubtful_labels_are_noted(task, tmp_path):
 # --- mistakes ---
 
 BAD = [
-    ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "no column 'topic' (task.label_column); the file has"),
+    ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "no column 'topic' (task.label_column); it has"),
     ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "perhaps task.label_column=topics"),
     ("Texts,label\na,x\nb,y\n", [], "perhaps task.text_columns=[Texts]"),
     ("text,text,label\na,a,x\nb,b,y\n", [], "2 columns are called 'text'"),

@@ -264,8 +264,12 @@ def test_numbers_beyond_the_names(task, tmp_path):
 
 def test_other_mistakes(task, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", rows())
-    assert "no column 'words'; the file has tokens, ner_tags" in problems_of(task(file, "task.tokens_column=words"))
-    assert "rename 'ner_tags' if that is it" in problems_of(task(file, "task.tags_column=tags"))
+    assert "no column 'words' (task.tokens_column); it has tokens, ner_tags" in problems_of(
+        task(file, "task.tokens_column=words")
+    )
+    assert "(task.tags_column); it has tokens, ner_tags; perhaps task.tags_column=ner_tags." in problems_of(
+        task(file, "task.tags_column=tags")
+    )
     one = write_lines(tmp_path / "b.jsonl", [row | {"ner_tags": ["O"] * 5} for row in rows()])
     assert "all words have the same tag" in problems_of(task(one))
     mixed = write_lines(tmp_path / "c.jsonl", [row | {"ner_tags": ["B-PER", "PER", "O", "O", "O"]} for row in rows()])

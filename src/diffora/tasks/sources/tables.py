@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.account import Account
+from diffora.tasks.messages import some
 
 SUBSET_SEED = 0
 """Seed of every choice of rows that must be the same in all runs. It does not depend on the seed of a run."""
@@ -59,20 +60,33 @@ def content_hash(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def check_columns(names: Sequence[str], wanted: Sequence[str], file: str, problems: list[str]) -> None:
+def check_columns(
+    names: Sequence[str], wanted: Iterable[str], file: str, problems: list[str], keys: Mapping[str, str] | None = None
+) -> None:
     """Append a problem for each wanted column that is missing or there twice.
 
     The message about a missing column names the existing column that may be meant.
+
+    Args:
+        names: the columns that are there.
+        keys: the setting that chooses a column, by the column's name; the message names it. Without one, the column
+            has to be renamed.
     """
     for name in wanted:
-        count = names.count(name)
+        count, key = names.count(name), (keys or {}).get(name, "")
         if count > 1:
             problems.append(f"{file}: {count} columns are called '{name}'; keep one.")
         elif count == 0:
             by_lower = {column.lower(): column for column in reversed(names)}
-            near = difflib.get_close_matches(name, by_lower, n=1)
-            hint = f"; rename '{by_lower[near[0]]}' if that is it" if near else ""
-            problems.append(f"{file}: no column '{name}'{hint}; the file has {', '.join(names)}.")
+            near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+            shown = by_lower[near[0]] if near else ""
+            of_key = ",".join(shown if other == name else other for other, own in (keys or {}).items() if own == key)
+            value = f"[{of_key}]" if key.endswith("columns") else shown
+            advice = f"perhaps {key}={value}" if key else f"rename '{shown}' if that is it"
+            setting = f" ({key})" if key else ""
+            problems.append(
+                f"{file}: no column '{name}'{setting}; it has {some(names)}{f'; {advice}' if near else ''}."
+            )
 
 
 def row_dicts(batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:

@@ -35,6 +35,12 @@ class Columns:
         return ("text", "text2") if len(self.texts) == 2 else ("text",)
 
     @property
+    def keys(self) -> dict[str, str]:
+        """The setting that names each column."""
+        key = "task.label_columns" if self.flags else "task.label_column"
+        return dict.fromkeys(self.labels, key) | dict.fromkeys(self.texts, "task.text_columns")
+
+    @property
     def label(self) -> str:
         """The label columns, for messages."""
         return ", ".join(self.labels)
