@@ -195,6 +195,8 @@ def test_each_mistake_has_its_message(cfg, override, words):
         ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be one of step, epoch"),
         ("diffora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
         ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),
+        ("bitfit", "finetune.lora_plus_ratio=4", "lora_plus_ratio=4: method=bitfit trains no B of a low-rank update"),
+        ("vera", "finetune.lora_plus_ratio=4", "lora_plus_ratio=4: method=vera trains no B of a low-rank update"),
         ("peft", "method.config._target_=peft.DoraConfig", "peft.DoraConfig does not exist in PEFT; did you mean"),
     ],
 )

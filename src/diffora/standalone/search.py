@@ -240,7 +240,7 @@ def search(
     )
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid), *settings.problems()]
+    problems = [*choice_problems(k, scope, grid, seed), *settings.problems()]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
         raise UserError(problems)
     warn_of_processes()

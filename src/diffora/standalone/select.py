@@ -58,7 +58,7 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = list(choice_problems(k, scope, grid))
+    problems = list(choice_problems(k, scope, grid, seed))
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
     elif not callable(selector) and selector not in ("gradient", "activation", "random"):
