@@ -93,7 +93,13 @@ def test_all_formats_give_the_same_rows(task, tmp_path):
     ]
     assert len({found.data_hash for found in loaded}) == 1
     assert len(loaded[0].train) == 27 and len(loaded[0].validation["validation"]) == 3
-    assert loaded[0].train[0] == {"context": "who told x0", "start": "", "choices": LONG, "label": 0}
+    assert loaded[0].train[0] == {
+        "context": "who told x0",
+        "start": "",
+        "choices": LONG,
+        "label": 0,
+        "number": 1,
+    }
 
 
 def test_rows_with_fewer_choices(task, tmp_path):
@@ -140,7 +146,7 @@ def test_class_names_of_a_hub_data_set_are_numbers(task, tmp_path, monkeypatch):
     swag = task("allenai/swag", "task=swag")
     found = swag.load()
     assert asked == [("allenai/swag", "regular")]
-    assert found.train[5] == {"context": "A man 5.", "start": "He", "choices": LONG, "label": 1}
+    assert found.train[5] == {"context": "A man 5.", "start": "He", "choices": LONG, "label": 1, "number": 6}
 
 
 def test_several_columns_of_context(task, tmp_path):

@@ -15,7 +15,7 @@ from diffora.tasks.sources.check_values import check_text
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
 from diffora.tasks.sources.readers import read_parquet
-from diffora.tasks.sources.tables import check_columns
+from diffora.tasks.sources.tables import check_columns, with_numbers
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 ID = "id"
@@ -87,8 +87,7 @@ def read_hub_split(
 def _part(where: str, tables: Sequence[pa.Table], account: Account) -> Part:
     whole = pa.concat_tables(tables)
     account.read = whole.num_rows
-    numbers = pa.array(range(1, whole.num_rows + 1), pa.int64())
-    return Part(where, whole.append_column("number", numbers), account)
+    return Part(where, with_numbers(whole), account)
 
 
 # --- the formats ---

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from diffora.tasks.account import Account
 from diffora.tasks.messages import some
 
+NUMBER = "number"
+"""The column of the row's number at its source, counted from 1 over all files of the split."""
 SUBSET_SEED = 0
 """Seed of every choice of rows that must be the same in all runs. It does not depend on the seed of a run."""
 
@@ -39,10 +41,20 @@ def joint_hash(hashes: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
 
 
+def with_numbers(table: pa.Table) -> pa.Table:
+    """A table of all rows of a split, with the column `NUMBER`, so that predictions say which row they are for."""
+    return table.append_column(NUMBER, pa.array(range(1, table.num_rows + 1), pa.int64()))
+
+
 def content_hash(table: pa.Table) -> str:
-    """sha256 of a checked table's content. Process, file format, chunking and library versions do not change it."""
+    """sha256 of a checked table's content. Process, file format, chunking and library versions do not change it.
+
+    Nor does the column `NUMBER`, which only says where a row stood.
+    """
     digest = hashlib.sha256()
     for name in table.column_names:
+        if name == NUMBER:
+            continue
         column = table.column(name)
         digest.update(f"{name}:{len(column)}:".encode())
         while pa.types.is_list(column.type):

@@ -52,7 +52,7 @@ class Part:
 
     Attributes:
         where: its files, for messages.
-        table: the columns `Columns.read_as`, and ``label`` if the rows have labels: text, or lists of text.
+        table: the columns `Columns.read_as`; ``label`` if the rows have labels: text, or lists of text; ``number``.
         account: what became of the rows.
     """
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.messages import first_line, more
 from diffora.tasks.sources.check_values import check_text
-from diffora.tasks.sources.tables import check_columns
+from diffora.tasks.sources.tables import check_columns, with_numbers
 from diffora.tasks.texts.columns import LISTS, Columns, Part
 from diffora.tasks.texts.formats import read_file
 from diffora.tasks.texts.several import from_flags
@@ -69,7 +69,7 @@ def part_of(
     account.read = whole.num_rows
     if len(columns.texts) > 2:
         account.notes.append(f"columns {', '.join(columns.texts)} are joined into one text, with '{JOINT}' in between")
-    return Part(where, whole, account)
+    return Part(where, with_numbers(whole), account)
 
 
 # --- checks ---
