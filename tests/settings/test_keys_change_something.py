@@ -192,7 +192,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "DiffoRA": [
         (SEARCH, {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1",
-            "method.selector": "random", "method.scope": "global",
+            "method.selector": "random", "method.scope": "global", "method.shared_scale": "same",
             "method.budget": "30k", "method.selection": "[key]", "method.warm_start": "true",
             "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.adapter": "a/b/c",
         }),
@@ -207,8 +207,9 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TINY} method=random", {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1", "method.scope": "global",
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
-            "method.like": "conf", "method.adapter": "a/b/c",
+            "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
+        (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

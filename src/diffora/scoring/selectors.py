@@ -1,14 +1,17 @@
 """Selectors: each gives every candidate module a score. A module with a high score should get a LoRA of its own.
 
 A selector is a function from a `SearchContext` (model, grid, rows, settings) to a `SearchResult` (scores, L x N).
-`SELECTORS` holds those of the package, by the name in ``method.selector``:
+`SELECTORS` holds those of the package, by the name in ``method.selector``. A new one is a module and a line there:
 
 - ``search``: the bi-level search of [D] (`diffora.scoring.bilevel`); its scores are the relaxed DAM,
 - ``attribution``: trains all adapters, then divides their effect on the validation loss
   (`diffora.scoring.attribution`),
-- ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.scoring.score`).
+- ``gradient``, ``activation``, ``plop``, ``fisher``: one pass over some batches, nothing is trained
+  (`diffora.scoring.measures`),
+- ``kappa``, ``spectrum``: from the weights alone (`diffora.scoring.spectra`).
 
-(``random`` is not here: it needs neither model nor data, so the method draws the scores itself.)
+(``random`` and the heuristics of `diffora.core.heuristics` are not here. They need neither model nor data, so the
+method computes their scores itself.)
 
 Your own selector is a plain function. `from_function` turns it into a selector::
 
@@ -21,109 +24,22 @@ Your own selector is a plain function. `from_function` turns it into a selector:
 `diffora.scoring.function` describes the arguments, and what the function must not change.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-import lightning as L
-import numpy as np
-import torch
-from torch import Tensor
-
-from diffora.core.attach import attach, detach
-from diffora.core.lowrank import Layers, LowRankLinear
-from diffora.errors import UserError
-from diffora.loop.data import SearchData
-from diffora.loop.fit import fit
-from diffora.loop.loggers import Loggers
-from diffora.loop.parts import Parts
-from diffora.loop.progress import ProgressBar
-from diffora.scoring.attribution import AttributionModule
-from diffora.scoring.bilevel import SearchModule, Trajectory
-from diffora.scoring.function import ScoreFunction, check_signature
-from diffora.scoring.function_stage import FunctionModule
-from diffora.scoring.score import ScoreModule
-from diffora.settings.sections import Search
+from diffora.scoring.context import Selector
+from diffora.scoring.function import check_signature
+from diffora.scoring.one_pass import from_function, from_measure, from_spectrum
+from diffora.scoring.trained import attribution, bilevel
 from diffora.trust import function_at
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SearchContext:
-    """What a selector works on.
-
-    Attributes:
-        parts: backbone, grid, task and training rows; settings of the sections ``search`` and ``trainer``.
-        split: (search-train, search-valid) row numbers.
-        alpha: the updates of the candidates' adapters are scaled by alpha / rank.
-        score_batches: how many batches a selector other than ``search`` takes.
-        loggers: where a selector with rounds sends its metrics; None for nowhere.
-        callbacks: of Lightning, called in the rounds of ``search`` only.
-    """
-
-    parts: Parts
-    split: tuple[np.ndarray, np.ndarray]
-    alpha: float
-    score_batches: int
-    loggers: Loggers | None = None
-    callbacks: Sequence[L.Callback] = ()
-
-    @property
-    def settings(self) -> Search:
-        """The section ``search``."""
-        assert self.parts.settings.search is not None, "a method with a selector has this section"
-        return self.parts.settings.search
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a selector found.
-
-    Attributes:
-        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``.
-        seconds: of training and scoring, without loading.
-        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
-        relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
-        weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
-            ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
-    """
-
-    scores: Tensor
-    seconds: float
-    trajectory: Trajectory = field(default_factory=list)
-    relaxation: str | None = None
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-
-Run = Callable[[SearchContext], SearchResult]
-
-
-@dataclass(frozen=True)
-class Selector:
-    """One way to score the candidates.
-
-    Attributes:
-        run: computes the scores. The model is the same before and after.
-        trains: whether it trains A and B of every candidate, with rank ``search.rank``.
-    """
-
-    run: Run
-    trains: bool = False
-
-
-SELECTORS: dict[str, Selector] = {}
-
-
-def selector(name: str, trains: bool = False) -> Callable[[Run], Run]:
-    """Decorator: register a function in `SELECTORS`."""
-
-    def register(run: Run) -> Run:
-        SELECTORS[name] = Selector(run, trains)
-        return run
-
-    return register
+SELECTORS: dict[str, Selector] = {
+    "search": Selector(bilevel, trains=True),
+    "attribution": Selector(attribution, trains=True),
+    "gradient": Selector(from_measure("gradient")),
+    "activation": Selector(from_measure("activation")),
+    "plop": Selector(from_measure("plop")),
+    "fisher": Selector(from_measure("fisher")),
+    "kappa": Selector(from_spectrum("kappa")),
+    "spectrum": Selector(from_spectrum("spectrum")),
+}
 
 
 def find_selector(name: str) -> Selector:
@@ -144,169 +60,3 @@ def find_selector(name: str) -> Selector:
 def trains(name: str) -> bool:
     """Whether a selector trains A and B of every candidate. A user's function does not."""
     return name in SELECTORS and SELECTORS[name].trains
-
-
-@selector("search", trains=True)
-def bilevel(context: SearchContext) -> SearchResult:
-    """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
-    parts, settings = context.parts, context.settings
-    with all_adapted(context) as layers:
-        module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed)
-        shown = "search/train_loss", "search/valid_loss", module.certainty
-        matched = settings.update == "simultaneous"
-        _fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
-        gates = module.gates(module.gamma.detach()).cpu()
-        weights = searched_weights(context, gates, layers)
-    return SearchResult(gates, module.elapsed, module.trajectory, settings.relaxation, weights)
-
-
-@selector("attribution", trains=True)
-def attribution(context: SearchContext) -> SearchResult:
-    """Train every adapter with gate 1, then divide their effect among the modules by integrated gradients."""
-    parts, settings = context.parts, context.settings
-    with all_adapted(context) as layers:
-        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
-        module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
-        shown = "search/train_loss", "search/valid_loss"
-        _fit_rounds(context, "attribution", module, shown, settings.epochs + 1)
-        weights = searched_weights(context, torch.ones_like(module.scores), layers)
-    return SearchResult(module.scores, module.elapsed, weights=weights)
-
-
-@selector("gradient")
-def gradient(context: SearchContext) -> SearchResult:
-    """Norm of the mean gradient of the loss with respect to each frozen weight."""
-    return _criterion(context, "gradient")
-
-
-@selector("activation")
-def activation(context: SearchContext) -> SearchResult:
-    """Mean of |weight| times the norm of its input (Wanda's criterion)."""
-    return _criterion(context, "activation")
-
-
-def from_function(function: ScoreFunction, name: str) -> Run:
-    """A plain function ``(model, grid, batches, loss) -> scores`` as a selector.
-
-    With several processes, each one computes on all rows, and the result of the first one is used.
-    """
-
-    def run(context: SearchContext) -> SearchResult:
-        parts = context.parts
-        module = FunctionModule(parts.model, parts.grid, function, name, parts.task, parts.settings.seed)
-        return _one_pass(context, name, module, whole=True)
-
-    return run
-
-
-# --- what several selectors share ---
-
-
-@contextmanager
-def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | None]]]:
-    """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head.
-
-    There is None in place of an adapter where a layer has no such module.
-    """
-    grid, model = context.parts.grid, context.parts.model
-    head = {
-        name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
-        for name in context.parts.backbone.head
-    }
-    everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
-    rank, kernel = context.settings.rank, context.parts.settings.model.kernel
-    attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
-    try:
-        yield attached
-    finally:
-        detach(model)
-        for name, state in head.items():
-            model.get_submodule(name).load_state_dict(state)
-
-
-def _fit_rounds(
-    context: SearchContext,
-    name: str,
-    module: SearchModule,
-    shown: tuple[str, ...],
-    rounds: int,
-    callbacks: Sequence[L.Callback] = (),
-    matched: bool = False,
-) -> None:
-    """Train a module of Γ, A, B and head for some rounds.
-
-    Args:
-        shown: metrics beside the progress bar.
-        matched: whether batches of the two parts are paired by length.
-    """
-    parts, split = context.parts, context.split
-    s, grid = context.settings, parts.grid
-    if s.train_steps > (batches := max(1, len(split[0]) // s.batch_size)):
-        raise UserError(
-            f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
-            f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
-        )
-    collate, workers = (parts.data.collate, parts.data.collate_eval), parts.settings.trainer.num_workers
-    data = SearchData(
-        parts.data.train.encoded,
-        collate,
-        split,
-        s.batch_size,
-        parts.settings.seed,
-        s.train_steps,
-        workers,
-        matched=matched,
-    )
-    log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
-    loggers = [] if context.loggers is None else context.loggers.of_stage("search")
-    bar = ProgressBar(name, "round", shown)
-    fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds)
-    module.close_gates()
-
-
-def searched_weights(context: SearchContext, gates: Tensor, layers: Layers) -> dict[str, Tensor]:
-    """`SearchResult.weights`. The gate goes into B, because fine-tuning has no gates."""
-    weights = {}
-    for names, row, gates_of_row in zip(context.parts.grid.names, layers, gates, strict=True):
-        for name, layer, gate in zip(names, row, gates_of_row, strict=True):
-            if layer is None:
-                continue
-            weights[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
-            weights[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
-    return weights
-
-
-def _criterion(context: SearchContext, name: str) -> SearchResult:
-    parts = context.parts
-    module = ScoreModule(
-        parts.model, parts.grid.names, name, parts.task, context.settings.accumulate, parts.settings.seed
-    )
-    return _one_pass(context, name, module)
-
-
-def _one_pass(
-    context: SearchContext, name: str, module: ScoreModule | FunctionModule, whole: bool = False
-) -> SearchResult:
-    """Score on a few search-train batches. Afterwards, the model's mode and torch's random state are as before.
-
-    Args:
-        whole: whether every process gets all rows of a batch.
-    """
-    parts, s = context.parts, context.settings
-    collate = parts.data.collate_eval, parts.data.collate_eval
-    workers = parts.settings.trainer.num_workers
-    data = SearchData(
-        parts.data.train.encoded,
-        collate,
-        context.split,
-        s.batch_size,
-        parts.settings.seed,
-        num_workers=workers,
-        whole=whole,
-    )
-    log.info(f"{name}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
-    training = parts.model.training
-    with torch.random.fork_rng():
-        fit(parts, "search", module, data, [], [], max_epochs=1, limit_train_batches=context.score_batches)
-    parts.model.train(training)
-    return SearchResult(module.scores, module.elapsed)
