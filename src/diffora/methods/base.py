@@ -94,12 +94,15 @@ class Scoring:
         alpha: while a selector trains A and B, updates are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
         keep_weights: write the trained A and B to the run directory.
+        scope: which modules compete, those of a ``layer`` or of the whole grid (``global``); an ensemble standardises
+            scores among these.
     """
 
     selector: str
     alpha: float
     score_batches: int
     keep_weights: bool
+    scope: str = "layer"
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,11 @@ class Method:
     def inputs(self) -> dict[str, str]:
         """Digests of files that the result depends on besides data and backbone, by the key of their setting."""
         return {}
+
+    @property
+    def trains_b(self) -> bool:
+        """Whether the method may train a B of a low-rank update, as LoRA+ needs."""
+        return True
 
     @property
     def scoring(self) -> Scoring | None:

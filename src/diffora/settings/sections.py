@@ -32,7 +32,7 @@ CANDIDATES = Check(
 )
 EVALUATIONS = Check(
     lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
-    "a number of steps, or a fraction of an epoch between 0 and 1",
+    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
 )
 CLASS_WEIGHTS = Check(
     lambda v: (
@@ -264,6 +264,18 @@ class Search:
     clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
+    ] = 1
+    masks: Annotated[
+        int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
+    ] = 256
+    ensemble: Annotated[
+        int,
+        whole(1, 100),
+        Help(
+            "Run the selector this many times, each with its own seed, and select by the mean of the standardised "
+            "scores; from 2 on, `selection.json` says how sure each module is.",
+            "members",
+        ),
     ] = 1
 
 
