@@ -89,7 +89,9 @@ def test_draws_of_the_same_types_change_layers_only():
     mask = torch.tensor([[True, True, False], [True, False, False], [True, False, True], [True, True, False]])
     drawn = [draw_of_same_types(shapes, mask, seed) for seed in range(200)]
     assert all(d.sum(0).tolist() == [4, 2, 1] and not d[1, 1] and not d.equal(mask) for d in drawn)
-    counts = Counter(tuple(d.flatten().tolist()) for d in drawn)  # 3 ways for the second type, 4 for the third, less one
+    counts = Counter(
+        tuple(d.flatten().tolist()) for d in drawn
+    )  # 3 ways for the second type, 4 for the third, less one
     assert len(counts) == 11 and all(abs(n - 200 / 11) < 4 * math.sqrt(200 / 11) for n in counts.values())
     assert draw_of_same_types(shapes, torch.tensor([[True, False, False]] * 4), 0) is None
 
