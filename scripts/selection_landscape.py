@@ -3,7 +3,7 @@
     python scripts/selection_landscape.py outputs/selection_landscape-paper
     python scripts/selection_landscape.py <folder> --scores <folder of runs with search_only=true>
     python scripts/selection_landscape.py <folder> --scores <folder> --page docs/background/selection.md
-    python scripts/selection_landscape.py docs/background/data/selection_landscape.json   # the same tables without runs
+    python scripts/selection_landscape.py <folder of the page>/data/selection_landscape.json   # the same without runs
 
 A row is a mask (one random selection, the same with all seeds), a column "<task> <setting>". All masks of a column have
 equally many parameters. Results of fractions are in points (per cent).
