@@ -89,9 +89,7 @@ def test_draws_of_the_same_types_change_layers_only():
     mask = torch.tensor([[True, True, False], [True, False, False], [True, False, True], [True, True, False]])
     drawn = [draw_of_same_types(shapes, mask, seed) for seed in range(200)]
     assert all(d.sum(0).tolist() == [4, 2, 1] and not d[1, 1] and not d.equal(mask) for d in drawn)
-    counts = Counter(
-        tuple(d.flatten().tolist()) for d in drawn
-    )  # 3 ways for the second type, 4 for the third, less one
+    counts = Counter(tuple(d.flatten().tolist()) for d in drawn)  # 3 ways for one type, 4 for another, less 1
     assert len(counts) == 11 and all(abs(n - 200 / 11) < 4 * math.sqrt(200 / 11) for n in counts.values())
     assert draw_of_same_types(shapes, torch.tensor([[True, False, False]] * 4), 0) is None
 
@@ -106,9 +104,9 @@ def test_method_keep_types_draws_other_layers_for_the_same_types(cfg, deberta, t
     settings, _ = check(cfg(*like, "method.scope=global"))
     drawn = settings.method.choose(grid, None, 0).mask()
     assert drawn.sum(0).equal(mask.sum(0)) and not drawn.equal(mask)
-    with pytest.raises(UserError, match="method.keep=types needs method.scope=global"):
+    with pytest.raises(UserError, match=r"method\.keep=types needs method\.scope=global"):
         check(cfg(*like))
-    with pytest.raises(UserError, match="method.keep=types needs method.like"):
+    with pytest.raises(UserError, match=r"method\.keep=types needs method\.like"):
         check(cfg(*base, "method.scope=global"))
 
 
