@@ -158,6 +158,8 @@ def anything_to_find(column: Column) -> dict[str, Any]:
 
 def openness(mask: float, high: float, p: float) -> str:
     """Whether there is something to find in a column: its masks' standard deviation, the interval's end, F-test's p."""
+    if high == 0:
+        return "closed; the masks differ less than noise alone explains, so check the runs"
     if mask < CLOSED:
         return "closed" if high < CLOSED else f"closed; up to {high:.1f} is possible"
     return "open" if p < 0.05 else "open by the estimate only"

@@ -109,6 +109,11 @@ def test_a_column_where_masks_do_not_matter_is_closed(rng):
     assert found["verdict"].startswith("closed") and found["mask"] < 0.3
     loud = [script.anything_to_find(column(rng, np.zeros(24), noise=3.0)[0]) for _ in range(5)]
     assert {of["verdict"].split(";")[0] for of in loud} <= {"closed", "open by the estimate only"}
+    assert script.openness(0.0, 0.0, 0.99).startswith("closed; the masks differ less than noise")
+    assert script.openness(0.2, 0.29, 0.01) == "closed" and script.openness(0.2, 0.31, 0.01).endswith(
+        "up to 0.3 is possible"
+    )
+    assert script.openness(0.4, 0.9, 0.01) == "open" and script.openness(0.4, 0.9, 0.2) == "open by the estimate only"
     assert all(of["high"] >= 0.3 or of["high"] == 0 for of in loud) and all(of["detectable"] > 1 for of in loud)
 
 
