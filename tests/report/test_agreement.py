@@ -1,11 +1,16 @@
 """Agreement of selections beside chance, against all possible selections."""
 
+import csv
+import json
 from itertools import combinations, product
 
 import numpy as np
 import pytest
+from made_runs import LAYERS, made_run
 
+from diffora.report import page
 from diffora.report.agreement import stability
+from diffora.report.runs import gather
 
 THERE = np.array([[True, True, True, True], [True, True, False, False], [False, True, True, True]])
 
@@ -81,3 +86,44 @@ def test_random_selections_do_not_agree_more_often_than_p_says():
     assert np.mean([p() <= 0.05 for _ in range(200)]) <= 0.1
     same = np.repeat(mask_of("110000", "101000", "011000")[None], 4, 0)
     assert stability(same, True).p < 0.01 and stability(same, True).jaccard == 1.0
+
+
+# --- on the page ---
+
+
+def ensembles(folder, sure, seeds=3, **content):
+    for seed in range(seeds):
+        run = made_run(folder / f"{seed}", "diffora", seed)
+        found = json.loads((run / "selection.json").read_text()) | {"gamma_bar": None, "ensemble": 5}
+        (run / "selection.json").write_text(json.dumps(found | {"confidence": sure} | content))
+    return folder
+
+
+def test_the_page_shows_agreement_of_every_selector_and_what_ensembles_decided(tmp_path):
+    ensembles(tmp_path / "runs", [[0.99, 0.5, 0.2, 0.01]] * LAYERS)
+    for seed in range(4):
+        made_run(tmp_path / "runs" / f"random{seed}", "random", seed)
+    files = page.write(gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path])
+    html = files[0].read_text()
+    assert html.count("6 of 12 modules decided by an ensemble of 5") == 3
+    assert "agreement of the seeds" in html or "select the same modules, beside chance" in html
+    (table,) = (file for file in files if file.name.endswith("-agreement.csv"))
+    lines = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(line["selector"], line["selections"]) for line in lines] == [("search", "3"), ("random", "4")]
+    chance = {line["by chance"] for line in lines}
+    assert chance == {f"{expected_jaccard(2, 4, LAYERS):.2f}"}  # 2 of 4 in each layer
+    assert table.name.replace("-agreement.csv", ".md") in {file.name for file in files}
+
+
+def expected_jaccard(k, n, layers):
+    masks = all_selections(np.repeat([[True] * k + [False] * (n - k)], layers, 0), np.ones((layers, n), bool), True)
+    return np.mean([jaccard(masks[0], other) for other in masks])
+
+
+@pytest.mark.parametrize("sure", [[["x"] * 4] * LAYERS, [[0.5] * 3] * LAYERS, [[2.0] * 4] * LAYERS, "high", 3])
+def test_a_confidence_that_cannot_be_is_not_shown(tmp_path, sure):
+    ensembles(tmp_path / "runs", sure)
+    html = page.write(gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path])[0].read_text()
+    assert "modules decided" not in html
+    ensembles(tmp_path / "more", [[0.5] * 4] * LAYERS, ensemble=None)
+    page.write(gather([tmp_path / "more"]), tmp_path / "out", [tmp_path])
