@@ -32,7 +32,7 @@ CANDIDATES = Check(
 )
 EVALUATIONS = Check(
     lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
-    "a number of steps, or a fraction of an epoch between 0 and 1",
+    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
 )
 CLASS_WEIGHTS = Check(
     lambda v: (
@@ -265,6 +265,9 @@ class Search:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    masks: Annotated[
+        int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
+    ] = 256
     ensemble: Annotated[
         int,
         whole(1, 100),
