@@ -209,6 +209,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
             "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
+        (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

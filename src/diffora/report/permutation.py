@@ -30,7 +30,7 @@ class Permuted:
         low, high: the central 95 % of the shuffles.
         p: one-sided p-value of "better than chance": the share of shuffles with at least this value.
         p_worse: the same for "worse than chance".
-        exact: whether all shuffles were tried. Otherwise the observed order counts as one more shuffle, so p is above 0.
+        exact: whether all shuffles were tried. Otherwise the observed order counts as one more, so p is above 0.
     """
 
     value: float
@@ -40,6 +40,14 @@ class Permuted:
     p: float
     p_worse: float
     exact: bool
+
+    @property
+    def detectable(self) -> float:
+        """The value that this test at 5 % finds with a probability of about 80 %.
+
+        It takes the shuffles as normal, and a selector's value as spread around its true one as shuffles are.
+        """
+        return self.mean + (1.645 + 0.842) * (self.high - self.low) / (2 * 1.96)
 
     @classmethod
     def of(cls, value: float, shuffled: np.ndarray, exact: bool = False) -> "Permuted":
@@ -53,7 +61,7 @@ class Permuted:
 
 
 def percentiles(worth: Sequence[float], groups: Sequence[int] | None = None) -> np.ndarray:
-    """For each subset the percentage of subsets of its group that are worth less; equal ones, itself included, count half.
+    """The percentage of subsets of its group that a subset is better than; equal ones, itself included, count half.
 
     Args:
         worth: of each subset; high is good.
@@ -116,9 +124,9 @@ def choices_track_worth(
 def picks_stand_out(strata: Sequence[Sequence[float]], picked: Sequence[int], seed: int = 0) -> Permuted:
     """Mean percentile of one picked run of each stratum, tested by picking any run of each stratum instead.
 
-    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. Picks of
-    different strata are independent in this test. If a selector picks alike with all seeds, that is one coincidence
-    rather than several, and the p-value is too small.
+    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. The
+    test takes picks of different strata as independent. If a selector picks alike with all seeds, that is one
+    coincidence rather than several, and the p-value is too small.
 
     Args:
         strata: values of the runs of each stratum; high is good.

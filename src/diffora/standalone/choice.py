@@ -1,6 +1,6 @@
 """From the scores of a search or a selector to a `Selection`, and the checks of ``k`` and ``scope``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,16 +26,24 @@ def choice_problems(k: int | None, scope: str, grid: Grid) -> Iterator[str]:
 
 
 def selection_of(
-    grid: Grid, values: Tensor, k: int | None, scope: str, selector: str, seed: int, config: dict[str, Any], **rest: Any
+    grid: Grid,
+    values: Tensor,
+    k: int | Sequence[int] | None,
+    scope: str,
+    selector: str,
+    seed: int,
+    config: dict[str, Any],
+    **rest: Any,
 ) -> Selection:
     """The selection of the modules with the highest values.
 
     Args:
         values: L x N scores on the CPU, high is good.
-        k: modules per layer; None for half of those of each layer. With ``scope="global"``, as many in all.
+        k: modules per layer, or one number for each layer; None for half of those of each layer. With
+            ``scope="global"``, as many in all.
         rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
     """
-    counts = [modules_of(k, size) for size in grid.sizes]
+    counts = [modules_of(k, size) for size in grid.sizes] if k is None or isinstance(k, int) else list(k)
     values = values.masked_fill(~grid.there, float("nan"))
     mask = (
         discretise(values, counts)
