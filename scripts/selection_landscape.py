@@ -34,7 +34,7 @@ from selection_landscape_page import KINDS, picture, text_of
 from selection_quality import Run, completed, put
 
 from diffora.files import write_text
-from diffora.report.permutation import Permuted, correlation, label_orders, over_tasks, scores_rank_masks
+from diffora.report.permutation import Permuted, correlation, fisher_z, label_orders, over_tasks, scores_rank_masks
 from diffora.report.statistics import components, holm, largest_block, paired
 
 CLOSED = 0.3
@@ -181,13 +181,13 @@ class Ranking:
 
         def ranked(orders: np.ndarray) -> np.ndarray:
             each = [scores_rank_masks(masks[:, there], scores[there], values, orders) for scores in seeds]
-            z: np.ndarray = np.arctanh(np.clip(each, -0.999999, 0.999999)).mean(0)
-            return np.tanh(z)
+            together: np.ndarray = np.tanh(fisher_z(np.array(each)).mean(0))
+            return together
 
         same = np.arange(int(there.sum()))[None]
         self.value = float(ranked(same)[0])
-        together = np.mean([standardised(scores[there]) for scores in seeds], axis=0)
-        self.ensemble = float(scores_rank_masks(masks[:, there], together, values, same)[0])
+        mean = np.mean([standardised(scores[there]) for scores in seeds], axis=0)
+        self.ensemble = float(scores_rank_masks(masks[:, there], mean, values, same)[0])
         for kind in KINDS:  # the orders depend on the grid only, so all tasks of one grid have the same
             groups = label_groups(kind, layers, len(types))[there]
             self.shuffled[kind] = ranked(label_orders(groups, draws))
@@ -239,12 +239,11 @@ def pooled(rankings: Sequence[Ranking]) -> dict[str, Any]:
     for kind in KINDS:
         test = over_tasks(values, [ranking.shuffled[kind] for ranking in rankings])
         result[kind] = asdict(test) | {"detectable": test.detectable}
-    z = dict(enumerate(np.arctanh(np.clip(values, -0.999999, 0.999999)).tolist()))
+    z = dict(enumerate(fisher_z(values).tolist()))
     interval = paired(z, dict.fromkeys(z, 0.0))
     ends = (interval.low, interval.high) if interval is not None else (None, None)
     result["interval"] = [None if end is None else math.tanh(end) for end in ends]
-    ensembles = np.arctanh(np.clip([ranking.ensemble for ranking in rankings], -0.999999, 0.999999))
-    result["ensemble"] = math.tanh(float(ensembles.mean()))
+    result["ensemble"] = math.tanh(float(fisher_z([ranking.ensemble for ranking in rankings]).mean()))
     return result
 
 

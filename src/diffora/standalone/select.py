@@ -15,7 +15,14 @@ from diffora.scoring.function import ScoreFunction, call_function, check_signatu
 from diffora.scoring.measures import MEASURES
 from diffora.scoring.spectra import SPECTRA, spectral_scores
 from diffora.standalone.batches import Loss, checked, model_loss, moved, rows_of, some
-from diffora.standalone.choice import choice_problems, modules_of, selection_of
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    member_seeds,
+    modules_of,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
 
@@ -36,6 +43,7 @@ def select(
     n_batches: int = 16,
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Select modules by another criterion than the search. Nothing is trained, and the model stays as it is.
 
@@ -50,6 +58,9 @@ def select(
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, of the random directions of ``plop``, and of the order of a shuffled loader.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: score so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean of
+            the standardised scores. The selection then has a ``confidence`` for each module. The scores must depend on
+            the seed: give a shuffled loader.
 
     The selectors of the package (`diffora.scoring.criteria`, `diffora.core.heuristics`):
 
@@ -69,15 +80,22 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = list(choice_problems(k, scope, grid))
+    problems = [*choice_problems(k, scope, grid), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
+    elif selector in ("attribution", "one_shot"):
+        problems.append(
+            f"selector={selector!r} trains adapters, which needs the training loop of a run: diffora select "
+            f"method.selector={selector}; then Selection.load reads its selection.json"
+        )
     elif not callable(selector) and selector not in SELECTORS:
         problems.append(f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function")
     elif selector not in WITHOUT_DATA and loader is None:
         problems.append(f"selector={name_of(selector)} needs a loader, of batches of training data")
     elif selector in BY_LAYER and scope == "layer":
         problems.append(f"selector={selector} selects whole layers, so it needs scope='global'")
+    if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
+        problems.append(f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use")
     if type(n_batches) is not int or n_batches < 1:
         problems.append(f"n_batches={n_batches!r} must be a whole number of at least 1")
     if problems:
@@ -85,22 +103,27 @@ def select(
     if callable(selector):
         check_signature(selector, f"selector={name_of(selector)}")
     size: int | list[int] | None = k
-    if selector == "random":
-        scores = random_scores(grid.n_layers, grid.n_types, seed)
-    elif isinstance(selector, str) and selector in HEURISTICS:
-        scores, size = _heuristic(selector, grid, k, scope)
-    elif isinstance(selector, str) and selector in SPECTRA:
-        scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
-    else:
-        assert loader is not None
-        with left_as_found(model, seed):
-            model.eval()
-            device = device_of(model)
-            batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-            scores = _scores(model, grid, selector, batches, loss or model_loss, seed, progress)
-    if not scores[grid.there].isfinite().all():
-        raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+    members = []
+    for own in member_seeds(seed, ensemble, progress):
+        if selector == "random":
+            scores = random_scores(grid.n_layers, grid.n_types, own)
+        elif isinstance(selector, str) and selector in HEURISTICS:
+            scores, size = _heuristic(selector, grid, k, scope)
+        elif isinstance(selector, str) and selector in SPECTRA:
+            scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
+        else:
+            assert loader is not None
+            with left_as_found(model, own):
+                model.eval()
+                device = device_of(model)
+                batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
+                scores = _scores(model, grid, selector, batches, loss or model_loss, own, progress)
+        if not scores[grid.there].isfinite().all():
+            raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+        members.append(scores)
     config = {} if selector in WITHOUT_DATA else {"n_batches": n_batches}
+    if ensemble > 1:
+        return selection_of_members(grid, members, k, scope, name_of(selector), seed, config)
     return selection_of(grid, scores, size, scope, name_of(selector), seed, config, scores=scores.tolist())
 
 
