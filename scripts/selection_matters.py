@@ -107,19 +107,24 @@ def mean(row: Mapping[str, Any] | None, split: str) -> str:
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Difference]]]:
-    """(what, at which scale, the difference on each split). A pair of the same runs comes once."""
-    found, seen = [], set()
+    """(what, at which scale, the difference on each split), also of one row at two scales. The same runs come once."""
+    pairs: dict[tuple[str, str], tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {}
     for scale in SCALES:
         for ours, theirs in COMPARED:
             one, other = at(rows, ours, scale), at(rows, theirs, scale)
-            if one is None or other is None or (key := (id(one), id(other))) in seen:
-                continue
-            pairs = {split: paired(by_seed(one, split), by_seed(other, split)) for split in SPLITS}
-            if all(pairs.values()):
-                seen.add(key)
+            if one is not None and other is not None:
                 both = " and ".join(f"{s:g}" for s in sorted(scales(one) | scales(other)))
-                found.append((f"{ours} − {theirs}", f"s = {both}", pairs))
-    return found  # type: ignore[return-value]  # `all` has removed None
+                pairs.setdefault((one["row"], other["row"]), (f"{ours} − {theirs}", f"s = {both}", one, other))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        one, other = at(rows, name, 4.0), at(rows, name, 2.0)
+        if one is not None and other is not None:
+            pairs[one["row"], other["row"]] = name, "s = 4 − s = 2", one, other
+    found = []
+    for what, which, one, other in pairs.values():
+        each = {split: paired(by_seed(one, split), by_seed(other, split)) for split in SPLITS}
+        known = {split: one for split, one in each.items() if one is not None}
+        found += [(what, which, known)] if len(known) == len(SPLITS) else []
+    return found
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -70,6 +70,8 @@ def test_means_and_differences(rows):
         ("search − search, alone", "s = 2 and 4"),  # at one alpha
         ("LoRA, r = 2 − search, alone", "s = 2 and 4"),
         ("search − search, alone", "s = 2"),
+        ("search", "s = 4 − s = 2"),
+        ("sharing alone", "s = 4 − s = 2"),
     }
     ours, theirs = ({s: accuracy(row, s, "validation") for s in SEEDS} for row in ("search, s = 2", "search, alone"))
     assert found["search − search, alone", "s = 2"]["validation"] == paired(ours, theirs)
