@@ -8,10 +8,10 @@ For each seed the percentile is the share of draws that the search's run beats; 
 seed have the same settings and number of parameters, so a random selection is at 50 on average. `gain` is the search's
 metric minus the draws' mean. Intervals are Student's t over seeds.
 
-Two p-values test the percentile. "p" lets any run of a seed play the search's part, each seed for itself. "p as one
-choice" lets one row (a draw with one number) play it in all seeds, because the search chooses alike with all seeds; with
-twelve draws it is at least 1/13. There is no F-test of the draws here: a draw is made from the search's selection of its
-seed, so no selection is repeated with several seeds. experiment=selection_landscape has this.
+Two p-values test the percentile. For "p", any run of a seed may stand for the search, in each seed another one. For "as
+one choice", one row (draws of one number) stands for the search in all seeds, because the search chooses alike with all
+of them; with twelve draws this p is at least 1/13. There is no F-test of the draws: a draw is made from the search's
+selection of its seed, so no selection is repeated with several seeds. In experiment=selection_landscape it is.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def over_seeds(seeds: Sequence[Mapping[str, Any]], split: str) -> tuple[Differen
 
 
 def tests(seeds: Sequence[Mapping[str, Any]], split: str) -> tuple[Permuted, Permuted | None]:
-    """(test with each seed for itself, test of the rows that all seeds have; None if there are fewer than two of them)."""
+    """(test with independent seeds, test of the rows that all seeds have; None for fewer than two rows)."""
     strata = [[one["sign"] * run[split] for run in (one["search"], *one["draws"])] for one in seeds]
     apart = picks_stand_out(strata, [0] * len(strata))
     names = [["search", *(draw["row"] for draw in one["draws"])] for one in seeds]
@@ -141,9 +141,7 @@ def picture(columns: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them"
-    )
+    parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or the JSON file of --page")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     if given.folders[0].suffix == ".json":

@@ -97,7 +97,7 @@ def flags(subset: Sequence[Sequence[str]], types: Sequence[str]) -> list[bool]:
 
 
 def sizes_of_modules(sizes: Mapping[Subset, int], types: Sequence[str]) -> list[int]:
-    """Parameters of each module's adapter, from those of all subsets; modules of a layer that never differ share alike."""
+    """Parameters of each module's adapter, from those of all subsets."""
     masks, totals = np.array([flags(subset, types) for subset in sizes], dtype=float), np.array(list(sizes.values()))
     found: list[int] = np.linalg.lstsq(masks, totals, rcond=None)[0].round().astype(int).tolist()
     return found

@@ -59,7 +59,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "search.rank": "2", "search.gamma_lr": "0.5", "search.order": "2",
             "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
-            "search.relaxation": "sigmoid", "model.kernel": "plain",
+            "search.relaxation": "sigmoid", "search.ensemble": "2", "model.kernel": "plain",
             "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
@@ -209,6 +209,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
             "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
+        (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

@@ -30,7 +30,7 @@ class Permuted:
         low, high: the central 95 % of the shuffles.
         p: one-sided p-value of "better than chance": the share of shuffles with at least this value.
         p_worse: the same for "worse than chance".
-        exact: whether all shuffles were tried. Otherwise the observed order counts as one more shuffle, so p is above 0.
+        exact: whether all shuffles were tried. Otherwise the observed order counts as one more, so p is above 0.
     """
 
     value: float
@@ -40,6 +40,14 @@ class Permuted:
     p: float
     p_worse: float
     exact: bool
+
+    @property
+    def detectable(self) -> float:
+        """The value that this test at 5 % finds with a probability of about 80 %.
+
+        It takes the shuffles as normal, and a selector's value as spread around its true one as shuffles are.
+        """
+        return self.mean + (1.645 + 0.842) * (self.high - self.low) / (2 * 1.96)
 
     @classmethod
     def of(cls, value: float, shuffled: np.ndarray, exact: bool = False) -> "Permuted":
@@ -52,8 +60,8 @@ class Permuted:
         return cls(value, float(shuffled.mean()), float(low), float(high), float(above / n), float(below / n), exact)
 
 
-def percentiles(worth: Sequence[float], groups: Sequence[int] | None = None) -> np.ndarray:
-    """For each subset the percentage of subsets of its group that are worth less; equal ones, itself included, count half.
+def percentiles(worth: Sequence[float], groups: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """The percentage of subsets of its group that a subset is better than; equal ones, itself included, count half.
 
     Args:
         worth: of each subset; high is good.
@@ -71,8 +79,8 @@ def choices_track_worth(
     chosen: np.ndarray,
     subsets: np.ndarray,
     worth: Sequence[float],
-    labels: Sequence[int],
-    groups: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray,
+    groups: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
 ) -> Permuted:
     """Mean percentile of a selector's choices among all subsets, tested by shuffling the modules' labels.
@@ -105,7 +113,8 @@ def choices_track_worth(
         found = np.searchsorted(sorted_keys, wanted).clip(max=len(keys) - 1)
         if not (sorted_keys[found] == wanted).all():
             raise ValueError("a choice, or a choice with new labels, is not among the subsets")
-        return at[found]
+        placed: np.ndarray = at[found]
+        return placed
 
     orders, exact = every_order(labels, seed)
     different, counts = np.unique(chosen, axis=0, return_counts=True)
@@ -116,9 +125,9 @@ def choices_track_worth(
 def picks_stand_out(strata: Sequence[Sequence[float]], picked: Sequence[int], seed: int = 0) -> Permuted:
     """Mean percentile of one picked run of each stratum, tested by picking any run of each stratum instead.
 
-    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. Picks of
-    different strata are independent in this test. If a selector picks alike with all seeds, that is one coincidence
-    rather than several, and the p-value is too small.
+    Use it for runs of several seeds, where one run of each seed belongs to a selector and the others are random. The
+    test takes picks of different strata as independent. If a selector picks alike with all seeds, that is one
+    coincidence rather than several, and the p-value is too small.
 
     Args:
         strata: values of the runs of each stratum; high is good.
@@ -137,7 +146,7 @@ def picks_stand_out(strata: Sequence[Sequence[float]], picked: Sequence[int], se
     return Permuted.of(value, sums / len(strata), exact)
 
 
-def every_order(labels: Sequence[int], seed: int = 0) -> tuple[np.ndarray, bool]:
+def every_order(labels: Sequence[int] | np.ndarray, seed: int = 0) -> tuple[np.ndarray, bool]:
     """(orders x modules, whether these are all orders) of modules that change places within their label."""
     array = np.asarray(labels)
     members = [np.flatnonzero(array == label) for label in np.unique(array)]
@@ -227,9 +236,11 @@ def over_tasks(values: Sequence[float], shuffled: Sequence[np.ndarray]) -> Permu
         values: one correlation for each task.
         shuffled: for each task the correlations of the shuffles, all of the same number. NaN counts as 0.
     """
-    together = np.tanh(_fisher(np.nan_to_num(np.array(shuffled))).mean(0))
-    return Permuted.of(float(np.tanh(_fisher(np.array(values)).mean())), together)
+    together = np.tanh(fisher_z(np.nan_to_num(np.array(shuffled))).mean(0))
+    return Permuted.of(float(np.tanh(fisher_z(values).mean())), together)
 
 
-def _fisher(values: np.ndarray) -> np.ndarray:
-    return np.arctanh(np.clip(values, -0.999999, 0.999999))
+def fisher_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Fisher's z of correlations: the scale on which they are averaged. 1 and -1 become large, but finite."""
+    z: np.ndarray = np.arctanh(np.clip(np.asarray(values, dtype=float), -0.999999, 0.999999))
+    return z

@@ -58,6 +58,12 @@ class Difference:
 
         return (self.high - self.low) / 2 / float(stdtrit(self.n - 1, (1 + LEVEL) / 2))
 
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that so many pairs with this spread find with 80 %; None without an interval."""
+        error = self.error
+        return None if error is None else detectable(error * math.sqrt(self.n), self.n)
+
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
     """Mean of ours minus theirs over the seeds that both have; None if they share no seed."""

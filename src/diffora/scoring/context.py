@@ -24,6 +24,7 @@ class SearchContext:
         score_batches: how many batches a selector other than ``search`` takes.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
+        member: which member of an ensemble this is, for the progress bar; empty for none.
     """
 
     parts: Parts
@@ -32,6 +33,7 @@ class SearchContext:
     score_batches: int
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
+    member: str = ""
 
     @property
     def settings(self) -> Search:
@@ -41,16 +43,38 @@ class SearchContext:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One member of an ensemble (``search.ensemble``).
+
+    Attributes:
+        seed: the member's; the first one has the run's seed.
+        seconds: of its training and scoring.
+        split_hash: sha256 of the two parts of the training rows that it used.
+        scores: L x N, as `SearchResult.scores`.
+        standardised: L x N in float64, what is averaged (`diffora.core.ensemble.standardised`).
+    """
+
+    seed: int
+    seconds: float
+    split_hash: str
+    scores: Tensor
+    standardised: Tensor
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``.
-        seconds: of training and scoring, without loading.
-        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
+        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``. Of an ensemble, the mean of the members'
+            standardised scores.
+        seconds: of training and scoring, without loading; of all members together.
+        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``. Of an ensemble, that
+            of the first member.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        members: of an ensemble; empty otherwise.
     """
 
     scores: Tensor
@@ -58,6 +82,7 @@ class SearchResult:
     trajectory: Trajectory = field(default_factory=list)
     relaxation: str | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    members: list[Member] = field(default_factory=list)
 
 
 Run = Callable[[SearchContext], SearchResult]
