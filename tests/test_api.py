@@ -346,6 +346,7 @@ def changes_the_head(model, grid, batches, loss):
     ("selector", "more", "message"),
     [
         ("search", {}, r"selector='search' trains adapters: call diffora\.search"),
+        ("one_shot", {}, r"selector='one_shot' trains adapters, .*: diffora select method\.selector=one_shot"),
         ("best", {"k": 9}, r"k=9 must be .*\nselector='best' must be gradient, activation, .* alternate, or a function"),
         ("gradient", {"loader": None}, r"selector=gradient needs a loader"),
         ("gradient", {"loader": []}, r"the loader has no batches"),

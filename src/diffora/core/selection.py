@@ -62,6 +62,8 @@ class Selection:
         lowest_layer: layers below this one get no adapter, not even a shared one (``method.time_budget``).
         split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
+        facts: numbers by which the selector says how far its scores can be trusted; most selectors have none. Of an
+            ensemble, the means over members.
     """
 
     method: str
@@ -82,6 +84,7 @@ class Selection:
     lowest_layer: int = 0
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
@@ -236,6 +239,7 @@ class Selection:
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""
         sure = {"ensemble": self.ensemble, "certainty": self.certainty} if self.ensemble > 1 else {}
+        sure |= {"facts": self.facts} if self.facts else {}
         return {key: getattr(self, key) for key in ("selector", "k", "rank", "lowest_layer", "selected")} | sure
 
     def save(self, path: Path | str) -> None:
@@ -338,6 +342,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
+        "facts": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "finite numbers by name"),
         "method": (_is_text, "text"),
         "selector": (_is_text, "text"),
     }

@@ -1,5 +1,6 @@
 """DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,13 @@ class DiffoRA(Selecting):
             super().check(model, grid)
             if self.selector in HEURISTICS and self.adapter is None:
                 self._check_heuristic(grid)
+            if self.scoring is not None and self.selector == "one_shot" and self._has_one_selection(grid):
+                by_rho = self.budget is None or self.scope == "layer"
+                key, value = ("rho", self.rho) if by_rho else ("method.budget", self.budget)
+                raise UserError(
+                    f"method.selector=one_shot compares random selections, but {key}={value} allows only one: choose a "
+                    "value that selects some modules and leaves out others"
+                )
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
@@ -113,6 +121,14 @@ class DiffoRA(Selecting):
                 f"method.selection={self.selection} selects nothing, and method.weight_sharing=false freezes what is "
                 "not selected: there is no adapter to train"
             )
+
+    def _has_one_selection(self, grid: Grid) -> bool:
+        """Whether the selection is the same for all scores."""
+        scores = random_scores(grid.n_layers, grid.n_types, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, last = (self.selection_by(grid, sign * scores, self.selector, 0).mask() for sign in (1, -1))
+        return first.equal(last)
 
     @property
     def scoring(self) -> Scoring | None:

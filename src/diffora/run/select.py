@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -79,11 +80,13 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
     pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, loggers, pictures)
+    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
+    made = {"split_hash": rows.hash, "config": _provenance(parts)}
+    selection = replace(chosen, relaxation=result.relaxation, facts=result.facts, **made)
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():

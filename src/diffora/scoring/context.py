@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from diffora.core.selection import Selection
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.scoring.bilevel import Trajectory
@@ -22,6 +23,7 @@ class SearchContext:
         split: (search-train, search-valid) row numbers.
         alpha: the updates of the candidates' adapters are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
+        choose: what the method would select by given scores, L x N.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
         member: which member of an ensemble this is, for the progress bar; empty for none.
@@ -31,6 +33,7 @@ class SearchContext:
     split: tuple[np.ndarray, np.ndarray]
     alpha: float
     score_batches: int
+    choose: Callable[[Tensor], Selection]
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
     member: str = ""
@@ -74,6 +77,7 @@ class SearchResult:
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        facts: numbers that say how far the scores can be trusted, by name; `Selection.facts` keeps them.
         members: of an ensemble; empty otherwise.
     """
 
@@ -82,6 +86,7 @@ class SearchResult:
     trajectory: Trajectory = field(default_factory=list)
     relaxation: str | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
     members: list[Member] = field(default_factory=list)
 
 

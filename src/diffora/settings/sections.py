@@ -265,6 +265,9 @@ class Search:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    masks: Annotated[
+        int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
+    ] = 256
     ensemble: Annotated[
         int,
         whole(1, 100),

@@ -83,6 +83,11 @@ def select(
     problems = [*choice_problems(k, scope, grid), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
+    elif selector in ("attribution", "one_shot"):
+        problems.append(
+            f"selector={selector!r} trains adapters, which needs the training loop of a run: diffora select "
+            f"method.selector={selector}; then Selection.load reads its selection.json"
+        )
     elif not callable(selector) and selector not in SELECTORS:
         problems.append(f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function")
     elif selector not in WITHOUT_DATA and loader is None:
