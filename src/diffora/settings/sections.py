@@ -32,7 +32,7 @@ CANDIDATES = Check(
 )
 EVALUATIONS = Check(
     lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
-    "a number of steps, or a fraction of an epoch between 0 and 1",
+    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
 )
 CLASS_WEIGHTS = Check(
     lambda v: (

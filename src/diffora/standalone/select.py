@@ -80,7 +80,7 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid), *ensemble_problems(ensemble, loader)]
+    problems = [*choice_problems(k, scope, grid, seed), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
     elif selector in ("attribution", "one_shot"):
