@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -80,7 +79,12 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
     pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+
+    def choose(scores: Tensor) -> Selection:
+        made = method.choose(parts.grid, scores, parts.settings.seed)
+        assert made is not None, "a method with a selector makes a selection"
+        return made
+
     context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
