@@ -41,11 +41,11 @@ def test_sigmoid_gates_are_independent_and_one_half_at_zero():
 @pytest.mark.parametrize("relaxation", list(RELAXATIONS))
 def test_the_neutral_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
     gates = relax(torch.zeros(3, 5, dtype=torch.float64), relaxation)
-    assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] in (0.2, 0.5)
+    assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] == {"softmax": 0.2, "scaled_softmax": 1.0, "sigmoid": 0.5}[relaxation]
 
 
 def test_an_unknown_relaxation_is_refused():
-    with pytest.raises(ValueError, match="relaxation='hard' must be one of softmax, sigmoid"):
+    with pytest.raises(ValueError, match="relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"):
         relax(torch.zeros(1, 2), "hard")
 
 

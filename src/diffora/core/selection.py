@@ -7,7 +7,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
 from diffora.core.picture import draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
+from diffora.core.readout import READOUTS
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -48,7 +49,10 @@ class Selection:
         rank: r of the selected modules if a budget chose it; it overrides ``rank=``. None: ``rank=`` applies.
         gamma_bar: L x N relaxed DAM, None where a layer has no such module; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
-        scores: L x N scores of any other selector.
+        scores: L x N scores of any other selector, and of a search with another read-out than its gates.
+        readout: what the scores of the search are: ``gamma`` (the relaxed DAM), or ``early_gradient``
+            (`diffora.core.readout`); None if the selection was not searched.
+        rounds: of the search; None if the selection was not searched.
         longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
             ``layers`` and ``encoder.layers``.
         split_hash: sha256 of the two parts of the training rows that the selector used.
@@ -67,6 +71,8 @@ class Selection:
     gamma_bar: list[list[float | None]] | None = None
     relaxation: str | None = None
     scores: list[list[float | None]] | None = None
+    readout: str | None = None
+    rounds: float | None = None
     longer_names: list[str] = field(default_factory=list)
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +87,12 @@ class Selection:
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in flags]
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
         return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
+
+    def read_from(self, readout: str | None) -> "Selection":
+        """This selection, made from the values that a search read out: only those of ``gamma`` are a relaxed DAM."""
+        if readout in (None, "gamma"):
+            return replace(self, readout=readout)
+        return replace(self, readout=readout, gamma_bar=None, scores=self.gamma_bar)
 
     def sizes(self) -> list[int]:
         """The number of candidates of each layer."""
@@ -191,6 +203,8 @@ class Selection:
         elif self.scores is not None:
             by_layer = self.k is not None or len(set(self.sizes())) > 1
             values, label = shares(self.scores, by_layer), self.selector.replace("$", r"\$") + ", normalised"
+            if self.readout is not None:
+                label = f"{self.selector}: {self.readout.replace('_', ' ')}, normalised"
         draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label, layer_numbers(self.modules))
         if title is None:
             own, total = sum(map(len, self.selected)), sum(self.sizes())
@@ -294,6 +308,8 @@ def _misfit(key: str, value: Any) -> str | None:
         "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
+        "readout": (lambda v: v in (None, *READOUTS), f"one of {', '.join(READOUTS)}, or null"),
+        "rounds": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0, or null"),
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),

@@ -8,14 +8,13 @@ and ``search.json``, which says that the search is finished.
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
 from torch import Tensor
 
-from diffora.core.grid import Grid
 from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
 from diffora.loop.loggers import Loggers, taking_pictures
@@ -73,12 +72,33 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if parts.earlier.search is not None:
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
-    pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, loggers, pictures)
+
+    def selection_by(scores: Tensor) -> Selection:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ties matter in the final selection only
+            chosen = method.choose(parts.grid, scores, parts.settings.seed)
+        assert chosen is not None
+        return chosen
+
+    context = SearchContext(
+        parts,
+        rows.split,
+        scoring.alpha,
+        scoring.score_batches,
+        loggers,
+        [DamPictures(selection_by, loggers)],
+        lambda scores: selection_by(scores).mask(),
+    )
     result = run_search(context, scoring.selector)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
+    selection = replace(
+        chosen.read_from(result.readout),
+        relaxation=result.relaxation,
+        rounds=result.rounds,
+        split_hash=rows.hash,
+        config=_provenance(parts),
+    )
     if is_main():
         _save(parts, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
@@ -137,24 +157,19 @@ class DamPictures(L.Callback):
     """After each round of the search, sends a picture of the relaxed DAM to the loggers that show pictures.
 
     Args:
-        method: chooses the modules that the picture frames.
-        grid: the candidates.
-        seed: of the run.
+        selection_by: from scores, L x N, to the selection that the method would make; the picture frames it.
         loggers: of the run.
     """
 
-    def __init__(self, method: Method, grid: Grid, seed: int, loggers: Loggers) -> None:
-        self.method, self.grid, self.seed, self.loggers = method, grid, seed, loggers
+    def __init__(self, selection_by: Callable[[Tensor], Selection], loggers: Loggers) -> None:
+        self.selection_by, self.loggers = selection_by, loggers
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         takers = taking_pictures(trainer.loggers)
         if not trainer.is_global_zero or not takers:
             return
         assert isinstance(pl_module, SearchModule)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = self.method.choose(self.grid, pl_module.gates(pl_module.gamma.detach()).cpu(), self.seed)
-        assert chosen is not None
+        chosen = self.selection_by(pl_module.scores().cpu()).read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from diffora.core.attach import attach, detach
 from diffora.core.lowrank import Layers, LowRankLinear
+from diffora.core.readout import CHECKS, steps_of
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -61,6 +62,7 @@ class SearchContext:
         score_batches: how many batches a selector other than ``search`` takes.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
+        choose: from scores, L x N, to the boolean mask of the modules that the method would select.
     """
 
     parts: Parts
@@ -69,6 +71,7 @@ class SearchContext:
     score_batches: int
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
+    choose: Callable[[Tensor], Tensor] | None = None
 
     @property
     def settings(self) -> Search:
@@ -82,12 +85,14 @@ class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``.
+        scores: L x N on the CPU, high is good; for ``search`` the relaxed DAM, or what ``search.readout`` names.
         seconds: of training and scoring, without loading.
         trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
+        rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
     """
 
     scores: Tensor
@@ -95,6 +100,8 @@ class SearchResult:
     trajectory: Trajectory = field(default_factory=list)
     relaxation: str | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    readout: str | None = None
+    rounds: float | None = None
 
 
 Run = Callable[[SearchContext], SearchResult]
@@ -150,14 +157,40 @@ def trains(name: str) -> bool:
 def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
     parts, settings = context.parts, context.settings
+    _check_warmup(context)
     with all_adapted(context) as layers:
-        module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed)
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
+        module = SearchModule(*arguments, context.choose)
         shown = "search/train_loss", "search/valid_loss", module.certainty
         matched = settings.update == "simultaneous"
         _fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
         gates = module.gates(module.gamma.detach()).cpu()
         weights = searched_weights(context, gates, layers)
-    return SearchResult(gates, module.elapsed, module.trajectory, settings.relaxation, weights)
+    if module.readout.stopped_at is not None:
+        log.info(
+            f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not changed "
+            f"for {settings.patience} checks (search.patience), of which a round has {CHECKS}"
+        )
+    return SearchResult(
+        module.scores().cpu(),
+        module.elapsed,
+        module.trajectory,
+        settings.relaxation,
+        weights,
+        settings.readout,
+        module.rounds_done,
+    )
+
+
+def _check_warmup(context: SearchContext) -> None:
+    """Raise a UserError if ``search.head_warmup`` leaves no step to Γ."""
+    s = context.settings
+    batches = max(1, len(context.split[0]) // s.batch_size)
+    total = s.epochs * -(-batches // s.train_steps)
+    if steps_of(s.head_warmup, total) >= total:
+        raise UserError(
+            f"search.head_warmup={s.head_warmup} must be below {total}, the steps of the search: Γ would never move"
+        )
 
 
 @selector("attribution", trains=True)
