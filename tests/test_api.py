@@ -307,7 +307,7 @@ def bad_loss(value):
         ({"k": 3}, r"k=3 must be a whole number from 1 to 2"),
         ({"k": 0, "rounds": 0, "lr": -1.0}, r"k=0 must .*\nrounds=0 must .*\nlr=-1.0 must"),
         ({"scope": "all"}, r"scope='all' must be one of layer, global"),
-        ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, sigmoid"),
+        ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"),
         ({"head": "head"}, r"head='head' must be a list of names: head=\['head'\]$"),
         ({"candidates": "0"}, r"candidates='0' must be a list of names: candidates=\['0'\]$"),
         ({"layer": 3}, r"layer=3 must be the name of the layers"),

@@ -11,7 +11,7 @@ import diffora
 from diffora.hub import EMBEDDED
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.run.experiment import run
-from diffora.scoring import selectors
+from diffora.scoring import trained
 from diffora.scoring.bilevel import SearchModule
 
 SEED = 3
@@ -33,7 +33,7 @@ def searched_by_a_run(cfg, folder, monkeypatch, *overrides):
     A run draws the first A after its other random numbers. Here it draws them from the seed, as the library does.
     """
     alphas, rounds, valid = [], [], []
-    attach, step, start = selectors.attach, SearchModule.training_step, SearchModule.on_train_epoch_start
+    attach, step, start = trained.attach, SearchModule.training_step, SearchModule.on_train_epoch_start
 
     def attach_from_seed(*arguments, **more):
         alphas.append(arguments[5])
@@ -50,7 +50,7 @@ def searched_by_a_run(cfg, folder, monkeypatch, *overrides):
         rounds.append([])
         return start(self)
 
-    monkeypatch.setattr(selectors, "attach", attach_from_seed)
+    monkeypatch.setattr(trained, "attach", attach_from_seed)
     monkeypatch.setattr(SearchModule, "training_step", noted)
     monkeypatch.setattr(SearchModule, "on_train_epoch_start", new_round)
     more = [

@@ -24,7 +24,7 @@ from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
-from diffora.scoring.selectors import SearchContext, SearchResult
+from diffora.scoring.context import SearchContext, SearchResult
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
 from diffora.tasks.account import lines as account_lines

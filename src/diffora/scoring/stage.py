@@ -7,7 +7,8 @@ import numpy as np
 
 from diffora.loop.parts import Parts
 from diffora.loop.splits import examples_of, split_hash, split_search
-from diffora.scoring.selectors import SearchContext, SearchResult, find_selector
+from diffora.scoring.context import SearchContext, SearchResult
+from diffora.scoring.selectors import find_selector
 from diffora.tasks.account import Account
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ def weights_file(selection: Path) -> Path:
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write `diffora.scoring.selectors.SearchResult.weights`."""
+    """Write `diffora.scoring.context.SearchResult.weights`."""
     from safetensors.torch import save_file
 
     with atomic(file) as scratch:
@@ -47,7 +47,7 @@ def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapp
 
     Args:
         model: with the adapters of ``selection``.
-        weights: A and B by name, as in `diffora.scoring.selectors.SearchResult.weights`.
+        weights: A and B by name, as in `diffora.scoring.context.SearchResult.weights`.
         origin: where they come from, for messages.
 
     Raises:

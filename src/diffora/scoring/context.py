@@ -1,0 +1,82 @@
+"""What a selector gets and what it returns. The list of them is in `diffora.scoring.selectors`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+
+from diffora.loop.loggers import Loggers
+from diffora.loop.parts import Parts
+from diffora.scoring.bilevel import Trajectory
+from diffora.settings.sections import Search
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """What a selector works on.
+
+    Attributes:
+        parts: backbone, grid, task and training rows; settings of the sections ``search`` and ``trainer``.
+        split: (search-train, search-valid) row numbers.
+        alpha: the updates of the candidates' adapters are scaled by alpha / rank.
+        score_batches: how many batches a selector other than ``search`` takes.
+        loggers: where a selector with rounds sends its metrics; None for nowhere.
+        callbacks: of Lightning, called in the rounds of ``search`` only.
+        choose: from scores, L x N, to the boolean mask of the modules that the method would select.
+    """
+
+    parts: Parts
+    split: tuple[np.ndarray, np.ndarray]
+    alpha: float
+    score_batches: int
+    loggers: Loggers | None = None
+    callbacks: Sequence[L.Callback] = ()
+    choose: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def settings(self) -> Search:
+        """The section ``search``."""
+        assert self.parts.settings.search is not None, "a method with a selector has this section"
+        return self.parts.settings.search
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a selector found.
+
+    Attributes:
+        scores: L x N on the CPU, high is good; for ``search`` the relaxed DAM, or what ``search.readout`` names.
+        seconds: of training and scoring, without loading.
+        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
+        relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
+        weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
+            ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
+        rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
+    """
+
+    scores: Tensor
+    seconds: float
+    trajectory: Trajectory = field(default_factory=list)
+    relaxation: str | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    readout: str | None = None
+    rounds: float | None = None
+
+
+Run = Callable[[SearchContext], SearchResult]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One way to score the candidates.
+
+    Attributes:
+        run: computes the scores. The model is the same before and after.
+        trains: whether it trains A and B of every candidate, with rank ``search.rank``.
+    """
+
+    run: Run
+    trains: bool = False

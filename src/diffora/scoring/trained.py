@@ -1,0 +1,150 @@
+"""The selectors ``search`` and ``attribution``, and what selectors that train adapters share."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from diffora.core.attach import attach, detach
+from diffora.core.lowrank import Layers, LowRankLinear
+from diffora.core.readout import CHECKS, steps_of
+from diffora.errors import UserError
+from diffora.loop.data import SearchData
+from diffora.loop.fit import fit
+from diffora.loop.progress import ProgressBar
+from diffora.scoring.attribution import AttributionModule
+from diffora.scoring.bilevel import SearchModule
+from diffora.scoring.context import SearchContext, SearchResult
+
+log = logging.getLogger(__name__)
+
+
+def bilevel(context: SearchContext) -> SearchResult:
+    """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
+    parts, settings = context.parts, context.settings
+    _check_warmup(context)
+    with all_adapted(context) as layers:
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
+        module = SearchModule(*arguments, context.choose)
+        shown = "search/train_loss", "search/valid_loss", module.certainty
+        matched = settings.update == "simultaneous"
+        fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
+        gates = module.gates(module.gamma.detach()).cpu()
+        weights = searched_weights(context, gates, layers)
+    if module.readout.stopped_at is not None:
+        log.info(
+            f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not changed "
+            f"for {settings.patience} checks (search.patience); a round has {CHECKS}"
+        )
+    return SearchResult(
+        module.scores().cpu(),
+        module.elapsed,
+        module.trajectory,
+        settings.relaxation,
+        weights,
+        settings.readout,
+        module.rounds_done,
+    )
+
+
+def _check_warmup(context: SearchContext) -> None:
+    """Raise a UserError if ``search.head_warmup`` leaves no step to Γ."""
+    s = context.settings
+    batches = max(1, len(context.split[0]) // s.batch_size)
+    total = s.epochs * -(-batches // s.train_steps)
+    if steps_of(s.head_warmup, total) >= total:
+        raise UserError(
+            f"search.head_warmup={s.head_warmup} must be below {total}, the steps of the search: Γ would never move"
+        )
+
+
+def attribution(context: SearchContext) -> SearchResult:
+    """Train every adapter with gate 1, then divide their effect among the modules by integrated gradients."""
+    parts, settings = context.parts, context.settings
+    with all_adapted(context) as layers:
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
+        module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
+        shown = "search/train_loss", "search/valid_loss"
+        fit_rounds(context, "attribution", module, shown, settings.epochs + 1)
+        weights = searched_weights(context, torch.ones_like(module.scores), layers)
+    return SearchResult(module.scores, module.elapsed, weights=weights)
+
+
+# --- what selectors that train share ---
+
+
+@contextmanager
+def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | None]]]:
+    """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head.
+
+    There is None in place of an adapter where a layer has no such module.
+    """
+    grid, model = context.parts.grid, context.parts.model
+    head = {
+        name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
+        for name in context.parts.backbone.head
+    }
+    everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+    rank, kernel = context.settings.rank, context.parts.settings.model.kernel
+    attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
+    try:
+        yield attached
+    finally:
+        detach(model)
+        for name, state in head.items():
+            model.get_submodule(name).load_state_dict(state)
+
+
+def fit_rounds(
+    context: SearchContext,
+    name: str,
+    module: SearchModule,
+    shown: tuple[str, ...],
+    rounds: int,
+    callbacks: Sequence[L.Callback] = (),
+    matched: bool = False,
+) -> None:
+    """Train a module of Γ, A, B and head for some rounds.
+
+    Args:
+        shown: metrics beside the progress bar.
+        matched: whether batches of the two parts are paired by length.
+    """
+    parts, split = context.parts, context.split
+    s, grid = context.settings, parts.grid
+    if s.train_steps > (batches := max(1, len(split[0]) // s.batch_size)):
+        raise UserError(
+            f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
+            f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
+        )
+    collate, workers = (parts.data.collate, parts.data.collate_eval), parts.settings.trainer.num_workers
+    data = SearchData(
+        parts.data.train.encoded,
+        collate,
+        split,
+        s.batch_size,
+        parts.settings.seed,
+        s.train_steps,
+        workers,
+        matched=matched,
+    )
+    log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
+    loggers = [] if context.loggers is None else context.loggers.of_stage("search")
+    bar = ProgressBar(name, "round", shown)
+    fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds)
+    module.close_gates()
+
+
+def searched_weights(context: SearchContext, gates: Tensor, layers: Layers) -> dict[str, Tensor]:
+    """`SearchResult.weights`. The gate goes into B, because fine-tuning has no gates."""
+    weights = {}
+    for names, row, gates_of_row in zip(context.parts.grid.names, layers, gates, strict=True):
+        for name, layer, gate in zip(names, row, gates_of_row, strict=True):
+            if layer is None:
+                continue
+            weights[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
+            weights[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
+    return weights
