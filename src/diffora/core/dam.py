@@ -84,7 +84,8 @@ def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
 
     With ``softmax``, the mean gate of a layer is 1/N: a module of a small layer would be above one of a large layer for
     no other reason. So each gate is multiplied by its layer's N. Rows that do not sum to 1 (``scaled_softmax``,
-    ``sigmoid``, or scores of other selectors) are on one scale already, and stay as they are. So does every matrix with equal N.
+    ``sigmoid``, or scores of other selectors) are on one scale already, and stay as they are. So does every matrix
+    with equal N.
 
     Args:
         gamma_bar: L x N; 0 or NaN where a layer has no such module.

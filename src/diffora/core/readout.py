@@ -3,6 +3,7 @@
 The search of a run (`diffora.scoring.bilevel`) and of the library (`diffora.standalone.search`) share this.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,7 +96,9 @@ class Readout:
         if (at + 1) * CHECKS // steps == at * CHECKS // steps:
             return False
         assert self.choose is not None
-        mask = self.choose(self.scores(gates).detach().cpu())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ties matter in the final selection only
+            mask = self.choose(self.scores(gates).detach().cpu())
         same = self._mask is not None and torch.equal(mask, self._mask)
         self.unchanged = self.unchanged + 1 if same else 0
         self._mask = mask

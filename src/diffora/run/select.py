@@ -74,9 +74,7 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         return Selected(*parts.earlier.search)
 
     def selection_by(scores: Tensor) -> Selection:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = method.choose(parts.grid, scores, parts.settings.seed)
+        chosen = method.choose(parts.grid, scores, parts.settings.seed)
         assert chosen is not None
         return chosen
 
@@ -169,7 +167,9 @@ class DamPictures(L.Callback):
         if not trainer.is_global_zero or not takers:
             return
         assert isinstance(pl_module, SearchModule)
-        chosen = self.selection_by(pl_module.scores().cpu()).read_from(pl_module.settings.readout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ties matter in the final selection only
+            chosen = self.selection_by(pl_module.current_scores().cpu()).read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)

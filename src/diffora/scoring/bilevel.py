@@ -26,7 +26,7 @@ from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.settings.sections import Search
 from diffora.tasks.base import Batch, Task
-from diffora.tasks.batches import joined, parts_of
+from diffora.tasks.batches import divide_rows, joined, parts_of
 
 POINTS_PER_ROUND = 40
 """Of the trajectory of Γ."""
@@ -99,7 +99,7 @@ class SearchModule(Stage):
         """The relaxed DAM, L x N ([D] eq. 11, or the relaxation that the settings name)."""
         return relax(gamma, self.settings.relaxation)
 
-    def scores(self) -> Tensor:
+    def current_scores(self) -> Tensor:
         """What the modules are scored by now, L x N: the relaxed DAM, or what ``search.readout`` names."""
         return self.readout.scores(self.gates(self.gamma.detach()))
 
@@ -253,10 +253,10 @@ class SearchModule(Stage):
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
         batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
         sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
-        outputs = _divide_rows(self.model(**self.task.inputs(batch)), sizes)
+        outputs = divide_rows(self.model(**self.task.inputs(batch)), sizes)
         losses = [
             self.task.loss(SimpleNamespace(**output), rows) if size else torch.zeros((), device=self.device)
-            for output, rows, size in zip(outputs, _divide_rows(batch, sizes), sizes, strict=True)
+            for output, rows, size in zip(outputs, divide_rows(batch, sizes), sizes, strict=True)
         ]
         return losses[0], losses[1]
 
@@ -393,13 +393,3 @@ def _added(sums: Grads | None, grads: Grads) -> Grads:
     if sums is None:
         return grads
     return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
-
-
-def _divide_rows(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
-    """A batch, or a model's output, divided by rows; entries that do not have one value per row are left out."""
-    cut = {
-        name: torch.split(value, sizes)
-        for name, value in values.items()
-        if isinstance(value, Tensor) and value.ndim and len(value) == sum(sizes)
-    }
-    return [{name: parts[i] for name, parts in cut.items()} for i in range(len(sizes))]

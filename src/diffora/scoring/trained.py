@@ -36,11 +36,11 @@ def bilevel(context: SearchContext) -> SearchResult:
         weights = searched_weights(context, gates, layers)
     if module.readout.stopped_at is not None:
         log.info(
-            f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not changed "
-            f"for {settings.patience} checks (search.patience); a round has {CHECKS}"
+            f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not "
+            f"changed for {settings.patience} checks (search.patience); a round has {CHECKS}"
         )
     return SearchResult(
-        module.scores().cpu(),
+        module.current_scores().cpu(),
         module.elapsed,
         module.trajectory,
         settings.relaxation,

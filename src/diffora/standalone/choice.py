@@ -25,6 +25,15 @@ def choice_problems(k: int | None, scope: str, grid: Grid) -> Iterator[str]:
         yield f"scope={scope!r} must be one of {', '.join(SCOPES)}"
 
 
+def mask_of(grid: Grid, values: Tensor, k: int | None, scope: str) -> Tensor:
+    """The mask, L x N, of the modules with the highest values; for the arguments see `selection_of`."""
+    counts = [modules_of(k, size) for size in grid.sizes]
+    values = values.masked_fill(~grid.there, float("nan"))
+    if scope == "layer":
+        return discretise(values, counts)
+    return discretise_globally(comparable(values, grid.sizes), sum(counts))
+
+
 def selection_of(
     grid: Grid, values: Tensor, k: int | None, scope: str, selector: str, seed: int, config: dict[str, Any], **rest: Any
 ) -> Selection:
@@ -36,15 +45,9 @@ def selection_of(
         rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
     """
     counts = [modules_of(k, size) for size in grid.sizes]
-    values = values.masked_fill(~grid.there, float("nan"))
-    mask = (
-        discretise(values, counts)
-        if scope == "layer"
-        else discretise_globally(comparable(values, grid.sizes), sum(counts))
-    )
     return Selection.from_mask(
         grid,
-        mask,
+        mask_of(grid, values, k, scope),
         method=STANDALONE,
         selector=selector,
         rho=sum(counts) / grid.n_modules,
