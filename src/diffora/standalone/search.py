@@ -90,7 +90,7 @@ class SearchSettings:
         if steps is None:
             for name in (name for name, is_asked in asked.items() if is_asked):
                 yield f"{name}={getattr(self, name)!r} needs a train_loader that has a length, to count the steps"
-        elif steps_of(self.head_warmup, self.rounds * steps) >= self.rounds * steps:
+        elif self.head_warmup is not None and steps_of(self.head_warmup, self.rounds * steps) >= self.rounds * steps:
             yield f"head_warmup={self.head_warmup} must be below {self.rounds * steps}, the steps of the search"
 
 
