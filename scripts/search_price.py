@@ -11,8 +11,8 @@ Costs are CPU seconds of this process, so run it with OMP_NUM_THREADS=1; then ot
 fine-tuning's cost is that of one epoch of steps, without evaluations, times the recipe's epochs.
 
 The agreement of two searches is Spearman's correlation of their scores within a layer, mean over layers. The noise
-level is that of two seeds of the full search. A cheap search is compared with full searches of *other* seeds, because with
-the same seed both see the same rows, head and first A.
+level is that of two seeds of the full search. A cheap search is compared with full searches of *other* seeds too,
+because with the same seed both see the same rows, head and first A.
 """
 
 import argparse

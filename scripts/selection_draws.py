@@ -2,10 +2,16 @@
 
     python scripts/selection_draws.py outputs/selection_draws-small
     python scripts/selection_draws.py <folder> … --page docs/background/selection.md      # puts table and picture there
+    python scripts/selection_draws.py docs/background/data/selection_draws.json           # the same table without runs
 
 For each seed the percentile is the share of draws that the search's run beats; equal ones count half. All runs of a
 seed have the same settings and number of parameters, so a random selection is at 50 on average. `gain` is the search's
 metric minus the draws' mean. Intervals are Student's t over seeds.
+
+Two p-values test the percentile. For "p", any run of a seed may stand for the search, in each seed another one. For "as
+one choice", one row (draws of one number) stands for the search in all seeds, because the search chooses alike with all
+of them; with twelve draws this p is at least 1/13. There is no F-test of the draws: a draw is made from the search's
+selection of its seed, so no selection is repeated with several seeds. In experiment=selection_landscape it is.
 """
 
 import argparse
@@ -17,9 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selection_quality import Run, completed, put
+import numpy as np
+from selection_quality import Run, completed, probability, put
 
 from diffora.files import write_text
+from diffora.report.permutation import Permuted, picks_stand_out, ranks
 from diffora.report.statistics import Difference, paired
 
 SPLITS = "validation", "held_out"
@@ -60,6 +68,19 @@ def over_seeds(seeds: Sequence[Mapping[str, Any]], split: str) -> tuple[Differen
     return place, gain
 
 
+def tests(seeds: Sequence[Mapping[str, Any]], split: str) -> tuple[Permuted, Permuted | None]:
+    """(test with independent seeds, test of the rows that all seeds have; None for fewer than two rows)."""
+    strata = [[one["sign"] * run[split] for run in (one["search"], *one["draws"])] for one in seeds]
+    apart = picks_stand_out(strata, [0] * len(strata))
+    names = [["search", *(draw["row"] for draw in one["draws"])] for one in seeds]
+    common = [name for name in names[0] if all(name in others for others in names)]
+    if len(common) < 2:
+        return apart, None
+    values = [[stratum[of.index(name)] for name in common] for stratum, of in zip(strata, names, strict=True)]
+    means = (ranks(np.array(values)) - 1).mean(0) * 100 / (len(common) - 1)
+    return apart, Permuted.of(float(means[0]), means, exact=True)
+
+
 def table(columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a line for each column and seed, and one for all seeds of a column."""
     head = ["task", "seed", "parameters (draws)", "draws", "their mean ± std", "their best", "search", "percentile"]
@@ -90,6 +111,10 @@ def table(columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             told += f", gain {gain.mean:+.4f}"
             if gain.low is not None and gain.high is not None:
                 told += f" ({gain.low:+.4f} to {gain.high:+.4f})"
+            apart, together = tests(seeds, split)
+            told += f"; p {probability(apart.p)}"
+            if together is not None and len(seeds) > 1:
+                told += f", as one choice p {probability(together.p)}"
             lines.append(f"- {column}, {split} {seeds[0]['metric']}, {len(seeds)} seed{'s' * (len(seeds) > 1)}: {told}")
     return "\n".join(lines)
 
@@ -116,10 +141,13 @@ def picture(columns: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or the JSON file of --page")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    columns = places([run for folder in given.folders for run in completed(folder)])
+    if given.folders[0].suffix == ".json":
+        columns = json.loads(given.folders[0].read_text())
+    else:
+        columns = places([run for folder in given.folders for run in completed(folder)])
     if not columns:
         sys.exit(f"error: no finished search with random draws below {', '.join(map(str, given.folders))}")
     print(table(columns))

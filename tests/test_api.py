@@ -346,7 +346,11 @@ def changes_the_head(model, grid, batches, loss):
     ("selector", "more", "message"),
     [
         ("search", {}, r"selector='search' trains adapters: call diffora\.search"),
-        ("best", {"k": 9}, r"k=9 must be .*\nselector='best' must be gradient, activation, random, or a function"),
+        (
+            "best",
+            {"k": 9},
+            r"k=9 must be .*\nselector='best' must be gradient, activation, .* alternate, or a function",
+        ),
         ("gradient", {"loader": None}, r"selector=gradient needs a loader"),
         ("gradient", {"loader": []}, r"the loader has no batches"),
         ("gradient", {"loss": bad_loss(lambda v: v * float("inf"))}, r"the loss of batch 1 is inf"),

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffora.core.orthogonality import numerical_rank, orthogonality, orthogonality_loss, singular_values
+from diffora.core.orthogonality import (
+    median_sigma,
+    numerical_rank,
+    orthogonality,
+    orthogonality_loss,
+    singular_values,
+    stable_rank,
+)
 
 G = torch.Generator().manual_seed(0)
 MATRICES = [torch.randn(r, d, dtype=torch.float64, generator=G) * 0.4 for r, d in [(2, 5), (3, 7), (2, 5), (3, 5)]]
@@ -81,11 +88,42 @@ def test_measures_are_those_of_the_whole_matrix(rank, deficient):
     assert orthogonality_loss(values, 20) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 0.5, 1e4])
+@pytest.mark.parametrize(("rank", "deficient"), [(1, 0), (4, 0), (6, 2), (25, 0)])
+def test_scale_free_measures_are_numpys(rank, deficient, scale):
+    lora_a, lora_bt = pair(rank, deficient)
+    delta = scale * lora_bt.double().numpy().T @ lora_a.double().numpy()
+    full = np.linalg.svd(delta, compute_uv=False)[: min(rank, 20)]  # those of the adapter's directions
+    values = singular_values(lora_a, lora_bt, scale)
+    assert stable_rank(values) == pytest.approx(np.linalg.norm(delta) ** 2 / full[0] ** 2, rel=1e-10)
+    assert median_sigma(values) == pytest.approx(np.median(full / full[0]), rel=1e-6, abs=1e-8)
+
+
+def test_scale_free_measures_of_equal_directions_are_r_and_one():
+    q = torch.linalg.qr(torch.randn(30, 8, generator=G))[0].T
+    values = singular_values(q, q, 0.01)
+    assert stable_rank(values) == pytest.approx(8, rel=1e-5) and median_sigma(values) == pytest.approx(1, rel=1e-5)
+    one = torch.cat([q[:1], 1e-9 * q[1:]])
+    values = singular_values(one, q, 3.0)
+    assert stable_rank(values) == pytest.approx(1) and median_sigma(values) < 1e-8
+
+
+def test_the_orthogonality_loss_depends_on_the_scale_and_the_others_do_not():
+    """The loss of R-LoRA's fixed point, orthonormal A and B, at R = 40, s = 0.2 and d = 64."""
+    q = torch.linalg.qr(torch.randn(64, 40, generator=G).double())[0].T
+    at = {s: singular_values(q, q, s) for s in (0.0, 0.2, 1.0)}
+    losses = {s: orthogonality_loss(values, 64) for s, values in at.items()}
+    assert losses == pytest.approx({0.0: 64, 0.2: 60.864, 1.0: 24})
+    assert stable_rank(at[0.2]) == pytest.approx(40) == stable_rank(at[1.0])
+
+
 def test_a_zero_update_has_rank_0_and_the_orthogonality_loss_of_zero():
     values = singular_values(torch.randn(3, 30), torch.zeros(3, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
+    assert stable_rank(values) == 0 and median_sigma(values) == 0
     values = singular_values(torch.zeros(0, 30), torch.zeros(0, 20), 1.0)
     assert numerical_rank(values, 20, 30) == 0 and orthogonality_loss(values, 20) == pytest.approx(20)
+    assert stable_rank(values) == 0 and median_sigma(values) == 0
 
 
 def test_autocast_does_not_change_the_regulariser():

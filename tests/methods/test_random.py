@@ -8,7 +8,7 @@ import torch
 from conftest import TYPES
 from torch import nn
 
-from diffora.core.choose import draw_of_same_size
+from diffora.core.choose import draw_of_same_size, draw_of_same_types
 from diffora.core.counts import adapter_parameters
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
@@ -82,6 +82,32 @@ def test_random_reads_the_selection_in_method_like(cfg, deberta, tmp_path):
     assert adapter_parameters(grid.shapes, drawn.mask(), 7, 2) == adapter_parameters(grid.shapes, mask, 7, 2)
     with pytest.raises(UserError, match="does not go with"):
         check(cfg(*overrides, "method.budget=100k"))
+
+
+def test_draws_of_the_same_types_change_layers_only():
+    shapes = [[SMALL, SMALL, LARGE], [SMALL, None, LARGE], [SMALL, SMALL, LARGE], [SMALL, SMALL, LARGE]]
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, False, True], [True, True, False]])
+    drawn = [draw_of_same_types(shapes, mask, seed) for seed in range(200)]
+    assert all(d.sum(0).tolist() == [4, 2, 1] and not d[1, 1] and not d.equal(mask) for d in drawn)
+    counts = Counter(tuple(d.flatten().tolist()) for d in drawn)  # 3 ways for one type, 4 for another, less 1
+    assert len(counts) == 11 and all(abs(n - 200 / 11) < 4 * math.sqrt(200 / 11) for n in counts.values())
+    assert draw_of_same_types(shapes, torch.tensor([[True, False, False]] * 4), 0) is None
+
+
+def test_method_keep_types_draws_other_layers_for_the_same_types(cfg, deberta, tmp_path):
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    mask = torch.zeros(grid.n_layers, grid.n_types, dtype=torch.bool)
+    mask[0, [0, 2, 4]] = True
+    Selection.from_mask(grid, mask, method="diffora", rho=0.2, seed=0).save(tmp_path / "selection.json")
+    base = ["method=random", "task=paraphrase", "model=tiny", "method.keep=types"]
+    like = [*base, f"method.like={tmp_path}/selection.json"]
+    settings, _ = check(cfg(*like, "method.scope=global"))
+    drawn = settings.method.choose(grid, None, 0).mask()
+    assert drawn.sum(0).equal(mask.sum(0)) and not drawn.equal(mask)
+    with pytest.raises(UserError, match=r"method\.keep=types needs method\.scope=global"):
+        check(cfg(*like))
+    with pytest.raises(UserError, match=r"method\.keep=types needs method\.like"):
+        check(cfg(*base, "method.scope=global"))
 
 
 @pytest.mark.parametrize("given", ["output.dense,attention.self.key_proj", "key,ffn_output", "key,output.dense"])

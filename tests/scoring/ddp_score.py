@@ -14,6 +14,7 @@ from diffora.core.grid import find_grid
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
 from diffora.scoring.function_stage import FunctionModule
+from diffora.scoring.measures import MEASURES
 from diffora.scoring.score import ScoreModule
 from diffora.tasks.tokenise import Collator
 
@@ -25,8 +26,8 @@ COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, types=TYPES, **trainer):
     """A ScoreModule after its stage, on 24 of the 48 rows in batches of 8."""
     model = model or small_deberta()
-    names = find_grid(model, candidates=types).names
-    module = ScoreModule(model, names, criterion, small_task(), accumulate, seed=0)
+    measure = MEASURES[criterion](model, find_grid(model, candidates=types), seed=0)
+    module = ScoreModule(measure, criterion, small_task(), accumulate, seed=0)
     return fitted(module, batches, devices, **trainer)
 
 
@@ -63,7 +64,7 @@ def rows_and_noise(model, grid, batches, loss):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
-    found = {c: scored(c, devices=devices, strategy="ddp") for c in ("gradient", "activation")}
+    found = {c: scored(c, devices=devices, strategy="ddp") for c in MEASURES}
     found["function"] = called(rows_and_noise, devices=devices, strategy="ddp")
     rank = found["gradient"].global_rank
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps({c: m.scores.tolist() for c, m in found.items()}))

@@ -20,12 +20,13 @@ from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
+from diffora.scoring.measures import MEASURES
 from diffora.tasks.tokenise import Collator
 
 ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
 WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ON_PATH))}
 WORKER = Path(__file__).with_name("ddp_score.py")
-BOTH = pytest.mark.parametrize("criterion", ["gradient", "activation"])
+EACH = pytest.mark.parametrize("criterion", MEASURES)
 
 COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 
@@ -99,7 +100,7 @@ def test_activation_scores_against_a_plain_loop():
         assert scores[i, j].item() == pytest.approx(expected, rel=1e-4)
 
 
-@BOTH
+@EACH
 def test_gpt2s_transposed_weights_score_like_usual_ones(criterion):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
@@ -115,7 +116,7 @@ def test_gpt2s_transposed_weights_score_like_usual_ones(criterion):
     assert scores.shape == (2, 4) and scores.std() > 0
 
 
-@BOTH
+@EACH
 def test_quantised_weights_are_refused(criterion):
     model = small_deberta()
     linear = model.get_submodule("deberta.encoder.layer.1.output.dense")
@@ -124,7 +125,7 @@ def test_quantised_weights_are_refused(criterion):
         scored(criterion, model)
 
 
-@BOTH
+@EACH
 def test_weights_head_and_modes_are_untouched(criterion):
     model = small_deberta(dropout=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -136,12 +137,12 @@ def test_weights_head_and_modes_are_untouched(criterion):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@BOTH
+@EACH
 def test_dropout_is_off(criterion):
     assert torch.equal(scored(criterion, small_deberta(dropout=0.5)).scores, scored(criterion).scores)
 
 
-@BOTH
+@EACH
 def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion, monkeypatch):
     from diffora.scoring import score
 
@@ -160,7 +161,7 @@ def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion
     assert sorted(torch.cat(seen).tolist()) == split_search(np.arange(48), seed=0)[0].tolist()  # one pass, not more
 
 
-@BOTH
+@EACH
 def test_dividing_a_batch_into_parts_does_not_change_the_scores(criterion):
     whole, parts = scored(criterion), scored(criterion, accumulate=3)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-5, atol=1e-8)
@@ -181,7 +182,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
         torch.testing.assert_close(torch.tensor(found), scored(criterion).scores, rtol=1e-4, atol=1e-7)
 
 
-@BOTH
+@EACH
 def test_bfloat16_scores_are_close(criterion):
     exact, rough = scored(criterion).scores, scored(criterion, precision="bf16-mixed").scores
     assert rough.dtype == torch.float32

@@ -1,5 +1,6 @@
 """The script's result for a search whose rank among random selections is known."""
 
+import itertools
 import json
 import sys
 
@@ -40,6 +41,13 @@ def test_percentiles_and_gains_by_seed(folder):
     text = script.table({"cola": seeds})
     assert "| cola | 0 | 100 | 4 | 0.250 ± 0.129 | 0.400 | 0.250 | 50 |" in text
     assert "- cola, validation matthews, 3 seeds: percentile 54 (0 to 100), gain +0.1667" in text
+    # each seed has 5 runs, with places 0, 25, 50, 75, 100; in the second two share the lowest
+    places = itertools.product((0, 25, 50, 75, 100), (12.5, 12.5, 50, 75, 100), (0, 25, 50, 75, 100))
+    apart, together = script.tests(seeds, "validation")
+    assert apart.p == pytest.approx(sum(sum(of) >= 162.5 for of in places) / 125)
+    # in all seeds: draw 3 is at 250 / 3, draw 2 at 175 / 3, the search at 162.5 / 3
+    assert together.p == pytest.approx(3 / 5)
+    assert text.count(f"; p = {apart.p:.3f}, as one choice p = 0.600") == 2
 
 
 def test_if_lower_is_better_the_lowest_has_the_highest_percentile(tmp_path):
@@ -49,7 +57,7 @@ def test_if_lower_is_better_the_lowest_has_the_highest_percentile(tmp_path):
     [seeds] = script.places(script.completed(tmp_path)).values()
     assert script.percentile(seeds[0], "validation") == 100
     text = script.table({"chat": seeds})
-    assert "| 100 (90 to 91) | 2 |" in text and "gain +1.5000" in text
+    assert "| 100 (90 to 91) | 2 |" in text and "gain +1.5000; p = 0.333" in text
 
 
 def test_the_page_gets_table_and_picture(folder, tmp_path, monkeypatch, capsys):
@@ -62,6 +70,11 @@ def test_the_page_gets_table_and_picture(folder, tmp_path, monkeypatch, capsys):
     script.main()
     assert "old" not in page.read_text() and "| cola | 2 |" in page.read_text()
     assert (docs / "images/selection_draws.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["script", str(docs / "data/selection_draws.json")])
+    script.main()
+    assert capsys.readouterr().out == printed  # the table needs no runs
+    (docs / "data/selection_draws.json").unlink()
     monkeypatch.setattr(sys, "argv", ["script", str(docs)])
     with pytest.raises(SystemExit, match="no finished search"):
         script.main()

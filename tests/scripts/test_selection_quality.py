@@ -4,8 +4,10 @@ import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPO
+from scipy import stats
 
 sys.path.insert(0, str(REPO / "scripts"))
 import selection_quality as script
@@ -43,15 +45,23 @@ def test_percentiles_gains_and_intervals(folder):
     best, mixed = found["selectors"]["best"], found["selectors"]["mixed"]
     assert best["percentile"] == pytest.approx(100 * 5.5 / 6) and best["jaccard"] == 1 and best["share"] == 1
     assert best["low"] is None  # no spread, no interval
-    assert mixed["percentile"] == pytest.approx(50) and mixed["low"] < 50 < mixed["high"] and mixed["p"] > 0.9
+    assert mixed["percentile"] == pytest.approx(50) and mixed["low"] < 50 < mixed["high"]
+    # mixed chooses two pairs of opposite subsets, and opposite subsets are at 50 together, whatever the labels
+    assert best["p"] == pytest.approx(1 / 6) and mixed["p"] == mixed["p_worse"] == 1
+    assert best["equal_size"]["p"] == pytest.approx(1 / 3) and found["module_sizes"] == [1, 1, 1, 2]
     # ab 0.0, ac 0.1, bc 0.3 are of one size, ad 0.2, bd 0.4, cd 0.5 of another: a choice is compared with its own
     assert mixed["equal_size"]["percentile"] == pytest.approx(100 * (0.5 + 2.5 + 1.5 + 1.5) / 3 / 4)
     assert best["equal_size"]["gain"] == pytest.approx(0.5 - (0.2 + 0.4 + 0.5) / 3)
     assert [group[:2] for group in found["sizes"]] == [[2, 3], [3, 3]]
     assert mixed["gain"] == pytest.approx(0, abs=1e-9) and mixed["jaccard"] < 1
     assert found["reliability"] > 0.99
+    values = np.array([[0.1 * i + 0.001 * seed for seed in (0, 1)] for i in range(6)])
+    test = stats.f_oneway(*values)
+    assert (found["subsets_f"], found["subsets_p"]) == pytest.approx((test.statistic, test.pvalue))
+    within = values.var(1, ddof=1).mean()
+    assert found["subsets_sd"] == pytest.approx((values.mean(1).var(ddof=1) - within / 2) ** 0.5)
     text = script.table(found)
-    assert text.index("| best |") < text.index("| mixed |") and "| 92 |" in text
+    assert text.index("| best |") < text.index("| mixed |") and "| 92 | 0.167 |" in text
 
 
 def test_an_interval_ends_at_the_possible_percentiles(folder):
@@ -73,6 +83,15 @@ def test_only_common_seeds_of_all_subsets_count_and_no_subset_may_be_missing(fol
 def test_random_choices_are_at_fifty_also_with_ties():
     values = {((name,),): worth for name, worth in zip("abcdef", (1, 1, 1, 2, 3, 3), strict=True)}
     assert sum(script.percentile(values, subset) for subset in values) / 6 == pytest.approx(50)
+
+
+def test_a_lucky_choice_that_all_seeds_make_is_one_choice(folder):
+    for seed in range(9):
+        run(folder, "stubborn", seed, SUBSETS[-2], 0.0, "search")
+    run(folder, "stubborn", 9, SUBSETS[-1], 0.0, "search")
+    stubborn = script.quality(script.completed(folder))["selectors"]["stubborn"]
+    assert stubborn["low"] > 50  # Student's t over seeds
+    assert stubborn["p"] > 0.1 and stubborn["p_worse"] > 0.5
 
 
 def test_if_lower_is_better_the_lowest_is_best(tmp_path):
@@ -97,6 +116,10 @@ def test_the_page_gets_table_and_picture(folder, tmp_path, monkeypatch, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| search |" in text
     assert (docs / "images/selection_paraphrase.png").stat().st_size > 1000
     assert json.loads((docs / "data/selection_paraphrase.json").read_text())["subsets"] == 6
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["script", str(docs / "data/selection_paraphrase.json")])
+    script.main()
+    assert capsys.readouterr().out == printed  # the table needs no runs
     (folder / "ab-0" / "run.json").unlink()
     monkeypatch.setattr(sys, "argv", ["script", str(folder), "--column", "elsewhere"])
     with pytest.raises(SystemExit, match="no finished run"):

@@ -60,7 +60,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
             "search.relaxation": "sigmoid", "search.head_warmup": "1", "search.readout": "early_gradient",
-            "model.kernel": "plain",
+            "search.ensemble": "2", "model.kernel": "plain",
             "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
@@ -193,7 +193,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "DiffoRA": [
         (SEARCH, {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1",
-            "method.selector": "random", "method.scope": "global",
+            "method.selector": "random", "method.scope": "global", "method.shared_scale": "same",
             "method.budget": "30k", "method.selection": "[key]", "method.warm_start": "true",
             "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.adapter": "a/b/c",
         }),
@@ -208,8 +208,9 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TINY} method=random", {
             "method.alpha": "2", "method.weight_sharing": "false", "method.shared_rank": "1", "method.scope": "global",
             "method.budget": "30k", "method.regulariser.weight": "0.1", "method.mask.rank": "1", "method.draw": "5",
-            "method.like": "conf", "method.adapter": "a/b/c",
+            "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
+        (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

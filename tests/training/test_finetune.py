@@ -284,6 +284,10 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
     assert scores["update/rank"] == 2
     losses = [(d @ d.T - torch.eye(len(d), dtype=d.dtype)).square().sum().item() for d in deltas]
     assert scores["update/orthogonality_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    spectra = [np.linalg.svd(d.numpy(), compute_uv=False)[:2] for d in deltas]
+    ranks, medians = zip(*[((s**2).sum() / s[0] ** 2, np.median(s / s[0])) for s in spectra], strict=True)
+    assert scores["update/stable_rank"] == pytest.approx(np.mean(ranks), rel=1e-5)
+    assert scores["update/median_sigma"] == pytest.approx(np.mean(medians), rel=1e-4)
     assert module.results()["update/rank"] == 2 and "generalisation_gap" in module.results()
 
 

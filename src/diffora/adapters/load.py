@@ -150,6 +150,6 @@ def place_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Store
             device = base.weight.device
             parameters[source] = nn.Parameter(lora_a.to(device)), nn.Parameter(lora_bt.to(device))
         layer = LowRankLinear(base, *parameters[source], alpha=scale * rank, dropout=dropout)
-        layer.scaling = scale  # alpha / rank may differ from it in the last bit
+        layer.scaling = scale  # scale * rank / rank may differ from it in the last bit
         for place in places[id(base)]:
             model.set_submodule(place, layer)

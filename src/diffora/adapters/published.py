@@ -48,7 +48,7 @@ def published_card(of: Published) -> str:
         "## How to load it\n",
         *_loading(of),
         "## How it was trained\n",
-        _table(("setting", "value"), _settings(record)),
+        _table(("setting", "value"), _settings(record, of.manifest or {})),
     ]
     return "\n".join(parts)
 
@@ -98,10 +98,14 @@ def _loading(of: Published) -> list[str]:
     return found
 
 
-def _settings(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _settings(record: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings of the training. The scale of shared pairs is the one in the file."""
     settings = record.get("settings") or {}
     method, finetune = settings.get("method") or {}, settings.get("finetune") or {}
     rows = [("rank", settings.get("rank")), ("alpha", method.get("alpha")), ("rho", settings.get("rho"))]
+    if shared := manifest.get("shared"):
+        first = manifest["modules"][shared[0][0]]
+        rows += [("shared rank", first["rank"]), ("scale of shared pairs", f"{first['scale']:g}")]
     rows += [(key, finetune.get(key)) for key in SETTINGS]
     rows += [(f"version of {name}", version) for name, version in (record.get("versions") or {}).items()]
     return [(key, value) for key, value in rows if isinstance(value, int | float | str)]

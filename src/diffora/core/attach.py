@@ -11,6 +11,8 @@ from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
 from diffora.errors import UserError
 
+SHARED_SCALES = ("own", "same")
+
 
 def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A new pair (A, B^T). A is Kaiming-uniform as in LoRA and B is zero, so the update starts at zero."""
@@ -32,6 +34,7 @@ def attach(
     *,
     freeze: bool = True,
     kernel: str = "fused",
+    shared_scale: str = "own",
 ) -> list[list[LowRankLinear | None]]:
     """Replace the modules of a grid by low-rank layers ([D] Algorithm 1, line 11), in place, and freeze the rest.
 
@@ -44,6 +47,8 @@ def attach(
         selected: boolean, L x N.
         rank, shared_rank: of the selected and of the other modules.
         alpha: the updates are scaled by alpha / rank.
+        shared_scale: ``own``: updates of shared pairs are scaled by alpha / shared_rank; ``same``: by alpha / rank, as
+            those of selected modules. [D] does not say which.
         dropout: rate on the input of every A while training.
         freeze: freeze every parameter except those of low-rank layers. The head is frozen too: to train it, call
             ``model.classifier.requires_grad_(True)`` afterwards. False changes ``requires_grad`` of the adapted modules
@@ -58,7 +63,7 @@ def attach(
             number is impossible. The model is then unchanged.
     """
     rows = [list(row) for row in names]
-    if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout, kernel)):
+    if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout, kernel, shared_scale)):
         raise UserError(problems)
     if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
         raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
@@ -85,6 +90,8 @@ def attach(
         if (pair := pair_of(base, column, flag)) is None:
             return None
         layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout, kernel=kernel)
+        if shared_scale == "same":
+            layer.scaling = alpha / rank
         for place in places[id(base)]:
             model.set_submodule(place, layer)
         return layer
@@ -96,7 +103,7 @@ def attach(
 
 
 def _setting_problems(
-    selected: Any, rank: Any, shared_rank: Any, alpha: Any, dropout: Any, kernel: Any
+    selected: Any, rank: Any, shared_rank: Any, alpha: Any, dropout: Any, kernel: Any, shared_scale: Any
 ) -> Iterator[str]:
     """Mistakes in the arguments of `attach`, except the names."""
     if not isinstance(selected, Tensor) or selected.dtype != torch.bool:
@@ -113,6 +120,10 @@ def _setting_problems(
         yield f"dropout={dropout!r} must be a rate in [0, 1)"
     if kernel not in KERNELS:
         yield f"kernel={kernel!r} must be one of {', '.join(KERNELS)}"
+    if shared_scale not in SHARED_SCALES:
+        yield f"shared_scale={shared_scale!r} must be one of {', '.join(SHARED_SCALES)}"
+    elif shared_scale == "same" and shared_rank is None:
+        yield "shared_scale='same' needs shared_rank=: without it there are no shared pairs"
 
 
 def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:

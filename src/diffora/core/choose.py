@@ -147,3 +147,25 @@ def draw_of_same_size(
             drawn[place] = shuffled(rows[place])
         drawn = drawn.view(mask.shape)
     return drawn
+
+
+def draw_of_same_types(shapes: Shapes, mask: Tensor, seed: int) -> Tensor | None:
+    """A random selection with as many modules of each type as ``mask``, in other layers; None if there is no other.
+
+    It is a control for the choice of layers: a selector that is better than these draws found more than good types.
+
+    Args:
+        shapes: L x N pairs (in_features, out_features), None where a layer has no such module.
+        mask: boolean L x N.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    there = _there(shapes)
+    if all(mask[places, column].all() or not mask[places, column].any() for column, places in enumerate(there.T)):
+        return None
+    drawn = mask
+    while drawn.equal(mask):
+        drawn = mask.clone()
+        for column, places in enumerate(there.T):
+            flags = mask[places, column]
+            drawn[places, column] = flags[torch.randperm(len(flags), generator=generator)]
+    return drawn

@@ -78,6 +78,7 @@ class LowRankLinear(nn.Module):
             Both compute the same up to rounding and the drawing of dropout masks. torch.compile always gets ``plain``.
 
     Attributes:
+        scaling: what the update is multiplied by, alpha / rank unless the caller sets another number.
         gate: an entry of the relaxed DAM, set from outside before each forward pass; or a trained parameter, (rank,)
             for SoRA's gates, (rank, rank) for FLoRA's core; or None.
         rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
@@ -112,7 +113,6 @@ class LowRankLinear(nn.Module):
         self.lora_a = lora_a
         self.lora_bt = lora_bt
         self.rank = rank
-        self.alpha = alpha
         self.scaling = alpha / rank
         self.dropout = dropout
         self.kernel = kernel
@@ -286,7 +286,7 @@ class LowRankLinear(nn.Module):
         self.base.weight = nn.Parameter(new.T.contiguous() if self._transposed else new, requires_grad=False)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
 def gate_times(gate: Tensor, lora_bt: Tensor) -> Tensor:

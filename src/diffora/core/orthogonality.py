@@ -75,5 +75,31 @@ def numerical_rank(values: Tensor, out_features: int, in_features: int) -> int:
 
 
 def orthogonality_loss(values: Tensor, out_features: int) -> float:
-    """``||dW dW^T - I||_F^2`` of [R] Table 5, from the singular values of dW; dW dW^T is (out, out)."""
+    """``||dW dW^T - I||_F^2`` of [R] Table 5, from the singular values of dW; dW dW^T is (out, out).
+
+    It depends on the scale of dW: it is ``out`` at dW = 0, and lowest if the R singular values are 1.
+    """
     return float((values.square() - 1).square().sum() + (out_features - len(values)))
+
+
+def stable_rank(values: Tensor) -> float:
+    """``||dW||_F^2 / sigma_1^2`` from the singular values of dW: how many directions the update really has.
+
+    It does not depend on the scale of dW, unlike `orthogonality_loss`. It is R for an update of rank R whose singular
+    values are equal, near 1 if one direction dominates, and 0 for a zero update.
+    """
+    return float(relative(values).square().sum())
+
+
+def median_sigma(values: Tensor) -> float:
+    """The median of ``sigma_i / sigma_1`` over the directions of an adapter; 0 for a zero update.
+
+    It does not depend on the scale of dW. It is 1 if all singular values are equal.
+    """
+    return float(relative(values).quantile(0.5)) if len(values) else 0.0
+
+
+def relative(values: Tensor) -> Tensor:
+    """``sigma_i / sigma_1``, all 0 for a zero update."""
+    largest = values.max() if len(values) else 0
+    return values / largest if largest > 0 else torch.zeros_like(values)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
+from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
+from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores
 from diffora.core.parts import part_of, path_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -21,16 +23,18 @@ from diffora.trust import NAME
 
 PARTS = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of module types or their parts")
 CHANCE = "random"
-"""Not a selector of `diffora.scoring.selectors`: `DiffoRA.choose` draws these scores without model or data."""
+WITHOUT_MODEL = (CHANCE, *HEURISTICS)
+"""Not selectors of `diffora.scoring.selectors`: `DiffoRA.choose` computes these scores without model or data."""
 
 
 def _is_selector(value: Any) -> bool:
-    return isinstance(value, str) and (value in (*SELECTORS, CHANCE) or NAME.fullmatch(value) is not None)
+    return isinstance(value, str) and (value in (*SELECTORS, *WITHOUT_MODEL) or NAME.fullmatch(value) is not None)
 
 
 SELECTOR = Check(
     _is_selector,
-    f"one of {', '.join((*SELECTORS, CHANCE))}, or the dotted path of a function of your own, as in module.function",
+    f"one of {', '.join((*SELECTORS, *WITHOUT_MODEL))}, or the dotted path of a function of your own, as in "
+    "module.function",
 )
 
 
@@ -39,8 +43,8 @@ class DiffoRA(Selecting):
     """[D] Algorithm 1. With ``method.selection`` there is no search, and that selection is used as it is.
 
     Attributes:
-        selector: where the scores come from: ``search`` ([D]), another of `diffora.scoring.selectors`, ``random``, or
-            the dotted path of the user's own function.
+        selector: where the scores come from: ``search`` ([D]), another of `diffora.scoring.selectors`, ``random``, a
+            heuristic (`diffora.core.heuristics`), or the dotted path of the user's own function.
         score_batches: the number of batches of search rows for every selector except ``search``; at most one pass.
         selection: a selection file, or a list of the modules to select in every layer: module types, or parts such as
             ``key`` (`diffora.core.parts`).
@@ -68,12 +72,22 @@ class DiffoRA(Selecting):
             yield "method.warm_start=true needs the file of a search, and a list in method.selection has no A and B"
         if self.warm_start and self.selection is None and not trains(self.selector):
             yield f"method.warm_start=true needs a selector that trains A and B, which {self.selector} does not"
+        if self.selection is None and self.selector in HEURISTICS:
+            if self.selector in BY_LAYER and self.scope == "layer":
+                yield f"method.selector={self.selector} selects whole layers, so it needs method.scope=global"
+            if self.budget is not None and self.scope == "global":
+                yield (
+                    f"method.selector={self.selector} does not go with method.scope=global and method.budget, which "
+                    "chooses the number of modules: the rule gives this number"
+                )
         if self.warm_start and self.budget is not None and self.scope == "layer":
             yield "method.warm_start=true does not go with method.budget, which chooses the rank after the search"
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         if self.selection is None:
             super().check(model, grid)
+            if self.selector in HEURISTICS and self.adapter is None:
+                self._check_heuristic(grid)
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
@@ -96,9 +110,9 @@ class DiffoRA(Selecting):
 
     @property
     def scoring(self) -> Scoring | None:
-        if self.selection is not None or self.adapter is not None or self.selector == CHANCE:
+        if self.selection is not None or self.adapter is not None or self.selector in WITHOUT_MODEL:
             return None
-        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
+        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start, self.scope)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if (found := self.selection_of_start(grid, seed)) is not None:
@@ -107,8 +121,23 @@ class DiffoRA(Selecting):
             return self.given(grid, seed)
         if self.selector == CHANCE:
             scores = random_scores(grid.n_layers, grid.n_types, seed)
+        elif self.selector in HEURISTICS:
+            scores = heuristic_scores(self.selector, grid)
         assert scores is not None, "`scoring` asks for them"
         return self.selection_by(grid, scores, self.selector, seed)
+
+    def _check_heuristic(self, grid: Grid) -> None:
+        """Raise a UserError if rho divides modules that the heuristic does not tell apart."""
+        sizes = grid.sizes if self.scope == "layer" else [grid.n_modules]
+
+        def counts(rho: float) -> list[int]:
+            return [modules_per_layer(rho, size) for size in sizes]
+
+        scores = heuristic_scores(self.selector, grid)
+        steps = [step / 100 for step in range(1, 100)] + [step / 1000 for step in range(1, 1000)]
+        choices = ((f"rho={rho:g}", counts(rho)) for rho in steps)
+        if problem := heuristic_problem(scores, counts(self.rho), choices):
+            raise UserError(f"method.selector={self.selector}: rho={self.rho} {problem}")
 
     def given(self, grid: Grid, seed: int) -> Selection:
         """The selection that ``method.selection`` names.

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from diffora.core.choose import draw_of_same_size, random_scores
+from diffora.core.choose import draw_of_same_size, draw_of_same_types, random_scores
 from diffora.core.counts import adapter_parameters
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
@@ -26,6 +26,8 @@ class Random(Selecting):
     Attributes:
         draw: seed of the draw; by default the run's seed.
         like: a selection file; the draw has as many adapter parameters as that selection (`draw_of_same_size`).
+        keep: what else a draw like a selection keeps: ``size``, nothing more; ``types``, the number of modules of each
+            type, so that only the layers change (`draw_of_same_types`).
     """
 
     name: ClassVar[str] = "random"
@@ -34,11 +36,19 @@ class Random(Selecting):
         Annotated[str, PATH] | None,
         Help("Draw among the selections that have as many adapter parameters as this selection.json."),
     ]
+    keep: Annotated[
+        Literal["size", "types"],
+        Help("With `like`: keep the number of parameters, or also the number of modules of each type."),
+    ]
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.like is not None and self.budget is not None:
             yield "method.like does not go with method.budget: both fix the number of parameters"
+        if self.like is None and self.keep != "size":
+            yield f"method.keep={self.keep} needs method.like, the selection whose types it keeps"
+        if self.keep == "types" and self.scope == "layer":
+            yield "method.keep=types needs method.scope=global: layers can get different numbers of modules"
         if self.like is not None and self.adapter is not None:
             yield "method.like does not go with method.adapter, which has its own selection"
 
@@ -51,9 +61,13 @@ class Random(Selecting):
         pattern = Selection.load(Path(self.like))
         pattern.check_fits(grid, self.like)
         rank = self.rank if pattern.rank is None else pattern.rank
-        mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
+        if self.keep == "types":
+            mask = draw_of_same_types(grid.shapes, pattern.mask(), self.draw)
+        else:
+            mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
         if mask is None:
-            raise UserError(f"method.like={self.like}: no other selection has as many parameters")
+            as_many = "as many modules of each type" if self.keep == "types" else "as many parameters"
+            raise UserError(f"method.like={self.like}: no other selection has {as_many}")
         wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
         if has != wanted:
             log.warning(

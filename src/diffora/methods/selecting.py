@@ -4,7 +4,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -54,6 +54,7 @@ class Selecting(Continuing):
     Attributes:
         scope: ``layer``: select the K = floor(rho N) best of each layer ([D] eq. 14); ``global``: the floor(rho N L)
             best of all layers together.
+        shared_scale: ``own``: shared pairs are scaled by alpha / r_s; ``same``: by alpha / r, as selected modules are.
         budget: most adapter parameters. It chooses the rank (scope ``layer``) or the number of modules (``global``).
     """
 
@@ -73,6 +74,10 @@ class Selecting(Continuing):
     ]
     regulariser: Annotated[Regulariser, Help("R-LoRA's penalty on the adapters.")]
     mask: Annotated[Mask, Help("GM-LoRA's masks on the adapters.")]
+    shared_scale: Annotated[
+        Literal["own", "same"],
+        Help("Scale of shared pairs: alpha / shared_rank (`own`), or alpha / rank as selected modules have (`same`)."),
+    ] = field(default="own", kw_only=True)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -80,13 +85,18 @@ class Selecting(Continuing):
         # masked.
         known = self.adapter is None and (self.budget is None or self.scope != "layer")
         yield from self.mask.problems(self.rank if known else None)
+        if self.shared_scale == "same" and not self.weight_sharing:
+            yield "method.shared_scale=same needs method.weight_sharing=true: without it there are no shared pairs"
+        if self.shared_scale == "same" and self.adapter is not None:
+            yield "method.shared_scale=same does not go with method.adapter, which has its own scales"
         if self.adapter is not None and self.budget is not None:
             yield "method.budget does not go with method.adapter, which already says what is adapted"
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         """[D] Algorithm 1, line 11: a pair of rank r for each selected module.
 
-        Unselected modules of one type and shape share a pair of rank r_s, or are frozen.
+        Unselected modules of one type and shape share a pair of rank r_s, or are frozen. The paper does not say if
+        shared pairs are scaled by alpha / r_s or alpha / r: ``shared_scale`` does.
         """
         assert selection is not None
         if (start := self.start()) is not None:
@@ -95,8 +105,8 @@ class Selecting(Continuing):
         if self.rank_elsewhere is None and not any(selection.selected):
             raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
         rank = self.rank if selection.rank is None else selection.rank
-        elsewhere = self.rank_elsewhere
-        attach(model, grid.names, selection.mask(), rank, elsewhere, self.alpha, self.dropout, freeze=False)
+        numbers = (rank, self.rank_elsewhere, self.alpha, self.dropout)
+        attach(model, grid.names, selection.mask(), *numbers, freeze=False, shared_scale=self.shared_scale)
         return LowRankAdaptation(model, self.regulariser, self.mask, seed)
 
     @property

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from diffora.report.comparisons import Comparison, verdict
+from diffora.report.comparisons import Comparison
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, spread
 
@@ -114,11 +114,13 @@ MEASURES = (
     ("generalisation gap", "metrics", "generalisation_gap"),
     ("rank of ΔW", "metrics", "update/rank"),
     ("orthogonality loss of ΔW", "metrics", "update/orthogonality_loss"),
+    ("stable rank of ΔW", "metrics", "update/stable_rank"),
+    ("median σ/σ₁ of ΔW", "metrics", "update/median_sigma"),
 )
 
 
 def cost_table(table: ResultTable) -> TextTable:
-    """Time, memory, generalisation gap, and rank and ‖ΔWΔWᵀ − I‖²_F of the updates ([R] Table 5)."""
+    """Time, memory, generalisation gap, and measures of the updates ([R] Table 5)."""
     used = [
         measure
         for measure in MEASURES
@@ -168,14 +170,15 @@ def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTa
                 signed(dev),
                 probability(dev.p),
                 probability(c.p_holm),
-                verdict(dev),
+                c.told(c.verdict),
+                detectable(dev),
                 signed(out),
-                verdict(out),
+                c.told(c.held_out_verdict),
                 "" if c.ratio is None else SortableText(f"{c.ratio:.2f}" + ("" if c.fair else " (unequal)"), c.ratio),
                 SortableText(str(dev.n), dev.n),
             ]
         )
-    labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict"]
+    labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict", "detectable"]
     groups = [
         ("", ["column", "ours", "against", *labels, "held_out: difference (95 %)", "held_out verdict"]),
         ("", ["parameters, ours/other", "n"]),
@@ -186,6 +189,9 @@ def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTa
             f"The first {PAIRS} of {len(found):,} comparisons are listed; {table.name}-comparisons.csv has all. "
             "Holm's correction and the counts at the top of the page include all"
         )
+    notes.append(
+        "detectable: the smallest true difference that these seeds, with this spread, find with a probability of 80 %"
+    )
     return TextTable(f"{table.title}: {table.our_name} against the others", groups, rows, notes)
 
 
@@ -215,6 +221,12 @@ def signed(found: Difference | None) -> str:
     digits = 2 if largest >= 0.5 else 4
     interval = f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})" if found.low is not None else ""
     return SortableText(f"{found.mean:+.{digits}f}{interval}", found.mean)
+
+
+def detectable(found: Difference) -> str:
+    """The smallest difference that could have been found, as text; empty without an interval."""
+    value = found.detectable
+    return "" if value is None else SortableText(f"{value:.{2 if value >= 0.5 else 4}f}", value)
 
 
 def probability(p: float | None) -> str:

@@ -177,7 +177,8 @@ def _adapter_lines(request: Request, manifest: dict[str, Any]) -> Iterator[str]:
     text = f"rank {ranks[-1]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     if request.form == UNIFORM and len(ranks) > 1:
         text += f", all filled up to {ranks[-1]}"
-    yield f"{len(modules)} modules, {text}"
+    scales = ", ".join(f"{scale:g}" for scale in sorted({entry["scale"] for entry in modules.values()}))
+    yield f"{len(modules)} modules, {text}, scale {scales}"
     if manifest["heads"]:
         yield f"with the head {', '.join(manifest['heads'])}: vLLM and llama.cpp take no head, use form={MERGED} there"
 

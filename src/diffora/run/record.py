@@ -67,6 +67,8 @@ def metric_facts(task: "Task") -> dict[str, Any]:
         "generalisation_gap": lower(task.unit_of(task.main_metric)),
         "update/rank": higher("rank"),
         "update/orthogonality_loss": lower(""),
+        "update/stable_rank": higher("rank"),
+        "update/median_sigma": higher(""),
     }
     return {"main_metric": task.main_metric, "metric_facts": {name: asdict(value) for name, value in facts.items()}}
 

@@ -25,6 +25,7 @@ class SearchContext:
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
         choose: from scores, L x N, to the boolean mask of the modules that the method would select.
+        member: which member of an ensemble this is, for the progress bar; empty for none.
     """
 
     parts: Parts
@@ -33,6 +34,7 @@ class SearchContext:
     score_batches: int
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
+    member: str = ""
     choose: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -43,18 +45,41 @@ class SearchContext:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One member of an ensemble (``search.ensemble``).
+
+    Attributes:
+        seed: the member's; the first one has the run's seed.
+        seconds: of its training and scoring.
+        split_hash: sha256 of the two parts of the training rows that it used.
+        scores: L x N, as `SearchResult.scores`.
+        standardised: L x N in float64, what is averaged (`diffora.core.ensemble.standardised`).
+    """
+
+    seed: int
+    seconds: float
+    split_hash: str
+    scores: Tensor
+    standardised: Tensor
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; for ``search`` the relaxed DAM, or what ``search.readout`` names.
-        seconds: of training and scoring, without loading.
-        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
+        scores: L x N on the CPU, high is good; for ``search`` the relaxed DAM, or what ``search.readout`` names. Of an
+            ensemble, the mean of the members' standardised scores.
+        seconds: of training and scoring, without loading; of all members together.
+        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``. Of an ensemble, that
+            of the first member.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
         readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
         rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
+            Of an ensemble, those of the first member.
+        members: of an ensemble; empty otherwise.
     """
 
     scores: Tensor
@@ -64,6 +89,7 @@ class SearchResult:
     weights: dict[str, Tensor] = field(default_factory=dict)
     readout: str | None = None
     rounds: float | None = None
+    members: list[Member] = field(default_factory=list)
 
 
 Run = Callable[[SearchContext], SearchResult]

@@ -1,20 +1,34 @@
 """Formulas of the selectors other than the search, as pure functions: one number per candidate, high is good."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffora.core.parts import part_of
 from diffora.tasks.ignored import IGNORED
+
+DIRECTIONS = 1024
+"""Random directions for which `direction_norm` is computed. Their mean is then exact to about 1 %."""
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Frobenius norm of the mean gradient of the loss with respect to a frozen weight; any shape -> scalar."""
     norm: Tensor = torch.linalg.vector_norm(gradient)
     return norm
+
+
+def mean_square(gradient: Tensor) -> Tensor:
+    """Mean square of the entries of a gradient; any shape -> scalar.
+
+    Its mean over rows is the mean of the diagonal of the empirical Fisher matrix. The gradient must be of one row: the
+    square of a batch's mean gradient is smaller the larger the batch is.
+    """
+    mean: Tensor = gradient.square().mean()
+    return mean
 
 
 def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +78,104 @@ def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:
         mean_square: (in,), mean square of each input feature over the tokens; its root is used as ||x_j||_2.
     """
     return (weight.abs() * mean_square.sqrt()).mean()
+
+
+def norm_sums(weight: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over one batch that the NFN of PLoP needs. They can be added over batches and processes.
+
+    NFN(W) = mean over tokens of ||W z|| / ||z||, divided by `direction_norm` (PLoP, arXiv 2506.20629). The scale of W
+    cancels.
+
+    Args:
+        weight: (out, in).
+        x: (..., in), the inputs z.
+        mask: one entry for each token of ``x``; 0 for padding. A token whose input is all zero has no direction, and
+            does not count either.
+
+    Returns:
+        (sum of ||W z|| / ||z|| over tokens; number of tokens), scalars in float32 or float64.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype).reshape(-1, x.shape[-1])
+    norms = x.norm(dim=-1)
+    counted = (mask.reshape(-1) != 0) & (norms > 0)
+    stretched = (x[counted] / norms[counted].unsqueeze(-1)) @ weight.to(dtype).T
+    return stretched.norm(dim=-1).sum(), counted.sum().to(dtype)
+
+
+def direction_norm(weight: Tensor, seed: int) -> Tensor:
+    """Mean of ||W u|| over `DIRECTIONS` random directions u of length 1, equally likely everywhere on the sphere.
+
+    Args:
+        weight: (out, in).
+        seed: of the directions. They are the same for all weights of equal width.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(DIRECTIONS, weight.shape[1], generator=generator, dtype=dtype).to(weight.device)
+    directions /= directions.norm(dim=-1, keepdim=True)
+    mean: Tensor = (directions @ weight.to(dtype).T).norm(dim=-1).mean()
+    return mean
+
+
+def mean_of_types(values: Tensor) -> Tensor:
+    """Every value replaced by the mean of its column; L x N, NaN where a layer has no such module."""
+    return values.nanmean(dim=0).expand_as(values).masked_fill(values.isnan(), float("nan"))
+
+
+def condition_number(weight: Tensor) -> float:
+    """sigma_max / (sigma_min + 1e-8) in float32, computed by PEFT (KappaTune, arXiv 2506.16289).
+
+    Args:
+        weight: (out, in).
+    """
+    from peft.helpers import KappaTuneSelector  # takes seconds to import
+
+    # PEFT looks only at nn.Linear. Quantised weights are not given here, and the order of rows and columns is the same.
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    found = KappaTuneSelector(nn.ModuleList([layer]), max_dim_size_to_analyze=max(weight.shape), show_progress=False)
+    found.get_best_targets()
+    assert found._condition_numbers is not None
+    return found._condition_numbers["0"]
+
+
+def signal_to_noise(weight: Tensor) -> float:
+    """SNR of a weight by Spectrum (arXiv 2406.06623).
+
+    Singular values above eps are signal, the others noise: SNR = (sum of signal / sum of noise) / sigma_max, with
+    eps = IQR / 1.349 * (1 + sqrt(beta)), the edge of the Marchenko-Pastur law for a noise whose standard deviation is
+    estimated from the interquartile range of the singular values; beta is the shorter side over the longer one.
+
+    Args:
+        weight: (out, in).
+
+    Returns:
+        The SNR; 0 without signal, infinity without noise.
+    """
+    values = torch.linalg.svdvals(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    low, high = values.quantile(0.25), values.quantile(0.75)
+    beta = min(weight.shape) / max(weight.shape)
+    signal = values > (high - low) / 1.349 * (1 + math.sqrt(beta))
+    if not (signal & (values > 0)).any():
+        return 0.0
+    return float(values[signal].sum() / values[~signal].sum() / values[0])
+
+
+def ranked_in_types(values: Tensor) -> Tensor:
+    """Scores that take the top share of each module type: rank within the column, as a share of it.
+
+    The score is (modules of the same type with a lower value + v / (1 + v)) / modules of the type, between 0 and 1. So
+    modules of different types compare by their rank within their own type, and those of equal rank by their values.
+
+    Args:
+        values: L x N of at least 0, infinity allowed; NaN where a layer has no such module.
+
+    Returns:
+        L x N, NaN where a layer has no such module. Equal values of one type stay equal.
+    """
+    lower = (values.unsqueeze(0) < values.unsqueeze(1)).sum(dim=1)  # comparisons with NaN are False
+    return (lower + 1 - 1 / (1 + values)) / (~values.isnan()).sum(dim=0)
 
 
 def gate_path(points: int) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Selectors that take one pass over some search-train batches and train nothing."""
+"""Selectors that train nothing: they take one pass over some search-train batches, or look at the weights only."""
 
 import logging
 
@@ -9,49 +9,54 @@ from diffora.loop.fit import fit
 from diffora.scoring.context import Run, SearchContext, SearchResult
 from diffora.scoring.function import ScoreFunction
 from diffora.scoring.function_stage import FunctionModule
+from diffora.scoring.measures import MEASURES
 from diffora.scoring.score import ScoreModule
+from diffora.scoring.spectra import spectral_scores
 
 log = logging.getLogger(__name__)
 
 
-def gradient(context: SearchContext) -> SearchResult:
-    """Norm of the mean gradient of the loss with respect to each frozen weight."""
-    return _criterion(context, "gradient")
+def from_measure(name: str) -> Run:
+    """The selector of a measure in `diffora.scoring.measures.MEASURES`."""
+
+    def run(context: SearchContext) -> SearchResult:
+        parts = context.parts
+        measure = MEASURES[name](parts.model, parts.grid, parts.settings.seed)
+        module = ScoreModule(measure, name, parts.task, context.settings.accumulate, parts.settings.seed)
+        return one_pass(context, name, module, context.score_batches)
+
+    return run
 
 
-def activation(context: SearchContext) -> SearchResult:
-    """Mean of |weight| times the norm of its input (Wanda's criterion)."""
-    return _criterion(context, "activation")
+def from_spectrum(name: str) -> Run:
+    """The selector of a criterion in `diffora.scoring.spectra.SPECTRA`."""
+    return from_function(lambda model, grid, batches, loss: spectral_scores(model, grid, name), name, n_batches=1)
 
 
-def from_function(function: ScoreFunction, name: str) -> Run:
+def from_function(function: ScoreFunction, name: str, n_batches: int | None = None) -> Run:
     """A plain function ``(model, grid, batches, loss) -> scores`` as a selector.
 
     With several processes, each one computes on all rows, and the result of the first one is used.
+
+    Args:
+        n_batches: how many batches it gets at most; None for ``method.score_batches``.
     """
 
     def run(context: SearchContext) -> SearchResult:
         parts = context.parts
         module = FunctionModule(parts.model, parts.grid, function, name, parts.task, parts.settings.seed)
-        return one_pass(context, name, module, whole=True)
+        return one_pass(context, name, module, n_batches or context.score_batches, whole=True)
 
     return run
 
 
-def _criterion(context: SearchContext, name: str) -> SearchResult:
-    parts = context.parts
-    module = ScoreModule(
-        parts.model, parts.grid.names, name, parts.task, context.settings.accumulate, parts.settings.seed
-    )
-    return one_pass(context, name, module)
-
-
 def one_pass(
-    context: SearchContext, name: str, module: ScoreModule | FunctionModule, whole: bool = False
+    context: SearchContext, name: str, module: ScoreModule | FunctionModule, n_batches: int, whole: bool = False
 ) -> SearchResult:
     """Score on a few search-train batches. Afterwards, the model's mode and torch's random state are as before.
 
     Args:
+        n_batches: at most; there are no more than those of one pass.
         whole: whether every process gets all rows of a batch.
     """
     parts, s = context.parts, context.settings
@@ -69,6 +74,6 @@ def one_pass(
     log.info(f"{name}: scoring {parts.grid.n_layers} layers x {parts.grid.n_types} modules")
     training = parts.model.training
     with torch.random.fork_rng():
-        fit(parts, "search", module, data, [], [], max_epochs=1, limit_train_batches=context.score_batches)
+        fit(parts, "search", module, data, [], [], max_epochs=1, limit_train_batches=n_batches)
     parts.model.train(training)
     return SearchResult(module.scores, module.elapsed)

@@ -6,9 +6,12 @@ A selector is a function from a `SearchContext` (model, grid, rows, settings) to
 - ``search``: the bi-level search of [D] (`diffora.scoring.bilevel`); its scores are the relaxed DAM,
 - ``attribution``: trains all adapters, then divides their effect on the validation loss
   (`diffora.scoring.attribution`),
-- ``gradient``, ``activation``: one pass over some batches, nothing is trained (`diffora.scoring.score`).
+- ``gradient``, ``activation``, ``plop``, ``fisher``: one pass over some batches, nothing is trained
+  (`diffora.scoring.measures`),
+- ``kappa``, ``spectrum``: from the weights alone (`diffora.scoring.spectra`).
 
-(``random`` is not here: it needs neither model nor data, so the method draws the scores itself.)
+(``random`` and the heuristics of `diffora.core.heuristics` are not here. They need neither model nor data, so the
+method computes their scores itself.)
 
 Your own selector is a plain function. `from_function` turns it into a selector::
 
@@ -23,15 +26,19 @@ Your own selector is a plain function. `from_function` turns it into a selector:
 
 from diffora.scoring.context import Selector
 from diffora.scoring.function import check_signature
-from diffora.scoring.one_pass import activation, from_function, gradient
+from diffora.scoring.one_pass import from_function, from_measure, from_spectrum
 from diffora.scoring.trained import attribution, bilevel
 from diffora.trust import function_at
 
 SELECTORS: dict[str, Selector] = {
     "search": Selector(bilevel, trains=True),
     "attribution": Selector(attribution, trains=True),
-    "gradient": Selector(gradient),
-    "activation": Selector(activation),
+    "gradient": Selector(from_measure("gradient")),
+    "activation": Selector(from_measure("activation")),
+    "plop": Selector(from_measure("plop")),
+    "fisher": Selector(from_measure("fisher")),
+    "kappa": Selector(from_spectrum("kappa")),
+    "spectrum": Selector(from_spectrum("spectrum")),
 }
 
 

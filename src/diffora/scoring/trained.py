@@ -133,7 +133,7 @@ def fit_rounds(
     )
     log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
-    bar = ProgressBar(name, "round", shown)
+    bar = ProgressBar(name + context.member, "round", shown)
     fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds)
     module.close_gates()
 

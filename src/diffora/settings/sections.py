@@ -291,6 +291,15 @@ class Search:
             "checks",
         ),
     ] = None
+    ensemble: Annotated[
+        int,
+        whole(1, 100),
+        Help(
+            "Run the selector this many times, each with its own seed, and select by the mean of the standardised "
+            "scores; from 2 on, `selection.json` says how sure each module is.",
+            "members",
+        ),
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

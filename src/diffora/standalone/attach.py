@@ -17,6 +17,7 @@ def attach(
     dropout: float = 0.0,
     *,
     freeze: bool = True,
+    shared_scale: str = "own",
 ) -> nn.Module:
     """Give a model the adapters of a selection, in place ([D] Algorithm 1, line 11), and freeze everything else.
 
@@ -31,6 +32,8 @@ def attach(
         alpha: updates are scaled by alpha / rank.
         dropout: rate on the input of A while training.
         freeze: False freezes the adapted modules only.
+        shared_scale: ``own``: updates of shared pairs are scaled by alpha / shared_rank, so a shared pair of half the
+            rank has twice the scale of a selected one; ``same``: by alpha / rank, one scale for all.
 
     Returns:
         The same model.
@@ -53,5 +56,6 @@ def attach(
         alpha,
         dropout,
         freeze=freeze,
+        shared_scale=shared_scale,
     )
     return model

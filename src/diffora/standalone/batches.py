@@ -154,6 +154,36 @@ def in_groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
+def rows_of(batch: Any, what: str) -> Iterator[Any]:
+    """The rows of a batch, each as a batch of one row: a dict or a sequence of tensors of equal length, or one tensor.
+
+    Args:
+        what: names the batch in messages.
+
+    Raises:
+        UserError: the batch is something else.
+    """
+    values = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+    known = isinstance(values, list | tuple) and not hasattr(values, "_fields") and len(values) > 0
+    if not known or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        raise UserError(
+            f"selector=fisher divides batches into rows, and {what} is not a dict or tuple of tensors: give batches of "
+            "tensors, with the rows in their first dimension"
+        )
+    if len(sizes := {len(value) for value in values}) != 1:
+        raise UserError(
+            f"selector=fisher divides batches into rows, and the tensors of {what} have {sorted(sizes)} rows: the "
+            "first dimension of each tensor must be the row"
+        )
+    for i in range(sizes.pop()):
+        if isinstance(batch, Mapping):
+            yield {key: value[i : i + 1] for key, value in batch.items()}
+        elif isinstance(batch, Tensor):
+            yield batch[i : i + 1]
+        else:
+            yield type(batch)(value[i : i + 1] for value in batch)
+
+
 def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Iterable[Any], str]:
     """Divide one loader into two disjoint halves at random: for the weights, and for Γ.
 

@@ -4,8 +4,8 @@ The steps are those of `diffora.scoring.bilevel`, without Lightning, files, seve
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
 from diffora.core.attach import attach, detach
-from diffora.core.dam import RELAXATIONS, initial_gamma, neutral_gate, relax
+from diffora.core.dam import initial_gamma, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
 from diffora.core.lowrank import Layers, set_gates
-from diffora.core.readout import READOUTS, Readout, steps_of
+from diffora.core.readout import Readout
 from diffora.core.selection import Selection
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
@@ -33,7 +33,14 @@ from diffora.standalone.batches import (
     moved,
     some,
 )
-from diffora.standalone.choice import choice_problems, mask_of, selection_of
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    mask_of,
+    member_seeds,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import (
     device_of,
     grid_of,
@@ -44,54 +51,7 @@ from diffora.standalone.model import (
     warn_of_processes,
 )
 from diffora.standalone.progress import bar, say
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """The numbers of a search; see `search`."""
-
-    rounds: int
-    rank: int
-    alpha: float
-    lr: float
-    gamma_lr: float
-    weight_decay: float
-    clip: float | None
-    train_steps: int
-    relaxation: str
-    head_warmup: float | None = None
-    readout: str = "gamma"
-    patience: int | None = None
-
-    def problems(self) -> Iterator[str]:
-        """What is impossible."""
-        for name in ("rounds", "rank", "train_steps", "patience"):
-            value = getattr(self, name)
-            if (type(value) is not int or value < 1) and not (name == "patience" and value is None):
-                yield f"{name}={value!r} must be a whole number of at least 1{', or None' * (name == 'patience')}"
-        for name in ("alpha", "lr", "gamma_lr", "clip"):
-            value = getattr(self, name)
-            if not _is_number(value, 0) and not (name == "clip" and value is None):
-                yield f"{name}={value!r} must be a finite number above 0{', or None' if name == 'clip' else ''}"
-        if self.weight_decay != 0 and not _is_number(self.weight_decay, 0):
-            yield f"weight_decay={self.weight_decay!r} must be a finite number of at least 0"
-        if self.relaxation not in RELAXATIONS:
-            yield f"relaxation={self.relaxation!r} must be one of {', '.join(RELAXATIONS)}"
-        if self.readout not in READOUTS:
-            yield f"readout={self.readout!r} must be one of {', '.join(READOUTS)}"
-        warmup = self.head_warmup
-        if warmup is not None and not (_is_number(warmup, 0) and (warmup < 1 or type(warmup) is int)):
-            yield f"head_warmup={warmup!r} must be a number of steps, a share of all steps between 0 and 1, or None"
-
-    def step_problems(self, steps: int | None) -> Iterator[str]:
-        """What is impossible with this number of steps in a round; None if the loader does not say."""
-        share = isinstance(self.head_warmup, float)
-        asked = {"head_warmup": share, "readout": self.readout != "gamma", "patience": self.patience is not None}
-        if steps is None:
-            for name in (name for name, is_asked in asked.items() if is_asked):
-                yield f"{name}={getattr(self, name)!r} needs a train_loader that has a length, to count the steps"
-        elif self.head_warmup is not None and steps_of(self.head_warmup, self.rounds * steps) >= self.rounds * steps:
-            yield f"head_warmup={self.head_warmup} must be below {self.rounds * steps}, the steps of the search"
+from diffora.standalone.settings import SearchSettings
 
 
 class Bilevel:
@@ -223,6 +183,7 @@ def search(
     patience: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Search which modules of a model should get a LoRA of their own ([D] Algorithm 1, lines 1 to 8 and 10).
 
@@ -258,10 +219,14 @@ def search(
         seed: of the adapters' first values, dropout, the order of a shuffled loader and the division of one loader.
             Random numbers of numpy and of Python's ``random``, which a collate function may use, are not seeded.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: search so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean
+            of the standardised gates. The selection then has a ``confidence`` for each module. The head has its present
+            weights at the start of each search.
 
     Returns:
         The selection. ``gamma_bar`` is the relaxed DAM (with ``early_gradient`` there are ``scores`` instead),
-        ``rounds`` how long it took, and ``config`` what the search was made with.
+        ``rounds`` how long the search took, ``config`` what it was made with. Of an ensemble, ``scores`` are the mean
+        scores, ``confidence`` the probability that a repeat would select the module, ``rounds`` the first member's.
 
     Raises:
         UserError: an argument is impossible, the model has no repeated layers or has adapters, a loader has no batches,
@@ -283,30 +248,42 @@ def search(
     )
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid), *settings.problems()]
+    problems = [
+        *choice_problems(k, scope, grid),
+        *settings.problems(),
+        *ensemble_problems(ensemble, train_loader, valid_loader),
+    ]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
         raise UserError(problems)
     warn_of_processes()
     trained = head_of(model, grid, head)
-    said = ""
-    if valid_loader is None:
-        train_loader, valid_loader, said = divided_loader(train_loader, seed)
-    if problems := [*settings.step_problems(steps_of_round(train_loader, train_steps))]:
-        raise UserError(problems)
     names = [name for name, parameter in model.named_parameters() if parameter in set(trained)]
-    say(progress, [said, f"trained with the adapters: {', '.join(names) or 'nothing'}"])
-    with left_as_found(model, seed, trained):
-        found = _searched(
-            model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, (k, scope), seed, progress
-        )
+    divisions: list[str] = []
+    members: list[_Found] = []
+    for own in member_seeds(seed, ensemble, progress):
+        train, valid, said = train_loader, valid_loader, ""
+        if valid is None:
+            train, valid, said = divided_loader(train, own)
+        if problems := [*settings.step_problems(steps_of_round(train, train_steps))]:
+            raise UserError(problems)
+        divisions.append(said)
+        say(progress, [said, "" if members else f"trained with the adapters: {', '.join(names) or 'nothing'}"])
+        with left_as_found(model, own, trained):
+            loaders = train, valid
+            found = _searched(model, grid, trained, loaders, loss or model_loss, settings, (k, scope), own, progress)
+        if found.rounds < rounds:
+            say(progress, [f"stopped after {found.rounds:.3g} of {rounds} rounds: unchanged for {patience} checks"])
+        members.append(found)
+    found = members[0]
     start, low, high = neutral_gate(relaxation, grid.n_types), found.gates.min().item(), found.gates.max().item()
     say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
-    if found.rounds < rounds:
-        say(progress, [f"stopped after {found.rounds:.3g} of {rounds} rounds: unchanged for {patience} checks"])
-    config = {"search": asdict(settings), "trained": names, "division": said or None}
+    config = {"search": asdict(settings), "trained": names, "division": divisions[0] or None}
+    if ensemble > 1:
+        scores, relaxed = [member.scores for member in members], relaxation if readout == "gamma" else None
+        selection = selection_of_members(grid, scores, k, scope, "search", seed, config, relaxed)
+        return replace(selection, readout=readout, rounds=found.rounds)
     rest = {"gamma_bar": found.scores.tolist(), "relaxation": relaxation, "rounds": found.rounds}
-    selection = selection_of(grid, found.scores, k, scope, "search", seed, config, **rest)
-    return selection.read_from(readout)
+    return selection_of(grid, found.scores, k, scope, "search", seed, config, **rest).read_from(readout)
 
 
 class _Found(NamedTuple):
@@ -385,7 +362,3 @@ def _run_rounds(
     if steps is None and readout.is_frozen(step - 1, total):
         raise UserError(f"head_warmup={s.head_warmup} must be below {step}, the steps of the search")
     return float(s.rounds)
-
-
-def _is_number(value: Any, above: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf

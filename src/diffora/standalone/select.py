@@ -1,24 +1,33 @@
 """Selectors that do not train, as a plain PyTorch pass over a user's own loader."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
-from diffora.core.grid import Grid, laid_out
-from diffora.core.linear import weight_of
+from diffora.core.grid import Grid
+from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, group_sizes, heuristic_problem, heuristic_scores
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.scoring.criteria import counted_tokens, gradient_norm, square_sums, weight_times_activation
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
-from diffora.standalone.batches import Loss, checked, model_loss, moved, some
-from diffora.standalone.choice import choice_problems, selection_of
+from diffora.scoring.measures import MEASURES
+from diffora.scoring.spectra import SPECTRA, spectral_scores
+from diffora.standalone.batches import Loss, checked, model_loss, moved, rows_of, some
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    member_seeds,
+    modules_of,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
+
+WITHOUT_DATA = (*SPECTRA, "random", *HEURISTICS)
+SELECTORS = (*MEASURES, *WITHOUT_DATA)
 
 
 def select(
@@ -34,20 +43,33 @@ def select(
     n_batches: int = 16,
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Select modules by another criterion than the search. Nothing is trained, and the model stays as it is.
 
     Args:
         model: any module with repeated layers, without adapters. It scores in evaluation mode.
-        selector: ``gradient``: norm of the mean gradient of the loss by each weight; ``activation``: mean of |weight|
-            times the norm of its input (`diffora.scoring.criteria`); ``random``; or a function
-            ``(model, grid, batches, loss) -> scores``, where ``loss(batch)`` is a scalar (`diffora.scoring.function`).
-        loader: batches of training data; not needed for ``random``.
+        selector: one of the package, see below; or a function ``(model, grid, batches, loss) -> scores``, where
+            ``loss(batch)`` is a scalar (`diffora.scoring.function`).
+        loader: batches of training data, for the selectors that need data.
         loss: ``loss(model, batch)``, a scalar; None: ``model(**batch).loss``.
-        k, scope, layer, candidates: as in `diffora.standalone.search.search`.
+        k, scope, layer, candidates: as in `diffora.standalone.search.search`. Without ``k``, ``qv``, ``attention`` and
+            ``ffn`` select the modules that they are named after.
         n_batches: how many batches of the loader are used, at most.
-        seed: of ``random``, and of the order of a shuffled loader.
+        seed: of ``random``, of the random directions of ``plop``, and of the order of a shuffled loader.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: score so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean of
+            the standardised scores. The selection then has a ``confidence`` for each module. The scores must depend on
+            the seed: give a shuffled loader.
+
+    The selectors of the package (`diffora.scoring.criteria`, `diffora.core.heuristics`):
+
+    - from data: ``gradient``, ``fisher`` (mean square of the gradient of single rows), ``activation`` (mean of |weight|
+      times the norm of its input), ``plop`` (types of modules that stretch their inputs least),
+    - from the weights alone: ``kappa`` (smallest condition number), ``spectrum`` (highest signal-to-noise ratio among
+      the modules of its type),
+    - from neither: ``random``, ``qv``, ``attention``, ``ffn``; and with ``scope="global"`` ``lower``, ``upper``,
+      ``alternate``.
 
     Returns:
         The selection; ``scores`` is L x N.
@@ -58,32 +80,46 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = list(choice_problems(k, scope, grid))
+    problems = [*choice_problems(k, scope, grid), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
-    elif not callable(selector) and selector not in ("gradient", "activation", "random"):
-        problems.append(f"selector={selector!r} must be gradient, activation, random, or a function")
-    elif selector != "random" and loader is None:
+    elif not callable(selector) and selector not in SELECTORS:
+        problems.append(f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function")
+    elif selector not in WITHOUT_DATA and loader is None:
         problems.append(f"selector={name_of(selector)} needs a loader, of batches of training data")
+    elif selector in BY_LAYER and scope == "layer":
+        problems.append(f"selector={selector} selects whole layers, so it needs scope='global'")
+    if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
+        problems.append(f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use")
     if type(n_batches) is not int or n_batches < 1:
         problems.append(f"n_batches={n_batches!r} must be a whole number of at least 1")
     if problems:
         raise UserError(problems)
     if callable(selector):
         check_signature(selector, f"selector={name_of(selector)}")
-    if selector == "random":
-        scores = random_scores(grid.n_layers, grid.n_types, seed)
-    else:
-        assert loader is not None
-        with left_as_found(model, seed):
-            model.eval()
-            device = device_of(model)
-            batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-            scores = _scores(model, grid, selector, batches, loss or model_loss, progress)
-    if not scores[grid.there].isfinite().all():
-        raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
-    config = {"n_batches": n_batches}
-    return selection_of(grid, scores, k, scope, name_of(selector), seed, config, scores=scores.tolist())
+    size: int | list[int] | None = k
+    members = []
+    for own in member_seeds(seed, ensemble, progress):
+        if selector == "random":
+            scores = random_scores(grid.n_layers, grid.n_types, own)
+        elif isinstance(selector, str) and selector in HEURISTICS:
+            scores, size = _heuristic(selector, grid, k, scope)
+        elif isinstance(selector, str) and selector in SPECTRA:
+            scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
+        else:
+            assert loader is not None
+            with left_as_found(model, own):
+                model.eval()
+                device = device_of(model)
+                batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
+                scores = _scores(model, grid, selector, batches, loss or model_loss, own, progress)
+        if not scores[grid.there].isfinite().all():
+            raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+        members.append(scores)
+    config = {} if selector in WITHOUT_DATA else {"n_batches": n_batches}
+    if ensemble > 1:
+        return selection_of_members(grid, members, k, scope, name_of(selector), seed, config)
+    return selection_of(grid, scores, size, scope, name_of(selector), seed, config, scores=scores.tolist())
 
 
 def name_of(selector: str | ScoreFunction) -> str:
@@ -94,84 +130,50 @@ def name_of(selector: str | ScoreFunction) -> str:
 
 
 def _scores(
-    model: nn.Module, grid: Grid, selector: str | ScoreFunction, batches: list[Any], loss: Loss, progress: bool
+    model: nn.Module,
+    grid: Grid,
+    selector: str | ScoreFunction,
+    batches: list[Any],
+    loss: Loss,
+    seed: int,
+    progress: bool,
 ) -> Tensor:
-    """L x N on the CPU."""
+    """L x N on the CPU, from batches."""
 
     def loss_of(batch: Any) -> Tensor:
         return loss(model, batch)
 
     if not isinstance(selector, str):
         return call_function(selector, model, grid, batches, loss_of, f"selector={name_of(selector)}")
-    modules = [model.get_submodule(name) for name in grid.modules]
-    for module in modules:
-        weight_of(module)  # refuses quantised ones
-    watched = bar(progress, selector, "batch", items=batches)
-    scores = (_gradient if selector == "gradient" else _activation)(model, modules, watched, loss_of)
-    return laid_out(torch.stack(scores).cpu(), grid.names)
-
-
-def _gradient(
-    model: nn.Module, modules: Sequence[nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
-) -> list[Tensor]:
-    """Norms of the gradients of the mean loss of all batches, by the weight of each module."""
-    weights: list[Any] = [module.weight for module in modules]
     model.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    sums: list[Tensor] = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-    for number, batch in enumerate(batches, 1):
-        value = checked(loss(batch), f"batch {number}")
-        for total, grad in zip(sums, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
-            if grad is not None:
-                total += grad
-    return [gradient_norm(total / number) for total in sums]
+    measure = MEASURES[selector](model, grid, seed)
+    sums: list[Tensor] = []
+    for number, batch in enumerate(bar(progress, selector, "batch", items=batches), 1):
+
+        def loss_of_part(part: Any, number: int = number) -> Tensor:
+            return checked(loss_of(part), f"batch {number}") if measure.differentiates else loss_of(part)
+
+        for part in rows_of(batch, f"batch {number}") if measure.by_row else [batch]:
+            new = measure.of(part, loss_of_part)
+            sums = [total + value for total, value in zip(sums, new, strict=True)] if sums else new
+    return measure.scores(sums)
 
 
-@torch.no_grad()
-def _activation(
-    model: nn.Module, modules: Sequence[nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
-) -> list[Tensor]:
-    """Wanda's criterion for each module, from its inputs in all batches. Padding does not count, if a batch says so.
+def _heuristic(selector: str, grid: Grid, k: int | None, scope: str) -> tuple[Tensor, int | list[int] | None]:
+    """(scores, k) of a heuristic. Without ``k``, one by kind selects the modules that it means.
 
-    A batch that is a dict may have an ``attention_mask`` with one entry per token; otherwise all tokens count.
+    Raises:
+        UserError: the names do not show which modules are meant, or ``k`` would divide modules of equal scores.
     """
-    squares: dict[nn.Module, Tensor] = {}
-    tokens: dict[nn.Module, Tensor] = {}
-    names = {module: name for name, module in model.named_modules()}
-    current: Any = {}
-    seen: set[nn.Module] = set()
+    scores = heuristic_scores(selector, grid)
+    if k is None and selector in KINDS:
+        return scores, group_sizes(scores)
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Only the first call in a pass is on tokens: DeBERTa calls Q and K again, on its table of positions.
-        if module in seen:
-            return
-        seen.add(module)
-        found = square_sums(args[0], counted_tokens(names[module], args[0], current))
-        squares[module] = squares.get(module, 0) + found[0]
-        tokens[module] = tokens.get(module, 0) + found[1]
+    def counts(k: int | None) -> list[int]:
+        found = [modules_of(k, size) for size in grid.sizes]
+        return found if scope == "layer" else [sum(found)]
 
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        with _called_layers():
-            for batch in batches:
-                seen.clear()
-                current = batch if hasattr(batch, "get") else {}
-                loss(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if uncalled := [name for name, module in model.named_modules() if module in set(modules) - squares.keys()]:
-        raise UserError(f"selector=activation: the loss does not call {uncalled[0]}: leave it out of candidates=")
-    return [weight_times_activation(weight_of(m), squares[m] / tokens[m]) for m in modules]
-
-
-@contextmanager
-def _called_layers() -> Iterator[None]:
-    """Inside this context, `nn.TransformerEncoder` calls its layers, and torch's fused kernel for it is not used."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    choices = ((f"k={n}", counts(n)) for n in range(1, min(grid.sizes)))
+    if problem := heuristic_problem(scores, counts(k), choices):
+        raise UserError(f"selector={selector}: k={k} {problem}")
+    return scores, k

@@ -1,6 +1,7 @@
 """Fine-tuning: trains the parameters that the method made trainable. Stage 2 of DiffoRA, the only one of others."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.core.orthogonality import numerical_rank, orthogonality_loss, singular_values
+from diffora.core.orthogonality import (
+    median_sigma,
+    numerical_rank,
+    orthogonality_loss,
+    singular_values,
+    stable_rank,
+)
 from diffora.loop.plan import Plan
 from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
@@ -306,16 +313,19 @@ def _or_one(terms: Tensor) -> Tensor:
 
 
 def measures(adaptation: Adaptation) -> Metrics:
-    """Means over modules of the numerical rank of the update dW and of ||dW dW^T - I||_F^2 ([R] Table 5).
+    """Means over modules of measures of the update dW ([R] Table 5).
+
+    These are the numerical rank, ||dW dW^T - I||_F^2, and two that do not depend on the scale of dW: stable rank and
+    median of sigma_i / sigma_1.
 
     Returns:
         Empty if the method has no low-rank updates.
     """
-    ranks, losses = [], []
+    found: dict[str, list[float]] = defaultdict(list)
     for _, lora_a, lora_bt, scaling in adaptation.pairs():
         values = singular_values(lora_a, lora_bt, scaling)
-        ranks.append(numerical_rank(values, lora_bt.shape[1], lora_a.shape[1]))
-        losses.append(orthogonality_loss(values, lora_bt.shape[1]))
-    if not ranks:
-        return {}
-    return {"update/rank": sum(ranks) / len(ranks), "update/orthogonality_loss": sum(losses) / len(losses)}
+        found["update/rank"].append(numerical_rank(values, lora_bt.shape[1], lora_a.shape[1]))
+        found["update/orthogonality_loss"].append(orthogonality_loss(values, lora_bt.shape[1]))
+        found["update/stable_rank"].append(stable_rank(values))
+        found["update/median_sigma"].append(median_sigma(values))
+    return {name: sum(each) / len(each) for name, each in found.items()}

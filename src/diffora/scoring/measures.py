@@ -1,0 +1,210 @@
+"""The selectors ``gradient``, ``activation``, ``plop`` and ``fisher``: what they sum over batches, and their scores.
+
+A measure is used by a run's stage (`diffora.scoring.score`) and by the library (`diffora.standalone.select`). The sums
+can be added over micro-batches, batches and processes, so the scores do not depend on how the rows are divided. The
+formulas are in `diffora.scoring.criteria`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffora.core.grid import Grid, laid_out
+from diffora.core.linear import weight_of
+from diffora.errors import UserError
+from diffora.scoring.criteria import (
+    counted_tokens,
+    direction_norm,
+    gradient_norm,
+    mean_of_types,
+    mean_square,
+    norm_sums,
+    square_sums,
+    weight_times_activation,
+)
+
+
+class Measure(ABC):
+    """One criterion that needs data.
+
+    Args:
+        model: in evaluation mode when batches are measured.
+        grid: the candidates.
+        seed: for measures that draw random numbers.
+
+    Attributes:
+        by_row: whether each batch given to `of` must be a single row.
+        differentiates: whether `of` needs a loss with a graph; otherwise it only needs the forward pass.
+        scale: the loss is multiplied by it before it is differentiated, and gradients are divided by it. float16
+            gradients would otherwise underflow.
+
+    Raises:
+        UserError: a candidate is quantised.
+    """
+
+    by_row: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, grid: Grid, seed: int = 0) -> None:
+        self.model, self.grid, self.seed = model, grid, seed
+        self.modules = [model.get_submodule(name) for name in grid.modules]
+        for module in self.modules:
+            weight_of(module)
+        self.scale = 1.0
+
+    @abstractmethod
+    def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
+        """What is summed over all batches and processes.
+
+        Args:
+            batch: a batch, or a micro-batch.
+            loss: calls the model, and returns the mean loss of a batch.
+            share: of a micro-batch in the loss of its batch.
+        """
+
+    @abstractmethod
+    def scores(self, sums: list[Tensor]) -> Tensor:
+        """Scores from the sums: L x N on the CPU, NaN where a layer has no such module."""
+
+    def laid_out(self, values: list[Tensor]) -> Tensor:
+        """One value for each candidate as L x N on the CPU."""
+        return laid_out(torch.stack(values).cpu(), self.grid.names)
+
+
+class _OfGradients(Measure):
+    """Measures of the gradient of the loss by each candidate's weight."""
+
+    differentiates = True
+
+    def gradients(self, batch: Any, loss: Callable[[Any], Tensor], share: float) -> list[Tensor]:
+        """Gradients of ``share`` times the loss in float32 or float64; 0 where the loss does not use a weight."""
+        weights: list[Any] = [module.weight for module in self.modules]
+        before = [weight.requires_grad for weight in weights]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            value = loss(batch) * (share * self.scale)
+            found = torch.autograd.grad(value, weights, allow_unused=True)
+        finally:
+            for weight, flag in zip(weights, before, strict=True):
+                weight.requires_grad_(flag)
+        pairs = zip(found, weights, strict=True)
+        return [_at_least_float32(torch.zeros_like(w) if g is None else g) / self.scale for g, w in pairs]
+
+
+class GradientNorm(_OfGradients):
+    """``gradient``: norm of the mean gradient of the loss with respect to each weight."""
+
+    def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
+        found = self.gradients(batch, loss, share)
+        return [*found, found[0].new_tensor(share)]
+
+    def scores(self, sums: list[Tensor]) -> Tensor:
+        # The shares of a batch add up to 1, so the last sum is the number of batches.
+        return self.laid_out([gradient_norm(total / sums[-1]) for total in sums[:-1]])
+
+
+class Fisher(_OfGradients):
+    """``fisher``: mean square of the entries of the gradient, over rows (diagonal of the empirical Fisher matrix)."""
+
+    by_row = True
+
+    def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
+        found = self.gradients(batch, loss, 1.0)
+        return [*map(mean_square, found), found[0].new_tensor(1.0)]
+
+    def scores(self, sums: list[Tensor]) -> Tensor:
+        return self.laid_out([total / sums[-1] for total in sums[:-1]])
+
+
+class _OfInputs(Measure):
+    """Measures of what a candidate reads. For each one a sum over its tokens; then for each one how many these are."""
+
+    @abstractmethod
+    def sums_of(self, module: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(the sum, the number of tokens) of one input.
+
+        Args:
+            module: a candidate.
+            x: its input (..., in).
+            mask: one entry for each token of ``x``, 0 for one that does not count.
+        """
+
+    @torch.no_grad()
+    def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
+        names = dict(zip(self.modules, self.grid.modules, strict=True))
+        fields = batch if hasattr(batch, "get") else {}
+        found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # Only the first call in a pass is on tokens: DeBERTa calls Q and K again, on its table of positions.
+            if module not in found:
+                x = args[0]
+                with torch.autocast(x.device.type, enabled=False):
+                    found[module] = self.sums_of(module, x, counted_tokens(names[module], x, fields))
+
+        hooks = [module.register_forward_pre_hook(note) for module in self.modules]
+        try:
+            with _called_layers():
+                loss(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if uncalled := [name for module, name in names.items() if module not in found]:
+            raise UserError(f"the loss does not call {uncalled[0]}: leave it out of the candidates")
+        return [found[module][part] for part in (0, 1) for module in self.modules]
+
+    def means(self, sums: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(weight (out, in), mean over tokens) of each candidate."""
+        n = len(self.modules)
+        for module, total, tokens in zip(self.modules, sums[:n], sums[n:], strict=True):
+            yield weight_of(module).detach(), total / tokens
+
+
+class Activation(_OfInputs):
+    """``activation``: mean of |weight| times the norm of its input (Wanda's criterion)."""
+
+    def sums_of(self, module: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return square_sums(x, mask)
+
+    def scores(self, sums: list[Tensor]) -> Tensor:
+        return self.laid_out([weight_times_activation(weight, mean) for weight, mean in self.means(sums)])
+
+
+class FeatureNorm(_OfInputs):
+    """``plop``: minus the mean NFN of the module's type over its layers."""
+
+    def sums_of(self, module: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_sums(weight_of(module).detach(), x, mask)
+
+    def scores(self, sums: list[Tensor]) -> Tensor:
+        values = [mean / direction_norm(weight, self.seed) for weight, mean in self.means(sums)]
+        return -mean_of_types(self.laid_out(values))
+
+
+MEASURES: dict[str, type[Measure]] = {
+    "gradient": GradientNorm,
+    "activation": Activation,
+    "plop": FeatureNorm,
+    "fisher": Fisher,
+}
+"""By the name of the selector."""
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@contextmanager
+def _called_layers() -> Iterator[None]:
+    """Inside this context, `nn.TransformerEncoder` calls its layers, and torch's fused kernel for it is not used."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
