@@ -2,10 +2,12 @@
 
     python scripts/search_price.py outputs/search_price.json --data <folder> --model <MiniLM>       # resumable; hours
     python scripts/search_price.py outputs/search_price.json --page docs/background/selection.md    # only the table
+    python scripts/search_price.py --runs outputs/selection_matters-small/runs/search-digits-seed* --page <page>
 
 For each task and seed it searches twice: with [D]'s settings (`full`) and with `recipe=fast`. A trajectory also tells
 what fewer rounds of the full search would have found. The early gradients (`search.readout=early_gradient`) are read
 in the same searches.
+With `--runs`, it compares the gates within the finished searches of some runs, one for each seed, with their ends.
 
 Costs are CPU seconds of this process, so run it with OMP_NUM_THREADS=1; then other processes hardly change them. The
 fine-tuning's cost is that of one epoch of steps, without evaluations, times the recipe's epochs.
@@ -192,6 +194,27 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def shortened(folders: Sequence[Path]) -> dict[str, Any]:
+    """Agreement of the first part of each search with whole searches, from the trajectories of runs of other seeds."""
+    searches = [read_json(folder / "trajectory.json") for folder in sorted(folders)]
+    rounds, ends = searches[0]["rounds"][-1], [search["gamma_bar"][-1] for search in searches]
+    rows = []
+    for share in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0):
+        at = [gates_after({"rounds": s["rounds"], "gates": s["gamma_bar"]}, share * rounds) for s in searches]
+        same = _mean([spearman(a, b) for a, b in zip(at, ends, strict=True)])
+        other = _mean([spearman(at[i], ends[j]) for i, j in itertools.permutations(range(len(at)), 2)])
+        rows.append({"rounds": share * rounds, "same_seed": same, "other_seeds": other})
+    return {"seeds": len(searches), "rounds": rounds, "rows": rows}
+
+
+def shortened_table(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"| rounds of {found['rounds']:g} | Spearman, same seed | Spearman, other seeds |", "|---|---|---|"]
+    for row in found["rows"]:
+        lines.append(f"| {row['rounds']:g} | {row['same_seed']:.2f} | {row['other_seeds']:.2f} |")
+    return "\n".join(lines)
+
+
 def of_setting(searches: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The searches of a setting by seed."""
     return {key.rpartition("-")[2]: s for key, s in searches.items() if key.rpartition("-")[0] == name}
@@ -217,7 +240,8 @@ def table(done: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSON, made or continued")
+    parser.add_argument("file", type=Path, nargs="?", help="JSON, made or continued")
+    parser.add_argument("--runs", type=Path, nargs="+", help="run directories of one search with several seeds")
     parser.add_argument("--data", type=Path, help="folder with a folder for each task; without it nothing is measured")
     parser.add_argument("--model", type=Path, help="folder of MiniLM")
     parser.add_argument("--tasks", nargs="+", default=["mrpc", "rte"])
@@ -225,6 +249,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="use only this many training rows")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
+    if (given.file is None) == (given.runs is None):
+        parser.error("give a JSON file or --runs")
+    if given.runs is not None:
+        found = shortened(given.runs)
+        print(shortened_table(found))
+        if given.page is not None:
+            write_text(given.page.parent / "data" / "search_shortened.json", json.dumps(found) + "\n")
+            put(given.page, "search_shortened", shortened_table(found))
+        return
     if given.data is not None:
         shared = ["model=minilm", f"model.path={given.model}", "trainer.precision=bf16-mixed"]
         if given.rows is not None:
