@@ -79,7 +79,8 @@ def searched(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Cost, gates over the rounds and early gradients of one search."""
     parts, clock = loaded([*overrides, "search.readout=early_gradient"], folder), Clock()
     method = parts.settings.method
-    context = SearchContext(parts, search_rows(parts).split, method.alpha, method.score_batches, None, [clock])
+    rows = search_rows(parts).split
+    context = SearchContext(parts, rows, method.alpha, method.score_batches, method.choose, None, [clock])
     found = run_search(context, "search")
     rounds, gates = zip(*found.trajectory, strict=True)
     facts = {"seconds": clock.seconds, "early": found.scores.tolist(), "rounds": rounds, "gates": gates}

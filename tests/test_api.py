@@ -306,6 +306,8 @@ def bad_loss(value):
     [
         ({"k": 3}, r"k=3 must be a whole number from 1 to 2"),
         ({"k": 0, "rounds": 0, "lr": -1.0}, r"k=0 must .*\nrounds=0 must .*\nlr=-1.0 must"),
+        ({"seed": "a"}, r"seed='a' must be a whole number of at least 0, at most 4,294,967,295"),
+        ({"rank": 17}, r"^rank=17 must not be above 8, the smaller width of blocks\.0\."),
         ({"scope": "all"}, r"scope='all' must be one of layer, global"),
         ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"),
         ({"head": "head"}, r"head='head' must be a list of names: head=\['head'\]$"),
@@ -346,6 +348,7 @@ def changes_the_head(model, grid, batches, loss):
     ("selector", "more", "message"),
     [
         ("search", {}, r"selector='search' trains adapters: call diffora\.search"),
+        ("one_shot", {}, r"selector='one_shot' trains adapters, .*: diffora select method\.selector=one_shot"),
         (
             "best",
             {"k": 9},
@@ -355,6 +358,7 @@ def changes_the_head(model, grid, batches, loss):
         ("gradient", {"loader": []}, r"the loader has no batches"),
         ("gradient", {"loss": bad_loss(lambda v: v * float("inf"))}, r"the loss of batch 1 is inf"),
         ("gradient", {"n_batches": 0}, r"n_batches=0 must be"),
+        ("random", {"seed": -1}, r"seed=-1 must be a whole number of at least 0"),
         ("activation", {"loss": lambda model, batch: model.head.weight.sum()}, r"does not call blocks\.0\.0"),
         (changes_the_head, {}, r"selector=test_api.changes_the_head must leave the model.*changed head\.weight"),
         (lambda model, grid, batches, loss: 3, {}, r"must return a tensor of 3 x 2 finite numbers.*returned a int"),
@@ -377,6 +381,14 @@ def test_what_is_no_model_or_selection_is_refused():
         diffora.search("bert", pairs(8))
     with pytest.raises(UserError, match="selection is a str"):
         diffora.attach(bert(), "file.json", rank=2)
+
+
+def test_a_rank_above_the_width_of_a_module_is_refused_before_the_model_changes():
+    model = Net()
+    before = state(model)
+    with pytest.raises(UserError, match=r"(?s)^rank=999 must not be above \d+, .*shared_rank=999 must not be above"):
+        diffora.attach(model, diffora.select(model, "random", k=1), rank=999, shared_rank=999)
+    assert_same(before, state(model))
 
 
 def test_a_model_with_pefts_adapters_is_refused():

@@ -19,7 +19,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.backbones.compatibility import longest_input, match_processor
 from diffora.backbones.load import load_backbone
 from diffora.backbones.meta import meta_backbone
-from diffora.backbones.processors import load_image_processor, load_tokenizer
+from diffora.backbones.processors import load_image_processor, load_processor, load_tokenizer
 from diffora.errors import UserError
 from diffora.hub import resolve
 from diffora.loop.predict import predict
@@ -433,6 +433,19 @@ def test_a_folder_without_an_image_processor_is_refused(copy):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"no image processor: preprocessor_config\.json is missing"):
         load_image_processor(section(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "advice"),
+    [
+        ("vit", "tokenizer", "is a vit model, which reads images, and the task has texts: choose a model of texts"),
+        ("bert", "image_processor", "is a bert model, which reads texts, and the task has images: choose a model of i"),
+    ],
+)
+def test_a_model_of_images_for_texts_is_refused_and_the_other_way_round(copy, family, kind, advice):
+    """Even a complete folder: it is not the tokenizer that is missing."""
+    with pytest.raises(UserError, match=advice):
+        load_processor(section(copy(family)), kind)
 
 
 def test_an_image_processor_of_another_size_is_refused(copy):

@@ -439,10 +439,12 @@ def test_low_rank_layers_keep_the_mode_of_the_replaced_layer():
         ({"alpha": float("nan")}, "alpha=nan must be"),
         ({"alpha": 0}, "alpha=0 must be"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
+        ({"rank": 4}, "rank=4 must not be above 3, the smaller width of 0: more adds nothing"),
+        ({"selected": torch.zeros(1, 1, dtype=torch.bool), "shared_rank": 4}, "shared_rank=4 must not be above 3"),
     ],
 )
 def test_attach_refuses_impossible_ranks_and_scales(changes, message):
-    model = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 3))
     settings = {"selected": torch.ones(1, 1, dtype=torch.bool), "rank": 2, "shared_rank": None, "alpha": 4} | changes
     with pytest.raises(UserError, match=message):
         attach(model, [["0"]], **settings)

@@ -133,9 +133,10 @@ def short(quick):
     return [*quick, "task.train_rows=64", "search.epochs=1", "finetune.epochs=1", "search.batch_size=8"]
 
 
-@pytest.mark.parametrize("selector", ["attribution", "gradient", "activation", "random"])
+@pytest.mark.parametrize("selector", ["attribution", "one_shot", "gradient", "activation", "random"])
 def test_every_selector_runs(cfg, short, tmp_path, selector):
-    result = run(cfg(*short, f"method.selector={selector}", "method.score_batches=2"), tmp_path / "run")
+    less = ["method.score_batches=2", "search.masks=10"]
+    result = run(cfg(*short, f"method.selector={selector}", *less), tmp_path / "run")
     selection = Selection.load(tmp_path / "run/selection.json")
     assert (selection.selector, selection.k, selection.rank, selection.gamma_bar) == (selector, 3, None, None)
     scores = torch.tensor(selection.scores)

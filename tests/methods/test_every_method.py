@@ -12,7 +12,9 @@ from diffora.api import load_adapter
 from diffora.backbones.backbone import Backbone
 from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
+from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.training.optimisers import PARTS_OF_B
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 MORE = {  # so that the special steps of a method occur within four steps
@@ -46,6 +48,8 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     assert params["trainable"] == params["adapter"] + params["head"]
     assert params["inference"] <= params["adapter"] * (2 if method == "pissa" else 1)
     assert {"train/accuracy", "generalisation_gap", "validation/accuracy"} <= record["metrics"].keys()
+    names = [name.split(".") for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
+    assert check(composed)[0].method.trains_b == any(set(PARTS_OF_B) & {*parts} for parts in names)
 
     # the model from disk gives the outputs of the model in memory
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,11 @@ import zipfile
 import pytest
 import torch
 from conftest import REPO
+from omegaconf import OmegaConf
 
+from diffora import trust
 from diffora.errors import UserError
+from diffora.files import conf_dir
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.embedded.paraphrase import splits
@@ -122,3 +125,47 @@ def test_unknown_choices_are_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="task=nope is not one of"):
         read_request([f"adapter={tmp_path}", "task=nope", "model=tiny"])
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of the user: ``conf/task/mine.yaml`` and, beside ``conf``, the module of its class."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(trust, "_folders", [])
+    (tmp_path / "own" / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "own" / "my_evaluated_task.py").write_text(
+        "from diffora.tasks.text import TextTask\n\n\nclass Mine(TextTask):\n    pass\n"
+    )
+    text = (conf_dir() / "task" / "text.yaml").read_text()
+    mine = text.replace("diffora.tasks.text.TextTask", "my_evaluated_task.Mine").replace("path: null", "path: mine.csv")
+    (tmp_path / "own" / "conf" / "task" / "mine.yaml").write_text(mine)
+    yield tmp_path / "own" / "conf"
+    sys.modules.pop("my_evaluated_task", None)
+
+
+def test_choices_and_classes_of_the_users_own_are_found_from_another_folder(cfg, own, tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(cfg("task=text", "task.path=a.csv")))
+    words = [f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="Python finds no module my_evaluated_task"):
+        read_request([*words, "task._target_=my_evaluated_task.Mine"])
+    with pytest.raises(UserError, match=r"task=mine is not one of: .*text, tokens"):
+        read_request([*words, "task=mine"])
+    for option in (["--config-dir", str(own)], [f"--config-dir={own}"], ["-cd", str(own)]):
+        request = read_request([*option, *words, "task=mine"])
+        assert request.cfg.task._target_ == "my_evaluated_task.Mine" and request.cfg.task.path == "mine.csv"
+        assert read_request([*words, *option, "task._target_=my_evaluated_task.Mine"]).cfg.task.path == "a.csv"
+    with pytest.raises(UserError, match="--config-dir needs a folder"):
+        read_request([*words, "--config-dir"])
+    with pytest.raises(UserError, match=r"--config-dir=.*nowhere is not a folder"):
+        read_request([*words, "--config-dir=nowhere"])
+
+
+def test_a_run_folder_alone_names_no_class_of_the_user(cfg, own, tmp_path):
+    """--config-dir says where classes are; which of them is imported is still said on the command line."""
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    composed = cfg("task=text", "task.path=a.csv", "task._target_=my_evaluated_task.Mine")
+    (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(composed))
+    with pytest.raises(UserError, match="A file may not name other code"):
+        read_request([f"run={tmp_path / 'run'}", f"--config-dir={own}"])
+    assert "my_evaluated_task" not in sys.modules

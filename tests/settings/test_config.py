@@ -121,8 +121,15 @@ def messages(cfg, *overrides):
         ("finetune.dropout=16", "finetune.dropout=16 must be a number in [0, 1)"),
         ("finetune.warmup_steps=-1", "finetune.warmup_steps=-1"),
         ("finetune.max_steps=0", "finetune.max_steps=0 must be a whole number of at least 1"),
-        ("finetune.eval_every=1.0", "finetune.eval_every=1.0 must be a number of steps, or a fraction of an epoch"),
-        ("finetune.eval_every=0", "finetune.eval_every=0 must be a number of steps, or a fraction of an epoch"),
+        (
+            "finetune.eval_every=1.0",
+            "finetune.eval_every=1.0 must be a whole number of steps such as 500, or a fraction",
+        ),
+        (
+            "finetune.eval_every=2.5",
+            "finetune.eval_every=2.5 must be a whole number of steps such as 500, or a fraction",
+        ),
+        ("finetune.eval_every=0", "finetune.eval_every=0 must be a whole number of steps such as 500, or a fraction"),
         ("finetune.lora_plus_ratio=0", "finetune.lora_plus_ratio=0 must be a number above 0"),
         ("finetune.label_smoothing=1", "finetune.label_smoothing=1 must be a number in [0, 1)"),
         ("finetune.class_weights=blanced", "finetune.class_weights='blanced' must be balanced, or numbers above 0"),
@@ -138,7 +145,7 @@ def messages(cfg, *overrides):
         ("method.selection=nowhere.json", "no selection file at nowhere.json"),
         (
             "method.selector=magic",
-            "method.selector='magic' must be one of search, attribution, gradient, activation, random",
+            "method.selector='magic' must be one of search, attribution, one_shot, gradient, activation,",
         ),
         ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
         ("method.scope=row", "method.scope='row' must be one of layer, global"),
@@ -188,6 +195,8 @@ def test_each_mistake_has_its_message(cfg, override, words):
         ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be one of step, epoch"),
         ("diffora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
         ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),
+        ("bitfit", "finetune.lora_plus_ratio=4", "lora_plus_ratio=4: method=bitfit trains no B of a low-rank update"),
+        ("vera", "finetune.lora_plus_ratio=4", "lora_plus_ratio=4: method=vera trains no B of a low-rank update"),
         ("peft", "method.config._target_=peft.DoraConfig", "peft.DoraConfig does not exist in PEFT; did you mean"),
     ],
 )

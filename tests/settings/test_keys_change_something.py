@@ -65,6 +65,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
         (f"{TINY} search.epochs=3", {"search.update": "simultaneous", "search.patience": "1"}),
+        (f"{SEARCH} method.selector=one_shot search.masks=10", {"search.masks": "12"}),
         (f"{SEARCH} cell.experiment=x", {"scale": "small"}),
         (f"{TINY} search.epochs=1 finetune.epochs=2", {"resume": "true"}),  # in a folder with a complete run
         (f"{TINY} method=houlsby", {"model.roles.ffn_output": "intermediate.dense"}),

@@ -93,7 +93,13 @@ def test_all_formats_give_the_same_rows(task, tmp_path):
     ]
     assert len({found.data_hash for found in loaded}) == 1
     assert len(loaded[0].train) == 27 and len(loaded[0].validation["validation"]) == 3
-    assert loaded[0].train[0] == {"context": "who told x0", "start": "", "choices": LONG, "label": 0}
+    assert loaded[0].train[0] == {
+        "context": "who told x0",
+        "start": "",
+        "choices": LONG,
+        "label": 0,
+        "number": 1,
+    }
 
 
 def test_rows_with_fewer_choices(task, tmp_path):
@@ -140,7 +146,7 @@ def test_class_names_of_a_hub_data_set_are_numbers(task, tmp_path, monkeypatch):
     swag = task("allenai/swag", "task=swag")
     found = swag.load()
     assert asked == [("allenai/swag", "regular")]
-    assert found.train[5] == {"context": "A man 5.", "start": "He", "choices": LONG, "label": 1}
+    assert found.train[5] == {"context": "A man 5.", "start": "He", "choices": LONG, "label": 1, "number": 6}
 
 
 def test_several_columns_of_context(task, tmp_path):
@@ -206,8 +212,11 @@ def test_labels_that_could_be_numbers_or_texts_are_refused(task, tmp_path):
 
 def test_other_mistakes(task, tmp_path):
     file = write(tmp_path / "a.csv", columns(rows(fewer=False)))
-    assert "no column 'choices'" in problems_of(task(file))
-    assert "no column 'ending9'" in problems_of(task(file, "task.choice_columns=[ending9,ending1]"))
+    assert "no column 'choices' (task.choices_column); it has context, ending0, " in problems_of(task(file))
+    found = problems_of(task(file, "task.choice_columns=[Ending0,ending1]", "task.start_column=x"))
+    assert "no column 'x' (task.start_column)" in found
+    assert "no column 'Ending0' (task.choice_columns); it has " in found
+    assert "perhaps task.choice_columns=[ending0,ending1]." in found
     empty = [row | {"ending3": ""} for row in columns(rows(fewer=False))]
     found = problems_of(task(write(tmp_path / "b.csv", empty), ENDINGS))
     assert (

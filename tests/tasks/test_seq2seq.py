@@ -220,7 +220,7 @@ def test_losses_and_texts_do_not_depend_on_batch_or_padding(ready):
         assert whole["text"][i, : len(alone)].equal(alone)
 
 
-def test_only_chosen_rows_are_generated_and_scored(ready):
+def test_only_chosen_rows_are_generated_and_scored(ready, tmp_path):
     made, model, tokenizer, split, collate = ready
     batch = collate(split.encoded[:])
     batch["generated"] = torch.arange(len(batch["row"])) % 3 == 0
@@ -237,7 +237,9 @@ def test_only_chosen_rows_are_generated_and_scored(ready):
     assert made.score(perfect, split)["exact_match"] == 1
     lines = made.predictions(perfect, split)
     assert [line["prediction"] for line in lines] == [line["target"] for line in lines] == split.rows["target"][:]
-    assert [line["number"] for line in lines] == split.rows["number"][:] and lines[0]["id"] == split.rows["id"][0]
+    [file] = made.write_predictions(tmp_path, "validation", perfect, split)
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["number"] for line in written] == split.rows["number"][:] and lines[0]["id"] == split.rows["id"][0]
 
 
 def test_the_settings_of_generation_are_ours(ready):
@@ -334,6 +336,7 @@ SLOW = pytest.mark.slow
         "method.budget=6000",
         "method.selector=activation",
         pytest.param("method.selector=attribution", marks=SLOW),
+        pytest.param("method.selector=one_shot", marks=SLOW),
         pytest.param("method.warm_start=true", marks=SLOW),
     ],
 )

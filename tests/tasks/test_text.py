@@ -79,10 +79,11 @@ def test_class_names_and_whole_floats_of_parquet(task, tmp_path):
 def test_one_two_and_three_columns_of_text(task, tmp_path):
     rows = [{"a": f"a{i}", "b": f"b{i}", "label": f"c{i}", "topic": "xy"[i % 2]} for i in range(10)]
     file = write(tmp_path / "t.csv", rows)
-    assert task(file, "task.text_columns=a", "task.label_column=topic").load().train.column_names == ["text", "label"]
+    one = task(file, "task.text_columns=a", "task.label_column=topic").load().train
+    assert one.column_names == ["text", "label", "number"]
     pair = task(file, "task.text_columns=[b,label]", "task.label_column=topic")
     found = pair.load().train
-    assert found.column_names == ["text", "text2", "label"] and pair.spec.text_columns == ("text", "text2")
+    assert found.column_names == ["text", "text2", "label", "number"] and pair.spec.text_columns == ("text", "text2")
     assert [second[1:] for second in found["text2"]] == [first[1:] for first in found["text"]]
     joint = task(file, "task.text_columns=[a,b,label]", "task.label_column=topic")
     assert "a0 | b0 | c0" in [*joint.load().train["text"], *joint.load().validation["validation"]["text"]]
@@ -98,7 +99,7 @@ def test_a_folder_with_its_own_validation_and_test_files(task, tmp_path):
     assert len(rows.train) == 30 and len(rows.validation["validation"]) == 5
     assert rows.validation["validation"]["label"][:] == [1, 2, 0, 1, 1]
     assert "4 of 5 rows are training rows too" in "".join(given.accounts["validation"].notes)
-    assert given.test_splits == ("test",) and given.load_split("test").column_names == ["text"]
+    assert given.test_splits == ("test",) and given.load_split("test").column_names == ["text", "number"]
 
 
 # --- dividing ---
@@ -159,7 +160,7 @@ def test_doubtful_labels_are_noted(task, tmp_path):
 # --- mistakes ---
 
 BAD = [
-    ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "no column 'topic' (task.label_column); the file has"),
+    ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "no column 'topic' (task.label_column); it has"),
     ("text,topics\na,x\nb,y\n", ["task.label_column=topic"], "perhaps task.label_column=topics"),
     ("Texts,label\na,x\nb,y\n", [], "perhaps task.text_columns=[Texts]"),
     ("text,text,label\na,a,x\nb,b,y\n", [], "2 columns are called 'text'"),

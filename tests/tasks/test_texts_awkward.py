@@ -115,7 +115,7 @@ def test_a_thousand_classes(task, tmp_path):
 def test_rows_without_labels_and_with_unknown_ones(task, tmp_path):
     given = task(write(tmp_path / "new.csv", [{"text": "a", "extra": "b"}]))
     given.expect(["bug", "other"])
-    assert given.load_split("all").column_names == ["text"]
+    assert given.load_split("all").column_names == ["text", "number"]
     assert "no labels in column 'label': predictions without metrics" in notes_of(given, "all")
     given = task(write(tmp_path / "odd.csv", [{"text": "a", "label": "bugs"}, {"text": "b", "label": "x"}]))
     given.expect(["bug", "other"])

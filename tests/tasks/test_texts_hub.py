@@ -102,4 +102,4 @@ def test_splits_and_subsets(found):
 def test_mistakes(found):
     assert "Cannot load task.path=me/code" in found["code"]
     assert "me/absent" in found["absent"] and "no file or folder here" in found["absent"]
-    assert "me/tickets, train: no column 'topics' (task.label_column); the file has text, label" in found["column"]
+    assert "me/tickets, train: no column 'topics' (task.label_column); it has text, label" in found["column"]

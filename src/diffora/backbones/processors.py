@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from diffora.backbones.config_json import check_config
+from diffora.backbones.config_json import check_config, content_of
 from diffora.backbones.messages import loading
 from diffora.errors import UserError
 from diffora.hub import resolve
@@ -23,9 +23,29 @@ def load_processor(settings: Any, kind: ProcessorKind) -> Any:
         kind: which of them the task needs (`Task.processor_kind`).
 
     Raises:
-        UserError: it is missing or cannot be read.
+        UserError: it is missing or cannot be read, or the backbone reads images instead of text, or text instead of
+            images.
     """
+    _check_kind(settings, kind)
     return load_tokenizer(settings) if kind == "tokenizer" else load_image_processor(settings)
+
+
+def _check_kind(settings: Any, kind: ProcessorKind) -> None:
+    """Refuse a model of images for a task of texts, and a model of texts for a task of images.
+
+    Families that transformers does not know are not refused.
+    """
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    family = content_of(settings).get("model_type")
+    place = f"model.path={settings.path} is a {family} model, which reads"
+    if kind == "tokenizer":
+        if family in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and family not in TOKENIZER_MAPPING_NAMES:
+            raise UserError(f"{place} images, and the task has texts: choose a model of texts, such as model=minilm")
+    elif family in TOKENIZER_MAPPING_NAMES and family not in IMAGE_PROCESSOR_MAPPING_NAMES:
+        raise UserError(f"{place} texts, and the task has images: choose a model of images, such as model=vit_base")
 
 
 def load_tokenizer(settings: Any) -> Any:

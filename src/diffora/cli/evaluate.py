@@ -12,7 +12,8 @@ A finished run, used again: metrics, and predictions as files, without training.
   {evaluate} adapter=<folder> model=minilm task=mrpc             an adapter that lies somewhere else
 
 Also: output=<folder> batch_size=64 split=[a,b] and any task.…=, model.…=, trainer.…= of `{train}`.
-Classes of your own are named anew: task._target_=my_module.MyTask, method._target_=my_module.MyMethod.
+Classes of your own are named anew: task._target_=my_module.MyTask, method._target_=my_module.MyMethod. They and choices
+of your own (task=mine) are found with --config-dir <folder>, as in `{train}`.
 Results go to evaluation-<time>/ in the run directory unless output= says otherwise."""
 
 

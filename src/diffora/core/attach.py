@@ -59,8 +59,8 @@ def attach(
         L x N: the new layers, None for a module that was not replaced.
 
     Raises:
-        UserError: a name is not a linear module of the model or is adapted already, ``selected`` is not boolean, or a
-            number is impossible. The model is then unchanged.
+        UserError: a name is not a linear module of the model or is adapted already, ``selected`` is not boolean, a
+            rank is larger than a module, or another number is impossible. The model is then unchanged.
     """
     rows = [list(row) for row in names]
     if problems := list(_setting_problems(selected, rank, shared_rank, alpha, dropout, kernel, shared_scale)):
@@ -68,26 +68,17 @@ def attach(
     if selected.shape != (shape := (len(rows), len(rows[0]) if rows else 0)) or any(len(r) != shape[1] for r in rows):
         raise UserError(f"selected is {tuple(selected.shape)}; the names of the modules are {[len(r) for r in rows]}")
     modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model)
-    _check_places([name for row in rows for name in row if name is not None], modules)
+    flags: list[list[bool]] = selected.tolist()
+    _check_places(rows, flags, rank, shared_rank, modules)
     if freeze:
         freeze_rest(model)
-    shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
-
-    def pair_of(base: nn.Module, column: int, flag: bool) -> tuple[nn.Parameter, nn.Parameter] | None:
-        if flag:
-            return new_pair(base, rank)
-        if shared_rank is None:
-            return None
-        key = (column, *features(base))
-        if key not in shared:
-            shared[key] = new_pair(base, shared_rank)
-        return shared[key]
+    pairs = _Pairs(rank, shared_rank)
 
     def adapt(name: str | None, column: int, flag: bool) -> LowRankLinear | None:
         if name is None:
             return None
         base = modules[name]
-        if (pair := pair_of(base, column, flag)) is None:
+        if (pair := pairs.of(base, column, flag)) is None:
             return None
         layer = LowRankLinear(base, *pair, alpha=alpha, dropout=dropout, kernel=kernel)
         if shared_scale == "same":
@@ -97,9 +88,28 @@ def attach(
         return layer
 
     return [
-        [adapt(name, column, flag) for column, (name, flag) in enumerate(zip(row, flags, strict=True))]
-        for row, flags in zip(rows, selected.tolist(), strict=True)
+        [adapt(name, column, flag) for column, (name, flag) in enumerate(zip(row, own, strict=True))]
+        for row, own in zip(rows, flags, strict=True)
     ]
+
+
+class _Pairs:
+    """The pairs (A, B^T) of the modules of a grid; see `attach`."""
+
+    def __init__(self, rank: int, shared_rank: int | None) -> None:
+        self.rank, self.shared_rank = rank, shared_rank
+        self._shared: dict[tuple[int, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def of(self, base: nn.Module, column: int, selected: bool) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """A new pair for a selected module, else the one of its column and shape; None if nothing is shared."""
+        if selected:
+            return new_pair(base, self.rank)
+        if self.shared_rank is None:
+            return None
+        key = (column, *features(base))
+        if key not in self._shared:
+            self._shared[key] = new_pair(base, self.shared_rank)
+        return self._shared[key]
 
 
 def _setting_problems(
@@ -133,11 +143,20 @@ def inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(module, LowRankLinear) or hasattr(module, "adapter_layer_names") for module in above)
 
 
-def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse names whose modules cannot be replaced by a low-rank layer."""
+def _check_places(
+    rows: Sequence[Sequence[str | None]],
+    flags: Sequence[Sequence[bool]],
+    rank: int,
+    shared_rank: int | None,
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Refuse modules that cannot be replaced by a low-rank layer, and ranks that are larger than their modules."""
     problems: list[str] = []
     seen: dict[int, str] = {}
-    for name in names:
+    narrowest: dict[str, tuple[int, int, str]] = {}
+    for name, flag in ((n, f) for row, own in zip(rows, flags, strict=True) for n, f in zip(row, own, strict=True)):
+        if name is None:
+            continue
         module = modules.get(name)
         if module is None:
             problems.append(f"{name} is not a module of this model")
@@ -151,6 +170,13 @@ def _check_places(names: Sequence[str], modules: Mapping[str, nn.Module]) -> Non
             problems.append(f"{name} is the same module as {seen[id(module)]}: name it once, both are adapted together")
         else:
             seen[id(module)] = name
+            key, wanted = ("rank", rank) if flag else ("shared_rank", shared_rank or 0)
+            if wanted > (width := min(features(module))):
+                narrowest[key] = min(narrowest.get(key, (width, wanted, name)), (width, wanted, name))
+    problems += [
+        f"{key}={wanted} must not be above {width}, the smaller width of {name}: more adds nothing"
+        for key, (width, wanted, name) in narrowest.items()
+    ]
     if problems:
         raise UserError(problems)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffora.core.certainty import certainty
+from diffora.core.counts import above
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
@@ -63,8 +64,11 @@ class Selection:
             does not say it, and where all members were the same.
         longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
             ``layers`` and ``encoder.layers``.
+        lowest_layer: layers below this one get no adapter, not even a shared one (``method.time_budget``).
         split_hash: sha256 of the two parts of the training rows that the selector used.
         config: the settings that it was made with.
+        facts: numbers by which the selector says how far its scores can be trusted; most selectors have none. Of an
+            ensemble, the means over members.
     """
 
     method: str
@@ -84,8 +88,10 @@ class Selection:
     ensemble: int = 1
     confidence: list[list[float | None]] | None = None
     longer_names: list[str] = field(default_factory=list)
+    lowest_layer: int = 0
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
@@ -96,6 +102,7 @@ class Selection:
         flags = (mask & grid.there).tolist()
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in flags]
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
+        rest.setdefault("lowest_layer", grid.lowest_layer)
         return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
 
     def read_from(self, readout: str | None) -> "Selection":
@@ -103,6 +110,10 @@ class Selection:
         if readout in (None, "gamma"):
             return replace(self, readout=readout)
         return replace(self, readout=readout, gamma_bar=None, scores=self.gamma_bar)
+
+    def places(self) -> tuple[tuple[str | None, ...], ...]:
+        """L x N names of the modules that get an adapter of their own or a shared one, None for the others."""
+        return above(self.modules, self.lowest_layer)
 
     def sizes(self) -> list[int]:
         """The number of candidates of each layer."""
@@ -243,7 +254,8 @@ class Selection:
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""
         sure = {"ensemble": self.ensemble, "certainty": self.certainty} if self.ensemble > 1 else {}
-        return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")} | sure
+        sure |= {"facts": self.facts} if self.facts else {}
+        return {key: getattr(self, key) for key in ("selector", "k", "rank", "lowest_layer", "selected")} | sure
 
     def save(self, path: Path | str) -> None:
         """Write the selection file atomically."""
@@ -289,6 +301,10 @@ class Selection:
                 for name in row
                 if name not in has
             ]
+        below = [layer for layer, row in enumerate(selection.selected) if row and layer < selection.lowest_layer]
+        if below or selection.lowest_layer >= max(size[0], 1):
+            where = f"layer {below[0]} selects modules" if below else f"there are {size[0]} layers"
+            problems.append(f"{path}: 'lowest_layer' is {selection.lowest_layer}, but {where}")
         for key in TABLES:
             rows = getattr(selection, key)
             if rows is not None and blanked(rows, selection.modules) != rows:
@@ -332,6 +348,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number of at least 0"),
         "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
         "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
+        "lowest_layer": (lambda v: type(v) is int and 0 <= v <= 10**9, "a whole number of at least 0"),
         "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
@@ -342,6 +359,7 @@ def _misfit(key: str, value: Any) -> str | None:
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
+        "facts": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "finite numbers by name"),
         "method": (_is_text, "text"),
         "selector": (_is_text, "text"),
     }

@@ -171,6 +171,11 @@ class Method:
         return {}
 
     @property
+    def trains_b(self) -> bool:
+        """Whether the method may train a B of a low-rank update, as LoRA+ needs."""
+        return True
+
+    @property
     def scoring(self) -> Scoring | None:
         """The scores that `choose` needs; None if it needs none."""
         return None

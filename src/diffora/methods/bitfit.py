@@ -21,6 +21,10 @@ class BitFit(Method):
         if not backbone_biases(model):
             raise UserError("method=bitfit trains biases, and this backbone has none")
 
+    @property
+    def trains_b(self) -> bool:
+        return False
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         for bias in backbone_biases(model):
             bias.requires_grad_(True)

@@ -36,6 +36,10 @@ class Bottleneck(Method):
                 if self.size > width:
                     raise UserError(f"method.size={self.size} is no bottleneck behind {name}, which is {width} wide")
 
+    @property
+    def trains_b(self) -> bool:
+        return False
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         for role in self.roles:
             for name in grid.having(role):

@@ -19,6 +19,10 @@ class FullFT(Method):
 
     name: ClassVar[str] = "full_ft"
 
+    @property
+    def trains_b(self) -> bool:
+        return False
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         model.requires_grad_(True)
         return WholeModel(model)

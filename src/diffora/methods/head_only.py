@@ -16,5 +16,9 @@ class HeadOnly(Method):
 
     name: ClassVar[str] = "head_only"
 
+    @property
+    def trains_b(self) -> bool:
+        return False
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         return Adaptation(model)

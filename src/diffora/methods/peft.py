@@ -73,6 +73,8 @@ REFUSED_INIT = {
     "lora_ga": "it needs PEFT's own pass over data beforehand",
 }
 
+WITHOUT_B = ("IA3Config", "VeraConfig")
+"""Tuners that train vectors only; see `Method.trains_b`."""
 PLACES = Check(lambda v: TEXTS.fits(v) and bool(v), "a list of roles or module types")
 BOUNDS = {"r": whole(1, 2**16), "dropout": RATE, "alpha": POSITIVE}
 """Bounds of the arguments of PEFT's classes, by the last word of their names. VeRA draws matrices as wide as ``r``."""
@@ -114,6 +116,10 @@ class PEFT(Method):
             build(self.config, "method.config")
         except UserError as error:
             yield from error.problems
+
+    @property
+    def trains_b(self) -> bool:
+        return not str(self.config["_target_"]).endswith(WITHOUT_B)
 
     def targets(self, grid: Grid) -> list[str]:
         """Full names of the modules to adapt."""

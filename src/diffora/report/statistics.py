@@ -152,7 +152,8 @@ class Components:
 
     Attributes:
         mask: standard deviation of what masks are worth; 0 if its estimate is negative.
-        low, high: 95 % interval of ``mask`` (Williams 1962).
+        low, high: 95 % interval of ``mask`` (Williams 1962). Both are 0 if masks differ so little that noise alone
+            would give less in 2.5 % of tables only.
         seed: standard deviation of what all masks of a seed have in common; 0 if its estimate is negative.
         residual: standard deviation of the rest, which is the noise of a single run.
         f, p: F-test of "all masks are worth the same".

@@ -1,10 +1,18 @@
 """The command lines of evaluate, export and push: ``name=value``, with values as Hydra reads them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffora.errors import UserError
+from diffora.files import conf_dir
+from diffora.run.composition import check_added
 from diffora.settings.checks import show, unknown_key
+from diffora.trust import look_in
+
+CONFIG_DIR = ("--config-dir", "-cd")
+"""The option that adds a folder of the user's choices and classes, as Hydra spells it."""
 
 
 def named_values(arguments: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str, Any]]:
@@ -18,6 +26,28 @@ def named_values(arguments: Sequence[str], problems: list[str]) -> Iterator[tupl
             problems.append(f"{argument} is not of the form name=value")
             continue
         yield argument, parsed.key_or_group, parsed.value()
+
+
+def without_config_dirs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the arguments without ``--config-dir``, its folders as ``file://…``). Own classes are then found there too.
+
+    Raises:
+        UserError: a folder does not exist, or hides a choice of ours.
+    """
+    kept, paths, waiting = [], [], False
+    for argument in arguments:
+        option, given, value = argument.partition("=")
+        if waiting or (given and option in CONFIG_DIR):
+            paths.append(f"file://{os.path.abspath(os.path.expanduser(argument if waiting else value))}")
+            waiting = False
+        elif argument in CONFIG_DIR:
+            waiting = True
+        else:
+            kept.append(argument)
+    if waiting:
+        raise UserError("--config-dir needs a folder")
+    look_in(check_added(paths, conf_dir()))
+    return kept, paths
 
 
 def put(group: dict[str, Any], name: str, value: Any, problems: list[str]) -> None:

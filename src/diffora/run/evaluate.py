@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from diffora.loop.predict import predict
 from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
 from diffora.run import terminal
-from diffora.run.arguments import named_values, put
+from diffora.run.arguments import named_values, put, without_config_dirs
 from diffora.run.check import section_problems
 from diffora.run.classes import write_classes
 from diffora.run.composition import composition_problems
 from diffora.run.record import WEIGHTS, check_as_left, read_record
+from diffora.run.sweep import quoted
 from diffora.settings import checks
 from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
@@ -72,13 +73,13 @@ def read_request(arguments: list[str]) -> Request:
     Raises:
         UserError: arguments are wrong; it lists all of them.
     """
-
+    arguments, paths = without_config_dirs(arguments)
     own, choices, values = _parse(arguments)
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
-    cfg, weights = settings_of_run(place) if "run" in own else _of_adapter(place, choices)
+    cfg, weights = settings_of_run(place) if "run" in own else _of_adapter(place, choices, paths)
     if "run" in own:  # only the command line may allow code, not a folder that may come from others
         OmegaConf.update(cfg, "model.trust_remote_code", False)
-    cfg = override(cfg, choices if "run" in own else [], values)
+    cfg = override(cfg, choices if "run" in own else [], values, paths)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := section_problems(cfg, SECTIONS):
@@ -156,18 +157,21 @@ def settings_of_run(folder: Path) -> tuple[DictConfig, Path]:
     return settings(read_yaml(file), file, SECTIONS), weights[0]
 
 
-def _of_adapter(folder: Path, choices: list[str]) -> tuple[DictConfig, Path]:
+def _of_adapter(folder: Path, choices: list[str], paths: Sequence[str]) -> tuple[DictConfig, Path]:
     """(settings that the command line chooses, the adapter's folder). An adapter on the hub is downloaded."""
     whole = (folder / "config.json").is_file()  # a fully fine-tuned model
     if not whole and (problem := place_problem(folder)):
         raise UserError(f"adapter={folder}: {problem}")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
         raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
-    return _compose(choices), folder if whole else local_copy(folder)
+    return _compose(choices, paths), folder if whole else local_copy(folder)
 
 
-def _compose(choices: list[str]) -> DictConfig:
+def _compose(choices: list[str], paths: Sequence[str]) -> DictConfig:
     """The default configuration with some choices, such as ``task=sst2``.
+
+    Args:
+        paths: folders with more choices than ``conf/``, as ``file://…``.
 
     Raises:
         UserError: every choice that does not exist.
@@ -176,20 +180,24 @@ def _compose(choices: list[str]) -> DictConfig:
 
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", choices)
+            added = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
+            return compose("config", [*added, *choices])
     except Exception as error:
-        raise UserError(composition_problems(choices) or [str(error).splitlines()[0]]) from error
+        raise UserError(composition_problems(choices, paths) or [str(error).splitlines()[0]]) from error
 
 
-def override(cfg: DictConfig, choices: list[str], values: dict[str, Any]) -> DictConfig:
+def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths: Sequence[str] = ()) -> DictConfig:
     """Settings with some sections replaced, and then some values.
+
+    Args:
+        paths: folders with more choices than ``conf/``, as ``file://…``.
 
     Raises:
         UserError: every key that its section does not have.
     """
     for choice in choices:
         name = choice.partition("=")[0]
-        cfg[name] = _compose([choice])[name]
+        cfg[name] = _compose([choice], paths)[name]
     problems = []
     for key, value in values.items():
         section, _, rest = key.partition(".")

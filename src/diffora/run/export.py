@@ -6,7 +6,8 @@
   diffora export <run> form=gguf             for llama.cpp, by its own converter (converter=<script>)
 
 Also: to=<folder>; model.path=<folder> if the base model was moved; model.dtype=, model.quantise=null for form=merged;
-task._target_= and method._target_= for classes of your own. Without to=, the files go to export-<form>/ in the run.
+task._target_= and method._target_= for classes of your own, which are also found in --config-dir <folder>. Without to=,
+the files go to export-<form>/ in the run.
 """
 
 import logging
@@ -29,7 +30,7 @@ from diffora.errors import UserError, called
 from diffora.files import atomic_folder, check_writable, read_json
 from diffora.hub import resolve
 from diffora.loop.process import quiet_libraries
-from diffora.run.arguments import sorted_words
+from diffora.run.arguments import sorted_words, without_config_dirs
 from diffora.run.evaluate import check_backbone, load_trained, override, settings_of_run
 from diffora.run.record import WEIGHTS, check_as_left, read_record, why_broken
 from diffora.settings.checks import show
@@ -92,6 +93,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     Raises:
         UserError: arguments are wrong (it lists all of them), or the run is not finished.
     """
+    arguments, _ = without_config_dirs(arguments)
     places, own, values, problems = sorted_words(arguments, OWN, ("task", "model"))
     if len(places) != 1:
         problems.insert(0, f"give one run directory: {called('export')} <run>")

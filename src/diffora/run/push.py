@@ -23,7 +23,7 @@ from diffora.errors import UserError, called
 from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, resolve
 from diffora.run import export
-from diffora.run.arguments import sorted_words
+from diffora.run.arguments import sorted_words, without_config_dirs
 from diffora.run.export import GGUF, MERGED, finished_run
 from diffora.run.record import WEIGHTS
 from diffora.settings.checks import show
@@ -65,6 +65,7 @@ def read_request(arguments: list[str]) -> Request:
     Raises:
         UserError: arguments are wrong (it lists all of them), or the run is not finished.
     """
+    arguments, _ = without_config_dirs(arguments)
     places, own, values, problems = sorted_words(arguments, OWN, ("task", "model"))
     if len(places) != 2:
         problems.insert(0, f"give a run directory and a name on the hub: {called('push')} <run> owner/name")

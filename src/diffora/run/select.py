@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -77,31 +78,15 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if parts.earlier.search is not None:
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
-
-    def selection_by(scores: Tensor) -> Selection:
-        chosen = method.choose(parts.grid, scores, parts.settings.seed)
-        assert chosen is not None
-        return chosen
-
-    context = SearchContext(
-        parts,
-        rows.split,
-        scoring.alpha,
-        scoring.score_batches,
-        loggers,
-        [DamPictures(selection_by, loggers)],
-        choose=lambda scores: selection_by(scores).mask(),
-    )
+    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+    pictures = [DamPictures(choose, loggers)]
+    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(
-        chosen.read_from(result.readout),
-        relaxation=result.relaxation,
-        rounds=result.rounds,
-        split_hash=rows.hash,
-        config=_provenance(parts),
-    )
+    made = {"split_hash": rows.hash, "config": _provenance(parts)}
+    found = {"relaxation": result.relaxation, "rounds": result.rounds, "facts": result.facts}
+    selection = replace(chosen.read_from(result.readout), **found, **made)
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():
@@ -201,12 +186,12 @@ class DamPictures(L.Callback):
     """After each round of the search, sends a picture of the relaxed DAM to the loggers that show pictures.
 
     Args:
-        selection_by: from scores, L x N, to the selection that the method would make; the picture frames it.
+        choose: from scores, L x N, to the selection that the method would make; the picture frames it.
         loggers: of the run.
     """
 
-    def __init__(self, selection_by: Callable[[Tensor], Selection], loggers: Loggers) -> None:
-        self.selection_by, self.loggers = selection_by, loggers
+    def __init__(self, choose: Callable[[Tensor], Selection | None], loggers: Loggers) -> None:
+        self.choose, self.loggers = choose, loggers
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         takers = taking_pictures(trainer.loggers)
@@ -215,7 +200,9 @@ class DamPictures(L.Callback):
         assert isinstance(pl_module, SearchModule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = self.selection_by(pl_module.current_scores().cpu()).read_from(pl_module.settings.readout)
+            chosen = self.choose(pl_module.current_scores().cpu())
+        assert chosen is not None
+        chosen = chosen.read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from diffora.core.selection import Selection
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.scoring.bilevel import Trajectory
@@ -22,9 +23,9 @@ class SearchContext:
         split: (search-train, search-valid) row numbers.
         alpha: the updates of the candidates' adapters are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
+        choose: what the method would select by given scores, L x N.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
-        choose: from scores, L x N, to the boolean mask of the modules that the method would select.
         member: which member of an ensemble this is, for the progress bar; empty for none.
     """
 
@@ -32,10 +33,10 @@ class SearchContext:
     split: tuple[np.ndarray, np.ndarray]
     alpha: float
     score_batches: int
+    choose: Callable[[Tensor], Selection]
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
     member: str = ""
-    choose: Callable[[Tensor], Tensor] | None = None
 
     @property
     def settings(self) -> Search:
@@ -79,6 +80,7 @@ class SearchResult:
         readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
         rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
             Of an ensemble, those of the first member.
+        facts: numbers that say how far the scores can be trusted, by name; `Selection.facts` keeps them.
         members: of an ensemble; empty otherwise.
     """
 
@@ -89,6 +91,7 @@ class SearchResult:
     weights: dict[str, Tensor] = field(default_factory=dict)
     readout: str | None = None
     rounds: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
     members: list[Member] = field(default_factory=list)
 
 

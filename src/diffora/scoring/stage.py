@@ -106,7 +106,8 @@ def run_ensemble(context: SearchContext, score: Run, scope: str) -> SearchResult
             members.append(_member(own, results[-1], scope))
     mean = torch.stack([member.standardised for member in members]).mean(0)
     seconds = sum(member.seconds for member in members)
-    return replace(results[0], scores=mean, seconds=seconds, weights={}, members=members)
+    facts = {name: sum(result.facts[name] for result in results) / count for name in results[0].facts}
+    return replace(results[0], scores=mean, seconds=seconds, weights={}, members=members, facts=facts)
 
 
 def _of_member(context: SearchContext, number: int, told: str) -> SearchContext:

@@ -150,6 +150,11 @@ def combinations(settings: Settings) -> Iterator[str]:
                 "a batch is cut into that many micro-batches"
             )
     method, search, trainer = settings.method, stages["search"], settings.trainer
+    if (ratio := settings.finetune.lora_plus_ratio) is not None and not method.trains_b:
+        yield (
+            f"finetune.lora_plus_ratio={ratio:g}: method={method.name} trains no B of a low-rank update, so LoRA+ has "
+            "nothing to do; leave it out"
+        )
     if settings.model.quantise is not None and trainer.compile:
         yield "trainer.compile=true does not go with model.quantise: the frozen layers are compiled already"
     if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":

@@ -32,9 +32,11 @@ CANDIDATES = Check(
 )
 EVALUATIONS = Check(
     lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
-    "a number of steps, or a fraction of an epoch between 0 and 1",
+    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
 )
-STEPS_OR_SHARE = Check(EVALUATIONS.fits, "a number of steps, or a share of all steps between 0 and 1")
+STEPS_OR_SHARE = Check(
+    EVALUATIONS.fits, "a whole number of steps such as 500, or a share of all steps below 1 such as 0.1"
+)
 CLASS_WEIGHTS = Check(
     lambda v: (
         v == "balanced"
@@ -291,6 +293,9 @@ class Search:
             "checks",
         ),
     ] = None
+    masks: Annotated[
+        int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
+    ] = 256
     ensemble: Annotated[
         int,
         whole(1, 100),

@@ -13,6 +13,7 @@ from diffora.core.dam import comparable, discretise, discretise_globally
 from diffora.core.ensemble import SAME_SCORES, confidence, log_gates, member_seed, standardised
 from diffora.core.grid import Grid
 from diffora.core.selection import STANDALONE, Selection, blanked
+from diffora.settings.checks import SEED
 from diffora.standalone.progress import say
 
 log = logging.getLogger("diffora")
@@ -25,12 +26,14 @@ def modules_of(k: int | None, n_types: int) -> int:
     return max(1, n_types // 2) if k is None else k
 
 
-def choice_problems(k: int | None, scope: str, grid: Grid) -> Iterator[str]:
-    """What is wrong with ``k`` and ``scope``."""
+def choice_problems(k: int | None, scope: str, grid: Grid, seed: int) -> Iterator[str]:
+    """What is wrong with ``k``, ``scope`` and ``seed``."""
     if k is not None and (type(k) is not int or not 1 <= k <= min(grid.sizes)):
         yield f"k={k!r} must be a whole number from 1 to {min(grid.sizes)}, the candidates of a layer"
     if scope not in SCOPES:
         yield f"scope={scope!r} must be one of {', '.join(SCOPES)}"
+    if not SEED.fits(seed):
+        yield f"seed={seed!r} must be {SEED.words}"
 
 
 def selection_of(

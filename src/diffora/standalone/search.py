@@ -249,7 +249,7 @@ def search(
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
     problems = [
-        *choice_problems(k, scope, grid),
+        *choice_problems(k, scope, grid, seed),
         *settings.problems(),
         *ensemble_problems(ensemble, train_loader, valid_loader),
     ]

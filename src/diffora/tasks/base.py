@@ -313,8 +313,15 @@ class Task:
         raise NotImplementedError
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
-        """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files."""
-        lines = (json.dumps(row, ensure_ascii=False) for row in self.predictions(outputs, split))
+        """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files.
+
+        If the rows have a column ``number``, it is added after ``row``: the row's number in its file, from 1.
+        """
+        found = self.predictions(outputs, split)
+        if "number" in split.rows.column_names:
+            numbers = split.rows["number"][:]
+            found = [{"row": line["row"], "number": numbers[line["row"]]} | line for line in found]
+        lines = (json.dumps(row, ensure_ascii=False) for row in found)
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
 

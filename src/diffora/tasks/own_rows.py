@@ -16,7 +16,7 @@ from diffora.tasks.base import Rows, Task
 from diffora.tasks.messages import first_line
 from diffora.tasks.sources.place import Place, PlaceSettings
 from diffora.tasks.sources.records import Records, hub_records, open_records
-from diffora.tasks.sources.tables import content_hash, joint_hash, subset
+from diffora.tasks.sources.tables import content_hash, joint_hash, subset, with_numbers
 from diffora.tasks.texts.divide import choose_validation, cut
 
 
@@ -32,7 +32,7 @@ class Part:
     """The rows of one split.
 
     Attributes:
-        table: the checked rows.
+        table: the checked rows; `OwnRowsTask` adds the column ``number``.
         where: the files, for messages.
         numbers: [n] the number of each row at its source, for messages.
     """
@@ -162,7 +162,10 @@ class OwnRowsTask(Task):
         except ValueError as error:  # a line that is not JSON, a text that is not UTF-8
             problems.append(f"{sources[0].where}: {first_line(error)}")
             return None
-        return None if len(problems) > before else part
+        if part is None or len(problems) > before:
+            return None
+        part.table = with_numbers(part.table)
+        return part
 
     def _tables(self) -> dict[str, pa.Table]:
         """The checked training rows and, if there is a split of them, the validation rows. Learns the classes.

@@ -189,6 +189,11 @@ class TokensTask(OwnRowsTask):
             notes.append(
                 f"{n:,} entities of {kinds} type{'s' if kinds > 1 else ''} in {len(tags):,} words; {scheme} tags"
             )
+            if n == 0 and name == "validation":
+                notes.append(
+                    "no entity, so F1 is 0 after every epoch and does not find the best one: validate on more rows "
+                    "(task.validation_fraction=), on others (task.split_seed=), or on a file with entities"
+                )
             if strange:
                 notes.append(
                     f"{strange:,} entities are not well-formed in {scheme}, e.g. they begin with I or do not end"

@@ -265,8 +265,8 @@ def test_faults_of_both_splits(tmp_path):
 def test_missing_and_renamed_columns(tmp_path, name):
     rows = [row(0, answers=..., Context=CONTEXT, context=...)]
     assert problems(tmp_path, rows, name=name) == [
-        "no column 'context'; rename 'Context' if that is it; the file has id, title, question, Context.",
-        "no column 'answers'; the file has id, title, question, Context.",
+        "no column 'context'; it has id, title, question, Context; rename 'Context' if that is it.",
+        "no column 'answers'; it has id, title, question, Context.",
     ]
 
 

@@ -434,7 +434,9 @@ def test_random_damage_to_a_parquet_file_is_never_a_traceback(tmp_path):
 def test_missing_column_with_near_miss(tmp_path, extension):
     write_both(tmp_path, extension, sentence2=None, Sentence_2=ROWS["sentence2"])
     [message] = problems(tmp_path)
-    assert "no column 'sentence2'; rename 'Sentence_2'" in message and "sentence1, label, idx" in message
+    assert (
+        "no column 'sentence2'; it has" in message and "; rename 'Sentence_2' if" in message and "label, idx" in message
+    )
 
 
 def test_all_problems_are_collected(tmp_path):

@@ -134,8 +134,8 @@ def test_a_folder_with_its_own_splits_and_rows_without_tags(task, tmp_path):
     found = made.load()
     assert len(found.train) == 20 and len(found.validation["validation"]) == 4 and made.test_splits == ("test",)
     test = made.load_split("test")
-    assert test.column_names == ["words"] and test["words"][:] == [["Anna", "sleeps"], ["Rome"]]
-    assert made.load_split("train").column_names == ["words", "tags"]
+    assert test.column_names == ["words", "number"] and test["words"][:] == [["Anna", "sleeps"], ["Rome"]]
+    assert made.load_split("train").column_names == ["words", "tags", "number"]
 
 
 def test_a_data_set_on_the_hub(task, tmp_path, monkeypatch):
@@ -264,8 +264,12 @@ def test_numbers_beyond_the_names(task, tmp_path):
 
 def test_other_mistakes(task, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", rows())
-    assert "no column 'words'; the file has tokens, ner_tags" in problems_of(task(file, "task.tokens_column=words"))
-    assert "rename 'ner_tags' if that is it" in problems_of(task(file, "task.tags_column=tags"))
+    assert "no column 'words' (task.tokens_column); it has tokens, ner_tags" in problems_of(
+        task(file, "task.tokens_column=words")
+    )
+    assert "(task.tags_column); it has tokens, ner_tags; perhaps task.tags_column=ner_tags." in problems_of(
+        task(file, "task.tags_column=tags")
+    )
     one = write_lines(tmp_path / "b.jsonl", [row | {"ner_tags": ["O"] * 5} for row in rows()])
     assert "all words have the same tag" in problems_of(task(one))
     mixed = write_lines(tmp_path / "c.jsonl", [row | {"ner_tags": ["B-PER", "PER", "O", "O", "O"]} for row in rows()])
@@ -297,6 +301,15 @@ def test_impossible_settings(cfg, overrides, message):
     with pytest.raises(UserError) as caught:
         get_task(cfg("task=tokens", *overrides).task)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("entities", [False, True])
+def test_validation_rows_without_an_entity_are_noted(task, tmp_path, entities):
+    write_lines(tmp_path / "train.jsonl", rows())
+    plain = {"tokens": ["nobody", "is", "here"], "ner_tags": ["O", "O", "O"]}
+    write_lines(tmp_path / "validation.jsonl", [plain, plain, *rows()[: int(entities)]])
+    notes = notes_of(task(tmp_path))
+    assert ("no entity, so F1 is 0 after every epoch" in notes) is not entities
 
 
 def test_strict_needs_a_scheme_with_well_formed_entities(task, tmp_path):

@@ -45,6 +45,14 @@ class Columns:
         return (*self.context, *([self.start] if self.start else []), *self.choices)
 
     @property
+    def keys(self) -> dict[str, str]:
+        """The setting that names each column."""
+        choices = "task.choices_column" if self.in_list else "task.choice_columns"
+        keys = {**dict.fromkeys(self.choices, choices), self.label: "task.label_column"}
+        keys |= {self.start: "task.start_column"} if self.start else {}
+        return keys | dict.fromkeys(self.context, "task.context_columns")
+
+    @property
     def shown(self) -> str:
         """The columns of the choices, for messages."""
         return ", ".join(self.choices)
@@ -76,7 +84,7 @@ def check_choices(
         there = list(source.names)
         if not columns.in_list:  # a row of JSON lines leaves out the choices that it does not have
             wanted = tuple(name for name in wanted if name in there or name not in columns.choices[2:])
-        check_columns(there, wanted, source.where, problems)
+        check_columns(there, wanted, source.where, problems, columns.keys)
         if len(problems) > before:
             continue
         faults.append(Faults(source.where, source.unit))

@@ -1,6 +1,5 @@
 """Rows of a source and a target text, from .csv, .tsv, .jsonl or .parquet files or from the hub."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.messages import first_line, more, some
+from diffora.tasks.messages import first_line, more
 from diffora.tasks.sources.check_values import check_text
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
 from diffora.tasks.sources.readers import read_parquet
+from diffora.tasks.sources.tables import check_columns, with_numbers
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 ID = "id"
@@ -87,8 +87,7 @@ def read_hub_split(
 def _part(where: str, tables: Sequence[pa.Table], account: Account) -> Part:
     whole = pa.concat_tables(tables)
     account.read = whole.num_rows
-    numbers = pa.array(range(1, whole.num_rows + 1), pa.int64())
-    return Part(where, whole.append_column("number", numbers), account)
+    return Part(where, with_numbers(whole), account)
 
 
 # --- the formats ---
@@ -140,10 +139,9 @@ def _checked(
     before = len(problems)
     names = table.column_names
     has_targets = columns.target in names
-    wanted = [(columns.source, "task.source_column")]
-    wanted += [(columns.target, "task.target_column")] if labelled or has_targets else []
-    for name, key in wanted:
-        _check_column(name, key, names, where, problems)
+    keys = {columns.source: "task.source_column"}
+    keys |= {columns.target: "task.target_column"} if labelled or has_targets else {}
+    check_columns(names, keys, where, problems, keys)
     if len(problems) > before:
         return None
     if table.num_rows == 0:
@@ -177,17 +175,6 @@ def _as_text(value: object) -> str:
 def _all_missing(column: pa.ChunkedArray) -> bool:
     """Whether no row has a target: nulls or empty texts throughout, as in a file to predict."""
     return all(value is None or value == "" for value in column.to_pylist())
-
-
-def _check_column(name: str, key: str, there: Sequence[str], where: str, problems: list[str]) -> None:
-    """Append a problem if a column is missing or there twice, with the columns that are there."""
-    if there.count(name) > 1:
-        problems.append(f"{where}: {there.count(name)} columns are called '{name}'; keep one.")
-    elif name not in there:
-        by_lower = {column.lower(): column for column in reversed(there)}
-        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"; perhaps {key}={by_lower[near[0]]}" if near else ""
-        problems.append(f"{where}: no column '{name}' ({key}); it has {some(list(there))}{hint}.")
 
 
 def _refuse_empty(column: pa.ChunkedArray, where: str, name: str, what: str, problems: list[str]) -> None:

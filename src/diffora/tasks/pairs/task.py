@@ -228,10 +228,10 @@ the source as in training. To continue training, load with `is_trainable=True`.
         return [text.strip() for text in found]
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """For each row its number at the source (from 1), ``id`` if it has one, the generated text and the target."""
+        """For each row ``id`` if it has one, the generated text and the target."""
         texts = self._texts(outputs["text"])
         columns = split.rows.data
-        kept = [name for name in ("number", ID, "target") if name in columns.column_names]
+        kept = [name for name in (ID, "target") if name in columns.column_names]
         found = []
         for row, text in zip(outputs["row"].tolist(), texts, strict=True):
             facts = {name: columns.column(name)[row].as_py() for name in kept}

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.account import Account
+from diffora.tasks.messages import some
 
+NUMBER = "number"
+"""The column of the row's number at its source, counted from 1 over all files of the split."""
 SUBSET_SEED = 0
 """Seed of every choice of rows that must be the same in all runs. It does not depend on the seed of a run."""
 
@@ -38,10 +41,20 @@ def joint_hash(hashes: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
 
 
+def with_numbers(table: pa.Table) -> pa.Table:
+    """A table of all rows of a split, with the column `NUMBER`, so that predictions say which row they are for."""
+    return table.append_column(NUMBER, pa.array(range(1, table.num_rows + 1), pa.int64()))
+
+
 def content_hash(table: pa.Table) -> str:
-    """sha256 of a checked table's content. Process, file format, chunking and library versions do not change it."""
+    """sha256 of a checked table's content. Process, file format, chunking and library versions do not change it.
+
+    Nor does the column `NUMBER`, which only says where a row stood.
+    """
     digest = hashlib.sha256()
     for name in table.column_names:
+        if name == NUMBER:
+            continue
         column = table.column(name)
         digest.update(f"{name}:{len(column)}:".encode())
         while pa.types.is_list(column.type):
@@ -59,20 +72,33 @@ def content_hash(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def check_columns(names: Sequence[str], wanted: Sequence[str], file: str, problems: list[str]) -> None:
+def check_columns(
+    names: Sequence[str], wanted: Iterable[str], file: str, problems: list[str], keys: Mapping[str, str] | None = None
+) -> None:
     """Append a problem for each wanted column that is missing or there twice.
 
     The message about a missing column names the existing column that may be meant.
+
+    Args:
+        names: the columns that are there.
+        keys: the setting that chooses a column, by the column's name; the message names it. Without one, the column
+            has to be renamed.
     """
     for name in wanted:
-        count = names.count(name)
+        count, key = names.count(name), (keys or {}).get(name, "")
         if count > 1:
             problems.append(f"{file}: {count} columns are called '{name}'; keep one.")
         elif count == 0:
             by_lower = {column.lower(): column for column in reversed(names)}
-            near = difflib.get_close_matches(name, by_lower, n=1)
-            hint = f"; rename '{by_lower[near[0]]}' if that is it" if near else ""
-            problems.append(f"{file}: no column '{name}'{hint}; the file has {', '.join(names)}.")
+            near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+            shown = by_lower[near[0]] if near else ""
+            of_key = ",".join(shown if other == name else other for other, own in (keys or {}).items() if own == key)
+            value = f"[{of_key}]" if key.endswith("columns") else shown
+            advice = f"perhaps {key}={value}" if key else f"rename '{shown}' if that is it"
+            setting = f" ({key})" if key else ""
+            problems.append(
+                f"{file}: no column '{name}'{setting}; it has {some(names)}{f'; {advice}' if near else ''}."
+            )
 
 
 def row_dicts(batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:

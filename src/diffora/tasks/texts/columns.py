@@ -35,6 +35,12 @@ class Columns:
         return ("text", "text2") if len(self.texts) == 2 else ("text",)
 
     @property
+    def keys(self) -> dict[str, str]:
+        """The setting that names each column."""
+        key = "task.label_columns" if self.flags else "task.label_column"
+        return dict.fromkeys(self.labels, key) | dict.fromkeys(self.texts, "task.text_columns")
+
+    @property
     def label(self) -> str:
         """The label columns, for messages."""
         return ", ".join(self.labels)
@@ -46,7 +52,7 @@ class Part:
 
     Attributes:
         where: its files, for messages.
-        table: the columns `Columns.read_as`, and ``label`` if the rows have labels: text, or lists of text.
+        table: the columns `Columns.read_as`; ``label`` if the rows have labels: text, or lists of text; ``number``.
         account: what became of the rows.
     """
 

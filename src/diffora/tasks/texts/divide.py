@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.account import Account, Accounts
+from diffora.tasks.sources.tables import NUMBER
 
 
 def row_texts(table: pa.Table) -> pa.ChunkedArray:
     """One text for each row, made of all its texts; rows with equal texts have equal ones."""
-    texts = [table.column(name).cast(pa.large_string()) for name in table.column_names if name != "label"]
+    texts = [table.column(name).cast(pa.large_string()) for name in table.column_names if name not in ("label", NUMBER)]
     return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
 
 

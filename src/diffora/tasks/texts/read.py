@@ -1,6 +1,5 @@
 """Rows of texts with labels, from files or from the hub, with checked texts and labels as text."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.messages import first_line, more, some
+from diffora.tasks.messages import first_line, more
 from diffora.tasks.sources.check_values import check_text
+from diffora.tasks.sources.tables import check_columns, with_numbers
 from diffora.tasks.texts.columns import LISTS, Columns, Part
 from diffora.tasks.texts.formats import read_file
 from diffora.tasks.texts.several import from_flags
@@ -69,7 +69,7 @@ def part_of(
     account.read = whole.num_rows
     if len(columns.texts) > 2:
         account.notes.append(f"columns {', '.join(columns.texts)} are joined into one text, with '{JOINT}' in between")
-    return Part(where, whole, account)
+    return Part(where, with_numbers(whole), account)
 
 
 # --- checks ---
@@ -84,7 +84,8 @@ def _check(
         problems.append(f"{file}: no rows.")
         return None
     there = any(name in table.column_names for name in columns.labels)
-    _check_names(table.column_names, columns, labelled or there, file, problems)
+    wanted = columns.texts + (columns.labels if labelled or there else ())
+    check_columns(table.column_names, wanted, file, problems, columns.keys)
     if len(problems) > before:
         return None
     texts = [check_text(table.column(name), file, name, problems) for name in columns.texts]
@@ -139,22 +140,6 @@ def _is_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _tidy(names: list[str | None] | None) -> list[str]:
     """Class names without white space around them, and without empty ones."""
     return [name.strip() for name in names or () if name and name.strip()]
-
-
-def _check_names(there: list[str], columns: Columns, labelled: bool, file: str, problems: list[str]) -> None:
-    """Append a problem for each column that is missing or there twice, with the nearest one that is there."""
-    wanted = [(name, "task.text_columns") for name in columns.texts]
-    key = "task.label_columns" if columns.flags else "task.label_column"
-    wanted += [(name, key) for name in columns.labels] if labelled else []
-    for name, key in wanted:
-        if there.count(name) > 1:
-            problems.append(f"{file}: {there.count(name)} columns are called '{name}'; keep one.")
-        elif name not in there:
-            by_lower = {column.lower(): column for column in reversed(there)}
-            near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-            shown = by_lower[near[0]] if near else ""
-            hint = f"; perhaps {key}={f'[{shown}]' if key.endswith('s') else shown}" if near else ""
-            problems.append(f"{file}: no column '{name}' ({key}); the file has {some(there)}{hint}.")
 
 
 def _joined(

@@ -63,7 +63,8 @@ def check_words(
     owners: list[int] = []
     has_tags = labelled or all(columns[1] in source.names for source in sources)
     for at, source in enumerate(sources):
-        check_columns(list(source.names), columns if has_tags else columns[:1], source.where, problems)
+        keys = dict(zip(columns, ("task.tokens_column", "task.tags_column"), strict=True))
+        check_columns(list(source.names), columns if has_tags else columns[:1], source.where, problems, keys)
         if len(problems) > before:
             continue
         faults = Faults(source.where, source.unit)
