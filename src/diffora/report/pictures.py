@@ -149,7 +149,8 @@ def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tupl
     """
     found, methods = [], list(dict.fromkeys(_kind(cell.first) for _, cell in _shown(table)))
     for column in table.columns:
-        key, lines = column.compared, []
+        key = column.compared
+        lines: list[Line] = []
         for (row, name), cell in _shown(table):
             metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
             if name == column.name and metric and step and len(lines) < LINES:
