@@ -154,6 +154,16 @@ def test_own_selector(tmp_path):
     assert json.loads(selection.read_text())["selector"] == "my_selectors.saliency"
 
 
+def test_confidence(tmp_path):
+    printed = " ".join(follow("confidence", tmp_path).split())
+    [file] = (tmp_path / "outputs").glob("*/selection.json")
+    selection = Selection.load(file)
+    assert selection.ensemble == 5 and selection.certainty in printed
+    assert (file.parent / "members.json").is_file()
+    words = r"\d+ of 24 (modules decided by an ensemble of 5 .*?), \d+ undecided"
+    assert re.search(words, (HOW_TO / "confidence.md").read_text())[1] == re.search(words, selection.certainty)[1]
+
+
 def test_peft(tmp_path):
     """The scripts train, the fragment names the modules that PEFT wrapped, and the table counts the printed lines."""
     printed = follow("peft", tmp_path)

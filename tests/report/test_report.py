@@ -18,12 +18,13 @@ from scipy import stats
 from diffora.errors import UserError
 from diffora.records import MetricFacts, Record
 from diffora.report import charts, page, pictures, tables
+from diffora.report.agreement import stability
 from diffora.report.comparisons import comparisons_of, curves_of
 from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
 from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
 from diffora.report.results import ResultColumn
 from diffora.report.runs import Run, differing, gather
-from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, stability, verdict
+from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, verdict
 from diffora.report.tables import specification, tables_of
 
 METRICS = {name: MetricFacts(**facts) for name, facts in FACTS.items()}

@@ -9,7 +9,7 @@ A report of finished runs: one HTML page, and tables as Markdown, LaTeX and CSV.
 
   {report} outputs                                     all runs, into outputs/report
   {report} outputs/table4_sample_rate-small output=<folder>
-  {report} outputs margin=0.3                         differences below 0.3 points do not matter (0.5)
+  {report} outputs margin=0.3                          differences below 0.3 points do not matter (0.5)
 
 It reads every run.json below the folders. Open index.html of the report in any browser; it needs no server and no
 network. docs/how-to/report.md explains what is in it."""
