@@ -28,6 +28,7 @@ from diffora.standalone.batches import (
     in_groups,
     length_of,
     loader_problems,
+    loss_problem,
     model_loss,
     moved,
     some,
@@ -240,7 +241,7 @@ def search(
     )
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid, seed), *settings.problems()]
+    problems = [*choice_problems(k, scope, grid, seed), *settings.problems(), *loss_problem(loss)]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
         raise UserError(problems)
     warn_of_processes()

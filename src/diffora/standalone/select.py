@@ -14,7 +14,7 @@ from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.scoring.measures import MEASURES
 from diffora.scoring.spectra import SPECTRA, spectral_scores
-from diffora.standalone.batches import Loss, checked, model_loss, moved, rows_of, some
+from diffora.standalone.batches import Loss, checked, loader_problem, loss_problem, model_loss, moved, rows_of, some
 from diffora.standalone.choice import choice_problems, modules_of, selection_of
 from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
@@ -78,6 +78,9 @@ def select(
         problems.append(f"selector={name_of(selector)} needs a loader, of batches of training data")
     elif selector in BY_LAYER and scope == "layer":
         problems.append(f"selector={selector} selects whole layers, so it needs scope='global'")
+    if loader is not None:
+        problems += loader_problem("loader", loader)
+    problems += loss_problem(loss)
     if type(n_batches) is not int or n_batches < 1:
         problems.append(f"n_batches={n_batches!r} must be a whole number of at least 1")
     if problems:
