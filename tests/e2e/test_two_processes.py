@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPO
+
+from diffora.hub import EMBEDDED
 
 LONG = ["the farmer", "a teacher was seen", "the gardener in the market", "somebody"]
 SHORT = ["method=lora", "logger=csv", "finetune.dropout=0", "finetune.epochs=2", "finetune.batch_size=6"]
@@ -20,11 +23,10 @@ def written(file: Path, rows: list[dict]) -> str:
 
 
 def words(folder: Path) -> list[str]:
-    rows = [
-        {"tokens": ["Ann", *["was", "seen"] * (1 + i % 4), f"x{i}"], "ner_tags": ["B-PER", *["O"] * (3 + 2 * (i % 4))]}
-        for i in range(24)
-    ]
-    return [*OWN, "task=tokens", written(folder / "w.jsonl", rows), "task.max_length=10", "task.doc_stride=3"]
+    """Each sentence is read in two windows, so their number is even too."""
+    tokens = ["was", "seen"] * 4
+    rows = [{"tokens": ["Ann", *tokens, f"x{i}"], "ner_tags": ["B-PER", *["O"] * 9]} for i in range(24)]
+    return [*OWN, "task=tokens", written(folder / "w.jsonl", rows), "task.max_length=12", "task.doc_stride=3"]
 
 
 def choices(folder: Path) -> list[str]:
@@ -33,7 +35,11 @@ def choices(folder: Path) -> list[str]:
 
 
 def generated(folder: Path) -> list[str]:
-    return ["task=rewrite", "model=tiny_t5", "task.train_rows=16", "task.validation_rows=9"]
+    """A T5 without dropout: each process draws its own, so with dropout the runs would differ."""
+    model = shutil.copytree(EMBEDDED.parent / "tiny_t5", folder / "t5")
+    config = json.loads((model / "config.json").read_text()) | {"dropout_rate": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    return ["task=rewrite", "model=tiny_t5", f"model.path={model}", "task.train_rows=16", "task.validation_rows=9"]
 
 
 def trained(folder: Path, *overrides: str) -> dict[str, float]:
