@@ -3,7 +3,7 @@
     python scripts/selection_landscape.py outputs/selection_landscape-paper
     python scripts/selection_landscape.py <folder> --scores <folder of runs with search_only=true>
     python scripts/selection_landscape.py <folder> --scores <folder> --page docs/background/selection.md
-    python scripts/selection_landscape.py docs/background/data/selection_landscape.json   # the same tables without runs
+    python scripts/selection_landscape.py <folder of the page>/data/selection_landscape.json   # the same without runs
 
 A row is a mask (one random selection, the same with all seeds), a column "<task> <setting>". All masks of a column have
 equally many parameters. Results of fractions are in points (per cent).
@@ -14,6 +14,7 @@ equally many parameters. Results of fractions are in points (per cent).
 2. Which scores rank masks? A mask's score is the sum of its modules' scores (of a search: of log γ̄). Spearman's
    correlation with the masks' worth, the mean over the selector's seeds. p by shuffling which module has which score,
    with the same shuffles for all tasks: in the whole grid (the primary test), within each type, within each layer.
+   Means are over the tasks whose column is not closed.
 
 The script works on what has finished, and says how much that is.
 """
@@ -34,7 +35,8 @@ from selection_landscape_page import KINDS, picture, text_of
 from selection_quality import Run, completed, put
 
 from diffora.files import write_text
-from diffora.report.permutation import Permuted, correlation, label_orders, over_tasks, scores_rank_masks
+from diffora.records import ENDED
+from diffora.report.permutation import Permuted, correlation, fisher_z, label_orders, over_tasks, scores_rank_masks
 from diffora.report.statistics import components, holm, largest_block, paired
 
 CLOSED = 0.3
@@ -90,22 +92,26 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
-    """The scores by selector, column and seed of all selection files below a folder, and the types of their grids.
+    """The scores by selector, column and seed of all finished runs below a folder, and the types of their grids.
 
     A selector's name is the row of its run, or else the selector. Its scores count for the column of its run if that is
-    a column here, otherwise for all columns of its task.
+    a column here, otherwise for all columns of its task. Masks, and runs that were given a selection file, have none.
 
     Raises:
         SystemExit: two files have scores of one selector, column and seed.
     """
     found: dict[str, Any] = {"scores": {}, "types": {}}
     origin: dict[tuple[str, str, str], Path] = {}
-    for file in sorted(folder.rglob("selection.json")):
-        selection, run = json.loads(file.read_text()), json.loads((file.parent / "run.json").read_text())
+    for record in sorted(folder.rglob("run.json")):
+        run, file = json.loads(record.read_text()), record.with_name("selection.json")
+        given = "method.selection" in run.get("sources", {}) or (run.get("row") or "").startswith("mask ")
+        if run["status"] not in ENDED or given or not file.is_file():
+            continue
+        selection = json.loads(file.read_text())
         values = selection.get("scores")
         if values is None and selection.get("gamma_bar") is not None:
             values = [[None if g is None else math.log(max(g, 1e-30)) for g in row] for row in selection["gamma_bar"]]
-        if values is None or run["status"] not in ("completed", "selected"):
+        if values is None:
             continue
         name, seed = run.get("row") or selection["selector"], str(run["seed"])
         own = (
@@ -152,6 +158,8 @@ def anything_to_find(column: Column) -> dict[str, Any]:
 
 def openness(mask: float, high: float, p: float) -> str:
     """Whether there is something to find in a column: its masks' standard deviation, the interval's end, F-test's p."""
+    if high == 0:
+        return "closed; the masks differ less than noise alone explains, so check the runs"
     if mask < CLOSED:
         return "closed" if high < CLOSED else f"closed; up to {high:.1f} is possible"
     return "open" if p < 0.05 else "open by the estimate only"
@@ -181,13 +189,13 @@ class Ranking:
 
         def ranked(orders: np.ndarray) -> np.ndarray:
             each = [scores_rank_masks(masks[:, there], scores[there], values, orders) for scores in seeds]
-            z: np.ndarray = np.arctanh(np.clip(each, -0.999999, 0.999999)).mean(0)
-            return np.tanh(z)
+            together: np.ndarray = np.tanh(fisher_z(np.array(each)).mean(0))
+            return together
 
         same = np.arange(int(there.sum()))[None]
         self.value = float(ranked(same)[0])
-        together = np.mean([standardised(scores[there]) for scores in seeds], axis=0)
-        self.ensemble = float(scores_rank_masks(masks[:, there], together, values, same)[0])
+        mean = np.mean([standardised(scores[there]) for scores in seeds], axis=0)
+        self.ensemble = float(scores_rank_masks(masks[:, there], mean, values, same)[0])
         for kind in KINDS:  # the orders depend on the grid only, so all tasks of one grid have the same
             groups = label_groups(kind, layers, len(types))[there]
             self.shuffled[kind] = ranked(label_orders(groups, draws))
@@ -200,10 +208,11 @@ def standardised(scores: np.ndarray) -> np.ndarray:
 
 
 def which_scores(columns: Mapping[str, Column], scores: Mapping[str, Any], draws: int) -> dict[str, Any]:
-    """For each setting and selector: the correlation of each task and over tasks, with its tests."""
+    """For each setting: its closed tasks, and for each selector the correlation of each task and over the others."""
     found: dict[str, Any] = {}
     for setting in dict.fromkeys(column["setting"] for column in columns.values()):
         here = {name: c for name, c in columns.items() if c["setting"] == setting and len(worth(c)) >= FEWEST}
+        closed = [c["task"] for c in here.values() if anything_to_find(c).get("verdict", "").startswith("closed")]
         rows: dict[str, Any] = {}
         for selector, by_column in scores["scores"].items():
             ranked = {
@@ -216,19 +225,19 @@ def which_scores(columns: Mapping[str, Column], scores: Mapping[str, Any], draws
             able = {task: ranking for task, ranking in ranked.items() if not math.isnan(ranking.value)}
             rows[selector] = {
                 "seeds": {here[name]["task"]: len(by_column[name]) for name in here if name in by_column},
-                "no_order": sorted(ranked.keys() - able.keys()),
                 "tasks": {
                     task: asdict(Permuted.of(ranking.value, np.nan_to_num(ranking.shuffled["grid"])))
                     for task, ranking in able.items()
                 },
             }
-            if able:
-                rows[selector] |= pooled(list(able.values()))
+            if still := [ranking for task, ranking in able.items() if task not in closed]:
+                rows[selector] |= pooled(still)
         if rows:
             adjusted = holm([row["grid"]["p"] for row in rows.values() if "grid" in row])
             for row, p in zip((row for row in rows.values() if "grid" in row), adjusted, strict=True):
                 row["p_holm"] = p
-            found[setting] = behind_the_best(rows)
+            masks = {c["task"]: len(worth(c)) for c in here.values()}
+            found[setting] = {"masks": masks, "closed": closed, "selectors": behind_the_best(rows, closed)}
     return found
 
 
@@ -239,21 +248,23 @@ def pooled(rankings: Sequence[Ranking]) -> dict[str, Any]:
     for kind in KINDS:
         test = over_tasks(values, [ranking.shuffled[kind] for ranking in rankings])
         result[kind] = asdict(test) | {"detectable": test.detectable}
-    z = dict(enumerate(np.arctanh(np.clip(values, -0.999999, 0.999999)).tolist()))
+    z = dict(enumerate(fisher_z(values).tolist()))
     interval = paired(z, dict.fromkeys(z, 0.0))
     ends = (interval.low, interval.high) if interval is not None else (None, None)
     result["interval"] = [None if end is None else math.tanh(end) for end in ends]
-    ensembles = np.arctanh(np.clip([ranking.ensemble for ranking in rankings], -0.999999, 0.999999))
-    result["ensemble"] = math.tanh(float(ensembles.mean()))
+    result["ensemble"] = math.tanh(float(fisher_z([ranking.ensemble for ranking in rankings]).mean()))
     return result
 
 
-def behind_the_best(rows: dict[str, Any]) -> dict[str, Any]:
-    """The rows with the mean difference of each selector's correlations from the best one's, paired over tasks."""
+def behind_the_best(rows: dict[str, Any], closed: Sequence[str]) -> dict[str, Any]:
+    """The rows with the mean difference of each selector's correlations from the best one's, paired over open tasks."""
     able = {name: row for name, row in rows.items() if "grid" in row}
     best = max(able, key=lambda name: able[name]["grid"]["value"], default=None)
-    number = {task: i for i, task in enumerate(sorted({task for row in able.values() for task in row["tasks"]}))}
-    by_task = {name: {number[task]: of["value"] for task, of in row["tasks"].items()} for name, row in able.items()}
+    tasks = sorted({task for row in able.values() for task in row["tasks"]} - set(closed))
+    by_task = {
+        name: {i: row["tasks"][task]["value"] for i, task in enumerate(tasks) if task in row["tasks"]}
+        for name, row in able.items()
+    }
     for name, row in able.items():
         if best is not None and name != best:
             difference = paired(by_task[best], by_task[name])
@@ -315,7 +326,7 @@ def main() -> None:
     print(text_of(found))
     if given.page is not None:
         text, name = text_of(found), "selection_landscape"
-        if found["which_scores"]:
+        if any(row["tasks"] for of in found["which_scores"].values() for row in of["selectors"].values()):
             picture(found, given.page.parent / "images" / f"{name}.png")
             text += f"\n\n![correlation of each selector with worth](images/{name}.png)"
         write_text(given.page.parent / "data" / f"{name}.json", json.dumps(found) + "\n")

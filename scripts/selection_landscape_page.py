@@ -29,10 +29,12 @@ def first_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def second_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def second_table(found: Mapping[str, Any]) -> str:
     """Markdown of one setting of `which_scores`: one line for each selector, the best first."""
+    rows = found["selectors"]
     tasks = sorted({task for row in rows.values() for task in row["tasks"]})
-    head = ["selector", "seeds", *tasks, "mean (95 % over tasks)", "p", "p, Holm", "p in type", "p in layer"]
+    titles = [f"{task}, {found['masks'][task]} masks" + ", closed" * (task in found["closed"]) for task in tasks]
+    head = ["selector", "seeds", *titles, "mean (95 % over tasks)", "p", "p, Holm", "p in type", "p in layer"]
     head += ["detectable", "as ensemble", "behind the best (95 %)"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1].get("grid", {"value": -2})["value"]):
@@ -40,7 +42,8 @@ def second_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [name, " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))]
         cells += [f"{row['tasks'][task]['value']:+.2f}" if task in row["tasks"] else "" for task in tasks]
         if "grid" not in row:
-            lines.append(f"| {' | '.join([*cells, 'all masks have one score', *[''] * 7])} |")
+            why = "closed" if row["tasks"] else "all masks have one score"
+            lines.append(f"| {' | '.join([*cells, why, *[''] * 7])} |")
             continue
         cells.append(with_interval(row["grid"]["value"], *row["interval"]))
         p_values = (row["grid"]["p"], row["p_holm"], *(row[kind]["p"] for kind in KINDS[1:]))
@@ -63,8 +66,8 @@ def text_of(found: Mapping[str, Any]) -> str:
     for setting, pairs in found["tasks_agree"].items():
         listed = [f"{a} and {b} {rho:+.2f} (p {probability(p)})" for a, b, _, rho, p in pairs]
         parts.append(f"Worth of the same masks on two tasks, {setting or 'all'}, Spearman: {'; '.join(listed)}.")
-    for setting, rows in found["which_scores"].items():
-        parts.append(f"**Which scores rank selections? {setting}**\n\n{second_table(rows)}")
+    for setting, of in found["which_scores"].items():
+        parts.append(f"**Which scores rank selections? {setting}**\n\n{second_table(of)}")
     return "\n\n".join(parts)
 
 
@@ -72,7 +75,7 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     """A panel for each setting and task: each selector's correlation on the band of its shuffles."""
     from matplotlib.figure import Figure
 
-    settings = found["which_scores"]
+    settings = {setting: of["selectors"] for setting, of in found["which_scores"].items()}
     tasks = sorted({task for rows in settings.values() for row in rows.values() for task in row["tasks"]})
     most = max(len(rows) for rows in settings.values())
     size = (2.4 + 1.8 * len(tasks), len(settings) * (0.9 + 0.2 * most))

@@ -352,6 +352,7 @@ def changes_the_head(model, grid, batches, loss):
     ("selector", "more", "message"),
     [
         ("search", {}, r"selector='search' trains adapters: call diffora\.search"),
+        ("one_shot", {}, r"selector='one_shot' trains adapters, .*: diffora select method\.selector=one_shot"),
         (
             "best",
             {"k": 9},

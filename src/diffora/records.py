@@ -76,6 +76,8 @@ class Record:
         time: seconds of each stage.
         memory: peaks in MB.
         selection: which modules were selected; empty where the method selects none.
+        step_time: with ``method.time_budget``: the lowest layer with adapters, and shares of the step time of LoRA on
+            all modules, counted or measured (`diffora.run.steptime`).
         history: the metrics of each epoch.
         data_hash: hash of the training and validation rows.
         data: how many rows of each split were read, used and dropped, and why.
@@ -110,6 +112,7 @@ class Record:
     time: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
+    step_time: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     data_hash: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
@@ -206,7 +209,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a whole number": (("seed",), _is_int),
     "an object": (("settings", *RESULTS), lambda value: isinstance(value, dict)),
     "an object or null": (
-        ("selection", "data", "backbone", "inputs", "versions", "digests"),
+        ("selection", "step_time", "data", "backbone", "inputs", "versions", "digests"),
         lambda value: isinstance(value, dict | None),
     ),
     "a list of text": (

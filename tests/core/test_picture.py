@@ -66,6 +66,30 @@ def test_scores_are_white_at_the_lowest_and_never_blue(searched, scores):
     assert all(cell[0] >= cell[2] for row in cells for cell in row)
 
 
+def test_confidence_is_pale_where_a_module_is_undecided_and_its_frame_is_dashed(searched):
+    sure = [[0.97, 0.5, 0.02], [0.1, 0.3, 0.6]]
+    axes = dataclasses.replace(searched, gamma_bar=None, ensemble=5, confidence=sure).plot()
+    cells = colours(axes)
+    assert is_white(cells[1][0])
+    assert cells[0][0][0] > 2 * cells[0][0][2] and cells[2][0][2] > 2 * cells[2][0][0]  # dark red, dark blue
+    assert [p.get_linestyle() == "solid" for p in axes.patches if isinstance(p, Rectangle)] == [True, False]
+    assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for row in sure for value in row]
+    assert "ensemble of 5" in axes.get_title() and "dashed" in axes.get_title()
+
+
+def test_colours_of_confidence_do_not_depend_on_the_other_modules(searched):
+    close = dataclasses.replace(searched, gamma_bar=None, ensemble=2, confidence=[[0.5, 0.52, 0.48]] * 2).plot()
+    assert all(part > 0.9 for row in colours(close) for cell in row for part in cell[:3])  # and not dark red and blue
+
+
+def test_modules_that_a_layer_lacks_stay_blank_in_a_picture_of_confidence(searched):
+    modules, sure = [["0.q", None, "0.v"], ["1.q", "1.k", "1.v"]], [[1.0, None, 0.0], [0.1, 0.3, 0.6]]
+    lacking = dataclasses.replace(searched, modules=modules, gamma_bar=None, ensemble=3, confidence=sure)
+    axes = lacking.plot()
+    assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.10", "0.30", "0.60"]
+    assert colours(axes)[1][0][3] == 0  # transparent
+
+
 def test_equal_scores_can_be_drawn(searched):
     assert is_white(colours(dataclasses.replace(searched, gamma_bar=None, scores=[[1.0] * 3] * 2).plot())[0][0])
 

@@ -99,7 +99,7 @@ def test_a_global_selection_with_a_rank_and_scores_comes_back(selection, tmp_pat
 def test_a_file_without_the_optional_keys_loads(selection, tmp_path):
     selection.save(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())
-    for key in ("selector", "k", "rank", "scores", "gamma_bar", "split_hash", "config"):
+    for key in ("selector", "k", "rank", "scores", "gamma_bar", "split_hash", "config", "ensemble", "confidence"):
         del content[key]
     (tmp_path / "s.json").write_text(json.dumps(content))
     loaded = Selection.load(tmp_path / "s.json")
@@ -125,6 +125,11 @@ def test_an_invalid_rank_is_refused(selection, tmp_path, rank):
         ({"scores": 1}, "scores=1 must be"),
         ({"relaxation": "hard"}, "relaxation='hard' must be one of softmax, sigmoid, or null"),
         ({"relaxation": [1]}, "relaxation=a list must be one of softmax, sigmoid, or null"),
+        ({"confidence": [[0.5] * 6]}, "'confidence' must have 2 layers of 6"),
+        ({"confidence": [[1.5] * 6] * 2}, "must be a list of lists, one for each layer, of numbers in [0, 1]"),
+        ({"confidence": [[None] * 6] * 2}, "'confidence' has null where 'modules' has a name"),
+        ({"ensemble": 0}, "ensemble=0 must be a whole number of at least 1"),
+        ({"ensemble": None}, "ensemble=None must be a whole number of at least 1"),
         ({"modules": [["a"], ["b"]]}, "'modules' must have 2 layers of 6"),
         ({"types": "query"}, "types='query' must be a list of module types"),
         ({"rho": None}, "rho=None must be a number in [0, 1]"),

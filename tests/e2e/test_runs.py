@@ -40,7 +40,8 @@ def test_a_run_writes_its_record_adapter_and_logs(whole):
     assert {"validation/accuracy", "validation/f1", "held_out/accuracy", "last/accuracy"} <= record["metrics"].keys()
     assert record["params"].keys() == {"adapter", "head", "trainable", "backbone", "inference"}
     assert record["params"]["trainable"] == record["params"]["adapter"] + record["params"]["head"]
-    assert record["time"].keys() == {"search_s", "finetune_s", "total_s", "startup_s"}
+    assert record["time"].keys() == {"search_s", "finetune_s", "step_s", "total_s", "startup_s"}
+    assert 0 < record["time"]["step_s"] < record["time"]["finetune_s"]
     assert record["time"]["search_s"] > 0 and record["memory"]["peak_rss_mb"] > 100
     selection = Selection.load(folder / "selection.json")
     assert [len(row) for row in selection.selected] == [3] * len(selection.modules)
@@ -133,9 +134,10 @@ def short(quick):
     return [*quick, "task.train_rows=64", "search.epochs=1", "finetune.epochs=1", "search.batch_size=8"]
 
 
-@pytest.mark.parametrize("selector", ["attribution", "gradient", "activation", "random"])
+@pytest.mark.parametrize("selector", ["attribution", "one_shot", "gradient", "activation", "random"])
 def test_every_selector_runs(cfg, short, tmp_path, selector):
-    result = run(cfg(*short, f"method.selector={selector}", "method.score_batches=2"), tmp_path / "run")
+    less = ["method.score_batches=2", "search.masks=10"]
+    result = run(cfg(*short, f"method.selector={selector}", *less), tmp_path / "run")
     selection = Selection.load(tmp_path / "run/selection.json")
     assert (selection.selector, selection.k, selection.rank, selection.gamma_bar) == (selector, 3, None, None)
     scores = torch.tensor(selection.scores)

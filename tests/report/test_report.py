@@ -18,12 +18,13 @@ from scipy import stats
 from diffora.errors import UserError
 from diffora.records import MetricFacts, Record
 from diffora.report import charts, page, pictures, tables
-from diffora.report.comparisons import comparisons_of, curves_of, verdict
+from diffora.report.agreement import stability
+from diffora.report.comparisons import comparisons_of, curves_of
 from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
 from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
 from diffora.report.results import ResultColumn
 from diffora.report.runs import Run, differing, gather
-from diffora.report.statistics import Difference, Spread, holm, paired, spread, stability
+from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, verdict
 from diffora.report.tables import specification, tables_of
 
 METRICS = {name: MetricFacts(**facts) for name, facts in FACTS.items()}
@@ -67,8 +68,8 @@ def test_without_spread_there_is_no_test():
 
 
 def test_the_verdict_follows_from_the_interval():
-    assert verdict(Difference(1.0, 0.1, 1.9, 0.03, 5)) == "ahead"
-    assert verdict(Difference(-1.0, -1.9, -0.1, 0.03, 5)) == "behind"
+    assert verdict(Difference(1.0, 0.1, 1.9, 0.03, 5)) == "better"
+    assert verdict(Difference(-1.0, -1.9, -0.1, 0.03, 5)) == "worse"
     assert verdict(Difference(1.0, -0.1, 2.1, 0.07, 5)) == "undecided"
 
 
@@ -504,13 +505,49 @@ def test_only_the_best_of_many_settings_are_shown_with_a_note(tmp_path, monkeypa
 
 
 def test_the_command_line_is_checked(tmp_path):
-    assert page.request([str(tmp_path), f"output={tmp_path / 'o'}"]) == ([tmp_path], tmp_path / "o")
+    assert page.request([str(tmp_path), f"output={tmp_path / 'o'}"]) == ([tmp_path], tmp_path / "o", 0.5)
+    assert page.request([str(tmp_path), "margin=0.3"])[2] == 0.3
+    with pytest.raises(UserError) as wrong:
+        page.request([str(tmp_path), "margin=nan", "margin=-1", "margin=half", "margin="])
+    assert [m.partition(" must")[0] for m in wrong.value.problems] == [
+        "margin=nan",
+        "margin=-1",
+        "margin=half",
+        "margin=",
+    ]
     with pytest.raises(UserError, match=r"outptu=x: a report takes folders"):
         page.request([str(tmp_path), "outptu=x"])
     with pytest.raises(UserError, match="an argument is empty"):  # "$RUNS" that is not set
         page.request([""])
     with pytest.raises(UserError, match="no folder of runs"):
         page.request(["output=x"])
+
+
+def test_a_margin_in_points_decides_what_is_equivalent(spec):
+    for seed, (ours, random_) in enumerate([(0.8, 0.801), (0.8, 0.799), (0.9, 0.901), (0.7, 0.699), (0.8, 0.8)]):
+        for row, method, score in (("DiffoRA", "diffora", ours), ("random", "random", random_)):
+            made_run(spec / f"{row}{seed}", method, seed, score, ("table9", row, "paraphrase"))
+    table = table_of(spec)
+    (found,) = comparisons_of(table)
+    assert found.verdict == "equivalent" and found.told(found.verdict) == "equivalent within ±0.5"
+    (narrow,) = comparisons_of(table, margin=0.05)
+    assert narrow.verdict == "undecided" == narrow.told(narrow.verdict)
+    (tally, _) = page.tallies([table], {table.name: [found]})
+    assert tally["counts"]["equivalent"] == tally["n"] == 1 and tally["counts"]["undecided"] == 0
+    html = page.write(gather([spec]), spec / "out", [spec], margin=0.4)[0].read_text()
+    assert '<span class="equivalent">equivalent within ±0.4</span>' in html and "smaller than 0.4 points" in html
+    assert f"detectable: {found.dev_best.detectable:.4f}" in html
+    assert 'class="equivalent">equivalent within ±0.4</td>' in html
+    assert "undecided" in page.write(gather([spec]), spec / "out", [spec], margin=0.05)[0].read_text()
+
+
+def test_a_margin_in_points_says_nothing_about_a_loss(tmp_path):
+    for seed in range(3):
+        for method in ("diffora", "random"):
+            facts = {"main_metric": "perplexity", "metrics": {"validation/perplexity": 3 + 0.0001 * seed}}
+            made_run(tmp_path / f"{method}{seed}", method, seed, **facts)
+    (found,) = comparisons_of(table_of(tmp_path))
+    assert found.margin is None and found.column.compared == "validation/perplexity"
 
 
 def test_only_fractions_are_shown_in_per_cent():
@@ -874,7 +911,10 @@ def test_data_files_hold_numbers(spec):
     interval = want.confidence_interval(0.95)
     found = [float(line[f"dev_best {key}"]) for key in ("mean", "low", "high", "p", "n")]
     assert found == pytest.approx([9.0, interval.low, interval.high, want.pvalue, 3])
-    assert line["dev_best verdict"] == "ahead" and line["about equal size"] == "True"
+    assert float(line["dev_best detectable"]) == pytest.approx(detectable(np.std([10, 9, 8], ddof=1), 3))
+    equivalent = stats.ttest_1samp([10, 9, 8], 0.5, alternative="less").pvalue
+    assert (line["margin"], float(line["dev_best p of equivalence"])) == ("0.5", pytest.approx(equivalent))
+    assert line["dev_best verdict"] == "better" and line["about equal size"] == "True"
     costs = csv_rows(spec / "out" / "tables" / "table9-small-cost.csv")
     (line,) = (row for row in costs if row["method"] == "DiffoRA")
     assert (float(line["search, s"]), float(line["search, s: std"]), int(line["runs"])) == (20.0, 0.0, 3)
@@ -912,3 +952,23 @@ def test_a_difference_has_as_many_digits_as_its_interval_needs():
     assert signed(Difference(0.0, -0.7346, 0.7346, 1.0, 5)) == "+0.00 (-0.73 to +0.73)"
     assert signed(Difference(0.03, -0.09, 0.12, 0.5, 3)) == "+0.0300 (-0.0900 to +0.1200)"
     assert signed(Difference(1.2, None, None, None, 1)) == "+1.20"
+
+
+def test_the_metric_is_drawn_over_the_time_of_a_step(tmp_path):
+    for i, (method, score, step) in enumerate((("lora", 0.8, 0.1), ("diffora", 0.82, 0.06), ("random", 0.79, 0.06))):
+        for seed in (0, 1):
+            cell = ("own", method, "a")
+            time = {"search_s": 0.0, "finetune_s": 60.0, "total_s": 90.0, "step_s": step + 0.001 * seed}
+            made_run(tmp_path / f"{i}{seed}", method, seed, score + 0.01 * seed, cell, adapter=12_345, time=time)
+    [table] = tables_of(gather([tmp_path]).runs)
+    [(title, chart)], legend = pictures.time_charts(table)
+    assert title and [name for _, name in legend] == ["lora", "diffora", "random"]
+    assert chart.count("<circle") == 3 and chart.count("12.3k") == 3 and "a training step, ms" in chart
+    assert "diffora: 60.5, 0.825 ± 0.0071" in chart
+
+
+def test_without_times_of_steps_nothing_is_drawn_over_them(tmp_path):
+    for method in ("lora", "random"):
+        made_run(tmp_path / method, method, cell=("own", method, "a"))
+    [table] = tables_of(gather([tmp_path]).runs)
+    assert pictures.time_charts(table) == ([], [])

@@ -321,8 +321,9 @@ def test_two_processes_agree_exactly_and_with_one_process_on_the_joint_batch(tmp
 
 
 @pytest.mark.slow
-def test_two_processes_attribute_as_one_does(tmp_path):
-    one, (first, second) = run_worker(1, tmp_path, "attribution")[0], run_worker(2, tmp_path, "attribution")
+@pytest.mark.parametrize("selector", ["attribution", "one_shot"])
+def test_two_processes_score_as_one_does(tmp_path, selector):
+    one, (first, second) = run_worker(1, tmp_path, selector)[0], run_worker(2, tmp_path, selector)
     assert first["scores"] == second["scores"] and first["weights"] == second["weights"]
     joint, divided = torch.tensor(one["scores"]), torch.tensor(first["scores"])
     assert joint.abs().max() > 1e-3

@@ -53,9 +53,9 @@ def zeros(model, grid, batches, loss):
 
 def test_the_registry_has_the_selectors_of_the_configuration():
     assert list(SELECTORS) == [
-        *("search", "attribution", "gradient", "activation", "plop", "fisher", "kappa", "spectrum")
+        *("search", "attribution", "one_shot", "gradient", "activation", "plop", "fisher", "kappa", "spectrum")
     ]
-    assert [name for name in [*SELECTORS, "a.b"] if trains(name)] == ["search", "attribution"]
+    assert [name for name in [*SELECTORS, "a.b"] if trains(name)] == ["search", "attribution", "one_shot"]
     assert all(find_selector(name) is entry for name, entry in SELECTORS.items())
 
 
@@ -155,7 +155,7 @@ def test_out_of_memory_is_not_reported_as_a_mistake_of_the_function():
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("magic", "must be one of search, attribution, gradient, .* random, qv, .* alternate, or the dotted path"),
+        ("magic", "must be one of search, .* one_shot, gradient, .* random, qv, .* alternate, or the dotted path"),
         ("my_selectors.square", r"my_selectors has no square; did you mean my_selectors\.squares\?"),
         ("my_selectors.nothing_like_it", "its functions: squares, few"),
         ("my_selectors.number", "is a int, not a function"),

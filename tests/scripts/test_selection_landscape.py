@@ -51,13 +51,13 @@ def test_planted_worth_is_found_by_the_selector_that_knows_it(rng):
     for name, of in found["anything_to_find"].items():
         assert of["verdict"] == "open" and of["p"] < 1e-3 and of["low"] < of["mask"] < of["high"], name
         assert of["residual"] == pytest.approx(1.0, abs=0.35) and of["runs"] == 80
-    rows = found["which_scores"]["global"]
+    rows = found["which_scores"]["global"]["selectors"]
     good, blind, inverse = rows["good"], rows["blind"], rows["inverse"]
     assert good["grid"]["value"] > 0.8 and good["grid"]["p"] == pytest.approx(1 / 401) and good["type"]["p"] < 0.01
     assert good["interval"][0] < good["grid"]["value"] < good["interval"][1] and good["p_holm"] < 0.01
     assert inverse["grid"]["value"] < -0.8 and inverse["grid"]["p_worse"] < 0.01 and inverse["grid"]["p"] > 0.99
     assert abs(blind["grid"]["value"]) < 0.5 and blind["behind"]["mean"] > 0.5 and blind["behind"]["low"] > 0
-    assert rows["constant"]["no_order"] == ["cola", "mrpc", "rte"] and "grid" not in rows["constant"]
+    assert rows["constant"]["tasks"] == {} and "grid" not in rows["constant"]
     assert "elsewhere" not in rows
     text = script.text_of(found)
     assert text.index("| good |") < text.index("| blind |") < text.index("| inverse |") < text.index("| constant |")
@@ -99,7 +99,7 @@ def test_p_is_uniform_where_there_is_nothing_to_know(rng):
             columns[f"{task} global"], _ = column(rng, truth, task=task, masks=20)
         known = {"scores": {"fixed": {name: {"0": preference} for name in columns}}}
         found = script.which_scores(columns, known | {"types": dict.fromkeys(columns, TYPES)}, draws=200)
-        p_values.append(found["global"]["fixed"]["grid"]["p"])
+        p_values.append(found["global"]["selectors"]["fixed"]["grid"]["p"])
     assert stats.kstest(p_values, "uniform").pvalue > 0.01 and np.mean(np.array(p_values) < 0.05) < 0.15
 
 
@@ -109,7 +109,29 @@ def test_a_column_where_masks_do_not_matter_is_closed(rng):
     assert found["verdict"].startswith("closed") and found["mask"] < 0.3
     loud = [script.anything_to_find(column(rng, np.zeros(24), noise=3.0)[0]) for _ in range(5)]
     assert {of["verdict"].split(";")[0] for of in loud} <= {"closed", "open by the estimate only"}
+    assert script.openness(0.0, 0.0, 0.99).startswith("closed; the masks differ less than noise")
+    assert script.openness(0.2, 0.29, 0.01) == "closed" and script.openness(0.2, 0.31, 0.01).endswith(
+        "up to 0.3 is possible"
+    )
+    assert script.openness(0.4, 0.9, 0.01) == "open" and script.openness(0.4, 0.9, 0.2) == "open by the estimate only"
     assert all(of["high"] >= 0.3 or of["high"] == 0 for of in loud) and all(of["detectable"] > 1 for of in loud)
+
+
+def test_closed_columns_do_not_count_in_the_mean_over_tasks(rng):
+    truth = rng.normal(size=24)
+    columns = {f"{task} global": column(rng, truth, task=task)[0] for task in ("cola", "mrpc")}
+    columns["rte global"] = column(rng, np.zeros(24), noise=0.1, task="rte")[0]
+    columns["rte k1"] = column(rng, np.zeros(24), noise=0.1, task="rte", setting="k1")[0]
+    known = {"scores": {"good": {name: {"0": scores(truth)} for name in columns}}}
+    found = script.analysed(columns, known | {"types": dict.fromkeys(columns, TYPES)}, draws=100)
+    both, only = found["which_scores"]["global"], found["which_scores"]["k1"]
+    assert both["closed"] == ["rte"] and both["masks"] == {"cola": 40, "mrpc": 40, "rte": 40}
+    tasks = both["selectors"]["good"]["tasks"]
+    z = np.arctanh([tasks[task]["value"] for task in ("cola", "mrpc")])
+    assert both["selectors"]["good"]["grid"]["value"] == pytest.approx(np.tanh(z.mean())) and "rte" in tasks
+    assert only["closed"] == ["rte"] and "grid" not in only["selectors"]["good"]
+    text = script.text_of(found)
+    assert "| rte, 40 masks, closed |" in text and "| closed |  |" in text
 
 
 def test_incomplete_columns_say_what_is_there(rng):
@@ -171,7 +193,10 @@ def test_from_files_to_the_page_and_again_from_its_json(folders, monkeypatch, ca
         (docs / place).mkdir(parents=True)
     page = docs / "page.md"
     page.write_text("before\n<!-- begin selection_landscape -->\nold\n<!-- end selection_landscape -->\nafter\n")
-    arguments = ["script", str(folders / "runs"), "--scores", str(folders / "scores"), "--draws", "100"]
+    random_ = {"selector": "random", "types": TYPES, "gamma_bar": None, "scores": scores(np.ones(24))}
+    for file in (folders / "runs").rglob("selection.json"):  # a mask has the scores of its draw, and is no selector
+        file.write_text(json.dumps(random_))
+    arguments = ["script", str(folders / "runs"), "--scores", str(folders), "--draws", "100"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--page", str(page)])
     script.main()
     printed = capsys.readouterr().out
@@ -179,7 +204,8 @@ def test_from_files_to_the_page_and_again_from_its_json(folders, monkeypatch, ca
     assert "old" not in text and printed.strip() in text and (docs / "images/selection_landscape.png").exists()
     found = json.loads((docs / "data/selection_landscape.json").read_text())
     assert found["anything_to_find"]["cola global"]["verdict"] == "open"
-    rows = found["which_scores"]["global"]
+    rows = found["which_scores"]["global"]["selectors"]
+    assert sorted(rows) == ["plop", "search"]
     assert rows["plop"]["tasks"]["chat"]["value"] < -0.7  # lower is better there, and truth is still good
     assert "Worth of the same masks on two tasks" not in text  # the masks differ
     monkeypatch.setattr(sys, "argv", ["script", str(docs / "data/selection_landscape.json"), "--draws", "100"])

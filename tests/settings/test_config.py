@@ -145,7 +145,7 @@ def messages(cfg, *overrides):
         ("method.selection=nowhere.json", "no selection file at nowhere.json"),
         (
             "method.selector=magic",
-            "method.selector='magic' must be one of search, attribution, gradient, activation, random",
+            "method.selector='magic' must be one of search, attribution, one_shot, gradient, activation,",
         ),
         ("method.score_batches=0", "method.score_batches=0 must be a whole number of at least 1"),
         ("method.scope=row", "method.scope='row' must be one of layer, global"),

@@ -336,6 +336,7 @@ SLOW = pytest.mark.slow
         "method.budget=6000",
         "method.selector=activation",
         pytest.param("method.selector=attribution", marks=SLOW),
+        pytest.param("method.selector=one_shot", marks=SLOW),
         pytest.param("method.warm_start=true", marks=SLOW),
     ],
 )

@@ -93,6 +93,11 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     return Backbone(model, head, fresh, arguments).freeze()
 
 
+def draw_fresh(backbone: Backbone) -> None:
+    """Draw the weights that no checkpoint has again, in place, from torch's global generator, as a loading does."""
+    _draw(backbone.model, tuple(f"{name}." for name in backbone.fresh), torch.get_rng_state())
+
+
 def _folder_problems(settings: Any) -> Iterator[str]:
     """What is wrong with a local folder, found before anything is loaded from it."""
     path, local = resolve(settings.path)

@@ -6,7 +6,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from diffora.core.counts import Shapes, adapter_parameters, largest_prefix, largest_rank, n_modules, sizes_of
+from diffora.core.counts import Shapes, above, adapter_parameters, largest_prefix, largest_rank, n_modules, sizes_of
 from diffora.core.dam import comparable, discretise, discretise_globally, modules_per_layer
 
 DRAWS = 20_000
@@ -19,7 +19,7 @@ class Choice:
 
     Attributes:
         mask: boolean L x N, True for a selected module.
-        k: modules per layer; None if layers may have different numbers.
+        k: modules of each layer from ``lowest_layer`` on; None if these may have different numbers.
         rank: r of the selected modules if the budget chose it, otherwise None.
         rank_at_width: whether the budget allows more than ``rank``, which is then the smallest width of a selected
             module.
@@ -39,6 +39,7 @@ def choose(
     rank: int,
     shared_rank: int | None,
     budget: int | None = None,
+    lowest_layer: int = 0,
 ) -> Choice:
     """Select modules by their scores.
 
@@ -53,11 +54,15 @@ def choose(
     N is the number of modules of a layer. If it differs, N L is the number of all modules, and ``global`` compares the
     gates of a softmax times N (`diffora.core.dam.comparable`).
 
+    Layers below ``lowest_layer`` get nothing, not even shared pairs. With scope ``layer`` each other layer gets as many
+    modules as without it. With scope ``global`` so does the whole grid, as long as enough modules are left.
+
     Args:
         scores: L x N, high is good; for the search the relaxed DAM.
         shapes: L x N pairs (in_features, out_features), None where a layer has no such module.
         shared_rank: r_s of the pairs that unselected modules share; None if they are frozen.
         budget: most adapter parameters, counted as in `diffora.core.counts`.
+        lowest_layer: from `diffora.core.steptime.lowest_layer`, for a budget of time.
 
     Raises:
         ValueError: the budget is too small for any selection.
@@ -65,7 +70,11 @@ def choose(
     scores = scores.masked_fill(~_there(shapes).to(scores.device), float("nan"))
     if scope == "global":
         scores = comparable(scores, sizes_of(shapes))
-        size: int | None = modules_per_layer(rho, n_modules(shapes))
+    wanted = modules_per_layer(rho, n_modules(shapes))
+    shapes = above(shapes, lowest_layer)
+    scores[:lowest_layer] = float("nan")
+    if scope == "global":
+        size: int | None = min(wanted, n_modules(shapes))
         if budget is not None:
             size = largest_prefix(shapes, scores, rank, shared_rank, budget)
         if size is None:
@@ -73,7 +82,8 @@ def choose(
         return Choice(discretise_globally(scores, size))
     counts = [modules_per_layer(rho, size) for size in sizes_of(shapes)]
     mask = discretise(scores, counts)
-    k = counts[0] if len(set(counts)) == 1 else None
+    own = counts[lowest_layer:]
+    k = own[0] if len(set(own)) == 1 else None
     allowed = None if budget is None else largest_rank(shapes, mask, shared_rank, budget)
     if allowed is None:
         return Choice(mask, k)

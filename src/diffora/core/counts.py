@@ -9,10 +9,12 @@ frozen and have no adapter.
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Shapes = Sequence[Sequence[tuple[int, int] | None]]
 
 
@@ -73,6 +75,15 @@ def largest_prefix(shapes: Shapes, scores: Tensor, rank: int, shared_rank: int |
     return None
 
 
+def above(rows: Sequence[Sequence[T | None]], lowest_layer: int) -> tuple[tuple[T | None, ...], ...]:
+    """The same L x N entries (names or shapes), None in all layers below ``lowest_layer``.
+
+    >>> above([["q", "v"], ["q", "v"]], 1)
+    ((None, None), ('q', 'v'))
+    """
+    return tuple(tuple(row) if i >= lowest_layer else (None,) * len(row) for i, row in enumerate(rows))
+
+
 def extreme_adapter_parameters(shapes: Shapes, rank: int, shared_rank: int | None) -> tuple[list[int], list[int]]:
     """The least and the most `adapter_parameters` of any selection of m modules, two lists over m = 0 to L N.
 
@@ -101,7 +112,7 @@ def expected_adapter_parameters(shapes: Shapes, k: int | Sequence[int], rank: in
     """
     sizes = sizes_of(shapes)
     counts = [k] * len(sizes) if isinstance(k, int) else k
-    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
+    shares = [Fraction(count, size or 1) for count, size in zip(counts, sizes, strict=True)]
     # A shared pair exists unless its type is selected in every layer.
     return _expected(
         shapes, shares, lambda layers: math.prod((shares[i] for i in layers), start=Fraction(1)), rank, shared_rank

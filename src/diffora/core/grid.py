@@ -8,12 +8,13 @@ in each layer by itself, so its equations hold with N the number of modules of t
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from diffora.core.attach import inside_adapter
+from diffora.core.counts import above
 from diffora.core.linear import features, is_linear
 from diffora.core.parts import all_roles, guess_roles
 from diffora.core.stacks import (
@@ -53,6 +54,7 @@ class Grid:
             stacks of layers, if the layers were found and not given.
         longer_names: of other modules that end with a candidate's name (`diffora.core.targets.longer_names`).
         prefix: see `find_grid`.
+        lowest_layer: no layer below this one gets an adapter, not even a shared one (``method.time_budget``).
     """
 
     types: tuple[str, ...]
@@ -63,6 +65,7 @@ class Grid:
     left_out: tuple[str, ...] = ()
     longer_names: tuple[str, ...] = ()
     prefix: str = field(default="", compare=False, repr=False)
+    lowest_layer: int = 0
 
     @property
     def n_layers(self) -> int:
@@ -91,6 +94,11 @@ class Grid:
     def sizes(self) -> list[int]:
         """The number of candidates of each layer: N for all, if all layers are alike."""
         return [sum(name is not None for name in row) for row in self.names]
+
+    @property
+    def allowed(self) -> "Grid":
+        """This grid without the modules of the layers below ``lowest_layer``: the modules that may get adapters."""
+        return replace(self, names=above(self.names, self.lowest_layer), shapes=above(self.shapes, self.lowest_layer))
 
     def having(self, role: str) -> list[str]:
         """Full names of the modules with a role: one of each layer, or two in a decoder that attends to an encoder.

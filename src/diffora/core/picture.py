@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from diffora.core.certainty import is_decided
 from diffora.core.parts import block_of, short_names
 
 Rows = Sequence[Sequence[float | None]]
@@ -11,6 +12,10 @@ Rows = Sequence[Sequence[float | None]]
 
 STARTS = {"softmax": "1/N", "sigmoid": "1/2"}
 """The gate at Γ = 0 in words, by relaxation."""
+
+
+EVEN = 0.5
+"""The confidence of a coin toss, which is drawn white."""
 
 
 def start_gate(relaxation: str, n_types: int) -> float:
@@ -97,6 +102,7 @@ def draw_dam(
     neutral: float | Sequence[float] | None,
     label: str,
     numbers: Sequence[str] = (),
+    confident: bool = False,
 ) -> None:
     """Draw one column per layer and one row per module type on matplotlib's axes; selected modules get a frame.
 
@@ -107,16 +113,23 @@ def draw_dam(
         neutral: see `colour_range`.
         label: of the colour bar.
         numbers: of the layers; empty for 1 to L.
+        confident: whether ``values`` are the confidence of each module. Then colours are strongest at 0 and 1, and the
+            frames of modules that are not decided are dashed (`diffora.core.certainty`).
     """
-    from matplotlib.patches import Rectangle  # matplotlib takes half a second to import
+    from matplotlib import colormaps  # matplotlib takes half a second to import
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
 
     if values is not None:
-        centre, most = colour_range(values, neutral)
+        centre, most = (EVEN, EVEN) if confident else colour_range(values, neutral)
         shown = differences(values, neutral) if isinstance(neutral, Sequence) else values
         label += ", minus 1/N" if isinstance(neutral, Sequence) else ""
+        colours: Any = "Reds" if neutral is None else "RdBu_r"
+        if confident:  # many modules are at 0 or 1, and frames could not be seen on the darkest colours
+            colours = ListedColormap(colormaps["RdBu_r"](range(32, 224)))
         image = axes.imshow(
             [[math.nan if value is None else value for value in column] for column in zip(*shown, strict=True)],
-            cmap="Reds" if neutral is None else "RdBu_r",
+            cmap=colours,
             vmin=centre if neutral is None else centre - most,
             vmax=centre + most,
             aspect="auto",
@@ -128,7 +141,9 @@ def draw_dam(
                 dark = abs(value - centre) > 0.65 * most
                 axes.text(i, j, f"{values[i][j]:.2f}", ha="center", va="center", size=7, color="w" if dark else "k")
             if flag:
-                axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ec="k"))
+                open_ = confident and values is not None and not is_decided(values[i][j] or 0.0)
+                line = (0, (2.2, 1.4)) if open_ else "solid"
+                axes.add_patch(Rectangle((i - 0.45, j - 0.43), 0.9, 0.86, fill=False, lw=1.8, ls=line, ec="k"))
     axes.set_xlim(-0.5, len(mask) - 0.5)
     axes.set_ylim(len(types) - 0.5, -0.5)
     axes.set_xticks(

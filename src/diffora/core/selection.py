@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffora.core.certainty import certainty
+from diffora.core.counts import above
 from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
-from diffora.core.picture import draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
+from diffora.core.picture import EVEN, draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT = 1
+TABLES = ("gamma_bar", "scores", "confidence")
+"""Fields of a `Selection` with one number for each module, or None."""
 STANDALONE = "standalone"
 """`Selection.method` of a selection that no method of a run made, but the library (`diffora.standalone`)."""
 
@@ -48,11 +52,19 @@ class Selection:
         rank: r of the selected modules if a budget chose it; it overrides ``rank=``. None: ``rank=`` applies.
         gamma_bar: L x N relaxed DAM, None where a layer has no such module; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
-        scores: L x N scores of any other selector.
+        scores: L x N scores of any other selector; of an ensemble, the mean of the members' standardised scores.
+        ensemble: number of members whose scores were averaged (``search.ensemble``); 1 for a single search.
+        confidence: L x N, the probability that a repeat of the ensemble with other seeds would select the module
+            (`diffora.core.ensemble.confidence`), None where a layer has no such module. None for a single search, which
+            does not say it, and where all members were the same.
         longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
             ``layers`` and ``encoder.layers``.
-        split_hash: sha256 of the two parts of the training rows that the selector used.
+        lowest_layer: layers below this one get no adapter, not even a shared one (``method.time_budget``).
+        split_hash: sha256 of the two parts of the training rows that the selector used; of an ensemble, its first
+            member.
         config: the settings that it was made with.
+        facts: numbers by which the selector says how far its scores can be trusted; most selectors have none. Of an
+            ensemble, the means over members.
     """
 
     method: str
@@ -67,20 +79,29 @@ class Selection:
     gamma_bar: list[list[float | None]] | None = None
     relaxation: str | None = None
     scores: list[list[float | None]] | None = None
+    ensemble: int = 1
+    confidence: list[list[float | None]] | None = None
     longer_names: list[str] = field(default_factory=list)
+    lowest_layer: int = 0
     split_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, grid: Grid, mask: Tensor, **rest: Any) -> "Selection":
         """A selection from a boolean L x N mask. ``rest`` holds the other fields."""
-        for key in ("gamma_bar", "scores"):
+        for key in TABLES:
             if rest.get(key) is not None:
                 rest[key] = blanked(rest[key], grid.names)
         flags = (mask & grid.there).tolist()
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in flags]
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
+        rest.setdefault("lowest_layer", grid.lowest_layer)
         return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
+
+    def places(self) -> tuple[tuple[str | None, ...], ...]:
+        """L x N names of the modules that get an adapter of their own or a shared one, None for the others."""
+        return above(self.modules, self.lowest_layer)
 
     def sizes(self) -> list[int]:
         """The number of candidates of each layer."""
@@ -102,7 +123,8 @@ class Selection:
         head = f"{len(self.names())} of {sum(self.sizes())} modules, selected by {self.selector}"
         rows = ([label[kind] for kind in self.types if kind in row] for row in self.selected)
         layers = zip(layer_labels(self.modules, self.types), rows, strict=True)
-        return "\n".join([head, *(f"{layer}: {', '.join(row) or 'none'}" for layer, row in layers)])
+        sure = [self.certainty] if self.certainty else []
+        return "\n".join([head, *sure, *(f"{layer}: {', '.join(row) or 'none'}" for layer, row in layers)])
 
     def lora_config(self, rank: int | None = None, alpha: float = 16.0, **more: Any) -> "LoraConfig":
         """PEFT's configuration of a LoRA on the selected modules, for ``peft.get_peft_model``.
@@ -169,7 +191,12 @@ class Selection:
         Colours show the gates that a search found: red was opened and blue was closed, compared with the gate at Γ = 0
         (1/N for ``softmax``, 1/2 for ``sigmoid``). Scores of another selector are shown as shares of their layer, the
         lowest one white; after a global selection the order over all layers is kept. A selection without either shows
-        the frames only. ``selection.plot().figure.savefig("dam.png")`` writes a file.
+        the frames only.
+
+        With an ensemble, colours and numbers show the confidence: in how many of 100 repeats the module would be
+        selected. Red and blue modules are decided; pale ones could change, and the frame of such a module is dashed.
+
+        ``selection.plot().figure.savefig("dam.png")`` writes a file.
 
         Args:
             ax: matplotlib's axes to draw on. None: axes of a new figure, which a notebook shows.
@@ -184,25 +211,37 @@ class Selection:
             ax = pyplot.subplots(figsize=size_of(len(self.modules), len(self.types)), layout="constrained")[1]
         neutral: float | list[float] | None = None
         values, label = None, ""
-        if self.gamma_bar is not None:
+        if self.confidence is not None:
+            values, neutral, label = self.confidence, EVEN, "share of repeats that select the module"
+        elif self.gamma_bar is not None:
             starts = [start_gate(self.relaxation or "softmax", size) for size in self.sizes()]
             neutral = starts[0] if len(set(starts)) == 1 else starts
             values, label = self.gamma_bar, r"$\bar\gamma$"
         elif self.scores is not None:
             by_layer = self.k is not None or len(set(self.sizes())) > 1
             values, label = shares(self.scores, by_layer), self.selector.replace("$", r"\$") + ", normalised"
-        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label, layer_numbers(self.modules))
+        numbers, sure = layer_numbers(self.modules), self.confidence is not None
+        draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label, numbers, confident=sure)
         if title is None:
             own, total = sum(map(len, self.selected)), sum(self.sizes())
             size = f"{own} of {total}" if self.k is None else f"K = {self.k}"
             made = "" if self.method == STANDALONE else f"{self.method}, "
-            title = f"{made}selector {self.selector}, {size}\nframed modules get a LoRA of their own"
+            several = f", ensemble of {self.ensemble}" if self.ensemble > 1 else ""
+            dashed = "\ndashed frames: a repeat may choose others" if sure else ""
+            title = f"{made}selector {self.selector}{several}, {size}\nframed modules get a LoRA of their own{dashed}"
         ax.set_title(title, size=10, parse_math=False)
         return ax
 
+    @property
+    def certainty(self) -> str:
+        """How many modules are decided, in words; empty without `confidence`."""
+        return "" if self.confidence is None else certainty(self.confidence, self.ensemble)
+
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""
-        return {key: getattr(self, key) for key in ("selector", "k", "rank", "selected")}
+        sure = {"ensemble": self.ensemble, "certainty": self.certainty} if self.ensemble > 1 else {}
+        sure |= {"facts": self.facts} if self.facts else {}
+        return {key: getattr(self, key) for key in ("selector", "k", "rank", "lowest_layer", "selected")} | sure
 
     def save(self, path: Path | str) -> None:
         """Write the selection file atomically."""
@@ -235,7 +274,7 @@ class Selection:
         size = len(selection.modules), len(selection.types)
         if len(selection.selected) != size[0]:
             problems.append(f"{path}: 'selected' has {len(selection.selected)} layers, not {size[0]}")
-        for key in ("modules", "gamma_bar", "scores"):
+        for key in ("modules", *TABLES):
             rows = getattr(selection, key)
             if rows is not None and (len(rows) != size[0] or any(len(row) != size[1] for row in rows)):
                 problems.append(f"{path}: {key!r} must have {size[0]} layers of {size[1]}, as 'modules' and 'types' do")
@@ -248,7 +287,11 @@ class Selection:
                 for name in row
                 if name not in has
             ]
-        for key in ("gamma_bar", "scores"):
+        below = [layer for layer, row in enumerate(selection.selected) if row and layer < selection.lowest_layer]
+        if below or selection.lowest_layer >= max(size[0], 1):
+            where = f"layer {below[0]} selects modules" if below else f"there are {size[0]} layers"
+            problems.append(f"{path}: 'lowest_layer' is {selection.lowest_layer}, but {where}")
+        for key in TABLES:
             rows = getattr(selection, key)
             if rows is not None and blanked(rows, selection.modules) != rows:
                 problems.append(f"{path}: {key!r} has a number where 'modules' has null")
@@ -287,16 +330,20 @@ def _misfit(key: str, value: Any) -> str | None:
         "types": (_is_list_of(_is_text), "a list of module types"),
         "modules": (_is_list_of(_is_list_of(_or_none(_is_text))), f"{table}, of module names"),
         "selected": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module types"),
-        "rho": (lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+        "rho": (_is_share, "a number in [0, 1]"),
         "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number of at least 0"),
         "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
         "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
+        "lowest_layer": (lambda v: type(v) is int and 0 <= v <= 10**9, "a whole number of at least 0"),
         "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
+        "ensemble": (lambda v: type(v) is int and 1 <= v <= 10**9, "a whole number of at least 1"),
+        "confidence": (_or_none(_is_list_of(_is_list_of(_or_none(_is_share)))), f"{table}, of numbers in [0, 1]"),
         "longer_names": (_is_list_of(_is_text), "a list of module names"),
         "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
         "config": (lambda v: isinstance(v, dict), "a group of settings"),
+        "facts": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "finite numbers by name"),
         "method": (_is_text, "text"),
         "selector": (_is_text, "text"),
     }
@@ -311,6 +358,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SEARCH = "search.json"
 """The last file that a search writes: its seconds, what it was made with, digests of its files, and its own digest."""
-SEARCH_FILES = ("selection.json", "selection.safetensors", "trajectory.json")
+SEARCH_FILES = ("selection.json", "selection.safetensors", "trajectory.json", "members.json")
 """The other files that a search may write."""
 
 
@@ -106,7 +106,7 @@ def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict
         return None, None
     for name, digest in files.items():
         if file_digest(folder / name) != digest:
-            if name == "trajectory.json":  # it is only for people to read
+            if name in ("trajectory.json", "members.json"):  # they are only for people to read
                 log.warning("%s is damaged: writing it again from the search's last checkpoint", folder / name)
                 return None, None
             raise UserError(

@@ -10,3 +10,10 @@ SEARCH_TRAIN = 3
 """Order of the search-train rows."""
 SEARCH_VALID = 4
 """Order of the search-valid rows."""
+# 5 and 6 are the masks of `diffora.methods.lowrank`.
+ONE_SHOT_TRAIN = 7
+"""The random selections that ``one_shot`` trains."""
+ONE_SHOT_SCORE = 8
+"""The random selections that ``one_shot`` scores."""
+ONE_SHOT_ROWS = 9
+"""The search-valid rows on which ``one_shot`` scores them."""

@@ -94,12 +94,15 @@ class Scoring:
         alpha: while a selector trains A and B, updates are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
         keep_weights: write the trained A and B to the run directory.
+        scope: which modules compete, those of a ``layer`` or of the whole grid (``global``); an ensemble standardises
+            scores among these.
     """
 
     selector: str
     alpha: float
     score_batches: int
     keep_weights: bool
+    scope: str = "layer"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -64,6 +65,8 @@ class DiffoRA(Selecting):
         yield from super().problems()
         if self.selection is not None and self.budget is not None:
             yield "method.budget does not go with method.selection, which already says what is selected"
+        if self.selection is not None and self.time_budget is not None:
+            yield "method.time_budget does not go with method.selection, which already says what is selected"
         if self.adapter is not None and (self.selection is not None or self.warm_start):
             key = "selection" if self.selection is not None else "warm_start"
             yield f"method.{key} does not go with method.adapter, which has its own selection and weights"
@@ -88,6 +91,13 @@ class DiffoRA(Selecting):
             super().check(model, grid)
             if self.selector in HEURISTICS and self.adapter is None:
                 self._check_heuristic(grid)
+            if self.scoring is not None and self.selector == "one_shot" and self._has_one_selection(grid):
+                by_rho = self.budget is None or self.scope == "layer"
+                key, value = ("rho", self.rho) if by_rho else ("method.budget", self.budget)
+                raise UserError(
+                    f"method.selector=one_shot compares random selections, but {key}={value} allows only one: choose a "
+                    "value that selects some modules and leaves out others"
+                )
             return
         if isinstance(self.selection, list):
             parts = [part for part in map(part_of, grid.types) if part]
@@ -101,18 +111,30 @@ class DiffoRA(Selecting):
         mask, from_file = selection.mask(), selection.rank is not None
         check_ranks(grid, {f"{self.selection}: rank" if from_file else "rank": selection.rank or self.rank}, mask)
         if self.weight_sharing:
-            check_ranks(grid, {"method.shared_rank": self.shared_rank}, ~mask)
+            check_ranks(
+                replace(grid, lowest_layer=selection.lowest_layer).allowed,
+                {"method.shared_rank": self.shared_rank},
+                ~mask,
+            )
         elif not mask.any():
             raise UserError(
                 f"method.selection={self.selection} selects nothing, and method.weight_sharing=false freezes what is "
                 "not selected: there is no adapter to train"
             )
 
+    def _has_one_selection(self, grid: Grid) -> bool:
+        """Whether the selection is the same for all scores."""
+        scores = random_scores(grid.n_layers, grid.n_types, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, last = (self.selection_by(grid, sign * scores, self.selector, 0).mask() for sign in (1, -1))
+        return first.equal(last)
+
     @property
     def scoring(self) -> Scoring | None:
         if self.selection is not None or self.adapter is not None or self.selector in WITHOUT_MODEL:
             return None
-        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start)
+        return Scoring(self.selector, self.alpha, self.score_batches, self.warm_start, self.scope)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if (found := self.selection_of_start(grid, seed)) is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from torch import Tensor
 
 from diffora.core.choose import draw_of_same_size, draw_of_same_types, random_scores
-from diffora.core.counts import adapter_parameters
+from diffora.core.counts import above, adapter_parameters
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -49,6 +49,8 @@ class Random(Selecting):
             yield f"method.keep={self.keep} needs method.like, the selection whose types it keeps"
         if self.keep == "types" and self.scope == "layer":
             yield "method.keep=types needs method.scope=global: layers can get different numbers of modules"
+        if self.like is not None and self.time_budget is not None:
+            yield "method.like does not go with method.time_budget: both say which layers may have adapters"
         if self.like is not None and self.adapter is not None:
             yield "method.like does not go with method.adapter, which has its own selection"
 
@@ -61,17 +63,19 @@ class Random(Selecting):
         pattern = Selection.load(Path(self.like))
         pattern.check_fits(grid, self.like)
         rank = self.rank if pattern.rank is None else pattern.rank
+        shapes = above(grid.shapes, pattern.lowest_layer)
         if self.keep == "types":
-            mask = draw_of_same_types(grid.shapes, pattern.mask(), self.draw)
+            mask = draw_of_same_types(shapes, pattern.mask(), self.draw)
         else:
-            mask = draw_of_same_size(grid.shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
+            mask = draw_of_same_size(shapes, pattern.mask(), self.scope, rank, self.rank_elsewhere, self.draw)
         if mask is None:
             as_many = "as many modules of each type" if self.keep == "types" else "as many parameters"
             raise UserError(f"method.like={self.like}: no other selection has {as_many}")
-        wanted, has = (adapter_parameters(grid.shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
+        wanted, has = (adapter_parameters(shapes, m, rank, self.rank_elsewhere) for m in (pattern.mask(), mask))
         if has != wanted:
             log.warning(
                 f"method.like={self.like} has {wanted:,} adapter parameters, this draw {has:,}: other pairs are shared"
             )
         made = {"selector": "random", "k": pattern.k, "rank": pattern.rank, "rho": self.rho, "seed": seed}
+        made["lowest_layer"] = pattern.lowest_layer
         return Selection.from_mask(grid, mask, method=self.name, **made)

@@ -1,4 +1,4 @@
-"""The base class of the methods that select modules: scope, budget, and adapters for all modules."""
+"""The base class of the methods that select modules: scope, budgets, and adapters for all modules."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.methods.base import Alpha, Rank, Rate, check_ranks
 from diffora.methods.lowrank import Continuing, LowRankAdaptation, Mask, Regulariser
-from diffora.settings.checks import RANK, SHARE_OF_MODULES, Check, Help, is_int, show
+from diffora.settings.checks import RANK, SHARE_OF_MODULES, Check, Help, is_int, number, show
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,9 @@ def _is_budget(value: Any) -> bool:
         return False
 
 
+SHARE_OF_TIME = number(
+    lambda v: 0 < v <= 1, "a number above 0, at most 1: a share of the time of a step with LoRA on all modules"
+)
 BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k or 0.35M")
 
 
@@ -56,6 +59,9 @@ class Selecting(Continuing):
             best of all layers together.
         shared_scale: ``own``: shared pairs are scaled by alpha / r_s; ``same``: by alpha / r, as selected modules are.
         budget: most adapter parameters. It chooses the rank (scope ``layer``) or the number of modules (``global``).
+        time_budget: the largest share that a training step may take of the time of a step with LoRA on all candidate
+            modules. It decides `Grid.lowest_layer` (`diffora.run.steptime`).
+        time_from: ``model``: floating-point operations from shapes; ``measured``: timed steps on the training device.
     """
 
     rank: Rank
@@ -72,6 +78,17 @@ class Selecting(Continuing):
         Annotated[int | str, BUDGET] | None,
         Help("Most adapter parameters: chooses the rank (`scope=layer`) or the number of modules (`scope=global`)."),
     ]
+    time_budget: Annotated[
+        Annotated[float, SHARE_OF_TIME] | None,
+        Help(
+            "Largest share of the time of a step with LoRA on all modules: only layers from some layer on get "
+            "adapters, because the backward pass stops below the lowest one."
+        ),
+    ] = field(default=None, kw_only=True)
+    time_from: Annotated[
+        Literal["model", "measured"],
+        Help("Where the times of steps come from: counted operations (`model`), or some timed steps (`measured`)."),
+    ] = field(default="model", kw_only=True)
     regulariser: Annotated[Regulariser, Help("R-LoRA's penalty on the adapters.")]
     mask: Annotated[Mask, Help("GM-LoRA's masks on the adapters.")]
     shared_scale: Annotated[
@@ -91,12 +108,17 @@ class Selecting(Continuing):
             yield "method.shared_scale=same does not go with method.adapter, which has its own scales"
         if self.adapter is not None and self.budget is not None:
             yield "method.budget does not go with method.adapter, which already says what is adapted"
+        if self.adapter is not None and self.time_budget is not None:
+            yield "method.time_budget does not go with method.adapter, which already says what is adapted"
+        if self.time_budget is None and self.time_from != "model":
+            yield f"method.time_from={self.time_from} needs method.time_budget"
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> LowRankAdaptation:
         """[D] Algorithm 1, line 11: a pair of rank r for each selected module.
 
-        Unselected modules of one type and shape share a pair of rank r_s, or are frozen. The paper does not say if
-        shared pairs are scaled by alpha / r_s or alpha / r: ``shared_scale`` does.
+        Unselected modules of one type and shape share a pair of rank r_s, or are frozen. Below the selection's lowest
+        layer, all are frozen. The paper does not say if shared pairs are scaled by alpha / r_s or alpha / r:
+        ``shared_scale`` does.
         """
         assert selection is not None
         if (start := self.start()) is not None:
@@ -106,7 +128,7 @@ class Selecting(Continuing):
             raise UserError("nothing is selected and method.weight_sharing=false: there is no adapter to train")
         rank = self.rank if selection.rank is None else selection.rank
         numbers = (rank, self.rank_elsewhere, self.alpha, self.dropout)
-        attach(model, grid.names, selection.mask(), *numbers, freeze=False, shared_scale=self.shared_scale)
+        attach(model, selection.places(), selection.mask(), *numbers, freeze=False, shared_scale=self.shared_scale)
         return LowRankAdaptation(model, self.regulariser, self.mask, seed)
 
     @property
@@ -120,10 +142,14 @@ class Selecting(Continuing):
         return None if self.budget is None else parse_budget(self.budget)
 
     def size(self, grid: Grid) -> int:
-        """The number of selected modules, K L or floor(rho N L). With scope ``global``, a budget overrides it."""
+        """The number of selected modules, K L or floor(rho N L). With scope ``global``, a budget overrides it.
+
+        Only layers that may have adapters count. With scope ``global`` as many modules are selected as without a time
+        budget, or all that are left.
+        """
         if self.scope == "layer":
-            return sum(modules_per_layer(self.rho, size) for size in grid.sizes)
-        return modules_per_layer(self.rho, grid.n_modules)
+            return sum(modules_per_layer(self.rho, size) for size in grid.allowed.sizes)
+        return min(modules_per_layer(self.rho, grid.n_modules), grid.allowed.n_modules)
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         """Refuse, before the search, a budget that some selection would exceed, and ranks above a module's width.
@@ -136,27 +162,29 @@ class Selecting(Continuing):
             start.check(model)
             return
         ranks = {} if self.limit is not None and self.scope == "layer" else {"rank": self.rank}
-        check_ranks(grid, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
-        if (self.scope == "layer" or self.limit is None) and self.size(grid) in (0, grid.n_modules):
+        check_ranks(grid.allowed, ranks | ({"method.shared_rank": self.shared_rank} if self.weight_sharing else {}))
+        size, allowed = self.size(grid), grid.allowed
+        if (self.scope == "layer" or self.limit is None) and size in (0, allowed.n_modules):
+            within = f" from layer {grid.lowest_layer + 1} on" if grid.lowest_layer else ""
             log.warning(
-                f"rho={self.rho} selects {'all' if self.size(grid) else 'none'} of the modules: the selection does not "
+                f"rho={self.rho} selects {'all' if size else 'none'} of the modules{within}: the selection does not "
                 "depend on the scores"
             )
         if self.limit is None:
-            if self.rank_elsewhere is None and self.size(grid) == 0:
+            if self.rank_elsewhere is None and size == 0:
                 raise UserError(
                     f"rho={self.rho} selects none of the {max(grid.sizes)} modules of a layer, and "
                     "method.weight_sharing=false freezes the others: there is no adapter to train"
                 )
             return
         if self.scope == "layer":
-            least = extreme_adapter_parameters(grid.shapes, 1, self.rank_elsewhere)[1][self.size(grid)]
+            least = extreme_adapter_parameters(allowed.shapes, 1, self.rank_elsewhere)[1][size]
             why = f"which the largest selection at rho={self.rho} has at rank 1"
         else:  # with no module or every module selected, the count does not depend on the scores
-            counts, _ = extreme_adapter_parameters(grid.shapes, self.rank, self.rank_elsewhere)
+            counts, _ = extreme_adapter_parameters(allowed.shapes, self.rank, self.rank_elsewhere)
             least, why = min(counts[0], counts[-1]), "with no module selected, or with all of them"
             if self.rank_elsewhere is None:
-                least = self.rank * max(sum(shape or ()) for row in grid.shapes for shape in row)
+                least = self.rank * max(sum(shape or ()) for row in allowed.shapes for shape in row)
                 why = f"which the largest module has at rank={self.rank}, so that at least one is selected"
         if self.limit < least:
             raise UserError(
@@ -169,7 +197,7 @@ class Selecting(Continuing):
         return None if start is None else start.selection(grid, method=self.name, rho=self.rho, seed=seed)
 
     def selection_by(self, grid: Grid, scores: Tensor, selector: str, seed: int) -> Selection:
-        """Select by scores (L x N, high is good) with scope, rho and budget (`diffora.core.choose.choose`).
+        """Select by scores (L x N, high is good) with scope, rho and budgets (`diffora.core.choose.choose`).
 
         Warns (`UserWarning`) of ties at the threshold, and of a budget that allows more than a module's full rank.
 
@@ -177,7 +205,8 @@ class Selecting(Continuing):
             selector: where the scores come from. Scores of ``search`` are stored as ``gamma_bar``.
             seed: of the run, or of the draw.
         """
-        choice = choose(scores, grid.shapes, self.scope, self.rho, self.rank, self.rank_elsewhere, budget=self.limit)
+        settings = self.scope, self.rho, self.rank, self.rank_elsewhere, self.limit
+        choice = choose(scores, grid.shapes, *settings, grid.lowest_layer)
         if choice.rank_at_width:
             warnings.warn(
                 f"method.budget={self.budget} allows more than rank {choice.rank}, the width of a selected module",

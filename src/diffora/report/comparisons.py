@@ -4,9 +4,12 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from diffora.records import facts_of
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
-from diffora.report.statistics import Difference, Spread, holm, paired, spread
+from diffora.report.statistics import Difference, Spread, holm, paired, spread, verdict
 
+MARGIN = 0.5
+"""Differences below this many points do not matter, unless the user gives another margin."""
 EQUAL = 0.10  # adapters whose sizes differ by at most this share count as about equal in size
 
 
@@ -19,6 +22,8 @@ class Comparison:
         held_out: difference at an epoch that was chosen on other rows; None if there are no held-out values.
         ratio: our adapter parameters divided by the baseline's.
         variant: whether the baseline is another setting of our own method.
+        margin: largest difference that does not matter, in the unit of the differences; None for a metric that is no
+            fraction, because a margin in points says nothing about it.
         p_holm: p of `dev_best`, adjusted for the number of comparisons with baselines in the table.
     """
 
@@ -29,6 +34,7 @@ class Comparison:
     held_out: Difference | None
     ratio: float | None
     variant: bool
+    margin: float | None
     p_holm: float | None = None
 
     @property
@@ -36,18 +42,30 @@ class Comparison:
         """Whether both adapters have about the same number of parameters."""
         return self.ratio is not None and 1 - EQUAL <= self.ratio <= 1 / (1 - EQUAL)
 
+    @property
+    def verdict(self) -> str:
+        """What `dev_best` shows: a word of `diffora.report.statistics.verdict`."""
+        return verdict(self.dev_best, self.margin)
 
-def verdict(difference: Difference | None) -> str:
-    """``ahead`` or ``behind`` if the interval excludes 0, ``undecided`` if not, ``no test`` without an interval."""
-    if difference is None or difference.low is None or difference.high is None:
-        return "no test"
-    return "ahead" if difference.low > 0 else "behind" if difference.high < 0 else "undecided"
+    @property
+    def held_out_verdict(self) -> str:
+        """What `held_out` shows."""
+        return verdict(self.held_out, self.margin)
+
+    def told(self, word: str) -> str:
+        """A verdict as text, with the margin where it matters: ``equivalent within ±0.5``."""
+        return f"{word} within ±{self.margin:g}" if word == "equivalent" else word
 
 
 def compare(
-    table: ResultTable, column: ResultColumn, ours: str, baseline: str, variant: bool = False
+    table: ResultTable,
+    column: ResultColumn,
+    ours: str,
+    baseline: str,
+    variant: bool = False,
+    margin: float = MARGIN,
 ) -> Comparison | None:
-    """The comparison of two rows in a column; None if they have no seed in common."""
+    """The comparison of two rows in a column; None if they have no seed in common. The margin is in points."""
     a, b = table.cells.get((ours, column.name)), table.cells.get((baseline, column.name))
     if a is None or b is None:
         return None
@@ -62,16 +80,23 @@ def compare(
         return None
     held_out = difference(key.replace("validation/", "held_out/", 1)) if key.startswith("validation/") else None
     ratio = a.size / b.size if a.size is not None and b.size else None
-    return Comparison(column, ours, baseline, dev_best, held_out, ratio, variant)
+    points = {"fraction": column.factor(key) / 100, "percent": 1.0}.get(facts_of(key, column.facts).unit)
+    return Comparison(
+        column, ours, baseline, dev_best, held_out, ratio, variant, None if points is None else margin * points
+    )
 
 
-def comparisons_of(table: ResultTable) -> list[Comparison]:
-    """For each column: each of our rows against each baseline, then our rows against each other."""
+def comparisons_of(table: ResultTable, margin: float = MARGIN) -> list[Comparison]:
+    """For each column: each of our rows against each baseline, then our rows against each other.
+
+    Args:
+        margin: largest difference that does not matter, in points (hundredths of a fraction).
+    """
     ours = table.ours
     baselines = [row for row in table.rows if row not in ours]
     against = [(a, b, False) for a in ours for b in baselines] + [(a, b, True) for a, b in combinations(ours, 2)]
     pairs = [(column, *pair) for column in table.columns for pair in against]
-    found = [c for pair in pairs if (c := compare(table, *pair)) is not None]
+    found = [c for pair in pairs if (c := compare(table, *pair, margin=margin)) is not None]
     tested = [i for i, c in enumerate(found) if not c.variant and c.dev_best.p is not None]
     adjusted = dict(zip(tested, holm([found[i].dev_best.p or 0.0 for i in tested]), strict=True))
     return [replace(c, p_holm=adjusted[i]) if i in adjusted else c for i, c in enumerate(found)]

@@ -5,10 +5,10 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from diffora.report.comparisons import Comparison, verdict
+from diffora.report.comparisons import Comparison
 from diffora.report.layout import MEASURES, SortableText, TextTable
 from diffora.report.results import ResultTable
-from diffora.report.statistics import Difference
+from diffora.report.statistics import Difference, equivalence, verdict
 
 FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
                 "\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
@@ -76,9 +76,10 @@ def comparisons_csv(found: Iterable[Comparison]) -> str:
             "ours": c.ours,
             "against": c.baseline,
             "against is ours": c.variant,
-            **_difference_fields("dev_best", c.dev_best),
+            **_difference_fields("dev_best", c.dev_best, c.margin),
             "p, Holm": c.p_holm,
-            **_difference_fields("held_out", c.held_out),
+            "margin": c.margin,
+            **_difference_fields("held_out", c.held_out, c.margin),
             "parameters, ours/other": c.ratio,
             "about equal size": c.fair,
         }
@@ -86,9 +87,13 @@ def comparisons_csv(found: Iterable[Comparison]) -> str:
     )
 
 
-def _difference_fields(name: str, found: Difference | None) -> dict[str, object]:
-    fields = ("mean", "low", "high", "p", "n")
-    return {f"{name} {field}": getattr(found, field, None) for field in fields} | {f"{name} verdict": verdict(found)}
+def _difference_fields(name: str, found: Difference | None, margin: float | None) -> dict[str, object]:
+    fields = ("mean", "low", "high", "p", "n", "detectable")
+    p = None if found is None or margin is None else equivalence(found, margin)
+    return {f"{name} {field}": getattr(found, field, None) for field in fields} | {
+        f"{name} p of equivalence": p,
+        f"{name} verdict": verdict(found, margin),
+    }
 
 
 def costs_csv(table: ResultTable) -> str:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from diffora.report.comparisons import Comparison, verdict
+from diffora.report.agreement import Stability
+from diffora.report.comparisons import Comparison
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, spread
 
@@ -107,6 +108,7 @@ def mean_over_columns(table: ResultTable, row: str) -> Spread | None:
 MEASURES = (
     ("search, s", "time", "search_s"),
     ("fine-tuning, s", "time", "finetune_s"),
+    ("a step, s", "time", "step_s"),
     ("total, s", "time", "total_s"),
     ("peak memory, MB", "memory", "peak_rss_mb"),
     ("peak GPU memory, MB", "memory", "peak_cuda_mb"),
@@ -157,6 +159,36 @@ def _measure(cell: ResultCell, column: ResultColumn, part: str, key: str) -> str
     return SortableText(f"{found.mean:.0f}" + (f" ± {found.std:.0f}" if found.std is not None else ""), found.mean)
 
 
+def agreement_table(table: ResultTable, found: Sequence[tuple[str, str, str, Stability | None]]) -> TextTable | None:
+    """How far the seeds of each setting select the same modules, beside chance; None without such settings.
+
+    Args:
+        found: (row, column, selector, agreement), None for a single selection.
+    """
+    rows = [
+        [
+            row,
+            column,
+            selector,
+            SortableText(str(alike.n), alike.n),
+            f"{alike.jaccard:.2f}",
+            f"{alike.chance:.2f}",
+            f"{alike.low:.2f} to {alike.high:.2f}",
+            probability(alike.p),
+        ]
+        for row, column, selector, alike in found
+        if alike is not None
+    ]
+    labels = ["method", "task", "selector", "selections", "agreement", "by chance", "95 % of chance", "p"]
+    notes = [
+        "agreement: modules in common divided by modules in either, the mean over all pairs of seeds",
+        "by chance: its expected value for random selections of the same sizes; p: the share of random ones that agree "
+        "as well",
+        "selections that agree are not therefore good ones; a selector that needs no data always agrees with itself",
+    ]
+    return TextTable(f"{table.title}: agreement of the seeds", [("", labels)], rows, notes) if rows else None
+
+
 def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTable:
     """The first `PAIRS` comparisons of a table."""
     rows = []
@@ -170,14 +202,15 @@ def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTa
                 signed(dev),
                 probability(dev.p),
                 probability(c.p_holm),
-                verdict(dev),
+                c.told(c.verdict),
+                detectable(dev),
                 signed(out),
-                verdict(out),
+                c.told(c.held_out_verdict),
                 "" if c.ratio is None else SortableText(f"{c.ratio:.2f}" + ("" if c.fair else " (unequal)"), c.ratio),
                 SortableText(str(dev.n), dev.n),
             ]
         )
-    labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict"]
+    labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict", "detectable"]
     groups = [
         ("", ["column", "ours", "against", *labels, "held_out: difference (95 %)", "held_out verdict"]),
         ("", ["parameters, ours/other", "n"]),
@@ -188,6 +221,9 @@ def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTa
             f"The first {PAIRS} of {len(found):,} comparisons are listed; {table.name}-comparisons.csv has all. "
             "Holm's correction and the counts at the top of the page include all"
         )
+    notes.append(
+        "detectable: the smallest true difference that these seeds, with this spread, find with a probability of 80 %"
+    )
     return TextTable(f"{table.title}: {table.our_name} against the others", groups, rows, notes)
 
 
@@ -217,6 +253,12 @@ def signed(found: Difference | None) -> str:
     digits = 2 if largest >= 0.5 else 4
     interval = f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})" if found.low is not None else ""
     return SortableText(f"{found.mean:+.{digits}f}{interval}", found.mean)
+
+
+def detectable(found: Difference) -> str:
+    """The smallest difference that could have been found, as text; empty without an interval."""
+    value = found.detectable
+    return "" if value is None else SortableText(f"{value:.{2 if value >= 0.5 else 4}f}", value)
 
 
 def probability(p: float | None) -> str:

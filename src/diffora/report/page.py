@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from diffora import __version__
 from diffora.errors import UserError, called
 from diffora.files import write_text
 from diffora.records import ENDED
-from diffora.report.comparisons import Comparison, comparisons_of, verdict
+from diffora.report.comparisons import MARGIN, Comparison, comparisons_of
 from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, csv_of, latex, markdown
-from diffora.report.layout import duration, plus_minus, probability, search_time, signed
+from diffora.report.layout import detectable, duration, plus_minus, probability, search_time, signed
 from diffora.report.pictures import SEEDS, View
 from diffora.report.results import ResultColumn, ResultTable
 from diffora.report.runs import Gathered, Run
@@ -30,27 +30,33 @@ PICTURED = 60  # most settings with pictures of their selections
 PROBLEMS = 500  # most failed runs and unreadable files in the list
 
 
-def write(gathered: Gathered, output: Path, folders: Sequence[Path]) -> list[Path]:
-    """Write the report of the runs to a folder. Returns the written files, the page first."""
+def write(gathered: Gathered, output: Path, folders: Sequence[Path], margin: float = MARGIN) -> list[Path]:
+    """Write the report of the runs to a folder. Returns the written files, the page first.
+
+    Args:
+        margin: differences below this many points do not matter (`diffora.report.statistics.equivalence`).
+    """
     tables = tables_of(gathered.runs)
-    found = {table.name: comparisons_of(table) for table in tables}
+    found = {table.name: comparisons_of(table, margin) for table in tables}
     views = views_of(tables, found)
     files = [output / "index.html"]
     for table, view in zip(tables, views, strict=True):
-        texts = [text for text in (view.main, view.measures, view.comparisons) if text]
+        texts = [text for text in (view.main, view.measures, view.comparisons, view.agreement) if text]
         place = output / "tables" / table.name
         for suffix, form in ((".md", markdown), (".tex", latex)):
             files.append(place.with_name(place.name + suffix))
             write_text(files[-1], "\n".join(map(form, texts)))
         numbers = {"": comma_separated(texts[0]), "-cost": costs_csv(table)}
         numbers |= {"-comparisons": comparisons_csv(found[table.name])} if found[table.name] else {}
+        if view.agreement is not None:
+            numbers["-agreement"] = comma_separated(view.agreement)
         for kind, text in numbers.items():
             files.append(place.with_name(f"{place.name}{kind}.csv"))
             write_text(files[-1], text)
     files.append(output / "runs.csv")
     write_text(files[-1], runs_csv(gathered.runs))
     outdated = _tables_of_page(files[0]) - set(files)
-    write_text(files[0], page(gathered, views, found, folders))
+    write_text(files[0], page(gathered, views, found, folders, margin))
     for file in outdated:
         file.unlink(missing_ok=True)
     return files
@@ -60,7 +66,7 @@ def _tables_of_page(page: Path) -> set[Path]:
     """The table files that belong to an earlier report's page."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
-    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")
+    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv", "-agreement.csv")
     return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
 
 
@@ -74,7 +80,11 @@ def views_of(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Compari
 
 
 def page(
-    gathered: Gathered, views: Sequence[View], found: Mapping[str, Sequence[Comparison]], folders: Sequence[Path]
+    gathered: Gathered,
+    views: Sequence[View],
+    found: Mapping[str, Sequence[Comparison]],
+    folders: Sequence[Path],
+    margin: float,
 ) -> str:
     """The HTML page."""
     tables = [view.table for view in views]
@@ -116,6 +126,7 @@ def page(
         remarks=remarks,
         runs=_script_safe(runs_listed(gathered.runs)),
         few=FEW,
+        margin=f"{margin:g}",
         n_seeds=SEEDS,
     )
 
@@ -124,7 +135,7 @@ def page(
 
 
 def tallies(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
-    """How often each of our methods is ahead of baselines, behind, or neither; for equal and for any sizes."""
+    """How often each of our methods is better than baselines, worse, or neither; for equal and for any sizes."""
     of: dict[str, list[Comparison]] = defaultdict(list)
     for table in tables:
         of[table.our_name] += [c for c in found[table.name] if not c.variant]
@@ -133,16 +144,16 @@ def tallies(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Comparis
         if not every:
             continue
         for size, some in (("about equal size", [c for c in every if c.fair]), ("any size", every)):
-            verdicts = [verdict(c.dev_best) for c in some]
-            held_out = [verdict(c.held_out) for c in some]
+            verdicts = Counter(c.verdict for c in some)
+            held_out = Counter(c.held_out_verdict for c in some)
             kept = [c.dev_best.mean for c in some if c.p_holm is not None and c.p_holm < 0.05]
             counted.append(
                 {
                     "name": name,
                     "size": size,
                     "n": len(some),
-                    "counts": {word: verdicts.count(word) for word in ("ahead", "behind", "undecided", "no test")},
-                    "held_out": {word: held_out.count(word) for word in ("ahead", "behind", "undecided")},
+                    "counts": verdicts,
+                    "held_out": held_out,
                     "kept": sum(mean > 0 for mean in kept),
                     "lost": sum(mean < 0 for mean in kept),
                 }
@@ -180,8 +191,11 @@ def glance(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Compariso
                     "common": _common_means(table, compared[0]) if compared else "",
                     "p": probability(compared[0].dev_best.p) if compared else "",
                     "difference": signed(compared[0].dev_best) if compared else "",
-                    "verdict": verdict(compared[0].dev_best) if compared else "",
-                    "held_out": verdict(compared[0].held_out) if compared and compared[0].held_out else "",
+                    "verdict": compared[0].told(compared[0].verdict) if compared else "",
+                    "detectable": detectable(compared[0].dev_best) if compared else "",
+                    "held_out": compared[0].told(compared[0].held_out_verdict)
+                    if compared and compared[0].held_out
+                    else "",
                 }
             )
     return lines
@@ -287,13 +301,13 @@ def _script_safe(content: object) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
-    """(folders of runs, folder of the report) from the arguments of ``report``.
+def request(arguments: Sequence[str]) -> tuple[list[Path], Path, float]:
+    """(folders of runs, folder of the report, margin in points) from the arguments of ``report``.
 
     Raises:
         UserError: names every argument that is wrong.
     """
-    folders, output, problems = [], Path("outputs/report"), []
+    folders, output, margin, problems = [], Path("outputs/report"), MARGIN, []
     for argument in arguments:
         key, given, value = argument.partition("=")
         if not argument.strip():
@@ -302,12 +316,21 @@ def request(arguments: Sequence[str]) -> tuple[list[Path], Path]:
             folders.append(Path(argument).expanduser())
         elif key == "output" and value:
             output = Path(value).expanduser()
+        elif key == "margin":
+            try:
+                margin = float(value)
+            except ValueError:
+                margin = 0.0
+            if not 0 < margin < 100:
+                problems.append(f"margin={value} must be a number of points between 0 and 100, such as {MARGIN}")
         else:
-            problems.append(f"{argument}: a report takes folders of runs and output=<folder>, nothing else")
+            problems.append(
+                f"{argument}: a report takes folders of runs, output=<folder> and margin=<points>, nothing else"
+            )
     if not folders and not problems:
         problems.append(f"no folder of runs given: {called('report')} outputs output=<folder>")
     if output.exists() and not output.is_dir():
         problems.append(f"output={output} is not a folder")
     if problems:
         raise UserError(problems)
-    return folders, output
+    return folders, output, margin

@@ -60,7 +60,7 @@ class Permuted:
         return cls(value, float(shuffled.mean()), float(low), float(high), float(above / n), float(below / n), exact)
 
 
-def percentiles(worth: Sequence[float], groups: Sequence[int] | None = None) -> np.ndarray:
+def percentiles(worth: Sequence[float], groups: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """The percentage of subsets of its group that a subset is better than; equal ones, itself included, count half.
 
     Args:
@@ -79,8 +79,8 @@ def choices_track_worth(
     chosen: np.ndarray,
     subsets: np.ndarray,
     worth: Sequence[float],
-    labels: Sequence[int],
-    groups: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray,
+    groups: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
 ) -> Permuted:
     """Mean percentile of a selector's choices among all subsets, tested by shuffling the modules' labels.
@@ -113,7 +113,8 @@ def choices_track_worth(
         found = np.searchsorted(sorted_keys, wanted).clip(max=len(keys) - 1)
         if not (sorted_keys[found] == wanted).all():
             raise ValueError("a choice, or a choice with new labels, is not among the subsets")
-        return at[found]
+        placed: np.ndarray = at[found]
+        return placed
 
     orders, exact = every_order(labels, seed)
     different, counts = np.unique(chosen, axis=0, return_counts=True)
@@ -145,7 +146,7 @@ def picks_stand_out(strata: Sequence[Sequence[float]], picked: Sequence[int], se
     return Permuted.of(value, sums / len(strata), exact)
 
 
-def every_order(labels: Sequence[int], seed: int = 0) -> tuple[np.ndarray, bool]:
+def every_order(labels: Sequence[int] | np.ndarray, seed: int = 0) -> tuple[np.ndarray, bool]:
     """(orders x modules, whether these are all orders) of modules that change places within their label."""
     array = np.asarray(labels)
     members = [np.flatnonzero(array == label) for label in np.unique(array)]
@@ -235,9 +236,11 @@ def over_tasks(values: Sequence[float], shuffled: Sequence[np.ndarray]) -> Permu
         values: one correlation for each task.
         shuffled: for each task the correlations of the shuffles, all of the same number. NaN counts as 0.
     """
-    together = np.tanh(_fisher(np.nan_to_num(np.array(shuffled))).mean(0))
-    return Permuted.of(float(np.tanh(_fisher(np.array(values)).mean())), together)
+    together = np.tanh(fisher_z(np.nan_to_num(np.array(shuffled))).mean(0))
+    return Permuted.of(float(np.tanh(fisher_z(values).mean())), together)
 
 
-def _fisher(values: np.ndarray) -> np.ndarray:
-    return np.arctanh(np.clip(values, -0.999999, 0.999999))
+def fisher_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Fisher's z of correlations: the scale on which they are averaged. 1 and -1 become large, but finite."""
+    z: np.ndarray = np.arctanh(np.clip(np.asarray(values, dtype=float), -0.999999, 0.999999))
+    return z

@@ -51,7 +51,8 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         raise UserError(list(reading.own_mistakes().values()))
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
-    if problems := [*combinations(settings), *_search_only_problems(settings)]:
+    problems = [*combinations(settings), *_search_only_problems(settings), *_ensemble_problems(settings)]
+    if problems := [*problems, *_timing_problems(settings)]:
         raise UserError(problems)
     return settings, task
 
@@ -82,6 +83,32 @@ def _search_only_problems(settings: Settings) -> Iterator[str]:
         yield f"search_only=true does not go with method.selection={show(given)}, which says what is selected"
     if settings.predict:
         yield "search_only=true does not go with predict=true, which needs a fine-tuned model"
+
+
+def _ensemble_problems(settings: Settings) -> Iterator[str]:
+    """What does not go with ``search.ensemble``."""
+    n, scoring = 1 if settings.search is None else settings.search.ensemble, settings.method.scoring
+    if n > 1 and scoring is not None and scoring.keep_weights:
+        yield (
+            f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and "
+            "none of them made the selection"
+        )
+
+
+def _timing_problems(settings: Settings) -> Iterator[str]:
+    """The settings that do not go with ``method.time_from=measured``."""
+    if getattr(settings.method, "time_from", None) != "measured":
+        return
+    if settings.trainer.devices not in (1, "auto"):
+        yield (
+            f"method.time_from=measured times steps on one device, and trainer.devices={settings.trainer.devices}: use "
+            "method.time_from=model"
+        )
+    if settings.trainer.compile:
+        yield (
+            "method.time_from=measured does not go with trainer.compile=true, because each model would be compiled "
+            "first: use method.time_from=model"
+        )
 
 
 def _method(reading: Reading) -> Method | None:

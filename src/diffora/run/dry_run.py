@@ -3,6 +3,7 @@
 import logging
 import time
 from bisect import bisect_right
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffora.methods.selecting import Selecting
 from diffora.records import ENDED, write_record
 from diffora.run import memory, terminal
 from diffora.run.record import read_record
+from diffora.run.steptime import Counted, find_lowest, words
 from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
@@ -50,11 +52,21 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
     backbone.check_outside_head(grid.modules)
     method.check(model, grid)
+    step_time: dict[str, Any] = {}
+    if (budget := getattr(method, "time_budget", None)) is not None:
+        assert isinstance(method, Selecting)
+        meter = Counted(settings, method, task)
+        step_time = find_lowest(budget, meter, grid)
+        grid = replace(grid, lowest_layer=step_time["lowest_layer"])
+        method.check(model, grid)
     check_stages(settings, method, grid, None)
     selector = None if method.scoring is None else method.scoring.selector
     stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, settings.seed)
     selection = method.choose(grid, stand_in, settings.seed)
     method.adapt(model, grid, selection, settings.seed)
+    if step_time and selector is None:
+        assert selection is not None
+        step_time["selection"] = asdict(meter.of_selection(selection))
     set_kernel(model, settings.model.kernel)
     backbone.check_trainable()
     params = backbone.count_parameters() | {"backbone": backbone.n_parameters}
@@ -63,10 +75,17 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
         selection = None
         params |= _unknown_counts(grid, method)
         params["trainable"] = params["adapter"] + params["head"]
-    record |= {"status": "dry_run", "params": params, "time": {"total_s": round(time.time() - START, 3)}}
+    record |= {
+        "status": "dry_run",
+        "params": params,
+        "step_time": step_time,
+        "time": {"total_s": round(time.time() - START, 3)},
+    }
     if selection is not None:
         record["selection"] = {"file": None, **selection.summary()}
     terminal.print_dry_run(record, grid, selection, method)
+    if step_time:
+        print(f"time budget: {words(step_time, grid)}")
     searched = grid if selector and trains(selector) else None
     record["memory"] = {"estimate": _memory(settings, task, backbone, searched)}
     terminal.print_memory(record["memory"]["estimate"])
@@ -131,7 +150,7 @@ def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
         ``adapter``, the mean over all selections, with ``adapter_min`` and ``adapter_max``. With a budget, ``adapter``
         is the budget, and ``rank_*`` or ``modules_*`` are bounds of what the budget will choose.
     """
-    shapes, elsewhere, size = grid.shapes, method.rank_elsewhere, method.size(grid)
+    shapes, elsewhere, size = grid.allowed.shapes, method.rank_elsewhere, method.size(grid)
     least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
     if (limit := method.limit) is not None and method.scope == "global":
         # How many modules fit in any order, and how many in the best order.
@@ -147,6 +166,6 @@ def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
     if method.scope == "global":
         expected = expected_globally(shapes, size, method.rank, elsewhere)
     else:
-        counts = [modules_per_layer(method.rho, n) for n in grid.sizes]
+        counts = [modules_per_layer(method.rho, n) for n in grid.allowed.sizes]
         expected = expected_adapter_parameters(shapes, counts, method.rank, elsewhere)
     return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}

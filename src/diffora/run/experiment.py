@@ -45,6 +45,7 @@ from diffora.run.record import (
     result_files,
 )
 from diffora.run.select import Selected, select, start_warm
+from diffora.run.steptime import check_step_time, limit_layers
 from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
@@ -132,10 +133,16 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
+        step_time = limit_layers(parts, method)
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
-    record |= {"backbone": parts.identity, "inputs": settings.method.inputs, "data": parts.data.accounts}
+    record |= {
+        "backbone": parts.identity,
+        "inputs": settings.method.inputs,
+        "data": parts.data.accounts,
+        "step_time": step_time,
+    }
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
@@ -188,6 +195,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         found = select(parts, method, loggers)
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
+            check_step_time(parts, method, found.selection, record["step_time"])
         if settings.search_only:
             result = stop_at(found, parts, record, loggers, began)
             failed = False
@@ -243,11 +251,12 @@ def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
 
 
 def times(parts: Parts, search_s: float, module: FineTuneModule, began: float) -> dict[str, float | None]:
-    """The record's ``time``, in seconds: of each stage, of the whole run, and until the first training step."""
+    """The record's ``time``, in seconds: of each stage, a training step, the whole run, and until the first step."""
     total = max(time.time() - began, search_s + module.elapsed)  # a resumed run counts its earlier attempts' stages
     return {
         "search_s": round(search_s, 3),
         "finetune_s": round(module.elapsed, 3),
+        "step_s": None if module.step_seconds is None else round(module.step_seconds, 6),
         "total_s": round(total, 3),
         "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
     }

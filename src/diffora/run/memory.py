@@ -103,7 +103,7 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
 
 def of_finetuning(settings: Settings, task: Task, model: nn.Module) -> Estimate:
     """The estimate for a fine-tuning step of an adapted model on the meta device. The model cannot be used again."""
-    rows = _rows(settings, settings.finetune)
+    rows = rows_at_a_time(settings, settings.finetune)
 
     def step(batch: Batch) -> None:
         task.loss(model(**task.inputs(batch)), batch).backward()
@@ -119,7 +119,7 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers) 
         layers: these layers, L x N; None where a layer of the model has no such module.
     """
     together = settings.search.update == "simultaneous"
-    rows = _rows(settings, settings.search)
+    rows = rows_at_a_time(settings, settings.search)
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         set_gates(layers, relax(gamma))
@@ -198,7 +198,7 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
     return sum(tensors.values()), largest
 
 
-def _rows(settings: Settings, stage: Any) -> int:
+def rows_at_a_time(settings: Settings, stage: Any) -> int:
     """Rows of a micro-batch: those that one process holds in memory at a time."""
     devices = settings.trainer.devices if isinstance(settings.trainer.devices, int) else 1
     return int(max(1, -(-stage.batch_size // (stage.accumulate * devices))))

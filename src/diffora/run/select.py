@@ -2,19 +2,22 @@
 
 Files in the run directory: ``selection.json`` and its picture ``dam.png``; after a search also ``trajectory.json`` and
 ``gamma.png`` (the gates over the rounds), with ``method.warm_start`` ``selection.safetensors`` (the searched A and B),
-and ``search.json``, which says that the search is finished.
+with ``search.ensemble`` ``members.json`` (seed, seconds, scores and modules of each member), and ``search.json``, which
+says that the search is finished.
 """
 
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor
 
+from diffora.core.ensemble import SAME_SCORES, confidence
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
@@ -25,7 +28,7 @@ from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
-from diffora.scoring.context import SearchContext, SearchResult
+from diffora.scoring.context import Member, SearchContext, SearchResult
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
 from diffora.tasks.account import lines as account_lines
@@ -54,6 +57,8 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
     """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
     scoring = method.scoring
     if scoring is None:
+        if parts.settings.search is not None and parts.settings.search.ensemble > 1:
+            log.warning(f"search.ensemble={parts.settings.search.ensemble} has no effect: no selector runs")
         found = Selected(_chosen(parts, method, None))
         if found.selection is not None and is_main():
             found.selection.save(parts.folder / FILE)
@@ -74,13 +79,22 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
     pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, loggers, pictures)
-    result = run_search(context, scoring.selector)
+
+    def choose(scores: Tensor) -> Selection:
+        made = method.choose(parts.grid, scores, parts.settings.seed)
+        assert made is not None, "a method with a selector makes a selection"
+        return made
+
+    context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
+    result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(chosen, relaxation=result.relaxation, split_hash=rows.hash, config=_provenance(parts))
+    found = replace(chosen, relaxation=result.relaxation, facts=result.facts)
+    selection = replace(found, split_hash=rows.hash, config=_provenance(parts))
+    if result.members:
+        selection = _with_confidence(parts, method, selection, result)
     if is_main():
-        _save(parts, result, selection, scoring.keep_weights)
+        _save(parts, method, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
 
 
@@ -100,7 +114,42 @@ def _provenance(parts: Parts) -> dict[str, object]:
     return of | {"search": settings.composed["search"]}
 
 
-def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights: bool) -> None:
+def _with_confidence(parts: Parts, method: Method, selection: Selection, result: SearchResult) -> Selection:
+    """The selection of an ensemble: its scores are no gates, and each module has a confidence."""
+    seed, names = parts.settings.seed, parts.grid.names
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ties matter in the final selection only
+        standardised = torch.stack([member.standardised for member in result.members])
+        found = confidence(standardised, lambda scores: _mask(method.choose(parts.grid, scores, seed)))
+    if found is None:
+        log.warning(SAME_SCORES.format(n=len(result.members), selector=selection.selector))
+    return replace(
+        selection,
+        gamma_bar=None,
+        scores=blanked(result.scores.tolist(), names),
+        ensemble=len(result.members),
+        confidence=None if found is None else blanked(found.tolist(), names),
+    )
+
+
+def _mask(selection: Selection | None) -> Tensor:
+    assert selection is not None
+    return selection.mask()
+
+
+def _members(parts: Parts, method: Method, members: Sequence[Member]) -> dict[str, object]:
+    """What each member found, and which modules it would select alone."""
+    names, found = parts.grid.names, []
+    for member in members:
+        chosen = method.choose(parts.grid, member.standardised, parts.settings.seed)
+        assert chosen is not None
+        scores = {"scores": blanked(member.scores.tolist(), names), "selected": chosen.selected}
+        about = {"seed": member.seed, "seconds": round(member.seconds, 3), "split_hash": member.split_hash}
+        found.append(about | scores)
+    return {"types": list(parts.grid.types), "members": found}
+
+
+def _save(parts: Parts, method: Method, result: SearchResult, selection: Selection, keep_weights: bool) -> None:
     """Write what the search found. ``search.json`` is last, because it says that all other files exist."""
     folder = parts.folder
     if result.trajectory:
@@ -113,6 +162,10 @@ def _save(parts: Parts, result: SearchResult, selection: Selection, keep_weights
         figures.save_png(
             folder / "gamma.png", figures.gamma_trajectories(list(zip(rounds, points, strict=True)), types, relaxation)
         )
+    if result.members:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ties matter in the final selection only
+            write_text(folder / "members.json", json.dumps(_members(parts, method, result.members)) + "\n")
     if keep_weights:
         save_weights(result.weights, weights_file(folder / FILE))
     selection.save(folder / FILE)

@@ -50,6 +50,9 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     if spent["search_s"]:
         table.add_row("search", _duration(spent["search_s"]))
     table.add_row("fine-tuning", _duration(spent["finetune_s"]))
+    if record.get("step_time"):
+        share = record["step_time"]["selection"]["share"]
+        table.add_row(f"step time beside LoRA on all modules ({record['step_time']['from']})", f"{share:.3f}")
     table.add_row("whole run", _duration(spent["total_s"]))
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()
@@ -59,6 +62,8 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     if record["selection"]:
         pictures = " dam.png gamma.png" if (folder / "gamma.png").is_file() else " dam.png"
         console.print(f"selection: {_counts(record['selection']['selected'])}", highlight=False)
+        if sure := record["selection"].get("certainty"):
+            console.print(sure, highlight=False)
     else:
         pictures = ""
     pictures += "".join(f" {name}" for name in ("classes.csv", "confusion.png") if (folder / name).is_file())
@@ -88,7 +93,8 @@ def print_selection(record: dict[str, Any], folder: Path) -> None:
     rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"
     spent = f"search {_duration(record['time']['search_s'])}" if record["time"]["search_s"] else "no search"
     lines = [f"{len(selection.names())} of {sum(selection.sizes())} modules selected{rank}; {spent}"]
-    pictures = " ".join(name for name in ("dam.png", "gamma.png") if (folder / name).is_file())
+    lines += [selection.certainty] if selection.certainty else []
+    pictures = " ".join(name for name in ("dam.png", "gamma.png", "members.json") if (folder / name).is_file())
     lines.append(f"{folder}: run.json selection.json {pictures}")
     lines += ["", *how_to_use(record, folder)]
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from diffora.core.selection import Selection
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
 from diffora.scoring.bilevel import Trajectory
@@ -22,16 +23,20 @@ class SearchContext:
         split: (search-train, search-valid) row numbers.
         alpha: the updates of the candidates' adapters are scaled by alpha / rank.
         score_batches: how many batches a selector other than ``search`` takes.
+        choose: what the method would select by given scores, L x N.
         loggers: where a selector with rounds sends its metrics; None for nowhere.
         callbacks: of Lightning, called in the rounds of ``search`` only.
+        member: which member of an ensemble this is, for the progress bar; empty for none.
     """
 
     parts: Parts
     split: tuple[np.ndarray, np.ndarray]
     alpha: float
     score_batches: int
+    choose: Callable[[Tensor], Selection]
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
+    member: str = ""
 
     @property
     def settings(self) -> Search:
@@ -41,16 +46,39 @@ class SearchContext:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One member of an ensemble (``search.ensemble``).
+
+    Attributes:
+        seed: the member's; the first one has the run's seed.
+        seconds: of its training and scoring.
+        split_hash: sha256 of the two parts of the training rows that it used.
+        scores: L x N, as `SearchResult.scores`.
+        standardised: L x N in float64, what is averaged (`diffora.core.ensemble.standardised`).
+    """
+
+    seed: int
+    seconds: float
+    split_hash: str
+    scores: Tensor
+    standardised: Tensor
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``.
-        seconds: of training and scoring, without loading.
-        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``.
+        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``. Of an ensemble, the mean of the members'
+            standardised scores.
+        seconds: of training and scoring, without loading; of all members together.
+        trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``. Of an ensemble, that
+            of the first member.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        facts: numbers that say how far the scores can be trusted, by name; `Selection.facts` keeps them.
+        members: of an ensemble; empty otherwise.
     """
 
     scores: Tensor
@@ -58,6 +86,8 @@ class SearchResult:
     trajectory: Trajectory = field(default_factory=list)
     relaxation: str | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    members: list[Member] = field(default_factory=list)
 
 
 Run = Callable[[SearchContext], SearchResult]

@@ -6,6 +6,7 @@ A selector is a function from a `SearchContext` (model, grid, rows, settings) to
 - ``search``: the bi-level search of [D] (`diffora.scoring.bilevel`); its scores are the relaxed DAM,
 - ``attribution``: trains all adapters, then divides their effect on the validation loss
   (`diffora.scoring.attribution`),
+- ``one_shot``: trains random selections, scores others, and fits an additive model (`diffora.scoring.one_shot`),
 - ``gradient``, ``activation``, ``plop``, ``fisher``: one pass over some batches, nothing is trained
   (`diffora.scoring.measures`),
 - ``kappa``, ``spectrum``: from the weights alone (`diffora.scoring.spectra`).
@@ -27,12 +28,14 @@ Your own selector is a plain function. `from_function` turns it into a selector:
 from diffora.scoring.context import Selector
 from diffora.scoring.function import check_signature
 from diffora.scoring.one_pass import from_function, from_measure, from_spectrum
+from diffora.scoring.one_shot import one_shot
 from diffora.scoring.trained import attribution, bilevel
 from diffora.trust import function_at
 
 SELECTORS: dict[str, Selector] = {
     "search": Selector(bilevel, trains=True),
     "attribution": Selector(attribution, trains=True),
+    "one_shot": Selector(one_shot, trains=True),
     "gradient": Selector(from_measure("gradient")),
     "activation": Selector(from_measure("activation")),
     "plop": Selector(from_measure("plop")),

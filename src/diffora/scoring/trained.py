@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
@@ -28,7 +29,7 @@ def bilevel(context: SearchContext) -> SearchResult:
         module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed)
         shown = "search/train_loss", "search/valid_loss", module.certainty
         matched = settings.update == "simultaneous"
-        fit_rounds(context, "search", module, shown, settings.epochs, context.callbacks, matched)
+        fit_rounds(context, "search", module, search_data(context, matched), shown, settings.epochs, context.callbacks)
         gates = module.gates(module.gamma.detach()).cpu()
         weights = searched_weights(context, gates, layers)
     return SearchResult(gates, module.elapsed, module.trajectory, settings.relaxation, weights)
@@ -41,7 +42,7 @@ def attribution(context: SearchContext) -> SearchResult:
         arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
         module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
         shown = "search/train_loss", "search/valid_loss"
-        fit_rounds(context, "attribution", module, shown, settings.epochs + 1)
+        fit_rounds(context, "attribution", module, search_data(context), shown, settings.epochs + 1)
         weights = searched_weights(context, torch.ones_like(module.scores), layers)
     return SearchResult(module.scores, module.elapsed, weights=weights)
 
@@ -71,30 +72,23 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | No
             model.get_submodule(name).load_state_dict(state)
 
 
-def fit_rounds(
-    context: SearchContext,
-    name: str,
-    module: SearchModule,
-    shown: tuple[str, ...],
-    rounds: int,
-    callbacks: Sequence[L.Callback] = (),
-    matched: bool = False,
-) -> None:
-    """Train a module of Γ, A, B and head for some rounds.
+def search_data(context: SearchContext, matched: bool = False) -> SearchData:
+    """The batches of the two parts of the rows, one pass over search-train a round.
 
     Args:
-        shown: metrics beside the progress bar.
         matched: whether batches of the two parts are paired by length.
+
+    Raises:
+        UserError: a round has fewer batches than ``search.train_steps``.
     """
-    parts, split = context.parts, context.split
-    s, grid = context.settings, parts.grid
+    parts, split, s = context.parts, context.split, context.settings
     if s.train_steps > (batches := max(1, len(split[0]) // s.batch_size)):
         raise UserError(
             f"search.train_steps={s.train_steps} must be at most {batches}, the batches of a round "
             f"({len(split[0])} rows to train on, search.batch_size={s.batch_size})"
         )
     collate, workers = (parts.data.collate, parts.data.collate_eval), parts.settings.trainer.num_workers
-    data = SearchData(
+    return SearchData(
         parts.data.train.encoded,
         collate,
         split,
@@ -104,10 +98,29 @@ def fit_rounds(
         workers,
         matched=matched,
     )
+
+
+def fit_rounds(
+    context: SearchContext,
+    name: str,
+    module: SearchModule,
+    data: L.LightningDataModule,
+    shown: tuple[str, ...],
+    rounds: int,
+    callbacks: Sequence[L.Callback] = (),
+    **extra: Any,
+) -> None:
+    """Train a module of Γ, A, B and head for some rounds.
+
+    Args:
+        shown: metrics beside the progress bar.
+        extra: more arguments of the Trainer.
+    """
+    parts, split, grid = context.parts, context.split, context.parts.grid
     log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
-    bar = ProgressBar(name, "round", shown)
-    fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds)
+    bar = ProgressBar(name + context.member, "round", shown)
+    fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds, **extra)
     module.close_gates()
 
 

@@ -265,6 +265,18 @@ class Search:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    masks: Annotated[
+        int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
+    ] = 256
+    ensemble: Annotated[
+        int,
+        whole(1, 100),
+        Help(
+            "Run the selector this many times, each with its own seed, and select by the mean of the standardised "
+            "scores; from 2 on, `selection.json` says how sure each module is.",
+            "members",
+        ),
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

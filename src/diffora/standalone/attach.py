@@ -28,7 +28,7 @@ def attach(
         selection: which modules get a LoRA of their own.
         rank: r of the selected modules. None: the selection's own rank, which it has if a budget chose it.
         shared_rank: r_s of the pairs that the other modules of one type and shape share across layers; None: the
-            others stay frozen.
+            others stay frozen. Layers below the selection's ``lowest_layer`` stay frozen in any case.
         alpha: updates are scaled by alpha / rank.
         dropout: rate on the input of A while training.
         freeze: False freezes the adapted modules only.
@@ -49,7 +49,7 @@ def attach(
         )
     core.attach(
         unwrapped(model),
-        selection.modules,
+        selection.places(),
         selection.mask(),
         selection.rank if rank is None else rank,  # type: ignore[arg-type]  # None is refused with a message
         shared_rank,

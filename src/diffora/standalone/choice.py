@@ -1,14 +1,22 @@
 """From the scores of a search or a selector to a `Selection`, and the checks of ``k`` and ``scope``."""
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffora.core.dam import comparable, discretise, discretise_globally
+from diffora.core.ensemble import SAME_SCORES, confidence, log_gates, member_seed, standardised
 from diffora.core.grid import Grid
-from diffora.core.selection import STANDALONE, Selection
+from diffora.core.selection import STANDALONE, Selection, blanked
 from diffora.settings.checks import SEED
+from diffora.standalone.progress import say
+
+log = logging.getLogger("diffora")
 
 SCOPES = ("layer", "global")
 
@@ -47,15 +55,9 @@ def selection_of(
         rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
     """
     counts = [modules_of(k, size) for size in grid.sizes] if k is None or isinstance(k, int) else list(k)
-    values = values.masked_fill(~grid.there, float("nan"))
-    mask = (
-        discretise(values, counts)
-        if scope == "layer"
-        else discretise_globally(comparable(values, grid.sizes), sum(counts))
-    )
     return Selection.from_mask(
         grid,
-        mask,
+        _mask_of(grid, values, counts, scope),
         method=STANDALONE,
         selector=selector,
         rho=sum(counts) / grid.n_modules,
@@ -64,3 +66,64 @@ def selection_of(
         config={"scope": scope, "left_out": list(grid.left_out)} | config,
         **rest,
     )
+
+
+def _mask_of(grid: Grid, values: Tensor, counts: list[int], scope: str) -> Tensor:
+    values = values.masked_fill(~grid.there, float("nan"))
+    if scope == "layer":
+        return discretise(values, counts)
+    return discretise_globally(comparable(values, grid.sizes), sum(counts))
+
+
+# --- ensembles ---
+
+
+def ensemble_problems(ensemble: int, *loaders: Any) -> Iterator[str]:
+    """What is wrong with ``ensemble``, and with loaders that can be read only once."""
+    if type(ensemble) is not int or not 1 <= ensemble <= 100:
+        yield f"ensemble={ensemble!r} must be a whole number from 1 to 100"
+    elif ensemble > 1 and (once := [type(loader).__name__ for loader in loaders if isinstance(loader, Iterator)]):
+        yield (
+            f"ensemble={ensemble} reads each loader {ensemble} times, and a {once[0]} can be read only once: give a "
+            "list or a DataLoader"
+        )
+
+
+def member_seeds(seed: int, ensemble: int, progress: bool) -> Iterator[int]:
+    """The seed of each member. Says which member begins."""
+    for number in range(ensemble):
+        own = member_seed(seed, number)
+        if ensemble > 1:
+            say(progress, [f"ensemble: member {number + 1} of {ensemble}, seed {own}"])
+        yield own
+
+
+def selection_of_members(
+    grid: Grid,
+    members: Sequence[Tensor],
+    k: int | None,
+    scope: str,
+    selector: str,
+    seed: int,
+    config: dict[str, Any],
+    relaxation: str | None = None,
+) -> Selection:
+    """The selection of the modules with the highest mean of the members' standardised scores, with its confidence.
+
+    Args:
+        members: L x N scores of each member; gates, if there is a ``relaxation``.
+        relaxation: how a search relaxed Γ; None for other scores.
+    """
+    scores = members if relaxation is None else [log_gates(gates, relaxation, grid.sizes) for gates in members]
+    stacked = torch.stack([standardised(each, grid.there, scope) for each in scores])
+    mean, counts = stacked.mean(0), [modules_of(k, size) for size in grid.sizes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ties matter in the final selection only
+        found = confidence(stacked, lambda repeat: _mask_of(grid, repeat, counts, scope))
+    if found is None:
+        log.warning(SAME_SCORES.format(n=len(members), selector=selector))
+    seeds = [member_seed(seed, number) for number in range(len(members))]
+    config = config | {"members": seeds}
+    selection = selection_of(grid, mean, k, scope, selector, seed, config, scores=mean.tolist(), relaxation=relaxation)
+    known = None if found is None else blanked(found.tolist(), grid.names)
+    return replace(selection, ensemble=len(members), confidence=known)

@@ -33,7 +33,13 @@ from diffora.standalone.batches import (
     moved,
     some,
 )
-from diffora.standalone.choice import choice_problems, selection_of
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    member_seeds,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import (
     device_of,
     grid_of,
@@ -190,6 +196,7 @@ def search(
     relaxation: str = "softmax",
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Search which modules of a model should get a LoRA of their own ([D] Algorithm 1, lines 1 to 8 and 10).
 
@@ -220,9 +227,13 @@ def search(
         seed: of the adapters' first values, dropout, the order of a shuffled loader and the division of one loader.
             Random numbers of numpy and of Python's ``random``, which a collate function may use, are not seeded.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: search so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean
+            of the standardised gates. The selection then has a ``confidence`` for each module. The head has its present
+            weights at the start of each search.
 
     Returns:
-        The selection. ``gamma_bar`` is the relaxed DAM, ``config`` what the search was made with.
+        The selection. ``gamma_bar`` is the relaxed DAM, ``config`` what the search was made with. Of an ensemble,
+        ``scores`` are the mean scores, ``confidence`` the probability that a repeat would select the module.
 
     Raises:
         UserError: an argument is impossible, the model has no repeated layers or has adapters, a loader has no batches,
@@ -241,23 +252,33 @@ def search(
     )
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid, seed), *settings.problems(), *loss_problem(loss)]
+    problems = [
+        *choice_problems(k, scope, grid, seed),
+        *settings.problems(),
+        *loss_problem(loss),
+        *ensemble_problems(ensemble, train_loader, valid_loader),
+    ]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
         raise UserError(problems)
     warn_of_processes()
     trained = head_of(model, grid, head)
-    said = ""
-    if valid_loader is None:
-        train_loader, valid_loader, said = divided_loader(train_loader, seed)
     names = [name for name, parameter in model.named_parameters() if parameter in set(trained)]
-    say(progress, [said, f"trained with the adapters: {', '.join(names) or 'nothing'}"])
-    with left_as_found(model, seed, trained):
-        gamma_bar = _searched(
-            model, grid, trained, (train_loader, valid_loader), loss or model_loss, settings, seed, progress
-        )
+    divisions: list[str] = []
+    members: list[Tensor] = []
+    for own in member_seeds(seed, ensemble, progress):
+        train, valid, said = train_loader, valid_loader, ""
+        if valid is None:
+            train, valid, said = divided_loader(train, own)
+        divisions.append(said)
+        say(progress, [said, "" if members else f"trained with the adapters: {', '.join(names) or 'nothing'}"])
+        with left_as_found(model, own, trained):
+            members.append(_searched(model, grid, trained, (train, valid), loss or model_loss, settings, own, progress))
+    gamma_bar = members[0]
     start, low, high = neutral_gate(relaxation, grid.n_types), gamma_bar.min().item(), gamma_bar.max().item()
     say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
-    config = {"search": asdict(settings), "trained": names, "division": said or None}
+    config = {"search": asdict(settings), "trained": names, "division": divisions[0] or None}
+    if ensemble > 1:
+        return selection_of_members(grid, members, k, scope, "search", seed, config, relaxation)
     rest = {"gamma_bar": gamma_bar.tolist(), "relaxation": relaxation}
     return selection_of(grid, gamma_bar, k, scope, "search", seed, config, **rest)
 

@@ -8,14 +8,21 @@ from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
-from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, group_sizes, heuristic_problem, heuristic_scores
+from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores, usual_sizes
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.scoring.measures import MEASURES
 from diffora.scoring.spectra import SPECTRA, spectral_scores
 from diffora.standalone.batches import Loss, checked, loader_problem, loss_problem, model_loss, moved, rows_of, some
-from diffora.standalone.choice import choice_problems, modules_of, selection_of
+from diffora.standalone.choice import (
+    choice_problems,
+    ensemble_problems,
+    member_seeds,
+    modules_of,
+    selection_of,
+    selection_of_members,
+)
 from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
 
@@ -36,6 +43,7 @@ def select(
     n_batches: int = 16,
     seed: int = 0,
     progress: bool = True,
+    ensemble: int = 1,
 ) -> Selection:
     """Select modules by another criterion than the search. Nothing is trained, and the model stays as it is.
 
@@ -45,11 +53,14 @@ def select(
             ``loss(batch)`` is a scalar (`diffora.scoring.function`).
         loader: batches of training data, for the selectors that need data.
         loss: ``loss(model, batch)``, a scalar; None: ``model(**batch).loss``.
-        k, scope, layer, candidates: as in `diffora.standalone.search.search`. Without ``k``, ``qv``, ``attention`` and
-            ``ffn`` select the modules that they are named after.
+        k, scope, layer, candidates: as in `diffora.standalone.search.search`. Without ``k``, heuristics select the
+            modules that they are named after, and ``lower`` and ``upper`` half of the layers.
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, of the random directions of ``plop``, and of the order of a shuffled loader.
         progress: show a progress bar, in a terminal or notebook.
+        ensemble: score so many times, with other seeds (`diffora.core.ensemble.member_seed`), and select by the mean of
+            the standardised scores. The selection then has a ``confidence`` for each module. The scores must depend on
+            the seed: give a shuffled loader.
 
     The selectors of the package (`diffora.scoring.criteria`, `diffora.core.heuristics`):
 
@@ -69,9 +80,14 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = list(choice_problems(k, scope, grid, seed))
+    problems = [*choice_problems(k, scope, grid, seed), *ensemble_problems(ensemble, loader)]
     if selector == "search":
         problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
+    elif selector in ("attribution", "one_shot"):
+        problems.append(
+            f"selector={selector!r} trains adapters, which needs the training loop of a run: diffora select "
+            f"method.selector={selector}; then Selection.load reads its selection.json"
+        )
     elif not callable(selector) and selector not in SELECTORS:
         problems.append(f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function")
     elif selector not in WITHOUT_DATA and loader is None:
@@ -81,6 +97,8 @@ def select(
     if loader is not None:
         problems += loader_problem("loader", loader)
     problems += loss_problem(loss)
+    if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
+        problems.append(f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use")
     if type(n_batches) is not int or n_batches < 1:
         problems.append(f"n_batches={n_batches!r} must be a whole number of at least 1")
     if problems:
@@ -88,22 +106,27 @@ def select(
     if callable(selector):
         check_signature(selector, f"selector={name_of(selector)}")
     size: int | list[int] | None = k
-    if selector == "random":
-        scores = random_scores(grid.n_layers, grid.n_types, seed)
-    elif isinstance(selector, str) and selector in HEURISTICS:
-        scores, size = _heuristic(selector, grid, k, scope)
-    elif isinstance(selector, str) and selector in SPECTRA:
-        scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
-    else:
-        assert loader is not None
-        with left_as_found(model, seed):
-            model.eval()
-            device = device_of(model)
-            batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-            scores = _scores(model, grid, selector, batches, loss or model_loss, seed, progress)
-    if not scores[grid.there].isfinite().all():
-        raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+    members = []
+    for own in member_seeds(seed, ensemble, progress):
+        if selector == "random":
+            scores = random_scores(grid.n_layers, grid.n_types, own)
+        elif isinstance(selector, str) and selector in HEURISTICS:
+            scores, size = _heuristic(selector, grid, k, scope)
+        elif isinstance(selector, str) and selector in SPECTRA:
+            scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
+        else:
+            assert loader is not None
+            with left_as_found(model, own):
+                model.eval()
+                device = device_of(model)
+                batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
+                scores = _scores(model, grid, selector, batches, loss or model_loss, own, progress)
+        if not scores[grid.there].isfinite().all():
+            raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
+        members.append(scores)
     config = {} if selector in WITHOUT_DATA else {"n_batches": n_batches}
+    if ensemble > 1:
+        return selection_of_members(grid, members, k, scope, name_of(selector), seed, config)
     return selection_of(grid, scores, size, scope, name_of(selector), seed, config, scores=scores.tolist())
 
 
@@ -144,21 +167,21 @@ def _scores(
     return measure.scores(sums)
 
 
-def _heuristic(selector: str, grid: Grid, k: int | None, scope: str) -> tuple[Tensor, int | list[int] | None]:
-    """(scores, k) of a heuristic. Without ``k``, one by kind selects the modules that it means.
+def _heuristic(selector: str, grid: Grid, k: int | None, scope: str) -> tuple[Tensor, int | list[int]]:
+    """(scores, k) of a heuristic. Without ``k``, there is a number for each layer, as the rule says.
 
     Raises:
         UserError: the names do not show which modules are meant, or ``k`` would divide modules of equal scores.
     """
     scores = heuristic_scores(selector, grid)
-    if k is None and selector in KINDS:
-        return scores, group_sizes(scores)
+    if k is None:
+        return scores, usual_sizes(selector, scores)
 
-    def counts(k: int | None) -> list[int]:
+    def counts(k: int) -> list[int]:
         found = [modules_of(k, size) for size in grid.sizes]
         return found if scope == "layer" else [sum(found)]
 
     choices = ((f"k={n}", counts(n)) for n in range(1, min(grid.sizes)))
     if problem := heuristic_problem(scores, counts(k), choices):
-        raise UserError(f"selector={selector}: k={k} {problem}")
+        raise UserError(f"selector={selector}: k={k} {problem}; without k, the rule gives the number")
     return scores, k
