@@ -115,7 +115,14 @@ def test_on_the_embedded_paraphrase_task(cfg, tmp_path, monkeypatch):
     ],
 )
 def test_with_other_gates_and_read_outs(cfg, tmp_path, monkeypatch, options):
-    overrides = ["task=paraphrase", "model=tiny", "task.train_rows=96", "task.validation_rows=16", *options]
+    overrides = [
+        "task=paraphrase",
+        "model=tiny",
+        "task.train_rows=96",
+        "task.validation_rows=16",
+        "search.batch_size=8",
+    ]
+    overrides += options
     assert_the_library_agrees(*searched_by_a_run(cfg, tmp_path / "run", monkeypatch, *overrides), EMBEDDED)
 
 

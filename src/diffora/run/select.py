@@ -84,9 +84,14 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    made = {"split_hash": rows.hash, "config": _provenance(parts)}
-    found = {"relaxation": result.relaxation, "rounds": result.rounds, "facts": result.facts}
-    selection = replace(chosen.read_from(result.readout), **found, **made)
+    selection = replace(
+        chosen.read_from(result.readout),
+        relaxation=result.relaxation,
+        rounds=result.rounds,
+        facts=result.facts,
+        split_hash=rows.hash,
+        config=_provenance(parts),
+    )
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():
