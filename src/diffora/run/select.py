@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -78,7 +77,12 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if parts.earlier.search is not None:
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
-    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+
+    def choose(scores: Tensor) -> Selection:
+        chosen = method.choose(parts.grid, scores, parts.settings.seed)
+        assert chosen is not None, "a method that asks for scores selects"
+        return chosen
+
     pictures = [DamPictures(choose, loggers)]
     context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
@@ -195,7 +199,7 @@ class DamPictures(L.Callback):
         loggers: of the run.
     """
 
-    def __init__(self, choose: Callable[[Tensor], Selection | None], loggers: Loggers) -> None:
+    def __init__(self, choose: Callable[[Tensor], Selection], loggers: Loggers) -> None:
         self.choose, self.loggers = choose, loggers
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,9 +209,7 @@ class DamPictures(L.Callback):
         assert isinstance(pl_module, SearchModule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = self.choose(pl_module.current_scores().cpu())
-        assert chosen is not None
-        chosen = chosen.read_from(pl_module.settings.readout)
+            chosen = self.choose(pl_module.current_scores().cpu()).read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)
