@@ -79,23 +79,17 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         return Selected(*parts.earlier.search)
 
     def choose(scores: Tensor) -> Selection:
-        chosen = method.choose(parts.grid, scores, parts.settings.seed)
-        assert chosen is not None, "a method that asks for scores selects"
-        return chosen
+        made = method.choose(parts.grid, scores, parts.settings.seed)
+        assert made is not None, "a method with a selector makes a selection"
+        return made
 
     pictures = [DamPictures(choose, loggers)]
     context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    selection = replace(
-        chosen.read_from(result.readout),
-        relaxation=result.relaxation,
-        rounds=result.rounds,
-        facts=result.facts,
-        split_hash=rows.hash,
-        config=_provenance(parts),
-    )
+    found = replace(chosen.read_from(result.readout), relaxation=result.relaxation, facts=result.facts)
+    selection = replace(found, rounds=result.rounds, split_hash=rows.hash, config=_provenance(parts))
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():
@@ -199,7 +193,7 @@ class DamPictures(L.Callback):
         loggers: of the run.
     """
 
-    def __init__(self, choose: Callable[[Tensor], Selection], loggers: Loggers) -> None:
+    def __init__(self, choose: Callable[[Tensor], Selection | None], loggers: Loggers) -> None:
         self.choose, self.loggers = choose, loggers
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -209,7 +203,9 @@ class DamPictures(L.Callback):
         assert isinstance(pl_module, SearchModule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = self.choose(pl_module.current_scores().cpu()).read_from(pl_module.settings.readout)
+            chosen = self.choose(pl_module.current_scores().cpu())
+        assert chosen is not None
+        chosen = chosen.read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)
