@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def searched(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     parts, clock = loaded([*overrides, "search.readout=early_gradient"], folder), Clock()
     method = parts.settings.method
     rows = search_rows(parts).split
-    context = SearchContext(parts, rows, method.alpha, method.score_batches, method.choose, None, [clock])
+    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+    context = SearchContext(parts, rows, method.alpha, method.score_batches, choose, None, [clock])
     found = run_search(context, "search")
     rounds, gates = zip(*found.trajectory, strict=True)
     facts = {"seconds": clock.seconds, "early": found.scores.tolist(), "rounds": rounds, "gates": gates}

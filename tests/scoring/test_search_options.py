@@ -228,11 +228,14 @@ def test_the_library_reads_early_gradients_and_stops_early():
         ({"patience": 0}, r"patience=0 must be a whole number of at least 1, or None"),
         ({"head_warmup": 2.5}, r"head_warmup=2.5 must be a number of steps, a share of all steps between 0 and 1"),
         ({"head_warmup": 6}, r"head_warmup=6 must be below 6, the steps of the search"),
+        ({"readout": "early_gradient", "rounds": 1}, r"early_gradient needs more than 3 steps, and the search has 3"),
     ],
 )
 def test_the_library_refuses_what_cannot_be(arguments, problem):
     with pytest.raises(UserError, match=problem):
-        diffora.search(Net(), pairs(8)[:3], pairs(8)[3:], loss=entropy_loss, rounds=2, progress=False, **arguments)
+        diffora.search(
+            Net(), pairs(8)[:3], pairs(8)[3:], loss=entropy_loss, progress=False, **{"rounds": 2} | arguments
+        )
 
 
 class WithoutLength:

@@ -24,6 +24,19 @@ def steps_of(amount: float | None, total: int) -> int:
     return round(amount * total) if amount < 1 else int(amount)
 
 
+def step_problem(readout: str, warmup: float | None, total: int) -> str | None:
+    """Why a search of ``total`` steps cannot be read out in this way; None if it can."""
+    frozen = steps_of(warmup, total)
+    if frozen >= total and frozen:
+        return f"head_warmup={warmup} must be below {total}, the steps of the search: Γ would never move"
+    if readout == "early_gradient" and not frozen and total <= EARLY:
+        return (
+            f"readout=early_gradient needs more than {EARLY} steps, and the search has {total}: in the first one all B "
+            "are 0, and so is the gradient of the gates"
+        )
+    return None
+
+
 class Readout:
     """Counts the steps of a search and keeps what it reads besides Γ.
 

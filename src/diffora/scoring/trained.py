@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffora.core.attach import attach, detach
 from diffora.core.lowrank import Layers, LowRankLinear
-from diffora.core.readout import CHECKS, steps_of
+from diffora.core.readout import CHECKS, step_problem
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
     parts, settings = context.parts, context.settings
-    _check_warmup(context)
+    _check_steps(context)
     with all_adapted(context) as layers:
         arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
         module = SearchModule(*arguments, lambda scores: context.choose(scores).mask())
@@ -51,15 +51,13 @@ def bilevel(context: SearchContext) -> SearchResult:
     )
 
 
-def _check_warmup(context: SearchContext) -> None:
-    """Raise a UserError if ``search.head_warmup`` leaves no step to Γ."""
+def _check_steps(context: SearchContext) -> None:
+    """Raise a UserError if the search has too few steps for its warm-up or its read-out."""
     s = context.settings
     batches = max(1, len(context.split[0]) // s.batch_size)
     total = s.epochs * -(-batches // s.train_steps)
-    if steps_of(s.head_warmup, total) >= total:
-        raise UserError(
-            f"search.head_warmup={s.head_warmup} must be below {total}, the steps of the search: Γ would never move"
-        )
+    if problem := step_problem(s.readout, s.head_warmup, total):
+        raise UserError(f"search.{problem}")
 
 
 def attribution(context: SearchContext) -> SearchResult:

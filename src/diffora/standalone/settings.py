@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffora.core.dam import RELAXATIONS
-from diffora.core.readout import READOUTS, steps_of
+from diffora.core.readout import READOUTS, step_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class SearchSettings:
         if steps is None:
             for name in (name for name, is_asked in asked.items() if is_asked):
                 yield f"{name}={getattr(self, name)!r} needs a train_loader that has a length, to count the steps"
-        elif self.head_warmup is not None and steps_of(self.head_warmup, self.rounds * steps) >= self.rounds * steps:
-            yield f"head_warmup={self.head_warmup} must be below {self.rounds * steps}, the steps of the search"
+        elif steps and (problem := step_problem(self.readout, self.head_warmup, self.rounds * steps)):
+            yield problem
 
 
 def _is_number(value: Any, above: float) -> bool:
