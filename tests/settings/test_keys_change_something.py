@@ -59,11 +59,12 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "search.rank": "2", "search.gamma_lr": "0.5", "search.order": "2",
             "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
-            "search.relaxation": "sigmoid", "search.ensemble": "2", "model.kernel": "plain",
+            "search.relaxation": "sigmoid", "search.head_warmup": "1", "search.readout": "early_gradient",
+            "search.ensemble": "2", "model.kernel": "plain",
             "task.recipe.rank": "2", "task.recipe.rho": "0.9", "task.recipe.shared_rank": "1",
             "task.recipe.alpha": "2", "task.recipe.dropout": "0.5", "task.recipe.lr": "0.1",
         }),
-        (f"{TINY} search.epochs=3", {"search.update": "simultaneous"}),
+        (f"{TINY} search.epochs=3", {"search.update": "simultaneous", "search.patience": "1"}),
         (f"{SEARCH} method.selector=one_shot search.masks=10", {"search.masks": "12"}),
         (f"{SEARCH} cell.experiment=x", {"scale": "small"}),
         (f"{TINY} search.epochs=1 finetune.epochs=2", {"resume": "true"}),  # in a folder with a complete run
@@ -203,6 +204,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.mask.start": "1", "method.mask.head": "true",
         }),
         (f"{SEARCH} method.selector=gradient", {"method.score_batches": "1"}),
+        (SEARCH, {"method.time_budget": "0.6"}),
+        (f"{SEARCH} method.time_budget=0.6", {"method.time_from": "measured"}),
     ],
     "Random": [
         (f"{TINY} method=random", {
@@ -211,6 +214,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
         (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
+        (f"{TINY} method=random", {"method.time_budget": "0.6"}),
+        (f"{TINY} method=random method.time_budget=0.6", {"method.time_from": "measured"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

@@ -108,6 +108,7 @@ def mean_over_columns(table: ResultTable, row: str) -> Spread | None:
 MEASURES = (
     ("search, s", "time", "search_s"),
     ("fine-tuning, s", "time", "finetune_s"),
+    ("a step, s", "time", "step_s"),
     ("total, s", "time", "total_s"),
     ("peak memory, MB", "memory", "peak_rss_mb"),
     ("peak GPU memory, MB", "memory", "peak_cuda_mb"),

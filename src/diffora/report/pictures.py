@@ -63,6 +63,7 @@ class View:
         self.forests, self.forest_names, self.forest_note = forests(table, found)
         self.n_comparisons = len(found)
         self.curves, self.curves_note = dial_charts(table)
+        self.times, self.times_legend = time_charts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
         chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first.record.selection]
         drawn = chosen[: max(0, pictures)]
@@ -144,6 +145,43 @@ def dial_charts(table: ResultTable) -> tuple[list[tuple[str, Markup, list[tuple[
         legend = [(line.colour, line.name) for line in lines]
         found.append((f"{column} over {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
     return found, f"{cut} more lines not drawn" if cut else ""
+
+
+def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]]]:
+    """The metric over the mean time of a training step: a point for each row, labelled with its adapter parameters.
+
+    Returns:
+        (a chart for each column in which two rows have times, a legend of methods and selectors)
+    """
+    found, methods = [], list(dict.fromkeys(_kind(cell.first) for _, cell in _shown(table)))
+    for column in table.columns:
+        key = column.compared
+        lines: list[Line] = []
+        for (row, name), cell in _shown(table):
+            metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
+            if name == column.name and metric and step and len(lines) < LINES:
+                point, bar = (1000 * step.mean, metric.mean), metric.std or 0.0
+                colour = methods.index(_kind(cell.first))
+                lines.append(Line(row, colour, [point], [bar], label=short_number(cell.size or 0)))
+        if len(lines) > 1:
+            chart = charts.line_chart(lines, "a training step, ms", column.title, marks=True, round_ticks=True)
+            found.append((column.title, chart))
+    return found, list(enumerate(methods)) if found else []
+
+
+def _kind(run: Run) -> str:
+    """The method of a run, with its selector if that is not the method's usual one."""
+    selector = run.record.selection.get("selector", "search")
+    usual = selector in ("search", "random", "given", "none")
+    return run.record.method if usual else f"{run.record.method}, {selector}"
+
+
+def short_number(value: float) -> str:
+    """A number of parameters in few characters: 950, 12.3k, 1.32M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
 
 
 def training_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
@@ -336,8 +374,11 @@ def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
         except (TypeError, KeyError, ValueError, OverflowError):
             continue
         if values.ndim == 3 and rounds.ndim == 1 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
-            at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))
-            paths.append((rounds[at], values[at]))
+            paths.append((rounds, values))
+    # With search.patience, seeds stop at different points: draw all of them up to the first stop.
+    shortest = min((len(rounds) for rounds, _ in paths), default=1)
+    at = np.unique(np.linspace(0, shortest - 1, MOMENTS).round().astype(int))
+    paths = [(rounds[at], values[at]) for rounds, values in paths]
     if not paths or any(path[1].shape != paths[0][1].shape for path in paths):
         return []
     rounds, mean = paths[0][0].tolist(), np.mean([values for _, values in paths], axis=0)
