@@ -314,6 +314,10 @@ def bad_loss(value):
         ({"candidates": "0"}, r"candidates='0' must be a list of names: candidates=\['0'\]$"),
         ({"layer": 3}, r"layer=3 must be the name of the layers"),
         ({"head": ["tail"]}, r"head: tail is not a module of this model"),
+        (
+            {"train_loader": "data", "loss": "ce"},
+            r"^loss='ce' must be a function.*\ntrain_loader is a str: it must give",
+        ),
         ({"train_loader": []}, r"loader of training batches has no batches"),
         ({"valid_loader": []}, r"loader of validation batches has no batches"),
         (
@@ -356,6 +360,7 @@ def changes_the_head(model, grid, batches, loss):
         ),
         ("gradient", {"loader": None}, r"selector=gradient needs a loader"),
         ("gradient", {"loader": []}, r"the loader has no batches"),
+        ("gradient", {"loader": 5, "loss": 3}, r"^loader is a int: it must give batches .*\nloss=3 must be a function"),
         ("gradient", {"loss": bad_loss(lambda v: v * float("inf"))}, r"the loss of batch 1 is inf"),
         ("gradient", {"n_batches": 0}, r"n_batches=0 must be"),
         ("random", {"seed": -1}, r"seed=-1 must be a whole number of at least 0"),

@@ -29,6 +29,7 @@ from diffora.standalone.batches import (
     in_groups,
     length_of,
     loader_problems,
+    loss_problem,
     model_loss,
     moved,
     some,
@@ -251,6 +252,7 @@ def search(
     problems = [
         *choice_problems(k, scope, grid, seed),
         *settings.problems(),
+        *loss_problem(loss),
         *ensemble_problems(ensemble, train_loader, valid_loader),
     ]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
