@@ -160,3 +160,15 @@ def test_the_adapter_is_that_of_the_selected_modules(two):
     """The ensemble leaves none of its own adapters in the model."""
     names = {key.split(".lora_")[0] for key in load_file(two.folder / "adapter/adapter_model.safetensors")}
     assert sum(any(module in name for name in names) for module in two.selection.names()) == len(two.selection.names())
+
+
+def test_raw_gradients_of_a_search_are_averaged_as_they_are_and_facts_too(tmp_path):
+    """``search.readout=early_gradient`` gives no gates, so no logarithm is taken."""
+    done = run_of(
+        *SELECT, "search.ensemble=2", "search.readout=early_gradient", "method.scope=global", folder=tmp_path / "run"
+    )
+    values = [np.array(each["scores"]) for each in members_of(done.folder)]
+    assert min(map(np.min, values)) < 0
+    wanted = np.mean([(x - x.mean()) / x.std() for x in values], axis=0)
+    np.testing.assert_allclose(np.array(done.selection.scores), wanted, rtol=1e-6, atol=1e-9)
+    assert done.selection.gamma_bar is None and done.selection.readout == "early_gradient"

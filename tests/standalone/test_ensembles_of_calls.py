@@ -80,3 +80,11 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(ensemble, batches
                  lambda: diffora.select(net(), "gradient", batches(), ensemble=ensemble)):  # fmt: skip
         with pytest.raises(UserError, match=words.replace("(", r"\(")):
             call()
+
+
+def test_a_choice_within_a_time_budget_has_no_confidence_of_the_choice_before():
+    found = diffora.select(net(), "random", ensemble=3, k=1)
+    batch = next(iter(loader()))
+    within = diffora.within_time(net(), found, batch, 0.9, loss=entropy_loss)
+    assert found.confidence is not None and within.confidence is None
+    assert within.scores == found.scores and within.lowest_layer > 0

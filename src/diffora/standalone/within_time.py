@@ -65,7 +65,8 @@ def within_time(
     mask = _best(selection, values.masked_fill(~there(selection.modules), float("nan")), lowest)
     chosen = [[t for t, flag in zip(selection.types, row, strict=True) if flag] for row in mask.tolist()]
     config = selection.config | {"time_budget": {"budget": time_budget, "share": share, "from": "model"}}
-    return replace(selection, selected=chosen, lowest_layer=lowest, config=config)
+    # The confidence was that of the choice without this budget.
+    return replace(selection, selected=chosen, lowest_layer=lowest, config=config, confidence=None)
 
 
 def _lowest(
