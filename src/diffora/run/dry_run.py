@@ -64,7 +64,8 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, settings.seed)
     selection = method.choose(grid, stand_in, settings.seed)
     method.adapt(model, grid, selection, settings.seed)
-    if step_time and selector is None and selection is not None:
+    if step_time and selector is None:
+        assert selection is not None
         step_time["selection"] = asdict(meter.of_selection(selection))
     set_kernel(model, settings.model.kernel)
     backbone.check_trainable()
