@@ -309,7 +309,7 @@ def bad_loss(value):
         ({"seed": "a"}, r"seed='a' must be a whole number of at least 0, at most 4,294,967,295"),
         ({"rank": 17}, r"^rank=17 must not be above 8, the smaller width of blocks\.0\."),
         ({"scope": "all"}, r"scope='all' must be one of layer, global"),
-        ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, sigmoid"),
+        ({"relaxation": "hard"}, r"relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"),
         ({"head": "head"}, r"head='head' must be a list of names: head=\['head'\]$"),
         ({"candidates": "0"}, r"candidates='0' must be a list of names: candidates=\['0'\]$"),
         ({"layer": 3}, r"layer=3 must be the name of the layers"),
