@@ -84,7 +84,7 @@ class FineTuneModule(Stage):
         self.best_state: dict[str, Tensor] = {}
         self.best_classes: ClassResults | None = None
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor] = []  # of each step: sum of the losses of all terms in this process, number of terms
         self._seen: list[Outputs] = []
         self._stepping = StepClock()
         self._finished = False  # whether a checkpoint is of the last step
@@ -150,7 +150,9 @@ class FineTuneModule(Stage):
             self._step = step
         output = self.model(**self.task.inputs(batch))
         loss = self.criterion.loss(output, batch)
-        self._losses.append(loss.detach())
+        if first or not self._losses:
+            self._losses.append(loss.new_zeros(2))
+        self._losses[-1] += torch.stack([loss.detach() * self._terms, torch.full_like(loss, self._terms)]).detach()
         if self.task.scores_training:
             self._seen.append(self.task.outputs(output, batch))
         values: dict[str, Any] = {"train/step_loss": loss.detach()}
@@ -237,8 +239,10 @@ class FineTuneModule(Stage):
 
     def _training_scores(self) -> Metrics:
         """Epoch, mean training loss and training metrics, over all processes. It clears what was collected."""
-        loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        loss = torch.tensor(float("nan"))
+        if self._losses:
+            sums, terms = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="sum").unbind(1)
+            loss = (sums / _or_one(terms)).mean()
         scores: Metrics = {"epoch": self.plan.epochs_after(self.current_epoch), "train/loss": loss.item()}
         if self._seen:
             seen = self.task.score(self._gather(self._seen), self.train_split)
