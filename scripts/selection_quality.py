@@ -30,8 +30,9 @@ from scipy.special import fdtrc
 
 from diffora.core.parts import short_names
 from diffora.files import write_text
+from diffora.report.agreement import stability
 from diffora.report.permutation import choices_track_worth
-from diffora.report.statistics import paired, stability
+from diffora.report.statistics import paired
 
 Subset = tuple[tuple[str, ...], ...]
 Run = Mapping[str, Any]

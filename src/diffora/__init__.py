@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffora.adapters.export import save_adapter
-    from diffora.api import Selection, attach, find_grid, load_adapter, search, select
+    from diffora.api import Selection, attach, find_grid, load_adapter, search, select, within_time
     from diffora.errors import UserError
     from diffora.trainers.lightning import DifforaLightningCallback
     from diffora.trainers.trainer import DifforaCallback
@@ -27,6 +27,7 @@ __all__ = [
     "save_adapter",
     "search",
     "select",
+    "within_time",
 ]
 
 START = time.time()
@@ -45,6 +46,7 @@ _PLACES = {
     "save_adapter": "diffora.adapters.export",
     "search": "diffora.standalone.search",
     "select": "diffora.standalone.select",
+    "within_time": "diffora.standalone.within_time",
 }
 """The module of each name in ``__all__``. Only `load_adapter`, `save_adapter` and the callbacks need Lightning."""
 

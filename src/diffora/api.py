@@ -16,9 +16,10 @@ from diffora.methods.base import Method
 from diffora.standalone.attach import attach
 from diffora.standalone.search import search
 from diffora.standalone.select import select
+from diffora.standalone.within_time import within_time
 from diffora.trust import class_at
 
-__all__ = ["Selection", "attach", "find_grid", "load_adapter", "save_adapter", "search", "select"]
+__all__ = ["Selection", "attach", "find_grid", "load_adapter", "save_adapter", "search", "select", "within_time"]
 
 
 def load_adapter(

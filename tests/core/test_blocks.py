@@ -25,6 +25,8 @@ from diffora.core.grid import find_grid, laid_out
 from diffora.core.parts import block_of, part_of, path_of, short_names
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.scoring.measures import MEASURES
+from diffora.scoring.spectra import SPECTRA
 
 NAN = float("nan")
 KIND = "AutoModelForSeq2SeqLM"
@@ -286,7 +288,7 @@ def test_the_search_of_the_library_finds_and_searches_both_stacks(found, tmp_pat
     found.check_fits(grid, "")
 
 
-@pytest.mark.parametrize("selector", ["gradient", "activation", "random"])
+@pytest.mark.parametrize("selector", [*MEASURES, *SPECTRA, "random"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_selectors_of_the_library(selector, scope):
     model = random_model("bart", KIND)
@@ -295,7 +297,8 @@ def test_selectors_of_the_library(selector, scope):
     assert [[v is None for v in row] for row in chosen.scores] == (~find_grid(model).there).tolist()
 
 
-def test_padding_does_not_change_the_score_of_an_activation():
+@pytest.mark.parametrize("selector", ["activation", "plop", "fisher"])
+def test_padding_does_not_change_the_scores(selector):
     model, rows = random_model("t5", KIND), batches(1)[0]
     wide = {
         "input_ids": torch.cat([rows["input_ids"], torch.zeros(6, 4, dtype=torch.long)], 1),
@@ -303,7 +306,7 @@ def test_padding_does_not_change_the_score_of_an_activation():
         "labels": torch.cat([rows["labels"], torch.full((6, 6), -100)], 1),
     }
     assert wide["input_ids"].shape == wide["labels"].shape  # equally wide: the shapes do not tell which is which
-    one, other = (select(model, "activation", [batch]).scores for batch in (rows, wide))
+    one, other = (select(model, selector, [batch]).scores for batch in (rows, wide))
     for a, b in zip(one, other, strict=True):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-4)
 

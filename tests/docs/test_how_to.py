@@ -138,11 +138,30 @@ def test_training(tmp_path):
     assert [scores["epoch"] for scores in history] == [0.625, 1.25, 1.5]  # of 8 steps each
 
 
+def test_less_time(tmp_path):
+    printed = follow("less-time", tmp_path)
+    line = next(line for line in printed.splitlines() if line.startswith("time budget: "))
+    assert line in (HOW_TO / "less-time.md").read_text()
+    record = record_of(tmp_path)
+    assert record["step_time"]["lowest_layer"] == 2 and record["step_time"]["selection"]["share"] <= 0.75
+    assert record["params"]["adapter"] <= 14_000 and record["time"]["step_s"] > 0
+
+
 def test_own_selector(tmp_path):
     follow("own-selector", tmp_path)
     assert record_of(tmp_path)["method"] == "diffora"
     [selection] = (tmp_path / "outputs").glob("*/selection.json")
     assert json.loads(selection.read_text())["selector"] == "my_selectors.saliency"
+
+
+def test_confidence(tmp_path):
+    printed = " ".join(follow("confidence", tmp_path).split())
+    [file] = (tmp_path / "outputs").glob("*/selection.json")
+    selection = Selection.load(file)
+    assert selection.ensemble == 5 and selection.certainty in printed
+    assert (file.parent / "members.json").is_file()
+    words = r"\d+ of 24 (modules decided by an ensemble of 5 .*?), \d+ undecided"
+    assert re.search(words, (HOW_TO / "confidence.md").read_text())[1] == re.search(words, selection.certainty)[1]
 
 
 def test_peft(tmp_path):

@@ -40,7 +40,8 @@ def test_a_run_writes_its_record_adapter_and_logs(whole):
     assert {"validation/accuracy", "validation/f1", "held_out/accuracy", "last/accuracy"} <= record["metrics"].keys()
     assert record["params"].keys() == {"adapter", "head", "trainable", "backbone", "inference"}
     assert record["params"]["trainable"] == record["params"]["adapter"] + record["params"]["head"]
-    assert record["time"].keys() == {"search_s", "finetune_s", "total_s", "startup_s"}
+    assert record["time"].keys() == {"search_s", "finetune_s", "step_s", "total_s", "startup_s"}
+    assert 0 < record["time"]["step_s"] < record["time"]["finetune_s"]
     assert record["time"]["search_s"] > 0 and record["memory"]["peak_rss_mb"] > 100
     selection = Selection.load(folder / "selection.json")
     assert [len(row) for row in selection.selected] == [3] * len(selection.modules)

@@ -18,12 +18,13 @@ from scipy import stats
 from diffora.errors import UserError
 from diffora.records import MetricFacts, Record
 from diffora.report import charts, page, pictures, tables
+from diffora.report.agreement import stability
 from diffora.report.comparisons import comparisons_of, curves_of
 from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
 from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
 from diffora.report.results import ResultColumn
 from diffora.report.runs import Run, differing, gather
-from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, stability, verdict
+from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, verdict
 from diffora.report.tables import specification, tables_of
 
 METRICS = {name: MetricFacts(**facts) for name, facts in FACTS.items()}
@@ -951,3 +952,23 @@ def test_a_difference_has_as_many_digits_as_its_interval_needs():
     assert signed(Difference(0.0, -0.7346, 0.7346, 1.0, 5)) == "+0.00 (-0.73 to +0.73)"
     assert signed(Difference(0.03, -0.09, 0.12, 0.5, 3)) == "+0.0300 (-0.0900 to +0.1200)"
     assert signed(Difference(1.2, None, None, None, 1)) == "+1.20"
+
+
+def test_the_metric_is_drawn_over_the_time_of_a_step(tmp_path):
+    for i, (method, score, step) in enumerate((("lora", 0.8, 0.1), ("diffora", 0.82, 0.06), ("random", 0.79, 0.06))):
+        for seed in (0, 1):
+            cell = ("own", method, "a")
+            time = {"search_s": 0.0, "finetune_s": 60.0, "total_s": 90.0, "step_s": step + 0.001 * seed}
+            made_run(tmp_path / f"{i}{seed}", method, seed, score + 0.01 * seed, cell, adapter=12_345, time=time)
+    [table] = tables_of(gather([tmp_path]).runs)
+    [(title, chart)], legend = pictures.time_charts(table)
+    assert title and [name for _, name in legend] == ["lora", "diffora", "random"]
+    assert chart.count("<circle") == 3 and chart.count("12.3k") == 3 and "a training step, ms" in chart
+    assert "diffora: 60.5, 0.825 ± 0.0071" in chart
+
+
+def test_without_times_of_steps_nothing_is_drawn_over_them(tmp_path):
+    for method in ("lora", "random"):
+        made_run(tmp_path / method, method, cell=("own", method, "a"))
+    [table] = tables_of(gather([tmp_path]).runs)
+    assert pictures.time_charts(table) == ([], [])

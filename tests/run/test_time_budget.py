@@ -13,7 +13,7 @@ from diffora.loop.parts import Parts
 from diffora.run import steptime
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.run.steptime import Counted, Timed, limit_layers, within_time
+from diffora.run.steptime import Counted, Timed, find_lowest, limit_layers
 
 SHORT = ["trainer=cpu", "logger=none", "task.train_rows=32", "task.validation_rows=16", "finetune.epochs=1"]
 SHORT += ["experiment=quickstart", "finetune.warmup_steps=0", "finetune.batch_size=8", "task.max_length=16"]
@@ -128,5 +128,5 @@ def test_shares_fall_with_the_lowest_layer(cfg, tmp_path):
     shares = [meter.from_layer(lowest).share for lowest in range(4)]
     assert shares == sorted(shares, reverse=True) and shares[0] == 1
     for budget in (0.6, 0.8, 0.95):
-        facts = within_time(budget, meter, parts.grid)
+        facts = find_lowest(budget, meter, parts.grid)
         assert facts["lowest_layer"] == next(i for i, share in enumerate(shares) if share <= budget)

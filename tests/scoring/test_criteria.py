@@ -2,10 +2,24 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from diffora.scoring.criteria import gradient_norm, square_sums, weight_times_activation
+from diffora.scoring.criteria import (
+    condition_number,
+    direction_norm,
+    gradient_norm,
+    mean_of_types,
+    mean_square,
+    norm_sums,
+    ranked_in_types,
+    signal_to_noise,
+    square_sums,
+    weight_times_activation,
+)
+
+NAN, INF = float("nan"), float("inf")
 
 
 def test_gradient_norm_is_frobenius():
@@ -36,3 +50,75 @@ def test_square_sums_add_up_over_parts():
 def test_square_sums_of_half_precision_do_not_overflow():
     squares, _ = square_sums(torch.full((1, 2, 3), 1000.0, dtype=torch.float16), torch.ones(1, 2))
     assert squares.tolist() == [2e6] * 3
+
+
+def test_the_mean_square_of_a_gradient():
+    gradient = torch.randn(3, 4, dtype=torch.float64)
+    assert mean_square(gradient).item() == pytest.approx(np.mean(gradient.numpy() ** 2), rel=1e-12)
+
+
+def test_norm_sums_against_a_plain_loop():
+    """Padding does not count, nor does a token whose input is all zero. The scale of a token does not matter."""
+    weight, x = torch.randn(6, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    x[mask == 0], x[0, 3], x[0, 1] = 100.0, 0.0, 7 * x[0, 1]
+    tokens = [x[b, t].numpy() for b, t in ((0, 0), (0, 1), (0, 2), (0, 4), (1, 0), (1, 1))]
+    expected = sum(np.linalg.norm(weight.numpy() @ z) / np.linalg.norm(z) for z in tokens)
+    total, count = norm_sums(weight, x, mask)
+    assert count == 6 and total.item() == pytest.approx(expected, rel=1e-12)
+    parts = [norm_sums(weight, x[:, at], mask[:, at]) for at in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(part[0] for part in parts), total)
+
+
+def test_the_norm_for_random_directions_against_its_known_values():
+    """For c times the identity it is c. For one row it is E|u_1|, known in closed form."""
+    assert direction_norm(3.0 * torch.eye(8, dtype=torch.float64), 0).item() == pytest.approx(3.0, rel=1e-12)
+    n = 16
+    known = math.gamma(n / 2) / (math.sqrt(math.pi) * math.gamma((n + 1) / 2))
+    row = torch.zeros(1, n, dtype=torch.float64).index_fill(1, torch.tensor([5]), 1.0)
+    found = [direction_norm(row, seed).item() for seed in range(16)]
+    assert np.mean(found) == pytest.approx(known, rel=0.02) and np.std(found) / known < 0.04
+    assert direction_norm(row, 0) == direction_norm(row, 0) != direction_norm(row, 1)
+
+
+def test_the_mean_of_a_type_is_over_the_layers_that_have_it():
+    found = mean_of_types(torch.tensor([[1.0, 2.0], [3.0, NAN]]))
+    torch.testing.assert_close(found, torch.tensor([[2.0, 2.0], [2.0, NAN]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
+def test_the_condition_number_against_numpy(shape):
+    weight = torch.randn(*shape, dtype=torch.float64)
+    values = np.linalg.svd(weight.numpy(), compute_uv=False)
+    assert condition_number(weight) == pytest.approx(values[0] / (values[-1] + 1e-8), rel=1e-4)
+    assert condition_number(weight) == pytest.approx(condition_number(5 * weight), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
+def test_the_signal_to_noise_ratio_against_numpy(shape):
+    weight = torch.randn(*shape, dtype=torch.float64) + 5 * torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
+    values = np.linalg.svd(weight.numpy(), compute_uv=False)
+    iqr = np.percentile(values, 75) - np.percentile(values, 25)
+    edge = iqr / 1.349 * (1 + math.sqrt(min(shape) / max(shape)))
+    signal, noise = values[values > edge].sum(), values[values <= edge].sum()
+    assert noise > 0 and signal_to_noise(weight) == pytest.approx(signal / noise / values[0], rel=1e-9)
+    assert signal_to_noise(2 * weight) == pytest.approx(signal_to_noise(weight) / 2)  # as published, scale matters
+
+
+def test_a_weight_without_noise_or_without_signal():
+    assert signal_to_noise(torch.eye(4)) == INF and signal_to_noise(torch.zeros(4, 4)) == 0.0
+
+
+def test_ranks_are_within_a_type_and_values_order_equal_ranks():
+    values = torch.tensor([[1.0, 100.0, INF], [2.0, 300.0, NAN], [0.5, 200.0, NAN], [2.0, 400.0, 0.0]])
+    found = ranked_in_types(values)
+    v = {x: x / (1 + x) for x in (1.0, 2.0, 0.5, 100.0, 300.0, 200.0, 400.0)}
+    expected = [
+        [(1 + v[1.0]) / 4, (0 + v[100.0]) / 4, (1 + 1) / 2],
+        [(2 + v[2.0]) / 4, (2 + v[300.0]) / 4, NAN],
+        [(0 + v[0.5]) / 4, (1 + v[200.0]) / 4, NAN],
+        [(2 + v[2.0]) / 4, (3 + v[400.0]) / 4, 0.0],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
+    best_half = found >= 0.5
+    assert best_half[:, 0].tolist() == [False, True, False, True] == best_half[:, 1].tolist()

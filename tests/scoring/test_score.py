@@ -100,6 +100,58 @@ def test_activation_scores_against_a_plain_loop():
         assert scores[i, j].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_plop_scores_against_a_plain_loop_in_float64():
+    """The input of Q and V is the hidden state, which the model returns. The directions are drawn once more here."""
+    scores = scored("plop", small_deberta(dtype=torch.float64), precision="64-true").scores
+    model = small_deberta(dtype=torch.float64).eval()
+    names = find_grid(model, "encoder.layer.*", TYPES).names
+    tokens = [[], []]
+    with torch.no_grad():
+        for batch in batches_of_2:
+            hidden = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}, output_hidden_states=True)
+            for layer in range(2):
+                for x, mask in zip(hidden.hidden_states[layer], batch["attention_mask"], strict=True):
+                    tokens[layer] += [x[t].numpy() for t in range(len(mask)) if mask[t]]
+    u = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    norm = np.linalg.norm
+    for j in (0, 1):
+        of_layers = []
+        for i in (0, 1):
+            weight = model.get_parameter(f"{names[i][j]}.weight").detach().numpy()
+            weight = weight / np.sqrt((weight**2).mean())
+            by_data = np.mean([norm(weight @ z) / norm(z) for z in tokens[i]])
+            of_layers.append(by_data / np.mean([norm(weight @ z) / norm(z) for z in u]))
+        assert scores[:, j].tolist() == pytest.approx([-np.mean(of_layers)] * 2, rel=1e-10)
+    assert scores[0].std() > 1e-3
+
+
+def test_fisher_scores_against_gradients_of_single_rows_in_float64():
+    scores = scored("fisher", small_deberta(dtype=torch.float64), precision="64-true").scores
+    model = small_deberta(dtype=torch.float64).eval()
+    names = find_grid(model, "encoder.layer.*", TYPES).names
+    weights = [model.get_parameter(f"{name}.weight").requires_grad_() for row in names for name in row]
+    total, n = [0.0] * len(weights), 0
+    for batch in batches_of_2:
+        for i in range(len(batch["row"])):
+            length = int(batch["attention_mask"][i].sum())
+            row = {k: v[i : i + 1, :length] if v.dim() == 2 else v[i : i + 1] for k, v in batch.items()}  # no padding
+            grads = torch.autograd.grad(mean_loss(model, [row]), weights)
+            total = [t + (g.numpy() ** 2).mean() for t, g in zip(total, grads, strict=True)]
+            n += 1
+    assert n == 16
+    assert scores.flatten().tolist() == pytest.approx([t / n for t in total], rel=1e-9)
+
+
+@EACH
+def test_weights_in_bfloat16_are_computed_with_in_float32(criterion):
+    """The scores of a model in bfloat16 are those of the same values in float32, up to the model's own rounding."""
+    model = small_deberta(dtype=torch.bfloat16)
+    same = copy.deepcopy(model).float()
+    found = scored(criterion, model, precision="bf16-mixed").scores
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, scored(criterion, same).scores, rtol=0.1, atol=1e-4)
+
+
 @EACH
 def test_gpt2s_transposed_weights_score_like_usual_ones(criterion):
     torch.manual_seed(0)

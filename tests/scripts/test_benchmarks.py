@@ -11,7 +11,7 @@ import torch
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from benchmarks import common, plots, report, run, scale, step  # noqa: E402
+from benchmarks import common, plots, report, run, scale, step, time_budget  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
 BERT = common.Shape("minilm", 4, 8, changes=SMALL | {"num_hidden_layers": 2})
@@ -251,3 +251,11 @@ def test_commands_write_only_to_the_given_file(module, arguments, tmp_path, monk
         assert list(tmp_path.iterdir()) == ([file] if more else [])
     assert "lora" in capsys.readouterr().out
     assert json.loads(file.read_text())["machine"]["threads"] > 0
+
+
+def test_selections_within_a_time_budget_have_the_parameters_of_lora_everywhere():
+    result = time_budget.measure(replace(BERT, rank=2), rounds=2, budgets=(0.1, 0.8))
+    [(budget, found)] = result["budgets"].items()  # 0.1 is impossible and left out
+    assert budget == "0.8" and found["lowest_layer"] == 1 and found["counted"] <= 0.8
+    everywhere = 2 * 2 * (4 * 64 + 2 * 96)
+    assert 0.9 * everywhere < found["parameters"] <= everywhere and found["measured"]["rounds"] == 2

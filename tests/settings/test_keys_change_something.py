@@ -203,6 +203,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.mask.start": "1", "method.mask.head": "true",
         }),
         (f"{SEARCH} method.selector=gradient", {"method.score_batches": "1"}),
+        (SEARCH, {"method.time_budget": "0.6"}),
+        (f"{SEARCH} method.time_budget=0.6", {"method.time_from": "measured"}),
     ],
     "Random": [
         (f"{TINY} method=random", {
@@ -211,6 +213,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "method.like": "conf", "method.adapter": "a/b/c", "method.shared_scale": "same",
         }),
         (f"{TINY} method=random method.scope=global", {"method.keep": "types"}),
+        (f"{TINY} method=random", {"method.time_budget": "0.6"}),
+        (f"{TINY} method=random method.time_budget=0.6", {"method.time_from": "measured"}),
         (f"{TINY} method=random method.regulariser.weight=0.1", {"method.regulariser.form": "mean_norm"}),
         (f"{TINY} method=random '{MASK}'", {
             "method.mask.every": "epoch", "method.mask.independent": "true", "method.mask.target": "update",

@@ -205,3 +205,17 @@ def detach(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
         layer.unmerge()
         model.set_submodule(name, layer.base)
+
+
+def taken(model: nn.Module) -> dict[str, nn.Module]:
+    """Take the low-rank layers out of a model, and put their base layers back. Returns the layers by their place."""
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base)
+    return dict(layers)
+
+
+def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put low-rank layers that `taken` returned in their places, all or some of them."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)

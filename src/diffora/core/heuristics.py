@@ -51,9 +51,16 @@ def heuristic_scores(name: str, grid: Grid) -> Tensor:
     return values.masked_fill(~grid.there, float("nan"))
 
 
-def group_sizes(scores: Tensor) -> list[int]:
-    """How many modules of each layer have the score 1, which are those that a heuristic by kind means."""
-    return [int(n) for n in (scores == 1).sum(-1)]
+def usual_sizes(name: str, scores: Tensor) -> list[int]:
+    """How many modules of each layer a heuristic selects if no number is given.
+
+    They are the modules that it is named after; for ``lower`` and ``upper`` half of the layers, rounded up.
+
+    Args:
+        scores: from `heuristic_scores`.
+    """
+    chosen = scores > -0.5 if name in ("lower", "upper") else scores == 1
+    return [int(n) for n in chosen.sum(-1)]
 
 
 def heuristic_problem(scores: Tensor, counts: Sequence[int], choices: Iterable[tuple[str, Sequence[int]]]) -> str:

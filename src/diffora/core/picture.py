@@ -116,15 +116,20 @@ def draw_dam(
         confident: whether ``values`` are the confidence of each module. Then colours are strongest at 0 and 1, and the
             frames of modules that are not decided are dashed (`diffora.core.certainty`).
     """
-    from matplotlib.patches import Rectangle  # matplotlib takes half a second to import
+    from matplotlib import colormaps  # matplotlib takes half a second to import
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
 
     if values is not None:
         centre, most = (EVEN, EVEN) if confident else colour_range(values, neutral)
         shown = differences(values, neutral) if isinstance(neutral, Sequence) else values
         label += ", minus 1/N" if isinstance(neutral, Sequence) else ""
+        colours: Any = "Reds" if neutral is None else "RdBu_r"
+        if confident:  # many modules are at 0 or 1, and frames could not be seen on the darkest colours
+            colours = ListedColormap(colormaps["RdBu_r"](range(32, 224)))
         image = axes.imshow(
             [[math.nan if value is None else value for value in column] for column in zip(*shown, strict=True)],
-            cmap="Reds" if neutral is None else "RdBu_r",
+            cmap=colours,
             vmin=centre if neutral is None else centre - most,
             vmax=centre + most,
             aspect="auto",

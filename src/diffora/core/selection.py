@@ -60,7 +60,8 @@ class Selection:
         longer_names: other modules of the model whose names end with a candidate's name, as in a model with the stacks
             ``layers`` and ``encoder.layers``.
         lowest_layer: layers below this one get no adapter, not even a shared one (``method.time_budget``).
-        split_hash: sha256 of the two parts of the training rows that the selector used.
+        split_hash: sha256 of the two parts of the training rows that the selector used; of an ensemble, its first
+            member.
         config: the settings that it was made with.
         facts: numbers by which the selector says how far its scores can be trusted; most selectors have none. Of an
             ensemble, the means over members.

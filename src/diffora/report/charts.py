@@ -20,6 +20,7 @@ class Line:
         points: (x, y).
         bars: half the height of the error bar at each point; empty for none.
         faint: whether the line is thin and pale.
+        label: text beside the last point.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     bars: Sequence[float] = ()
     faint: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,20 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_label: str, width: int = 380, height: int = 240, marks: bool = False
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    width: int = 380,
+    height: int = 240,
+    marks: bool = False,
+    round_ticks: bool = False,
 ) -> Markup:
-    """A chart of curves; empty without points. ``marks``: draw points and error bars."""
+    """A chart of curves; empty without points.
+
+    Args:
+        marks: draw points, error bars and labels.
+        round_ticks: the x axis has round numbers, even with few points.
+    """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y + sign * bar for line in lines for (_, y), bar in _barred(line) for sign in (-1, 1)]
     if not xs:
@@ -73,7 +86,8 @@ def line_chart(
     for y in ticks(y_low, y_high):
         parts.append(_rule(left, y_at(y), width - right, y_at(y)))
         parts.append(_text(left - 6, y_at(y) + 3.5, number(y), "end"))
-    shown = sorted(set(xs)) if marks and len(set(xs)) <= 8 else ticks(x_low, x_high, 5)
+    few = marks and not round_ticks and len(set(xs)) <= 8
+    shown = sorted(set(xs)) if few else ticks(x_low, x_high, 5)
     for x in shown:
         parts.append(_text(x_at(x), height - bottom + 15, number(x), "middle"))
     parts.append(_text((left + width - right) / 2, height - 4, x_label, "middle"))
@@ -97,6 +111,10 @@ def line_chart(
                 )
             )
         parts.append(Markup("</g>"))
+        if line.label:
+            x, y = x_at(line.points[-1][0]), y_at(line.points[-1][1])
+            inward = (x - 7, "end") if x > (left + width - right) / 2 else (x + 7, "start")
+            parts.append(_text(inward[0], y + 3.5, line.label, inward[1], "small"))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from diffora.report.agreement import Stability
 from diffora.report.comparisons import Comparison
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.statistics import Difference, Spread, spread
@@ -107,6 +108,7 @@ def mean_over_columns(table: ResultTable, row: str) -> Spread | None:
 MEASURES = (
     ("search, s", "time", "search_s"),
     ("fine-tuning, s", "time", "finetune_s"),
+    ("a step, s", "time", "step_s"),
     ("total, s", "time", "total_s"),
     ("peak memory, MB", "memory", "peak_rss_mb"),
     ("peak GPU memory, MB", "memory", "peak_cuda_mb"),
@@ -155,6 +157,36 @@ def _measure(cell: ResultCell, column: ResultColumn, part: str, key: str) -> str
     if found is None or not found.mean:
         return ""
     return SortableText(f"{found.mean:.0f}" + (f" ± {found.std:.0f}" if found.std is not None else ""), found.mean)
+
+
+def agreement_table(table: ResultTable, found: Sequence[tuple[str, str, str, Stability | None]]) -> TextTable | None:
+    """How far the seeds of each setting select the same modules, beside chance; None without such settings.
+
+    Args:
+        found: (row, column, selector, agreement), None for a single selection.
+    """
+    rows = [
+        [
+            row,
+            column,
+            selector,
+            SortableText(str(alike.n), alike.n),
+            f"{alike.jaccard:.2f}",
+            f"{alike.chance:.2f}",
+            f"{alike.low:.2f} to {alike.high:.2f}",
+            probability(alike.p),
+        ]
+        for row, column, selector, alike in found
+        if alike is not None
+    ]
+    labels = ["method", "task", "selector", "selections", "agreement", "by chance", "95 % of chance", "p"]
+    notes = [
+        "agreement: modules in common divided by modules in either, the mean over all pairs of seeds",
+        "by chance: its expected value for random selections of the same sizes; p: the share of random ones that agree "
+        "as well",
+        "selections that agree are not therefore good ones; a selector that needs no data always agrees with itself",
+    ]
+    return TextTable(f"{table.title}: agreement of the seeds", [("", labels)], rows, notes) if rows else None
 
 
 def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTable:

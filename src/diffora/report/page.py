@@ -41,13 +41,15 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path], margin: flo
     views = views_of(tables, found)
     files = [output / "index.html"]
     for table, view in zip(tables, views, strict=True):
-        texts = [text for text in (view.main, view.measures, view.comparisons) if text]
+        texts = [text for text in (view.main, view.measures, view.comparisons, view.agreement) if text]
         place = output / "tables" / table.name
         for suffix, form in ((".md", markdown), (".tex", latex)):
             files.append(place.with_name(place.name + suffix))
             write_text(files[-1], "\n".join(map(form, texts)))
         numbers = {"": comma_separated(texts[0]), "-cost": costs_csv(table)}
         numbers |= {"-comparisons": comparisons_csv(found[table.name])} if found[table.name] else {}
+        if view.agreement is not None:
+            numbers["-agreement"] = comma_separated(view.agreement)
         for kind, text in numbers.items():
             files.append(place.with_name(f"{place.name}{kind}.csv"))
             write_text(files[-1], text)
@@ -64,7 +66,7 @@ def _tables_of_page(page: Path) -> set[Path]:
     """The table files that belong to an earlier report's page."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
-    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")
+    ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv", "-agreement.csv")
     return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
 
 

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from diffora.core.certainty import certainty
 from diffora.core.parts import short_names
-from diffora.core.picture import STARTS, colour_range, start_gate
+from diffora.core.picture import EVEN, STARTS, colour_range, start_gate
 from diffora.report import charts
+from diffora.report.agreement import Stability, stability
 from diffora.report.charts import Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
-from diffora.report.layout import comparisons_table, cost_table, main_table
+from diffora.report.layout import agreement_table, comparisons_table, cost_table, main_table
 from diffora.report.results import ResultCell, ResultTable
 from diffora.report.runs import Run
-from diffora.report.statistics import Stability, finite, spread, stability
+from diffora.report.statistics import finite, spread
 
 LINES = 2 * charts.COLOURS  # most lines of a chart
 INTERVALS = 30  # most intervals of a forest plot
@@ -33,6 +35,7 @@ class Dams:
         single: why all seeds have the same selection, ``given`` or ``reused``; empty if they have their own.
         neutral: the gate at Γ = 0, in words: 1/N or 1/2. It has no colour.
         scale: distance of a relaxed DAM's entries from it at which colours are strongest; None if there is no DAM.
+        certainty: by seed, how many modules its ensemble decided, in words; empty without ensembles.
     """
 
     row: str
@@ -45,6 +48,7 @@ class Dams:
     single: str
     neutral: str
     scale: float | None
+    certainty: list[tuple[int, str]]
 
 
 class View:
@@ -59,11 +63,14 @@ class View:
         self.forests, self.forest_names, self.forest_note = forests(table, found)
         self.n_comparisons = len(found)
         self.curves, self.curves_note = dial_charts(table)
+        self.times, self.times_legend = time_charts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
         chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first.record.selection]
         drawn = chosen[: max(0, pictures)]
         self.dams = [shown for row, column, cell in drawn if (shown := dams(row, column, cell))]
         self.dams_left_out = len(chosen) - len(drawn)
+        alike = [(row, column, cell.selector, agreement(selections(cell))) for row, column, cell in chosen]
+        self.agreement = agreement_table(table, alike)
 
 
 def _shown(table: ResultTable) -> Iterable[tuple[tuple[str, str], ResultCell]]:
@@ -140,6 +147,42 @@ def dial_charts(table: ResultTable) -> tuple[list[tuple[str, Markup, list[tuple[
     return found, f"{cut} more lines not drawn" if cut else ""
 
 
+def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]]]:
+    """The metric over the mean time of a training step: a point for each row, labelled with its adapter parameters.
+
+    Returns:
+        (a chart for each column in which two rows have times, a legend of methods and selectors)
+    """
+    found, methods = [], list(dict.fromkeys(_kind(cell.first) for _, cell in _shown(table)))
+    for column in table.columns:
+        key, lines = column.compared, []
+        for (row, name), cell in _shown(table):
+            metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
+            if name == column.name and metric and step and len(lines) < LINES:
+                point, bar = (1000 * step.mean, metric.mean), metric.std or 0.0
+                colour = methods.index(_kind(cell.first))
+                lines.append(Line(row, colour, [point], [bar], label=short_number(cell.size or 0)))
+        if len(lines) > 1:
+            chart = charts.line_chart(lines, "a training step, ms", column.title, marks=True, round_ticks=True)
+            found.append((column.title, chart))
+    return found, list(enumerate(methods)) if found else []
+
+
+def _kind(run: Run) -> str:
+    """The method of a run, with its selector if that is not the method's usual one."""
+    selector = run.record.selection.get("selector", "search")
+    usual = selector in ("search", "random", "given", "none")
+    return run.record.method if usual else f"{run.record.method}, {selector}"
+
+
+def short_number(value: float) -> str:
+    """A number of parameters in few characters: 950, 12.3k, 1.32M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
 def training_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
     """Metric, training loss and generalisation gap by epoch: means over the seeds, up to the shortest run's end."""
     rows = table.rows[:LINES]
@@ -178,36 +221,49 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
     return points
 
 
+def agreement(files: Mapping[int, "_Selected"]) -> Stability | None:
+    """How far the selections of the seeds agree; None if they are fewer than two, or a list in the settings.
+
+    Random selections keep the size of each layer if all selections have the same sizes, unless they are global ones.
+    """
+    if not files or any(found.given for found in files.values()):
+        return None
+    # Several runs may use the selection of one search. It agrees with itself, so it must count once.
+    masks = np.array(list({(found.seed, found.mask.tobytes()): found.mask for found in files.values()}.values()))
+    first = next(iter(files.values()))
+    counts = masks.sum(-1)
+    by_layer = first.scope != "global" and bool((counts == counts[0]).all())
+    return stability(masks, by_layer, first.there)
+
+
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     """What the seeds of a setting selected; None if their files do not say, or are for different modules."""
-    files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
-    if len({(found.mask.shape, found.relaxation, *found.types) for found in files.values()}) != 1:
+    files = selections(cell)
+    if not files:
         return None
     first = next(iter(files.values()))
     types, there, relaxation = first.types, first.there, first.relaxation
     labels, starts = short_names(types), [start_gate(relaxation, int(n)) for n in there.sum(-1)]
     neutral = starts[0] if len(set(starts)) == 1 else starts
     stacked = np.array([found.mask for found in files.values()])
-    # Several runs may use the selection of one search. It agrees with itself, so it must count once.
-    of = {(found.seed, found.mask.tobytes()): found.mask for found in files.values()}
+    several = {(found.seed, found.mask.tobytes()) for found in files.values()}
     given = cell.first.record.selection.get("selector") == "given"
-    single = "given" if given else "reused" if len(of) == 1 < len(files) else ""
+    single = "given" if given else "reused" if len(several) == 1 < len(files) else ""
     relaxed = [found.gamma_bar for found in files.values() if found.gamma_bar is not None]
     blanks = [[[None if math.isnan(v) else v for v in layer] for layer in values.tolist()] for values in relaxed]
     scale = max((colour_range(values, neutral)[1] for values in blanks), default=None)
     seeds = []
     for seed, found in list(files.items())[: 0 if single else SEEDS]:
-        if found.gamma_bar is None:
+        if found.confidence is not None:
+            picture = charts.heatmap(found.confidence.tolist(), [], found.mask.tolist(), EVEN, EVEN, cell=15)
+        elif found.gamma_bar is None:
             shown = np.where(there, found.mask, np.nan)
             picture = charts.heatmap(shown.tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
             picture = charts.heatmap(values, [], found.mask.tolist(), neutral, scale or 1.0, cell=15)
         seeds.append((seed, picture))
-    counts = stacked.sum(-1)
-    by_layer = cell.first.record.selection.get("k") is not None or (
-        not there.all() and bool((counts == counts[0]).all())
-    )
+    sure = [(seed, found.certainty) for seed, found in files.items() if found.certainty]
     return Dams(
         row,
         column,
@@ -215,10 +271,11 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
         seeds,
         trajectory_charts(cell, labels),
         list(enumerate(labels)),
-        None if single else stability(np.array(list(of.values())), by_layer, there),
+        None if single else agreement(files),
         single,
         STARTS[relaxation],
         None if single else scale,
+        sure,
     )
 
 
@@ -233,6 +290,10 @@ class _Selected:
         gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
         relaxation: how the search relaxed Γ.
         there: boolean, L x N, which layer has a module of which type.
+        scope: of the method, ``layer`` or ``global``; None for a method without one.
+        confidence: L x N of an ensemble, NaN where a layer has no such module; None without one.
+        certainty: how many modules are decided, in words; empty without a confidence.
+        given: whether it is a list in the settings.
     """
 
     seed: int
@@ -241,6 +302,17 @@ class _Selected:
     gamma_bar: np.ndarray | None
     relaxation: str
     there: np.ndarray
+    scope: object
+    confidence: np.ndarray | None = None
+    certainty: str = ""
+    given: bool = False
+
+
+def selections(cell: ResultCell) -> dict[int, _Selected]:
+    """The selection of each seed; empty if the files do not say, or are for different modules."""
+    files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
+    kinds = {(found.mask.shape, found.relaxation, *found.types) for found in files.values()}
+    return files if len(kinds) == 1 else {}
 
 
 def _selection(run: Run, cell: ResultCell) -> _Selected | None:
@@ -267,7 +339,17 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
         relaxation = content.get("relaxation") or "softmax"
         start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
-        return _Selected(of, mask, types, relaxed, relaxation, there)
+        scope, sure, words = run.config.get("method.scope"), content.get("confidence"), ""
+        given = run.record.selection.get("selector") == "given"
+        if sure is not None:
+            words, sure = certainty(sure, int(content["ensemble"])), _numbers(sure)
+            if (
+                sure.shape != mask.shape
+                or (np.isnan(sure) != ~there).any()
+                or not ((sure >= 0) & (sure <= 1))[there].all()
+            ):
+                return None
+        return _Selected(of, mask, types, relaxed, relaxation, there, scope, sure, words, given)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 

@@ -94,6 +94,11 @@ class ResultCell:
         return record.method == "diffora" and record.selection.get("selector", "search") == "search"
 
     @property
+    def selector(self) -> str:
+        """What selected the modules; empty if nothing did."""
+        return str(self.first.record.selection.get("selector") or "")
+
+    @property
     def reused(self) -> bool:
         """Whether other runs searched or scored the modules, so that these runs have no search time."""
         record = self.first.record

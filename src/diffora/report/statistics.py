@@ -239,59 +239,6 @@ def largest_block(
     return *best, np.array([[by_mask[mask][seed] for seed in best[1]] for mask in best[0]])
 
 
-@dataclass(frozen=True)
-class Stability:
-    """Mean Jaccard index over all pairs of n selections; for chance, its mean and central 95 %."""
-
-    jaccard: float
-    chance: float
-    low: float
-    high: float
-    n: int
-
-
-def stability(
-    masks: np.ndarray, by_layer: bool, there: np.ndarray | None = None, draws: int = 1000
-) -> Stability | None:
-    """How far selections agree, compared with random selections of the same sizes.
-
-    Args:
-        masks: boolean, selections x L x N.
-        there: boolean, L x N, which layer has a module of which type; None: every layer has all.
-        by_layer: whether random selections keep the size of each layer, or only the size of the whole selection.
-        draws: number of random sets of selections.
-    """
-    n = len(masks)
-    if n < 2:
-        return None
-    flat = masks if by_layer else masks.reshape(n, 1, -1)
-    keys = np.random.default_rng(0).random((draws, *flat.shape))
-    order = keys.argsort(-1)
-    if there is not None and not there.all():  # ranks of the random numbers, those of missing modules last
-        order = (keys + ~there.reshape(flat.shape[1:])).argsort(-1).argsort(-1)
-    drawn = order < flat.sum(-1, keepdims=True)
-    by_chance = _mean_jaccard(drawn.reshape(draws, n, -1))
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(by_chance, [tail, 1 - tail])
-    found = _mean_jaccard(masks.reshape(1, n, -1))
-    return Stability(float(found[0]), float(by_chance.mean()), float(low), float(high), n)
-
-
-def _mean_jaccard(masks: np.ndarray) -> np.ndarray:
-    """Mean Jaccard index over all pairs of selections, shape (draws,) from (draws, selections, modules).
-
-    Two empty selections agree: their index is 1.
-    """
-    flags = masks.astype(np.float32)
-    both = flags @ flags.transpose(0, 2, 1)
-    sizes = flags.sum(-1)
-    either = sizes[:, :, None] + sizes[:, None, :] - both
-    index = np.divide(both, either, out=np.ones_like(both), where=either > 0)
-    first, second = np.triu_indices(masks.shape[1], 1)
-    mean: np.ndarray = index[:, first, second].mean(-1)
-    return mean
-
-
 LARGEST = sys.float_info.max**0.25
 """Largest usable number of a record: squares and sums of squares of larger numbers would overflow."""
 

@@ -26,7 +26,7 @@ from diffora.methods.selecting import Selecting
 from diffora.records import ENDED, write_record
 from diffora.run import memory, terminal
 from diffora.run.record import read_record
-from diffora.run.steptime import Counted, within_time, words
+from diffora.run.steptime import Counted, find_lowest, words
 from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
@@ -56,7 +56,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     if (budget := getattr(method, "time_budget", None)) is not None:
         assert isinstance(method, Selecting)
         meter = Counted(settings, method, task)
-        step_time = within_time(budget, meter, grid)
+        step_time = find_lowest(budget, meter, grid)
         grid = replace(grid, lowest_layer=step_time["lowest_layer"])
         method.check(model, grid)
     check_stages(settings, method, grid, None)

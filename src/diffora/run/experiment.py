@@ -251,11 +251,12 @@ def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:
 
 
 def times(parts: Parts, search_s: float, module: FineTuneModule, began: float) -> dict[str, float | None]:
-    """The record's ``time``, in seconds: of each stage, of the whole run, and until the first training step."""
+    """The record's ``time``, in seconds: of each stage, a training step, the whole run, and until the first step."""
     total = max(time.time() - began, search_s + module.elapsed)  # a resumed run counts its earlier attempts' stages
     return {
         "search_s": round(search_s, 3),
         "finetune_s": round(module.elapsed, 3),
+        "step_s": None if module.step_seconds is None else round(module.step_seconds, 6),
         "total_s": round(total, 3),
         "startup_s": None if parts.first_step_at is None else round(parts.first_step_at - began, 3),
     }

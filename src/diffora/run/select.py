@@ -85,8 +85,8 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    made = {"split_hash": rows.hash, "config": _provenance(parts)}
-    selection = replace(chosen, relaxation=result.relaxation, facts=result.facts, **made)
+    found = replace(chosen, relaxation=result.relaxation, facts=result.facts)
+    selection = replace(found, split_hash=rows.hash, config=_provenance(parts))
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():

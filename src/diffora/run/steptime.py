@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from diffora.backbones.meta import meta_backbone
 from diffora.backbones.precision import AUTOCAST
-from diffora.core.attach import attach
+from diffora.core.attach import attach, put, taken
 from diffora.core.grid import Grid, find_grid
-from diffora.core.lowrank import LowRankLinear, set_kernel
+from diffora.core.lowrank import set_kernel
 from diffora.core.picture import layer_labels
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
@@ -82,7 +82,7 @@ def meter_of(settings: Settings, method: Selecting, task: Task, parts: Parts | N
     return Counted(settings, method, task)
 
 
-def within_time(budget: float, meter: Meter, grid: Grid) -> dict[str, Any]:
+def find_lowest(budget: float, meter: Meter, grid: Grid) -> dict[str, Any]:
     """Find the lowest layer that may have adapters.
 
     Returns:
@@ -122,7 +122,7 @@ def limit_layers(parts: Parts, method: Method) -> dict[str, Any]:
     A run that resumes uses what its earlier attempt found, because timed steps never give quite the same again.
 
     Returns:
-        For the record, as of `within_time`; empty without a budget.
+        For the record, as of `find_lowest`; empty without a budget.
 
     Raises:
         UserError: the budget is too small, or no selection fits the layers that it leaves.
@@ -132,7 +132,7 @@ def limit_layers(parts: Parts, method: Method) -> dict[str, Any]:
         return {}
     assert isinstance(method, Selecting)
     earlier = (read_record(parts.folder) or {}).get("step_time") if parts.settings.resume else None
-    facts = earlier or within_time(budget, meter_of(parts.settings, method, parts.task, parts), parts.grid)
+    facts = earlier or find_lowest(budget, meter_of(parts.settings, method, parts.task, parts), parts.grid)
     parts.grid = replace(parts.grid, lowest_layer=facts["lowest_layer"])
     method.check(parts.model, parts.grid)  # once more, for the layers that are left
     log.info(f"time budget: {words(facts, parts.grid)}")
@@ -330,23 +330,6 @@ class _Timer:
             torch.cuda.synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
-
-
-# --- adapters that are put in and taken out again ---
-
-
-def taken(model: nn.Module) -> dict[str, nn.Module]:
-    """Take the low-rank layers out of a model, and put their base layers back. Returns the layers by their place."""
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)}
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base)
-    return dict(layers)
-
-
-def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put low-rank layers in their places."""
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
 
 
 def _everywhere(model: nn.Module, grid: Grid, method: Selecting) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
-from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, group_sizes, heuristic_problem, heuristic_scores
+from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores, usual_sizes
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
@@ -53,8 +53,8 @@ def select(
             ``loss(batch)`` is a scalar (`diffora.scoring.function`).
         loader: batches of training data, for the selectors that need data.
         loss: ``loss(model, batch)``, a scalar; None: ``model(**batch).loss``.
-        k, scope, layer, candidates: as in `diffora.standalone.search.search`. Without ``k``, ``qv``, ``attention`` and
-            ``ffn`` select the modules that they are named after.
+        k, scope, layer, candidates: as in `diffora.standalone.search.search`. Without ``k``, heuristics select the
+            modules that they are named after, and ``lower`` and ``upper`` half of the layers.
         n_batches: how many batches of the loader are used, at most.
         seed: of ``random``, of the random directions of ``plop``, and of the order of a shuffled loader.
         progress: show a progress bar, in a terminal or notebook.
@@ -164,21 +164,21 @@ def _scores(
     return measure.scores(sums)
 
 
-def _heuristic(selector: str, grid: Grid, k: int | None, scope: str) -> tuple[Tensor, int | list[int] | None]:
-    """(scores, k) of a heuristic. Without ``k``, one by kind selects the modules that it means.
+def _heuristic(selector: str, grid: Grid, k: int | None, scope: str) -> tuple[Tensor, int | list[int]]:
+    """(scores, k) of a heuristic. Without ``k``, there is a number for each layer, as the rule says.
 
     Raises:
         UserError: the names do not show which modules are meant, or ``k`` would divide modules of equal scores.
     """
     scores = heuristic_scores(selector, grid)
-    if k is None and selector in KINDS:
-        return scores, group_sizes(scores)
+    if k is None:
+        return scores, usual_sizes(selector, scores)
 
-    def counts(k: int | None) -> list[int]:
+    def counts(k: int) -> list[int]:
         found = [modules_of(k, size) for size in grid.sizes]
         return found if scope == "layer" else [sum(found)]
 
     choices = ((f"k={n}", counts(n)) for n in range(1, min(grid.sizes)))
     if problem := heuristic_problem(scores, counts(k), choices):
-        raise UserError(f"selector={selector}: k={k} {problem}")
+        raise UserError(f"selector={selector}: k={k} {problem}; without k, the rule gives the number")
     return scores, k

@@ -22,6 +22,7 @@ from diffora.methods.base import Adaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Outputs, Split, Task
 from diffora.tasks.classes import ClassResults
+from diffora.training.clock import StepClock
 from diffora.training.criterion import Criterion
 from diffora.training.optimisers import make_optimiser, make_schedule
 
@@ -85,6 +86,7 @@ class FineTuneModule(Stage):
         self._outputs: list[list[Outputs]] = [[] for _ in validation]
         self._losses: list[Tensor] = []
         self._seen: list[Outputs] = []
+        self._stepping = StepClock()
         self._finished = False  # whether a checkpoint is of the last step
         self._step = -1  # the optimiser step of the last micro-batch
         self._terms = 0.0  # terms of the present micro-batch in this process
@@ -180,6 +182,18 @@ class FineTuneModule(Stage):
         """The present learning rate."""
         rate: float = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         return rate
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.trainer.is_last_batch and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._stepping.tick(starts=batch_idx == 0)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Mean seconds of an optimiser step, without evaluation; None if there was no step to measure."""
+        batch = self._stepping.mean
+        return None if batch is None else batch * self.settings.accumulate
 
     def on_after_backward(self) -> None:
         self.adaptation.after_backward()
@@ -297,12 +311,14 @@ class FineTuneModule(Stage):
             "best_classes": self.best_classes and vars(self.best_classes),
             "method": self.adaptation.state(),
             "finished": self.current_epoch + 1 >= len(self.plan),
+            "stepping": [self._stepping.seconds, self._stepping.batches],
         }
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
         self.best_classes = memory["best_classes"] and ClassResults(**memory["best_classes"])
         self._finished = bool(memory["finished"])
+        self._stepping = StepClock(*memory.get("stepping", ()))
         self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])
 

@@ -1,0 +1,66 @@
+"""`diffora.within_time`: a selection of the upper layers within a share of the step time, for a user's model."""
+
+import pytest
+import torch
+from library import CASES, assert_same, state
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffora
+from diffora.core.attach import attach
+from diffora.core.counts import above
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_selection_within_time_has_the_best_modules_of_the_upper_layers(name, scope):
+    make, batches, loss = CASES[name]
+    torch.manual_seed(0)
+    model, batch = make(), batches()[0]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = state(model)
+    everything = diffora.select(model, "random", k=1, scope=scope, seed=3)
+    top = len(everything.modules) - 1
+    found = diffora.within_time(model, everything, batch, 0.9, loss=loss)
+    assert_same(before, state(model))
+    assert all(parameter.grad.eq(1).all() for parameter in model.parameters())
+    lowest = found.lowest_layer
+    assert 0 < lowest <= top and found.scores == everything.scores
+    if scope == "layer":
+        assert found.selected[lowest:] == everything.selected[lowest:] and not any(found.selected[:lowest])
+    else:
+        left = [value for row in found.scores[lowest:] for value in row if value is not None]
+        worst = sorted(left, reverse=True)[: len(everything.names())][-1]
+        values = zip(found.scores, found.mask().tolist(), strict=True)
+        chosen = {v for row, flags in values for v, flag in zip(row, flags, strict=True) if flag}
+        assert chosen == {value for value in left if value >= worst}
+
+
+def test_the_share_is_that_of_torchs_counter():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4)))
+    batch = torch.randn(5, 8)
+    found = diffora.select(model, "random", layer="*", k=1)
+    loss = lambda net, rows: net(rows).pow(2).mean()  # noqa: E731
+    within = diffora.within_time(model, found, batch, 0.75, loss=loss, rank=2)
+    counts = []
+    for lowest in (0, within.lowest_layer):
+        attach(model, above(found.modules, lowest), torch.ones(4, 2, dtype=torch.bool), 2, None, 1.0)
+        with FlopCounterMode(display=False) as counter:
+            loss(model, batch).backward()
+        counts.append(counter.get_total_flops())
+        diffora.core.attach.detach(model)
+    assert within.config["time_budget"]["share"] == counts[1] / counts[0] <= 0.75
+    attached = diffora.attach(model, within, rank=2, shared_rank=1)
+    adapted = {int(name[0]) for name, _ in diffora.core.lowrank.lowrank_layers(attached)}
+    assert adapted == set(range(within.lowest_layer, 4))
+
+
+def test_impossible_arguments_are_refused():
+    make, batches, loss = next(iter(CASES.values()))
+    model, batch = make(), batches()[0]
+    found = diffora.select(model, "random", k=1)
+    for budget, words in ((0.2, r"too small: .* has the share 0\.\d+"), (0, "above 0"), ("a", "above 0")):
+        with pytest.raises(diffora.UserError, match=words):
+            diffora.within_time(model, found, batch, budget, loss=loss)
