@@ -4,8 +4,9 @@
 
 A measurement in claims.json has one of these inputs; the script adds what follows from it.
 
-- ``differences``, ours less theirs, each from one of: ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean,
-  standard deviation, n] of ours and of theirs; unpaired), ``stated`` ([mean, low, high, n] as on the page; paired).
+- ``differences``, ours less theirs, each from one of: two ``rows`` of another JSON ``file``, with values by seed
+  (paired), ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean, standard deviation, n] of ours and of
+  theirs; unpaired), ``stated`` ([mean, low, high, n] as on the page; paired).
 - ``percentile`` and ``draws``: a selector of selection_quality, a column of selection_draws, in their JSON files.
 - ``exact``: a result in words.
 
@@ -53,7 +54,13 @@ def interval(mean: float, error: float, n: int) -> Difference:
     return Difference(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)
 
 
-def difference(given: Found) -> Difference:
+def by_seed(given: Found, facts: Found, factor: float) -> dict[int, float]:
+    """A metric by seed of the one row of a JSON file that has these facts."""
+    [row] = [row for row in json.loads((ROOT / given["file"]).read_text()) if facts.items() <= row.items()]
+    return {int(seed): factor * values[given["metric"]] for seed, values in row["seeds"].items()}
+
+
+def difference(given: Found, factor: float) -> Difference:
     """Of ours from theirs, from whatever was kept of the runs."""
     if "means" in given:
         return unpaired(*given["means"])
@@ -62,8 +69,11 @@ def difference(given: Found) -> Difference:
         error = Difference(mean, low, high, None, n).error
         assert error is not None
         return Difference(mean, low, high, interval(mean, error, n).p, n)
-    pairs = {int(seed): pair for seed, pair in given["values"].items()}
-    found = paired({seed: pair[0] for seed, pair in pairs.items()}, {seed: pair[1] for seed, pair in pairs.items()})
+    if "rows" in given:
+        ours, theirs = (by_seed(given, facts, factor) for facts in given["rows"])
+    else:
+        ours, theirs = ({int(seed): pair[i] for seed, pair in given["values"].items()} for i in (0, 1))
+    found = paired(ours, theirs)
     assert found is not None
     return found
 
@@ -72,13 +82,18 @@ def with_difference(given: Found, found: Difference, margin: float | None) -> di
     def short(value: float | None, digits: int = 3) -> float | None:
         return None if value is None else round(value, digits)
 
-    facts = {"mean": short(found.mean), "low": short(found.low), "high": short(found.high), "n": found.n}
+    facts: dict[str, Any] = {
+        "mean": short(found.mean),
+        "low": short(found.low),
+        "high": short(found.high),
+        "n": found.n,
+    }
     facts |= {"p": short(found.p, 5), "detectable": short(found.detectable), "verdict": verdict(found, margin)}
     return {**given, **facts}
 
 
 def with_percentile(given: Found) -> dict[str, Any]:
-    """A percentile among all choices is better than chance if p < 0.05 over all choices and among those of equal size."""
+    """Percentiles of one selector: better than chance if p < 0.05 over all choices and among those of equal size."""
     selector = json.loads((ROOT / given["file"]).read_text())["selectors"][given["selector"]]
     equal = selector["equal_size"]
     facts = {"percentile": selector["percentile"], "p": round(selector["p"], 5), "n": len(selector["seeds"])}
@@ -104,9 +119,10 @@ def filled(content: Found) -> dict[str, Any]:
     for claim in content["claims"]:
         measured = []
         for one in claim["measured"]:
-            margin = None if "unit" in one else content["margin"]
+            margin, factor = (None, 1) if "unit" in one else (content["margin"], 100)
             if "differences" in one:
-                one = one | {"differences": [with_difference(d, difference(d), margin) for d in one["differences"]]}
+                found = [with_difference(d, difference(d, factor), margin) for d in one["differences"]]
+                one = one | {"differences": found}
             elif "percentile" in one:
                 one = one | {"percentile": with_percentile(one["percentile"])}
             elif "draws" in one:
@@ -140,7 +156,7 @@ def measured_cells(one: Found) -> tuple[str, str, list[str]]:
         return str(d["n"]), f"{ranged(d)}; as one choice p = {d['p_one_choice']:.3f}", [d["verdict"]]
     found = one["differences"]
     figures = "; ".join(f"{d['of']}: {ranged(d, one.get('digits', 1))}".removeprefix(": ") for d in found)
-    return str(found[0]["n"]), figures, [d["verdict"] for d in found]
+    return " to ".join(str(n) for n in sorted({d["n"] for d in found})), figures, [d["verdict"] for d in found]
 
 
 def table(content: Found) -> str:
@@ -163,14 +179,17 @@ def table(content: Found) -> str:
 
 def counted(content: Found) -> str:
     """One paragraph: how many intervals exclude 0, and what the comparisons could have shown."""
-    every = [d for claim in content["claims"] for one in claim["measured"] if "unit" not in one for d in tested(one)]
-    apart = sum(d["low"] > 0 or d["high"] < 0 for d in every)
-    strict = sum(p < 1 - LEVEL for p in holm([d["p"] for d in every]))
-    could = sorted(d["detectable"] for d in every)
+    measured = [one for claim in content["claims"] for one in claim["measured"] if "unit" not in one]
+    every = [(f"{one['on'].split(' (')[0]}, {d['of']}", d) for one in measured for d in tested(one)]
+    apart = sum(d["low"] > 0 or d["high"] < 0 for _, d in every)
+    adjusted = holm([d["p"] for _, d in every])
+    remain = [name for (name, _), p in zip(every, adjusted, strict=True) if p < 1 - LEVEL]
+    could = [d["detectable"] for _, d in every]
+    named = f"{len(remain)} would be significant: {'; '.join(remain)}" if remain else "none would be significant"
     return (
-        f"Of the {len(every)} differences in points, {apart} have an interval without 0; {strict} of them remain after "
-        "Holm's correction for all. With a probability of 80 % these comparisons find a difference of "
-        f"{could[0]:.1f} points at best, and of {statistics.median(could):.1f} in the median."
+        f"{len(every)} differences are in points. The interval of {apart} does not include 0. After Holm's correction "
+        f"for all, {named}. With a probability of 80 % these comparisons find a difference of {min(could):.1f} points "
+        f"at best, and of {statistics.median(could):.1f} in the median."
     )
 
 
