@@ -66,10 +66,10 @@ def table(rows: Rows) -> str:
         both = row["seeds"].keys() & lora["seeds"].keys()
         cells = [f"{row['epochs']} epochs, {row['method']}", str(len(both))]
         for name, (_, _, decimals) in MEASURES.items():
-            found = paired(by_seed(row, name), by_seed(lora, name))
-            text = "" if found is None else f"{found.mean:+.{decimals}f}"
-            if found is not None and found.low is not None:
-                text += f" ({found.low:+.{decimals}f} to {found.high:+.{decimals}f})"
+            less = paired(by_seed(row, name), by_seed(lora, name))
+            text = "" if less is None else f"{less.mean:+.{decimals}f}"
+            if less is not None and less.low is not None:
+                text += f" ({less.low:+.{decimals}f} to {less.high:+.{decimals}f})"
             cells.append(text.replace("-", "−"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

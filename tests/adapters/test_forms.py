@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TYPES, batch_of
 from finished_run import run_of
+from safetensors.torch import load_file
 from small import small_deberta
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -303,10 +304,21 @@ out.write_text(json.dumps([given[:-1], config["r"], config["lora_alpha"], sorted
 """
 
 
+WHOLE_CONVERTER = """
+import json, pathlib, sys
+given = sys.argv[1:]
+model = pathlib.Path(given[-1])
+assert json.loads((model / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+assert (model / "tokenizer.json").is_file() and "--base" not in given
+assert given[given.index("--outtype") + 1] == "f16"
+pathlib.Path(given[given.index("--outfile") + 1]).write_bytes((model / "model.safetensors").read_bytes())
+"""
+TALKING = ["task=dialogue", "model=tiny_llama", "task.train_rows=16", "task.validation_rows=8"]
+
+
 def talking(tmp_path, *overrides: str):
     """A finished run of a language model, whose adapter has no head."""
-    more = ["task=dialogue", "model=tiny_llama", "task.train_rows=16", "task.validation_rows=8"]
-    return run_of(tmp_path / "run", "method=lora", *more, *overrides).folder
+    return run_of(tmp_path / "run", "method=lora", *TALKING, *overrides).folder
 
 
 def test_gguf_is_written_by_the_converter_of_llama_cpp(finished, tmp_path, monkeypatch):
@@ -329,6 +341,17 @@ def test_gguf_is_written_by_the_converter_of_llama_cpp(finished, tmp_path, monke
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match=r"llama.cpp takes no head, and this adapter has"):
         exported(finished, "form=gguf", f"to={tmp_path / 'other'}")
+
+
+def test_gguf_of_a_fully_fine_tuned_model_has_its_trained_weights(tmp_path):
+    done, script = run_of(tmp_path / "run", "method=full_ft", *TALKING), tmp_path / "convert_hf_to_gguf.py"
+    with pytest.raises(UserError, match=r"needs llama.cpp's convert_hf_to_gguf.py, but there is no"):
+        exported(done.folder, "form=gguf")
+    script.write_text(WHOLE_CONVERTER)
+    found = load_file(exported(done.folder, "form=gguf", f"converter={script}") / "model.gguf")
+    trained, base = done.model.state_dict(), load_file(EMBEDDED.parent / "tiny_llama" / "model.safetensors")
+    assert found and all(torch.equal(found[name], trained[name]) for name in found)
+    assert not all(torch.equal(found[name], base[name].float()) for name in found)
 
 
 def test_a_fully_fine_tuned_model_is_whole_already(tmp_path):

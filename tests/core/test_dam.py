@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from diffora.core.dam import (
     RELAXATIONS,
+    comparable,
     discretise,
     discretise_globally,
     entropy,
+    initial_gamma,
     modules_per_layer,
     neutral_gate,
     relax,
@@ -41,11 +43,25 @@ def test_sigmoid_gates_are_independent_and_one_half_at_zero():
 @pytest.mark.parametrize("relaxation", list(RELAXATIONS))
 def test_the_neutral_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
     gates = relax(torch.zeros(3, 5, dtype=torch.float64), relaxation)
-    assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] in (0.2, 0.5)
+    expected = {"softmax": 0.2, "scaled_softmax": 1.0, "sigmoid": 0.5}
+    assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] == expected[relaxation]
+
+
+def test_scaled_gates_have_mean_one_in_layers_of_any_size():
+    gamma = initial_gamma(torch.tensor([[True] * 4, [True, False, True, False]])).double()
+    gamma = gamma + torch.randn(2, 4, dtype=torch.float64)
+    gates, there = relax(gamma, "scaled_softmax"), gamma.isfinite()
+    assert [row[has].mean().item() for row, has in zip(gates, there, strict=True)] == pytest.approx([1.0, 1.0])
+    assert (gates[~there] == 0).all()
+    torch.testing.assert_close(gates, relax(gamma) * torch.tensor([[4.0], [2.0]]))
+    assert torch.equal(comparable(gates, [4, 2]), gates)  # they are on one scale already
+    free = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: relax(x, "scaled_softmax"), free)
+    assert torch.autograd.gradgradcheck(lambda x: relax(x, "scaled_softmax"), free)
 
 
 def test_an_unknown_relaxation_is_refused():
-    with pytest.raises(ValueError, match="relaxation='hard' must be one of softmax, sigmoid"):
+    with pytest.raises(ValueError, match="relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"):
         relax(torch.zeros(1, 2), "hard")
 
 

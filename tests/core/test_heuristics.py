@@ -1,6 +1,7 @@
 """Heuristics: what they select, in which scopes, and that no tie ever decides."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_a_budget_that_would_choose_the_number_is_refused(cfg):
     with pytest.raises(UserError, match=r"qv does not go with method\.scope=global and method\.budget"):
         check(cfg(*budget, "method.scope=global"))
     check(cfg(*budget))
+
+
+def test_only_layers_that_may_have_adapters_count(cfg):
+    """With a time budget, the lower layers have no adapters."""
+    model = random_model("bert", num_hidden_layers=4)
+    upper = replace(find_grid(model), lowest_layer=2)
+    quick = "experiment=quickstart", "method.selector=qv", "method.scope=global"
+    method = check(cfg(*quick, "rho=0.34"))[0].method
+    method.check(model, find_grid(model))
+    with pytest.raises(UserError, match=r"would select 8 modules in all, .* possible: rho=0\.17"):
+        method.check(model, upper)
+    method = check(cfg(*quick, "rho=0.17"))[0].method
+    method.check(model, upper)
+    assert [len(row) for row in method.choose(upper, None, 0).selected] == [0, 0, 2, 2]
 
 
 def test_a_run_without_a_search(cfg, quick, tmp_path):

@@ -1,5 +1,7 @@
 """``method.time_budget`` in runs: shares equal to those of computed steps, refusals, files and resuming."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,19 +27,18 @@ def loaded(cfg, folder, *more):
     return Parts.load(settings, folder, task), settings.method
 
 
-@pytest.mark.parametrize("lowest", [0, 3])
-def test_counted_operations_are_those_of_a_computed_step(cfg, tmp_path, lowest):
+def test_counted_operations_are_those_of_a_computed_step(cfg, tmp_path):
     parts, method = loaded(cfg, tmp_path, *RANDOM, "model.kernel=fused", "finetune.dropout=0.1")
-    counted = Counted(parts.settings, method, parts.task).from_layer(lowest)
+    counted = Counted(parts.settings, method, parts.task).from_layer(2)
     model, grid = parts.model.train(), parts.grid
     everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     numbers = (method.rank, None, method.alpha, method.dropout)
-    attach(model, above(grid.names, lowest), everything, *numbers, freeze=False)
+    attach(model, above(grid.names, 2), everything, *numbers, freeze=False)
     batch = parts.task.dummy(8, model)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         parts.task.loss(model(**parts.task.inputs(batch)), batch).backward()
     assert counted.cost == counter.get_total_flops()
-    assert counted.share == counted.cost / counted.cost_everywhere and (counted.share == 1) == (lowest == 0)
+    assert counted.share == counted.cost / counted.cost_everywhere < 1
 
 
 def test_a_run_within_a_time_budget_adapts_upper_layers_only_and_its_file_gives_the_same_run(cfg, tmp_path):
@@ -125,6 +126,7 @@ def test_a_budget_of_1_restricts_nothing(cfg, tmp_path):
 def test_shares_fall_with_the_lowest_layer(cfg, tmp_path):
     parts, method = loaded(cfg, tmp_path, *RANDOM)
     meter = Counted(parts.settings, method, parts.task)
+    meter.from_layer = functools.cache(meter.from_layer)
     shares = [meter.from_layer(lowest).share for lowest in range(4)]
     assert shares == sorted(shares, reverse=True) and shares[0] == 1
     for budget in (0.6, 0.8, 0.95):

@@ -248,7 +248,7 @@ def test_a_run_with_a_sigmoid_says_so(cfg, quick, tmp_path):
     assert (gates - 0.5).abs().max() < 0.2 and gates.std() > 1e-4
     assert torch.equal(gates.topk(3).indices.sort().values, sigmoid.selection.mask().nonzero()[:, 1].view(4, 3))
     assert all((tmp_path / "sigmoid" / name).stat().st_size > 0 for name in ("gamma.png", "dam.png"))
-    with pytest.raises(UserError, match=r"search\.relaxation='hard' must be one of softmax, sigmoid"):
+    with pytest.raises(UserError, match=r"search\.relaxation='hard' must be one of softmax, scaled_softmax, sigmoid"):
         check(cfg(*small, "search.relaxation=hard"))
 
 

@@ -90,7 +90,7 @@ def test_a_recipe_without_settings_for_a_task_says_so(cfg, name):
 
 def test_an_unknown_recipe_is_named_with_the_known_ones():
     assert composition_problems(["recipe=rm_lore", "task=rte"]) == [
-        "recipe=rm_lore is not one of: rm_lora, roberta; did you mean rm_lora?"
+        "recipe=rm_lore is not one of: fast, rm_lora, roberta; did you mean rm_lora?"
     ]
 
 

@@ -21,7 +21,10 @@ class Rounds:
     """A loader whose passes give the batches of a run's rounds."""
 
     def __init__(self, rounds):
-        self.rounds = iter(rounds)
+        self.rounds, self.steps = iter(rounds), len(rounds[0])
+
+    def __len__(self):
+        return self.steps
 
     def __iter__(self):
         return iter(next(self.rounds))
@@ -85,11 +88,13 @@ def assert_the_library_agrees(result, alpha, rounds, valid, path):
         weight_decay=config["weight_decay"],
         clip=config["clip"],
         train_steps=config["train_steps"],
-        relaxation=config["relaxation"],
+        **{name: config[name] for name in ("relaxation", "head_warmup", "readout", "patience")},
         seed=SEED,
         progress=False,
     )
-    ours, theirs = torch.tensor(found.gamma_bar), torch.tensor(result.selection.gamma_bar)
+    assert (found.readout, found.rounds) == (result.selection.readout, result.selection.rounds)
+    kept = "gamma_bar" if found.readout == "gamma" else "scores"
+    ours, theirs = torch.tensor(getattr(found, kept)), torch.tensor(getattr(result.selection, kept))
     assert theirs.std() > 1e-3
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
     assert found.selected == result.selection.selected and found.modules == result.selection.modules
@@ -100,6 +105,18 @@ def test_on_the_embedded_paraphrase_task(cfg, tmp_path, monkeypatch):
     found = searched_by_a_run(cfg, tmp_path / "run", monkeypatch, *overrides)
     assert [len(batches) for batches in found[2]] == [len(found[3]) // 2] * 2
     assert_the_library_agrees(*found, EMBEDDED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["search.relaxation=scaled_softmax", "search.head_warmup=0.25"],
+        ["search.readout=early_gradient", "search.patience=3"],
+    ],
+)
+def test_with_other_gates_and_read_outs(cfg, tmp_path, monkeypatch, options):
+    overrides = ["task=paraphrase", "model=tiny", "task.train_rows=96", "task.validation_rows=16", *options]
+    assert_the_library_agrees(*searched_by_a_run(cfg, tmp_path / "run", monkeypatch, *overrides), EMBEDDED)
 
 
 @pytest.mark.slow

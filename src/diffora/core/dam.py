@@ -23,15 +23,18 @@ from torch import Tensor
 
 RELAXATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda gamma: torch.softmax(gamma, dim=-1),
+    "scaled_softmax": lambda gamma: torch.softmax(gamma, dim=-1) * gamma.isfinite().sum(-1, keepdim=True),
     "sigmoid": torch.sigmoid,
 }
 """How Γ becomes gates, by the name that `search.relaxation` gives; see `relax`."""
 
 
 def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
-    """The relaxed DAM: one gate in (0, 1) for each module.
+    """The relaxed DAM: one gate of at least 0 for each module.
 
     - ``softmax``: [D] eq. 11. The modules of a layer compete: every row sums to 1, so each gate is 1/N at Γ = 0.
+    - ``scaled_softmax``: N times the softmax, not in [D]. The modules compete in the same way, and the mean gate of a
+      layer is 1, which is the gate of a selected module in fine-tuning. N is the number of modules of the layer.
     - ``sigmoid``: independent gates, 1 / (1 + exp(-γ)), not in [D]. Each gate is 1/2 at Γ = 0. Nothing else is
       scaled: a gate of 1 is the update as fine-tuning applies it, and a row may sum to anything between 0 and N.
 
@@ -47,6 +50,8 @@ def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
 
     >>> relax(torch.zeros(1, 4))
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    >>> relax(torch.zeros(1, 4), "scaled_softmax")
+    tensor([[1., 1., 1., 1.]])
     >>> relax(torch.zeros(1, 4), "sigmoid")
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
@@ -67,7 +72,10 @@ def initial_gamma(there: Tensor) -> Tensor:
 
 
 def neutral_gate(relaxation: str, n_types: int) -> float:
-    """The gate of every module at Γ = 0, when all are equal: 1/N for ``softmax``, 1/2 for ``sigmoid``."""
+    """The gate of every module at Γ = 0, when all are equal.
+
+    It is 1/N for ``softmax``, 1 for ``scaled_softmax`` and 1/2 for ``sigmoid``.
+    """
     return float(relax(torch.zeros(n_types, dtype=torch.float64), relaxation)[0])
 
 
@@ -75,8 +83,9 @@ def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
     """Gates of a relaxed DAM on one scale for layers with different numbers of modules; not in [D].
 
     With ``softmax``, the mean gate of a layer is 1/N: a module of a small layer would be above one of a large layer for
-    no other reason. So each gate is multiplied by its layer's N. Rows that do not sum to 1 (``sigmoid``, or scores of
-    other selectors) are on one scale already, and stay as they are. So does every matrix with equal N.
+    no other reason. So each gate is multiplied by its layer's N. Rows that do not sum to 1 (``scaled_softmax``,
+    ``sigmoid``, or scores of other selectors) are on one scale already, and stay as they are. So does every matrix
+    with equal N.
 
     Args:
         gamma_bar: L x N; 0 or NaN where a layer has no such module.
@@ -91,8 +100,8 @@ def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
 def entropy(gamma_bar: Tensor) -> Tensor:
     """Entropy of each row of a relaxed DAM in nats, shape (L,).
 
-    It is log N at Γ = 0 and 0 where one module has the whole row. It has no meaning where rows do not sum to 1, as with
-    ``sigmoid``.
+    It is log N at Γ = 0 and 0 where one module has the whole row. Rows must sum to 1: it is of ``softmax`` gates, also
+    for ``scaled_softmax``, and has no meaning for ``sigmoid``.
     """
     return -torch.xlogy(gamma_bar, gamma_bar).sum(dim=-1)
 

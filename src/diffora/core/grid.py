@@ -98,8 +98,8 @@ class Grid:
     @property
     def allowed(self) -> "Grid":
         """This grid without the modules of the layers below ``lowest_layer``: the modules that may get adapters."""
-        names, shapes = (above(rows, self.lowest_layer) for rows in (self.names, self.shapes))
-        return replace(self, names=names, shapes=shapes)
+        lowest = self.lowest_layer
+        return replace(self, names=above(self.names, lowest), shapes=above(self.shapes, lowest))
 
     def having(self, role: str) -> list[str]:
         """Full names of the modules with a role: one of each layer, or two in a decoder that attends to an encoder.

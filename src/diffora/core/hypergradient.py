@@ -18,7 +18,7 @@ def first_order(valid_loss: Tensor, gamma: Tensor) -> Tensor:
 
 
 def simultaneous(
-    train_loss: Tensor, valid_loss: Tensor, pairs: Params, head: Params, gamma: Tensor
+    train_loss: Tensor, valid_loss: Tensor, pairs: Params, head: Params, *upper: Tensor
 ) -> list[Tensor | None]:
     """Both levels of [D] eq. 13: dL_train/d(A, B, head) and dL_valid/dΓ at one point, from one backward pass.
 
@@ -31,16 +31,16 @@ def simultaneous(
         train_loss, valid_loss: scalars. If a batch is missing, give a scalar without a graph.
         pairs: every A and B.
         head: the other weights of the lower level.
-        gamma: Γ, L x N.
+        upper: Γ, L x N; and the gates made from it, if their gradient is wanted too.
 
     Returns:
-        One list: the gradients of ``pairs``, then of ``head``, then of ``gamma``. None means 0.
+        One list: the gradients of ``pairs``, then of ``head``, then of ``upper``. None means 0.
     """
     of_head: Sequence[Tensor | None] = [None] * len(head)
     if head and train_loss.requires_grad:
         of_head = torch.autograd.grad(train_loss, head, retain_graph=True, allow_unused=True)
-    *of_pairs, of_gamma = torch.autograd.grad(train_loss + valid_loss, [*pairs, gamma], allow_unused=True)
-    return [*of_pairs, *of_head, of_gamma]
+    grads = torch.autograd.grad(train_loss + valid_loss, [*pairs, *upper], allow_unused=True)
+    return [*grads[: len(pairs)], *of_head, *grads[len(pairs) :]]
 
 
 def unrolled(

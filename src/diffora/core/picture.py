@@ -10,7 +10,7 @@ from diffora.core.parts import block_of, short_names
 Rows = Sequence[Sequence[float | None]]
 """L x N numbers, None where a layer has no such module."""
 
-STARTS = {"softmax": "1/N", "sigmoid": "1/2"}
+STARTS = {"softmax": "1/N", "scaled_softmax": "1", "sigmoid": "1/2"}
 """The gate at Γ = 0 in words, by relaxation."""
 
 
@@ -24,7 +24,7 @@ def start_gate(relaxation: str, n_types: int) -> float:
     Raises:
         KeyError: there is no such relaxation.
     """
-    return {"1/N": 1 / n_types, "1/2": 0.5}[STARTS[relaxation]]
+    return {"1/N": 1 / n_types, "1": 1.0, "1/2": 0.5}[STARTS[relaxation]]
 
 
 def colour_range(values: Rows, neutral: float | Sequence[float] | None) -> tuple[float, float]:

@@ -7,7 +7,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from diffora.core.dam import RELAXATIONS
 from diffora.core.grid import Grid, Names
 from diffora.core.parts import short_names
 from diffora.core.picture import EVEN, draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
+from diffora.core.readout import READOUTS
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -52,7 +53,11 @@ class Selection:
         rank: r of the selected modules if a budget chose it; it overrides ``rank=``. None: ``rank=`` applies.
         gamma_bar: L x N relaxed DAM, None where a layer has no such module; None if the selection was not searched.
         relaxation: how the search relaxed Γ (`diffora.core.dam.RELAXATIONS`); None if the selection was not searched.
-        scores: L x N scores of any other selector; of an ensemble, the mean of the members' standardised scores.
+        scores: L x N scores of any other selector, and of a search with another read-out than its gates; of an
+            ensemble, the mean of the members' standardised scores.
+        readout: what the scores of the search are: ``gamma`` (the relaxed DAM), or ``early_gradient``
+            (`diffora.core.readout`); None if the selection was not searched.
+        rounds: of the search, of an ensemble's first member; None if the selection was not searched.
         ensemble: number of members whose scores were averaged (``search.ensemble``); 1 for a single search.
         confidence: L x N, the probability that a repeat of the ensemble with other seeds would select the module
             (`diffora.core.ensemble.confidence`), None where a layer has no such module. None for a single search, which
@@ -79,6 +84,8 @@ class Selection:
     gamma_bar: list[list[float | None]] | None = None
     relaxation: str | None = None
     scores: list[list[float | None]] | None = None
+    readout: str | None = None
+    rounds: float | None = None
     ensemble: int = 1
     confidence: list[list[float | None]] | None = None
     longer_names: list[str] = field(default_factory=list)
@@ -98,6 +105,12 @@ class Selection:
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
         rest.setdefault("lowest_layer", grid.lowest_layer)
         return cls(types=list(grid.types), modules=names, selected=chosen, longer_names=longer, **rest)
+
+    def read_from(self, readout: str | None) -> "Selection":
+        """This selection, made from the values that a search read out: only those of ``gamma`` are a relaxed DAM."""
+        if readout in (None, "gamma"):
+            return replace(self, readout=readout)
+        return replace(self, readout=readout, gamma_bar=None, scores=self.gamma_bar)
 
     def places(self) -> tuple[tuple[str | None, ...], ...]:
         """L x N names of the modules that get an adapter of their own or a shared one, None for the others."""
@@ -220,6 +233,8 @@ class Selection:
         elif self.scores is not None:
             by_layer = self.k is not None or len(set(self.sizes())) > 1
             values, label = shares(self.scores, by_layer), self.selector.replace("$", r"\$") + ", normalised"
+            if self.readout == "early_gradient":
+                label = f"{self.selector}: early gradient, normalised"
         numbers, sure = layer_numbers(self.modules), self.confidence is not None
         draw_dam(ax, values, self.mask().tolist(), self.types, neutral, label, numbers, confident=sure)
         if title is None:
@@ -338,6 +353,8 @@ def _misfit(key: str, value: Any) -> str | None:
         "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
         "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
         "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
+        "readout": (lambda v: v in (None, *READOUTS), f"one of {', '.join(READOUTS)}, or null"),
+        "rounds": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0, or null"),
         "ensemble": (lambda v: type(v) is int and 1 <= v <= 10**9, "a whole number of at least 1"),
         "confidence": (_or_none(_is_list_of(_is_list_of(_or_none(_is_share)))), f"{table}, of numbers in [0, 1]"),
         "longer_names": (_is_list_of(_is_text), "a list of module names"),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the operations of products and convolutions, by torch's own formulas.
 
     torch's `FlopCounterMode` uses the same formulas. It is not used because it also counts by module, and takes several
@@ -23,7 +23,7 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,7 +50,8 @@ def operations(step: Callable[[], object]) -> int:
     """
     with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
         step()
-    return counter.total
+    total: int = counter.total
+    return total
 
 
 def lowest_layer(share: Callable[[int], float], n_layers: int, budget: float) -> int:

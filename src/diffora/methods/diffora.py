@@ -150,12 +150,14 @@ class DiffoRA(Selecting):
 
     def _check_heuristic(self, grid: Grid) -> None:
         """Raise a UserError if rho divides modules that the heuristic does not tell apart."""
-        sizes = grid.sizes if self.scope == "layer" else [grid.n_modules]
+        allowed = grid.allowed
 
         def counts(rho: float) -> list[int]:
-            return [modules_per_layer(rho, size) for size in sizes]
+            if self.scope == "layer":
+                return [modules_per_layer(rho, size) for size in allowed.sizes]
+            return [min(modules_per_layer(rho, grid.n_modules), allowed.n_modules)]
 
-        scores = heuristic_scores(self.selector, grid)
+        scores = heuristic_scores(self.selector, grid).masked_fill(~allowed.there, float("nan"))
         steps = [step / 100 for step in range(1, 100)] + [step / 1000 for step in range(1, 1000)]
         choices = ((f"rho={rho:g}", counts(rho)) for rho in steps)
         if problem := heuristic_problem(scores, counts(self.rho), choices):

@@ -155,7 +155,8 @@ def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tupl
     """
     found, methods = [], list(dict.fromkeys(_kind(cell.first) for _, cell in _shown(table)))
     for column in table.columns:
-        key, lines = column.compared, []
+        key = column.compared
+        lines: list[Line] = []
         for (row, name), cell in _shown(table):
             metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
             if name == column.name and metric and step and len(lines) < LINES:
@@ -373,8 +374,11 @@ def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
         except (TypeError, KeyError, ValueError, OverflowError):
             continue
         if values.ndim == 3 and rounds.ndim == 1 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
-            at = np.unique(np.linspace(0, len(rounds) - 1, MOMENTS).round().astype(int))
-            paths.append((rounds[at], values[at]))
+            paths.append((rounds, values))
+    # With search.patience, seeds stop at different points: draw all of them up to the first stop.
+    shortest = min((len(rounds) for rounds, _ in paths), default=1)
+    at = np.unique(np.linspace(0, shortest - 1, MOMENTS).round().astype(int))
+    paths = [(rounds[at], values[at]) for rounds, values in paths]
     if not paths or any(path[1].shape != paths[0][1].shape for path in paths):
         return []
     rounds, mean = paths[0][0].tolist(), np.mean([values for _, values in paths], axis=0)

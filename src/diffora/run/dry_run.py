@@ -65,6 +65,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     selection = method.choose(grid, stand_in, settings.seed)
     method.adapt(model, grid, selection, settings.seed)
     if step_time and selector is None:
+        assert selection is not None
         step_time["selection"] = asdict(meter.of_selection(selection))
     set_kernel(model, settings.model.kernel)
     backbone.check_trainable()

@@ -9,9 +9,8 @@ says that the search is finished.
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from diffora.core.ensemble import SAME_SCORES, confidence
-from diffora.core.grid import Grid
 from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
 from diffora.loop.loggers import Loggers, taking_pictures
@@ -79,14 +77,19 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if parts.earlier.search is not None:
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
-    pictures = [DamPictures(method, parts.grid, parts.settings.seed, loggers)]
-    choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
+
+    def choose(scores: Tensor) -> Selection:
+        made = method.choose(parts.grid, scores, parts.settings.seed)
+        assert made is not None, "a method with a selector makes a selection"
+        return made
+
+    pictures = [DamPictures(choose, loggers)]
     context = SearchContext(parts, rows.split, scoring.alpha, scoring.score_batches, choose, loggers, pictures)
     result = run_search(context, scoring.selector, scoring.scope)
     chosen = _chosen(parts, method, result.scores)
     assert chosen is not None
-    found = replace(chosen, relaxation=result.relaxation, facts=result.facts)
-    selection = replace(found, split_hash=rows.hash, config=_provenance(parts))
+    found = replace(chosen.read_from(result.readout), relaxation=result.relaxation, facts=result.facts)
+    selection = replace(found, rounds=result.rounds, split_hash=rows.hash, config=_provenance(parts))
     if result.members:
         selection = _with_confidence(parts, method, selection, result)
     if is_main():
@@ -186,14 +189,12 @@ class DamPictures(L.Callback):
     """After each round of the search, sends a picture of the relaxed DAM to the loggers that show pictures.
 
     Args:
-        method: chooses the modules that the picture frames.
-        grid: the candidates.
-        seed: of the run.
+        choose: from scores, L x N, to the selection that the method would make; the picture frames it.
         loggers: of the run.
     """
 
-    def __init__(self, method: Method, grid: Grid, seed: int, loggers: Loggers) -> None:
-        self.method, self.grid, self.seed, self.loggers = method, grid, seed, loggers
+    def __init__(self, choose: Callable[[Tensor], Selection | None], loggers: Loggers) -> None:
+        self.choose, self.loggers = choose, loggers
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         takers = taking_pictures(trainer.loggers)
@@ -202,8 +203,9 @@ class DamPictures(L.Callback):
         assert isinstance(pl_module, SearchModule)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ties matter in the final selection only
-            chosen = self.method.choose(self.grid, pl_module.gates(pl_module.gamma.detach()).cpu(), self.seed)
+            chosen = self.choose(pl_module.current_scores().cpu())
         assert chosen is not None
+        chosen = chosen.read_from(pl_module.settings.readout)
         selection, step = replace(chosen, relaxation=pl_module.settings.relaxation), trainer.current_epoch + 1
         png = figures.dam_heatmap(selection, f"relaxed DAM after round {step}")
         self.loggers.picture("DAM", png, step, f"round {step}", takers)

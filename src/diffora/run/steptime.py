@@ -193,8 +193,11 @@ class Counted:
 
     def from_layer(self, lowest: int) -> Share:
         names = {name for row in self._grid.names[lowest:] for name in row}
-        cost = self._operations(self._model, self._mode, {n: m for n, m in self._places.items() if n in names})
-        return self._share(cost)
+        if lowest == 0:
+            return self._share(None)
+        return self._share(
+            self._operations(self._model, self._mode, {n: m for n, m in self._places.items() if n in names})
+        )
 
     def of_selection(self, selection: Selection) -> Share:
         model, grid = self._backbone()
@@ -203,9 +206,11 @@ class Counted:
         mode = without_memory(model)
         return self._share(self._operations(model, mode, taken(model)))
 
-    def _share(self, cost: int) -> Share:
+    def _share(self, cost: int | None) -> Share:
+        """The share of a number of operations; None: of LoRA on all candidate modules."""
         if self._most is None:
             self._most = self._operations(self._model, self._mode, self._places)
+        cost = self._most if cost is None else cost
         return Share(cost / self._most, cost, self._most)
 
     def _backbone(self) -> tuple[nn.Module, Grid]:

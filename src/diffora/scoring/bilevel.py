@@ -4,8 +4,10 @@
 - [D] eq. 13, upper level (line 4 of [D] Algorithm 1): `SearchModule.gamma_step`.
 - [D] eq. 13, lower level (line 6): `SearchModule.weight_step`.
 - both levels in one pass, not in [D]: `SearchModule.joint_step`.
+- other scores than the gates, and an early end, not in [D]: `diffora.core.readout`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from types import SimpleNamespace
@@ -18,12 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffora.core.dam import entropy, initial_gamma, relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.lowrank import Layers, set_gates
+from diffora.core.readout import Readout
 from diffora.core.split import divided, mixed_modules, shared_tables
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.settings.sections import Search
 from diffora.tasks.base import Batch, Task
-from diffora.tasks.batches import joined, parts_of
+from diffora.tasks.batches import divide_rows, joined, parts_of
 
 POINTS_PER_ROUND = 40
 """Of the trajectory of Γ."""
@@ -50,10 +53,12 @@ class SearchModule(Stage):
         task: gives the loss.
         settings: the section ``search``.
         seed: of the run.
+        choose: from scores, L x N, to the mask of the modules that would be selected; for ``search.patience``.
 
     Attributes:
         gamma: Γ, L x N.
         trajectory: see `Trajectory`.
+        readout: the scores, and whether the search is over early.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class SearchModule(Stage):
         task: Task,
         settings: Search,
         seed: int,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
@@ -78,6 +84,8 @@ class SearchModule(Stage):
         self.head = [p for p in trained if p not in of_layers]
         self._tables = shared_tables(model)
         self._checked = False
+        self.readout = Readout(settings.readout, settings.head_warmup, settings.patience, choose)
+        self._reads = False  # whether the present Γ step gives its gradient by the gates to `readout`
         self.trajectory: Trajectory = [(0.0, self.gates(self.gamma).tolist())]
         self._trace: list[tuple[float, Tensor]] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
@@ -91,14 +99,23 @@ class SearchModule(Stage):
         """The relaxed DAM, L x N ([D] eq. 11, or the relaxation that the settings name)."""
         return relax(gamma, self.settings.relaxation)
 
+    def current_scores(self) -> Tensor:
+        """What the modules are scored by now, L x N: the relaxed DAM, or what ``search.readout`` names."""
+        return self.readout.scores(self.gates(self.gamma.detach()))
+
+    @property
+    def rounds_done(self) -> float:
+        """Rounds at the last point of the trajectory; fewer than all after an early end."""
+        return self.trajectory[-1][0]
+
     @property
     def certainty(self) -> str:
         """Name of the metric that shows how far the gates are from their start.
 
-        This is the entropy, which needs rows that sum to 1. For independent gates it is their sum instead: how many
-        modules of a layer are open, N/2 at the start.
+        This is the entropy of the softmax. For independent gates it is their sum instead: how many modules of a layer
+        are open, N/2 at the start.
         """
-        return "search/entropy" if self.settings.relaxation == "softmax" else "search/open_gates"
+        return "search/open_gates" if self.settings.relaxation == "sigmoid" else "search/entropy"
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         s = self.settings
@@ -110,7 +127,13 @@ class SearchModule(Stage):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         gamma_opt, weight_opt = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]
         valid, (train, *others) = batch["valid"], batch["train"]
-        if self.settings.update == "simultaneous":
+        steps, total = self._steps()
+        step = self.current_epoch * steps + batch_idx
+        self._reads = self.readout.reads(step, total)
+        if frozen := self.readout.is_frozen(step, total):
+            train_loss = self.weight_step(weight_opt, train)
+            valid_loss = torch.full_like(train_loss, torch.nan)
+        elif self.settings.update == "simultaneous":
             train_loss, valid_loss = self.joint_step(gamma_opt, weight_opt, valid, train)
         else:
             valid_loss = self.gamma_step(gamma_opt, valid, train)
@@ -119,11 +142,19 @@ class SearchModule(Stage):
         for train in others:
             train_loss = self.weight_step(weight_opt, train)
             self._update_scale()
-        self.watch(valid_loss + train_loss)
+        self.watch(train_loss if frozen else valid_loss + train_loss)
         self._losses.append((train_loss, valid_loss))
-        steps = self.trainer.num_training_batches
-        if (batch_idx + 1) % max(1, steps // POINTS_PER_ROUND) == 0 or batch_idx + 1 == steps:
-            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, self.gates(self.gamma.detach())))
+        gates = self.gates(self.gamma.detach())
+        stops = self.readout.is_settled(gates, step + 1, steps, total)
+        if (batch_idx + 1) % max(1, steps // POINTS_PER_ROUND) == 0 or batch_idx + 1 == steps or stops:
+            self._trace.append((self.current_epoch + (batch_idx + 1) / steps, gates))
+        if stops:
+            self.trainer.should_stop = True
+
+    def _steps(self) -> tuple[int, int]:
+        """(steps of a round, steps of all rounds)."""
+        steps = int(self.trainer.num_training_batches)
+        return steps, steps * self.settings.epochs
 
     def gamma_step(self, optimizer: torch.optim.Optimizer, valid: Batch, train: Batch) -> Tensor:
         """[D] Algorithm 1, line 4: one step of Γ on the validation loss. Returns that loss."""
@@ -131,11 +162,27 @@ class SearchModule(Stage):
         if self.settings.order == 1:
             # Γ step: do not save activations that only A and B need.
             with divided(self.layers, (), 0, len(valid["row"])):
-                loss, grads = self._gradients(valid, lambda loss: [first_order(loss, self.gamma)], self.gamma)
+                loss, grads = self._gradients(valid, self._first_order, self.gamma)
         else:
             loss, grads = self._unrolled_gradient(valid, train)
-        self._take_step(optimizer, [self.gamma], self._averaged([self.gamma], grads, valid))
+        self._step_gamma(optimizer, grads, valid)
         return loss
+
+    @property
+    def _upper(self) -> list[Tensor]:
+        """Γ, and the gates of the last forward pass if their gradient is wanted too."""
+        return [self.gamma, self._relaxed] if self._reads else [self.gamma]
+
+    def _first_order(self, loss: Tensor) -> Grads:
+        return torch.autograd.grad(loss, self._upper) if self._reads else [first_order(loss, self.gamma)]
+
+    def _step_gamma(self, optimizer: torch.optim.Optimizer, grads: Grads, valid: Batch) -> None:
+        """Take the step of Γ, and read the gradient by the gates if it is wanted."""
+        of_gamma, *of_gates = self._averaged(self._upper, grads, valid)
+        scaler = self._scaler()
+        for grad in of_gates:
+            self.readout.read(grad if scaler is None else grad / scaler.get_scale())
+        self._take_step(optimizer, [self.gamma], [of_gamma])
 
     def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
         """[D] Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
@@ -158,8 +205,9 @@ class SearchModule(Stage):
             self._check_rows_are_apart(valid, train)
             self._checked = True
         losses, grads = self._joint_gradients(valid, train)
-        self._take_step(weight_opt, self.weights, self._averaged(self.weights, grads[:-1], train))
-        self._take_step(gamma_opt, [self.gamma], self._averaged([self.gamma], grads[-1:], valid))
+        of_weights, of_upper = grads[: len(self.weights)], grads[len(self.weights) :]
+        self._take_step(weight_opt, self.weights, self._averaged(self.weights, of_weights, train))
+        self._step_gamma(gamma_opt, of_upper, valid)
         return losses
 
     def _gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
@@ -184,7 +232,7 @@ class SearchModule(Stage):
             with divided(self.layers, self._tables, n_train, n_train + n_valid):
                 train_loss, valid_loss = self._joint_losses(a, b)
                 scaled = self._scaled(train_loss) * a_share, self._scaled(valid_loss) * b_share
-                sums = _added(sums, simultaneous(*scaled, self.pairs, self.head, self.gamma))
+                sums = _added(sums, simultaneous(*scaled, self.pairs, self.head, *self._upper))
             train_total = train_total + train_loss.detach() * a_share
             valid_total = valid_total + valid_loss.detach() * b_share
         assert sums is not None
@@ -199,16 +247,16 @@ class SearchModule(Stage):
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
         """(training loss, validation loss) from one pass, training rows first; 0 for a batch that is None."""
-        set_gates(self.layers, self.gates(self.gamma))
+        self._set_gates(self.gamma)
         there = [part for part in (train, valid) if part is not None]
         config: Any = self.model.config
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
         batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
         sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
-        outputs = _divide_rows(self.model(**self.task.inputs(batch)), sizes)
+        outputs = divide_rows(self.model(**self.task.inputs(batch)), sizes)
         losses = [
             self.task.loss(SimpleNamespace(**output), rows) if size else torch.zeros((), device=self.device)
-            for output, rows, size in zip(outputs, _divide_rows(batch, sizes), sizes, strict=True)
+            for output, rows, size in zip(outputs, divide_rows(batch, sizes), sizes, strict=True)
         ]
         return losses[0], losses[1]
 
@@ -248,13 +296,17 @@ class SearchModule(Stage):
 
     def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """Loss with the gates of ``gamma`` ([D] eq. 10); at ``weights`` instead of the model's own, if given."""
-        set_gates(self.layers, self.gates(gamma))
+        self._set_gates(gamma)
         inputs = self.task.inputs(batch)
         if weights is None:
             output = self.model(**inputs)
         else:
             output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
         return self.task.loss(output, batch)
+
+    def _set_gates(self, gamma: Tensor) -> None:
+        self._relaxed = self.gates(gamma)  # kept, because a read-out may want the gradient by the gates
+        set_gates(self.layers, self._relaxed)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
@@ -303,27 +355,33 @@ class SearchModule(Stage):
     def end_round(self) -> None:
         """Add the round to the trajectory and log its metrics."""
         self.trajectory += [(at, gamma_bar.tolist()) for at, gamma_bar in self._trace]
-        losses = torch.stack([torch.stack(pair) for pair in self._losses]).mean(0)
+        losses = torch.stack([torch.stack(pair) for pair in self._losses]).nanmean(0)  # NaN: no Γ step
         train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self._trace, self._losses = [], []
         gamma_bar = self.gates(self.gamma.detach())
-        spread = entropy(gamma_bar) if self.settings.relaxation == "softmax" else gamma_bar.sum(-1)
+        independent = self.settings.relaxation == "sigmoid"
+        spread = gamma_bar.sum(-1) if independent else entropy(relax(self.gamma.detach(), "softmax"))
         values = {
-            "search/round": float(self.current_epoch + 1),
+            "search/round": self.rounds_done,
             "search/train_loss": train,
-            "search/valid_loss": valid,
             self.certainty: spread.mean().item(),
         }
+        if not math.isnan(valid):
+            values["search/valid_loss"] = valid
         for i, row in enumerate(gamma_bar.tolist()):
             there = zip(self.types, row, self.layers[i], strict=True)
             values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in there if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
     def memory(self) -> dict[str, Any]:
-        return {"trajectory": self.trajectory}
+        return {"trajectory": self.trajectory, "readout": self.readout.memory()}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.trajectory = [(at, rows) for at, rows in memory["trajectory"]]
+        self.readout.recall(memory["readout"])
+
+    def over(self, epochs_done: int, epochs: int) -> bool:
+        return self.readout.stopped_at is not None or super().over(epochs_done, epochs)
 
     def close_gates(self) -> None:
         """Remove the gates from the layers."""
@@ -335,13 +393,3 @@ def _added(sums: Grads | None, grads: Grads) -> Grads:
     if sums is None:
         return grads
     return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
-
-
-def _divide_rows(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
-    """A batch, or a model's output, divided by rows; entries that do not have one value per row are left out."""
-    cut = {
-        name: torch.split(value, sizes)
-        for name, value in values.items()
-        if isinstance(value, Tensor) and value.ndim and len(value) == sum(sizes)
-    }
-    return [{name: parts[i] for name, parts in cut.items()} for i in range(len(sizes))]

@@ -69,14 +69,17 @@ class SearchResult:
     """What a selector found.
 
     Attributes:
-        scores: L x N on the CPU, high is good; the relaxed DAM for ``search``. Of an ensemble, the mean of the members'
-            standardised scores.
+        scores: L x N on the CPU, high is good; for ``search`` the relaxed DAM, or what ``search.readout`` names. Of an
+            ensemble, the mean of the members' standardised scores.
         seconds: of training and scoring, without loading; of all members together.
         trajectory: (round, relaxed DAM), a few dozen points a round; empty except for ``search``. Of an ensemble, that
             of the first member.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
             ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+        readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
+        rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
+            Of an ensemble, those of the first member.
         facts: numbers that say how far the scores can be trusted, by name; `Selection.facts` keeps them.
         members: of an ensemble; empty otherwise.
     """
@@ -86,6 +89,8 @@ class SearchResult:
     trajectory: Trajectory = field(default_factory=list)
     relaxation: str | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    readout: str | None = None
+    rounds: float | None = None
     facts: dict[str, float] = field(default_factory=dict)
     members: list[Member] = field(default_factory=list)
 

@@ -12,7 +12,7 @@ from diffora.core.parts import part_of
 from diffora.tasks.ignored import IGNORED
 
 DIRECTIONS = 1024
-"""Random directions for which `direction_norm` is computed. Their mean is then exact to about 1 %."""
+"""How many directions `direction_norm` draws. Its standard error is 2.4 % for a weight of rank 1, otherwise less."""
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffora.core.attach import attach, detach
 from diffora.core.lowrank import Layers, LowRankLinear
+from diffora.core.readout import CHECKS, steps_of
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -25,14 +26,40 @@ log = logging.getLogger(__name__)
 def bilevel(context: SearchContext) -> SearchResult:
     """The bi-level search ([D] Algorithm 1, lines 1 to 8)."""
     parts, settings = context.parts, context.settings
+    _check_warmup(context)
     with all_adapted(context) as layers:
-        module = SearchModule(parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed)
+        arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
+        module = SearchModule(*arguments, lambda scores: context.choose(scores).mask())
         shown = "search/train_loss", "search/valid_loss", module.certainty
         matched = settings.update == "simultaneous"
         fit_rounds(context, "search", module, search_data(context, matched), shown, settings.epochs, context.callbacks)
         gates = module.gates(module.gamma.detach()).cpu()
         weights = searched_weights(context, gates, layers)
-    return SearchResult(gates, module.elapsed, module.trajectory, settings.relaxation, weights)
+    if module.readout.stopped_at is not None:
+        log.info(
+            f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not "
+            f"changed for {settings.patience} checks (search.patience); a round has {CHECKS}"
+        )
+    return SearchResult(
+        module.current_scores().cpu(),
+        module.elapsed,
+        module.trajectory,
+        settings.relaxation,
+        weights,
+        settings.readout,
+        module.rounds_done,
+    )
+
+
+def _check_warmup(context: SearchContext) -> None:
+    """Raise a UserError if ``search.head_warmup`` leaves no step to Γ."""
+    s = context.settings
+    batches = max(1, len(context.split[0]) // s.batch_size)
+    total = s.epochs * -(-batches // s.train_steps)
+    if steps_of(s.head_warmup, total) >= total:
+        raise UserError(
+            f"search.head_warmup={s.head_warmup} must be below {total}, the steps of the search: Γ would never move"
+        )
 
 
 def attribution(context: SearchContext) -> SearchResult:

@@ -173,6 +173,11 @@ def combinations(settings: Settings) -> Iterator[str]:
             "search.order=2 does not go with search.update=simultaneous: it differentiates through a weight step that "
             "comes before the Γ step; use search.update=alternating"
         )
+    if search.order == 2 and search.readout == "early_gradient":
+        yield (
+            "search.order=2 does not go with search.readout=early_gradient, which is a sum of first-order gradients: "
+            "use search.order=1"
+        )
     if search.order == 2 and trainer.compile:
         yield "search.order=2 differentiates twice, which does not go with trainer.compile=true"
     if search.order == 2 and trainer.gradient_checkpointing:

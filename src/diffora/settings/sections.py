@@ -34,6 +34,9 @@ EVALUATIONS = Check(
     lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
     "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
 )
+STEPS_OR_SHARE = Check(
+    EVALUATIONS.fits, "a whole number of steps such as 500, or a share of all steps below 1 such as 0.1"
+)
 CLASS_WEIGHTS = Check(
     lambda v: (
         v == "balanced"
@@ -254,8 +257,11 @@ class Search:
         Literal[1, 2], Help("Order of the hypergradient; 2 differentiates through one unrolled weight step.")
     ] = 1
     relaxation: Annotated[
-        Literal["softmax", "sigmoid"],
-        Help("From Γ to gates: softmax over the modules of a layer ([D] eq. 11), or an independent sigmoid for each."),
+        Literal["softmax", "scaled_softmax", "sigmoid"],
+        Help(
+            "From Γ to gates: softmax over the modules of a layer ([D] eq. 11), N times it (mean gate 1), or an "
+            "independent sigmoid for each."
+        ),
     ] = "softmax"
     train_steps: Annotated[int, COUNT, Help("Weight steps per Γ step, T.", "steps")] = 1
     fraction: Annotated[float, SHARE_OF_ROWS, Help("Share of the training rows to search on.")] = 1.0
@@ -265,6 +271,28 @@ class Search:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    head_warmup: Annotated[
+        Annotated[float, STEPS_OR_SHARE] | None,
+        Help(
+            "At first, train A, B and the head alone, for so many steps or this share of all steps, and leave Γ as it "
+            "is; null: Γ moves from the first step, as in [D]."
+        ),
+    ] = None
+    readout: Annotated[
+        Literal["gamma", "early_gradient"],
+        Help(
+            "What the modules are scored by: the gates at the end, as in [D], or minus the sum of ∂L_valid/∂γ̄ over the "
+            "first third of the Γ steps."
+        ),
+    ] = "gamma"
+    patience: Annotated[
+        Annotated[int, COUNT] | None,
+        Help(
+            "Stop once the selection has not changed for this many checks; there are ten in a round. null: all rounds, "
+            "as in [D].",
+            "checks",
+        ),
+    ] = None
     masks: Annotated[
         int, whole(10, 100_000), Help("Random selections that `method.selector=one_shot` scores.", "selections")
     ] = 256

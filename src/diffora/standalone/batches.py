@@ -94,14 +94,30 @@ def length_of(loader: Iterable[Any]) -> int | None:
         return None
 
 
+def loss_problem(loss: Any) -> Iterator[str]:
+    """What is wrong with ``loss``, as far as it can be seen without calling it."""
+    if loss is not None and not callable(loss):
+        yield f"loss={loss!r} must be a function of (model, batch) that returns a scalar, or None for the model's own"
+
+
+def loader_problem(name: str, loader: Any) -> Iterator[str]:
+    """What is wrong with a loader, as far as it can be seen without reading it.
+
+    Args:
+        name: of the argument.
+    """
+    rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if rows or hasattr(loader, "column_names"):
+        yield f"{name} is a {type(loader).__name__}, which gives rows: put it into a torch.utils.data.DataLoader"
+    elif not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        yield f"{name} is a {type(loader).__name__}: it must give batches when it is iterated over"
+
+
 def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
     """What is wrong with the two loaders of a search, as far as it can be seen without reading them."""
-    for name, loader in (("train_loader", train), ("valid_loader", valid)):
-        rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
-        if rows or hasattr(loader, "column_names"):
-            yield f"{name} is a {type(loader).__name__}, which gives rows: put it into a torch.utils.data.DataLoader"
-        elif not isinstance(loader, Iterable) and not (name == "valid_loader" and loader is None):
-            yield f"{name} is a {type(loader).__name__}: it must give batches when it is iterated over"
+    yield from loader_problem("train_loader", train)
+    if valid is not None:
+        yield from loader_problem("valid_loader", valid)
     if isinstance(train, Iterator) and isinstance(rounds, int) and rounds > 1:
         yield (
             f"train_loader is a {type(train).__name__}, which can be read only once, and rounds={rounds} needs several "

@@ -54,10 +54,10 @@ def selection_of(
             ``scope="global"``, as many in all.
         rest: other fields of `Selection`: ``gamma_bar`` or ``scores``.
     """
-    counts = [modules_of(k, size) for size in grid.sizes] if k is None or isinstance(k, int) else list(k)
+    counts = _counts(grid, k)
     return Selection.from_mask(
         grid,
-        _mask_of(grid, values, counts, scope),
+        mask_of(grid, values, k, scope),
         method=STANDALONE,
         selector=selector,
         rho=sum(counts) / grid.n_modules,
@@ -68,11 +68,16 @@ def selection_of(
     )
 
 
-def _mask_of(grid: Grid, values: Tensor, counts: list[int], scope: str) -> Tensor:
-    values = values.masked_fill(~grid.there, float("nan"))
+def mask_of(grid: Grid, values: Tensor, k: int | Sequence[int] | None, scope: str) -> Tensor:
+    """The mask, L x N, of the modules with the highest values; for the arguments see `selection_of`."""
+    values, counts = values.masked_fill(~grid.there, float("nan")), _counts(grid, k)
     if scope == "layer":
         return discretise(values, counts)
     return discretise_globally(comparable(values, grid.sizes), sum(counts))
+
+
+def _counts(grid: Grid, k: int | Sequence[int] | None) -> list[int]:
+    return [modules_of(k, size) for size in grid.sizes] if k is None or isinstance(k, int) else list(k)
 
 
 # --- ensembles ---
@@ -116,10 +121,10 @@ def selection_of_members(
     """
     scores = members if relaxation is None else [log_gates(gates, relaxation, grid.sizes) for gates in members]
     stacked = torch.stack([standardised(each, grid.there, scope) for each in scores])
-    mean, counts = stacked.mean(0), [modules_of(k, size) for size in grid.sizes]
+    mean = stacked.mean(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ties matter in the final selection only
-        found = confidence(stacked, lambda repeat: _mask_of(grid, repeat, counts, scope))
+        found = confidence(stacked, lambda repeat: mask_of(grid, repeat, k, scope))
     if found is None:
         log.warning(SAME_SCORES.format(n=len(members), selector=selector))
     seeds = [member_seed(seed, number) for number in range(len(members))]

@@ -4,19 +4,20 @@ The steps are those of `diffora.scoring.bilevel`, without Lightning, files, seve
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
 from diffora.core.attach import attach, detach
-from diffora.core.dam import RELAXATIONS, initial_gamma, neutral_gate, relax
+from diffora.core.dam import initial_gamma, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
 from diffora.core.lowrank import Layers, set_gates
+from diffora.core.readout import Readout
 from diffora.core.selection import Selection
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
@@ -28,6 +29,7 @@ from diffora.standalone.batches import (
     in_groups,
     length_of,
     loader_problems,
+    loss_problem,
     model_loss,
     moved,
     some,
@@ -35,6 +37,7 @@ from diffora.standalone.batches import (
 from diffora.standalone.choice import (
     choice_problems,
     ensemble_problems,
+    mask_of,
     member_seeds,
     selection_of,
     selection_of_members,
@@ -49,36 +52,7 @@ from diffora.standalone.model import (
     warn_of_processes,
 )
 from diffora.standalone.progress import bar, say
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """The numbers of a search; see `search`."""
-
-    rounds: int
-    rank: int
-    alpha: float
-    lr: float
-    gamma_lr: float
-    weight_decay: float
-    clip: float | None
-    train_steps: int
-    relaxation: str
-
-    def problems(self) -> Iterator[str]:
-        """What is impossible."""
-        for name in ("rounds", "rank", "train_steps"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                yield f"{name}={value!r} must be a whole number of at least 1"
-        for name in ("alpha", "lr", "gamma_lr", "clip"):
-            value = getattr(self, name)
-            if not _is_number(value, 0) and not (name == "clip" and value is None):
-                yield f"{name}={value!r} must be a finite number above 0{', or None' if name == 'clip' else ''}"
-        if self.weight_decay != 0 and not _is_number(self.weight_decay, 0):
-            yield f"weight_decay={self.weight_decay!r} must be a finite number of at least 0"
-        if self.relaxation not in RELAXATIONS:
-            yield f"relaxation={self.relaxation!r} must be one of {', '.join(RELAXATIONS)}"
+from diffora.standalone.settings import SearchSettings
 
 
 class Bilevel:
@@ -90,9 +64,11 @@ class Bilevel:
         head: the parameters that are trained together with A and B.
         loss: the user's.
         settings: of the search.
+        choose: from scores, L x N, to the mask of the modules that would be selected; for ``patience``.
 
     Attributes:
         gamma: Γ, L x N, starts at 0.
+        readout: the scores, and whether the search is over early.
         weights: A, B and the head.
         masters: what the optimiser steps: the weights, and a float32 copy of each one in half precision, in which small
             steps would be rounded away.
@@ -105,6 +81,7 @@ class Bilevel:
         head: Sequence[nn.Parameter],
         loss: Loss,
         settings: SearchSettings,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.layers, self.loss, self.settings = model, layers, loss, settings
         adapters = [layer for row in layers for layer in row if layer is not None]
@@ -117,23 +94,32 @@ class Bilevel:
             self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self._tables = shared_tables(model)
+        self.readout = Readout(settings.readout, settings.head_warmup, settings.patience, choose)
 
     @property
     def gamma_bar(self) -> Tensor:
         """The relaxed DAM, L x N ([D] eq. 11), without a graph."""
         return relax(self.gamma.detach(), self.settings.relaxation)
 
-    def gamma_gradient(self, batch: Any, what: str = "a validation batch") -> tuple[Tensor, Tensor]:
+    def gamma_gradient(
+        self, batch: Any, what: str = "a validation batch", reads: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(loss, dL_valid/dΓ at fixed weights), the second L x N ([D] eq. 13).
 
         Args:
             what: names the batch in messages.
+            reads: whether to give the gradient by the gates to `readout`.
         """
         # Γ trains alone: activations that only A and B need are not saved. The number of examples has no effect then.
         with divided(self.layers, self._tables, 0, 1):
-            loss = self._loss(batch, relax(self.gamma, self.settings.relaxation), what)
+            gates = relax(self.gamma, self.settings.relaxation)
+            loss = self._loss(batch, gates, what)
             try:
-                return loss.detach(), first_order(loss, self.gamma)
+                if not reads:
+                    return loss.detach(), first_order(loss, self.gamma)
+                of_gamma, of_gates = torch.autograd.grad(loss, [self.gamma, gates])
+                self.readout.read(of_gates)
+                return loss.detach(), of_gamma
             except RuntimeError as error:
                 if "not have been used" not in str(error) and "Checkpointing is not compatible" not in str(error):
                     raise
@@ -147,9 +133,9 @@ class Bilevel:
                     "is given, with gradients"
                 ) from error
 
-    def gamma_step(self, batch: Any, what: str = "a validation batch") -> float:
+    def gamma_step(self, batch: Any, what: str = "a validation batch", reads: bool = False) -> float:
         """One step of Γ on the validation loss ([D] Algorithm 1, line 4). Returns that loss."""
-        loss, self.gamma.grad = self.gamma_gradient(batch, what)
+        loss, self.gamma.grad = self.gamma_gradient(batch, what, reads)
         self.gamma_optimiser.step()
         return loss.item()
 
@@ -193,6 +179,9 @@ def search(
     clip: float | None = 1.0,
     train_steps: int = 1,
     relaxation: str = "softmax",
+    head_warmup: float | None = None,
+    readout: str = "gamma",
+    patience: int | None = None,
     seed: int = 0,
     progress: bool = True,
     ensemble: int = 1,
@@ -223,6 +212,11 @@ def search(
         gamma_lr: learning rate of Γ.
         train_steps: T, weight steps per Γ step.
         relaxation: from Γ to gates, a key of `diffora.core.dam.RELAXATIONS`.
+        head_warmup: train A, B and the head alone at first, for so many steps (an int) or this share of all steps (a
+            float below 1); None: Γ moves from the first step.
+        readout: what modules are scored by: ``gamma``, the gates at the end, or ``early_gradient``, minus the sum of
+            ∂L_valid/∂γ̄ over the first third of the Γ steps.
+        patience: stop once the selection has not changed for this many checks, of which a round has ten; None: never.
         seed: of the adapters' first values, dropout, the order of a shuffled loader and the division of one loader.
             Random numbers of numpy and of Python's ``random``, which a collate function may use, are not seeded.
         progress: show a progress bar, in a terminal or notebook.
@@ -231,8 +225,9 @@ def search(
             weights at the start of each search.
 
     Returns:
-        The selection. ``gamma_bar`` is the relaxed DAM, ``config`` what the search was made with. Of an ensemble,
-        ``scores`` are the mean scores, ``confidence`` the probability that a repeat would select the module.
+        The selection. ``gamma_bar`` is the relaxed DAM (with ``early_gradient`` there are ``scores`` instead),
+        ``rounds`` how long the search took, ``config`` what it was made with. Of an ensemble, ``scores`` are the mean
+        scores, ``confidence`` the probability that a repeat would select the module, ``rounds`` the first member's.
 
     Raises:
         UserError: an argument is impossible, the model has no repeated layers or has adapters, a loader has no batches,
@@ -248,12 +243,16 @@ def search(
         clip=clip,
         train_steps=train_steps,
         relaxation=relaxation,
+        head_warmup=head_warmup,
+        readout=readout,
+        patience=patience,
     )
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
     problems = [
         *choice_problems(k, scope, grid, seed),
         *settings.problems(),
+        *loss_problem(loss),
         *ensemble_problems(ensemble, train_loader, valid_loader),
     ]
     if problems := [*problems, *loader_problems(train_loader, valid_loader, rounds)]:
@@ -262,23 +261,39 @@ def search(
     trained = head_of(model, grid, head)
     names = [name for name, parameter in model.named_parameters() if parameter in set(trained)]
     divisions: list[str] = []
-    members: list[Tensor] = []
+    members: list[_Found] = []
     for own in member_seeds(seed, ensemble, progress):
         train, valid, said = train_loader, valid_loader, ""
         if valid is None:
             train, valid, said = divided_loader(train, own)
+        if problems := [*settings.step_problems(steps_of_round(train, train_steps))]:
+            raise UserError(problems)
         divisions.append(said)
         say(progress, [said, "" if members else f"trained with the adapters: {', '.join(names) or 'nothing'}"])
         with left_as_found(model, own, trained):
-            members.append(_searched(model, grid, trained, (train, valid), loss or model_loss, settings, own, progress))
-    gamma_bar = members[0]
-    start, low, high = neutral_gate(relaxation, grid.n_types), gamma_bar.min().item(), gamma_bar.max().item()
+            loaders = train, valid
+            found = _searched(model, grid, trained, loaders, loss or model_loss, settings, (k, scope), own, progress)
+        if found.rounds < rounds:
+            say(progress, [f"stopped after {found.rounds:.3g} of {rounds} rounds: unchanged for {patience} checks"])
+        members.append(found)
+    found = members[0]
+    start, low, high = neutral_gate(relaxation, grid.n_types), found.gates.min().item(), found.gates.max().item()
     say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
     config = {"search": asdict(settings), "trained": names, "division": divisions[0] or None}
     if ensemble > 1:
-        return selection_of_members(grid, members, k, scope, "search", seed, config, relaxation)
-    rest = {"gamma_bar": gamma_bar.tolist(), "relaxation": relaxation}
-    return selection_of(grid, gamma_bar, k, scope, "search", seed, config, **rest)
+        scores, relaxed = [member.scores for member in members], relaxation if readout == "gamma" else None
+        selection = selection_of_members(grid, scores, k, scope, "search", seed, config, relaxed)
+        return replace(selection, readout=readout, rounds=found.rounds)
+    rest = {"gamma_bar": found.scores.tolist(), "relaxation": relaxation, "rounds": found.rounds}
+    return selection_of(grid, found.scores, k, scope, "search", seed, config, **rest).read_from(readout)
+
+
+class _Found(NamedTuple):
+    """Gates and scores at the end of a search, L x N on the CPU, and the rounds that it took."""
+
+    gates: Tensor
+    scores: Tensor
+    rounds: float
 
 
 def _searched(
@@ -288,10 +303,11 @@ def _searched(
     loaders: tuple[Iterable[Any], Iterable[Any]],
     loss: Loss,
     settings: SearchSettings,
+    choice: tuple[int | None, str],
     seed: int,
     progress: bool,
-) -> Tensor:
-    """The relaxed DAM at the end of a search, L x N on the CPU. Removes the adapters that it adds."""
+) -> _Found:
+    """Search. Removes the adapters that it adds."""
     model.requires_grad_(False)
     for parameter in head:
         parameter.requires_grad_(True)
@@ -300,9 +316,10 @@ def _searched(
         attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
         seed_torch(seed * 1009, device_of(model))  # dropout as in a run's search (`diffora.loop.stage`)
         _match_precision(attached)
-        bilevel = Bilevel(model.train(), attached, head, loss, settings)
-        _run_rounds(bilevel, loaders, device_of(model), progress)
-        return bilevel.gamma_bar.cpu()
+        bilevel = Bilevel(model.train(), attached, head, loss, settings, lambda scores: mask_of(grid, scores, *choice))
+        rounds = _run_rounds(bilevel, loaders, device_of(model), progress)
+        gates = bilevel.gamma_bar
+        return _Found(gates.cpu(), bilevel.readout.scores(gates).cpu(), rounds)
     finally:
         detach(model)
 
@@ -315,24 +332,35 @@ def _match_precision(layers: Layers) -> None:
                 layer.lora_a.data, layer.lora_bt.data = layer.lora_a.data.double(), layer.lora_bt.data.double()
 
 
+def steps_of_round(train_loader: Iterable[Any], train_steps: int) -> int | None:
+    """Γ steps of a round; None if the loader has no length."""
+    batches = length_of(train_loader)
+    return None if batches is None else math.ceil(batches / train_steps)
+
+
 def _run_rounds(
     bilevel: Bilevel, loaders: tuple[Iterable[Any], Iterable[Any]], device: torch.device, progress: bool
-) -> None:
-    """One Γ step, then T weight steps, until the training batches of all rounds are used."""
+) -> float:
+    """One Γ step, then T weight steps, until the training batches of all rounds are used. Returns the rounds done."""
     train_loader, valid_batches = loaders[0], endless(loaders[1], "the loader of validation batches")
-    s, step = bilevel.settings, 0
-    batches = length_of(train_loader)
-    total = None if batches is None else s.rounds * math.ceil(batches / s.train_steps)
-    with bar(progress, "search", "step", total) as shown:
+    s, readout, step = bilevel.settings, bilevel.readout, 0
+    steps = steps_of_round(train_loader, s.train_steps)
+    # Without a length, only a number of warm-up steps is allowed (`SearchSettings.step_problems`): no total is needed.
+    total = 0 if steps is None else s.rounds * steps
+    with bar(progress, "search", "step", total or None) as shown:
         for round_ in range(1, s.rounds + 1):
             for group in in_groups(some(train_loader, "the loader of training batches"), s.train_steps):
+                valid_batch, values = next(valid_batches), {}
+                if not readout.is_frozen(step, total):
+                    of_step, reads = f"the validation batch of step {step + 1}", readout.reads(step, total)
+                    values["valid"] = bilevel.gamma_step(moved(valid_batch, device), of_step, reads)
                 step += 1
-                valid = bilevel.gamma_step(moved(next(valid_batches), device), f"the validation batch of step {step}")
                 for batch in group:
-                    train = bilevel.weight_step(moved(batch, device), f"a training batch of step {step}")
+                    values["train"] = bilevel.weight_step(moved(batch, device), f"a training batch of step {step}")
                 shown.update()
-                shown.set_postfix(round=f"{round_}/{s.rounds}", train=f"{train:.3f}", valid=f"{valid:.3f}")
-
-
-def _is_number(value: Any, above: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+                shown.set_postfix(round=f"{round_}/{s.rounds}", **{name: f"{v:.3f}" for name, v in values.items()})
+                if steps is not None and readout.is_settled(bilevel.gamma_bar, step, steps, total):
+                    return step / steps
+    if steps is None and readout.is_frozen(step - 1, total):
+        raise UserError(f"head_warmup={s.head_warmup} must be below {step}, the steps of the search")
+    return float(s.rounds)

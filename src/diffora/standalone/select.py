@@ -14,7 +14,7 @@ from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
 from diffora.scoring.measures import MEASURES
 from diffora.scoring.spectra import SPECTRA, spectral_scores
-from diffora.standalone.batches import Loss, checked, model_loss, moved, rows_of, some
+from diffora.standalone.batches import Loss, checked, loader_problem, loss_problem, model_loss, moved, rows_of, some
 from diffora.standalone.choice import (
     choice_problems,
     ensemble_problems,
@@ -94,6 +94,9 @@ def select(
         problems.append(f"selector={name_of(selector)} needs a loader, of batches of training data")
     elif selector in BY_LAYER and scope == "layer":
         problems.append(f"selector={selector} selects whole layers, so it needs scope='global'")
+    if loader is not None:
+        problems += loader_problem("loader", loader)
+    problems += loss_problem(loss)
     if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
         problems.append(f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use")
     if type(n_batches) is not int or n_batches < 1:

@@ -1,9 +1,11 @@
 """Batches that are cut into micro-batches, and two batches as one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.tasks.base import Batch, Task
@@ -46,3 +48,13 @@ def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:
             ]
         batch[name] = torch.cat(both)
     return batch
+
+
+def divide_rows(values: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """A batch, or a model's output, divided by rows; entries that do not have one value per row are left out."""
+    cut = {
+        name: torch.split(value, sizes)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.ndim and len(value) == sum(sizes)
+    }
+    return [{name: parts[i] for name, parts in cut.items()} for i in range(len(sizes))]
