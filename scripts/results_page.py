@@ -169,7 +169,7 @@ def table(content: Found) -> str:
         lines.append(f"| **{claim['claim']}** ({claim['paper']}) | | paper: {claim['says']} | **{all_of_them}** | |")
         for one in claim["measured"]:
             n, figures, words = measured_cells(one)
-            file = "here" if not one["where"] else Path(one["where"]).stem
+            file = "below" if not one["where"] else Path(one["where"]).stem
             kept = "°" if one["record"] == "kept" else ""
             link = f"[{file}]({one['where']}{one['section']}){kept}"
             one_word = words[0] if len(set(words)) == 1 else "; ".join(words)

@@ -70,6 +70,8 @@ def test_intervals_agree_with_scipy():
             continue
         checked += 1
         assert (d["low"], d["high"]) == pytest.approx((low, high), abs=1e-3), (one["on"], d["of"])
+        if "rows" in d or "values" in d:
+            assert {str(seed) for seed in one["seeds"]} == set(common), (one["on"], d["of"])
     assert checked > 40
 
 
