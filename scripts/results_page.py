@@ -159,14 +159,38 @@ def measured_cells(one: Found) -> tuple[str, str, list[str]]:
     return " to ".join(str(n) for n in sorted({d["n"] for d in found})), figures, [d["verdict"] for d in found]
 
 
+def summary(content: Found) -> str:
+    """Markdown: a row for each claim, with the range of its differences and the number of each verdict."""
+    head = ["claim of the paper", "the paper's figure", "measured here", "seeds", "verdict"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for claim in content["claims"]:
+        cells = [measured_cells(one) for one in claim["measured"]]
+        verdicts = Counter(word for _, _, words in cells for word in words)
+        all_of_them = ", ".join(f"{word} {n}" if len(verdicts) > 1 else word for word, n in verdicts.most_common())
+        seeds = sorted({int(n) for one, _, _ in cells for n in one.split(" to ") if n})
+        said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else "".join(map(str, seeds))
+        name = f"{claim['claim']} ({claim['paper']})"
+        lines.append(f"| {name} | {claim['says']} | {in_short(claim)} | {said} | **{all_of_them}** |")
+    return "\n".join(lines)
+
+
+def in_short(claim: Found) -> str:
+    """The differences of a claim in points: how many, their range and median; or the first finding in words."""
+    measured = [one for one in claim["measured"] if "unit" not in one]
+    means = [d["mean"] for one in measured for d in (*one.get("differences", ()), one.get("draws")) if d]
+    if not means:
+        return measured_cells(claim["measured"][0])[1]
+    middle = statistics.median(means)
+    found = f"{len(means)} differences from {min(means):+.1f} to {max(means):+.1f} points, median {middle:+.1f}"
+    return found.replace("-", "−")
+
+
 def table(content: Found) -> str:
-    """Markdown: a bold row for each claim with the number of each verdict, then a row for each measurement."""
+    """Markdown: a bold row for each claim, then a row for each measurement."""
     head = ["claim of the paper, and what was measured", "n", "difference, points (95 %)", "verdict", "where"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for claim in content["claims"]:
-        verdicts = Counter(word for one in claim["measured"] for word in measured_cells(one)[2])
-        all_of_them = ", ".join(f"{word} {n}" if len(verdicts) > 1 else word for word, n in verdicts.most_common())
-        lines.append(f"| **{claim['claim']}** ({claim['paper']}) | | paper: {claim['says']} | **{all_of_them}** | |")
+        lines.append(f"| **{claim['claim']}** ({claim['paper']}) | | paper: {claim['says']} | | |")
         for one in claim["measured"]:
             n, figures, words = measured_cells(one)
             file = "below" if not one["where"] else Path(one["where"]).stem
@@ -253,7 +277,7 @@ def picture(content: Found, file: Path, limit: float = 8.0) -> None:
 
 def text(content: Found) -> str:
     picture_line = "![differences of all claims with their intervals](images/claims.png)"
-    return f"{table(content)}\n\n{counted(content)}\n\n{picture_line}"
+    return f"{summary(content)}\n\n{counted(content)}\n\n{picture_line}"
 
 
 def main() -> None:
@@ -261,6 +285,7 @@ def main() -> None:
     write_text(DATA, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     picture(content, PAGE.parent / "images" / "claims.png")
     put(PAGE, "claims", text(content))
+    put(PAGE, "measurements", table(content))
 
 
 if __name__ == "__main__":

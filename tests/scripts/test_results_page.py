@@ -28,8 +28,9 @@ def target(one):
 def test_the_page_and_the_figures_are_those_that_the_script_makes():
     hint = "run python scripts/results_page.py"
     assert script.filled(CONTENT) == CONTENT, hint
-    between = script.PAGE.read_text().partition("<!-- begin claims -->")[2].partition("<!-- end claims -->")[0]
-    assert between == f"\n\n{script.text(CONTENT)}\n\n", hint
+    for name, made in {"claims": script.text(CONTENT), "measurements": script.table(CONTENT)}.items():
+        between = script.PAGE.read_text().partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0]
+        assert between == f"\n\n{made}\n\n", hint
 
 
 def test_every_verdict_follows_from_its_interval_with_a_margin_of_half_a_point():
