@@ -83,7 +83,10 @@ def made(tmp_path_factory):
 def test_the_command_writes_page_and_tables(made):
     assert (made / "index.html").read_text().startswith("<!doctype html>")
     names = {path.name for path in (made / "tables").iterdir()}
-    assert {f"runs-paraphrase-tiny{end}" for end in (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv")} == names
+    assert {
+        f"runs-paraphrase-tiny{end}"
+        for end in (".md", ".tex", ".csv", "-agreement.csv", "-cost.csv", "-comparisons.csv")
+    } == names
     assert (made / "runs.csv").read_text().count("\n") == 126
 
 

@@ -213,6 +213,7 @@ def test_a_shared_pair_is_one_adapter(deberta):
     method = Random(
         rank=4, rho=0.0, dropout=0.0, alpha=6.0, weight_sharing=True, shared_rank=2,
         regulariser=Regulariser(0.5, "squared"), mask=mask(rank="half"), scope="layer", budget=None, draw=0, like=None,
+        keep="size",
     )  # fmt: skip
     model, adaptation = adapted(deberta, method, selection)
     assert len(adaptation.adapters) == 6 and all(len(layers) == 2 for layers in adaptation.adapters)

@@ -142,9 +142,9 @@ def test_the_second_order_needs_more_and_checkpointing_less(cfg):
 def test_parts_and_devices_share_a_batch(cfg):
     overrides = ["task=mrpc", "finetune.batch_size=12", "finetune.accumulate=3"]
     composed = cfg(*overrides, "trainer=ddp_cpu")
-    assert memory._rows(composed, composed.finetune) == 2
+    assert memory.rows_at_a_time(composed, composed.finetune) == 2
     composed = cfg(*overrides)
-    assert memory._rows(composed, composed.finetune) == 4
+    assert memory.rows_at_a_time(composed, composed.finetune) == 4
 
 
 def test_shared_parameters_stay_shared():

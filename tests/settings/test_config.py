@@ -300,7 +300,7 @@ WHOLE = "must be a whole number of at least"
             "logger=null",
             "logger=null is not one of: comet, csv, mlflow, none, tensorboard, trackio, wandb; logger=[] for",
         ),
-        ("recipe=5", "recipe=5 is not one of: rm_lora, roberta"),
+        ("recipe=5", "recipe=5 is not one of: fast, rm_lora, roberta"),
         ("trainer=5", "trainer=5 is not one of: cpu"),
         ("cell=5", "cell=5 must be a group of settings: experiment, row, column"),
         ("search=null", "search=null must be a group of settings: epochs, "),

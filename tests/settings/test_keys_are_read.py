@@ -62,9 +62,10 @@ def test_every_field_of_a_method_is_read(cfg, deberta, monkeypatch, name):
         adaptation.after_backward()
         adaptation.after_step(step, 1e-3)
     fields = {(type(part).__name__, field.name) for part in parts for field in dataclasses.fields(part)}
-    # The run itself reads these two: the number of batches to score, and whether to start from searched A and B.
-    by_harness = {("DiffoRA", "score_batches"), ("DiffoRA", "warm_start")}
-    assert fields - asked <= by_harness
+    # The run itself reads the number of batches to score, whether to start from searched A and B, and the time budget.
+    # A draw reads method.keep only with method.like.
+    elsewhere = {"score_batches", "warm_start", "time_budget", "time_from", "keep"}
+    assert {field for _, field in fields - asked} <= elsewhere
 
 
 NO_RANK = ("bitfit", "full_ft", "head_only", "houlsby", "pfeiffer", "share_only", "adalora")

@@ -30,6 +30,7 @@ from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
 from diffora.loop.process import is_main, quiet_libraries
 from diffora.methods.base import Adaptation, Method
+from diffora.methods.selecting import Selecting
 from diffora.records import write_record
 from diffora.run import directory as rundir
 from diffora.run import terminal
@@ -45,7 +46,6 @@ from diffora.run.record import (
     result_files,
 )
 from diffora.run.select import Selected, select, start_warm
-from diffora.run.steptime import check_step_time, limit_layers
 from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
@@ -133,7 +133,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
-        step_time = limit_layers(parts, method)
+        step_time = _limit_layers(parts, method)
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
@@ -195,7 +195,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         found = select(parts, method, loggers)
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
-            check_step_time(parts, method, found.selection, record["step_time"])
+            _check_step_time(parts, method, found.selection, record["step_time"])
         if settings.search_only:
             result = stop_at(found, parts, record, loggers, began)
             failed = False
@@ -237,6 +237,24 @@ def stop_at(found: Selected, parts: Parts, record: dict[str, Any], loggers: Logg
         loggers.summary(record)
         terminal.print_selection(record, parts.folder)
     return Result(parts.folder, record, parts.model, found.selection)
+
+
+def _limit_layers(parts: Parts, method: Method) -> dict[str, Any]:
+    """With ``method.time_budget``, limit the grid to the upper layers that it allows; facts for the record."""
+    if not isinstance(method, Selecting) or method.time_budget is None:
+        return {}
+    from diffora.run.steptime import limit_layers  # imports what other runs do not need
+
+    return limit_layers(parts, method)
+
+
+def _check_step_time(parts: Parts, method: Method, selection: Selection, facts: dict[str, Any]) -> None:
+    """With ``method.time_budget``, add the selection's share of the step time to the facts."""
+    if not isinstance(method, Selecting) or method.time_budget is None:
+        return
+    from diffora.run.steptime import check_step_time
+
+    check_step_time(parts, method, selection, facts)
 
 
 def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:

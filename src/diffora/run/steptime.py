@@ -28,7 +28,6 @@ from diffora.errors import UserError
 from diffora.loop.parts import Parts
 from diffora.loop.predict import device_of
 from diffora.loop.samplers import LengthGroupedBatchSampler
-from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
 from diffora.run.memory import rows_at_a_time, without_memory
 from diffora.run.record import read_record
@@ -116,34 +115,30 @@ def find_lowest(budget: float, meter: Meter, grid: Grid) -> dict[str, Any]:
     return facts | {"by_lowest_layer": shares}
 
 
-def limit_layers(parts: Parts, method: Method) -> dict[str, Any]:
-    """With ``method.time_budget``, set the lowest layer of the grid that may have adapters (`Grid.lowest_layer`).
+def limit_layers(parts: Parts, method: Selecting) -> dict[str, Any]:
+    """Set the lowest layer of the grid that may have adapters (`Grid.lowest_layer`).
 
     A run that resumes uses what its earlier attempt found, because timed steps never give quite the same again.
 
     Returns:
-        For the record, as of `find_lowest`; empty without a budget.
+        For the record, as of `find_lowest`.
 
     Raises:
         UserError: the budget is too small, or no selection fits the layers that it leaves.
     """
-    budget = getattr(method, "time_budget", None)
-    if budget is None:
-        return {}
-    assert isinstance(method, Selecting)
+    assert method.time_budget is not None
     earlier = (read_record(parts.folder) or {}).get("step_time") if parts.settings.resume else None
-    facts = earlier or find_lowest(budget, meter_of(parts.settings, method, parts.task, parts), parts.grid)
+    facts = earlier or find_lowest(method.time_budget, meter_of(parts.settings, method, parts.task, parts), parts.grid)
     parts.grid = replace(parts.grid, lowest_layer=facts["lowest_layer"])
     method.check(parts.model, parts.grid)  # once more, for the layers that are left
     log.info(f"time budget: {words(facts, parts.grid)}")
     return dict(facts)
 
 
-def check_step_time(parts: Parts, method: Method, selection: Selection, facts: dict[str, Any]) -> None:
-    """With ``method.time_budget``, add the share of the selection to the facts. Warns if it exceeds the budget."""
-    if not facts or "selection" in facts:
+def check_step_time(parts: Parts, method: Selecting, selection: Selection, facts: dict[str, Any]) -> None:
+    """Add the share of the selection to the facts of `limit_layers`. Warns if it exceeds the budget."""
+    if "selection" in facts:
         return
-    assert isinstance(method, Selecting)
     found = meter_of(parts.settings, method, parts.task, parts).of_selection(selection)
     facts["selection"] = asdict(found)
     if found.share > facts["budget"]:
