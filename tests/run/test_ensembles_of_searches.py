@@ -152,6 +152,8 @@ def test_what_does_not_go_with_an_ensemble_is_said(cfg, tmp_path, caplog):
         check(cfg("experiment=quickstart", "search.ensemble=3", "method.warm_start=true"))
     with pytest.raises(UserError, match=r"search\.ensemble=0 must be a whole number of at least 1"):
         check(cfg("experiment=quickstart", "search.ensemble=0"))
+    with pytest.raises(UserError, match=r"search\.ensemble=3: method.selector=kappa reads weights only"):
+        check(cfg("experiment=quickstart", "search.ensemble=3", "method.selector=kappa"))
     run_of(*SELECT, "method.selector=random", "search.ensemble=3", folder=tmp_path / "run")
     assert "search.ensemble=3 has no effect" in caplog.text
 

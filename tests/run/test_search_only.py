@@ -55,6 +55,14 @@ def test_what_does_not_go_with_it_is_refused_in_one_message(cfg):
         check(cfg("experiment=quickstart", "method.selection=[query]", "search_only=true"))
 
 
+def test_settings_of_the_search_that_another_selector_does_not_read_are_named(cfg, quick, tmp_path, caplog):
+    changed = ["search.readout=early_gradient", "search.patience=3", "search.relaxation=sigmoid"]
+    run(cfg(*quick, "method.selector=activation", "search_only=true", *changed), tmp_path / "run")
+    for setting in changed:
+        assert f"{setting} has no effect: method.selector=activation does not read it" in caplog.text
+    assert "head_warmup" not in caplog.text
+
+
 def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):
     done = run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
     assert done.record["status"] == "selected" and done.record["time"]["search_s"] == 0

@@ -13,6 +13,7 @@ from diffora.errors import UserError
 from diffora.loop import own
 from diffora.methods.base import Method
 from diffora.scoring.selectors import find_selector
+from diffora.scoring.spectra import SPECTRA
 from diffora.settings.checks import show
 from diffora.settings.identity import plain
 from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
@@ -93,6 +94,8 @@ def _ensemble_problems(settings: Settings) -> Iterator[str]:
             f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and "
             "none of them made the selection"
         )
+    if n > 1 and scoring is not None and scoring.selector in SPECTRA:
+        yield f"search.ensemble={n}: method.selector={scoring.selector} reads weights only, so every member is the same"
 
 
 def _timing_problems(settings: Settings) -> Iterator[str]:

@@ -9,7 +9,7 @@ says that the search is finished.
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +70,8 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
 
 def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) -> Selected:
     """The selection from a selector's scores, or from the finished search of an earlier attempt."""
+    for line in _ignored(parts, scoring.selector):
+        log.warning(line)
     rows = search_rows(parts)
     parts.data.accounts["search"] = rows.account.record()
     for line in account_lines({"search": parts.data.accounts["search"]}):
@@ -95,6 +97,15 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if is_main():
         _save(parts, method, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
+
+
+def _ignored(parts: Parts, selector: str) -> Iterator[str]:
+    """The settings of the search that were changed, but that another selector does not read."""
+    if selector == "search":
+        return
+    for key, usual in {"relaxation": "softmax", "head_warmup": None, "readout": "gamma", "patience": None}.items():
+        if (value := getattr(parts.settings.search, key)) != usual:
+            yield f"search.{key}={value} has no effect: method.selector={selector} does not read it"
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:
