@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from diffora.errors import UserError
+from diffora.tasks.base import get_task
 from diffora.tasks.glue import TASKS, compute_metrics, get_spec
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
@@ -128,3 +129,15 @@ def test_correlation_of_degenerate_scores_is_zero(scores):
 def test_wrong_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="expected logits"):
         compute_metrics(TASKS["mrpc"], torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+def test_validation_rows_that_are_loaded_alone_are_those_of_the_run(cfg):
+    """Generated validation rows leave out training rows, so they depend on how many of these there are."""
+
+    def rows_of(loaded):
+        return [loaded[name][:] for name in ("sentence1", "sentence2", "label")]
+
+    task = get_task(cfg("task=paraphrase", "model=tiny").task)
+    assert rows_of(task.load_split("validation")) == rows_of(task.load().validation["validation"])
+    fewer = get_task(cfg("task=paraphrase", "model=tiny", "task.train_rows=1").task)
+    assert rows_of(fewer.load_split("validation")) != rows_of(task.load_split("validation"))

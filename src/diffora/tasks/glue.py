@@ -118,7 +118,8 @@ class GlueTask(SentenceTask):
 
     def load_split(self, split: str) -> datasets.Dataset:
         account = self.accounts[split] = Account()
-        return load.load_split(self.spec, split, self.cfg.path, **self._sizes("validation_rows"), account=account)
+        sizes = self._sizes("train_rows", "validation_rows")
+        return load.load_split(self.spec, split, self.cfg.path, **sizes, account=account)
 
     def _sizes(self, *keys: str) -> dict[str, int]:
         """The settings that say how many rows to generate, if they are given."""

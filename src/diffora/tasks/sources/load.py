@@ -79,12 +79,15 @@ def load_split(
     spec: TaskSpec,
     split: str,
     path: str | Path | None = None,
+    train_rows: int = 4000,
     validation_rows: int = 1000,
     account: Account | None = None,
 ) -> datasets.Dataset:
     """Load and check one split by its name at the source. Its labels may be missing, or -1 as in GLUE's test sets.
 
     Args:
+        train_rows, validation_rows: sizes of a generated task; its validation rows depend on both, because none of them
+            is a training row.
         account: gets what became of the rows.
 
     Returns:
@@ -95,7 +98,7 @@ def load_split(
         UserError: there is no such split, or it has faults.
     """
     if spec.generate is not None:
-        pieces = _generated(spec, path, 1, validation_rows)
+        pieces = _generated(spec, path, train_rows, validation_rows)
         if split not in pieces or split == "train":
             raise UserError(f"split={split}: task '{spec.name}' has the split {', '.join(spec.validation_splits)}.")
         pieces = {split: pieces[split]}
