@@ -109,3 +109,11 @@ def batch_of(n: int, length: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
         "labels": torch.randint(0, 2, (n,), generator=generator),
         "row": torch.arange(n),
     }
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """The logits of a classifier of texts, in evaluation, for `batch_of` five rows."""
+    batch = batch_of(5)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TYPES, batch_of
+from conftest import TYPES, logits
 from finished_run import run_of
 from safetensors.torch import load_file
 from small import small_deberta
@@ -38,13 +38,6 @@ def adapted(shared_scale: str) -> nn.Module:
         nn.init.normal_(parameter, std=0.5)
     nn.init.normal_(model.classifier.weight, std=0.5)
     return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    batch = batch_of(5)
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
 
 
 @pytest.mark.parametrize("shared_scale", ["own", "same"])

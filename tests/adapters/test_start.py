@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TYPES, batch_of
+from conftest import TYPES, logits
 from finished_run import run_of
 from small import small_deberta
 from torch import nn
@@ -21,13 +21,6 @@ from diffora.errors import UserError
 from diffora.run import evaluate
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    batch = batch_of(5)
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
 
 
 @pytest.fixture

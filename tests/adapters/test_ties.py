@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TYPES, batch_of
+from conftest import TYPES, batch_of, logits
 from small import small_deberta, small_task
 from torch import nn
 from torch.utils.data import Dataset
@@ -40,13 +40,6 @@ def adapted(seed: int = 0) -> nn.Module:
     for _, layer in lowrank_layers(model):
         nn.init.normal_(layer.lora_bt, std=0.3)
     return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    batch = batch_of(5)
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
 
 
 def assert_tied(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batch_of
+from conftest import batch_of, logits
 from hydra.utils import get_class
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -35,13 +35,6 @@ def small(name: str) -> nn.Module:
             if parameter.ndim == 2:
                 parameter.normal_(std=0.25)
     return Backbone.of(model).freeze().model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    batch = batch_of(5)
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "llama"])

@@ -135,7 +135,9 @@ def _check_search(reading: Reading) -> None:
     if "name" in method and "selector" not in method and "search" in reading.values:
         for key in [key for key in reading.found if _is_in(key, "search")]:
             del reading.found[key]
-        reading.found["search"] = f"method={method['name']} has no setting search"
+        reading.found["search"] = (
+            f"method={method['name']} has no setting search (search.* and recipe=fast are for method=diffora)"
+        )
     elif "selector" in method and "search" not in reading.values and not reading.has_fault("search"):
         reading.found["search"] = "search is missing"
 
