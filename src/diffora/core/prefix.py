@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffora.errors import UserError
@@ -62,7 +61,8 @@ class Prefix:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
         self.states = None
-        self._rest: list[tuple[Any, ...] | None] = []  # what each layer returns beside the states; None: no tuple
+        # How many things each layer returns beside the states; None where it returns no tuple.
+        self._more: list[int | None] = [None] * len(self.layers)
 
     def output(self, forward: Callable[[], object]) -> Tensor:
         """What the last of the layers returns in a forward pass, which ends there.
@@ -90,20 +90,22 @@ class Prefix:
                 hook.remove()
         if [number for number, _ in returned] != list(range(len(self.layers))):
             raise UserError("its layers do not run once each, in their order")
-        self._rest = [None if isinstance(output, Tensor) else tuple(output[1:]) for _, output in returned]
-        states = [output if isinstance(output, Tensor) else output[0] for _, output in returned]
-        if any(rest is not None and any(item is not None for item in rest) for rest in self._rest):
-            raise UserError("its layers return more than hidden states")
-        if states[-1].ndim != 3:
-            raise UserError(f"its hidden states have {states[-1].ndim} dimensions, not sequences x tokens x width")
-        return states[-1]
+        self._more = [None if isinstance(output, Tensor) else len(output) - 1 for _, output in returned]
+        states = returned[-1][1]
+        states = states if isinstance(states, Tensor) else states[0]
+        if not isinstance(states, Tensor) or states.ndim != 3:
+            raise UserError("its layers return no hidden states of sequences x tokens x width")
+        return states
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, the layers return `states` where these are set. Call `output` before. Names do not change."""
+        """Inside, the layers return `states` where these are set. Call `output` before. Names do not change.
+
+        What a layer returns beside states, such as the attention that it computed, is None then.
+        """
         own = [vars(layer).get("forward") for layer in self.layers]
-        for layer, rest in zip(self.layers, self._rest, strict=True):
-            layer.forward = partial(self._forward, layer.forward, rest)
+        for layer, more in zip(self.layers, self._more, strict=True):
+            layer.forward = partial(self._forward, layer.forward, more)
         try:
             yield
         finally:
@@ -113,10 +115,10 @@ class Prefix:
                 else:
                     layer.forward = forward
 
-    def _forward(self, compute: Callable[..., Any], rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, compute: Callable[..., Any], more: int | None, *args: Any, **kwargs: Any) -> Any:
         if self.states is None:
             return compute(*args, **kwargs)
-        return self.states if rest is None else (self.states, *rest)
+        return self.states if more is None else (self.states, *(None,) * more)
 
     @contextmanager
     def returning(self, states: Tensor) -> Iterator[None]:

@@ -52,8 +52,9 @@ def fit(
     resume_from = None if newest is None else newest[0]
     try:
         both_levels = getattr(section, "update", None) == "simultaneous"  # two backward passes through one forward pass
-        with compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels), (
-            module.prefix or nullcontext()
+        with (
+            compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels),
+            module.prefix or nullcontext(),
         ):
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:

@@ -248,6 +248,7 @@ def one_shot(context: SearchContext) -> SearchResult:
     facts["sd_of_losses"] = float(np.std(module.losses, ddof=1))
     _tell(facts, module.losses)
     scores = laid_out(torch.from_numpy(model.effects), context.grid.names)
+    scores = scores.masked_fill(parts.grid.there & ~context.grid.there, 0.0)  # below the lowest layer: not scored
     return SearchResult(scores, module.elapsed, weights=weights, facts=facts)
 
 
