@@ -17,20 +17,14 @@ FAMILIES = {
     "vit": "AutoModelForImageClassification",
 }
 LENGTHS = [7, 3, 5]
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+RATES += ("attention_dropout", "hidden_dropout", "seq_classif_dropout")
 
 
 def deep_model(name, **changes):
     """A model of the family with `LAYERS` layers and no dropout."""
     count = next(key for key in ("num_hidden_layers", "n_layers", "n_layer") if key in CONFIGS[name])
-    rates = [
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-    ]
-    dropout = dict.fromkeys([*rates, "attention_dropout", "hidden_dropout", "seq_classif_dropout"], 0.0)
+    dropout = dict.fromkeys(RATES, 0.0)
     model = random_model(name, FAMILIES[name], **{count: LAYERS}, **dropout, **changes)
     model.double().requires_grad_(False)
     members = stack_members(model, find_grid(model).layers)
