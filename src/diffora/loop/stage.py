@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.loop.prefix import CachedPrefix
+from diffora.loop.sharded import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class Stage(L.LightningModule):
     def trainable_names(self) -> list[str]:
         """Names of the parameters that require gradients now."""
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def configure_model(self) -> None:
+        """With ``trainer.strategy=fsdp``, divide the frozen weights among the processes."""
+        if isinstance(strategy := self.trainer.strategy, Sharded):
+            strategy.divide()
 
     def setup(self, stage: str) -> None:
         self.setup_names()

@@ -116,10 +116,11 @@ def _timing_problems(settings: Settings) -> Iterator[str]:
 
 def _prefix_problems(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``trainer.cache_prefix=true``."""
-    if settings.trainer.cache_prefix and settings.trainer.devices != 1:
+    t = settings.trainer
+    if t.cache_prefix and (t.devices != 1 or t.strategy == "fsdp"):
         yield (
-            f"trainer.cache_prefix=true does not go with trainer.devices={settings.trainer.devices}: one process "
-            "computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
+            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.strategy={t.strategy}: one "
+            "process computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
         )
 
 
