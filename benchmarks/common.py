@@ -55,6 +55,7 @@ class Shape:
         rank: rank of every adapter.
         dropout: dropout of the backbone itself.
         device: cpu or cuda. On cuda, steps run under bfloat16 autocast.
+        bf16: on the CPU too.
         changes: entries that replace those of the YAML's transformers configuration.
         modules: adapt the first ``modules`` candidates of each layer; None for all.
     """
@@ -65,6 +66,7 @@ class Shape:
     rank: int = 4
     dropout: float = 0.0
     device: str = "cpu"
+    bf16: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
     modules: int | None = None
 
@@ -116,7 +118,7 @@ class Shape:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 or self.device == "cuda")
 
 
 # --- contenders ---
@@ -240,6 +242,13 @@ def peft_lora(model: nn.Module, shape: Shape, dropout: float = 0.0, parts: int =
     return Contender(_with_peft(model, config), shape, parts)
 
 
+def compiled_peft(model: nn.Module, shape: Shape) -> Contender:
+    """PEFT's LoRA with its forward pass compiled in the same way."""
+    contender = peft_lora(model, shape)
+    contender.model.forward = torch.compile(contender.model.forward, dynamic=True)
+    return contender
+
+
 def peft_adalora(model: nn.Module, shape: Shape) -> Contender:
     """PEFT's AdaLoRA. It updates its importance scores after each step and prunes after every tenth."""
     model = own(model)
@@ -290,6 +299,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
     "compiled": compiled_lora,
     "peft": peft_lora,
+    "compiled_peft": compiled_peft,
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,
     "full_ft": full_ft,

@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, help="default: a tenth of all steps")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--group-by-length", action="store_true", help="rows of like length in a batch")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--cpu", action="store_true", help="not the GPU")
     args = parser.parse_args()
 
     transformers.set_seed(args.seed)
@@ -87,6 +90,9 @@ def main() -> None:
                 save_strategy="no",
                 logging_strategy="epoch",
                 report_to=[],
+                bf16=args.bf16,
+                torch_compile=args.compile,
+                use_cpu=args.cpu,
                 seed=args.seed,
                 disable_tqdm=True,
             ),
@@ -107,6 +113,7 @@ def main() -> None:
         "adapter": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),  # Linux counts in kB
+        "peak_cuda_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None,
         "parts": {
             "imports and configuration": imported - START,
             "tokenising": tokenised - began,
