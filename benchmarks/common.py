@@ -228,9 +228,8 @@ def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fu
     return Contender(adaptation.model.to(shape.device), shape)
 
 
-def compiled_lora(model: nn.Module, shape: Shape) -> Contender:
-    """Our LoRA with its forward pass compiled, as with ``trainer.compile=true``."""
-    contender = lora(model, shape)
+def compiled(contender: Contender) -> Contender:
+    """With its forward pass compiled, as with ``trainer.compile=true``."""
     contender.model.forward = torch.compile(contender.model.forward, dynamic=True)
     return contender
 
@@ -240,13 +239,6 @@ def peft_lora(model: nn.Module, shape: Shape, dropout: float = 0.0, parts: int =
     model = own(model)
     config = peft.LoraConfig(r=shape.rank, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=shape.names(model))
     return Contender(_with_peft(model, config), shape, parts)
-
-
-def compiled_peft(model: nn.Module, shape: Shape) -> Contender:
-    """PEFT's LoRA with its forward pass compiled in the same way."""
-    contender = peft_lora(model, shape)
-    contender.model.forward = torch.compile(contender.model.forward, dynamic=True)
-    return contender
 
 
 def peft_adalora(model: nn.Module, shape: Shape) -> Contender:
@@ -297,9 +289,9 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
     "plain": lambda model, shape: lora(model, shape, kernel="plain"),
     "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
-    "compiled": compiled_lora,
+    "compiled": lambda model, shape: compiled(lora(model, shape)),
     "peft": peft_lora,
-    "compiled_peft": compiled_peft,
+    "compiled_peft": lambda model, shape: compiled(peft_lora(model, shape)),
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,
     "full_ft": full_ft,
