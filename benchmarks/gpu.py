@@ -110,6 +110,14 @@ def steps(place: Place, name: str, contenders: Sequence[str]) -> dict[str, Any]:
     return {"shape": asdict(shape), "contenders": result, "ratios": ratios}
 
 
+def runs(place: Place, name: str, compiles: bool) -> dict[str, Any]:
+    return gpu_runs.measure(place.shape(*SHAPES[name]), compiles)
+
+
+def with_unsloth(place: Place) -> dict[str, Any]:
+    return gpu_unsloth.measure(place.shape(*SHAPES["llama"]), place.rounds)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the benchmark.
@@ -131,25 +139,18 @@ PARTS = {
     "steps_deberta": Part("steps of DeBERTaV3-base, 32x128", lambda p: steps(p, "deberta", EAGER), 50),
     "steps_llama": Part("steps of Llama 3.2 1B, 4x512", lambda p: steps(p, "llama", EAGER), 60),
     "steps_minilm": Part("steps of MiniLM, 32x128", lambda p: steps(p, "minilm", EAGER), 40),
-    "run_deberta": Part(
-        "whole runs of DeBERTaV3-base", lambda p: gpu_runs.measure(p.shape(*SHAPES["deberta"]), False), 150
-    ),
+    "run_deberta": Part("whole runs of DeBERTaV3-base", lambda p: runs(p, "deberta", False), 150),
     "compiled_llama": Part("compiled steps of Llama", lambda p: steps(p, "llama", COMPILED), 120, True),
     "compiled_deberta": Part("compiled steps of DeBERTaV3-base", lambda p: steps(p, "deberta", COMPILED), 150, True),
-    "run_minilm": Part("whole runs of MiniLM", lambda p: gpu_runs.measure(p.shape(*SHAPES["minilm"]), False), 100),
+    "run_llama": Part("whole runs of Llama", lambda p: runs(p, "llama", False), 200),
+    "run_minilm": Part("whole runs of MiniLM", lambda p: runs(p, "minilm", False), 100),
+    "unsloth_llama": Part("steps of Llama with Unsloth", with_unsloth, 90),
     "compiled_minilm": Part("compiled steps of MiniLM", lambda p: steps(p, "minilm", COMPILED), 90, True),
-    "unsloth_llama": Part(
-        "steps of Llama with Unsloth", lambda p: gpu_unsloth.measure(p.shape(*SHAPES["llama"]), p.rounds), 90
-    ),
     "compiled_run_deberta": Part(
-        "whole runs of DeBERTaV3-base, compiled",
-        lambda p: gpu_runs.measure(p.shape(*SHAPES["deberta"]), True),
-        240,
-        True,
+        "whole runs of DeBERTaV3-base, compiled", lambda p: runs(p, "deberta", True), 240, True
     ),
-    "compiled_run_minilm": Part(
-        "whole runs of MiniLM, compiled", lambda p: gpu_runs.measure(p.shape(*SHAPES["minilm"]), True), 180, True
-    ),
+    "compiled_run_minilm": Part("whole runs of MiniLM, compiled", lambda p: runs(p, "minilm", True), 180, True),
+    "compiled_run_llama": Part("whole runs of Llama, compiled", lambda p: runs(p, "llama", True), 240, True),
 }
 """By name, the most important first."""
 

@@ -22,8 +22,10 @@ TITLES = {
     "compiled_llama": "Llama 3.2 1B's shape, 4 x 512, compiled",
     "compiled_minilm": "MiniLM, 32 x 128, compiled",
     "run_deberta": "DeBERTaV3-base",
+    "run_llama": "Llama 3.2 1B's shape",
     "run_minilm": "MiniLM",
     "compiled_run_deberta": "DeBERTaV3-base, compiled",
+    "compiled_run_llama": "Llama 3.2 1B's shape, compiled",
     "compiled_run_minilm": "MiniLM, compiled",
     "unsloth_llama": "Llama 3.2 1B's shape with Unsloth",
 }
