@@ -37,8 +37,7 @@ from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
 
-ALPHA = 16.0
-LR = 1e-4
+ALPHA, LR = 16.0, 1e-4
 Batch = dict[str, Tensor]
 
 

@@ -94,7 +94,7 @@ class _Pieces:
             return
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type]
-            sampler=ranges,  # type: ignore[arg-type]
+            sampler=ranges,
             batch_size=None,
             num_workers=num_proc,
             collate_fn=_as_it_is,
