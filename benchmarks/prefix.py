@@ -3,10 +3,10 @@
     python -m benchmarks.prefix --data <MRPC> --model <MiniLM> [--seeds 0 1 2] [--epochs 14] [--output FILE]
 
 The arms: LoRA of rank 2 on all candidate modules of all layers (`all`), of the top half and of the top third of the
-layers with the rank that gives as many parameters, and the same with ``trainer.cache_prefix=true``. For each seed, every
-arm is a run of `train.py` in a new process with its own empty caches, so a cached arm computes its files too. The arms
-take turns to go first. Times are ratios to `all` with the same seed: the median over seeds, with quartiles. Metrics come
-from run.json, with the difference to the arm without a cache, paired by seed.
+layers with the rank that gives as many parameters, and the same with ``trainer.cache_prefix=true``. For each seed,
+every arm is a run of `train.py` in a new process with its own empty caches, so a cached arm computes its files too. The
+arms take turns to go first. Times are ratios to `all` with the same seed: the median over seeds, with quartiles.
+Metrics come from run.json, with the difference to the arm without a cache, paired by seed.
 
 Without ``--data`` and ``--model``, the embedded task and backbone are used, and the result says so.
 Writes benchmarks/results/prefix.json after each run, and prints a table.
@@ -116,9 +116,8 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    print(
-        f"\n{'arm':<14}{'parameters':>11}{'run / all':>11}{'quartiles':>15}{'tuning / all':>14}{'accuracy':>17}{'F1':>8}"
-    )
+    heads = f"{'run / all':>11}{'quartiles':>15}{'tuning / all':>14}{'accuracy':>17}{'F1':>8}"
+    print(f"\n{'arm':<14}{'parameters':>11}{heads}")
     for name, facts in found.items():
         whole, tuning = facts["wall_s"]["to_all"], facts["finetune_s"]["to_all"]
         sd = f" ± {facts['accuracy']['sd']:.4f}" if "sd" in facts["accuracy"] else ""
@@ -149,8 +148,12 @@ def main() -> None:
         settings = {
             "data": "MRPC" if real else "the embedded task: --data and --model were not both given",
             "backbone": given.name if real else "the embedded tiny DeBERTa",
-            "layers": n_layers, "epochs": given.epochs, "seeds": given.seeds, "more": given.more, "arms": arms(n_layers),
-        }  # fmt: skip
+            "layers": n_layers,
+            "epochs": given.epochs,
+            "seeds": given.seeds,
+            "more": given.more,
+            "arms": arms(n_layers),
+        }
         result: dict[str, Any] = header() | {"settings": settings}
 
         def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
