@@ -54,9 +54,8 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
         share = record["step_time"]["selection"]["share"]
         table.add_row(f"step time beside LoRA on all modules ({record['step_time']['from']})", f"{share:.3f}")
     if cached := (record.get("prefix") or {}).get("finetune"):
-        table.add_row(
-            "layers computed once", f"{cached['layers']} of {cached['of']}, in {_duration(cached['seconds'])}"
-        )
+        which = f"{cached['layers']} of {cached['of']}"
+        table.add_row("layers computed once", f"{which}, {_duration(cached['seconds'])}")
     table.add_row("whole run", _duration(spent["total_s"]))
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()
