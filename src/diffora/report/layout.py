@@ -114,6 +114,7 @@ MEASURES = (
     ("peak GPU memory, MB", "memory", "peak_cuda_mb"),
     ("best epoch", "metrics", "best_epoch"),
     ("generalisation gap", "metrics", "generalisation_gap"),
+    ("forgetting (loss on plain texts)", "metrics", "forgetting/increase"),
     ("rank of ΔW", "metrics", "update/rank"),
     ("orthogonality loss of ΔW", "metrics", "update/orthogonality_loss"),
     ("stable rank of ΔW", "metrics", "update/stable_rank"),

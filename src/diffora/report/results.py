@@ -1,7 +1,7 @@
 """Tables of results: rows are methods and settings, columns are tasks, a cell has one run for each seed."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from diffora.records import MetricFacts, facts_of
@@ -126,6 +126,13 @@ class ResultTable:
     cells: dict[tuple[str, str], ResultCell]
     paper: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def shown(self) -> Iterator[tuple[tuple[str, str], ResultCell]]:
+        """((row, column name), cell) of all cells, column by column."""
+        for column in self.columns:
+            for row in self.rows:
+                if cell := self.cells.get((row, column.name)):
+                    yield (row, column.name), cell
 
     def cells_of(self, row: str) -> list[ResultCell]:
         return [cell for cell in self.across(row) if cell is not None]
