@@ -180,11 +180,15 @@ To generate, write the conversation as in training:
         files = "<folder with train and validation as .jsonl or .parquet>"
         problems: list[str] = []
         tables = {}
-        for ours, theirs in names.items():
-            other = c.validation_hub is not None and ours != "train"
-            hub, config = (c.validation_hub, c.validation_hub_config) if other else (c.hub, c.hub_config)
-            found = hub_splits(c.name, hub, config, [theirs], files)[theirs]
-            tables[ours] = read(enumerate(found, start=1), f"{hub} {theirs}", problems, self._new_account(ours))
+        apart = [] if c.validation_hub is None else [ours for ours in names if ours != "train"]
+        for hub, config, some in (
+            (c.hub, c.hub_config, [ours for ours in names if ours not in apart]),
+            (c.validation_hub, c.validation_hub_config, apart),
+        ):
+            found = hub_splits(c.name, hub, config, [names[ours] for ours in some], files) if some else {}
+            for ours in some:
+                rows = enumerate(found[names[ours]], start=1)
+                tables[ours] = read(rows, f"{hub} {names[ours]}", problems, self._new_account(ours))
         if problems:
             raise UserError(problems)
         return tables

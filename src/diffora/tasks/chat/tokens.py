@@ -135,7 +135,7 @@ def _text(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
     return ids, np.ones(len(ids), dtype=np.int8)
 
 
-def _chat(turns: list[Turn], tokenizer: Any, train_on: str, prompt: str | None) -> tuple[list[int], np.ndarray]:
+def _chat(turns: list[Turn], tokenizer: Any, train_on: str, prompt: str | None = None) -> tuple[list[int], np.ndarray]:
     """Token ids of a conversation, and which of them count."""
     template = None if prompt is not None else tokenizer.chat_template
     if train_on == "completion" and isinstance(template, str) and GENERATION.search(template):
