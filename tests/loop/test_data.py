@@ -119,7 +119,9 @@ def test_held_out_needs_two_rows():
 def test_batches_partition_the_rows_over_ranks(n, per_rank, world, epoch):
     size, lengths = per_rank * world, lengths_of(n)
     for drop_last in (False, True):
-        if n < (size if drop_last else world):
+        last = n % size
+        left_out = last if drop_last or last < world else 0
+        if n == left_out:
             with pytest.raises(UserError, match="make no batch"):
                 LengthGroupedBatchSampler(lengths, size, 7, world_size=world, drop_last=drop_last)
             continue
@@ -132,11 +134,11 @@ def test_batches_partition_the_rows_over_ranks(n, per_rank, world, epoch):
         assert len(set(map(len, parts))) == 1  # as many steps on every rank
         batches = [sorted(flat(step)) for step in zip(*parts, strict=True)]
         for step in zip(*parts, strict=True):
-            assert len(set(map(len, step))) == 1  # as many rows on every rank
+            assert min(map(len, step)) >= 1 and max(map(len, step)) - min(map(len, step)) <= 1
         rows = flat(batches)
-        assert len(rows) == len(set(rows)) == (n // size * size if drop_last else n // world * world)
+        assert len(rows) == len(set(rows)) == n - left_out and {sampler.left_out for sampler in ranks} == {left_out}
         assert sorted(map(len, batches), reverse=True)[:-1] == [size] * (len(batches) - 1)
-        if n % world == 0 and not drop_last:
+        if left_out == 0 and not drop_last:
             alone = list(LengthGroupedBatchSampler(lengths, size, 7, epoch))
             assert batches == [sorted(batch) for batch in alone]
 
@@ -210,6 +212,17 @@ def test_evaluation_sees_every_row_once(n, size, world):
         own = [lengths[row] for batch in part for row in batch]
         assert own == sorted(own, reverse=True)
         assert all(len(batch) <= max(1, size // world) for batch in part)
+
+
+@given(n=st.integers(1, 100), size=st.integers(1, 40), world=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_evaluation_in_step_repeats_rows_only_to_keep_step(n, size, world):
+    lengths = lengths_of(n)
+    plain = [list(EvalBatchSampler(lengths, size, rank, world)) for rank in range(world)]
+    parts = [list(EvalBatchSampler(lengths, size, rank, world, in_step=True)) for rank in range(world)]
+    assert {len(part) for part in parts} == {max(map(len, plain))}
+    for own, padded in zip(plain, parts, strict=True):
+        assert padded[: len(own)] == own and all(len(batch) == 1 for batch in padded[len(own) :])
 
 
 def test_evaluation_of_some_rows():

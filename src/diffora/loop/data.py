@@ -4,6 +4,7 @@ A loader starts to fetch when the first batch is requested, not when its iterato
 the iterator before it sets the epoch.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -26,6 +27,8 @@ from diffora.loop.samplers import (
 )
 from diffora.settings.checks import MOST
 from diffora.tasks.base import Collate
+
+log = logging.getLogger(__name__)
 
 
 def look_up(dataset: datasets.Dataset, rows: Sequence[int]) -> dict[str, Any]:
@@ -141,9 +144,13 @@ def eval_loader(
     batch_size: int,
     indices: np.ndarray | None = None,
     num_workers: int = 0,
+    in_step: bool = False,
 ) -> DataLoader[Any]:
-    """Loader over an encoded split, or over its rows ``indices``. The processes share the rows, each row once."""
-    sampler = EvalBatchSampler(_lengths(dataset), batch_size, indices=indices, **_process())
+    """Loader over an encoded split, or over its rows ``indices``. The processes share the rows, each row once.
+
+    With ``in_step``, every process has as many batches, and some rows are repeated for that (`EvalBatchSampler`).
+    """
+    sampler = EvalBatchSampler(_lengths(dataset), batch_size, indices=indices, in_step=in_step, **_process())
     return _loader(dataset, sampler, collate, num_workers)
 
 
@@ -236,6 +243,11 @@ class FineTuneData(L.LightningDataModule):
     def sampler(self) -> SegmentSampler:
         """The training batches. It needs the number of processes, so it is made after they have met."""
         batches = LengthGroupedBatchSampler(_lengths(self.train), self.batch_size, self.seed, **_process())
+        if batches.left_out:
+            log.warning(
+                f"fine-tune: each epoch leaves out {batches.left_out} of {len(self.train)} rows, other ones each time: "
+                f"they make a last batch that {batches.world_size} processes cannot share"
+            )
         return SegmentSampler(batches, self.plan_for(-(-len(batches) // self.accumulate)), self.accumulate)
 
     @property
@@ -259,6 +271,6 @@ class FineTuneData(L.LightningDataModule):
     @cached_property
     def _eval_loaders(self) -> list[DataLoader[Any]]:
         return [
-            eval_loader(split, self.collate[1], self.eval_batch_size, num_workers=self.num_workers)
+            eval_loader(split, self.collate[1], self.eval_batch_size, num_workers=self.num_workers, in_step=True)
             for split in self.validation.values()
         ]

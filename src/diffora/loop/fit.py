@@ -12,6 +12,7 @@ from diffora.errors import UserError, out_of_memory
 from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
 from diffora.loop.compiled import compiled
 from diffora.loop.parts import Parts
+from diffora.loop.sharded import FSDP, Sharded
 from diffora.loop.stage import NonFiniteLoss, Stage
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
     return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,
-        strategy=t.strategy,
+        strategy=Sharded(parts.backbone, parts.grid.layers) if t.strategy == FSDP else t.strategy,
+        inference_mode=t.strategy != FSDP,  # FSDP2 keeps the tensors that it collects weights in for the next step
         precision=t.precision,
         deterministic=t.deterministic,
         logger=loggers or False,

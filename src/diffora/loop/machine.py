@@ -13,6 +13,7 @@ import torch
 
 from diffora.errors import UserError
 from diffora.loop.launch import launch_problems
+from diffora.loop.sharded import FSDP, Sharded
 from diffora.settings.sections import Settings
 
 
@@ -67,7 +68,7 @@ def _device_problems(accelerator: str, devices: int | str, strategy: str, precis
         L.Trainer(
             accelerator=accelerator,
             devices=devices,
-            strategy=strategy,
+            strategy=Sharded() if strategy == FSDP else strategy,
             precision=precision,  # type: ignore[arg-type]
             logger=False,
             enable_checkpointing=False,

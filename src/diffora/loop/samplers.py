@@ -46,8 +46,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     Each epoch shuffles the rows, sorts them by length within mega-batches of up to 50 batches, divides them into
     batches, and shuffles the batches. Process `rank` of `world_size` takes every world_size-th row of each batch. The
-    parts of all processes together are the batch of a single process. Only in the last batch of an epoch, up to
-    world_size - 1 rows are left out, because they cannot be divided evenly.
+    parts of all processes together are the batch of a single process. In the last batch, some processes may have a row
+    more than others. If it has fewer rows than there are processes, it is left out, because each process needs a row.
 
     Args:
         lengths: [n] tokens per row of the dataset.
@@ -57,6 +57,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         rank, world_size: this process, and the number of processes.
         indices: the rows to draw from; None for all.
         drop_last: leave out the last batch if it is smaller.
+
+    Attributes:
+        left_out: number of rows that are not used in an epoch. Each epoch leaves out other ones.
 
     Raises:
         UserError: the processes cannot share the batch size evenly, or there are too few rows for one batch.
@@ -82,7 +85,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.seed, self.stream, self.epoch = seed, stream, epoch
         self.rank, self.world_size = rank, world_size
         n_rows = len(self.indices)
-        self._rows_used = n_rows - n_rows % (batch_size if drop_last else world_size)
+        last = n_rows % batch_size
+        self.left_out = last if drop_last or last < world_size else 0
+        self._rows_used = n_rows - self.left_out
         if self._rows_used == 0:
             raise UserError(f"{n_rows} rows make no batch of {batch_size} for {world_size} process(es).")
 
@@ -95,7 +100,6 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[Drawn]:
         draw = self.seed, self.stream, self.epoch
         rng = np.random.default_rng(draw)
-        # If rows are left out, each epoch leaves out different ones.
         order = rng.permutation(len(self.indices))[: self._rows_used]
         # Use at least four mega-batches if possible: if all rows were sorted at once, each epoch had the same batches.
         mega = self.batch_size * min(50, max(1, len(order) // (4 * self.batch_size)))
@@ -144,6 +148,9 @@ class EvalBatchSampler(Sampler[list[int]]):
         batch_size: rows per batch of all processes together.
         rank, world_size: this process, and the number of processes.
         indices: the rows to evaluate; None for all.
+        in_step: give each process as many batches as the others, for models that all processes run together
+            (``trainer=fsdp``). A process with fewer batches repeats a row in each missing one; the caller leaves out
+            repeated rows.
     """
 
     def __init__(
@@ -153,20 +160,23 @@ class EvalBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         indices: np.ndarray | None = None,
+        in_step: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} for evaluation must be at least 1.")
         indices = np.arange(len(lengths)) if indices is None else np.asarray(indices)
         order = indices[np.argsort(-np.asarray(lengths)[indices], kind="stable")]
-        self._mine = order[rank::world_size]
-        self._size = max(1, batch_size // world_size)
+        mine, size = order[rank::world_size], max(1, batch_size // world_size)
+        self._batches = [mine[start : start + size].tolist() for start in range(0, len(mine), size)]
+        if in_step:
+            most = -(-len(order[::world_size]) // size)  # the first process has the most rows
+            self._batches += [order[-1:].tolist()] * (most - len(self._batches))
 
     def __len__(self) -> int:
-        return -(-len(self._mine) // self._size)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self._mine), self._size):
-            yield self._mine[start : start + self._size].tolist()
+        return iter(self._batches)
 
 
 class BilevelBatchSampler(Sampler[dict[str, list[Any]]]):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffora.loop.sharded import Sharded
+
 log = logging.getLogger(__name__)
 
 WATCHED = 25
@@ -98,6 +100,11 @@ class Stage(L.LightningModule):
     def trainable_names(self) -> list[str]:
         """Names of the parameters that require gradients now."""
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def configure_model(self) -> None:
+        """With ``trainer.strategy=fsdp``, divide the frozen weights among the processes."""
+        if isinstance(strategy := self.trainer.strategy, Sharded):
+            strategy.divide()
 
     def setup(self, stage: str) -> None:
         self.setup_names()

@@ -160,7 +160,8 @@ class Trainer:
         Help("How many devices to use; auto: all of them.", "devices"),
     ]
     strategy: Annotated[  # others are not tested
-        Literal["auto", "ddp", "ddp_find_unused_parameters_true"], Help("How several devices share the work.")
+        Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"],
+        Help("How several devices share the work; fsdp: they share the frozen weights too."),
     ]
     precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Help("Precision of the computation.")]
     deterministic: Annotated[

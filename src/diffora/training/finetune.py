@@ -216,7 +216,7 @@ class FineTuneModule(Stage):
         scores = self._training_scores()
         classes = None
         for i, (name, split) in enumerate(self.validation.items()):
-            outputs, self._outputs[i] = self._gather(self._outputs[i]), []
+            outputs, self._outputs[i] = _each_row_once(self._gather(self._outputs[i])), []
             scores |= {f"{name}/{key}": value for key, value in self.task.score(outputs, split).items()}
             if i == 0:
                 classes = self.task.class_results(outputs)
@@ -325,6 +325,14 @@ class FineTuneModule(Stage):
         self._stepping = StepClock(*memory.get("stepping", ()))
         self.check_state(self.best_state)
         self.adaptation.load_state(memory["method"])
+
+
+def _each_row_once(outputs: Outputs) -> Outputs:
+    """Leave out the rows that a process repeated to keep step with the others (`EvalBatchSampler`)."""
+    rows = outputs["row"]
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]  # they are in order
+    return outputs if first.all() else {key: value[first] for key, value in outputs.items()}
 
 
 def _or_one(terms: Tensor) -> Tensor:

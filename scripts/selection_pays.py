@@ -1,0 +1,193 @@
+"""Does the choice of modules pay, and what does a step cost? The runs of experiment=selection_pays.
+
+    python scripts/selection_pays.py outputs/selection_pays-paper
+    python scripts/selection_pays.py <folder> --page docs/background/selection.md       # puts tables and picture there
+    python scripts/selection_pays.py docs/background/data/selection_pays.json           # the same tables without runs
+
+Differences are paired over seeds, with Student's t; verdicts are those of `diffora.report.statistics.verdict` with a
+margin of half a point. "best of two draws" is not a row of the experiment: for each seed it is the higher one of the
+two random selections, on the rows that also choose the epoch.
+
+The step time is a share of that of LoRA on all modules, by counted operations. It depends on the lowest layer with an
+adapter. Runs with a time budget have it for some layers; between these it is linear, because all layers cost the same.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from selection_matters import by_seed, mean, points
+from selection_quality import Run, completed, put
+
+from diffora.files import write_text
+from diffora.report.statistics import Difference, detectable, holm, paired, verdict
+
+MARGIN = 0.005
+SPLITS = "validation", "held_out"
+ALL, RANDOM, BEST = "all modules", "random", "best of two draws"
+DRAWS = "random", "random, draw 100"
+QUESTIONS = {
+    "search": (ALL, RANDOM, "random, same types", "random, search's time", BEST),
+    "search, top third": ("random, top third", "top third", ALL),
+}
+"""What a selection is compared with, beside "all modules" and "random", which every row is compared with."""
+
+Row = dict[str, Any]
+
+
+def lowest_layer(run: Run) -> int:
+    """Number of the lowest layer with an adapter, from 1."""
+    return next(layer for layer, chosen in enumerate(run["selection"]["selected"], 1) if chosen)
+
+
+def rows_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """For each column: shares of step time by lowest layer, and for each row its size, layer and metrics by seed."""
+    found: dict[str, Any] = {}
+    for run in runs:
+        column = found.setdefault(run["column"], {"metric": run["main_metric"], "shares": {}, "rows": {}})
+        timed = run.get("step_time", {}).get("by_lowest_layer", {})
+        column["shares"] |= {str(int(layer) + 1): of["share"] for layer, of in timed.items()}
+        metrics = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
+        facts = {"parameters": run["params"]["adapter"], "lowest": lowest_layer(run), "config_hash": run["config_hash"]}
+        facts["layers"] = sum(map(bool, run["selection"]["selected"]))
+        column["rows"].setdefault(run["row"], {})[str(run["seed"])] = metrics | facts
+    for column in found.values():
+        column["rows"] = {name: {"seeds": seeds} for name, seeds in column["rows"].items()}
+    return found
+
+
+def with_best(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows with that of the higher of two random selections of each seed."""
+    one, other = (rows.get(name, {"seeds": {}})["seeds"] for name in DRAWS)
+    best = {seed: max(one[seed], other[seed], key=lambda values: values["validation"]) for seed in one if seed in other}
+    return {**rows, BEST: {"seeds": best}} if best else dict(rows)
+
+
+def difference(rows: Mapping[str, Row], ours: str, theirs: str, split: str = "validation") -> Difference | None:
+    if ours == theirs or ours not in rows or theirs not in rows:
+        return None
+    return paired(by_seed(rows[ours], split), by_seed(rows[theirs], split))
+
+
+def main_table(column: Mapping[str, Any]) -> str:
+    """Markdown: one line for each row, the best first, with its difference from all modules and from random ones."""
+    rows = with_best(column["rows"])
+    metric = column["metric"]
+    head = ["modules", "parameters", "layers", "lowest layer", "step, counted", "seeds", metric, f"{metric}, held_out"]
+    head += ["less all modules (95 %)", "", "less random (95 %)", ""]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    order = sorted(rows, key=lambda name: -sum(by_seed(rows[name], "validation").values()) / len(rows[name]["seeds"]))
+    for name in order:
+        seeds = rows[name]["seeds"].values()
+        cells = [name, *(ranged({one[key] for one in seeds}) for key in ("parameters", "layers", "lowest"))]
+        cells += [share_of(column, rows[name]), str(len(seeds)), *(mean(rows[name], split) for split in SPLITS)]
+        for other in (ALL, RANDOM):
+            one = difference(rows, name, other)
+            cells += ["", ""] if one is None else [points(one), verdict(one, MARGIN)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ranged(values: set[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" + (f" to {high:,}" if high > low else "")
+
+
+def shares(column: Mapping[str, Any], row: Row) -> list[float]:
+    """The counted share of step time of each of the row's runs, as far as it is known."""
+    if not column["shares"]:
+        return []
+    known = sorted((float(layer), share) for layer, share in {"1": 1.0, **column["shares"]}.items())
+    return [float(np.interp(one["lowest"], *zip(*known, strict=True))) for one in row["seeds"].values()]
+
+
+def share_of(column: Mapping[str, Any], row: Row) -> str:
+    found = shares(column, row)
+    return "" if not found else f"{min(found):.2f}" + (f" to {max(found):.2f}" if max(found) > min(found) else "")
+
+
+def question_table(columns: Mapping[str, Any]) -> str:
+    """Markdown: what the search is compared with, for each column."""
+    found = []
+    for name, column in columns.items():
+        rows = with_best(column["rows"])
+        for ours, others in QUESTIONS.items():
+            for theirs in others:
+                each = [difference(rows, ours, theirs, split) for split in SPLITS]
+                if each[0] is not None:
+                    found.append((f"{ours} − {theirs}", name, *each))
+    adjusted = iter(holm([one.p for _, _, one, _ in found if one and one.p is not None]))
+    head = [
+        "difference, points (95 %)",
+        "task",
+        "n",
+        "validation",
+        "p, Holm",
+        "could find",
+        "verdict",
+        "held_out",
+        "verdict",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for what, name, one, held in found:
+        least = None if one.error is None else detectable(one.error * one.n**0.5, one.n)
+        cells = [what, name, str(one.n), points(one), "" if one.p is None else f"{next(adjusted):.2f}"]
+        cells += ["" if least is None else f"{100 * least:.1f}", verdict(one, MARGIN)]
+        cells += ["", ""] if held is None else [points(held), verdict(held, MARGIN)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def text_of(columns: Mapping[str, Any]) -> str:
+    parts = [f"**{name}**\n\n{main_table(column)}" for name, column in columns.items()]
+    return "\n\n".join([*parts, "**What the search is compared with**", question_table(columns)])
+
+
+def picture(columns: Mapping[str, Any], file: Path) -> None:
+    """A panel for each column: the metric over the counted share of step time, with the spread of seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(columns), 4.6), layout="constrained")
+    for axes, (name, column) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+        for row, of in column["rows"].items():
+            values, at = list(by_seed(of, "validation").values()), shares(column, of)
+            if not at:
+                continue
+            x, y = sum(at) / len(at), 100 * sum(values) / len(values)
+            axes.plot([x, x], [100 * min(values), 100 * max(values)], color="#bbbbbb", lw=1, zorder=1)
+            axes.plot(x, y, "o", ms=4, color="#d55e00" if row == ALL else "#0072b2", zorder=2)
+            axes.annotate(row, (x, y), xytext=(4, 0), textcoords="offset points", size=6.5, va="center")
+        axes.set_title(name, size=9)
+        axes.set_xlabel("share of step time of LoRA on all modules, counted")
+        axes.set_ylabel(f"{column['metric']} x 100 (line: lowest to highest seed)")
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the runs, or the JSON file that --page wrote from them")
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    if given.folder.suffix == ".json":
+        columns = json.loads(given.folder.read_text())
+    else:
+        columns = rows_of(completed(given.folder))
+    if not columns:
+        sys.exit(f"error: no finished run below {given.folder}")
+    print(text_of(columns))
+    if given.page is not None:
+        name = "selection_pays"
+        picture(columns, given.page.parent / "images" / f"{name}.png")
+        write_text(given.page.parent / "data" / f"{name}.json", json.dumps(columns, indent=1) + "\n")
+        text = f"{text_of(columns)}\n\n![the metric over the time of a step](images/{name}.png)"
+        put(given.page, name, text)
+
+
+if __name__ == "__main__":
+    main()

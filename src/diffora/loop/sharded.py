@@ -1,0 +1,93 @@
+"""``trainer.strategy=fsdp``: the frozen weights are divided among the processes (FSDP2), the trained ones are not.
+
+Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs, and drops
+them after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth
+of the model, so every process holds all of it, as under DDP: penalties, masks, shared pairs, optimisers, checkpoints and
+exports see ordinary tensors. The gradients of the trained weights are averaged here.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from diffora.backbones.backbone import Backbone
+
+FSDP = "fsdp"
+"""The value of ``trainer.strategy``."""
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, for models of which only a small part is trained.
+
+    Checkpoints hold trained weights only, which are whole in every process: one process writes one small file, and a run
+    with another number of processes can read it.
+
+    Args:
+        backbone: the model to divide; None to check settings only.
+        layers: full names of its layers. FSDP2 collects the weights of one of them at a time.
+    """
+
+    def __init__(self, backbone: Backbone | None = None, layers: Sequence[str] = ()) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.backbone, self.layers = backbone, layers
+        self._waits = False  # whether more micro-batches of the same step follow
+
+    # What is trained is whole in every process, so its state is handled as it is without FSDP.
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    optimizer_state = Strategy.optimizer_state
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def divide(self) -> None:
+        """Divide the frozen weights among the processes. A second call, in a second stage, changes nothing."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # takes a second
+
+        assert self.backbone is not None
+        model: Any = self.backbone.model
+        if isinstance(model, FSDPModule):
+            return
+        whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        for name in self.backbone.untrained:  # the export writes these, and only one process exports
+            whole |= set(model.get_submodule(name).parameters())
+        mesh = self.device_mesh["data_parallel"]
+        for name in self.layers:
+            fully_shard(model.get_submodule(name), mesh=mesh, ignored_params=whole)
+        fully_shard(model, mesh=mesh, ignored_params=whole)
+        model._is_fsdp_managed_module = True  # transformers: generate until all processes are done
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if not self._waits:
+            assert self.lightning_module is not None
+            average_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes. None counts as 0, and stays if it is None in all of them."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = [float(p.grad is not None) for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(there)])
+    torch.distributed.all_reduce(flat)
+    *means, counts = flat.split([*(grad.numel() for grad in grads), len(there)])
+    unused = [False] * len(there) if all(there) else (counts == 0).tolist()
+    world = torch.distributed.get_world_size()
+    for parameter, mean, none in zip(parameters, means, unused, strict=True):
+        parameter.grad = None if none else (mean / world).view_as(parameter)
