@@ -77,7 +77,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (FIVE, {
             "finetune.epochs": "2", "finetune.batch_size": "4", "finetune.lr": "0.1", "finetune.warmup_steps": "8",
             "finetune.weight_decay": "0.9", "finetune.clip": "1e-4", "finetune.accumulate": "2",
-            "finetune.eval_batch_size": "3", "finetune.dropout": "0.5", "finetune.max_steps": "3", "finetune.eval_every": "2",
+            "finetune.eval_batch_size": "3", "finetune.dropout": "0.5", "finetune.max_steps": "3",
+            "finetune.eval_every": "2",
             "finetune.optimizer": "sgd", "finetune.scheduler": "cosine", "finetune.lora_plus_ratio": "16",
             "finetune.label_smoothing": "0.5", "finetune.class_weights": "[1,9]", "trainer.compile": "true",
             "trainer.callbacks": "[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: x}]",

@@ -55,7 +55,7 @@ def main_table(table: ResultTable) -> TextTable:
     groups: list[tuple[str, list[str]]] = [("", ["method"]), ("parameters", ["adapter", "head"])]
     groups[1][1].extend(["paper"] if sized else [])
     for column in table.columns:
-        labels = ["dev_best"] + (["held_out"] if column.held_out() else [])
+        labels = [column.label] + (["held_out"] if column.held_out() else [])
         labels += ["paper"] if any(column.name in figures for figures in table.paper.values()) else []
         groups.append((column.title, labels))
     means = elsewhere == ["mean"]  # the paper's mean is over columns that all have runs here
