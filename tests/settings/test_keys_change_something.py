@@ -96,9 +96,12 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
          {"task.recipe.of.paraphrase.sora_lambda": "0.001"}),
         (LORA, {
             "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.strategy": "ddp",
-            "trainer.precision": "bf16-mixed", "trainer.deterministic": "true", "trainer.num_workers": "1",
+            "trainer.precision": "bf16-mixed", "trainer.deterministic": "true", "trainer.num_workers": "1", "trainer.num_proc": "2",
             "trainer.gradient_checkpointing": "true", "logger.csv": "false", "++logger.tensorboard": "true",
         }),
+        # with dropout in the frozen layers, the results differ; a limit that is too low is refused
+        (f"{LORA} model.layer='encoder.layer.[2,3]'", {"trainer.cache_prefix": "true"}),
+        (f"{LORA} trainer.cache_prefix=true", {"trainer.cache_prefix_limit": "1e-9"}),
         (f"{LORA} debug=default", {"debug.detect_anomaly": "true"}),
         (f"{LORA} logger=[wandb]", {
             "logger.wandb.project": "x", "logger.wandb.entity": "x", "logger.wandb.group": "x",
@@ -222,7 +225,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (IMAGES, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.validation_split": "dev",
             "task.num_labels": "3", "task.train_head": "false", "task.augment.crop_area": "0.9",
-            "task.augment.flip": "false", "task.augment.shift": "0.4",
+            "task.augment.flip": "false", "task.augment.shift": "0.4", "task.cache_pixels": "false",
         }),
         (f"{IMAGES} task.path=table", {"task.image_column": "x", "task.label_column": "x"}),
         ("task=cifar100", {"task.hub": "x"}),
@@ -417,9 +420,12 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     facts, rows, fit = [], [], L.Trainer.fit
+    encoded = {}  # by how many processes, and to which columns
+    monkeypatch.setattr("diffora.loop.parts.processes", lambda wanted: encoded.update(processes=wanted) or 1)
 
     def watched(trainer, module, datamodule=None, **given):
         det = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        encoded["columns"] = datamodule.train.column_names
         facts.append([type(trainer.strategy).__name__, trainer.precision, trainer._detect_anomaly, det])
         facts[-1] += [datamodule.num_workers, getattr(module.model, "is_gradient_checkpointing", None)]
         if facts[-1] != watched.usual:
@@ -466,6 +472,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
             selection = json.loads((folder / "selection.json").read_text())
             written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
         found = {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
+        found |= encoded
         return found | {"rows of micro-batches": sorted(set(rows))}
 
     yield of

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from diffora.errors import UserError
 from diffora.loop import streams
 from diffora.loop.plan import Plan, plan_of
 from diffora.loop.samplers import (
@@ -122,10 +123,16 @@ class LateLoader(DataLoader[Any]):
     """A loader that starts to fetch when the first batch is requested; so the epoch can be set after `iter`."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            if "in DataLoader worker process" not in str(error):
+                raise
+            # The text is the worker's traceback, which ends with the message.
+            raise UserError(str(error).rpartition("diffora.errors.UserError: ")[2].strip()) from None
 
 
-def _loader(dataset: Any, sampler: Sampler[Any], collate: Any, num_workers: int) -> DataLoader[Any]:
+def _loader(dataset: Any, sampler: Sampler[Any] | Sequence[Any], collate: Any, num_workers: int) -> DataLoader[Any]:
     return LateLoader(
         dataset,
         sampler=sampler,
@@ -157,6 +164,13 @@ def eval_loader(
 def whole_loader(dataset: datasets.Dataset, collate: Collate, batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
     """Loader that gives this process all rows of a split, even if there are other processes."""
     return _loader(dataset, EvalBatchSampler(_lengths(dataset), batch_size), collate, num_workers)
+
+
+def rows_loader(
+    dataset: datasets.Dataset, batches: Sequence[list[int]], collate: Collate, num_workers: int = 0
+) -> DataLoader[Any]:
+    """Loader of given batches, each by its row numbers."""
+    return _loader(dataset, batches, collate, num_workers)
 
 
 class SearchData(L.LightningDataModule):

@@ -19,6 +19,7 @@ from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Rows, Split, Task
+from diffora.tasks.encoding import processes
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Parts:
         made_with: settings, data and backbone, to compare with those of another attempt (`digests.made_with`).
         earlier: what an earlier attempt left in this folder, if the run resumes.
         first_step_at: when training on the first batch began, in seconds since 1970.
+        prefix: facts about the cached prefix of each stage, for the record.
     """
 
     settings: Settings
@@ -104,6 +106,7 @@ class Parts:
     made_with: dict[str, Any]
     earlier: Earlier = field(default_factory=Earlier)
     first_step_at: float | None = None
+    prefix: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -118,6 +121,7 @@ class Parts:
             UserError: data, model, grid or a given selection are wrong. On a resume: they changed since the run
                 stopped.
         """
+        task.num_proc = processes(settings.trainer.num_proc)
         rows = task.load()
         _check_halves(rows.source, len(next(iter(rows.validation.values()))))
         test = {name: task.load_split(name) for name in task.test_splits if settings.predict}

@@ -173,10 +173,23 @@ class Trainer:
         Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
+    num_proc: Annotated[
+        int, whole(1, 256), Help("Processes that tokenise the rows before training; the result is the same.")
+    ] = 1
     compile: Annotated[
         bool,
         Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),
     ] = False
+    cache_prefix: Annotated[
+        bool,
+        Help(
+            "Compute the layers below the lowest trained one once, without their dropout, and read their output from a "
+            "file in later epochs."
+        ),
+    ] = False
+    cache_prefix_limit: Annotated[
+        float, POSITIVE, Help("Largest size of the files of `trainer.cache_prefix=true`.", "GB")
+    ] = 20.0
     callbacks: Annotated[list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")] = field(
         default_factory=list
     )

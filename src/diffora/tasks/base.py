@@ -80,6 +80,7 @@ class Task:
 
     Attributes:
         name: the task's name in ``task=<name>``.
+        num_proc: how many processes `encode` may use (``trainer.num_proc``).
         accounts: for each split, by its name, what `load` or `load_split` did with its rows.
         metrics: the metrics that `score` returns besides ``loss``, in the order in which they are shown.
         main_metric: the metric that chooses the best model.
@@ -121,6 +122,7 @@ class Task:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.name = cfg.name
+        self.num_proc = 1
         self.accounts: Accounts = {}
 
     def unit_of(self, metric: str) -> str:
@@ -290,6 +292,11 @@ class Task:
             final: for predictions and `evaluate.py`; otherwise it is a validation while training.
         """
         return self.outputs(model(**self.inputs(batch)), batch)
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether `evaluate` is one forward pass over the `inputs` of a batch, and generates nothing."""
+        return type(self).evaluate is Task.evaluate
 
     def texts_split(self) -> Split | None:
         """Plain texts whose loss is measured before and after fine-tuning, to see what a model forgets; None: no texts.

@@ -212,7 +212,7 @@ To generate, write the conversation as in training:
         conversations in the row. The first token of a sequence never counts, because nothing precedes it.
         """
         c = self.cfg
-        encoded = encode(rows, processor, c.max_length, c.train_on, c.prompt)
+        encoded = encode(rows, processor, c.max_length, c.train_on, self.num_proc, c.prompt)
         if len(encoded) == 0:
             raise UserError(
                 f"none of the {len(rows)} rows has anything to learn within task.max_length={self.cfg.max_length}: "
@@ -314,6 +314,10 @@ To generate, write the conversation as in training:
             prompts = {"input_ids": batch["prompt_ids"][chosen], "attention_mask": batch["prompt_mask"][chosen]}
             text[chosen] = generate(model, prompts, most, pad, self._tokenizer.eos_token_id)
         return found | {"generated": chosen, "text": text}
+
+    @property
+    def single_pass(self) -> bool:
+        return not self.generates
 
     def texts_split(self) -> Split | None:
         if not self._texts:
