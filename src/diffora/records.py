@@ -78,6 +78,7 @@ class Record:
         selection: which modules were selected; empty where the method selects none.
         step_time: with ``method.time_budget``: the lowest layer with adapters, and shares of the step time of LoRA on
             all modules, counted or measured (`diffora.run.steptime`).
+        precision: with ``trainer.precision=auto``: what was chosen on the machine of the run, and why.
         history: the metrics of each epoch.
         data_hash: hash of the training and validation rows.
         data: how many rows of each split were read, used and dropped, and why.
@@ -113,6 +114,7 @@ class Record:
     memory: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     step_time: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     data_hash: str | None = None
     data: dict[str, Any] = field(default_factory=dict)

@@ -12,9 +12,11 @@ from torch import nn
 from diffora import digests
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.load import load_backbone
+from diffora.backbones.precision import width_multiple
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.loop.predict import device_of
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
@@ -134,6 +136,7 @@ class Parts:
         made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity, inputs)
         before = earlier(folder, made_with) if settings.resume else Earlier()
 
+        task.width_multiple = width_multiple(settings.trainer.precision, device_of(settings.trainer.accelerator))
         data = Data.encode(task, processor, rows, test)
         _check_halves(rows.source, len(np.unique(examples_of(data.official.encoded))))
         return cls(settings, folder, task, backbone, grid, data, identity, made_with, before)
