@@ -99,9 +99,9 @@ def test_widths_are_rounded_in_bfloat16_on_a_cpu_only(cfg):
     processor = task.processor(cfg("model=tiny").model)
     task.width_multiple = 16
     widths = [
-        task.collate(processor, training=False)(
-            {"input_ids": [[5] * n], "labels": [0], "row": [0], "length": [n]}
-        )["input_ids"].shape[1]
+        task.collate(processor, training=False)({"input_ids": [[5] * n], "labels": [0], "row": [0], "length": [n]})[
+            "input_ids"
+        ].shape[1]
         for n in (3, 16, 17)
     ]
     assert widths == [16, 16, 32]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from diffora import digests
+from diffora.backbones.attention import use_bfloat16_attention
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
@@ -126,6 +127,10 @@ class Parts:
         processor = task.processor(settings.model)
         backbone = load_backbone(settings.model, task.model_request(), processor)
         task.check(backbone.model)
+        device = device_of(settings.trainer.accelerator)
+        task.width_multiple = width_multiple(settings.trainer.precision, device)
+        if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel == "fused":
+            use_bfloat16_attention(backbone.model)
         if settings.trainer.gradient_checkpointing:
             backbone.checkpoint_activations()
         grid = _grid(settings, backbone)
@@ -136,7 +141,6 @@ class Parts:
         made_with = digests.made_with(settings.composed, rows.data_hash, n_rows, identity, inputs)
         before = earlier(folder, made_with) if settings.resume else Earlier()
 
-        task.width_multiple = width_multiple(settings.trainer.precision, device_of(settings.trainer.accelerator))
         data = Data.encode(task, processor, rows, test)
         _check_halves(rows.source, len(np.unique(examples_of(data.official.encoded))))
         return cls(settings, folder, task, backbone, grid, data, identity, made_with, before)
