@@ -79,6 +79,8 @@ class Record:
         step_time: with ``method.time_budget``: the lowest layer with adapters, and shares of the step time of LoRA on
             all modules, counted or measured (`diffora.run.steptime`).
         precision: with ``trainer.precision=auto``: what was chosen on the machine of the run, and why.
+        prefix: with ``trainer.cache_prefix=true``, for each stage: how many layers were read from the cache (``layers``
+            of ``of``), the size of its files in bytes, and the seconds until they were there.
         history: the metrics of each epoch.
         data_hash: hash of the training and validation rows.
         data: how many rows of each split were read, used and dropped, and why.
@@ -115,6 +117,7 @@ class Record:
     selection: dict[str, Any] = field(default_factory=dict)
     step_time: dict[str, Any] = field(default_factory=dict)
     precision: str | None = None
+    prefix: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     data_hash: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
@@ -211,7 +214,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a whole number": (("seed",), _is_int),
     "an object": (("settings", *RESULTS), lambda value: isinstance(value, dict)),
     "an object or null": (
-        ("selection", "step_time", "data", "backbone", "inputs", "versions", "digests"),
+        ("selection", "step_time", "prefix", "data", "backbone", "inputs", "versions", "digests"),
         lambda value: isinstance(value, dict | None),
     ),
     "a list of text": (
