@@ -87,6 +87,9 @@ bench-scale: venv ## measure how the cost of a step grows, and the cost of the s
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plots
 
+bench-contention: venv ## compare a run beside busy processes with one alone: contention.json
+	$(BIN)/python -m benchmarks.contention
+
 bench-plots: venv ## make the tables and pictures of the performance page from benchmarks/results
 	$(BIN)/python -m benchmarks.plots
 
@@ -98,4 +101,4 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
-.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-contention bench-plots pretrain-tiny clean
