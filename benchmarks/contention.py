@@ -29,7 +29,7 @@ from diffora.cli.environment import WAITING
 QUICKSTART = ["experiment=quickstart", "logger=csv"]
 PASSIVE = "wait passively"
 SPIN = {"KMP_BLOCKTIME": "200"}
-"""The program leaves the threads alone if the user has set this variable, which the OpenMP of torch's wheels ignores."""
+"""The program leaves the threads alone if the user has set this variable, which the OpenMP of torch ignores."""
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that say how threads wait."""
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
-"""How many compiled products oneDNN and torch keep, half a MB each. Their own limit is 1024, each; a training step in
-bfloat16 needs about ten for each width of a batch."""
+"""How many compiled products oneDNN and torch keep, each about a quarter of a MB. Their own limit is 1024. A training
+step in bfloat16 needs about ten for each width of a batch."""
 
 
 def prepare(environment: MutableMapping[str, str]) -> str | None:
