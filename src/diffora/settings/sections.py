@@ -179,6 +179,9 @@ class Trainer:
         Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
+    num_proc: Annotated[
+        int, whole(1, 256), Help("Processes that tokenise the rows before training; the result is the same.")
+    ] = 1
     compile: Annotated[
         bool,
         Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),
@@ -252,9 +255,18 @@ class FineTune:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    eval_batch_size: Annotated[
+        Annotated[int, COUNT] | None,
+        Help("Rows per batch in an evaluation, over all devices; null: twice a training micro-batch.", "rows"),
+    ] = None
     dropout: Annotated[
         float | None, RATE, Help("Dropout rate on the input of the low-rank path, for methods that have one.")
     ] = None
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows per batch in an evaluation."""
+        return self.eval_batch_size or 2 * (self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ class Task:
 
     Attributes:
         name: the task's name in ``task=<name>``.
+        num_proc: how many processes `encode` may use (``trainer.num_proc``).
         accounts: for each split, by its name, what `load` or `load_split` did with its rows.
         metrics: the metrics that `score` returns besides ``loss``, in the order in which they are shown.
         main_metric: the metric that chooses the best model.
@@ -123,6 +124,7 @@ class Task:
         self.cfg = cfg
         self.name = cfg.name
         self.width_multiple = 1
+        self.num_proc = 1
         self.accounts: Accounts = {}
 
     def unit_of(self, metric: str) -> str:
@@ -292,6 +294,18 @@ class Task:
             final: for predictions and `evaluate.py`; otherwise it is a validation while training.
         """
         return self.outputs(model(**self.inputs(batch)), batch)
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether `evaluate` is one forward pass over the `inputs` of a batch, and generates nothing."""
+        return type(self).evaluate is Task.evaluate
+
+    def texts_split(self) -> Split | None:
+        """Plain texts whose loss is measured before and after fine-tuning, to see what a model forgets; None: no texts.
+
+        Call it after `load` and `collate`.
+        """
+        return None
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         """``loss`` and the task's metrics over all or some rows of a split.
