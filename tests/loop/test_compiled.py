@@ -59,6 +59,7 @@ SEARCH = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["alternating", "simultaneous"])
 def test_search_training_and_evaluation_give_the_results_of_an_uncompiled_run(update, tmp_path, quick_compiler):
     torch.set_num_threads(1)
@@ -79,6 +80,7 @@ def test_search_training_and_evaluation_give_the_results_of_an_uncompiled_run(up
     assert 0 < graphs <= 12
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path, quick_compiler):
     overrides = [*SEARCH[:4], *SEARCH[6:], "method=lora", "trainer.compile=true", "finetune.epochs=2"]
     stop(*overrides, folder=tmp_path / "stopped")
