@@ -1,4 +1,4 @@
-"""``trainer.strategy=fsdp``: the frozen weights are divided among the processes (FSDP2), the trained ones are not.
+"""``trainer.strategy=fsdp``: the frozen matrices are divided among the processes (FSDP2), what is trained is not.
 
 Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs, and drops
 them after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth
@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone
+from diffora.errors import called
+from diffora.settings.sections import Settings
 
 FSDP = "fsdp"
 """The value of ``trainer.strategy``."""
@@ -49,14 +51,15 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def divide(self) -> None:
-        """Divide the frozen weights among the processes. A second call, in a second stage, changes nothing."""
+        """Divide the frozen matrices among the processes. A second call, in a second stage, changes nothing."""
         from torch.distributed.fsdp import FSDPModule, fully_shard  # takes a second
 
         assert self.backbone is not None
         model: Any = self.backbone.model
         if isinstance(model, FSDPModule):
             return
-        whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        # Biases and norms are small, and a method may keep numbers in frozen parameters (AdaLoRA's of PEFT does).
+        whole = {parameter for parameter in model.parameters() if parameter.requires_grad or parameter.ndim < 2}
         for name in self.backbone.untrained:  # the export writes these, and only one process exports
             whole |= set(model.get_submodule(name).parameters())
         mesh = self.device_mesh["data_parallel"]
@@ -77,6 +80,39 @@ class Sharded(ModelParallelStrategy):
         if not self._waits:
             assert self.lightning_module is not None
             average_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
+
+
+def problems(settings: Settings) -> Iterator[str]:
+    """One message for each setting that does not go with ``trainer.strategy=fsdp``."""
+    trainer, method, search = settings.trainer, settings.method, settings.search
+    if trainer.strategy != FSDP:
+        return
+    said = "trainer.strategy=fsdp"
+    if trainer.devices == 1 and trainer.num_nodes == 1:
+        yield f"{said} needs several devices: trainer.devices=2 or more, or leave it out"
+    if method.trains_backbone:
+        yield (
+            f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or a "
+            "method that adds an adapter"
+        )
+    if settings.model.quantise is not None:
+        yield (
+            f"{said} does not go with model.quantise={settings.model.quantise}, whose weights cannot be divided: use "
+            "trainer.strategy=ddp with it, where each device has all of the quantised weights"
+        )
+    if trainer.compile:
+        yield f"{said} does not go with trainer.compile=true: leave one of them out"
+    if trainer.precision == "16-mixed":
+        yield f"{said} does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
+    if settings.predict:
+        yield (
+            f"{said} does not go with predict=true: predict afterwards on one device, "
+            f"`{called('evaluate')} run=<the run directory> split=test`"
+        )
+    if search is None or method.scoring is None:
+        return
+    if search.order == 2:
+        yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
 
 
 @torch.no_grad()
