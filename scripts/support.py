@@ -47,6 +47,7 @@ def variants() -> dict[str, list[str]]:
     found = {name: [f"method={name}"] for name in names if name != "peft"}
     found["diffora"] = [*SEARCH, "method=diffora"]
     found["diffora, simultaneous"] = [*SEARCH, "method=diffora", "search.update=simultaneous"]
+    found["diffora, ensemble"] = [*SEARCH, "method=diffora", "search.ensemble=2"]
     found["diffora, order 2"] = [*SEARCH, "method=diffora", "search.order=2"]
     for selector in ("attribution", "one_shot", "gradient", "activation", "plop", "fisher", "kappa", "spectrum"):
         more = ["search.masks=10"] if selector == "one_shot" else []

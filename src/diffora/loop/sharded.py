@@ -20,6 +20,8 @@ from diffora.settings.sections import Settings
 
 FSDP = "fsdp"
 """The value of ``trainer.strategy``."""
+SELECTORS = ("search", "attribution")
+"""The selectors that run on a divided model."""
 
 
 class Sharded(ModelParallelStrategy):
@@ -111,6 +113,13 @@ def problems(settings: Settings) -> Iterator[str]:
         )
     if search is None or method.scoring is None:
         return
+    if method.scoring.selector not in SELECTORS:
+        yield (
+            f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights, or runs the "
+            f"model a different number of times in each process: use one of {', '.join(SELECTORS)}, or select on one "
+            f"device (`{called('select')} method.selector={method.scoring.selector} …`) and give method.selection=<its "
+            "selection.json>"
+        )
     if search.order == 2:
         yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
 
