@@ -1,10 +1,11 @@
 """Tries every method under DDP, FSDP, 4-bit weights, gradient checkpointing and torch.compile, and writes down the result.
 
 Every run is a small one on the embedded encoder, and its losses are compared with those of one process without any of
-these. The results are in ``docs/reference/data/support.json``, from which the table in the docs is made.
+these. The results are in ``docs/reference/data/support.json``, from which the table in docs/reference/support.md is made.
 
     python scripts/support.py                      all of it: about an hour on two cores
     python scripts/support.py --kinds fsdp --methods lora sora
+    python scripts/support.py --kinds              nothing is run: the page from the results
 """
 
 import argparse
@@ -19,12 +20,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/reference/data/support.json"
+PAGE = ROOT / "docs/reference/support.md"
+TABLE = "<!-- the table -->"
 KINDS = {
     "ddp": ["trainer=ddp_cpu"],
     "fsdp": ["trainer=ddp_cpu", "trainer.strategy=fsdp"],
     "4bit": ["trainer=cpu", "model.quantise=4bit"],
     "checkpointing": ["trainer=cpu", "trainer.gradient_checkpointing=true"],
     "compile": ["trainer=cpu", "trainer.compile=true"],
+}
+HEADS = {
+    "DDP": "ddp",
+    "FSDP": "fsdp",
+    "4-bit weights": "4bit",
+    "gradient checkpointing": "checkpointing",
+    "`torch.compile`": "compile",
 }
 PLAIN = "plain"
 SMALL = [
@@ -135,15 +145,42 @@ def verdict(found: dict[str, Any], plain: dict[str, Any], kind: str) -> str:
     return "works" if same else f"differs: {pairs}"
 
 
+def table(results: dict[str, dict[str, str]]) -> str:
+    """The table of the page, and the reasons of the refusals below it."""
+    reasons: list[str] = []
+    lines = [f"| `method=` | {' | '.join(HEADS)} |", "|---" * (len(HEADS) + 1) + "|"]
+    for name in variants():
+        cells = [shown(results.get(name, {}).get(kind, "not run"), name, reasons) for kind in HEADS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", "Refused, with this message:", "", *notes])
+
+
+def shown(cell: str, name: str, reasons: list[str]) -> str:
+    """A cell as the page shows it. The reason of a refusal is added to ``reasons``, once."""
+    word, _, reason = cell.partition(": ")
+    if word != "refused":
+        return word
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"refused ({reasons.index(reason) + 1})"
+
+
+def write_page(results: dict[str, dict[str, str]]) -> None:
+    before, _, rest = PAGE.read_text().partition(TABLE)
+    after = rest.partition(TABLE)[2]
+    PAGE.write_text(f"{before}{TABLE}\n\n{table(results)}\n\n{TABLE}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="+", default=list(variants()), help="rows of the table")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         return worker(given.worker[0], given.methods, Path(given.worker[1]))
-    plain = tried(PLAIN, given.methods)
+    plain = tried(PLAIN, given.methods) if given.kinds else {}
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for kind in given.kinds:
         for name, found in tried(kind, given.methods).items():
@@ -152,6 +189,7 @@ def main() -> None:
             print(f"{name} · {kind}: {cell}", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_page(results)
     return None
 
 
