@@ -1,7 +1,8 @@
-"""Tries every method under DDP, FSDP, 4-bit weights, gradient checkpointing and torch.compile, and writes down the result.
+"""Tries every method under DDP, FSDP, 4-bit weights, gradient checkpointing and torch.compile, and notes the result.
 
-Every run is a small one on the embedded encoder, and its losses are compared with those of one process without any of
-these. The results are in ``docs/reference/data/support.json``, from which the table in docs/reference/support.md is made.
+Every run is a small one on the embedded encoder, and its losses are compared with those of one process without any
+of these. The results are in ``docs/reference/data/support.json``,
+and the table in docs/reference/support.md is made of them.
 
     python scripts/support.py                      all of it: about an hour on two cores
     python scripts/support.py --kinds fsdp --methods lora sora

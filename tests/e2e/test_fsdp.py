@@ -86,5 +86,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(runs, places, tmp_path):
     for _ in range(2):  # the second time, it is complete, and no process waits for the others
         launch({"lora": [*runs["lora"], "resume=true"]}, tmp_path)
     assert metrics_in(folder) == metrics_in(places[1] / "lora")
-    first, second = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (places[1] / "lora", folder))
+    first, second = (
+        load_file(place / "adapter" / "adapter_model.safetensors") for place in (places[1] / "lora", folder)
+    )
     assert all(torch.equal(second[key], value) for key, value in first.items())

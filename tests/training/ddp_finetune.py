@@ -64,7 +64,10 @@ def gradients(batches: list[dict[str, Tensor]], criterion=None, fsdp: bool = Fal
     task = CausalLMTask(OmegaConf.create({"name": "lm"}))
     model = decoder()
     if fsdp:
-        trainer |= {"strategy": Sharded(Backbone.of(model), ["transformer.h.0", "transformer.h.1"]), "inference_mode": False}
+        trainer |= {
+            "strategy": Sharded(Backbone.of(model), ["transformer.h.0", "transformer.h.1"]),
+            "inference_mode": False,
+        }
     adaptation = LowRankAdaptation(model, Regulariser(weight=0.01, form="squared"))
     split = Split(rows_of(ROWS), rows_of(ROWS))
     settings = FineTune(epochs=1, batch_size=4, lr=1e-3, warmup_steps=0, early_stop=None)
@@ -101,8 +104,12 @@ def check_shares(model: torch.nn.Module) -> None:
 
 
 def check_averages(rank: int) -> None:
-    """The mean over processes, where a parameter may have a gradient in all of them, in one, or in none."""
-    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    """The mean over processes. A parameter may have a gradient in all of them, in one, or in none."""
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
     parameters[0].grad = torch.full((2, 3), 1.0 + rank)
     parameters[1].grad = None if rank else torch.tensor([4.0, 6.0])
     average_gradients(parameters)

@@ -136,7 +136,9 @@ def sharing_problems(settings: Settings) -> Iterator[str]:
     if not isinstance(trainer.devices, int):
         return
     processes = trainer.devices * trainer.num_nodes
-    parts = f"finetune.batch_size={f.batch_size}" + (f" / finetune.accumulate={f.accumulate}" if f.accumulate > 1 else "")
+    parts = f"finetune.batch_size={f.batch_size}" + (
+        f" / finetune.accumulate={f.accumulate}" if f.accumulate > 1 else ""
+    )
     sizes = {parts: f.batch_size // f.accumulate}
     if search is not None and settings.method.scoring is not None:
         sizes[f"search.batch_size={search.batch_size}"] = search.batch_size

@@ -1,8 +1,8 @@
 """``trainer.strategy=fsdp``: the frozen matrices are divided among the processes (FSDP2), what is trained is not.
 
-Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs, and drops
-them after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth
-of the model, so every process holds all of it, as under DDP: penalties, masks, shared pairs, optimisers, checkpoints and
+Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs and drops them
+after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth of
+the model, so every process holds all of it, as under DDP: penalties, masks, shared pairs, optimisers, checkpoints and
 exports see ordinary tensors. The gradients of the trained weights are averaged here.
 """
 
@@ -27,8 +27,7 @@ SELECTORS = ("search", "attribution")
 class Sharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, for models of which only a small part is trained.
 
-    Checkpoints hold trained weights only, which are whole in every process: one process writes one small file, and a run
-    with another number of processes can read it.
+    Checkpoints hold trained weights only, which are whole in every process, so one process writes one small file.
 
     Args:
         backbone: the model to divide; None to check settings only.
@@ -94,8 +93,8 @@ def problems(settings: Settings) -> Iterator[str]:
         yield f"{said} needs several devices: trainer.devices=2 or more, or leave it out"
     if method.trains_backbone:
         yield (
-            f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or a "
-            "method that adds an adapter"
+            f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or "
+            "a method that adds an adapter"
         )
     if settings.model.quantise is not None:
         yield (
@@ -115,9 +114,9 @@ def problems(settings: Settings) -> Iterator[str]:
         return
     if method.scoring.selector not in SELECTORS:
         yield (
-            f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights, or runs the "
-            f"model a different number of times in each process: use one of {', '.join(SELECTORS)}, or select on one "
-            f"device (`{called('select')} method.selector={method.scoring.selector} …`) and give method.selection=<its "
+            f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights or runs the "
+            f"model a different number of times in each process: use {' or '.join(SELECTORS)}, or select on one device "
+            f"(`{called('select')} method.selector={method.scoring.selector} …`) and give method.selection=<its "
             "selection.json>"
         )
     if search.order == 2:
@@ -126,7 +125,7 @@ def problems(settings: Settings) -> Iterator[str]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes. None counts as 0, and stays if it is None in all of them."""
+    """Replace each gradient by its mean over the processes. None counts as 0, and stays if all of them have None."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     there = [float(p.grad is not None) for p in parameters]
     flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(there)])
