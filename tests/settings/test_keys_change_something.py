@@ -94,7 +94,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (LORA, {
             "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.num_nodes": "2",
             "trainer.strategy": "ddp", "trainer.precision": "bf16-mixed", "trainer.deterministic": "true",
-            "trainer.num_workers": "1", "trainer.gradient_checkpointing": "true", "logger.csv": "false", "++logger.tensorboard": "true",
+            "trainer.num_workers": "1", "trainer.gradient_checkpointing": "true",
+            "logger.csv": "false", "++logger.tensorboard": "true",
         }),
         (f"{LORA} debug=default", {"debug.detect_anomaly": "true"}),
         (f"{LORA} logger=[wandb]", {
