@@ -78,6 +78,8 @@ class Record:
         selection: which modules were selected; empty where the method selects none.
         step_time: with ``method.time_budget``: the lowest layer with adapters, and shares of the step time of LoRA on
             all modules, counted or measured (`diffora.run.steptime`).
+        prefix: with ``trainer.cache_prefix=true``, for each stage: how many layers were read from the cache (``layers``
+            of ``of``), the size of its files in bytes, and the seconds until they were there.
         history: the metrics of each epoch.
         data_hash: hash of the training and validation rows.
         data: how many rows of each split were read, used and dropped, and why.
@@ -113,6 +115,7 @@ class Record:
     memory: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     step_time: dict[str, Any] = field(default_factory=dict)
+    prefix: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     data_hash: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
@@ -209,7 +212,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a whole number": (("seed",), _is_int),
     "an object": (("settings", *RESULTS), lambda value: isinstance(value, dict)),
     "an object or null": (
-        ("selection", "step_time", "data", "backbone", "inputs", "versions", "digests"),
+        ("selection", "step_time", "prefix", "data", "backbone", "inputs", "versions", "digests"),
         lambda value: isinstance(value, dict | None),
     ),
     "a list of text": (

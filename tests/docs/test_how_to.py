@@ -145,6 +145,10 @@ def test_less_time(tmp_path):
     record = record_of(tmp_path)
     assert record["step_time"]["lowest_layer"] == 2 and record["step_time"]["selection"]["share"] <= 0.75
     assert record["params"]["adapter"] <= 14_000 and record["time"]["step_s"] > 0
+    cached = json.loads((tmp_path / "cached" / "run.json").read_text())
+    assert cached["prefix"]["finetune"]["layers"] == 2
+    size = f"{cached['prefix']['finetune']['bytes'] / 10**6:.1f} MB"
+    assert f"finetune: layers 1 to 2 of 4 are frozen: computed once, {size}" in (HOW_TO / "less-time.md").read_text()
 
 
 def test_own_selector(tmp_path):

@@ -69,7 +69,7 @@ def standardised(scores: Tensor, there: Tensor, scope: str) -> Tensor:
     shape = scores.shape if scope == "layer" else (1, -1)
     values, known = scores.double().reshape(shape), there.reshape(shape)
     values = values.masked_fill(~known, 0.0)
-    n = known.sum(-1, keepdim=True)
+    n = known.sum(-1, keepdim=True).clamp(min=1)
     centred = (values - values.sum(-1, keepdim=True) / n).masked_fill(~known, 0.0)
     deviation = (centred.square().sum(-1, keepdim=True) / n).sqrt()
     # rounding makes the mean of equal scores differ from them a little

@@ -125,7 +125,7 @@ class LateLoader(DataLoader[Any]):
         yield from super().__iter__()
 
 
-def _loader(dataset: Any, sampler: Sampler[Any], collate: Any, num_workers: int) -> DataLoader[Any]:
+def _loader(dataset: Any, sampler: Sampler[Any] | Sequence[Any], collate: Any, num_workers: int) -> DataLoader[Any]:
     return LateLoader(
         dataset,
         sampler=sampler,
@@ -157,6 +157,13 @@ def eval_loader(
 def whole_loader(dataset: datasets.Dataset, collate: Collate, batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
     """Loader that gives this process all rows of a split, even if there are other processes."""
     return _loader(dataset, EvalBatchSampler(_lengths(dataset), batch_size), collate, num_workers)
+
+
+def rows_loader(
+    dataset: datasets.Dataset, batches: Sequence[list[int]], collate: Collate, num_workers: int = 0
+) -> DataLoader[Any]:
+    """Loader of given batches, each by its row numbers."""
+    return _loader(dataset, batches, collate, num_workers)
 
 
 class SearchData(L.LightningDataModule):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def fit(
     resume_from = None if newest is None else newest[0]
     try:
         both_levels = getattr(section, "update", None) == "simultaneous"  # two backward passes through one forward pass
-        with compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels):
+        with (
+            compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels),
+            module.prefix or nullcontext(),
+        ):
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:
         raise _not_finite(error, stage, section, parts.settings.trainer.precision, checkpoints) from error

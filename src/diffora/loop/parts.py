@@ -92,6 +92,7 @@ class Parts:
         made_with: settings, data and backbone, to compare with those of another attempt (`digests.made_with`).
         earlier: what an earlier attempt left in this folder, if the run resumes.
         first_step_at: when training on the first batch began, in seconds since 1970.
+        prefix: facts about the cached prefix of each stage, for the record.
     """
 
     settings: Settings
@@ -104,6 +105,7 @@ class Parts:
     made_with: dict[str, Any]
     earlier: Earlier = field(default_factory=Earlier)
     first_step_at: float | None = None
+    prefix: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:

@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffora.loop.prefix import CachedPrefix
 from diffora.loop.sharded import Sharded
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,10 @@ class Stage(L.LightningModule):
         elapsed: seconds of training up to the last epoch, including earlier attempts.
         first_step_at: time of the first step, as `time.time` gives it; None before.
         begun: whether everything is restored and training has started.
+        prefix: the cached output of the frozen layers (``trainer.cache_prefix=true``); None without it.
     """
+
+    prefix: CachedPrefix | None = None
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         super().__init__()
@@ -86,6 +91,10 @@ class Stage(L.LightningModule):
         """For the progress bar: epochs done after the present one of Lightning, all epochs, and all batches."""
         epochs = self.trainer.max_epochs or 1
         return self.current_epoch + 1, epochs, epochs * int(self.trainer.num_training_batches)
+
+    def given(self, batch: Mapping[str, Tensor], split: str = "train") -> AbstractContextManager[None]:
+        """Inside, the model may take the output of its frozen layers for these rows from the cache."""
+        return nullcontext() if self.prefix is None else self.prefix.given(split, batch)
 
     # --- trainable weights ---
 
@@ -201,6 +210,8 @@ class Stage(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.begun = True
+        if self.prefix is not None:
+            self.prefix.prepare(self.trainer.precision_plugin.forward_context)
 
     def on_train_epoch_start(self) -> None:
         if self._rng is not None:

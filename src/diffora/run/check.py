@@ -54,8 +54,8 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
     problems = [*combinations(settings), *_search_only_problems(settings), *_ensemble_problems(settings)]
-    problems += [*_timing_problems(settings), *sharing_problems(settings), *sharded.problems(settings)]
-    if problems:
+    problems += [*_timing_problems(settings), *_prefix_problems(settings)]
+    if problems := [*problems, *sharing_problems(settings), *sharded.problems(settings)]:
         raise UserError(problems)
     return settings, task
 
@@ -113,6 +113,16 @@ def _timing_problems(settings: Settings) -> Iterator[str]:
         yield (
             "method.time_from=measured does not go with trainer.compile=true, because each model would be compiled "
             "first: use method.time_from=model"
+        )
+
+
+def _prefix_problems(settings: Settings) -> Iterator[str]:
+    """The settings that do not go with ``trainer.cache_prefix=true``."""
+    t = settings.trainer
+    if t.cache_prefix and (t.devices != 1 or t.strategy == "fsdp"):
+        yield (
+            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.strategy={t.strategy}: one "
+            "process computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
         )
 
 

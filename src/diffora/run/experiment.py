@@ -28,6 +28,7 @@ from diffora.loop.loggers import Loggers
 from diffora.loop.machine import check_machine
 from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
+from diffora.loop.prefix import check_prefix
 from diffora.loop.process import is_main, quiet_libraries
 from diffora.methods.base import Adaptation, Method
 from diffora.methods.selecting import Selecting
@@ -137,6 +138,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
         step_time = _limit_layers(parts, method)
+        if settings.trainer.cache_prefix:
+            check_prefix(parts)
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
@@ -209,7 +212,7 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         module.load_trainable(module.best_state)
         needed = adaptation.inference_parameters()
         record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
-        record |= {"metrics": module.results(), "history": module.history, "memory": peaks()}
+        record |= {"prefix": parts.prefix, "metrics": module.results(), "history": module.history, "memory": peaks()}
         if is_main():
             path, local = resolve(settings.model.path)
             base = str(Path(path).resolve()) if local else path
@@ -232,7 +235,7 @@ def stop_at(found: Selected, parts: Parts, record: dict[str, Any], loggers: Logg
     """End a run with ``search_only=true`` at its selection. Completes ``record``."""
     total = max(time.time() - began, found.seconds)
     record["time"] = {"search_s": round(found.seconds, 3), "total_s": round(total, 3)}
-    record["memory"] = peaks()
+    record |= {"memory": peaks(), "prefix": parts.prefix}
     if is_main():
         complete(parts, record, "selected")
     record["status"] = "selected"

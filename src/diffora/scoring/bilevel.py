@@ -74,7 +74,8 @@ class SearchModule(Stage):
         super().__init__(model, seed)
         self.automatic_optimization = False
         there = torch.tensor([[layer is not None for layer in row] for row in layers])
-        self.gamma = nn.Parameter(initial_gamma(there))
+        # A layer without any adapter is below the lowest one that may have some: its row of Γ stays at 0.
+        self.gamma = nn.Parameter(initial_gamma(there | ~there.any(-1, keepdim=True)))
         self.layers, self.types = layers, list(types)
         self.task, self.settings = task, settings
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -253,7 +254,8 @@ class SearchModule(Stage):
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
         batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
         sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
-        outputs = divide_rows(self.model(**self.task.inputs(batch)), sizes)
+        with self.given(batch):
+            outputs = divide_rows(self.model(**self.task.inputs(batch)), sizes)
         losses = [
             self.task.loss(SimpleNamespace(**output), rows) if size else torch.zeros((), device=self.device)
             for output, rows, size in zip(outputs, divide_rows(batch, sizes), sizes, strict=True)
@@ -298,10 +300,11 @@ class SearchModule(Stage):
         """Loss with the gates of ``gamma`` ([D] eq. 10); at ``weights`` instead of the model's own, if given."""
         self._set_gates(gamma)
         inputs = self.task.inputs(batch)
-        if weights is None:
-            output = self.model(**inputs)
-        else:
-            output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
+        with self.given(batch):
+            if weights is None:
+                output = self.model(**inputs)
+            else:
+                output = torch.func.functional_call(self.model, weights, kwargs=inputs, tie_weights=True)
         return self.task.loss(output, batch)
 
     def _set_gates(self, gamma: Tensor) -> None:

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.loop.loggers import Loggers
 from diffora.loop.parts import Parts
@@ -37,6 +38,11 @@ class SearchContext:
     loggers: Loggers | None = None
     callbacks: Sequence[L.Callback] = ()
     member: str = ""
+
+    @property
+    def grid(self) -> Grid:
+        """The candidates that are scored: all; with a cached prefix only those that may be selected."""
+        return self.parts.grid.allowed if self.parts.settings.trainer.cache_prefix else self.parts.grid
 
     @property
     def settings(self) -> Search:

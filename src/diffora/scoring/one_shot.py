@@ -247,7 +247,8 @@ def one_shot(context: SearchContext) -> SearchResult:
     facts = {"masks": s.masks, "rows": len(rows), "leave_one_out_r2": model.r2, "ridge": model.ridge}
     facts["sd_of_losses"] = float(np.std(module.losses, ddof=1))
     _tell(facts, module.losses)
-    scores = laid_out(torch.from_numpy(model.effects), parts.grid.names)
+    scores = laid_out(torch.from_numpy(model.effects), context.grid.names)
+    scores = scores.masked_fill(parts.grid.there & ~context.grid.there, 0.0)  # below the lowest layer: not scored
     return SearchResult(scores, module.elapsed, weights=weights, facts=facts)
 
 

@@ -128,7 +128,7 @@ def _member(context: SearchContext, result: SearchResult, scope: str) -> Member:
         assert result.relaxation is not None, "the gates of a search"
         scores = log_gates(scores, result.relaxation, grid.sizes)
     seed, rows = context.parts.settings.seed, split_hash(*context.split)
-    return Member(seed, result.seconds, rows, result.scores, standardised(scores, grid.there, scope))
+    return Member(seed, result.seconds, rows, result.scores, standardised(scores, context.grid.there, scope))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from diffora.core.readout import CHECKS, step_problem
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
+from diffora.loop.prefix import CachedPrefix
 from diffora.loop.progress import ProgressBar
 from diffora.scoring.attribution import AttributionModule
 from diffora.scoring.bilevel import SearchModule
@@ -79,16 +80,16 @@ def attribution(context: SearchContext) -> SearchResult:
 def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | None]]]:
     """Give every candidate a low-rank adapter, L x N of them; afterwards remove them and restore the head.
 
-    There is None in place of an adapter where a layer has no such module.
+    There is None in place of an adapter where a layer has no such module, or none that is scored.
     """
     grid, model = context.parts.grid, context.parts.model
     head = {
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
         for name in context.parts.backbone.head
     }
-    everything = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
+    scored = context.grid.there
     rank, kernel = context.settings.rank, context.parts.settings.model.kernel
-    attached = attach(model, grid.names, everything, rank, None, context.alpha, freeze=False, kernel=kernel)
+    attached = attach(model, grid.names, scored, rank, None, context.alpha, freeze=False, kernel=kernel)
     try:
         yield attached
     finally:
@@ -141,9 +142,12 @@ def fit_rounds(
         shown: metrics beside the progress bar.
         extra: more arguments of the Trainer.
     """
-    parts, split, grid = context.parts, context.split, context.parts.grid
-    log.info(f"{name}: {grid.n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
+    parts, split, grid = context.parts, context.split, context.grid
+    layers = grid.n_layers - parts.grid.lowest_layer if grid is not parts.grid else grid.n_layers
+    log.info(f"{name}: {layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
+    if parts.settings.trainer.cache_prefix:
+        module.prefix = CachedPrefix(parts, "search", {"train": parts.data.train.encoded})
     bar = ProgressBar(name + context.member, "round", shown)
     fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds, **extra)
     module.close_gates()

@@ -180,6 +180,16 @@ class Trainer:
         bool,
         Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),
     ] = False
+    cache_prefix: Annotated[
+        bool,
+        Help(
+            "Compute the layers below the lowest trained one once, without their dropout, and read their output from a "
+            "file in later epochs."
+        ),
+    ] = False
+    cache_prefix_limit: Annotated[
+        float, POSITIVE, Help("Largest size of the files of `trainer.cache_prefix=true`.", "GB")
+    ] = 20.0
     callbacks: Annotated[list[Any], CALLBACKS, Help("Your own Lightning callbacks for the fine-tuning stage.")] = field(
         default_factory=list
     )

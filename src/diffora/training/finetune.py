@@ -148,7 +148,8 @@ class FineTuneModule(Stage):
         if first:
             self.adaptation.before_step(step, self.epoch_now)
             self._step = step
-        output = self.model(**self.task.inputs(batch))
+        with self.given(batch):
+            output = self.model(**self.task.inputs(batch))
         loss = self.criterion.loss(output, batch)
         if first or not self._losses:
             self._losses.append(loss.new_zeros(2))
@@ -209,7 +210,8 @@ class FineTuneModule(Stage):
         self._outputs = [[] for _ in self.validation]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._outputs[dataloader_idx].append(self.task.evaluate(self.model, batch, final=False))
+        with self.given(batch, list(self.validation)[dataloader_idx]):
+            self._outputs[dataloader_idx].append(self.task.evaluate(self.model, batch, final=False))
 
     def on_validation_epoch_end(self) -> None:
         self.raise_on_fault()

@@ -9,6 +9,7 @@ from diffora.loop.loggers import Loggers
 from diffora.loop.own import own_callbacks
 from diffora.loop.parts import Parts
 from diffora.loop.plan import plan_of
+from diffora.loop.prefix import CachedPrefix, cached_splits
 from diffora.loop.progress import ProgressBar
 from diffora.loop.splits import examples_of, held_out_split
 from diffora.methods.base import Adaptation
@@ -48,6 +49,8 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         plan_for=lambda steps_per_epoch: plan_of(steps_per_epoch, f.epochs, f.max_steps, f.eval_every),
     )
     module = _module(parts, adaptation, data, warmup_steps(settings, n_rows))
+    if settings.trainer.cache_prefix:
+        module.prefix = CachedPrefix(parts, "finetune", cached_splits(parts))
     adaptation.prepare(
         FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows_per_batch, settings.seed)
     )

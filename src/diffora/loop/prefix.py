@@ -1,0 +1,279 @@
+"""``trainer.cache_prefix=true``: the layers below the lowest trained one are computed once for all epochs.
+
+They run without autograd and in evaluation mode, thus without their dropout, and what they give for each row is kept in
+a file (`diffora.loop.states`). In every epoch, the model's own forward pass gets it from there (`diffora.core.prefix`).
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from diffora.backbones.precision import AUTOCAST, HALF
+from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
+from diffora.digests import default_cache_dir
+from diffora.errors import UserError
+from diffora.loop import predict
+from diffora.loop.parts import Parts
+from diffora.loop.states import (
+    States,
+    Width,
+    batch_of,
+    device_of,
+    facts_of,
+    facts_of_rows,
+    n_tokens,
+    real_length,
+    real_tokens,
+    tried_rows,
+    width_of,
+    write_states,
+)
+from diffora.tasks.base import Task
+from diffora.tasks.cache import cached
+from diffora.tasks.messages import first_line
+
+log = logging.getLogger(__name__)
+
+KEY = "trainer.cache_prefix=true"
+KIND = "prefix"
+"""Name of the folder in the cache."""
+GB = 10**9
+SAME = {True: 0.05, False: 1e-3}
+"""The largest relative difference of two computations of the same states, in half precision and otherwise."""
+
+Precision = Callable[[], AbstractContextManager[Any]]
+"""Makes a context in which the model computes in the precision of the run."""
+
+
+class CachedPrefix:
+    """The cached prefix of one stage. A context manager: inside, the model's layers can return what is cached.
+
+    Args:
+        parts: of the run. ``parts.prefix`` gets facts for the record.
+        stage: "search" or "finetune".
+        splits: the encoded splits that the stage reads more than once, by name.
+    """
+
+    def __init__(self, parts: Parts, stage: str, splits: Mapping[str, datasets.Dataset]) -> None:
+        self.parts, self.stage, self.splits = parts, stage, splits
+        self.states: dict[str, States] = {}
+        self._prefix: Prefix | None = None
+        self._installed = ExitStack()
+
+    def __enter__(self) -> "CachedPrefix":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._installed.close()
+
+    def given(self, split: str, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, the layers return the cached states of a batch; they compute them if the split is not cached."""
+        if self._prefix is None or split not in self.states:
+            return nullcontext()
+        states, device = self.states[split], batch["row"].device
+        tokens, lengths = states.of(batch["row"].tolist())
+        mask = real_tokens(dict(batch), lengths).to(device, non_blocking=True)
+        return self._prefix.returning(put_into(mask, tokens.to(device, states.width.dtype, non_blocking=True)))
+
+    def prepare(self, precision: Precision) -> None:
+        """Find the frozen layers, and compute and write their output where no file has it. Call it once, in training.
+
+        Raises:
+            UserError: the files are too large, or cannot be written.
+        """
+        began, model = time.monotonic(), self.parts.model
+        members = stack_members(model, self.parts.grid.layers)
+        lowest = lowest_trained(members)
+        with torch.compiler.set_stance("force_eager"):  # a compiled forward pass could not end behind the prefix
+            if lowest == 0 or _enters_trained(self.parts, members[:1], precision):
+                log.warning(f"{self.stage}: {KEY} saves nothing: {_trained(model, members[0])}")
+                return
+            training, prefix = model.training, Prefix(members[:lowest])
+            try:
+                model.eval()
+                with torch.no_grad(), precision(), torch.random.fork_rng(_random_devices(model)):
+                    needed = self._compute(prefix, members)
+            finally:
+                model.train(training)
+        self._prefix = prefix
+        self._installed.enter_context(prefix.installed())
+        facts = {"layers": lowest, "of": len(members), "bytes": needed, "seconds": round(time.monotonic() - began, 3)}
+        self.parts.prefix[self.stage] = facts
+
+    def _compute(self, prefix: Prefix, members: list[nn.Module]) -> int:
+        """Make or open the files. Returns their size in bytes."""
+        parts, n = self.parts, len(prefix.layers)
+        width = width_of(parts, prefix)
+        needed = check_size(parts, self.splits, width)
+        which = f"layer 1 of {len(members)} is" if n == 1 else f"layers 1 to {n} of {len(members)} are"
+        place = default_cache_dir() / KIND
+        log.info(f"{self.stage}: {which} frozen: computed once, {_size(needed)} in {place}")
+        facts = facts_of(parts, prefix, members[n:], width)
+        for name, encoded in self.splits.items():
+
+            def write(file: Any, encoded: datasets.Dataset = encoded) -> None:
+                write_states(file, parts, prefix, width, encoded)
+
+            self.states[name] = States(cached(KIND, facts | facts_of_rows(parts, encoded), write), width)
+        return needed
+
+
+def cached_splits(parts: Parts) -> dict[str, datasets.Dataset]:
+    """The splits that fine-tuning reads in each epoch, by name."""
+    splits = {"train": parts.data.train.encoded}
+    # A task with an evaluation of its own may run the model on other inputs, as to generate text.
+    if type(parts.task).evaluate is Task.evaluate:
+        splits |= {name: split.encoded for name, split in parts.data.validation.items()}
+    return splits
+
+
+# --- checks before the run ---
+
+
+def check_prefix(parts: Parts) -> None:
+    """Check, before anything is computed, that the prefix of this model can be cached for these rows.
+
+    Raises:
+        UserError: the layers are not one stack, or mix rows; a row gives other inputs in each epoch; the files would be
+            too large.
+    """
+    model, home, training = parts.model, device_of(parts.model), parts.model.training
+    device, dtype = (
+        predict.device_of(parts.settings.trainer.accelerator),
+        AUTOCAST.get(parts.settings.trainer.precision),
+    )
+    try:
+        members = stack_members(model, parts.grid.layers)
+        if len(members) < 2:
+            raise UserError(f"{type(model).__name__} has one layer only")
+        _check_augmentation(parts)
+        model.to(device).eval()
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        with torch.no_grad(), torch.random.fork_rng(_random_devices(model)), autocast:
+            prefix = Prefix(members[:-1])
+            width = width_of(parts, prefix)
+            _check_rows_are_apart(parts, prefix, width)
+        check_size(parts, cached_splits(parts), width)
+    except UserError as error:
+        raise UserError([f"{KEY}: {problem}" for problem in error.problems]) from error
+    finally:
+        model.to(home).train(training)
+
+
+def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Width) -> int:
+    """The size of the files of some splits, in bytes.
+
+    Raises:
+        UserError: it is more than the limit, or than what is free on the disk.
+    """
+    tokens, rows = (sum(map(count, splits.values())) for count in (lambda split: n_tokens(split, width), len))
+    needed, limit = tokens * width.bytes, parts.settings.trainer.cache_prefix_limit
+    folder = default_cache_dir() / KIND
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    what = (
+        f"the output of the frozen layers takes {_size(needed)} ({rows:,} rows, {tokens:,} tokens of {width.size} "
+        f"numbers in {str(width.stored).removeprefix('torch.')})"
+    )
+    if needed > limit * GB:
+        half = "" if width.stored in HALF else ", trainer.precision=bf16-mixed for half of it"
+        raise UserError(
+            f"{what}, more than trainer.cache_prefix_limit={limit:g} GB; {folder} has {_size(free)} free. Give a "
+            f"higher limit, a smaller task.max_train_rows{half}, or trainer.cache_prefix=false"
+        )
+    if needed > free:
+        raise UserError(
+            f"{what}, and {folder} has {_size(free)} free: choose another folder with the environment variable "
+            "DIFFORA_CACHE"
+        )
+    return needed
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / GB:.1f} GB" if n_bytes >= GB else f"{n_bytes / 10**6:.1f} MB"
+
+
+def _check_augmentation(parts: Parts) -> None:
+    """Refuse rows that give other inputs in each epoch."""
+    rows, encoded = tried_rows(parts.data.train.encoded), parts.data.train.encoded
+    found = []
+    for epoch in range(4):
+        with torch.random.fork_rng([]):
+            batch = parts.data.collate(encoded[rows] | {"draw": (parts.settings.seed, 0, epoch)})
+        found.append(parts.task.inputs(batch))
+    if any(not torch.equal(value, later[name]) for later in found[1:] for name, value in found[0].items()):
+        raise UserError(
+            f"task={parts.task.name} gives other inputs for the same row in each epoch, such as varied images; with "
+            "task.augment.crop_area=null task.augment.flip=false task.augment.shift=0 they are the same"
+        )
+
+
+def _check_rows_are_apart(parts: Parts, prefix: Prefix, width: Width) -> None:
+    """Refuse a model whose states of a row depend on other rows or on padding, or are used in other places too."""
+    model, task, encoded = parts.model, parts.task, parts.data.train.encoded
+    device, name, rows = device_of(model), type(model).__name__, tried_rows(encoded)
+
+    def states_of(rows: list[int]) -> Tensor:
+        batch = batch_of(parts, encoded, rows, device)
+        mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows]).to(device)
+        states = prefix.output(lambda: model(**task.inputs(batch)))
+        if states.shape[:2] != mask.shape:
+            raise UserError(f"{name} has hidden states of {tuple(states.shape)} for {tuple(mask.shape)} tokens")
+        return states[mask]
+
+    alone, most = torch.cat([states_of([row]) for row in rows]), SAME[width.dtype in HALF or width.stored in HALF]
+    if _difference(alone, states_of(rows)) > most:
+        raise UserError(
+            f"{name} does not keep the rows of a batch apart: what its layers give for a row depends on the other "
+            "rows, or on padding"
+        )
+    batch = batch_of(parts, encoded, rows, device)
+    mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows]).to(device)
+    plain = task.loss(model(**task.inputs(batch)), batch)
+    try:
+        with prefix.installed(), prefix.returning(put_into(mask, alone)):
+            replaced = task.loss(model(**task.inputs(batch)), batch)
+    except Exception as error:  # whatever a model does with what its layers did not return
+        raise UserError(f"{name} does not run without its lower layers: {first_line(error)}") from error
+    if _difference(replaced, plain) > most:
+        raise UserError(f"{name} uses what its lower layers give in other places than the layers above")
+
+
+def _difference(value: Tensor, reference: Tensor) -> float:
+    """The relative difference of two tensors; infinite if it is not a number."""
+    if value.shape != reference.shape:
+        return float("inf")
+    found = float((value.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-6))
+    return float("inf") if found != found else found
+
+
+def _random_devices(model: nn.Module) -> list[torch.device]:
+    """GPUs whose random state is kept beside that of the CPU."""
+    device = device_of(model)
+    return [device] if device.type == "cuda" else []
+
+
+# --- what is trained ---
+
+
+def _enters_trained(parts: Parts, first: list[nn.Module], precision: Precision) -> bool:
+    """Whether what the first layer gives depends on trained parameters, such as those of the embeddings."""
+    encoded = parts.data.train.encoded
+    batch = batch_of(parts, encoded, tried_rows(encoded)[:1], device_of(parts.model))
+    with torch.enable_grad(), precision(), torch.random.fork_rng(_random_devices(parts.model)):
+        return Prefix(first).output(lambda: parts.model(**parts.task.inputs(batch))).requires_grad
+
+
+def _trained(model: nn.Module, first: nn.Module) -> str:
+    """What is trained at the lower end, in words."""
+    own = {id(p) for p in first.parameters()}
+    names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) in own]
+    if names:
+        return f"the lowest layer is trained ({names[0]}), so no layer below is frozen"
+    return "parameters below the layers are trained, such as embeddings"
