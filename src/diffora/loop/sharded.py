@@ -116,8 +116,7 @@ def problems(settings: Settings) -> Iterator[str]:
         yield (
             f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights or runs the "
             f"model a different number of times in each process: use {' or '.join(SELECTORS)}, or select on one device "
-            f"(`{called('select')} method.selector={method.scoring.selector} …`) and give method.selection=<its "
-            "selection.json>"
+            "(search_only=true) and give method.selection=<its selection.json>"
         )
     if search.order == 2:
         yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
