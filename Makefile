@@ -4,6 +4,8 @@ VENV := .venv
 RUNS ?= outputs
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+GPU = $(or $(GPU_PYTHON),$(BIN)/python)
+BEGAN := $(shell date +%s)
 SOURCES := train.py evaluate.py report.py src tests scripts benchmarks docs/conf.py
 
 help: ## list the targets
@@ -87,6 +89,15 @@ bench-scale: venv ## measure how the cost of a step grows, and the cost of the s
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plots
 
+# The environment of GPU_PYTHON gets what the benchmark needs; its torch stays. Unsloth pins other versions, so it gets an
+# environment of its own, and only on request: it is large. What has passed since the start counts towards the 20 minutes.
+bench-gpu: $(if $(GPU_PYTHON),,venv) ## one GPU, 20 minutes: correctness, then steps and runs beside PEFT: gpu.json; GPU_PYTHON=<python with CUDA's torch> UNSLOTH=1
+	@$(GPU) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make bench-gpu: torch sees no CUDA GPU here; GPU_PYTHON=<python> names an interpreter whose torch does")'
+	$(if $(GPU_PYTHON),$(GPU) -m pip install --quiet -e '.[quantised]',-$(GPU) -m pip install --quiet --no-deps bitsandbytes)
+	$(if $(UNSLOTH),-test -d .venv-unsloth || ($(PYTHON) -m venv .venv-unsloth && .venv-unsloth/bin/python -m pip install --quiet unsloth))
+	$(if $(UNSLOTH),UNSLOTH_PYTHON=.venv-unsloth/bin/python) $(GPU) -m benchmarks.gpu --minutes $$(( 19 - ($$(date +%s) - $(BEGAN)) / 60 ))
+	$(GPU) -m benchmarks.plots
+
 bench-plots: venv ## make the tables and pictures of the performance page from benchmarks/results
 	$(BIN)/python -m benchmarks.plots
 
@@ -98,4 +109,4 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
-.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-gpu bench-plots pretrain-tiny clean

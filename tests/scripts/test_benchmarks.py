@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarks_gpu import gpu_result
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from benchmarks import common, plots, report, run, scale, step, time_budget  # noqa: E402
+from benchmarks import common, plots, prefix, report, run, scale, step, time_budget  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
 BERT = common.Shape("minilm", 4, 8, changes=SMALL | {"num_hidden_layers": 2})
@@ -68,7 +69,7 @@ def test_a_step_changes_the_trained_weights_and_not_the_shared_backbone():
     backbone = BERT.build()
     shared = {name: p.clone() for name, p in backbone.named_parameters()}
     for name, make in common.CONTENDERS.items():
-        if name == "compiled":
+        if name.startswith("compiled"):
             continue  # takes minutes
         contender = make(backbone, BERT)
         model = contender.module if isinstance(contender, common.Search) else contender.model
@@ -149,7 +150,8 @@ def results():
     }
     metrics = {"accuracy": {"plain": {"mean": 0.7, "std": 0.1}, "added": {"mean": 0.8, "std": 0.1}}}
     of_paths = report.header() | {"summary": metrics, "runs": [{"seed": 0}, {"seed": 1}]}
-    return json.loads(json.dumps({"step": of_step, "run": of_run, "scale": of_scale, "paths": of_paths}))
+    every_source = {"step": of_step, "run": of_run, "scale": of_scale, "paths": of_paths, "gpu": gpu_result()}
+    return json.loads(json.dumps(every_source))
 
 
 def test_results_have_every_headline(results):
@@ -259,3 +261,40 @@ def test_selections_within_a_time_budget_have_the_parameters_of_lora_everywhere(
     assert budget == "0.8" and found["lowest_layer"] == 1 and found["counted"] <= 0.8
     everywhere = 2 * 2 * (4 * 64 + 2 * 96)
     assert 0.9 * everywhere < found["parameters"] <= everywhere and found["measured"]["rounds"] == 2
+
+
+def test_arms_with_a_cached_prefix_have_as_many_parameters(cfg, tmp_path):
+    from diffora.run.experiment import run as run_experiment
+
+    n_layers = 6
+    found = prefix.arms(n_layers)
+    assert list(found) == ["all", "half", "half cached", "third", "third cached"]
+    base = ["method=lora", "model=minilm", "task=mrpc", "dry_run=true", "trainer=cpu", "logger=none"]
+    counts = {
+        name: run_experiment(cfg(*base, *overrides), tmp_path / "run").record["params"]["adapter"]
+        for name, overrides in found.items()
+    }
+    assert len(set(counts.values())) == 1, counts
+
+
+def test_ratios_of_whole_runs_are_paired_by_seed(capsys):
+    calls, kept = [], []
+
+    def one(overrides):
+        calls.append(overrides)
+        seed = int(overrides[-1].removeprefix("seed="))
+        cached, upper = "trainer.cache_prefix=true" in overrides, any("model.layer" in o for o in overrides)
+        seconds = (10.0 + seed) * (0.5 if cached else 0.8 if upper else 1)
+        facts = {"wall_s": seconds, "finetune_s": seconds / 2, "step_s": 1.0, "parameters": 8, "peak_rss_mb": 1}
+        return facts | {"prefix": None, "accuracy": 0.8 + 0.01 * cached, "f1": 0.9}
+
+    runs = prefix.measure(["task=mrpc"], prefix.arms(6), [0, 5], one, lambda runs: kept.append(prefix.summary(runs)))
+    assert len(calls) == len(kept) == 10 and kept[0] == {} and calls[0][-1] == "seed=0"
+    assert not any("model.layer" in o for o in calls[0]) and any("model.layer" in o for o in calls[5])  # turns
+    found = prefix.summary(runs)
+    assert found["half cached"]["wall_s"]["to_all"] == {"median": 0.5, "q1": 0.5, "q3": 0.5, "rounds": 2}
+    assert found["third"]["finetune_s"]["to_all"]["median"] == 0.8
+    assert found["third cached"]["accuracy"]["minus_uncached"] == [0.01, 0.01]
+    assert "minus_uncached" not in found["half"]["accuracy"]
+    prefix.show(found)
+    assert "third cached" in capsys.readouterr().out

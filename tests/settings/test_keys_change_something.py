@@ -92,7 +92,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (f"{TINY} method=sora recipe=rm_lora '+task.recipe.of.paraphrase={{epochs: 1, sora_lambda: 0.5}}'",
          {"task.recipe.of.paraphrase.sora_lambda": "0.001"}),
         (LORA, {
-            "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.num_nodes": "2",
+            "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.num_nodes": "2", "trainer.num_proc": "2",
             "trainer.strategy": "ddp", "trainer.precision": "bf16-mixed", "trainer.deterministic": "true",
             "trainer.num_workers": "1", "trainer.gradient_checkpointing": "true",
             "logger.csv": "false", "++logger.tensorboard": "true",
@@ -184,7 +184,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (IMAGES, {
             "task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.validation_split": "dev",
             "task.num_labels": "3", "task.train_head": "false", "task.augment.crop_area": "0.9",
-            "task.augment.flip": "false", "task.augment.shift": "0.4",
+            "task.augment.flip": "false", "task.augment.shift": "0.4", "task.cache_pixels": "false",
         }),
         (f"{IMAGES} task.path=table", {"task.image_column": "x", "task.label_column": "x"}),
         ("task=cifar100", {"task.hub": "x"}),
@@ -373,9 +373,12 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     facts, rows, fit = [], [], L.Trainer.fit
+    encoded = {}  # by how many processes, and to which columns
+    monkeypatch.setattr("diffora.loop.parts.processes", lambda wanted: encoded.update(processes=wanted) or 1)
 
     def watched(trainer, module, datamodule=None, **given):
         det = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        encoded["columns"] = datamodule.train.column_names
         facts.append([type(trainer.strategy).__name__, trainer.precision, trainer._detect_anomaly, det])
         facts[-1] += [datamodule.num_workers, getattr(module.model, "is_gradient_checkpointing", None)]
         if facts[-1] != watched.usual:
@@ -422,6 +425,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
             selection = json.loads((folder / "selection.json").read_text())
             written["scores"] = [selection.get(key) for key in ("selected", "gamma_bar", "scores")]
         found = {key: record.get(key) for key in kept} | {"history": record.get("history"), "names": names} | written
+        found |= encoded
         return found | {"rows of micro-batches": sorted(set(rows))}
 
     yield of

@@ -79,11 +79,11 @@ def test_rows_equal_the_tokenizers_own(tokenizer, pairs, tmp_path):
 
 
 def test_very_long_texts_are_truncated_in_bounded_memory(tokenizer, tmp_path, monkeypatch):
-    """100,000 characters: many words, one word, or only spaces. `_chunks` gives the rows that are in memory at once."""
+    """100,000 characters: many words, one word, or only spaces. `chunks` gives the rows that are in memory at once."""
     texts = ["the cat sat. " * 7693, "a" * 100_000, " " * 100_000, "猫" * 100_000, "", "short"] * 2
     rows = datasets.Dataset(pa.table({"sentence": texts, "label": [0] * len(texts)}))
     monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 150_000)
-    sizes = [end - start for start, end in module._chunks(rows, ("sentence",))]
+    sizes = [end - start for start, end in module.chunks(rows, ("sentence",))]
     assert sizes == [1, 1, 1, 3, 1, 1, 1, 3]
     done = tokenise(rows, COLA, tokenizer, 32, tmp_path)
     assert done["row"] == list(range(len(texts)))
@@ -91,7 +91,7 @@ def test_very_long_texts_are_truncated_in_bounded_memory(tokenizer, tmp_path, mo
         assert ids == tokenizer(text, truncation=True, max_length=32)["input_ids"]
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
     few = rows.select_columns(["sentence"]).select([4, 5] * 6).flatten_indices()
-    assert [end - start for start, end in module._chunks(few, ("sentence",))] == [5, 5, 2]
+    assert [end - start for start, end in module.chunks(few, ("sentence",))] == [5, 5, 2]
 
 
 def test_token_types_only_when_the_tokenizer_makes_them(tokenizer, pairs, tmp_path):

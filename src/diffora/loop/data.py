@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from diffora.errors import UserError
 from diffora.loop import streams
 from diffora.loop.plan import Plan, plan_of
 from diffora.loop.samplers import (
@@ -122,7 +123,13 @@ class LateLoader(DataLoader[Any]):
     """A loader that starts to fetch when the first batch is requested; so the epoch can be set after `iter`."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            if "in DataLoader worker process" not in str(error):
+                raise
+            # The text is the worker's traceback, which ends with the message.
+            raise UserError(str(error).rpartition("diffora.errors.UserError: ")[2].strip()) from None
 
 
 def _loader(dataset: Any, sampler: Sampler[Any] | Sequence[Any], collate: Any, num_workers: int) -> DataLoader[Any]:

@@ -19,6 +19,7 @@ from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Collate, Rows, Split, Task
+from diffora.tasks.encoding import processes
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Parts:
             UserError: data, model, grid or a given selection are wrong. On a resume: they changed since the run
                 stopped.
         """
+        task.num_proc = processes(settings.trainer.num_proc)
         rows = task.load()
         _check_halves(rows.source, len(next(iter(rows.validation.values()))))
         test = {name: task.load_split(name) for name in task.test_splits if settings.predict}

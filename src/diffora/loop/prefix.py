@@ -7,8 +7,9 @@ a file (`diffora.loop.states`). In every epoch, the model's own forward pass get
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -36,7 +37,7 @@ from diffora.loop.states import (
     write_states,
 )
 from diffora.tasks.base import Task
-from diffora.tasks.cache import cached
+from diffora.tasks.cache import cached, file_of
 from diffora.tasks.messages import first_line
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ class CachedPrefix:
         began, model = time.monotonic(), self.parts.model
         members = stack_members(model, self.parts.grid.layers)
         lowest = lowest_trained(members)
-        with torch.compiler.set_stance("force_eager"):  # a compiled forward pass could not end behind the prefix
+        # A compiled forward pass could not end behind the prefix.
+        eager = torch.compiler.set_stance("force_eager") if self.parts.settings.trainer.compile else nullcontext()
+        with eager:
             if lowest == 0 or _enters_trained(self.parts, members[:1], precision):
                 log.warning(f"{self.stage}: {KEY} saves nothing: {_trained(model, members[0])}")
                 return
@@ -111,17 +114,19 @@ class CachedPrefix:
         """Make or open the files. Returns their size in bytes."""
         parts, n = self.parts, len(prefix.layers)
         width = width_of(parts, prefix)
-        needed = check_size(parts, self.splits, width)
+        common = facts_of(parts, prefix, members[n:], width)
+        facts = {name: common | facts_of_rows(parts, encoded) for name, encoded in self.splits.items()}
+        there = [file for each in facts.values() if (file := file_of(KIND, each)).exists()]
+        needed = check_size(parts, self.splits, width, there)
         which = f"layer 1 of {len(members)} is" if n == 1 else f"layers 1 to {n} of {len(members)} are"
-        place = default_cache_dir() / KIND
-        log.info(f"{self.stage}: {which} frozen: computed once, {_size(needed)} in {place}")
-        facts = facts_of(parts, prefix, members[n:], width)
+        done = ", by an earlier run" if len(there) == len(facts) else ""
+        log.info(f"{self.stage}: {which} frozen: computed once, {_size(needed)} in {_folder()}{done}")
         for name, encoded in self.splits.items():
 
-            def write(file: Any, encoded: datasets.Dataset = encoded) -> None:
+            def write(file: Path, encoded: datasets.Dataset = encoded) -> None:
                 write_states(file, parts, prefix, width, encoded)
 
-            self.states[name] = States(cached(KIND, facts | facts_of_rows(parts, encoded), write), width)
+            self.states[name] = States(cached(KIND, facts[name], write), width)
         return needed
 
 
@@ -145,10 +150,8 @@ def check_prefix(parts: Parts) -> None:
             too large.
     """
     model, home, training = parts.model, device_of(parts.model), parts.model.training
-    device, dtype = (
-        predict.device_of(parts.settings.trainer.accelerator),
-        AUTOCAST.get(parts.settings.trainer.precision),
-    )
+    device = predict.device_of(parts.settings.trainer.accelerator)
+    dtype = AUTOCAST.get(parts.settings.trainer.precision)
     try:
         members = stack_members(model, parts.grid.layers)
         if len(members) < 2:
@@ -160,22 +163,25 @@ def check_prefix(parts: Parts) -> None:
             prefix = Prefix(members[:-1])
             width = width_of(parts, prefix)
             _check_rows_are_apart(parts, prefix, width)
-        check_size(parts, cached_splits(parts), width)
+        # Which files the run needs is not known yet. All that are there may be among them.
+        check_size(parts, cached_splits(parts), width, list(_folder().glob("*.arrow")))
     except UserError as error:
         raise UserError([f"{KEY}: {problem}" for problem in error.problems]) from error
     finally:
         model.to(home).train(training)
 
 
-def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Width) -> int:
+def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Width, there: Sequence[Path]) -> int:
     """The size of the files of some splits, in bytes.
 
+    Args:
+        there: files that need no more space, because they are there already.
+
     Raises:
-        UserError: it is more than the limit, or than what is free on the disk.
+        UserError: the size is more than the limit, or what is missing is more than what is free on the disk.
     """
-    tokens, rows = (sum(map(count, splits.values())) for count in (lambda split: n_tokens(split, width), len))
-    needed, limit = tokens * width.bytes, parts.settings.trainer.cache_prefix_limit
-    folder = default_cache_dir() / KIND
+    rows, tokens = sum(map(len, splits.values())), sum(n_tokens(encoded, width) for encoded in splits.values())
+    needed, limit, folder = tokens * width.bytes, parts.settings.trainer.cache_prefix_limit, _folder()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     what = (
         f"the output of the frozen layers takes {_size(needed)} ({rows:,} rows, {tokens:,} tokens of {width.size} "
@@ -187,12 +193,16 @@ def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Widt
             f"{what}, more than trainer.cache_prefix_limit={limit:g} GB; {folder} has {_size(free)} free. Give a "
             f"higher limit, a smaller task.max_train_rows{half}, or trainer.cache_prefix=false"
         )
-    if needed > free:
+    if needed - sum(file.stat().st_size for file in there) > free:
         raise UserError(
             f"{what}, and {folder} has {_size(free)} free: choose another folder with the environment variable "
             "DIFFORA_CACHE"
         )
     return needed
+
+
+def _folder() -> Path:
+    return default_cache_dir() / KIND
 
 
 def _size(n_bytes: int) -> str:

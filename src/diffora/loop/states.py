@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffora.backbones.precision import AUTOCAST
 from diffora.core.prefix import Prefix
 from diffora.loop.data import rows_loader
 from diffora.loop.parts import Parts
@@ -127,7 +128,8 @@ def width_of(parts: Parts, prefix: Prefix) -> Width:
     row = tried_rows(encoded)[-1]
     batch = batch_of(parts, encoded, [row], device_of(parts.model))
     states = prefix.output(lambda: parts.model(**parts.task.inputs(batch)))
-    stored = torch.bfloat16 if parts.settings.trainer.precision == "bf16-mixed" else states.dtype
+    half = AUTOCAST.get(parts.settings.trainer.precision) is torch.bfloat16  # float16 could overflow
+    stored = torch.bfloat16 if half else states.dtype
     text, length = "input_ids" in encoded.column_names, int(encoded.data.column("length")[row].as_py())
     return Width(states.shape[-1], states.dtype, stored, 1.0 if text else states.shape[:2].numel() / length)
 

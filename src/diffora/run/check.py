@@ -121,8 +121,8 @@ def _prefix_problems(settings: Settings) -> Iterator[str]:
     t = settings.trainer
     if t.cache_prefix and (t.devices != 1 or t.strategy == "fsdp"):
         yield (
-            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.strategy={t.strategy}: one "
-            "process computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
+            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.strategy={t.strategy}: "
+            "one process computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
         )
 
 

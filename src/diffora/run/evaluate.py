@@ -34,6 +34,7 @@ from diffora.settings import checks
 from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
+from diffora.tasks.encoding import processes
 from diffora.trust import class_at, literal, settings
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     check_writable(request.output)
     quiet_libraries()
     task = get_task(cfg.task)
+    task.num_proc = processes(cfg.trainer.get("num_proc", 1))  # earlier runs do not have it
     record = read_record(request.weights.parent) or {}
     if request.weights.name in WEIGHTS:
         check_as_left(request.weights.parent, record)

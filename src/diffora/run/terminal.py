@@ -53,6 +53,9 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     if record.get("step_time"):
         share = record["step_time"]["selection"]["share"]
         table.add_row(f"step time beside LoRA on all modules ({record['step_time']['from']})", f"{share:.3f}")
+    if cached := (record.get("prefix") or {}).get("finetune"):
+        which = f"{cached['layers']} of {cached['of']}"
+        table.add_row("layers computed once", f"{which}, {_duration(cached['seconds'])}")
     table.add_row("whole run", _duration(spent["total_s"]))
     table.add_row("peak memory", f"{memory['peak_cuda_mb'] or memory['peak_rss_mb']:,.0f} MB")
     console = Console()

@@ -57,6 +57,7 @@ class SearchModule(Stage):
 
     Attributes:
         gamma: Γ, L x N.
+        searched: boolean (L,), which layers have adapters.
         trajectory: see `Trajectory`.
         readout: the scores, and whether the search is over early.
     """
@@ -75,7 +76,8 @@ class SearchModule(Stage):
         self.automatic_optimization = False
         there = torch.tensor([[layer is not None for layer in row] for row in layers])
         # A layer without any adapter is below the lowest one that may have some: its row of Γ stays at 0.
-        self.gamma = nn.Parameter(initial_gamma(there | ~there.any(-1, keepdim=True)))
+        self.searched = there.any(-1)
+        self.gamma = nn.Parameter(initial_gamma(there | ~self.searched.unsqueeze(-1)))
         self.layers, self.types = layers, list(types)
         self.task, self.settings = task, settings
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -367,7 +369,7 @@ class SearchModule(Stage):
         values = {
             "search/round": self.rounds_done,
             "search/train_loss": train,
-            self.certainty: spread.mean().item(),
+            self.certainty: spread[self.searched].mean().item(),
         }
         if not math.isnan(valid):
             values["search/valid_loss"] = valid

@@ -143,8 +143,8 @@ def fit_rounds(
         extra: more arguments of the Trainer.
     """
     parts, split, grid = context.parts, context.split, context.grid
-    layers = grid.n_layers - parts.grid.lowest_layer if grid is not parts.grid else grid.n_layers
-    log.info(f"{name}: {layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
+    n_layers = sum(map(bool, grid.sizes))
+    log.info(f"{name}: {n_layers} layers x {grid.n_types} modules on {len(split[0])} + {len(split[1])} rows")
     loggers = [] if context.loggers is None else context.loggers.of_stage("search")
     if parts.settings.trainer.cache_prefix:
         module.prefix = CachedPrefix(parts, "search", {"train": parts.data.train.encoded})

@@ -176,6 +176,9 @@ class Trainer:
         Help("Compute activations again in the backward pass instead of saving them: less memory, a third more time."),
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
+    num_proc: Annotated[
+        int, whole(1, 256), Help("Processes that tokenise the rows before training; the result is the same.")
+    ] = 1
     compile: Annotated[
         bool,
         Help("Compile the model with `torch.compile` in search and fine-tuning; needs a C++ compiler."),

@@ -80,6 +80,7 @@ class Task:
 
     Attributes:
         name: the task's name in ``task=<name>``.
+        num_proc: how many processes `encode` may use (``trainer.num_proc``).
         accounts: for each split, by its name, what `load` or `load_split` did with its rows.
         metrics: the metrics that `score` returns besides ``loss``, in the order in which they are shown.
         main_metric: the metric that chooses the best model.
@@ -121,6 +122,7 @@ class Task:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.name = cfg.name
+        self.num_proc = 1
         self.accounts: Accounts = {}
 
     def unit_of(self, metric: str) -> str:

@@ -45,8 +45,7 @@ def cached(
     Raises:
         UserError: the cache cannot be written.
     """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    file = Path(cache_dir or default_cache_dir()) / kind / f"{key}.arrow"
+    file = file_of(kind, facts, cache_dir)
     if file.exists():
         try:
             if is_sealed(file):
@@ -65,6 +64,12 @@ def cached(
             "Choose another folder with the environment variable DIFFORA_CACHE."
         ) from error
     return datasets.Dataset.from_file(str(file))
+
+
+def file_of(kind: str, facts: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
+    """The place of the cache file for some facts, whether it exists or not."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir or default_cache_dir()) / kind / f"{key}.arrow"
 
 
 def seal(scratch: Path, file: Path) -> None:

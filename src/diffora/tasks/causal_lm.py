@@ -166,7 +166,7 @@ To generate, write the conversation as in training:
         source rows begin here, and how many of them are cut). Packed rows also have segments, the lengths of the
         conversations in the row. The first token of a sequence never counts, because nothing precedes it.
         """
-        encoded = encode(rows, processor, self.cfg.max_length, self.cfg.train_on)
+        encoded = encode(rows, processor, self.cfg.max_length, self.cfg.train_on, self.num_proc)
         if len(encoded) == 0:
             raise UserError(
                 f"none of the {len(rows)} rows has anything to learn within task.max_length={self.cfg.max_length}: "

@@ -137,7 +137,9 @@ class ChoiceTask(OwnRowsTask):
             **tokenizer_facts(processor),
             "max_length": self.cfg.max_length,
         }
-        return cached("choices", facts, lambda file: write_choices(file, rows, processor, self.cfg.max_length))
+        return cached(
+            "choices", facts, lambda file: write_choices(file, rows, processor, self.cfg.max_length, self.num_proc)
+        )
 
     def count_encoded(self, account: Account, split: Split) -> None:
         table = split.encoded.data

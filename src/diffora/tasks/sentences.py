@@ -40,7 +40,7 @@ class SentenceTask(Task):
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         self.unknown_id = unknown_token(processor)
-        return tokenise(rows, self.spec, processor, self.cfg.max_length)
+        return tokenise(rows, self.spec, processor, self.cfg.max_length, num_proc=self.num_proc)
 
     def count_encoded(self, account: Account, split: Split) -> None:
         note_unknown(account, split.encoded.data.column("input_ids"), self.unknown_id)

@@ -1,6 +1,7 @@
 """From text to batches: texts are tokenised once into a memory-mapped cache file, and padded when a batch is made."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from diffora.errors import UserError
-from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
+from diffora.tasks.cache import cached, tokenizer_facts
+from diffora.tasks.encoding import write_rows
 from diffora.tasks.sources.tables import content_hash
 from diffora.tasks.spec import TaskSpec
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
 CHARACTERS_AT_ONCE = 1_000_000  # bounds memory for long rows: tokenizers use about 50 bytes a character, then truncate
-PROGRESS_FROM_ROWS = 20_000
 
 
 def tokenise(
@@ -32,6 +32,7 @@ def tokenise(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     cache_dir: str | Path | None = None,
+    num_proc: int = 1,
 ) -> datasets.Dataset:
     """Tokenise one split: truncated, not padded.
 
@@ -43,6 +44,7 @@ def tokenise(
         spec: the task.
         max_length: longest sequence in tokens, including special tokens; of a pair, the longer text is cut.
         cache_dir: default `cache.default_cache_dir()`.
+        num_proc: how many processes tokenise; the file does not depend on it.
 
     Returns:
         One row per input row, in order: input_ids (int32 list), token_type_ids (int8 list, only if the tokenizer makes
@@ -68,13 +70,18 @@ def tokenise(
     }
 
     def write(file: Path) -> None:
-        _write(file, dataset, spec, tokenizer, max_length)
+        _write(file, dataset, spec, tokenizer, max_length, num_proc)
 
     return cached("tokenised", facts, write, cache_dir)
 
 
 def _write(
-    file: Path, dataset: datasets.Dataset, spec: TaskSpec, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    file: Path,
+    dataset: datasets.Dataset,
+    spec: TaskSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    num_proc: int,
 ) -> None:
     types = {"input_ids": pa.list_(pa.int32())}
     if "token_type_ids" in tokenizer.model_input_names:
@@ -82,24 +89,23 @@ def _write(
     if "label" in dataset.column_names:
         types["labels"] = dataset.data.schema.field("label").type
     types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
-    with (
-        arrow_writer(file, pa.schema(types)) as append,
-        tqdm(total=len(dataset), desc="tokenise", unit="row", disable=len(dataset) < PROGRESS_FROM_ROWS) as bar,
-    ):
-        for start, end in chunks(dataset, spec.text_columns):
-            rows = dataset[start:end]
-            texts = [rows[name] for name in spec.text_columns]
-            encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
-            columns: dict[str, Any] = dict(encoded)
-            # GPT-2's tokenizer gives no token for an empty text. A row without tokens would be masked completely.
-            columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-            if "label" in rows:
-                columns["labels"] = rows["label"]
-            columns["length"] = [len(ids) for ids in columns["input_ids"]]
-            columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
-            columns["row"] = range(start, end)
-            append(columns)
-            bar.update(end - start)
+    encode = partial(_encode, text_columns=spec.text_columns, tokenizer=tokenizer, max_length=max_length)
+    write_rows(file, types, dataset, chunks(dataset, spec.text_columns), encode, num_proc)
+
+
+def _encode(
+    rows: Mapping[str, list[Any]], start: int, text_columns: Sequence[str], tokenizer: Any, max_length: int
+) -> dict[str, Any]:
+    texts = [rows[name] for name in text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
+    columns: dict[str, Any] = dict(encoded)
+    # GPT-2's tokenizer gives no token for an empty text. A row without tokens would be masked completely.
+    columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    if "label" in rows:
+        columns["labels"] = rows["label"]
+    columns["length"] = [len(ids) for ids in columns["input_ids"]]
+    columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
+    return columns
 
 
 def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
@@ -118,14 +124,14 @@ def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length
 
 def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Ranges of rows, (start, end), to tokenise at once."""
-    start = characters = 0
     lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]
-    for row, length in enumerate(np.sum(lengths, axis=0).tolist()):
-        if row - start == ROWS_AT_ONCE or (characters + length > CHARACTERS_AT_ONCE and row > start):
-            yield start, row
-            start, characters = row, 0
-        characters += length
-    yield start, len(dataset)
+    upto = np.cumsum(np.sum(lengths, axis=0, dtype=np.int64))  # characters of all rows up to each
+    start = before = 0
+    while start < len(dataset):
+        fitting = int(np.searchsorted(upto, before + CHARACTERS_AT_ONCE, side="right"))
+        end = min(max(fitting, start + 1), start + ROWS_AT_ONCE)
+        yield start, end
+        start, before = end, int(upto[end - 1])
 
 
 class Collator:

@@ -238,7 +238,7 @@ class TokensTask(OwnRowsTask):
         found = cached(
             "words",
             facts,
-            lambda file: write_windows(file, rows, processor, frame, cfg.max_length, overlap),
+            lambda file: write_windows(file, rows, processor, frame, cfg.max_length, overlap, self.num_proc),
         )
         if not len(found):
             raise UserError(f"task.path={cfg.path}: none of the {len(rows)} rows has any words")

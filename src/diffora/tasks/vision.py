@@ -1,11 +1,14 @@
 """Image classification: hub datasets, folders of class folders, parquet files.
 
 Pillow decodes and resizes images (torchvision is not needed). Each image is decoded once into a memory-mapped cache of
-pixels, with the shorter side at the backbone's size. Batches then crop, flip or shift training images.
+pixels, with the shorter side at the backbone's size, or for every batch (``task.cache_pixels=false``). Batches then
+crop, flip or shift training images.
 """
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import cached
 from diffora.tasks.images.batches import Augment, ImageCollate
-from diffora.tasks.images.decode import FORMAT_VERSION, write_pixels
+from diffora.tasks.images.decode import FORMAT_VERSION, pixel_bytes, write_images, write_pixels
 from diffora.tasks.images.folders import class_folders, read_folder
 from diffora.tasks.images.preprocessing import Preprocessing
 from diffora.tasks.images.rows import images_hash, source_rows
@@ -36,6 +39,9 @@ from diffora.tasks.sources.files import check_folder
 from diffora.tasks.sources.hub import hub_splits
 from diffora.tasks.sources.tables import subset_rows
 
+log = logging.getLogger(__name__)
+
+SAID_FROM_BYTES = 4_000_000_000
 _NO_CLASSES = "task.num_labels=null: the data do not name their classes; give their number"
 
 
@@ -62,6 +68,13 @@ class ImageSettings(VisionSettings):
     num_labels: Annotated[
         Annotated[int, whole(2, 10**6)] | None, Help("Number of classes, if the data do not name them.", "classes")
     ] = None
+    cache_pixels: Annotated[
+        bool,
+        Help(
+            "Decode the images once, into a file of pixels; false: in every epoch, in `trainer.num_workers` processes. "
+            "The result is the same."
+        ),
+    ] = True
 
 
 class ImageTask(Task):
@@ -245,14 +258,22 @@ class ImageTask(Task):
         return Preprocessing.of(super().processor(model), model.path)
 
     def encode(self, rows: datasets.Dataset, processor: Preprocessing, training: bool) -> datasets.Dataset:
-        facts = {
+        facts: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "rows": images_hash(rows),
             "labelled": "label" in rows.column_names,
-            "resize": processor.resize,
-            "resample": processor.resample,
         }
-        return cached("images", facts, lambda file: write_pixels(file, rows, processor))
+        if not getattr(self.cfg, "cache_pixels", True):
+            if pc.struct_field(rows.data.column("image"), "bytes").null_count:  # images that stay in their files
+                facts["files"] = [None if file is None else str(Path(file).resolve()) for file in rows["file"][:]]
+            return cached("images", facts, lambda file: write_images(file, rows))
+        facts |= {"resize": processor.resize, "resample": processor.resample}
+
+        def write(file: Path) -> None:
+            _check_room(file.parent, pixel_bytes(rows, processor), len(rows))
+            write_pixels(file, rows, processor)
+
+        return cached("images", facts, write)
 
     def collate(self, processor: Preprocessing, training: bool) -> Collate:
         return ImageCollate(processor, self.cfg.augment if training else None)
@@ -273,6 +294,21 @@ class ImageTask(Task):
             file = {"file": files[row]} if files[row] is not None else {}
             found.append({"row": row, **file, "prediction": self.classes[i], "class_number": i, "probability": p})
         return found
+
+
+def _check_room(folder: Path, size: int, n_images: int) -> None:
+    """Refuse pixels for which the disk has no room, and say where many gigabytes go.
+
+    Raises:
+        UserError: there is not enough room.
+    """
+    free = shutil.disk_usage(folder).free
+    what = f"the pixels of {n_images:,} images need about {size / 1e9:.1f} GB in {folder}"
+    advice = "task.cache_pixels=false writes none: workers decode the images (trainer.num_workers)"
+    if size > free:
+        raise UserError(f"{what}, where {free / 1e9:.1f} GB are free. {advice}")
+    if size > SAID_FROM_BYTES:
+        log.info(f"{what}. {advice}")
 
 
 def _compare_classes(sources: Sequence[Source], classes: Sequence[str], problems: list[str]) -> None:

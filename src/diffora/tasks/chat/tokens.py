@@ -1,23 +1,24 @@
 """From conversations and plain texts to token ids, and which of these tokens the loss counts."""
 
 import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from diffora.errors import UserError
-from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
+from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.chat.conversations import rows_hash
 from diffora.tasks.chat.forms import Turn
+from diffora.tasks.encoding import Faults, write_rows
 from diffora.tasks.messages import first_line, more
 
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
-PROGRESS_FROM_ROWS = 20_000
 
 
 PLAIN_TEMPLATE = (
@@ -34,7 +35,9 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks the assistant's text."""
 
 
-def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str) -> datasets.Dataset:
+def encode(
+    rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str, num_proc: int = 1
+) -> datasets.Dataset:
     """Encode rows. Each conversation gives one row, cut at ``max_length``; plain text gives one row per window.
 
     Rows without a token that counts are left out.
@@ -43,6 +46,7 @@ def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: st
         rows: in the form of `conversations.SCHEMA`.
         max_length: the most tokens in a row.
         train_on: "completion" counts the assistant's turns, "all" counts every token.
+        num_proc: how many processes tokenise.
 
     Raises:
         UserError: the tokenizer is not a fast one, or its chat template does not suit the conversations.
@@ -64,41 +68,46 @@ def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: st
         "max_length": max_length,
         "train_on": train_on,
     }
-    return cached("causal_lm", facts, lambda file: _write(file, rows, tokenizer, max_length, train_on))
+    return cached("causal_lm", facts, lambda file: _write(file, rows, tokenizer, max_length, train_on, num_proc))
 
 
-def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str) -> None:
+def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str, num_proc: int) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
-    schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
-    schema |= {"begun": number, "cut": number}
-    faults: list[str] = []
-    done = 0
-    with (
-        arrow_writer(file, pa.schema(schema)) as append,
-        tqdm(total=len(rows), desc="tokenise", unit="row", disable=len(rows) < PROGRESS_FROM_ROWS) as bar,
-    ):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            columns: dict[str, list[Any]] = {name: [] for name in schema}
-            texts = zip(chunk["messages"], chunk["text"], chunk["number"], strict=True)
-            for i, (turns, text, number_) in enumerate(texts):
-                try:
-                    ids, counted = _chat(turns, tokenizer, train_on) if turns else _text(text, tokenizer)
-                except Exception as error:  # a template is a program: it can fail in any way
-                    faults.append(f"row {number_}: {first_line(error)}")
-                    continue
-                # The second window of a conversation would lack its beginning; plain text can begin anywhere.
-                end = min(len(ids), max_length) if turns else len(ids)
-                _append_windows(columns, ids, counted, end, max_length, example=start + i)
-            columns["row"] = list(range(done, done + len(columns["length"])))
-            done += len(columns["length"])
-            append(columns)
-            bar.update(len(chunk["text"]))
-    if faults:
+    types = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
+    types |= {"begun": number, "cut": number}
+    ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    work = partial(_encode, names=list(types), tokenizer=tokenizer, max_length=max_length, train_on=train_on)
+    try:
+        write_rows(file, types, rows, ranges, work, num_proc)
+    except Faults as error:
         raise UserError(
-            f"the chat template of this model's tokenizer cannot be used for {faults[0]}{more(len(faults))}. Try other "
-            "data, another model, or task.train_on=all"
-        )
+            f"the chat template of this model's tokenizer cannot be used for {error.problems[0]}"
+            f"{more(len(error.problems))}. Try other data, another model, or task.train_on=all"
+        ) from None
+
+
+def _encode(
+    chunk: Mapping[str, list[Any]],
+    start: int,
+    names: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    train_on: str,
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in names if name != "row"}
+    faults = []
+    for i, (turns, text, number) in enumerate(zip(chunk["messages"], chunk["text"], chunk["number"], strict=True)):
+        try:
+            ids, counted = _chat(turns, tokenizer, train_on) if turns else _text(text, tokenizer)
+        except Exception as error:  # a template is a program: it can fail in any way
+            faults.append(f"row {number}: {first_line(error)}")
+            continue
+        # The second window of a conversation would lack its beginning; plain text can begin anywhere.
+        end = min(len(ids), max_length) if turns else len(ids)
+        _append_windows(columns, ids, counted, end, max_length, example=start + i)
+    if faults:
+        raise UserError(faults)
+    return columns
 
 
 def _append_windows(

@@ -1,6 +1,7 @@
 """From rows of choices to batches: each choice is a sequence, and a row is all of its sequences."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,41 +10,38 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm.auto import tqdm
 
 from diffora.tasks.base import Batch
-from diffora.tasks.cache import arrow_writer
-from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator, was_cut
+from diffora.tasks.encoding import write_rows
+from diffora.tasks.tokenise import Collator, was_cut
 
 ROWS_AT_ONCE = 250  # bounds memory
 
 
-def write_choices(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int) -> None:
+def write_choices(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, num_proc: int) -> None:
     """Write the tokens of all rows to an arrow file; `ChoiceTask.encode` lists its columns."""
     lists = pa.list_(pa.list_(pa.int32()))
     types: dict[str, pa.DataType] = {"input_ids": lists}
     types |= {"token_type_ids": lists} if "token_type_ids" in tokenizer.model_input_names else {}
     types |= {"labels": pa.int64()} if "label" in rows.column_names else {}
     types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
-    with (
-        arrow_writer(file, pa.schema(types)) as append,
-        tqdm(total=len(rows), desc="tokenise", unit="row", disable=len(rows) < PROGRESS_FROM_ROWS) as bar,
-    ):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            contexts, endings, bounds = _texts(chunk)
-            encoded = tokenizer(contexts, endings, truncation=True, max_length=max_length, padding=False)
-            cut = was_cut(encoded, [contexts, endings], tokenizer, max_length)
-            parts = [slice(*pair) for pair in pairwise(bounds)]
-            columns: dict[str, Any] = {
-                name: [encoded[name][part] for part in parts] for name in types if name in encoded
-            }
-            columns["labels"] = chunk.get("label")
-            columns["length"] = [max(map(len, sequences)) for sequences in columns["input_ids"]]
-            columns["cut"] = [any(cut[part]) for part in parts]
-            columns["row"] = range(start, start + len(parts))
-            append(columns)
-            bar.update(len(parts))
+    ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    work = partial(_encode, names=list(types), tokenizer=tokenizer, max_length=max_length)
+    write_rows(file, types, rows, ranges, work, num_proc)
+
+
+def _encode(
+    chunk: Mapping[str, list[Any]], start: int, names: Sequence[str], tokenizer: Any, max_length: int
+) -> dict[str, Any]:
+    contexts, endings, bounds = _texts(chunk)
+    encoded = tokenizer(contexts, endings, truncation=True, max_length=max_length, padding=False)
+    cut = was_cut(encoded, [contexts, endings], tokenizer, max_length)
+    parts = [slice(*pair) for pair in pairwise(bounds)]
+    columns: dict[str, Any] = {name: [encoded[name][part] for part in parts] for name in names if name in encoded}
+    columns["labels"] = chunk.get("label")
+    columns["length"] = [max(map(len, sequences)) for sequences in columns["input_ids"]]
+    columns["cut"] = [any(cut[part]) for part in parts]
+    return columns
 
 
 def _texts(rows: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[str], list[int]]:

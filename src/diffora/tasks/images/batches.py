@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffora.settings.checks import Help, number
 from diffora.tasks.base import Batch
+from diffora.tasks.images.decode import picture_of
 from diffora.tasks.images.preprocessing import Preprocessing
 
 Box = tuple[float, float, float, float]
@@ -39,7 +40,7 @@ class Augment:
 
 
 class ImageCollate:
-    """Makes one batch of cached images.
+    """Makes one batch of images, from cached pixels (`decode.write_pixels`) or encoded ones (`decode.write_images`).
 
     Args:
         preprocessing: of the backbone.
@@ -59,10 +60,7 @@ class ImageCollate:
         Returns:
             pixel_values: float32 [n, 3, side, side]; row and, if the rows have them, labels: long [n].
         """
-        images = [
-            Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
-            for pixels, height, width in zip(rows["pixels"], rows["height"], rows["width"], strict=True)
-        ]
+        images = self._pictures(rows)
         if self.augment is None:
             p = self.preprocessing
             views = [_view(image, centre(image.height, image.width, p), p) for image in images]
@@ -71,6 +69,17 @@ class ImageCollate:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float().contiguous()
         batch = {"pixel_values": pixels.mul_(self._factor).add_(self._offset)}
         return batch | {name: torch.tensor(rows[name]) for name in ("labels", "row") if name in rows}
+
+    def _pictures(self, rows: Mapping[str, Any]) -> list[Image.Image]:
+        """The pictures from their cached pixels, or decoded from the encoded images."""
+        if "pixels" not in rows:
+            p = self.preprocessing
+            pairs = zip(rows["image"], rows["digest"], strict=True)
+            return [picture_of(image, digest, p.resize, p.resample) for image, digest in pairs]
+        return [
+            Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+            for pixels, height, width in zip(rows["pixels"], rows["height"], rows["width"], strict=True)
+        ]
 
     def _vary(self, image: Image.Image, seed: tuple[int, ...]) -> np.ndarray:
         """A varied view: uint8 [side, side, 3]."""

@@ -17,7 +17,8 @@ from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic
 from diffora.tasks.cache import SEAL, is_sealed, seal
-from diffora.tasks.images.decode import FORMAT_VERSION, IMAGES_AT_ONCE, n_threads, progress, read_bytes
+from diffora.tasks.encoding import cores
+from diffora.tasks.images.decode import FORMAT_VERSION, IMAGES_AT_ONCE, progress, read_bytes
 from diffora.tasks.images.source import Source
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def digests(source: Source) -> list[bytes]:
             log.warning("damaged cache file %s: writing it again", known)
     found: list[bytes] = []
     chunks = pa.table({"image": source.images}).to_batches(max_chunksize=IMAGES_AT_ONCE)
-    with ThreadPoolExecutor(n_threads()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for chunk in progress(chunks, n, "read images"):
             found += pool.map(_digest, chunk.column(0).to_pylist())
     if known is not None:

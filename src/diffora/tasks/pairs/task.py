@@ -103,7 +103,7 @@ the source as in training. To continue training, load with `is_trainable=True`.
             f"task.{name}={n} leaves no room for text: at least {room}" for name, n in lengths.items() if n < room
         ]:
             raise UserError(small)
-        encoded = encode(rows, processor, c.prefix or "", c.max_source_length, c.max_target_length)
+        encoded = encode(rows, processor, c.prefix or "", c.max_source_length, c.max_target_length, self.num_proc)
         chosen = np.zeros(len(encoded), dtype=bool)
         if not training:
             chosen[evenly(len(encoded), c.generation.rows)] = True

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from diffora.errors import UserError
 from diffora.tasks.base import Batch
 from diffora.tasks.cache import arrow_writer
-from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
+from diffora.tasks.encoding import PROGRESS_FROM_ROWS
+from diffora.tasks.tokenise import Collator
 
 ROWS_AT_ONCE = 500  # bounds memory
 WINDOWS_AT_ONCE = 2000  # bounds memory, if rows have many windows

@@ -9,6 +9,7 @@ A word is represented by the first token that has one of its characters; a token
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm.auto import tqdm
 
 from diffora.tasks.base import Batch
-from diffora.tasks.cache import arrow_writer
+from diffora.tasks.encoding import write_rows
 from diffora.tasks.ignored import IGNORED
-from diffora.tasks.tokenise import PROGRESS_FROM_ROWS, Collator
+from diffora.tasks.tokenise import Collator
 
 ROWS_AT_ONCE = 1000  # bounds memory
 NO_TOKEN = -1
@@ -175,32 +175,44 @@ def windows(sentence: Sentence, room: int, overlap: int) -> list[Window]:
 
 
 def write_windows(
-    file: Path, rows: datasets.Dataset, tokenizer: Any, frame: Frame, max_length: int, overlap: int
+    file: Path,
+    rows: datasets.Dataset,
+    tokenizer: Any,
+    frame: Frame,
+    max_length: int,
+    overlap: int,
+    num_proc: int,
 ) -> None:
     """Write the windows of all rows to an arrow file; `TokensTask.encode` lists its columns."""
-    labelled = "tags" in rows.column_names
     types: dict[str, pa.DataType] = {"input_ids": pa.list_(pa.int32()), "starts": pa.list_(pa.int32())}
     types |= {"token_type_ids": pa.list_(pa.int8())} if frame.type_id is not None else {}
-    types |= {"labels": pa.list_(pa.int64())} if labelled else {}
+    types |= {"labels": pa.list_(pa.int64())} if "tags" in rows.column_names else {}
     types |= dict.fromkeys(("length", "row", "example", "silent"), pa.int32())
     types |= dict.fromkeys(("several", "cut"), pa.bool_())
-    n_windows = 0
-    with (
-        arrow_writer(file, pa.schema(types)) as append,
-        tqdm(total=len(rows), desc="tokenise", unit="row", disable=len(rows) < PROGRESS_FROM_ROWS) as bar,
-    ):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            columns: dict[str, list[Any]] = {name: [] for name in types}
-            for i, sentence in enumerate(tokenise_words(tokenizer, chunk["words"])):
-                tags = chunk["tags"][i] if labelled else None
-                for values in _windows_of_row(sentence, tags, frame, max_length - frame.size, overlap):
-                    values |= {"row": n_windows, "example": start + i}
-                    n_windows += 1
-                    for name, column in columns.items():
-                        column.append(values[name])
-            append(columns)
-            bar.update(len(chunk["words"]))
+    ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    work = partial(
+        _encode, names=list(types), tokenizer=tokenizer, frame=frame, room=max_length - frame.size, overlap=overlap
+    )
+    write_rows(file, types, rows, ranges, work, num_proc)
+
+
+def _encode(
+    chunk: Mapping[str, list[Any]],
+    start: int,
+    names: Sequence[str],
+    tokenizer: Any,
+    frame: Frame,
+    room: int,
+    overlap: int,
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in names if name != "row"}
+    for i, sentence in enumerate(tokenise_words(tokenizer, chunk["words"])):
+        tags = chunk["tags"][i] if "tags" in chunk else None
+        for values in _windows_of_row(sentence, tags, frame, room, overlap):
+            values["example"] = start + i
+            for name, column in columns.items():
+                column.append(values[name])
+    return columns
 
 
 def _windows_of_row(

@@ -1,0 +1,167 @@
+"""Whole runs with LoRA in the upper layers and a cached prefix, beside LoRA on all layers with as many parameters.
+
+    python -m benchmarks.prefix --data <MRPC> --model <MiniLM> [--seeds 0 1 2] [--epochs 14] [--output FILE]
+
+The arms: LoRA of rank 2 on all candidate modules of all layers (`all`), of the top half and of the top third of the
+layers with the rank that gives as many parameters, and the same with ``trainer.cache_prefix=true``. For each seed,
+every arm is a run of `train.py` in a new process with its own empty caches, so a cached arm computes its files too. The
+arms take turns to go first. Times are ratios to `all` with the same seed: the median over seeds, with quartiles.
+Metrics come from run.json, with the difference to the arm without a cache, paired by seed.
+
+Without ``--data`` and ``--model``, the embedded task and backbone are used, and the result says so.
+Writes benchmarks/results/prefix.json after each run, and prints a table.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import REPO, RESULTS, header, ratio, spread, write
+from benchmarks.run import process, write_embedded
+
+RANK = 2
+"""Of LoRA on all layers."""
+SHARES = {"all": 1.0, "half": 1 / 2, "third": 1 / 3}
+CACHED = " cached"
+EMBEDDED = REPO / "src" / "diffora" / "assets" / "tiny"
+
+
+def arms(n_layers: int) -> dict[str, list[str]]:
+    """The overrides of each arm. All have as many parameters, up to the rounding of the rank.
+
+    >>> arms(6)["third"]
+    ["model.layer='encoder.layer.[4,5]'", 'rank=6']
+    """
+    found = {}
+    for name, share in SHARES.items():
+        n = max(1, round(share * n_layers))
+        layers = ",".join(map(str, range(n_layers - n, n_layers)))
+        upper = [f"model.layer='encoder.layer.[{layers}]'", f"rank={round(RANK * n_layers / n)}"]
+        found[name] = [f"rank={RANK}"] if n == n_layers else upper
+        if n < n_layers:
+            found[name + CACHED] = [*upper, "trainer.cache_prefix=true"]
+    return found
+
+
+def one_run(overrides: Sequence[str]) -> dict[str, Any]:
+    """The facts of one run in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run" / "run.json"
+        _, wall, _, _ = process(["train.py", *overrides, f"hydra.run.dir={file.parent}"])
+        record = json.loads(file.read_text())
+    metrics = {name: record["metrics"][f"validation/{name}"] for name in ("accuracy", "f1")}
+    return {
+        "wall_s": round(wall, 2),
+        "finetune_s": record["time"]["finetune_s"],
+        "step_s": record["time"]["step_s"],
+        "parameters": record["params"]["adapter"],
+        "prefix": record["prefix"].get("finetune"),
+        "peak_rss_mb": record["memory"]["peak_rss_mb"],
+        **metrics,
+    }
+
+
+def measure(
+    common: Sequence[str],
+    overrides: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    run: Callable[[Sequence[str]], dict[str, Any]] = one_run,
+    keep: Callable[[dict[str, list[dict[str, Any]]]], None] = lambda runs: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm, one for each seed.
+
+    Args:
+        common: overrides of all runs.
+        overrides: those of each arm.
+        run: does one run.
+        keep: called after each run with all runs so far.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in overrides}
+    names = list(overrides)
+    for turn, seed in enumerate(seeds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            runs[name].append(run(["method=lora", *common, *overrides[name], f"seed={seed}"]) | {"seed": seed})
+            print(f"  seed {seed}, {name}: {runs[name][-1]['wall_s']:.0f} s", flush=True)
+            keep(runs)
+    return runs
+
+
+def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Ratios to the arm `all`, and metrics, of the seeds that all arms have."""
+    n = min(map(len, runs.values()))
+    if n == 0:
+        return {}
+    found = {}
+    for name, own in runs.items():
+        facts: dict[str, Any] = {"parameters": own[0]["parameters"], "prefix": own[0]["prefix"]}
+        for key in ("wall_s", "finetune_s"):
+            times = {arm: [run[key] for run in some[:n]] for arm, some in runs.items()}
+            facts[key] = spread(times[name], 2) | {"to_all": ratio(times, name, "all")}
+        for key in ("accuracy", "f1"):
+            values = [run[key] for run in own[:n]]
+            facts[key] = {"mean": round(statistics.mean(values), 4), "values": values}
+            if n > 1:
+                facts[key]["sd"] = round(statistics.stdev(values), 4)
+            if name.endswith(CACHED):
+                plain = [run[key] for run in runs[name.removesuffix(CACHED)][:n]]
+                less = [a - b for a, b in zip(values, plain, strict=True)]
+                facts[key]["minus_uncached"] = [round(value, 4) for value in less]
+        found[name] = facts
+    return found
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    heads = f"{'run / all':>11}{'quartiles':>15}{'tuning / all':>14}{'accuracy':>17}{'F1':>8}"
+    print(f"\n{'arm':<14}{'parameters':>11}{heads}")
+    for name, facts in found.items():
+        whole, tuning = facts["wall_s"]["to_all"], facts["finetune_s"]["to_all"]
+        sd = f" ± {facts['accuracy']['sd']:.4f}" if "sd" in facts["accuracy"] else ""
+        print(
+            f"{name:<14}{facts['parameters']:>11,}{whole['median']:>11.3f}{whole['q1']:>8.3f}{whole['q3']:>7.3f}"
+            f"{tuning['median']:>14.3f}{facts['accuracy']['mean']:>8.4f}{sd:>9}{facts['f1']['mean']:>8.4f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with MRPC")
+    parser.add_argument("--model", type=Path, help="folder of the backbone")
+    parser.add_argument("--name", default="minilm", help="its name in conf/model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--more", nargs="*", default=[], help="more overrides for all runs")
+    parser.add_argument("--output", type=Path, default=RESULTS / "prefix.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        real = given.data is not None and given.model is not None
+        if not real:
+            write_embedded(Path(scratch))
+        data, model = (given.data.resolve(), given.model.resolve()) if real else (Path(scratch), EMBEDDED)
+        n_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        common = ["task=mrpc", f"task.path={data}", f"model={given.name if real else 'tiny'}", f"model.path={model}"]
+        common += ["trainer=cpu", "logger=csv", f"finetune.epochs={given.epochs}", *given.more]
+        settings = {
+            "data": "MRPC" if real else "the embedded task: --data and --model were not both given",
+            "backbone": given.name if real else "the embedded tiny DeBERTa",
+            "layers": n_layers,
+            "epochs": given.epochs,
+            "seeds": given.seeds,
+            "more": given.more,
+            "arms": arms(n_layers),
+        }
+        result: dict[str, Any] = header() | {"settings": settings}
+
+        def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
+            write(given.output, result | {"arms": summary(runs), "runs": runs})
+
+        runs = measure(common, arms(n_layers), given.seeds, keep=keep)
+    show(summary(runs))
+
+
+if __name__ == "__main__":
+    main()
