@@ -93,8 +93,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
          {"task.recipe.of.paraphrase.sora_lambda": "0.001"}),
         (LORA, {
             "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.num_nodes": "2",
-            "trainer.num_proc": "2", "trainer.strategy": "ddp", "trainer.precision": "bf16-mixed", "trainer.deterministic": "true",
-            "trainer.num_workers": "1", "trainer.gradient_checkpointing": "true",
+            "trainer.num_proc": "2", "trainer.strategy": "ddp", "trainer.precision": "bf16-mixed",
+            "trainer.deterministic": "true", "trainer.num_workers": "1", "trainer.gradient_checkpointing": "true",
             "logger.csv": "false", "++logger.tensorboard": "true",
         }),
         # with dropout in the frozen layers, the results differ; a limit that is too low is refused
