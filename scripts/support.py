@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -151,17 +152,18 @@ def table(results: dict[str, dict[str, str]]) -> str:
     reasons: list[str] = []
     lines = [f"| `method=` | {' | '.join(HEADS)} |", "|---" * (len(HEADS) + 1) + "|"]
     for name in variants():
-        cells = [shown(results.get(name, {}).get(kind, "not run"), name, reasons) for kind in HEADS.values()]
+        cells = [shown(results.get(name, {}).get(kind, "not run"), reasons) for kind in HEADS.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", "Refused, with this message:", "", *notes])
 
 
-def shown(cell: str, name: str, reasons: list[str]) -> str:
+def shown(cell: str, reasons: list[str]) -> str:
     """A cell as the page shows it. The reason of a refusal is added to ``reasons``, once."""
     word, _, reason = cell.partition(": ")
     if word != "refused":
         return word
+    reason = re.sub(r"method\.selector=\w+", "method.selector=…", reason)
     if reason not in reasons:
         reasons.append(reason)
     return f"refused ({reasons.index(reason) + 1})"

@@ -46,7 +46,7 @@ class TableSweeper(Sweeper):
         self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
         home = next(Path(e.path.removeprefix("file://")) for e in path if e.provider == "main")
         self.primary = home, str(config.hydra.job.config_name)
-        self.launcher = launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+        self.kind = launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -242,9 +242,9 @@ class TableSweeper(Sweeper):
             for folder, overrides in jobs.items()
         ]
         lost = "it did not end"
-        lines = nullcontext() if self.launcher == "BasicLauncher" else told(jobs)  # one run at a time has its own lines
+        lines = nullcontext() if self.kind == "BasicLauncher" else told(jobs)  # one run at a time has its own lines
         try:
-            with waiting_for_all(self.launcher), lines:
+            with waiting_for_all(self.kind), lines:
                 returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
         except Exception as error:  # a worker of the launcher died; the folders tell which runs completed
             returned, lost = [], str(explained(error) or f"{type(error).__name__}: {error}")
