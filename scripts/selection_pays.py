@@ -101,8 +101,11 @@ def shares(column: Mapping[str, Any], row: Row) -> list[float]:
     """The counted share of step time of each of the row's runs, as far as it is known."""
     if not column["shares"]:
         return []
-    known = sorted((float(layer), share) for layer, share in {"1": 1.0, **column["shares"]}.items())
-    return [float(np.interp(one["lowest"], *zip(*known, strict=True))) for one in row["seeds"].values()]
+    known = {1: 1.0} | {
+        int(layer): share for layer, share in sorted(column["shares"].items(), key=lambda of: int(of[0]))
+    }
+    layers, values = list(known), list(known.values())
+    return [float(np.interp(one["lowest"], layers, values)) for one in row["seeds"].values()]
 
 
 def share_of(column: Mapping[str, Any], row: Row) -> str:
