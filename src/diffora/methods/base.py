@@ -178,6 +178,11 @@ class Method:
         return True
 
     @property
+    def trains_backbone(self) -> bool:
+        """Whether all weights of the backbone are trained, so that no frozen ones are left."""
+        return False
+
+    @property
     def scoring(self) -> Scoring | None:
         """The scores that `choose` needs; None if it needs none."""
         return None

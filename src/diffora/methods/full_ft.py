@@ -24,6 +24,10 @@ class FullFT(Method):
     def trains_b(self) -> bool:
         return False
 
+    @property
+    def trains_backbone(self) -> bool:
+        return True
+
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         model.requires_grad_(True)
         return WholeModel(model)

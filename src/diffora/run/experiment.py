@@ -125,7 +125,10 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             return Result(folder, dry_run(settings, method, task, folder, record), None, None)
     quiet_libraries()
     check_machine(settings)
-    if is_main() and (done := rundir.finished(cfg, folder)) is not None:
+    # If the run is complete, every process has to know it: the others would wait for the main one.
+    if (is_main() or settings.resume) and (done := rundir.finished(cfg, folder)) is not None:
+        if not is_main():
+            return Result(folder, done, None, None)
         check_unchanged(settings, task, folder, done)
         if done["status"] == "selected":
             terminal.print_selection(done, folder)

@@ -159,6 +159,9 @@ class Trainer:
         Check(lambda v: v == "auto" or whole(1, 10**6).fits(v), "a whole number of at least 1, or auto"),
         Help("How many devices to use; auto: all of them.", "devices"),
     ]
+    num_nodes: Annotated[
+        int, whole(1, 10**5), Help("How many machines take part; each has `trainer.devices` devices.", "machines")
+    ] = 1
     strategy: Annotated[  # others are not tested
         Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"],
         Help("How several devices share the work; fsdp: they share the frozen weights too."),
