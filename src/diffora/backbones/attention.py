@@ -51,8 +51,8 @@ def attention(
     Args:
         module: the layer's attention.
         query, key, value: (rows, heads, tokens, features).
-        attention_mask: True where a query may see a key, or a number that is added to the scores; in a shape that can be
-            broadcast to (rows, heads, tokens, tokens). None: all are seen.
+        attention_mask: True where a query may see a key, or a number that is added to the scores; in a shape that can
+            be broadcast to (rows, heads, tokens, tokens). None: all are seen.
         dropout: rate on the attention weights.
         scaling: of the scores; None: 1 / sqrt(features).
         is_causal: whether a query sees earlier keys only, where there is no mask; None: as the module says.
