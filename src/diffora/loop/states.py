@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def write_states(file: Path, parts: Parts, prefix: Prefix, width: Width, encoded
             rows = batch["row"].tolist()
             mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows])
             inputs = task.inputs({key: value.to(device) for key, value in batch.items()})
-            states = prefix.output(lambda inputs=inputs: model(**inputs))
+            states = prefix.output(partial(model, **inputs))
             tokens = states[mask.to(device)].to(width.stored).cpu()
             counts = mask.view(len(rows), -1).sum(1).tolist()
             values = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in tokens.split(counts)]
@@ -158,7 +159,8 @@ def n_tokens(encoded: datasets.Dataset, width: Width) -> int:
     column = encoded.data.column("input_ids")
     while column.type.num_fields:  # lists of lists, for several sequences in a row
         column = pc.list_flatten(column)
-    return len(column)
+    n: int = len(column)
+    return n
 
 
 def tried_rows(encoded: datasets.Dataset) -> list[int]:
