@@ -105,6 +105,7 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 	$(BIN)/python scripts/pretrain_tiny.py
 	$(BIN)/python scripts/pretrain_tiny_vit.py
 	$(BIN)/python scripts/pretrain_tiny_llama.py
+	$(BIN)/python scripts/pretrain_tiny_sums.py
 
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info

@@ -52,6 +52,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
     "src/diffora/assets/tiny_llama/README.md": "results/tiny_llama.md",
+    "src/diffora/assets/tiny_sums/README.md": "results/tiny_sums.md",
 } | {f"notebooks/{file.name}": f"tutorials/{file.name}" for file in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 """File in the repository: page of the site. Pages link to the file, so that the link works on GitHub too."""
 

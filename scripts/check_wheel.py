@@ -28,7 +28,7 @@ NEEDED = (
     "diffora/conf/experiment/quickstart.yaml",
     "diffora/report/report.html.jinja",
     "hydra_plugins/diffora_table.py",
-    *(f"diffora/assets/{name}/model.safetensors" for name in ("tiny", "tiny_vit", "tiny_llama")),
+    *(f"diffora/assets/{name}/model.safetensors" for name in ("tiny", "tiny_vit", "tiny_llama", "tiny_sums")),
 )
 SOURCES = (
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"),

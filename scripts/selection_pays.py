@@ -24,7 +24,7 @@ from selection_matters import by_seed, mean, points
 from selection_quality import Run, completed, put
 
 from diffora.files import write_text
-from diffora.report.statistics import Difference, detectable, holm, paired, verdict
+from diffora.report.statistics import Difference, holm, paired, verdict
 
 MARGIN = 0.005
 SPLITS = "validation", "held_out"
@@ -101,8 +101,11 @@ def shares(column: Mapping[str, Any], row: Row) -> list[float]:
     """The counted share of step time of each of the row's runs, as far as it is known."""
     if not column["shares"]:
         return []
-    known = sorted((float(layer), share) for layer, share in {"1": 1.0, **column["shares"]}.items())
-    return [float(np.interp(one["lowest"], *zip(*known, strict=True))) for one in row["seeds"].values()]
+    known = {1: 1.0} | {
+        int(layer): share for layer, share in sorted(column["shares"].items(), key=lambda of: int(of[0]))
+    }
+    layers, values = list(known), list(known.values())
+    return [float(np.interp(one["lowest"], layers, values)) for one in row["seeds"].values()]
 
 
 def share_of(column: Mapping[str, Any], row: Row) -> str:
@@ -112,33 +115,22 @@ def share_of(column: Mapping[str, Any], row: Row) -> str:
 
 def question_table(columns: Mapping[str, Any]) -> str:
     """Markdown: what the search is compared with, for each column."""
-    found = []
+    found: list[tuple[str, str, Difference, Difference]] = []
     for name, column in columns.items():
         rows = with_best(column["rows"])
         for ours, others in QUESTIONS.items():
             for theirs in others:
-                each = [difference(rows, ours, theirs, split) for split in SPLITS]
-                if each[0] is not None:
-                    found.append((f"{ours} − {theirs}", name, *each))
-    adjusted = iter(holm([one.p for _, _, one, _ in found if one and one.p is not None]))
-    head = [
-        "difference, points (95 %)",
-        "task",
-        "n",
-        "validation",
-        "p, Holm",
-        "could find",
-        "verdict",
-        "held_out",
-        "verdict",
-    ]
+                one, held = (difference(rows, ours, theirs, split) for split in SPLITS)
+                if one is not None and held is not None:
+                    found.append((f"{ours} − {theirs}", name, one, held))
+    adjusted = iter(holm([one.p for _, _, one, _ in found if one.p is not None]))
+    head = ["difference, points (95 %)", "task", "n", "validation", "p, Holm", "could find", "verdict"]
+    head += ["held_out", "verdict"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for what, name, one, held in found:
-        least = None if one.error is None else detectable(one.error * one.n**0.5, one.n)
         cells = [what, name, str(one.n), points(one), "" if one.p is None else f"{next(adjusted):.2f}"]
-        cells += ["" if least is None else f"{100 * least:.1f}", verdict(one, MARGIN)]
-        cells += ["", ""] if held is None else [points(held), verdict(held, MARGIN)]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += ["" if one.detectable is None else f"{100 * one.detectable:.1f}", verdict(one, MARGIN)]
+        lines.append(f"| {' | '.join([*cells, points(held), verdict(held, MARGIN)])} |")
     return "\n".join(lines)
 
 

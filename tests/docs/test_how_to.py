@@ -110,6 +110,16 @@ def test_seq2seq(tmp_path):
     assert line["id"] == "x1" and line.keys() == {"row", "number", "id", "prediction"}
 
 
+def test_answers(tmp_path):
+    printed = follow("answers", tmp_path)
+    assert "loss on the plain texts, before → after" in printed
+    record = record_of(tmp_path)
+    assert record["main_metric"] == "exact_match" and record["metrics"]["forgetting/before"] > 0
+    lines = list(map(json.loads, (tmp_path / "answered" / "test.jsonl").read_text().splitlines()))
+    assert [line["expected"] for line in lines] == ["8", "5", "10"]
+    assert all(line["correct"] == (line["answer"] == line["expected"]) for line in lines)
+
+
 def test_own_model(tmp_path):
     printed = follow("own-model", tmp_path)
     assert "diffora on mine: 3 layers x 6 candidates" in printed

@@ -45,6 +45,8 @@ WORDS = (
 )
 CHOICE = f"method=lora task=choice model=tiny {CPU} {SHORT} task.path=choice/rows.jsonl task.max_length=32"
 TALK = f"method=lora task=dialogue model=tiny_llama {CPU} {SHORT} task.train_rows=32 task.validation_rows=8"
+SUMS = f"method=lora task=sums model=tiny_sums {CPU} {SHORT} task.train_rows=32 task.validation_rows=8 task.test_rows=6"
+SUMS += " predict=true"
 MASK = "method.mask={rank: 1, every: step, independent: false, target: gradient, start: 0, head: false}"
 SIZES = "model=bert_base task=mrpc method=lora dry_run=true"
 # (overrides, {key: another value}) for each settings class. "" is for the sections that all runs have.
@@ -75,7 +77,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
         (FIVE, {
             "finetune.epochs": "2", "finetune.batch_size": "4", "finetune.lr": "0.1", "finetune.warmup_steps": "8",
             "finetune.weight_decay": "0.9", "finetune.clip": "1e-4", "finetune.accumulate": "2",
-            "finetune.dropout": "0.5", "finetune.max_steps": "3", "finetune.eval_every": "2",
+            "finetune.eval_batch_size": "3", "finetune.dropout": "0.5", "finetune.max_steps": "3",
+            "finetune.eval_every": "2",
             "finetune.optimizer": "sgd", "finetune.scheduler": "cosine", "finetune.lora_plus_ratio": "16",
             "finetune.label_smoothing": "0.5", "finetune.class_weights": "[1,9]", "trainer.compile": "true",
             "trainer.callbacks": "[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: x}]",
@@ -93,7 +96,8 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
          {"task.recipe.of.paraphrase.sora_lambda": "0.001"}),
         (LORA, {
             "trainer.accelerator": "mps", "trainer.devices": "100000", "trainer.strategy": "ddp",
-            "trainer.precision": "bf16-mixed", "trainer.deterministic": "true", "trainer.num_workers": "1", "trainer.num_proc": "2",
+            "trainer.precision": "bf16-mixed", "trainer.deterministic": "true", "trainer.num_workers": "1",
+            "trainer.num_proc": "2",
             "trainer.gradient_checkpointing": "true", "logger.csv": "false", "++logger.tensorboard": "true",
         }),
         # with dropout in the frozen layers, the results differ; a limit that is too low is refused
@@ -169,15 +173,54 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
     ],
     "CausalLMTask": [
         (CHAT, {"task.name": "x", "task.max_train_rows": "8", "task.path": "elsewhere", "task.max_length": "16",
-                "task.packing": "false", "task.train_on": "all"}),
+                "task.packing": "false", "task.train_on": "all", "task.score": "generation",
+                "task.prompt": "'say {prompt} so '", "task.max_characters": "16", "task.max_validation_rows": "4",
+                "task.forgetting.path": "texts/texts.txt"}),
+        (f"{CHAT} task.score=generation task.generation.max_new_tokens=4 predict=true", {
+            "task.generation.max_new_tokens": "6", "task.generation.answer": "'(is|it)'", "task.generation.rows": "2",
+        }),
+        (f"{CHAT} task.forgetting.path=texts/texts.txt", {
+            "task.forgetting.rows": "2", "task.forgetting.max_length": "4",
+        }),
         ("task=alpaca task.validation_rows=4", {
             "task.hub": "x", "task.hub_config": "x", "task.train_split": "test", "task.validation_split": "test",
             "task.validation_rows": "2",
         }),
+        ("task=alpaca task.validation_split=test ++task.validation_hub=owner/pairs", {
+            "task.validation_hub": "x", "task.validation_hub_config": "x",
+        }),
+        (f"method=lora task=chat model=tiny_llama {CPU} {SHORT} task.hub=x predict=true task.max_length=64", {
+            "task.test_split": "test",
+        }),
+        ("task=chat task.hub=x ++task.forgetting.path=owner/texts", {
+            "task.forgetting.subset": "x", "task.forgetting.split": "test",
+        }),
     ],
     "DialogueTask": [
         (TALK, {"task.name": "x", "task.max_train_rows": "16", "task.max_length": "16", "task.packing": "false",
-                "task.train_on": "all", "task.train_rows": "24", "task.validation_rows": "6"}),
+                "task.train_on": "all", "task.train_rows": "24", "task.validation_rows": "6",
+                "task.score": "generation", "task.prompt": "'the {prompt} so '",
+                "task.forgetting.path": "texts/texts.txt"}),
+        (f"{TALK} ++task.score=generation ++task.generation.max_new_tokens=2", {
+            "task.generation.max_new_tokens": "6", "task.generation.answer": "'(the)'", "task.generation.rows": "2",
+        }),
+        (f"{TALK} ++task.forgetting.path=texts/texts.txt", {
+            "task.forgetting.rows": "2", "task.forgetting.max_length": "4",
+        }),
+        ("task=dialogue ++task.forgetting.path=owner/texts", {
+            "task.forgetting.subset": "x", "task.forgetting.split": "test",
+        }),
+    ],
+    "SumsTask": [
+        (SUMS, {"task.name": "x", "task.max_train_rows": "16", "task.max_length": "16", "task.packing": "true",
+                "task.train_on": "all", "task.train_rows": "24", "task.validation_rows": "6", "task.test_rows": "4",
+                "task.level": "3", "task.score": "loss", "task.prompt": "'the {prompt} so '",
+                "task.generation.max_new_tokens": "3", "task.generation.answer": "'(\\w+)$'",
+                "task.generation.rows": "2", "task.forgetting.path": "texts/texts.txt", "task.forgetting.rows": "2",
+                "task.forgetting.max_length": "4"}),
+        ("task=sums ++task.forgetting.path=owner/texts", {
+            "task.forgetting.subset": "x", "task.forgetting.split": "test",
+        }),
     ],
     "ImageTask": [
         (IMAGES, {
@@ -286,7 +329,7 @@ def test_every_key_has_a_case():
 @pytest.fixture
 def folders(tmp_path):
     """Data of every kind of task that reads files, by the task's name."""
-    kinds = ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice", "pairs")
+    kinds = ("mrpc", "squad_v2", "chat", "imagefolder", "text", "tokens", "choice", "pairs", "texts")
     places = {name: tmp_path / name for name in kinds}
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("validation", 8)):
@@ -298,6 +341,9 @@ def folders(tmp_path):
         questions = [{"id": f"{split}{i}", "question": "who ?", "context": context} for i in range(n)]
         chats = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(n)]
         squad = [q | {"title": "", "answers": a} for q, a in zip(questions, answers, strict=True)]
+        if split == "validation":
+            (places["chat"] / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+            (places["texts"] / "texts.txt").write_text("the king thanked the baker at noon\n" * 3 + "the monk walked\n")
         for name, table in (("mrpc", rows), ("squad_v2", squad), ("chat", chats)):
             (places[name] / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
         for label in ("cat", "dog"):
@@ -342,6 +388,7 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     torch.set_num_threads(1)
+    monkeypatch.setattr("diffora.tasks.chat.held_out.why_unreachable", lambda: None)
     monkeypatch.chdir(folders["mrpc"].parent)
     (tmp_path / "table").mkdir()
     images = sorted(folders["imagefolder"].glob("train/*/*.png"))
@@ -355,7 +402,9 @@ def outcome(cfg, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.init", lambda **given: asked.update({k: str(v) for k, v in given.items()}))
     monkeypatch.setattr("wandb.define_metric", lambda *args, **given: None)
 
-    def load_dataset(name, config):
+    def load_dataset(name, config=None, split=None, streaming=False):
+        if name == "owner/texts":
+            return [{"text": f"{config} {split} text"}]
         if name == "some/words":
             table = [{"tokens": ["cat", f"{config}{i}"], "ner_tags": ["B-X", "O"]} for i in range(8)]
             return {"train": datasets.Dataset.from_list(table)}

@@ -25,6 +25,7 @@ from diffora.tasks.chat import conversations, loss, tokens
 from diffora.tasks.chat.batches import ChatCollator
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import best_fit, pack
+from diffora.tasks.chat.settings import CausalLMSettings
 from diffora.tasks.chat.tokens import encode
 from diffora.tasks.ignored import IGNORED
 
@@ -490,7 +491,7 @@ def task_of(**settings) -> CausalLMTask:
         "packing": True,
         "train_on": "completion",
     }
-    return CausalLMTask(SimpleNamespace(**(defaults | settings)))
+    return CausalLMTask(CausalLMSettings(**(defaults | settings)))
 
 
 def write(file: Path, n: int, first: int = 0) -> None:

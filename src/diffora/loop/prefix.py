@@ -36,7 +36,6 @@ from diffora.loop.states import (
     width_of,
     write_states,
 )
-from diffora.tasks.base import Task
 from diffora.tasks.cache import cached, file_of
 from diffora.tasks.messages import first_line
 
@@ -134,7 +133,7 @@ def cached_splits(parts: Parts) -> dict[str, datasets.Dataset]:
     """The splits that fine-tuning reads in each epoch, by name."""
     splits = {"train": parts.data.train.encoded}
     # A task with an evaluation of its own may run the model on other inputs, as to generate text.
-    if type(parts.task).evaluate is Task.evaluate:
+    if parts.task.single_pass:
         splits |= {name: split.encoded for name, split in parts.data.validation.items()}
     return splits
 

@@ -155,7 +155,7 @@ def real_length(encoded: datasets.Dataset, row: int, width: Width) -> int:
 def n_tokens(encoded: datasets.Dataset, width: Width) -> int:
     """The number of real tokens in a split."""
     if "input_ids" not in encoded.column_names:
-        return round(pc.sum(encoded.data.column("length")).as_py() * width.tokens_per_length)
+        return round(int(pc.sum(encoded.data.column("length")).as_py()) * width.tokens_per_length)
     column = encoded.data.column("input_ids")
     while column.type.num_fields:  # lists of lists, for several sequences in a row
         column = pc.list_flatten(column)

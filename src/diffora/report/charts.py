@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 COLOURS = 8  # number of line colours in the page's style sheet: .c0 to .c7
+LINES = 2 * COLOURS  # most lines of a chart
 LABEL_WIDTH = 56  # characters that fit into the label of a forest plot's line
 
 
@@ -53,6 +54,16 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two positive numbers; also twice and five times these if they are few."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        found = [step * 10.0**k for k in decades for step in steps if low <= step * 10.0**k <= high]
+        if len(found) > 2:
+            break
+    return found
+
+
 def line_chart(
     lines: Sequence[Line],
     x_label: str,
@@ -61,23 +72,26 @@ def line_chart(
     height: int = 240,
     marks: bool = False,
     round_ticks: bool = False,
+    log_x: bool = False,
 ) -> Markup:
     """A chart of curves; empty without points.
 
     Args:
         marks: draw points, error bars and labels.
         round_ticks: the x axis has round numbers, even with few points.
+        log_x: the x axis is logarithmic; all x must be positive.
     """
+    along = math.log10 if log_x else float
     xs = [x for line in lines for x, _ in line.points]
     ys = [y + sign * bar for line in lines for (_, y), bar in _barred(line) for sign in (-1, 1)]
     if not xs:
         return Markup()
     left, right, top, bottom = 52, 10, 10, 36
-    x_low, x_high = _widened(min(xs), max(xs), 0.02 if not marks else 0.06)
+    x_low, x_high = _widened(along(min(xs)), along(max(xs)), 0.02 if not marks else 0.06)
     y_low, y_high = _widened(min(ys), max(ys), 0.06)
 
     def x_at(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        return left + (along(x) - x_low) / (x_high - x_low) * (width - left - right)
 
     def y_at(y: float) -> float:
         return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
@@ -87,7 +101,7 @@ def line_chart(
         parts.append(_rule(left, y_at(y), width - right, y_at(y)))
         parts.append(_text(left - 6, y_at(y) + 3.5, number(y), "end"))
     few = marks and not round_ticks and len(set(xs)) <= 8
-    shown = sorted(set(xs)) if few else ticks(x_low, x_high, 5)
+    shown = sorted(set(xs)) if few else log_ticks(10**x_low, 10**x_high) if log_x else ticks(x_low, x_high, 5)
     for x in shown:
         parts.append(_text(x_at(x), height - bottom + 15, number(x), "middle"))
     parts.append(_text((left + width - right) / 2, height - 4, x_label, "middle"))

@@ -55,7 +55,7 @@ def main_table(table: ResultTable) -> TextTable:
     groups: list[tuple[str, list[str]]] = [("", ["method"]), ("parameters", ["adapter", "head"])]
     groups[1][1].extend(["paper"] if sized else [])
     for column in table.columns:
-        labels = ["dev_best"] + (["held_out"] if column.held_out() else [])
+        labels = [column.label] + (["held_out"] if column.held_out() else [])
         labels += ["paper"] if any(column.name in figures for figures in table.paper.values()) else []
         groups.append((column.title, labels))
     means = elsewhere == ["mean"]  # the paper's mean is over columns that all have runs here
@@ -114,6 +114,7 @@ MEASURES = (
     ("peak GPU memory, MB", "memory", "peak_cuda_mb"),
     ("best epoch", "metrics", "best_epoch"),
     ("generalisation gap", "metrics", "generalisation_gap"),
+    ("forgetting (loss on plain texts)", "metrics", "forgetting/increase"),
     ("rank of ΔW", "metrics", "update/rank"),
     ("orthogonality loss of ΔW", "metrics", "update/orthogonality_loss"),
     ("stable rank of ΔW", "metrics", "update/stable_rank"),

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ from diffora.core.parts import short_names
 from diffora.core.picture import EVEN, STARTS, colour_range, start_gate
 from diffora.report import charts
 from diffora.report.agreement import Stability, stability
-from diffora.report.charts import Interval, Line
+from diffora.report.charts import LINES, Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
 from diffora.report.layout import agreement_table, comparisons_table, cost_table, main_table
+from diffora.report.pareto import fronts, time_charts
 from diffora.report.results import ResultCell, ResultTable
 from diffora.report.runs import Run
 from diffora.report.statistics import finite, spread
 
-LINES = 2 * charts.COLOURS  # most lines of a chart
 INTERVALS = 30  # most intervals of a forest plot
 SEEDS = 10  # most seeds of a setting whose pictures are shown
 MOMENTS = 25  # most points of a trajectory
@@ -64,20 +64,14 @@ class View:
         self.n_comparisons = len(found)
         self.curves, self.curves_note = dial_charts(table)
         self.times, self.times_legend = time_charts(table)
+        self.fronts = fronts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
-        chosen = [(row, column, cell) for (row, column), cell in _shown(table) if cell.first.record.selection]
+        chosen = [(row, column, cell) for (row, column), cell in table.shown() if cell.first.record.selection]
         drawn = chosen[: max(0, pictures)]
         self.dams = [shown for row, column, cell in drawn if (shown := dams(row, column, cell))]
         self.dams_left_out = len(chosen) - len(drawn)
         alike = [(row, column, cell.selector, agreement(selections(cell))) for row, column, cell in chosen]
         self.agreement = agreement_table(table, alike)
-
-
-def _shown(table: ResultTable) -> Iterable[tuple[tuple[str, str], ResultCell]]:
-    for column in table.columns:
-        for row in table.rows:
-            if cell := table.cells.get((row, column.name)):
-                yield (row, column.name), cell
 
 
 def best_cells(table: ResultTable) -> set[tuple[str, str]]:
@@ -88,7 +82,7 @@ def best_cells(table: ResultTable) -> set[tuple[str, str]]:
         sign = 1 if column.maximise else -1
         means = {
             row: sign * s.mean
-            for (row, name), cell in _shown(table)
+            for (row, name), cell in table.shown()
             if name == column.name and (s := spread(cell.by_seed(key).values()))
         }
         if len(means) > 1:
@@ -145,43 +139,6 @@ def dial_charts(table: ResultTable) -> tuple[list[tuple[str, Markup, list[tuple[
         legend = [(line.colour, line.name) for line in lines]
         found.append((f"{column} over {dial}", charts.line_chart(lines, dial, column, marks=True), legend))
     return found, f"{cut} more lines not drawn" if cut else ""
-
-
-def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]]]:
-    """The metric over the mean time of a training step: a point for each row, labelled with its adapter parameters.
-
-    Returns:
-        (a chart for each column in which two rows have times, a legend of methods and selectors)
-    """
-    found, methods = [], list(dict.fromkeys(_kind(cell.first) for _, cell in _shown(table)))
-    for column in table.columns:
-        key = column.compared
-        lines: list[Line] = []
-        for (row, name), cell in _shown(table):
-            metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
-            if name == column.name and metric and step and len(lines) < LINES:
-                point, bar = (1000 * step.mean, metric.mean), metric.std or 0.0
-                colour = methods.index(_kind(cell.first))
-                lines.append(Line(row, colour, [point], [bar], label=short_number(cell.size or 0)))
-        if len(lines) > 1:
-            chart = charts.line_chart(lines, "a training step, ms", column.title, marks=True, round_ticks=True)
-            found.append((column.title, chart))
-    return found, list(enumerate(methods)) if found else []
-
-
-def _kind(run: Run) -> str:
-    """The method of a run, with its selector if that is not the method's usual one."""
-    selector = run.record.selection.get("selector", "search")
-    usual = selector in ("search", "random", "given", "none")
-    return run.record.method if usual else f"{run.record.method}, {selector}"
-
-
-def short_number(value: float) -> str:
-    """A number of parameters in few characters: 950, 12.3k, 1.32M."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
 
 
 def training_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:

@@ -1,7 +1,7 @@
 """Tables of results: rows are methods and settings, columns are tasks, a cell has one run for each seed."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from diffora.records import MetricFacts, facts_of
@@ -28,8 +28,12 @@ class ResultColumn:
     @property
     def title(self) -> str:
         """The column's name and its metrics."""
-        short = [key.removeprefix("validation/").removeprefix("update/") for key in self.metrics]
-        return f"{self.name}, {'/'.join(short)}"
+        return f"{self.name}, {'/'.join(map(_short, self.metrics))}"
+
+    @property
+    def label(self) -> str:
+        """What the values are: ``test`` if rows are compared on a test split, otherwise ``dev_best``."""
+        return "test" if self.compared.startswith("test/") else "dev_best"
 
     @property
     def compared(self) -> str:
@@ -127,6 +131,13 @@ class ResultTable:
     paper: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def shown(self) -> Iterator[tuple[tuple[str, str], ResultCell]]:
+        """((row, column name), cell) of all cells, column by column."""
+        for column in self.columns:
+            for row in self.rows:
+                if cell := self.cells.get((row, column.name)):
+                    yield (row, column.name), cell
+
     def cells_of(self, row: str) -> list[ResultCell]:
         return [cell for cell in self.across(row) if cell is not None]
 
@@ -150,3 +161,9 @@ class ResultTable:
     def our_name(self) -> str:
         """The name of the method in `ours`."""
         return "DiffoRA" if any(cell.searched for row in self.ours for cell in self.cells_of(row)) else "RM-LoRA"
+
+
+def _short(key: str) -> str:
+    """A metric without its split; ``forgetting/increase`` is the forgetting."""
+    split, _, name = key.partition("/")
+    return name if split in ("validation", "test", "update") else split if name == "increase" else key

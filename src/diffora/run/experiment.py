@@ -37,6 +37,7 @@ from diffora.run import directory as rundir
 from diffora.run import terminal
 from diffora.run.check import check
 from diffora.run.classes import write_classes
+from diffora.run.forgetting import forgetting, text_loss
 from diffora.run.record import (
     file_digests,
     metric_facts,
@@ -203,13 +204,19 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
             result = stop_at(found, parts, record, loggers, began)
             failed = False
             return result
+        before = text_loss(parts)
         adaptation = adapt(parts, method, found)
         record["params"] = parts.backbone.count_parameters() | {"backbone": parts.backbone.n_parameters}
         module = finetune(parts, adaptation, record["params"], loggers)
         module.load_trainable(module.best_state)
         needed = adaptation.inference_parameters()
         record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
-        record |= {"prefix": parts.prefix, "metrics": module.results(), "history": module.history, "memory": peaks()}
+        record |= {
+            "prefix": parts.prefix,
+            "metrics": module.results() | forgetting(parts, before),
+            "history": module.history,
+            "memory": peaks(),
+        }
         if is_main():
             path, local = resolve(settings.model.path)
             base = str(Path(path).resolve()) if local else path
@@ -290,22 +297,25 @@ def complete(parts: Parts, record: dict[str, Any], status: str) -> None:
         UserError: something removed files of the run while it was going on.
     """
     folder = parts.folder
-    record["files"] = [*result_files(folder, record), *write_predictions(parts)]
+    files, scores = write_predictions(parts)
+    record["metrics"] |= scores
+    record["files"] = [*result_files(folder, record), *files]
     if lost := missing_files(folder, record):
         raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
     record["digests"] = file_digests(folder, result_files(folder, record))
     write_record(folder, record | {"status": status})
 
 
-def write_predictions(parts: Parts) -> list[str]:
+def write_predictions(parts: Parts) -> tuple[list[str], dict[str, float]]:
     """Predict the test splits (``predict=true``) and write the predictions to ``predictions/``.
 
     Returns:
-        The files, relative to the run directory.
+        (the files, relative to the run directory; the metrics of splits that have labels and were not validated on)
     """
     written: list[Path] = []
+    scores: dict[str, float] = {}
     for name, split in parts.data.test.items():
-        rows = 2 * parts.settings.finetune.batch_size // parts.settings.finetune.accumulate
+        rows = parts.settings.finetune.evaluation_rows
         try:
             outputs = predict(parts.model, parts.task, split, parts.data.collate_eval, rows, parts.settings.trainer)
             files = list(parts.task.write_predictions(parts.folder / "predictions", name, outputs, split))
@@ -315,4 +325,7 @@ def write_predictions(parts: Parts) -> list[str]:
         for file in files:
             log.info(f"predictions for {name}: {file}")
         written += files
-    return [file.relative_to(parts.folder).as_posix() for file in written]
+        if name not in parts.data.validation and parts.task.labelled(split):
+            found = parts.task.score(outputs, split)
+            scores |= {f"{name}/{key}": round(value, 6) for key, value in found.items()}
+    return [file.relative_to(parts.folder).as_posix() for file in written], scores

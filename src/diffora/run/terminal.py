@@ -31,13 +31,16 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     table.add_column("", justify="right")
     for name in task.metrics:
         for key, value in metrics.items():
-            if key.startswith("validation") and key.endswith(f"/{name}"):
+            if key.startswith(("validation", "test")) and key.endswith(f"/{name}"):
                 table.add_row(key, f"{value:.4f}")
     held_out = f"held_out/{task.main_metric}"
     table.add_row(f"{held_out} (epoch chosen on the other half)", f"{metrics[held_out]:.4f}")
     table.add_row("best epoch", f"{metrics['best_epoch']:g} of {record['history'][-1]['epoch']:g}")
     if "generalisation_gap" in metrics:
         table.add_row("generalisation gap (training − validation)", f"{metrics['generalisation_gap']:.4f}")
+    if "forgetting/increase" in metrics:
+        changed = f"{metrics['forgetting/before']:.4f} → {metrics['forgetting/after']:.4f}"
+        table.add_row("loss on the plain texts, before → after", changed)
     if "update/rank" in metrics:
         table.add_row("mean rank of the updates", f"{metrics['update/rank']:.2f}")
     table.add_section()

@@ -249,9 +249,18 @@ class FineTune:
     accumulate: Annotated[
         int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
     ] = 1
+    eval_batch_size: Annotated[
+        Annotated[int, COUNT] | None,
+        Help("Rows per batch in an evaluation, over all devices; null: twice a training micro-batch.", "rows"),
+    ] = None
     dropout: Annotated[
         float | None, RATE, Help("Dropout rate on the input of the low-rank path, for methods that have one.")
     ] = None
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows per batch in an evaluation."""
+        return self.eval_batch_size or 2 * (self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

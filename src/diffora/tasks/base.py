@@ -293,6 +293,18 @@ class Task:
         """
         return self.outputs(model(**self.inputs(batch)), batch)
 
+    @property
+    def single_pass(self) -> bool:
+        """Whether `evaluate` is one forward pass over the `inputs` of a batch, and generates nothing."""
+        return type(self).evaluate is Task.evaluate
+
+    def texts_split(self) -> Split | None:
+        """Plain texts whose loss is measured before and after fine-tuning, to see what a model forgets; None: no texts.
+
+        Call it after `load` and `collate`.
+        """
+        return None
+
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
         """``loss`` and the task's metrics over all or some rows of a split.
 

@@ -1,15 +1,17 @@
-"""Language modelling with a decoder: instructions, chats and plain text; loss and perplexity of the next token.
+"""Language modelling with a decoder: instructions, chats and plain text. Loss of the next token, or generated answers.
 
 The loss counts the tokens of the assistant's turns (or every token) and averages over tokens, not over rows. Training
 rows can be packed: several conversations share a row. Each has its own positions from 0 and there is no attention mask;
 by these positions transformers keeps them apart. Validation rows are not packed, so each conversation has its own loss.
+
+With ``task.score=generation``, the model also writes the last answer of each validation row. A pattern finds the answer
+in what it wrote and in the reference, and the metric is the share of rows in which both are the same.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -18,52 +20,25 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
+from diffora.backbones.compatibility import longest_input
 from diffora.errors import UserError
-from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
+from diffora.tasks.chat.answers import extract, pattern_problem, same_answer
 from diffora.tasks.chat.batches import ChatCollator
-from diffora.tasks.chat.conversations import cut_validation, read, read_file, row_keys, rows_hash
+from diffora.tasks.chat.conversations import characters, cut_validation, read, read_file, row_keys, rows_hash
+from diffora.tasks.chat.held_out import encode_texts, read_texts
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import pack
-from diffora.tasks.chat.tokens import encode
+from diffora.tasks.chat.prompts import reference, reference_problem, shape_problem, with_prompts
+from diffora.tasks.chat.settings import CausalLMSettings
+from diffora.tasks.chat.tokens import PLACE, encode
+from diffora.tasks.generation import evenly, generate
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.sources.files import check_folder, find_file, has_validation
 from diffora.tasks.sources.hub import hub_splits
-from diffora.tasks.sources.tables import joint_hash, subset
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageSettings(TaskSettings):
-    """What every task for a language model has."""
-
-    max_length: Annotated[int, whole(4, LENGTH), Help("Length at which rows are cut.", "tokens")]
-    packing: Annotated[
-        bool, Help("Put several conversations into one training row, each with attention to itself only.")
-    ]
-    train_on: Annotated[
-        Literal["completion", "all"], Help("Tokens to learn: the assistant's turns (`completion`), or all.")
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CausalLMSettings(LanguageSettings):
-    """The settings of `CausalLMTask`."""
-
-    hub: Annotated[str, Help("Data set on the hub.")]
-    hub_config: Annotated[str | None, Help("Configuration of that data set, if it has several.")] = None
-    train_split: Annotated[str, Help("Name of the training split on the hub.")]
-    validation_split: Annotated[
-        str | None, Help("Name of the validation split on the hub; null: `validation_rows` of the training rows.")
-    ] = None
-    path: Annotated[
-        Annotated[str, PATH] | None,
-        Help("Folder with train and, if there is one, validation as .jsonl or .parquet; null: the hub."),
-    ] = None
-    validation_rows: Annotated[
-        int, whole(2, ROWS), Help("Training rows to validate on if there is no validation split.", "rows")
-    ]
+from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 
 
 class CausalLMTask(Task):
@@ -82,17 +57,48 @@ To generate, write the conversation as in training:
 `is_trainable=True`. The modules have different ranks; for servers that need the same rank everywhere, merge first:
 `model.merge_and_unload().save_pretrained(folder)`.
 """
-    test_splits = ()  # a test split of conversations has its answers, so it is for evaluate.py
+    test_splits: tuple[str, ...] = ()
 
-    metrics = ("perplexity",)
-    main_metric = "perplexity"
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.generates = cfg.score == "generation"
+        self.metrics = ("exact_match", "perplexity") if self.generates else ("perplexity",)
+        self.main_metric = self.metrics[0]
+        self.maximise = self.generates  # type: ignore[misc]
+        self._tokenizer: Any = None
+        self._texts: list[str] = []
+        path = getattr(cfg, "path", None)
+        has_test = getattr(cfg, "test_split", None) if path is None else any(Path(path).expanduser().glob("test[.-]*"))
+        self.test_splits = ("test",) if has_test else ()
 
     def unit_of(self, metric: str) -> str:
-        return "perplexity"
+        return "perplexity" if metric == "perplexity" else "fraction"
+
+    def higher_is_better(self, metric: str) -> bool:
+        return metric != "perplexity"
 
     # --- before training ---
 
+    def problems(self) -> Iterator[str]:
+        c = self.cfg
+        if c.prompt is not None and c.prompt.count(PLACE) != 1:
+            yield f"task.prompt={c.prompt!r} must have {PLACE} in it once, where the user's text stands"
+        if c.generation.answer is not None and (problem := pattern_problem(c.generation.answer)) is not None:
+            yield f"task.generation.answer={c.generation.answer!r} {problem}"
+        if getattr(c, "validation_hub", None) is not None and c.path is None and c.validation_split is None:
+            yield f"task.validation_hub={c.validation_hub} needs task.validation_split, the name of its split"
+
     def load(self) -> Rows:
+        train, validation, source = self._divided()
+        self._texts = self.read_texts()
+        hashes = [*map(rows_hash, (train, validation))]
+        if self._texts:
+            hashes.append(content_hash(pa.table({"text": self._texts})))
+        rows = {"validation": datasets.Dataset(validation)}
+        return Rows(datasets.Dataset(train), rows, joint_hash(hashes), source)
+
+    def _divided(self) -> tuple[pa.Table, pa.Table, str]:
+        """(training rows, validation rows, the source in words)."""
         tables, source = self.tables()
         train, validation = tables["train"], tables.get("validation")
         accounts = self.accounts
@@ -100,31 +106,64 @@ To generate, write the conversation as in training:
             train, validation = cut_validation(train, self.cfg.validation_rows)
             accounts["train"].drop(f"taken for validation, task.validation_rows={len(validation)}", len(validation))
             accounts["validation"] = Account(len(validation))
+        self.check_rows({f"{source} train": train}, {f"{source} validation": validation})
         train = subset(train, self.cfg.max_train_rows, accounts["train"])
         note_overlap(accounts, {"train": row_keys(train), "validation": row_keys(validation)})
-        return Rows(
-            datasets.Dataset(train),
-            {"validation": datasets.Dataset(validation)},
-            joint_hash(map(rows_hash, (train, validation))),
-            source,
-        )
+        return train, validation, source
+
+    def read_texts(self) -> list[str]:
+        """The texts whose loss shows what the model forgets; none if the settings name none."""
+        return read_texts(self.cfg.forgetting)
+
+    def check_rows(self, train: Mapping[str, pa.Table], evaluated: Mapping[str, pa.Table]) -> None:
+        """Check that rows suit ``task.prompt``, and that rows to evaluate have answers if these are compared.
+
+        Args:
+            train: tables of training rows, by their source.
+            evaluated: tables of other rows, by their source.
+
+        Raises:
+            UserError: names the first row of each fault.
+        """
+        c = self.cfg
+        found = [shape_problem(table, source, c.prompt) for source, table in {**train, **evaluated}.items()]
+        if self.generates:
+            found += [reference_problem(table, source, c.generation.answer) for source, table in evaluated.items()]
+        if problems := [problem for problem in found if problem is not None]:
+            raise UserError(problems)
 
     def tables(self) -> tuple[dict[str, pa.Table], str]:
         """(checked tables "train" and, if the source has it, "validation"; the source in words)."""
         c = self.cfg
         if c.path is None:
             names = {"train": c.train_split} | ({"validation": c.validation_split} if c.validation_split else {})
-            return self._from_hub(names), c.hub
-        folder = self._folder()
-        there = has_validation(folder, ("jsonl", "parquet"))
-        return self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
+            tables, source = self._from_hub(names), c.hub
+        else:
+            folder = self._folder()
+            there = has_validation(folder, ("jsonl", "parquet"))
+            tables, source = self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
+        accounts = self.accounts
+        if c.max_characters is not None:
+            short = characters(tables["train"]) <= c.max_characters
+            accounts["train"].drop(f"more than task.max_characters={c.max_characters}", int((~short).sum()))
+            tables["train"] = tables["train"].filter(pa.array(short))
+        if "validation" in tables:
+            key = "task.max_validation_rows"
+            tables["validation"] = subset(tables["validation"], c.max_validation_rows, accounts["validation"], key)
+        return tables, source
 
     def load_split(self, split: str) -> datasets.Dataset:
         if split == "validation":
-            return self.load().validation["validation"]
-        if self.cfg.path is None:
-            return datasets.Dataset(self._from_hub({split: split})[split])
-        return datasets.Dataset(self._from_files(self._folder(), (split,))[split])
+            return datasets.Dataset(self._divided()[1])
+        c = self.cfg
+        if c.path is None:
+            name = c.test_split or split if split == "test" else split
+            table, source = self._from_hub({split: name})[split], c.validation_hub or c.hub
+        else:
+            table, source = self._from_files(self._folder(), (split,))[split], c.path
+        source = f"{source} {split}"
+        self.check_rows(*({source: table}, {}) if split == "train" else ({}, {source: table}))
+        return datasets.Dataset(table)
 
     def _folder(self) -> Path:
         folder = Path(self.cfg.path)
@@ -136,14 +175,20 @@ To generate, write the conversation as in training:
         return self.accounts[split]
 
     def _from_hub(self, names: dict[str, str]) -> dict[str, pa.Table]:
+        """Checked tables by our name of the split; ``names`` are the source's."""
         c = self.cfg
         files = "<folder with train and validation as .jsonl or .parquet>"
-        found = hub_splits(c.name, c.hub, c.hub_config, list(names.values()), files)
         problems: list[str] = []
-        tables = {
-            ours: read(enumerate(found[theirs], start=1), f"{c.hub} {theirs}", problems, self._new_account(ours))
-            for ours, theirs in names.items()
-        }
+        tables = {}
+        apart = [] if c.validation_hub is None else [ours for ours in names if ours != "train"]
+        for hub, config, some in (
+            (c.hub, c.hub_config, [ours for ours in names if ours not in apart]),
+            (c.validation_hub, c.validation_hub_config, apart),
+        ):
+            found = hub_splits(c.name, hub, config, [names[ours] for ours in some], files) if some else {}
+            for ours in some:
+                rows = enumerate(found[names[ours]], start=1)
+                tables[ours] = read(rows, f"{hub} {names[ours]}", problems, self._new_account(ours))
         if problems:
             raise UserError(problems)
         return tables
@@ -166,7 +211,8 @@ To generate, write the conversation as in training:
         source rows begin here, and how many of them are cut). Packed rows also have segments, the lengths of the
         conversations in the row. The first token of a sequence never counts, because nothing precedes it.
         """
-        encoded = encode(rows, processor, self.cfg.max_length, self.cfg.train_on, self.num_proc)
+        c = self.cfg
+        encoded = encode(rows, processor, c.max_length, c.train_on, self.num_proc, c.prompt)
         if len(encoded) == 0:
             raise UserError(
                 f"none of the {len(rows)} rows has anything to learn within task.max_length={self.cfg.max_length}: "
@@ -176,7 +222,12 @@ To generate, write the conversation as in training:
                     else "all are empty"
                 )
             )
-        return pack(encoded, self.cfg.max_length) if training and self.cfg.packing else encoded
+        if training:
+            return pack(encoded, c.max_length) if c.packing else encoded
+        if self.generates:
+            chosen = evenly(len(encoded), c.generation.rows)
+            return with_prompts(encoded, rows, processor, c.prompt, c.max_length, chosen)
+        return encoded
 
     def count_encoded(self, account: Account, split: Split) -> None:
         c, table = self.cfg, split.encoded.data
@@ -184,8 +235,13 @@ To generate, write the conversation as in training:
         nothing = " (no turn of the assistant)" if c.train_on == "completion" else ""
         account.drop(f"nothing to learn within task.max_length={c.max_length}{nothing}", len(split.rows) - begun)
         account.change(f"cut at task.max_length={c.max_length}", cut)
+        if "prompt_cut" in table.column_names:
+            account.change(f"prompt cut at task.max_length={c.max_length}", pc.sum(table.column("prompt_cut")).as_py())
+            if (n := pc.sum(table.column("generated")).as_py()) < len(table):
+                account.notes.append(f"after training, answers are generated for {n:,} of {len(table):,} rows")
 
     def collate(self, processor: Any, training: bool) -> Collate:
+        self._tokenizer = processor  # decodes what was generated
         return ChatCollator(processor.pad_token_id or 0, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
 
     def labelled(self, split: Split) -> bool:
@@ -193,11 +249,17 @@ To generate, write the conversation as in training:
         return True
 
     def check(self, model: nn.Module) -> None:
-        """Raise a UserError if packing is on and the model does not keep packed conversations apart.
+        """Raise a UserError if the model does not suit packing, or cannot read a prompt and its generated answer.
 
-        The test runs the model: the logits of a sequence must not depend on the sequence packed before it.
+        Packing is tested by running the model: the logits of a sequence must not depend on the one packed before it.
         """
-        if not self.cfg.packing:
+        c, most = self.cfg, longest_input(model)
+        if self.generates and most is not None and c.max_length + c.generation.max_new_tokens > most:
+            raise UserError(
+                f"task.max_length={c.max_length} and task.generation.max_new_tokens={c.generation.max_new_tokens} are "
+                f"together more than the {most} tokens that this backbone reads"
+            )
+        if not c.packing:
             return
         ids = torch.tensor([[1, 2, 3, 4, 9, 10, 11, 12], [5, 6, 7, 8, 9, 10, 11, 12]])
         positions = torch.arange(4).repeat(2, 2)
@@ -237,13 +299,56 @@ To generate, write the conversation as in training:
             losses, counted = token_losses(output.logits.detach(), batch["labels"])
         return {"row": batch["row"], "loss": losses.sum(1), "tokens": counted.sum(1)}
 
+    def evaluate(self, model: nn.Module, batch: Batch, final: bool) -> Outputs:
+        """`outputs`; for rows with a prompt also ``generated`` [n] and ``text`` [n, max_new_tokens], padded token ids.
+
+        A final evaluation generates for all rows, a validation while training for those that `encode` chose.
+        """
+        found = self.outputs(model(**self.inputs(batch)), batch)
+        if "prompt_ids" not in batch:
+            return found
+        chosen = torch.ones_like(batch["generated"]) if final else batch["generated"]
+        most, pad = self.cfg.generation.max_new_tokens, self._tokenizer.pad_token_id or 0
+        text = torch.full((len(chosen), most), pad, dtype=torch.long, device=chosen.device)
+        if chosen.any():
+            prompts = {"input_ids": batch["prompt_ids"][chosen], "attention_mask": batch["prompt_mask"][chosen]}
+            text[chosen] = generate(model, prompts, most, pad, self._tokenizer.eos_token_id)
+        return found | {"generated": chosen, "text": text}
+
+    @property
+    def single_pass(self) -> bool:
+        return not self.generates
+
+    def texts_split(self) -> Split | None:
+        if not self._texts:
+            return None
+        rows = datasets.Dataset.from_dict({"text": self._texts})
+        return Split(rows, encode_texts(self._texts, self._tokenizer, self.cfg.forgetting.max_length))
+
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
-        """Mean loss over the tokens of all given rows, and its exponential."""
+        """Mean loss over the tokens of all given rows, and its exponential; share of right generated answers."""
         loss = float(outputs["loss"].double().sum() / outputs["tokens"].sum().clamp(min=1))
-        return {"loss": loss, "perplexity": exponential(loss)}
+        found = {"loss": loss, "perplexity": exponential(loss)}
+        if "text" in outputs:
+            right = [line["correct"] for line in self._answers(outputs, split) if line["generated"]]
+            found["exact_match"] = sum(right) / len(right) if right else math.nan
+        return found
+
+    def _answers(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
+        """For each row of the outputs the generated text, its answer, the expected one, and whether they are equal."""
+        pattern = self.cfg.generation.answer
+        texts = self._tokenizer.batch_decode(outputs["text"].tolist(), skip_special_tokens=True)
+        examples = split.encoded.data.column("example").to_numpy()[outputs["row"].numpy()]
+        messages = split.rows.data.column("messages")
+        found = []
+        for example, text, generated in zip(examples.tolist(), texts, outputs["generated"].tolist(), strict=True):
+            answer, expected = extract(text, pattern), extract(reference(messages[example].as_py()), pattern)
+            line = {"example": example, "generated": generated, "prediction": text.strip()}
+            found.append(line | {"answer": answer, "expected": expected, "correct": same_answer(answer, expected)})
+        return found
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """Loss and perplexity of each example; null if no token of it counts.
+        """Loss and perplexity of each example, null if no token of it counts; and its generated answer, if any.
 
         ``number`` is the row number at the source, from 1, which differs from ``row`` if rows were left out.
         """
@@ -251,12 +356,14 @@ To generate, write the conversation as in training:
         sums = torch.zeros(2, len(split.rows), dtype=torch.double)
         sums[0].index_add_(0, examples, outputs["loss"].double())
         sums[1].index_add_(0, examples, outputs["tokens"].double())
+        answers = {line["example"]: line for line in self._answers(outputs, split)} if "text" in outputs else {}
         lines, numbers = [], split.rows["number"][:]
         for row, (loss, tokens) in enumerate(sums.T.tolist()):
             mean = loss / tokens if tokens else None
             perplexity = None if mean is None else exponential(mean)
             line = {"row": row, "number": numbers[row], "tokens": int(tokens), "loss": mean, "perplexity": perplexity}
-            lines.append(line)
+            said = answers.get(row, {})
+            lines.append(line | {key: said[key] for key in ("prediction", "answer", "expected", "correct") if said})
         return lines
 
 

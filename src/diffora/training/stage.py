@@ -42,7 +42,7 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
         {name: split.encoded for name, split in parts.data.validation.items()},
         (parts.data.collate, parts.data.collate_eval),
         batch_size=rows_per_batch,
-        eval_batch_size=2 * rows_per_batch,
+        eval_batch_size=f.evaluation_rows,
         seed=settings.seed,
         num_workers=settings.trainer.num_workers,
         accumulate=f.accumulate,

@@ -68,7 +68,7 @@ def test_the_hash_depends_on_the_division_into_turns():
 FAULTS = [
     ('{"text": "cut', "is not JSON"),
     ("[1, 2]", "not a JSON object"),
-    ({"question": "a", "answer": "b"}, "are its columns; expected messages, conversations, prompt"),
+    ({"asked": "a", "answer": "b"}, "are its columns; expected messages, conversations, prompt"),
     ({"messages": []}, "column 'messages': [] has no turns"),
     ({"messages": "hello"}, "column 'messages': 'hello' is not a list of turns"),
     ({"messages": ["hello"]}, "is not a turn such as"),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from diffora.tasks.base import Batch
+from diffora.tasks.chat.prompts import left_padded
 from diffora.tasks.ignored import IGNORED
 
 
@@ -28,7 +29,8 @@ class ChatCollator:
 
         Returns:
             input_ids and labels (`IGNORED` for tokens that do not count): long [n, longest]; row: long [n];
-            position_ids for packed rows, otherwise attention_mask: long [n, longest].
+            position_ids for packed rows, otherwise attention_mask: long [n, longest]. Rows with prompts also have
+            prompt_ids and prompt_mask, long [n, longest prompt], padded on the left, and generated: bool [n].
         """
         n, longest = len(rows["row"]), max(rows["length"])
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -46,4 +48,8 @@ class ChatCollator:
             batch["position_ids"] = positions
         else:
             batch["attention_mask"] = (positions < np.asarray(rows["length"])[:, None]).astype(np.int64)
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
+        found = {name: torch.from_numpy(value) for name, value in batch.items()}
+        if "prompt_ids" in rows:
+            found["prompt_ids"], found["prompt_mask"] = left_padded(rows["prompt_ids"], self.pad_token_id)
+            found["generated"] = torch.tensor(rows["generated"], dtype=torch.bool)
+        return found

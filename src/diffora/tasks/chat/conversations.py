@@ -167,6 +167,18 @@ def cut_validation(table: pa.Table, rows: int) -> tuple[pa.Table, pa.Table]:
     return table.take(pa.array(rest)), table.take(pa.array(chosen))
 
 
+def characters(table: pa.Table) -> np.ndarray:
+    """The characters of each row of a table of `SCHEMA`: of its text, or of its turns with a space between them."""
+    messages = table.column("messages").combine_chunks()
+    lengths = pc.utf8_length(pc.struct_field(messages.flatten(), "content")).to_numpy(zero_copy_only=False)
+    turns = pc.list_value_length(messages).to_numpy(zero_copy_only=False)
+    totals = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.cumsum(turns)
+    text = pc.utf8_length(table.column("text")).to_numpy()
+    found: np.ndarray = totals[ends] - totals[ends - turns] + np.maximum(turns - 1, 0) + text
+    return found
+
+
 def row_keys(table: pa.Table) -> pa.ChunkedArray:
     """A text for each row of a table of `SCHEMA`; rows with equal content have equal texts."""
     messages = table.column("messages").combine_chunks()

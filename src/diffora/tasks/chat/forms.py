@@ -8,6 +8,8 @@ columns of a row                         meaning
 ``prompt``, ``completion``               a text of the user and one of the assistant, or two lists of turns
 ``instruction``, ``input``, ``output``   the same, with an optional input below the instruction (Alpaca)
 ``text``                                 plain text without turns
+``question``, ``answer``                 a text of the user and one of the assistant (GSM8K)
+``query``, ``response``                  the same (MetaMathQA)
 =======================================  ===================================================================
 
 If a row has the columns of several forms, the first form in this table is used.
@@ -25,9 +27,15 @@ SPEAKERS = {"system": "system", "user": "user", "human": "user", "assistant": "a
 """For each accepted name of a speaker, the role."""
 
 
-_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output", "input"), ("text",))
+_FORMS: tuple[tuple[str, ...], ...] = (
+    ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output", "input"), ("text",),
+    ("question", "answer"), ("query", "response"),
+)  # fmt: skip
 _TURN = ("role", "from", "content", "value")
-FORMS = "messages, conversations, prompt and completion, instruction and output, or text"
+FORMS = (
+    "messages, conversations, prompt and completion, instruction and output, text, question and answer, or query and "
+    "response"
+)
 
 
 class Fault(ValueError):
@@ -75,6 +83,9 @@ def conversation(row: Mapping[str, Any], form: tuple[str, ...], ignored: dict[st
         if added := _text(row.get("input", ""), "input"):
             asked = f"{asked}\n\n{added}"
         return [_turn("user", asked), _turn("assistant", _text(row["output"], "output"))]
+    if len(form) == 2:
+        asked, answered = (_text(row[name], name) for name in form)
+        return [_turn("user", asked), _turn("assistant", answered)]
     text = _text(row["text"], "text")
     return text if text.strip() else ""
 

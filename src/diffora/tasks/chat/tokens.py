@@ -31,12 +31,20 @@ PLAIN_TEMPLATE = (
 """The chat template for a tokenizer that has none: headings, and the end token after each answer."""
 
 
+PLACE = "{prompt}"
+"""Where the user's text stands in ``task.prompt``."""
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks the assistant's text."""
 
 
 def encode(
-    rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str, num_proc: int = 1
+    rows: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int,
+    train_on: str,
+    num_proc: int = 1,
+    prompt: str | None = None,
 ) -> datasets.Dataset:
     """Encode rows. Each conversation gives one row, cut at ``max_length``; plain text gives one row per window.
 
@@ -47,6 +55,7 @@ def encode(
         max_length: the most tokens in a row.
         train_on: "completion" counts the assistant's turns, "all" counts every token.
         num_proc: how many processes tokenise.
+        prompt: how the user's text is written, with `PLACE` in it; None: by the tokenizer's chat template.
 
     Raises:
         UserError: the tokenizer is not a fast one, or its chat template does not suit the conversations.
@@ -67,16 +76,17 @@ def encode(
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "max_length": max_length,
         "train_on": train_on,
-    }
-    return cached("causal_lm", facts, lambda file: _write(file, rows, tokenizer, max_length, train_on, num_proc))
+    } | ({"prompt": prompt} if prompt is not None else {})
+    how = {"tokenizer": tokenizer, "max_length": max_length, "train_on": train_on, "prompt": prompt}
+    return cached("causal_lm", facts, lambda file: _write(file, rows, how, num_proc))
 
 
-def _write(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length: int, train_on: str, num_proc: int) -> None:
+def _write(file: Path, rows: datasets.Dataset, how: dict[str, Any], num_proc: int) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
     types = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
     types |= {"begun": number, "cut": number}
     ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
-    work = partial(_encode, names=list(types), tokenizer=tokenizer, max_length=max_length, train_on=train_on)
+    work = partial(_encode, names=list(types), **how)
     try:
         write_rows(file, types, rows, ranges, work, num_proc)
     except Faults as error:
@@ -93,12 +103,13 @@ def _encode(
     tokenizer: Any,
     max_length: int,
     train_on: str,
+    prompt: str | None,
 ) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in names if name != "row"}
     faults = []
     for i, (turns, text, number) in enumerate(zip(chunk["messages"], chunk["text"], chunk["number"], strict=True)):
         try:
-            ids, counted = _chat(turns, tokenizer, train_on) if turns else _text(text, tokenizer)
+            ids, counted = _chat(turns, tokenizer, train_on, prompt) if turns else _text(text, tokenizer)
         except Exception as error:  # a template is a program: it can fail in any way
             faults.append(f"row {number}: {first_line(error)}")
             continue
@@ -136,27 +147,42 @@ def _text(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
     return ids, np.ones(len(ids), dtype=np.int8)
 
 
-def _chat(turns: list[Turn], tokenizer: Any, train_on: str) -> tuple[list[int], np.ndarray]:
+def _chat(turns: list[Turn], tokenizer: Any, train_on: str, prompt: str | None = None) -> tuple[list[int], np.ndarray]:
     """Token ids of a conversation, and which of them count."""
-    template = tokenizer.chat_template
+    template = None if prompt is not None else tokenizer.chat_template
     if train_on == "completion" and isinstance(template, str) and GENERATION.search(template):
         # The template itself marks the assistant's text.
         out = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
         return list(out["input_ids"]), np.array(out["assistant_masks"], dtype=np.int8)
-    text = render(turns, tokenizer)
-    # A model's own template writes the special tokens. With the plain template, the tokenizer adds them.
+    text = render(turns, tokenizer, prompt=prompt)
+    # A model's own template writes the special tokens. With the plain template or a prompt, the tokenizer adds them.
     out = tokenizer(text, add_special_tokens=template is None, return_offsets_mapping=True)
     ids, offsets = list(out["input_ids"]), np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     if train_on == "all":
         return ids, np.ones(len(ids), dtype=np.int8)
     counted = np.zeros(len(ids), dtype=np.int8)
-    for first, end in answer_spans(turns, text, tokenizer):
+    for first, end in answer_spans(turns, text, tokenizer, prompt):
         counted[(offsets[:, 0] >= first) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = 1
     return ids, counted
 
 
-def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = False) -> str:
-    """A conversation as text, by the tokenizer's chat template or, if it has none, by `PLAIN_TEMPLATE`."""
+def prompt_ids(turns: list[Turn], tokenizer: Any, prompt: str | None) -> list[int]:
+    """Token ids of a conversation up to its last answer, as a model reads them when it is to write that answer."""
+    text = render(turns[:-1], tokenizer, add_generation_prompt=True, prompt=prompt)
+    adds = prompt is not None or tokenizer.chat_template is None
+    ids = list(tokenizer(text, add_special_tokens=adds)["input_ids"])
+    return ids[:-1] if adds and ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+
+
+def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = False, prompt: str | None = None) -> str:
+    """A conversation as text, by the tokenizer's chat template or, if it has none, by `PLAIN_TEMPLATE`.
+
+    With a ``prompt``, the text is the prompt with the user's turn in it, then the answer and the end token.
+    """
+    if prompt is not None:
+        before, after = prompt.split(PLACE)
+        written = {"user": (before, after), "assistant": ("", tokenizer.eos_token or "")}
+        return "".join(turn["content"].join(written[turn["role"]]) for turn in turns)
     text: str = tokenizer.apply_chat_template(
         turns,
         tokenize=False,
@@ -166,7 +192,7 @@ def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = Fals
     return text
 
 
-def answer_spans(turns: list[Turn], text: str, tokenizer: Any) -> list[tuple[int, int]]:
+def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | None = None) -> list[tuple[int, int]]:
     """The spans of characters of the assistant's answers in the rendered ``text``, as (first, end).
 
     An answer starts after the prompt for it. It includes the end token, but no white space after that. To find it, the
@@ -180,8 +206,8 @@ def answer_spans(turns: list[Turn], text: str, tokenizer: Any) -> list[tuple[int
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = render(turns[:i], tokenizer, add_generation_prompt=True) if i else ""
-        upto = text if i + 1 == len(turns) else render(turns[: i + 1], tokenizer)
+        before = render(turns[:i], tokenizer, add_generation_prompt=True, prompt=prompt) if i else ""
+        upto = text if i + 1 == len(turns) else render(turns[: i + 1], tokenizer, prompt=prompt)
         if not (upto.startswith(before) and text.startswith(upto)):
             raise ValueError(
                 f"the template writes turn {i + 1} differently when other turns follow or when it asks for the turn, "

@@ -26,9 +26,10 @@ import pyarrow as pa
 from diffora.errors import UserError
 from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.causal_lm import CausalLMTask, LanguageSettings
+from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.chat.conversations import SCHEMA
 from diffora.tasks.chat.forms import Turn
+from diffora.tasks.chat.settings import LanguageSettings
 from diffora.tasks.embedded import paraphrase
 from diffora.tasks.embedded.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
 

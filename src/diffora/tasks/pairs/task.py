@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffora.backbones.compatibility import longest_input
@@ -24,15 +23,13 @@ from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.causal_lm import exponential
 from diffora.tasks.chat.loss import aligned_losses
+from diffora.tasks.generation import evenly, generate
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.pairs.batches import PairCollator
 from diffora.tasks.pairs.encode import encode
 from diffora.tasks.pairs.metrics import ROUGE, generation_scores
 from diffora.tasks.pairs.read import ID
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
-
-TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-"""What generation takes from the checkpoint's own settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,33 +179,14 @@ the source as in training. To continue training, load with `is_trainable=True`.
         text = self._generate(model, batch, chosen)
         return found | {"generated": chosen, "text": text}
 
-    @torch.no_grad()
     def _generate(self, model: Any, batch: Batch, chosen: Tensor) -> Tensor:
         """Generated token ids of the chosen rows, without the start token; only padding for the other rows."""
-        from transformers import GenerationConfig
-
-        g = self.cfg.generation
+        g, pad = self.cfg.generation, self._tokenizer.pad_token_id
         longest = g.max_new_tokens or self.cfg.max_target_length
-        own, pad = model.generation_config, self._tokenizer.pad_token_id
         text = torch.full((len(chosen), longest), pad, dtype=torch.long, device=chosen.device)
-        if not chosen.any():
-            return text
-        # The checkpoint's other settings (least lengths, penalties) suit the data that it was made for, not these.
-        config = GenerationConfig(
-            **{name: getattr(own, name, None) for name in TOKENS},
-            pad_token_id=pad,
-            max_new_tokens=longest,
-            num_beams=g.num_beams,
-            do_sample=False,
-            use_cache=True,
-        )
-        wanted = {name: batch[name][chosen] for name in ("input_ids", "attention_mask")}
-        try:
-            model.generation_config = config  # as an argument of `generate`, it would be filled from the other one
-            found = model.generate(**wanted)[:, 1 : longest + 1]
-        finally:
-            model.generation_config = own
-        text[chosen] = F.pad(found, (0, longest - found.shape[1]), value=pad)
+        if chosen.any():
+            wanted = {name: batch[name][chosen] for name in ("input_ids", "attention_mask")}
+            text[chosen] = generate(model, wanted, longest, pad, num_beams=g.num_beams)
         return text
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
@@ -257,10 +235,3 @@ the source as in training. To continue training, load with `is_trainable=True`.
     def source(self) -> str:
         """Where the rows come from, in words."""
         raise NotImplementedError
-
-
-def evenly(rows: int, most: int | None) -> np.ndarray:
-    """At most ``most`` of the numbers 0 to ``rows`` - 1, evenly spaced; None for all."""
-    if most is None or most >= rows:
-        return np.arange(rows)
-    return np.linspace(0, rows - 1, most).round().astype(int)

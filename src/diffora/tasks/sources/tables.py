@@ -18,21 +18,24 @@ SUBSET_SEED = 0
 """Seed of every choice of rows that must be the same in all runs. It does not depend on the seed of a run."""
 
 
-def subset(table: pa.Table, max_rows: int | None, account: Account) -> pa.Table:
+def subset(table: pa.Table, max_rows: int | None, account: Account, key: str = "task.max_train_rows") -> pa.Table:
     """At most ``max_rows`` rows in their order, the same rows in every run; None keeps all of them.
 
     Args:
         account: counts the rows that are left out.
+        key: the setting that says how many.
     """
-    chosen = subset_rows(table.num_rows, max_rows, account)
+    chosen = subset_rows(table.num_rows, max_rows, account, key)
     return table if chosen is None else table.take(pa.array(chosen))
 
 
-def subset_rows(n_rows: int, max_rows: int | None, account: Account) -> np.ndarray | None:
+def subset_rows(
+    n_rows: int, max_rows: int | None, account: Account, key: str = "task.max_train_rows"
+) -> np.ndarray | None:
     """The sorted positions of the rows that `subset` keeps; None if it keeps all."""
     if max_rows is None or max_rows >= n_rows:
         return None
-    account.drop(f"task.max_train_rows={max_rows}", n_rows - max_rows)
+    account.drop(f"{key}={max_rows}", n_rows - max_rows)
     return np.sort(np.random.default_rng(SUBSET_SEED).permutation(n_rows)[:max_rows])
 
 

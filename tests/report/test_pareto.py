@@ -1,0 +1,58 @@
+"""The front of a metric over its cost."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+from made_runs import made_run
+
+from diffora.report import charts, page
+from diffora.report.pareto import Point, front, fronts
+from diffora.report.runs import gather
+from diffora.report.statistics import Spread
+from diffora.report.tables import tables_of
+
+VALUES = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+def points(values):
+    return [Point(str(i), float(cost), Spread(float(metric), None, 1)) for i, (cost, metric) in enumerate(values)]
+
+
+@given(VALUES, st.booleans())
+def test_the_front_is_what_no_row_beats(values, maximise):
+    found = {point.row for point in front(points(values), maximise)}
+    sign = 1 if maximise else -1
+    for i, (cost, metric) in enumerate(values):
+        beaten = any(c <= cost and sign * m >= sign * metric and (c, m) != (cost, metric) for c, m in values)
+        assert (str(i) in found) == (not beaten)
+
+
+def test_the_charts_name_the_rows_on_the_front(tmp_path):
+    rows = {"lora": (0.8, 1000, 60.0, 500.0), "diffora": (0.9, 2000, 90.0, 450.0), "random": (0.7, 90_000, 95.0, 600.0)}
+    for method, (score, size, seconds, memory) in rows.items():
+        for seed in (0, 1):
+            time = {"search_s": 30.0 if method == "diffora" else 0.0, "finetune_s": seconds, "total_s": 120.0}
+            more = {"adapter": size, "time": time, "memory": {"peak_rss_mb": memory, "peak_cuda_mb": None}}
+            made_run(tmp_path / f"{method}{seed}", method, seed, score, ("own", method, "a"), **more)
+    gathered = gather([tmp_path])
+    [table] = tables_of(gathered.runs)
+    found = fronts(table)
+    titles = [title.partition(" over ")[2] for title, _ in found.charts]
+    assert titles == ["adapter parameters", "peak memory, MB", "search and fine-tuning, s"]
+    assert [row for _, row in found.key] == ["diffora", "lora"] and [name for _, name in found.colours] == sorted(rows)
+    size, memory, time = (chart for _, chart in found.charts)
+    assert size.count("<polyline") == 4 and "random: 90000, 0.7" in size
+    assert "diffora: 120, 0.9" in time  # search and fine-tuning together
+    text = page.write(gathered, tmp_path / "out", [tmp_path])[0].read_text()
+    assert "What is worth its cost" in text and "<span>2 lora</span>" in text
+
+
+def test_a_wide_range_of_costs_has_a_logarithmic_axis():
+    lines = [charts.Line("a", 0, [(10.0**k, float(k))]) for k in range(5)]
+    chart = charts.line_chart(lines, "x", "y", marks=True, log_x=True)
+    xs = [float(part.partition('"')[0]) for part in chart.split('cx="')[1:]]
+    steps = {round(b - a) for a, b in itertools.pairwise(xs)}
+    assert len(steps) == 1
+    assert charts.log_ticks(1, 10_000) == [1, 10, 100, 1000, 10_000]
+    assert charts.log_ticks(20, 800) == [30, 100, 300] and charts.log_ticks(3, 40) == [3, 10, 30]
