@@ -159,8 +159,7 @@ def n_tokens(encoded: datasets.Dataset, width: Width) -> int:
     column = encoded.data.column("input_ids")
     while column.type.num_fields:  # lists of lists, for several sequences in a row
         column = pc.list_flatten(column)
-    n: int = len(column)
-    return n
+    return len(column)
 
 
 def tried_rows(encoded: datasets.Dataset) -> list[int]:
