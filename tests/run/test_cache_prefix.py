@@ -156,7 +156,7 @@ def test_every_kind_of_rows(both, rows, overrides):
     ],
 )
 def test_a_search_of_upper_layers_finds_the_same(cfg, tmp_path, overrides):
-    more = [*TINY, "method=diffora", TOP, "search.epochs=2", "search.batch_size=8", *overrides]
+    more = [*TINY, "method=diffora", TOP, "search.epochs=2", "search.batch_size=4", *overrides]
     plain = run(cfg(*more), tmp_path / "plain")
     found = run(cfg(*more, CACHED), tmp_path / "cached")
     assert found.record["prefix"]["search"]["layers"] == 2
@@ -175,7 +175,7 @@ def test_a_search_of_upper_layers_finds_the_same(cfg, tmp_path, overrides):
 def test_a_time_budget_limits_the_search_to_the_layers_that_it_allows(cfg, tmp_path, selector):
     more = ["method=diffora", "method.time_budget=0.75", f"method.selector={selector}", "search.epochs=1"]
     more += ["search.ensemble=2"] if selector == "search" else ["search.masks=10"] if selector == "one_shot" else []
-    found = run(cfg(*TINY, *more, "search.batch_size=8", CACHED), tmp_path / "run")
+    found = run(cfg(*TINY, *more, "search.batch_size=4", CACHED), tmp_path / "run")
     assert found.record["prefix"]["finetune"]["layers"] == found.selection.lowest_layer == 2
     saved = json.loads((tmp_path / "run" / "selection.json").read_text())
     scores = torch.tensor(saved["scores"] or saved["gamma_bar"])

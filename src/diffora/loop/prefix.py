@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 KEY = "trainer.cache_prefix=true"
 KIND = "prefix"
 """Name of the folder in the cache."""
+SAID = {"search": "search", "finetune": "fine-tune"}
+"""The stages as they are called on the screen."""
 GB = 10**9
 SAME = {True: 0.05, False: 1e-3}
 """The largest relative difference of two computations of the same states, in half precision and otherwise."""
@@ -95,7 +97,7 @@ class CachedPrefix:
         eager = torch.compiler.set_stance("force_eager") if self.parts.settings.trainer.compile else nullcontext()
         with eager:
             if lowest == 0 or _enters_trained(self.parts, members[:1], precision):
-                log.warning(f"{self.stage}: {KEY} saves nothing: {_trained(model, members[0])}")
+                log.warning(f"{SAID[self.stage]}: {KEY} saves nothing: {_trained(model, members[0])}")
                 return
             training, prefix = model.training, Prefix(members[:lowest])
             try:
@@ -119,7 +121,7 @@ class CachedPrefix:
         needed = check_size(parts, self.splits, width, there)
         which = f"layer 1 of {len(members)} is" if n == 1 else f"layers 1 to {n} of {len(members)} are"
         done = ", by an earlier run" if len(there) == len(facts) else ""
-        log.info(f"{self.stage}: {which} frozen: computed once, {_size(needed)} in {_folder()}{done}")
+        log.info(f"{SAID[self.stage]}: {which} frozen: computed once, {_size(needed)} in {_folder()}{done}")
         for name, encoded in self.splits.items():
 
             def write(file: Path, encoded: datasets.Dataset = encoded) -> None:
