@@ -180,6 +180,7 @@ class TableSweeper(Sweeper):
         from diffora.loop.process import quiet_libraries
         from diffora.run.check import check
         from diffora.run.directory import finished
+        from diffora.run.precision import settled
 
         quiet_libraries()  # before Lightning prints what devices it finds
         found: Jobs = {}
@@ -204,6 +205,12 @@ class TableSweeper(Sweeper):
             with open_dict(cfg):
                 cfg.pop("hydra", None)
             try:
+                if not self.local and cfg.trainer.get("precision") == "auto":
+                    raise UserError(
+                        "trainer.precision=auto: this launcher may run on another machine, and one sweep should have "
+                        "one precision; name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
+                    )
+                cfg, _ = settled(cfg)
                 if not checked.issuperset(_apart(overrides)):
                     settings, _ = check(cfg)
                     if self.local and not settings.dry_run:

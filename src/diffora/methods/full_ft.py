@@ -18,6 +18,7 @@ class FullFT(Method):
     """Adds no adapter. The backbone's own parameters are counted as adapter parameters."""
 
     name: ClassVar[str] = "full_ft"
+    trains_pretrained: ClassVar[bool] = True
 
     @property
     def trains_b(self) -> bool:
