@@ -68,8 +68,9 @@ def test_metrics_selection_and_export_are_those_of_one_process(places, name):
             continue
         first, second = (load_file(folder / "adapter" / file) for folder in (one, two))
         for key, value in first.items():
-            # By norm: where a gradient is almost 0, Adam takes a whole step in a direction that rounding decides.
-            assert (second[key] - value).norm() <= (0.05 if name == "half" else 1e-3) * value.norm(), key
+            # By norm: where a gradient is almost 0, Adam takes a whole step in a direction that rounding decides. In
+            # bfloat16, the rounding of a product depends on the number of rows in a process.
+            assert (second[key] - value).norm() <= (0.2 if name == "half" else 1e-3) * value.norm(), key
     if name == "warm":
         assert metrics_in(one)["update/rank"] > 0
         first, second = (json.loads((folder / "selection.json").read_text()) for folder in (one, two))
