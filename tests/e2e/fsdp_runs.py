@@ -24,4 +24,5 @@ def do(runs: dict[str, list[str]], place: Path) -> None:
 
 if __name__ == "__main__":
     do(json.loads(sys.argv[1]), Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
+    if torch.distributed.is_initialized():  # not for a run that is complete
+        torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
