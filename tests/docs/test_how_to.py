@@ -169,7 +169,7 @@ def test_less_time(tmp_path):
     cached = json.loads((tmp_path / "cached" / "run.json").read_text())
     assert cached["prefix"]["finetune"]["layers"] == 2
     size = f"{cached['prefix']['finetune']['bytes'] / 10**6:.1f} MB"
-    assert f"finetune: layers 1 to 2 of 4 are frozen: computed once, {size}" in (HOW_TO / "less-time.md").read_text()
+    assert f"fine-tune: layers 1 to 2 of 4 are frozen: computed once, {size}" in (HOW_TO / "less-time.md").read_text()
 
 
 def test_own_selector(tmp_path):
