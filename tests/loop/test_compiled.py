@@ -1,17 +1,14 @@
 """``trainer.compile=true``: the same values, the same names, and the model as before afterwards."""
 
-import functools
-import json
-
 import pytest
 import torch
 from conftest import TYPES, batch_of
-from stopped_runs import run_of, stop
 from torch._dynamo.utils import counters
+from transformers import BertConfig, BertForSequenceClassification
 
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
-from diffora.core.lowrank import lowrank_layers
+from diffora.core.lowrank import lowrank_layers, set_gates, set_split
 from diffora.errors import UserError
 from diffora.loop import machine
 from diffora.loop.compiled import compiled
@@ -46,49 +43,40 @@ def test_a_compiled_model_has_the_same_losses_and_gradients_for_any_width(debert
     assert "forward" not in vars(model)
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """The graphs of `torch.compile`, forward and backward, run by torch's own operations: no C++ is compiled."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-
-
-SEARCH = [
-    "experiment=quickstart", "logger=csv", "task.train_rows=48", "task.validation_rows=24", "search.epochs=2",
-    "search.batch_size=8", "finetune.epochs=1", "finetune.batch_size=8", "finetune.warmup_steps=0",
-    "finetune.dropout=0.0",
-]  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
-def test_search_training_and_evaluation_give_the_results_of_an_uncompiled_run(update, tmp_path, quick_compiler):
-    torch.set_num_threads(1)
-    overrides = [*SEARCH, f"search.update={update}"]
-    plain = run_of(*overrides, folder=tmp_path / "plain").record
+def test_the_steps_of_the_search_are_compiled_a_few_times_only():
+    """Gates change in every step, with and without a gradient, and so do widths."""
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    model = BertForSequenceClassification(config).train()
+    grid = find_grid(model, "encoder.layer.*")
+    attach(model, grid.names, torch.ones(2, grid.n_types, dtype=torch.bool), 2, None, 4, freeze=False)
+    by_name = dict(lowrank_layers(model))
+    layers = [[by_name[name] for name in row] for row in grid.names]
+    gamma = torch.zeros(2, grid.n_types, requires_grad=True)
+    model.forward = torch.compile(model.forward, dynamic=True, backend="eager")  # traces, and compiles no C++
+
+    def step(rows, width, gates):
+        set_gates(layers, None if gates is None else gates.softmax(1))
+        model(input_ids=torch.ones(rows, width).long(), labels=torch.ones(rows).long())
+
     counters.clear()
-    found = run_of(*overrides, "trainer.compile=true", folder=tmp_path / "compiled").record
-    graphs = counters["stats"]["unique_graphs"]
-    scores = [
-        torch.tensor(json.loads((tmp_path / name / "selection.json").read_text())["gamma_bar"])
-        for name in ("plain", "compiled")
-    ]
-    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-5)
-    assert scores[0].std() > 1e-3
-    for name, value in plain["metrics"].items():
-        assert found["metrics"][name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
-    # The steps of Γ, of the weights and of the fine-tuning, and evaluations; last batches are smaller.
-    assert 0 < graphs <= 12
-
-
-@pytest.mark.slow
-def test_a_compiled_run_resumes_exactly(tmp_path, quick_compiler):
-    overrides = [*SEARCH[:4], *SEARCH[6:], "method=lora", "trainer.compile=true", "finetune.epochs=2"]
-    stop(*overrides, folder=tmp_path / "stopped")
-    again = run_of(*overrides, "resume=true", folder=tmp_path / "stopped")
-    whole = run_of(*overrides, folder=tmp_path / "whole")
-    assert again.record["metrics"] == whole.record["metrics"]
-    ours, theirs = (dict(result.model.named_parameters()) for result in (again, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for width in range(6, 16):  # search.update=alternating
+        step(4, width, gamma)
+        step(4, width, gamma.detach())
+    assert 0 < counters["stats"]["unique_graphs"] <= 3
+    counters.clear()
+    for width in range(6, 16):  # search.update=simultaneous; the last batch is smaller
+        split = 2 if width < 15 else 1
+        set_split(layers, split)
+        step(2 * split, width, gamma)
+    assert 0 < counters["stats"]["unique_graphs"] <= 3
+    counters.clear()
+    set_split(layers, None)
+    model.eval()
+    with torch.inference_mode():
+        for width in range(6, 16):
+            step(3, width, None)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.slow
