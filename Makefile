@@ -89,6 +89,9 @@ bench-scale: venv ## measure how the cost of a step grows, and the cost of the s
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plots
 
+bench-contention: venv ## compare a run beside busy processes with one alone: contention.json
+	$(BIN)/python -m benchmarks.contention
+
 # The environment of GPU_PYTHON gets what the benchmark needs; its torch stays. Unsloth pins other versions, so it gets an
 # environment of its own, and only on request: it is large. What has passed since the start counts towards the 20 minutes.
 bench-gpu: $(if $(GPU_PYTHON),,venv) ## one GPU, 20 minutes: correctness, then steps and runs beside PEFT: gpu.json; GPU_PYTHON=<python with CUDA's torch> UNSLOTH=1
@@ -110,4 +113,4 @@ pretrain-tiny: venv ## pretrain the embedded backbones again (src/diffora/assets
 clean: ## remove caches and the environment; outputs stay
 	rm -rf $(VENV) docs/reference/api docs/tutorials/*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .hypothesis build dist docs/_build src/*.egg-info
 
-.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-gpu bench-plots pretrain-tiny clean
+.PHONY: help venv lock audit quickstart check test coverage faults test-slow lint wheel docs docs-links reference report bench-step bench-run bench-scale bench-contention bench-gpu bench-plots pretrain-tiny clean

@@ -3,9 +3,9 @@
     python -m benchmarks.image_memory [--images 2000] [--workers 2] [--side 224]
 
 Images are generated as JPEG files. Each way, with forked and with spawned workers, is a process of its own, which reads
-all batches once. It reports the arrow file and, of each worker, the resident set (RSS), the part of it that is its own
-share (PSS) and what it alone holds (private). A worker that copied the file would hold as much as the file alone. Linux
-only. Writes nothing.
+all batches once. It reports the size of the arrow file and, of each worker, the resident set (RSS), its share of it
+(PSS), and what it alone has written (own). A copy of the file would be in ``own``; mapped pages are not, and the system
+can drop them. Linux only. Writes nothing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-FIELDS = {"Rss": "rss_mb", "Pss": "pss_mb", "Private_Clean": "private", "Private_Dirty": "private"}
+FIELDS = {"Rss": "rss_mb", "Pss": "pss_mb", "Private_Dirty": "own_mb"}
 
 
 def write_images(folder: Path, n_images: int, side: int) -> None:
@@ -35,13 +35,12 @@ def write_images(folder: Path, n_images: int, side: int) -> None:
 
 
 def memory_of(pid: int | str) -> dict[str, float]:
-    """RSS, PSS and private memory of a process in MB."""
+    """RSS, PSS and own written memory of a process in MB."""
     found: dict[str, float] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, value = line.partition(":")
         if name in FIELDS:
-            key = FIELDS[name].replace("private", "private_mb")
-            found[key] = round(found.get(key, 0) + int(value.split()[0]) / 1024, 1)
+            found[FIELDS[name]] = round(int(value.split()[0]) / 1024, 1)
     return found
 
 

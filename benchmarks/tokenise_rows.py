@@ -4,10 +4,10 @@
 
 Rows are generated as a parquet file: pairs of texts of 12 to 36 random English words, with about as many tokens as
 MRPC has. Each measurement is a new process. It reports its peak memory, and how much of it tokenising adds to rows and
-tokenizer. With several processes (`trainer.num_proc`) it also reports the largest memory of a worker (``private_mb`` is
-what it holds alone) and whether the cache file is the same. The second process with equal arguments reads the cache. A
-process with another tokenizer, another max_length or one other row does not. If wall times are far above processor
-times, the machine had other work. Writes benchmarks/results/tokenise.json, or the file of ``--output``.
+tokenizer. With several processes (`trainer.num_proc`) it also reports the largest memory of a worker (``own_mb`` is
+what it alone has written) and whether the cache file is the same. The second process with equal arguments reads the
+cache. A process with another tokenizer, another max_length or one other row does not. If wall times are far above
+processor times, the machine had other work. Writes benchmarks/results/tokenise.json, or the file of ``--output``.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def write_rows(folder: Path, n_rows: int, changed: int | None = None) -> None:
 
 @contextmanager
 def watched_children() -> Iterator[dict[str, float]]:
-    """The largest RSS, PSS and private memory of a child process in MB, looked at ten times a second; Linux only."""
+    """The largest RSS, PSS and own memory of a child process in MB, looked at ten times a second; Linux only."""
     most: dict[str, float] = {}
     done = threading.Event()
 

@@ -51,7 +51,7 @@ Column = Mapping[str, Any]
 
 
 def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """For each column its facts and its masks: selected modules, and the results by seed; high is good.
+    """For each column its facts and its masks: selected modules, results and hashes of runs by seed; high is good.
 
     Raises:
         SystemExit: a row has another selection or other data with another seed, so that it is no mask.
@@ -74,13 +74,14 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
             },
         )
         selected = [sorted(row) for row in run["selection"]["selected"]]
-        mask = column["masks"].setdefault(run["row"], {"selected": selected, "values": {}})
+        mask = column["masks"].setdefault(run["row"], {"selected": selected, "values": {}, "runs": {}})
         if mask["selected"] != selected or column["data"] != run.get("data_hash"):
             what = "selection" if mask["selected"] != selected else "data"
             sys.exit(f"error: {run['column']}, {run['row']}, seed {run['seed']} has another {what} than the others")
         value = run["metrics"][f"validation/{run['main_metric']}"]
         factor = (1 if facts["maximise"] else -1) * (100 if column["points"] else 1)
         mask["values"][str(run["seed"])] = factor * value
+        mask["runs"][str(run["seed"])] = run.get("config_hash")
     for column in columns.values():
         column["types"] = sorted(
             {kind for mask in column["masks"].values() for row in mask["selected"] for kind in row}
@@ -92,7 +93,7 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
-    """The scores by selector, column and seed of all finished runs below a folder, and the types of their grids.
+    """Scores and hashes of all finished runs below a folder by selector, column and seed, and the types of their grids.
 
     A selector's name is the row of its run, or else the selector. Its scores count for the column of its run if that is
     a column here, otherwise for all columns of its task. Masks, and runs that were given a selection file, have none.
@@ -100,7 +101,7 @@ def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
     Raises:
         SystemExit: two files have scores of one selector, column and seed.
     """
-    found: dict[str, Any] = {"scores": {}, "types": {}}
+    found: dict[str, Any] = {"scores": {}, "types": {}, "runs": {}}
     origin: dict[tuple[str, str, str], Path] = {}
     for record in sorted(folder.rglob("run.json")):
         run, file = json.loads(record.read_text()), record.with_name("selection.json")
@@ -124,6 +125,7 @@ def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
                 sys.exit(f"error: {earlier} and {file} both have the scores of {name} for {column}, seed {seed}")
             rounded = [[None if v is None else float(f"{v:.7g}") for v in row] for row in values]
             found["scores"].setdefault(name, {}).setdefault(column, {})[seed] = rounded
+            found["runs"].setdefault(name, {}).setdefault(column, {})[seed] = run.get("config_hash")
             found["types"][column] = selection["types"]
     return found
 

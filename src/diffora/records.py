@@ -78,6 +78,7 @@ class Record:
         selection: which modules were selected; empty where the method selects none.
         step_time: with ``method.time_budget``: the lowest layer with adapters, and shares of the step time of LoRA on
             all modules, counted or measured (`diffora.run.steptime`).
+        precision: with ``trainer.precision=auto``: what was chosen on the machine of the run, and why.
         prefix: with ``trainer.cache_prefix=true``, for each stage: how many layers were read from the cache (``layers``
             of ``of``), the size of its files in bytes, and the seconds until they were there.
         history: the metrics of each epoch.
@@ -115,6 +116,7 @@ class Record:
     memory: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     step_time: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = None
     prefix: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     data_hash: str | None = None

@@ -5,6 +5,7 @@ end, with exit status 1. Runs are started by the configured launcher.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class TableSweeper(Sweeper):
         self.added = [e.path for e in path if e.provider == "command-line" or e.provider.startswith("hydra.searchpath")]
         home = next(Path(e.path.removeprefix("file://")) for e in path if e.provider == "main")
         self.primary = home, str(config.hydra.job.config_name)
-        launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+        self.kind = launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -179,6 +180,7 @@ class TableSweeper(Sweeper):
         from diffora.loop.process import quiet_libraries
         from diffora.run.check import check
         from diffora.run.directory import finished
+        from diffora.run.precision import settled
 
         quiet_libraries()  # before Lightning prints what devices it finds
         found: Jobs = {}
@@ -203,6 +205,12 @@ class TableSweeper(Sweeper):
             with open_dict(cfg):
                 cfg.pop("hydra", None)
             try:
+                if not self.local and cfg.trainer.get("precision") == "auto":
+                    raise UserError(
+                        "trainer.precision=auto: this launcher may run on another machine, and one sweep should have "
+                        "one precision; name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
+                    )
+                cfg, _ = settled(cfg)
                 if not checked.issuperset(_apart(overrides)):
                     settings, _ = check(cfg)
                     if self.local and not settings.dry_run:
@@ -234,14 +242,17 @@ class TableSweeper(Sweeper):
         The time of job 0 includes the program's start.
         """
         from diffora.run.record import missing_files, read_record
+        from diffora.run.workers import told, waiting_for_all
 
         batch = [
             [*overrides, f"hydra.sweep.dir={quoted(folder.parent)}", f"hydra.sweep.subdir={quoted(folder.name)}"]
             for folder, overrides in jobs.items()
         ]
         lost = "it did not end"
+        lines = nullcontext() if self.kind == "BasicLauncher" else told(jobs)  # one run at a time has its own lines
         try:
-            returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
+            with waiting_for_all(self.kind), lines:
+                returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
         except Exception as error:  # a worker of the launcher died; the folders tell which runs completed
             returned, lost = [], str(explained(error) or f"{type(error).__name__}: {error}")
         failed = {}

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import REPO
 from safetensors.torch import load_file
 
+from diffora.backbones.precision import bfloat16_unit
 from diffora.core.selection import Selection
 
 HOW_TO = REPO / "docs" / "how-to"
@@ -146,6 +148,15 @@ def test_training(tmp_path):
     assert "done: 12 steps" in printed
     history = record_of(tmp_path)["history"]
     assert [scores["epoch"] for scores in history] == [0.625, 1.25, 1.5]  # of 8 steps each
+
+
+def test_cpu(tmp_path):
+    printed = follow("cpu", tmp_path)
+    record = record_of(tmp_path)
+    [line] = [line for line in printed.splitlines() if line.startswith("precision: ")]
+    assert line == f"precision: {record['precision']}"
+    if bfloat16_unit(torch.device("cpu")) == "AVX512-BF16":
+        assert line in (HOW_TO / "cpu.md").read_text()
 
 
 def test_less_time(tmp_path):

@@ -1,8 +1,12 @@
 """``trainer.compile=true``: the same values, the same names, and the model as before afterwards."""
 
+import functools
+import json
+
 import pytest
 import torch
 from conftest import TYPES, batch_of
+from stopped_runs import run_of, stop
 from torch._dynamo.utils import counters
 
 from diffora.core.attach import attach
@@ -25,7 +29,7 @@ def test_a_compiled_model_has_the_same_losses_and_gradients_for_any_width(debert
     model.train()
 
     def steps():
-        for rows, length in ((4, 6), (8, 9), (5, 7), (3, 11)):
+        for rows, length in zip([4, 8, 5, 3] * 5, range(6, 26), strict=True):
             batch = batch_of(rows, length, seed=length)
             loss = model(**{key: value for key, value in batch.items() if key != "row"}).loss
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -38,8 +42,53 @@ def test_a_compiled_model_has_the_same_losses_and_gradients_for_any_width(debert
         assert list(model.state_dict()) == names
     for ours, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert 0 < counters["stats"]["unique_graphs"] <= 2  # and not one for each width
+    assert 0 < counters["stats"]["unique_graphs"] <= 2  # and not one for each of 20 widths
     assert "forward" not in vars(model)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """The graphs of `torch.compile`, forward and backward, run by torch's own operations: no C++ is compiled."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+SEARCH = [
+    "experiment=quickstart", "logger=csv", "task.train_rows=48", "task.validation_rows=24", "search.epochs=2",
+    "search.batch_size=8", "finetune.epochs=1", "finetune.batch_size=8", "finetune.warmup_steps=0",
+    "finetune.dropout=0.0",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
+def test_search_training_and_evaluation_give_the_results_of_an_uncompiled_run(update, tmp_path, quick_compiler):
+    torch.set_num_threads(1)
+    overrides = [*SEARCH, f"search.update={update}"]
+    plain = run_of(*overrides, folder=tmp_path / "plain").record
+    counters.clear()
+    found = run_of(*overrides, "trainer.compile=true", folder=tmp_path / "compiled").record
+    graphs = counters["stats"]["unique_graphs"]
+    scores = [
+        torch.tensor(json.loads((tmp_path / name / "selection.json").read_text())["gamma_bar"])
+        for name in ("plain", "compiled")
+    ]
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-5)
+    assert scores[0].std() > 1e-3
+    for name, value in plain["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
+    # The steps of Γ, of the weights and of the fine-tuning, and evaluations; last batches are smaller.
+    assert 0 < graphs <= 12
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(tmp_path, quick_compiler):
+    overrides = [*SEARCH[:4], *SEARCH[6:], "method=lora", "trainer.compile=true", "finetune.epochs=2"]
+    stop(*overrides, folder=tmp_path / "stopped")
+    again = run_of(*overrides, "resume=true", folder=tmp_path / "stopped")
+    whole = run_of(*overrides, folder=tmp_path / "whole")
+    assert again.record["metrics"] == whole.record["metrics"]
+    ours, theirs = (dict(result.model.named_parameters()) for result in (again, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

@@ -37,6 +37,10 @@ def overrides(short, method):
     return [*kept, f"method={method}", *MORE.get(method, [])]
 
 
+def composed_method(composed):
+    return check(composed)[0].method
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     torch.set_num_threads(1)
@@ -49,7 +53,7 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
     assert params["inference"] <= params["adapter"] * (2 if method == "pissa" else 1)
     assert {"train/accuracy", "generalisation_gap", "validation/accuracy"} <= record["metrics"].keys()
     names = [name.split(".") for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
-    assert check(composed)[0].method.trains_b == any(set(PARTS_OF_B) & {*parts} for parts in names)
+    assert composed_method(composed).trains_b == any(set(PARTS_OF_B) & {*parts} for parts in names)
 
     # the model from disk gives the outputs of the model in memory
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -57,6 +61,9 @@ def test_trained_recorded_exported_and_resumed(method, cfg, short, tmp_path):
         logits = whole.model.eval()(input_ids=ids).logits
     path = whole.folder / "model" if method == "full_ft" else EMBEDDED
     fresh = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
+    heads = tuple(f"{name}." for name in Backbone.of(fresh).head)
+    pretrained = {name for name, _ in fresh.named_parameters() if not name.startswith(heads)}
+    assert composed_method(composed).trains_pretrained == bool(pretrained.intersection(map(".".join, names)))
     if method != "full_ft":
         for name in Backbone.of(fresh).head:  # with only the trained head, the outputs differ
             fresh.get_submodule(name).load_state_dict(whole.model.get_submodule(name).state_dict())

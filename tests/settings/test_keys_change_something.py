@@ -100,6 +100,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "trainer.num_proc": "2",
             "trainer.gradient_checkpointing": "true", "logger.csv": "false", "++logger.tensorboard": "true",
         }),
+        (LORA, {"trainer.num_nodes": "2"}),
         # with dropout in the frozen layers, the results differ; a limit that is too low is refused
         (f"{LORA} model.layer='encoder.layer.[2,3]'", {"trainer.cache_prefix": "true"}),
         (f"{LORA} trainer.cache_prefix=true", {"trainer.cache_prefix_limit": "1e-9"}),

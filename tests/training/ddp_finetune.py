@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.loop.plan import plan_of
+from diffora.loop.sharded import Sharded, average_gradients
 from diffora.methods.lowrank import LowRankAdaptation, Regulariser
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
@@ -57,10 +59,16 @@ def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     return {key: value[rows] for key, value in whole.items()}
 
 
-def gradients(batches: list[dict[str, Tensor]], criterion=None, **trainer) -> Tensor:
+def gradients(batches: list[dict[str, Tensor]], criterion=None, fsdp: bool = False, **trainer) -> Tensor:
     """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty."""
     task = CausalLMTask(OmegaConf.create({"name": "lm"}))
-    adaptation = LowRankAdaptation(decoder(), Regulariser(weight=0.01, form="squared"))
+    model = decoder()
+    if fsdp:
+        trainer |= {
+            "strategy": Sharded(Backbone.of(model), ["transformer.h.0", "transformer.h.1"]),
+            "inference_mode": False,
+        }
+    adaptation = LowRankAdaptation(model, Regulariser(weight=0.01, form="squared"))
     split = Split(rows_of(ROWS), rows_of(ROWS))
     settings = FineTune(epochs=1, batch_size=4, lr=1e-3, warmup_steps=0, early_stop=None)
     halves = np.arange(2), np.arange(2, ROWS)
@@ -82,7 +90,31 @@ def gradients(batches: list[dict[str, Tensor]], criterion=None, **trainer) -> Te
         use_distributed_sampler=False,
         **trainer,
     ).fit(module, DataLoader(batches, batch_size=None), DataLoader([batch(99)], batch_size=None))
+    if fsdp:
+        check_shares(model)
     return torch.stack(seen)
+
+
+def check_shares(model: torch.nn.Module) -> None:
+    """Each process has half of every frozen matrix, and all of the rest."""
+    shares = {n: p.to_local().numel() / p.numel() for n, p in model.named_parameters() if hasattr(p, "to_local")}
+    # The embeddings belong to no layer: they stay together after a forward pass until the next backward pass.
+    matrices = {n for n, p in model.named_parameters() if ".h." in n and p.ndim == 2 and not p.requires_grad}
+    assert shares.keys() == matrices and set(shares.values()) == {0.5}, shares
+
+
+def check_averages(rank: int) -> None:
+    """The mean over processes. A parameter may have a gradient in all of them, in one, or in none."""
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
+    parameters[0].grad = torch.full((2, 3), 1.0 + rank)
+    parameters[1].grad = None if rank else torch.tensor([4.0, 6.0])
+    average_gradients(parameters)
+    assert torch.equal(parameters[0].grad, torch.full((2, 3), 1.5))
+    assert torch.equal(parameters[1].grad, torch.tensor([2.0, 3.0])) and parameters[2].grad is None
 
 
 def main(folder: Path) -> None:
@@ -92,8 +124,10 @@ def main(folder: Path) -> None:
         batches = [some(batch(i), slice(rank, None, world)) for i in range(STEPS)]
         if parts > 1:
             batches = [some(whole, rows) for whole in batches for rows in (slice(1), slice(1, None))]
-        found = gradients(batches, devices=world, strategy="ddp", accumulate_grad_batches=parts)
-        torch.save(found, folder / f"{parts}-{rank}.pt")
+        for kind in ({"strategy": "ddp"}, {"fsdp": True}):
+            found = gradients(batches, devices=world, accumulate_grad_batches=parts, **kind)
+            torch.save(found, folder / f"{next(iter(kind))}-{parts}-{rank}.pt")
+    check_averages(rank)
     torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends
 
 

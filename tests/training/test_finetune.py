@@ -318,7 +318,10 @@ def test_the_last_step_of_an_epoch_with_fewer_parts_is_also_a_mean():
 
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    """Their rows have 8 + 5 and 1 + 0 tokens. The mean is over all tokens, with and without division into parts."""
+    """Under DDP, and with the frozen weights divided between the two (FSDP).
+
+    Their rows have 8 + 5 and 1 + 0 tokens. The mean is over all tokens, with and without division into parts.
+    """
     torch.set_num_threads(1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -327,8 +330,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     one = ddp_finetune.gradients([ddp_finetune.batch(i) for i in range(ddp_finetune.STEPS)])
-    for parts in (1, 2):
-        first, second = (torch.load(tmp_path / f"{parts}-{rank}.pt") for rank in (0, 1))
+    for name in ("strategy-1", "strategy-2", "fsdp-1", "fsdp-2"):
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert torch.equal(first, second)
         torch.testing.assert_close(first, one, rtol=1e-9, atol=1e-12)
 

@@ -97,7 +97,10 @@ class Backbone:
             raise UserError("there is nothing to train: the method adds nothing, and this task does not train its head")
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and parameter.dtype in HALF:
-                raise UserError(f"this method trains {name}, which is in {parameter.dtype}: use model.dtype=float32")
+                raise UserError(
+                    f"this method trains {name}, which is in {parameter.dtype}: use model.dtype=float32, and not "
+                    "trainer.precision=auto"
+                )
 
     def check_outside_head(self, names: Iterable[str]) -> None:
         """Refuse to adapt modules of the head, which is trained whole: no file format holds both.

@@ -14,3 +14,29 @@ def dtype_of(settings: Any) -> torch.dtype:
     """The precision of the frozen weights, from the ``model`` section: ``model.dtype``, or float32."""
     dtype: torch.dtype = getattr(torch, getattr(settings, "dtype", None) or "float32")
     return dtype
+
+
+def bfloat16_unit(device: torch.device) -> str | None:
+    """What multiplies matrices of bfloat16 on a device, such as ``AMX``; None if nothing does, so that it is slow."""
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name(device) if supported else None
+    if device.type != "cpu":
+        return None
+    able = torch.cpu.get_capabilities()
+    return next((name for name, key in CPU_UNITS.items() if able.get(key)), None)
+
+
+CPU_UNITS = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16"}
+"""Units of processors for bfloat16, the fastest first, and torch's names for them."""
+
+
+def width_multiple(precision: str, device: torch.device) -> int:
+    """Round the widths of batches up to a multiple of this.
+
+    In bfloat16 on a CPU, oneDNN compiles its products for each shape and keeps them: half a MB for each product and
+    width. Rounded widths are few, so that memory stays flat and the products are compiled once. GPUs like 8.
+    """
+    if device.type == "cpu":
+        return 16 if precision in AUTOCAST else 1
+    return 8 if device.type == "cuda" else 1

@@ -1,5 +1,9 @@
 """``evaluate``: a finished run, used again."""
 
+import os
+import sys
+
+from diffora.cli.environment import prepare
 from diffora.errors import called
 from diffora.run.imports import import_run
 
@@ -22,6 +26,8 @@ def main(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE.format(evaluate=called("evaluate"), train=called("train")))
         return
+    if waiting := prepare(os.environ):
+        print(waiting, file=sys.stderr)
     import_run()
     from diffora.run.evaluate import evaluate, read_request
 

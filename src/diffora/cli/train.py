@@ -1,5 +1,6 @@
 """``train`` and ``select``: Hydra reads their arguments, and calls `job` for each run."""
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from diffora.cli import added_paths, fail, primary, values_of
+from diffora.cli.environment import prepare
 from diffora.errors import UserError, called
 from diffora.run.composition import check_added
 from diffora.run.imports import import_run
@@ -24,8 +26,12 @@ Search and select modules, without fine-tuning: selection.json and its pictures.
 It takes every choice and value of `{train}` (see its --help), and sets search_only=true. At the end it says how to
 use the selection. Methods that select no modules are refused."""
 
+log = logging.getLogger(__name__)
+
 _typed: list[str] = []
 """The command line as it was typed, while Hydra reads a part of it."""
+_to_say: list[str] = []
+"""Lines for the start of the first run, when it is known that there is one."""
 
 
 def main(arguments: list[str]) -> None:
@@ -34,6 +40,8 @@ def main(arguments: list[str]) -> None:
     Raises:
         Exception: Hydra's and those of the run; `diffora.cli.command` explains them.
     """
+    if waiting := prepare(os.environ):
+        _to_say.append(waiting)
     import hydra  # slow, and `--help` of `select` does not need it
 
     global _typed
@@ -97,6 +105,8 @@ def job(cfg: DictConfig) -> float | None:
             os.rmdir(hydra.runtime.output_dir)
         table = f"{called('train')} -m experiment={name} scale=…"
         fail(f"experiment={name} is a table of runs, which takes -m: {table}")
+    while _to_say:
+        log.info(_to_say.pop())
     import_run()
     from diffora.run.experiment import train
 

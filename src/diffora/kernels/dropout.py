@@ -2,13 +2,14 @@
 
 The mask is one random byte per element. An element is dropped where its byte is below a threshold, in the forward and
 in the backward pass. Rates are rounded to the nearest 1/256 (0.1 becomes 0.1016), and kept elements are scaled by the
-rounded rate. If a rate rounds to 0 or 1, `CheapDropout` uses torch's dropout, and the low-rank layers drop nothing or
+rounded rate. If a rate rounds to 0 or 1, `cheap_dropout` uses torch's dropout, and the low-rank layers drop nothing or
 all but 1/256.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,21 +38,26 @@ def drop(x: Tensor, noise: Tensor, threshold: int) -> Tensor:
     return dropped
 
 
-class CheapDropout(nn.Dropout):
-    """`nn.Dropout`, cheaper on a CPU.
+def cheap_dropout(x: Tensor, rate: float) -> Tensor:
+    """`F.dropout` in training, cheaper on a CPU.
 
-    On other devices, in place, when compiled, and at rates that round to 0 or 1, it is `nn.Dropout` itself.
+    On other devices, when compiled, and at rates that round to 0 or 1, it is `F.dropout` itself.
     """
+    if x.device.type != "cpu" or not x.is_floating_point() or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    if not 0 < round(256 * rate) < 256:
+        return F.dropout(x, rate)
+    dropped: Tensor = _Dropout.apply(x, threshold_of(rate))  # type: ignore[no-untyped-call]
+    return dropped
+
+
+class CheapDropout(nn.Dropout):
+    """`nn.Dropout`, computed by `cheap_dropout` unless it works in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        if x.device.type != "cpu" or self.inplace or not x.is_floating_point() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if not 0 < round(256 * self.p) < 256:
-            return super().forward(x)
-        dropped: Tensor = _Dropout.apply(x, threshold_of(self.p))  # type: ignore[no-untyped-call]
-        return dropped
+        return super().forward(x) if self.inplace else cheap_dropout(x, self.p)
 
 
 class _Dropout(torch.autograd.Function):

@@ -81,9 +81,10 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
     return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,
+        num_nodes=t.num_nodes,
         strategy=Sharded(parts.backbone, parts.grid.layers) if t.strategy == FSDP else t.strategy,
         inference_mode=t.strategy != FSDP,  # FSDP2 keeps the tensors that it collects weights in for the next step
-        precision=t.precision,
+        precision=t.precision,  # type: ignore[arg-type]  # `settled` has replaced auto
         deterministic=t.deterministic,
         logger=loggers or False,
         callbacks=callbacks,

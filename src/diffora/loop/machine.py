@@ -31,7 +31,7 @@ def check_machine(settings: Settings) -> None:
     t = settings.trainer
     if t.compile and (missing := list(_compile_problems())):
         raise UserError(missing)
-    if problems := list(launch_problems(os.environ, t.devices)) or _device_problems(
+    if problems := list(launch_problems(os.environ, t.devices, t.num_nodes)) or _device_problems(
         t.accelerator, t.devices, t.strategy, t.precision
     ):
         raise UserError(list(problems))

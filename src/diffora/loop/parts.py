@@ -10,11 +10,14 @@ import numpy as np
 from torch import nn
 
 from diffora import digests
+from diffora.backbones.attention import use_bfloat16_attention
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.load import load_backbone
+from diffora.backbones.precision import width_multiple
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.loop.predict import device_of
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import examples_of
 from diffora.settings.sections import Settings
@@ -128,6 +131,10 @@ class Parts:
         processor = task.processor(settings.model)
         backbone = load_backbone(settings.model, task.model_request(), processor)
         task.check(backbone.model)
+        device = device_of(settings.trainer.accelerator)
+        task.width_multiple = width_multiple(settings.trainer.precision, device)
+        if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel == "fused":
+            use_bfloat16_attention(backbone.model)
         if settings.trainer.gradient_checkpointing:
             backbone.checkpoint_activations()
         grid = _grid(settings, backbone)

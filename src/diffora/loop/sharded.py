@@ -1,8 +1,8 @@
-"""``trainer.strategy=fsdp``: the frozen weights are divided among the processes (FSDP2), the trained ones are not.
+"""``trainer.strategy=fsdp``: the frozen matrices are divided among the processes (FSDP2), what is trained is not.
 
-Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs, and drops
-them after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth
-of the model, so every process holds all of it, as under DDP: penalties, masks, shared pairs, optimisers, checkpoints and
+Each process holds a part of every frozen matrix. FSDP2 collects a layer's matrices before the layer runs and drops them
+after it, in the forward and in the backward pass. What is trained (A, B, gates, the head) is less than a hundredth of
+the model, so every process holds all of it, as under DDP: penalties, masks, shared pairs, optimisers, checkpoints and
 exports see ordinary tensors. The gradients of the trained weights are averaged here.
 """
 
@@ -15,16 +15,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone
+from diffora.errors import called
+from diffora.settings.sections import Settings
 
 FSDP = "fsdp"
 """The value of ``trainer.strategy``."""
+SELECTORS = ("search", "attribution")
+"""The selectors that run on a divided model."""
 
 
 class Sharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, for models of which only a small part is trained.
 
-    Checkpoints hold trained weights only, which are whole in every process: one process writes one small file, and a run
-    with another number of processes can read it.
+    Checkpoints hold trained weights only, which are whole in every process, so one process writes one small file.
 
     Args:
         backbone: the model to divide; None to check settings only.
@@ -49,14 +52,15 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def divide(self) -> None:
-        """Divide the frozen weights among the processes. A second call, in a second stage, changes nothing."""
+        """Divide the frozen matrices among the processes. A second call, in a second stage, changes nothing."""
         from torch.distributed.fsdp import FSDPModule, fully_shard  # takes a second
 
         assert self.backbone is not None
         model: Any = self.backbone.model
         if isinstance(model, FSDPModule):
             return
-        whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        # Biases and norms are small, and a method may keep numbers in frozen parameters (AdaLoRA's of PEFT does).
+        whole = {parameter for parameter in model.parameters() if parameter.requires_grad or parameter.ndim < 2}
         for name in self.backbone.untrained:  # the export writes these, and only one process exports
             whole |= set(model.get_submodule(name).parameters())
         mesh = self.device_mesh["data_parallel"]
@@ -79,9 +83,48 @@ class Sharded(ModelParallelStrategy):
             average_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
 
 
+def problems(settings: Settings) -> Iterator[str]:
+    """One message for each setting that does not go with ``trainer.strategy=fsdp``."""
+    trainer, method, search = settings.trainer, settings.method, settings.search
+    if trainer.strategy != FSDP:
+        return
+    said = "trainer.strategy=fsdp"
+    if trainer.devices == 1 and trainer.num_nodes == 1:
+        yield f"{said} needs several devices: trainer.devices=2 or more, or leave it out"
+    if method.trains_backbone:
+        yield (
+            f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or "
+            "a method that adds an adapter"
+        )
+    if settings.model.quantise is not None:
+        yield (
+            f"{said} does not go with model.quantise={settings.model.quantise}, whose weights cannot be divided: use "
+            "trainer.strategy=ddp with it, where each device has all of the quantised weights"
+        )
+    if trainer.compile:
+        yield f"{said} does not go with trainer.compile=true: leave one of them out"
+    if trainer.precision == "16-mixed":
+        yield f"{said} does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
+    if settings.predict:
+        yield (
+            f"{said} does not go with predict=true: predict afterwards on one device, "
+            f"`{called('evaluate')} run=<the run directory> split=test`"
+        )
+    if search is None or method.scoring is None:
+        return
+    if method.scoring.selector not in SELECTORS:
+        yield (
+            f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights or runs the "
+            f"model a different number of times in each process: use {' or '.join(SELECTORS)}, or select on one device "
+            "(search_only=true) and give method.selection=<its selection.json>"
+        )
+    if search.order == 2:
+        yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes. None counts as 0, and stays if it is None in all of them."""
+    """Replace each gradient by its mean over the processes. None counts as 0, and stays if all of them have None."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     there = [float(p.grad is not None) for p in parameters]
     flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(there)])

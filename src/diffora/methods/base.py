@@ -118,6 +118,8 @@ class Method:
     """The name in ``method=<name>``. An instance has the name in the configuration, a class its usual name."""
     required: ClassVar[tuple[str, ...]] = ("adapt",)
     """Methods that every subclass must define."""
+    trains_pretrained: ClassVar[bool] = False
+    """Whether it trains weights of the backbone itself; ``trainer.precision=auto`` then leaves them in float32."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":
@@ -174,6 +176,11 @@ class Method:
     def trains_b(self) -> bool:
         """Whether the method may train a B of a low-rank update, as LoRA+ needs."""
         return True
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether all weights of the backbone are trained, so that no frozen ones are left."""
+        return False
 
     @property
     def scoring(self) -> Scoring | None:

@@ -16,6 +16,7 @@ class BitFit(Method):
     """Trains every parameter named ``bias``, in linear layers and in layer normalisation."""
 
     name: ClassVar[str] = "bitfit"
+    trains_pretrained: ClassVar[bool] = True
 
     def check(self, model: nn.Module, grid: Grid) -> None:
         if not backbone_biases(model):

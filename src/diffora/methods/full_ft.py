@@ -18,10 +18,15 @@ class FullFT(Method):
     """Adds no adapter. The backbone's own parameters are counted as adapter parameters."""
 
     name: ClassVar[str] = "full_ft"
+    trains_pretrained: ClassVar[bool] = True
 
     @property
     def trains_b(self) -> bool:
         return False
+
+    @property
+    def trains_backbone(self) -> bool:
+        return True
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         model.requires_grad_(True)

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop import own
+from diffora.loop import own, sharded
+from diffora.loop.launch import sharing_problems
 from diffora.methods.base import Method
 from diffora.scoring.selectors import find_selector
 from diffora.scoring.spectra import SPECTRA
@@ -53,7 +54,8 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
     problems = [*combinations(settings), *_search_only_problems(settings), *_ensemble_problems(settings)]
-    if problems := [*problems, *_timing_problems(settings), *_prefix_problems(settings)]:
+    problems += [*_timing_problems(settings), *_prefix_problems(settings)]
+    if problems := [*problems, *sharing_problems(settings), *sharded.problems(settings)]:
         raise UserError(problems)
     return settings, task
 

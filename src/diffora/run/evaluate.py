@@ -17,10 +17,11 @@ from diffora.adapters.fetch import local_copy, place_problem
 from diffora.adapters.manifest import read_manifest
 from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
+from diffora.backbones.precision import width_multiple
 from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
-from diffora.loop.predict import predict
+from diffora.loop.predict import device_of, predict
 from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
 from diffora.run import terminal
@@ -28,6 +29,7 @@ from diffora.run.arguments import named_values, put, without_config_dirs
 from diffora.run.check import section_problems
 from diffora.run.classes import write_classes
 from diffora.run.composition import composition_problems
+from diffora.run.precision import settled
 from diffora.run.record import WEIGHTS, check_as_left, read_record
 from diffora.run.sweep import quoted
 from diffora.settings import checks
@@ -87,6 +89,9 @@ def read_request(arguments: list[str]) -> Request:
         raise UserError(problems)
     splits = own.get("split")
     names = None if splits is None else tuple(map(str, splits if isinstance(splits, list) else [splits]))
+    cfg, precision = settled(cfg)
+    if precision:
+        log.warning(f"precision: {precision}")
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     output = _output(own, place)
     size, method, other_data = own.get("batch_size", 64), own.get("method._target_"), "task.path" in values
@@ -250,6 +255,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
     check_backbone(cfg, request.weights, request.own_backbone)
+    task.width_multiple = width_multiple(cfg.trainer.precision, device_of(cfg.trainer.accelerator))
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     data = {name: task.account(name, split).record() for name, split in splits.items()}

@@ -38,6 +38,7 @@ from diffora.run import terminal
 from diffora.run.check import check
 from diffora.run.classes import write_classes
 from diffora.run.forgetting import forgetting, text_loss
+from diffora.run.precision import settled
 from diffora.run.record import (
     file_digests,
     metric_facts,
@@ -109,7 +110,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
             is written to ``folder``.
     """
     began = time.time() if began is None else began
-    cfg = _named(cfg)  # from here on only for what is written and compared
+    cfg, precision = settled(_named(cfg))  # from here on only for what is written and compared
     settings, task = check(cfg)
     method = settings.method
     if is_main():
@@ -118,10 +119,16 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         from diffora.run.dry_run import dry_run
 
         with machine_limits():
-            return Result(folder, dry_run(settings, method, task, folder, new_record(cfg, None)), None, None)
+            if precision:
+                log.info(f"precision: {precision}")
+            record = new_record(cfg, None) | {"precision": precision}
+            return Result(folder, dry_run(settings, method, task, folder, record), None, None)
     quiet_libraries()
     check_machine(settings)
-    if is_main() and (done := rundir.finished(cfg, folder)) is not None:
+    # If the run is complete, every process has to know it: the others would wait for the main one.
+    if (is_main() or settings.resume) and (done := rundir.finished(cfg, folder)) is not None:
+        if not is_main():
+            return Result(folder, done, None, None)
         check_unchanged(settings, task, folder, done)
         if done["status"] == "selected":
             terminal.print_selection(done, folder)
@@ -146,10 +153,13 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         "inputs": settings.method.inputs,
         "data": parts.data.accounts,
         "step_time": step_time,
+        "precision": precision,
     }
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
     with rundir.account(cfg, folder, record):
+        if precision:
+            log.info(f"precision: {precision}")
         if is_main():
             for line in account_lines(parts.data.accounts):
                 log.warning(line)

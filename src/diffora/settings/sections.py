@@ -159,11 +159,20 @@ class Trainer:
         Check(lambda v: v == "auto" or whole(1, 10**6).fits(v), "a whole number of at least 1, or auto"),
         Help("How many devices to use; auto: all of them.", "devices"),
     ]
+    num_nodes: Annotated[
+        int, whole(1, 10**5), Help("How many machines take part; each has `trainer.devices` devices.", "machines")
+    ] = 1
     strategy: Annotated[  # others are not tested
         Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"],
         Help("How several devices share the work; fsdp: they share the frozen weights too."),
     ]
-    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Help("Precision of the computation.")]
+    precision: Annotated[
+        Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
+        Help(
+            "Precision of the computation. auto: bf16-mixed and `model.dtype=bfloat16` where the device computes in "
+            "bfloat16 (a CPU with AMX or AVX512-BF16), else 32-true; the run records what it used."
+        ),
+    ]
     deterministic: Annotated[
         Literal[True, False, "warn"],
         Help("Refuse operations that are not deterministic (true), warn about them, or allow them (false)."),

@@ -84,6 +84,7 @@ class Task:
         accounts: for each split, by its name, what `load` or `load_split` did with its rows.
         metrics: the metrics that `score` returns besides ``loss``, in the order in which they are shown.
         main_metric: the metric that chooses the best model.
+        width_multiple: `collate` should round padded widths up to a multiple of this.
     """
 
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -122,6 +123,7 @@ class Task:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.name = cfg.name
+        self.width_multiple = 1
         self.num_proc = 1
         self.accounts: Accounts = {}
 

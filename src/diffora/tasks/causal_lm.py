@@ -242,7 +242,7 @@ To generate, write the conversation as in training:
 
     def collate(self, processor: Any, training: bool) -> Collate:
         self._tokenizer = processor  # decodes what was generated
-        return ChatCollator(processor.pad_token_id or 0, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return ChatCollator(processor.pad_token_id or 0, pad_to_multiple_of=self.width_multiple)
 
     def labelled(self, split: Split) -> bool:
         """Always true: the next token is the label."""

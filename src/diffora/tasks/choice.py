@@ -147,7 +147,7 @@ class ChoiceTask(OwnRowsTask):
         account.change(f"cut at task.max_length={self.cfg.max_length}", pc.sum(table.column("cut")).as_py() or 0)
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        return ChoiceCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return ChoiceCollator(processor.pad_token_id, pad_to_multiple_of=self.width_multiple)
 
     def dummy(self, rows: int, model: Any) -> Batch:
         batch = super().dummy(rows, model)

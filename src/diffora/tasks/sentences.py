@@ -49,7 +49,7 @@ class SentenceTask(Task):
         )
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        collate = Collator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        collate = Collator(processor.pad_token_id, pad_to_multiple_of=self.width_multiple)
         return SeveralClasses(collate, self.spec.num_labels) if self.spec.multilabel else collate
 
     def dummy(self, rows: int, model: Any) -> Batch:

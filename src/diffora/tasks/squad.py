@@ -176,7 +176,7 @@ class SquadTask(Task):
         account.change("no window has the whole answer: the loss takes it for unanswerable", lost)
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        return WindowCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return WindowCollator(processor.pad_token_id, pad_to_multiple_of=self.width_multiple)
 
     def dummy(self, rows: int, model: Any) -> Batch:
         batch = super().dummy(rows, model)

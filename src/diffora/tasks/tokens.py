@@ -260,7 +260,7 @@ class TokensTask(OwnRowsTask):
         note_unknown(account, table.column("input_ids"), self.unknown_id)
 
     def collate(self, processor: Any, training: bool) -> Collate:
-        return WordsCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return WordsCollator(processor.pad_token_id, pad_to_multiple_of=self.width_multiple)
 
     def dummy(self, rows: int, model: Any) -> Batch:
         batch = super().dummy(rows, model)

@@ -116,7 +116,7 @@ the source as in training. To continue training, load with `is_trainable=True`.
 
     def collate(self, processor: Any, training: bool) -> Collate:
         self._tokenizer = processor  # decodes what was generated
-        return PairCollator(processor.pad_token_id, pad_to_multiple_of=8 if torch.cuda.is_available() else 1)
+        return PairCollator(processor.pad_token_id, pad_to_multiple_of=self.width_multiple)
 
     def check(self, model: Any) -> None:
         """Raise a UserError if sources, targets or generated texts can be longer than the model's positions."""

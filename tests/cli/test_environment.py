@@ -1,0 +1,63 @@
+"""What is set before torch is imported: how threads wait on a busy machine, and the sizes of oneDNN's caches."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffora.cli import environment
+from diffora.cli.environment import CACHES, other_tasks, prepare
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """A function that sets how many other tasks the machine has."""
+
+    def busy(number):
+        monkeypatch.setattr(environment, "other_tasks", lambda: number)
+
+    return busy
+
+
+def test_threads_wait_passively_on_a_busy_machine_only(others):
+    cores = os.cpu_count()
+    others(cores)
+    variables = {}
+    assert "wait passively" in prepare(variables) and variables["OMP_WAIT_POLICY"] == "passive"
+    assert prepare(variables) is None  # as in the other processes of a run, which inherit it
+    others(cores - 1)
+    variables = {}
+    assert prepare(variables) is None and variables == CACHES
+
+
+@pytest.mark.parametrize(
+    "own", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "100"}, {"KMP_BLOCKTIME": "1"}, {"OMP_NUM_THREADS": "1"}]
+)
+def test_what_the_user_has_set_stays(own, others):
+    others(10_000)
+    variables = own | {"LRU_CACHE_CAPACITY": "7"}
+    assert prepare(variables) is None
+    assert variables == CACHES | own | {"LRU_CACHE_CAPACITY": "7"}
+
+
+def test_other_tasks_are_counted():
+    assert 0 <= other_tasks() < 100_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp shows its settings on Linux")
+def test_it_is_set_before_the_threads_are_made():
+    """libgomp prints the policy that it uses when torch loads it."""
+    code = (
+        "from contextlib import suppress\n"
+        "from diffora.cli import environment, train; environment.other_tasks = lambda: 10_000\n"
+        "with suppress(SystemExit): train.main(['--help'])\n"
+        "import torch; torch.ones(2) + 1"
+    )
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables | {"OMP_DISPLAY_ENV": "true"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "wait passively" not in done.stdout + done.stderr  # a run says it, not the help
