@@ -203,7 +203,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
                 "task.score": "generation", "task.prompt": "'the {prompt} so '",
                 "task.forgetting.path": "texts/texts.txt"}),
         (f"{TALK} ++task.score=generation ++task.generation.max_new_tokens=2", {
-            "task.generation.max_new_tokens": "6", "task.generation.answer": "'(the)'", "task.generation.rows": "2",
+            "task.generation.max_new_tokens": "1000", "task.generation.answer": "'(the)'", "task.generation.rows": "2",
         }),
         (f"{TALK} ++task.forgetting.path=texts/texts.txt", {
             "task.forgetting.rows": "2", "task.forgetting.max_length": "4",
