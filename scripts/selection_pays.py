@@ -14,6 +14,7 @@ adapter. Runs with a time budget have it for some layers; between these it is li
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,14 +146,17 @@ def picture(columns: Mapping[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(5.2 * len(columns), 4.6), layout="constrained")
     for axes, (name, column) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
-        for row, of in column["rows"].items():
-            values, at = list(by_seed(of, "validation").values()), shares(column, of)
-            if not at:
-                continue
-            x, y = sum(at) / len(at), 100 * sum(values) / len(values)
-            axes.plot([x, x], [100 * min(values), 100 * max(values)], color="#bbbbbb", lw=1, zorder=1)
+        points_of = {
+            row: (shares(column, of), list(by_seed(of, "validation").values())) for row, of in column["rows"].items()
+        }
+        known = {row: (float(np.mean(at)), 100 * np.array(values)) for row, (at, values) in points_of.items() if at}
+        labels: dict[float, float] = {}  # where the last label of each share stands
+        for row, (x, values) in sorted(known.items(), key=lambda item: float(item[1][1].mean())):
+            y = float(values.mean())
+            axes.plot([x, x], [values.min(), values.max()], color="#bbbbbb", lw=1, zorder=1)
             axes.plot(x, y, "o", ms=4, color="#d55e00" if row == ALL else "#0072b2", zorder=2)
-            axes.annotate(row, (x, y), xytext=(4, 0), textcoords="offset points", size=6.5, va="center")
+            place = labels[round(x, 1)] = max(y, labels.get(round(x, 1), -math.inf) + 0.11)
+            axes.annotate(row, (x, y), xytext=(x + 0.015, place), size=6.5, va="center")
         axes.set_title(name, size=9)
         axes.set_xlabel("share of step time of LoRA on all modules, counted")
         axes.set_ylabel(f"{column['metric']} x 100 (line: lowest to highest seed)")
