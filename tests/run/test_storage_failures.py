@@ -68,7 +68,9 @@ def test_removing_the_folder_during_a_run_fails_the_run(cfg, tmp_path, monkeypat
 
 
 def test_removing_the_adapter_at_the_end_fails_the_run(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_predictions", lambda parts: shutil.rmtree(parts.folder / "adapter") or [])
+    monkeypatch.setattr(
+        experiment, "write_predictions", lambda parts: shutil.rmtree(parts.folder / "adapter") or ([], {})
+    )
     with pytest.raises(UserError, match=r"adapter/adapter_config.json.* is gone"):
         run(cfg(*SHORT_LORA, "finetune.epochs=1"), tmp_path / "run")
     assert read_record(tmp_path / "run")["status"] == "failed"

@@ -140,6 +140,7 @@ def put_into(mask: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (sequences, tokens, width).
 
+    >>> import torch
     >>> put_into(torch.tensor([[True, False], [True, True]]), torch.tensor([[1.0], [2.0], [3.0]])).squeeze(-1)
     tensor([[1., 0.],
             [2., 3.]])
