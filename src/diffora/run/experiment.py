@@ -307,9 +307,10 @@ def complete(parts: Parts, record: dict[str, Any], status: str) -> None:
         UserError: something removed files of the run while it was going on.
     """
     folder = parts.folder
+    before = result_files(folder, record)  # what is there now must still be there after the predictions
     files, scores = write_predictions(parts)
     record["metrics"] |= scores
-    record["files"] = [*result_files(folder, record), *files]
+    record["files"] = [*before, *files]
     if lost := missing_files(folder, record):
         raise UserError(f"{folder}: {', '.join(lost)} is gone; something removed it while the run went on")
     record["digests"] = file_digests(folder, result_files(folder, record))
