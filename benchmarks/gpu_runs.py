@@ -8,10 +8,7 @@ by length, evaluate once, and save.
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -22,7 +19,7 @@ from torch import nn
 
 from benchmarks.common import ALPHA, LR, Shape
 from benchmarks.report import REPO, spread
-from benchmarks.run import result_of
+from benchmarks.run import process, result_of
 from benchmarks.tokenise_rows import write_rows
 
 STEPS, VALIDATION_STEPS, REPETITIONS = 200, 20, 2
@@ -98,26 +95,9 @@ def peer(shape: Shape, data: Path, model: Path, compiles: bool, seed: int) -> li
     ]  # fmt: skip
 
 
-def timed(command: list[str], cache: Path) -> tuple[float, str]:
-    """(seconds, what it printed) of one run; both sides see their caches of earlier runs.
-
-    Raises:
-        SystemExit: the run failed.
-    """
-    environment = os.environ | {"DIFFORA_CACHE": f"{cache}/ours", "HF_HOME": f"{cache}/hf", "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command], cwd=REPO, env=environment, capture_output=True, text=True, check=False
-    )
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return seconds, done.stdout
-
-
 def one_of_ours(command: list[str], cache: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        seconds, _ = timed([*command, f"hydra.run.dir={folder}/run"], cache)
+        _, seconds, _, _ = process([*command, f"hydra.run.dir={folder}/run"], cache)
         record = json.loads((Path(folder) / "run" / "run.json").read_text())
     return {
         "wall_s": round(seconds, 2),
@@ -128,7 +108,7 @@ def one_of_ours(command: list[str], cache: Path) -> dict[str, Any]:
 
 
 def one_of_the_peer(command: list[str], cache: Path) -> dict[str, Any]:
-    seconds, stdout = timed(command, cache)
+    _, seconds, stdout, _ = process(command, cache)
     found = result_of(stdout)
     return {
         "wall_s": round(seconds, 2),

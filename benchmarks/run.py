@@ -94,9 +94,14 @@ def write_embedded(folder: Path) -> None:
         pa.parquet.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
-def process(arguments: list[str]) -> tuple[float, float, str, str]:
-    """Run Python with empty caches. Returns (when it began, seconds, stdout, stderr)."""
-    with tempfile.TemporaryDirectory() as cache:
+def process(arguments: list[str], cache: Path | None = None) -> tuple[float, float, str, str]:
+    """Run Python with the caches of a folder, or with empty ones. Returns (when it began, seconds, stdout, stderr).
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        cache = cache or Path(empty)
         environment = os.environ | {"DIFFORA_CACHE": f"{cache}/ours", "HF_HOME": f"{cache}/hf", "HF_HUB_OFFLINE": "1"}
         began = time.time()
         done = subprocess.run(

@@ -83,10 +83,9 @@ def documents(seed: int) -> Iterator[list[int]]:
             yield [BOS, *turns]
 
 
-def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless padded batches (size, length). Documents of similar length are in one batch."""
+def batches(source: Iterator[list[int]], size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless padded batches (size, length) of documents. Those of similar length are in one batch."""
     shuffle = random.Random(seed)
-    source = documents(seed)
     while True:
         rows = sorted(islice(source, 16 * size), key=len)
         starts = list(range(0, len(rows), size))
@@ -102,9 +101,8 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
 
 
-def main() -> None:
-    args = options(__doc__ or "", "tiny_llama", steps=2500, batch_size=48, layers=4, hidden=96, intermediate=256)
-    tokenizer = build_tokenizer()
+def small_llama(args: Any, tokenizer: PreTrainedTokenizerFast, max_length: int) -> LlamaForCausalLM:
+    """A Llama of the given size, with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -112,14 +110,20 @@ def main() -> None:
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.heads // 2,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=END,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).train()
-    pretrain(model, tokenizer, batches(args.batch_size, args.seed), loss_of, args)
+    return LlamaForCausalLM(config).train()
+
+
+def main() -> None:
+    args = options(__doc__ or "", "tiny_llama", steps=2500, batch_size=48, layers=4, hidden=96, intermediate=256)
+    tokenizer = build_tokenizer()
+    model = small_llama(args, tokenizer, MAX_LENGTH)
+    pretrain(model, tokenizer, batches(documents(args.seed), args.batch_size, args.seed), loss_of, args)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ change; and lists of random words, each list twice. There is no question, and no
 import random
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from pretrain_tiny_llama import loss_of  # noqa: E402
+from pretrain_tiny_llama import batches, loss_of, small_llama  # noqa: E402
 from pretraining import options, pretrain  # noqa: E402
 
 from diffora.tasks.embedded import paraphrase, sums  # noqa: E402
@@ -89,37 +87,11 @@ def documents(seed: int) -> Iterator[list[int]]:
         yield [BOS, *(ids[word] for word in text.split()), EOS]
 
 
-def batches(size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless padded batches (size, length). Documents of similar length are in one batch."""
-    shuffle = random.Random(seed)
-    source = documents(seed)
-    while True:
-        rows = sorted(islice(source, 16 * size), key=len)
-        starts = list(range(0, len(rows), size))
-        shuffle.shuffle(starts)
-        for start in starts:
-            chosen = rows[start : start + size]
-            yield torch.tensor([row + [PAD] * (len(chosen[-1]) - len(row)) for row in chosen])
-
-
 def main() -> None:
     args = options(__doc__ or "", "tiny_sums", steps=3000, batch_size=48, layers=4, hidden=96, intermediate=256)
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.heads // 2,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config).train()
-    pretrain(model, tokenizer, batches(args.batch_size, args.seed), loss_of, args)
+    model = small_llama(args, tokenizer, MAX_LENGTH)
+    pretrain(model, tokenizer, batches(documents(args.seed), args.batch_size, args.seed), loss_of, args)
 
 
 if __name__ == "__main__":

@@ -373,7 +373,9 @@ def test_a_setting_that_no_run_has_is_still_refused(sweep):
 
 def test_missing_devices_are_reported_before_anything_starts(sweep, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(UserError, match=r"must be a multiple of 99"):
-        sweep("experiment=quickstart", "method=lora,bitfit", "trainer=cpu", "trainer.devices=99")
+    with pytest.raises(UserError, match=r"trainer\.devices=99 must be at most"):
+        sweep(
+            "experiment=quickstart", "method=lora,bitfit", "trainer=cpu", "trainer.devices=99", "finetune.batch_size=99"
+        )
     with pytest.raises(UserError, match="is the current folder"):
         sweep("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=''")

@@ -30,6 +30,7 @@ from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.squad import SquadTask
 
+CHAT = {"name": "chat", "score": "loss"}
 SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None}
 VOCAB, PAD = 60, 1  # not 0, to notice padding with a wrong value
 BERT = {
@@ -64,8 +65,14 @@ KINDS = {
     "classes": (small_task("mrpc"), "AutoModelForSequenceClassification"),
     "score": (small_task("stsb"), "AutoModelForSequenceClassification"),
     "span": (SquadTask(OmegaConf.create({"name": "squad", "unanswerable": False})), "AutoModelForQuestionAnswering"),
-    "tokens": (CausalLMTask(OmegaConf.create({"name": "chat", "packing": False})), "AutoModelForCausalLM"),
-    "packed": (CausalLMTask(OmegaConf.create({"name": "chat", "packing": True})), "AutoModelForCausalLM"),
+    "tokens": (
+        CausalLMTask(OmegaConf.create({**CHAT, "packing": False})),
+        "AutoModelForCausalLM",
+    ),
+    "packed": (
+        CausalLMTask(OmegaConf.create({**CHAT, "packing": True})),
+        "AutoModelForCausalLM",
+    ),
     "images": (Task(OmegaConf.create({"name": "images"})), "AutoModelForImageClassification"),
 }
 CASES = [

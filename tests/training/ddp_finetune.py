@@ -61,7 +61,7 @@ def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
 
 def gradients(batches: list[dict[str, Tensor]], criterion=None, fsdp: bool = False, **trainer) -> Tensor:
     """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty."""
-    task = CausalLMTask(OmegaConf.create({"name": "lm"}))
+    task = CausalLMTask(OmegaConf.create({"name": "lm", "score": "loss"}))
     model = decoder()
     if fsdp:
         trainer |= {

@@ -59,7 +59,7 @@ def test_the_loss_is_its_formula(shape, weights, smoothing):
 def test_parts_of_a_batch_add_up_with_weights_below_one(cut, smoothing):
     """The gradients of a step are those of the whole batch. Some parts have no term, all sums of weights are odd."""
     torch.set_num_threads(1)
-    task = ddp_finetune.CausalLMTask(SimpleNamespace(name="lm"))
+    task = ddp_finetune.CausalLMTask(SimpleNamespace(name="lm", score="loss"))
     weights = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 50 + 1e-3
     whole = [ddp_finetune.batch(i) for i in range(3)]
     parts = [ddp_finetune.some(b, slice(start, end)) for b in whole for start, end in zip([0, *cut], cut, strict=False)]

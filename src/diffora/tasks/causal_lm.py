@@ -61,7 +61,7 @@ To generate, write the conversation as in training:
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.generates = getattr(cfg, "score", "loss") == "generation"
+        self.generates = cfg.score == "generation"
         self.metrics = ("exact_match", "perplexity") if self.generates else ("perplexity",)
         self.main_metric = self.metrics[0]
         self.maximise = self.generates  # type: ignore[misc]

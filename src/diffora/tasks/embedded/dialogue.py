@@ -20,17 +20,12 @@ import random
 from dataclasses import dataclass
 from typing import Annotated
 
-import datasets
-import pyarrow as pa
-
-from diffora.errors import UserError
 from diffora.settings.checks import ROWS, Help, whole
-from diffora.tasks.account import Account
-from diffora.tasks.causal_lm import CausalLMTask
-from diffora.tasks.chat.conversations import SCHEMA
 from diffora.tasks.chat.forms import Turn
 from diffora.tasks.chat.settings import LanguageSettings
 from diffora.tasks.embedded import paraphrase
+from diffora.tasks.embedded.distinct import distinct
+from diffora.tasks.embedded.generated import GeneratedTask
 from diffora.tasks.embedded.paraphrase import ACTS, PEOPLE, TIMES, TRAITS, past
 
 SEED = 0
@@ -96,18 +91,13 @@ def converse(rng: random.Random) -> list[Turn]:
 
 def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[list[Turn]]]:
     """Training and validation conversations. No two of them begin with the same sentence."""
-    taken: set[str] = set()
-    found: dict[str, list[list[Turn]]] = {}
-    for name, rows in (("train", train_rows), ("validation", validation_rows)):
-        rng = random.Random(f"dialogue-{name}-{seed}")
-        found[name] = []
-        while len(found[name]) < rows:
-            turns = converse(rng)
-            told = turns[0]["content"].split(" . ")[0]
-            if told not in taken:
-                taken.add(told)
-                found[name].append(turns)
-    return found
+
+    def one(rng: random.Random) -> tuple[str, list[Turn]]:
+        turns = converse(rng)
+        return turns[0]["content"].split(" . ")[0], turns
+
+    sizes = {"train": train_rows, "validation": validation_rows}
+    return distinct(sizes, lambda name: f"dialogue-{name}-{seed}", one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,24 +108,10 @@ class DialogueSettings(LanguageSettings):
     validation_rows: Annotated[int, whole(2, ROWS), Help("Validation conversations to generate.", "rows")]
 
 
-class DialogueTask(CausalLMTask):
+class DialogueTask(GeneratedTask):
     """Generated conversations: ``task.train_rows`` for training and ``task.validation_rows`` for validation."""
 
     settings = DialogueSettings
 
-    def tables(self) -> tuple[dict[str, pa.Table], str]:
-        made = splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)
-        tables = {
-            name: pa.Table.from_pylist(
-                [{"number": i, "messages": turns, "text": ""} for i, turns in enumerate(rows, start=1)], schema=SCHEMA
-            )
-            for name, rows in made.items()
-        }
-        self.accounts |= {name: Account(len(rows)) for name, rows in made.items()}
-        return tables, f"embedded:{self.name}"
-
-    def load_split(self, split: str) -> datasets.Dataset:
-        tables, _ = self.tables()
-        if split not in tables:
-            raise UserError(f"split={split}: task '{self.name}' has the splits {', '.join(tables)}")
-        return datasets.Dataset(tables[split])
+    def made(self) -> dict[str, list[list[Turn]]]:
+        return splits(self.cfg.train_rows, self.cfg.validation_rows, SEED)

@@ -16,6 +16,7 @@ from diffora.settings.checks import ROWS, Help, whole
 from diffora.tasks.account import Account
 from diffora.tasks.base import Rows
 from diffora.tasks.embedded.dialogue import converse
+from diffora.tasks.embedded.distinct import distinct
 from diffora.tasks.pairs.task import PairSettings, PairTask
 
 SEED = 0
@@ -23,18 +24,13 @@ SEED = 0
 
 def splits(train_rows: int, validation_rows: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Training and validation pairs (source, target). No two of them have the same sentence."""
-    taken: set[str] = set()
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, rows in (("train", train_rows), ("validation", validation_rows)):
-        rng = random.Random(f"rewrite-{name}-{seed}")
-        found[name] = []
-        while len(found[name]) < rows:
-            asked, answer = (turn["content"] for turn in converse(rng)[:2])
-            told = asked.split(" . ")[0]
-            if told not in taken:
-                taken.add(told)
-                found[name].append((asked, answer))
-    return found
+
+    def one(rng: random.Random) -> tuple[str, tuple[str, str]]:
+        asked, answer = (turn["content"] for turn in converse(rng)[:2])
+        return asked.split(" . ")[0], (asked, answer)
+
+    sizes = {"train": train_rows, "validation": validation_rows}
+    return distinct(sizes, lambda name: f"rewrite-{name}-{seed}", one)
 
 
 @dataclass(frozen=True, kw_only=True)

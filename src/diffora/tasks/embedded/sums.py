@@ -17,16 +17,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated
 
-import datasets
-import pyarrow as pa
-
-from diffora.errors import UserError
 from diffora.settings.checks import ROWS, Help, whole
-from diffora.tasks.account import Account
-from diffora.tasks.causal_lm import CausalLMTask
-from diffora.tasks.chat.conversations import SCHEMA
+from diffora.tasks.chat.forms import Turn
 from diffora.tasks.chat.settings import LanguageSettings
 from diffora.tasks.embedded import paraphrase
+from diffora.tasks.embedded.distinct import distinct
+from diffora.tasks.embedded.generated import GeneratedTask
 from diffora.tasks.embedded.paraphrase import PEOPLE, THINGS
 
 SEED = 0
@@ -96,17 +92,12 @@ def problem(rng: random.Random, level: int) -> tuple[str, str]:
 
 def splits(sizes: dict[str, int], level: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Problems for each split, by its name. No two of them have the same question."""
-    taken: set[str] = set()
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, rows in sizes.items():
-        rng = random.Random(f"sums-{name}-{level}-{seed}")
-        found[name] = []
-        while len(found[name]) < rows:
-            asked, answer = problem(rng, level)
-            if asked not in taken:
-                taken.add(asked)
-                found[name].append((asked, answer))
-    return found
+
+    def one(rng: random.Random) -> tuple[str, tuple[str, str]]:
+        asked, answer = problem(rng, level)
+        return asked, (asked, answer)
+
+    return distinct(sizes, lambda name: f"sums-{name}-{level}-{seed}", one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +110,7 @@ class SumsSettings(LanguageSettings):
     level: Annotated[int, whole(1, 3), Help("Most changes in a problem.", "changes")]
 
 
-class SumsTask(CausalLMTask):
+class SumsTask(GeneratedTask):
     """Generated word problems, scored by the model's answers.
 
     Without ``task.forgetting.path``, what the model forgets is measured on generated stories like those of its
@@ -132,32 +123,15 @@ class SumsTask(CausalLMTask):
         super().__init__(cfg)
         self.test_splits = ("test",)
 
-    def tables(self) -> tuple[dict[str, pa.Table], str]:
+    def made(self) -> dict[str, list[list[Turn]]]:
         sizes = {name: getattr(self.cfg, f"{name}_rows") for name in ("train", "validation", "test")}
-        made = splits(sizes, self.cfg.level, SEED)
-        tables = {name: pa.Table.from_pylist(_rows(problems), schema=SCHEMA) for name, problems in made.items()}
-        self.accounts |= {name: Account(len(rows)) for name, rows in made.items()}
-        return tables, f"embedded:{self.name}"
-
-    def load_split(self, split: str) -> datasets.Dataset:
-        tables, _ = self.tables()
-        if split not in tables:
-            raise UserError(f"split={split}: task '{self.name}' has the splits {', '.join(tables)}")
-        return datasets.Dataset(tables[split])
+        return {
+            name: [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in rows]
+            for name, rows in splits(sizes, self.cfg.level, SEED).items()
+        }
 
     def read_texts(self) -> list[str]:
         if self.cfg.forgetting.path is not None:
             return super().read_texts()
         stories = paraphrase.corpus(self.cfg.forgetting.rows, STORIES)
         return [" ".join(f"{sentence} ." for sentence in story) for story in islice(stories, self.cfg.forgetting.rows)]
-
-
-def _rows(problems: list[tuple[str, str]]) -> list[dict[str, object]]:
-    return [
-        {
-            "number": i,
-            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
-            "text": "",
-        }
-        for i, (asked, answer) in enumerate(problems, start=1)
-    ]
