@@ -54,7 +54,8 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """For each column its facts and its masks: selected modules, results and hashes of runs by seed; high is good.
 
     Raises:
-        SystemExit: a row has another selection or other data with another seed, so that it is no mask.
+        SystemExit: a row has another selection or other data with another seed, so that it is no mask; or there are two
+            runs of one row, column and seed.
     """
     columns: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -78,6 +79,10 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         if mask["selected"] != selected or column["data"] != run.get("data_hash"):
             what = "selection" if mask["selected"] != selected else "data"
             sys.exit(f"error: {run['column']}, {run['row']}, seed {run['seed']} has another {what} than the others")
+        if str(run["seed"]) in mask["values"]:
+            sys.exit(
+                f"error: two runs are {run['column']}, {run['row']}, seed {run['seed']}: give a folder with one of them"
+            )
         value = run["metrics"][f"validation/{run['main_metric']}"]
         factor = (1 if facts["maximise"] else -1) * (100 if column["points"] else 1)
         mask["values"][str(run["seed"])] = factor * value

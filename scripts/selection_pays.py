@@ -46,7 +46,11 @@ def lowest_layer(run: Run) -> int:
 
 
 def rows_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each column: shares of step time by lowest layer, and for each row its size, layer and metrics by seed."""
+    """For each column: shares of step time by lowest layer, and for each row its size, layer and metrics by seed.
+
+    Raises:
+        SystemExit: there are two runs of one row, column and seed.
+    """
     found: dict[str, Any] = {}
     for run in runs:
         column = found.setdefault(run["column"], {"metric": run["main_metric"], "shares": {}, "rows": {}})
@@ -55,7 +59,10 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Any]:
         metrics = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         facts = {"parameters": run["params"]["adapter"], "lowest": lowest_layer(run), "config_hash": run["config_hash"]}
         facts["layers"] = sum(map(bool, run["selection"]["selected"]))
-        column["rows"].setdefault(run["row"], {})[str(run["seed"])] = metrics | facts
+        of_row, seed = column["rows"].setdefault(run["row"], {}), str(run["seed"])
+        if seed in of_row:
+            sys.exit(f"error: two runs are {run['row']}, {run['column']}, seed {seed}: give a folder with one of them")
+        of_row[seed] = metrics | facts
     for column in found.values():
         column["rows"] = {name: {"seeds": seeds} for name, seeds in column["rows"].items()}
     return found

@@ -62,6 +62,14 @@ def test_differences_are_paired_over_seeds(columns):
     assert "search" in script.main_table(columns["sst2"]) and "+1.9" in script.question_table(columns)
 
 
+def test_two_runs_of_one_seed_are_refused(columns, tmp_path):
+    twice = tmp_path / "again"
+    twice.mkdir()
+    (twice / "run.json").write_text((tmp_path / "search-0" / "run.json").read_text())
+    with pytest.raises(SystemExit, match="two runs are search, sst2, seed 0"):
+        script.rows_of(script.completed(tmp_path))
+
+
 def test_without_a_run_the_script_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["selection_pays.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="no finished run"):
