@@ -183,7 +183,9 @@ class Trainer:
     ]
     num_workers: Annotated[int, whole(0, 256), Help("Processes that load batches; 0: the main process.")]
     num_proc: Annotated[
-        int, whole(1, 256), Help("Processes that tokenise the rows before training; the result is the same.")
+        int,
+        whole(1, 256),
+        Help("Processes that tokenise the rows before training (SQuAD: always one); the result is the same."),
     ] = 1
     compile: Annotated[
         bool,
