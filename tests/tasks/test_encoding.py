@@ -119,7 +119,7 @@ def test_every_task_encodes_the_same_with_two_processes(overrides, cfg, tmp_path
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import datasets, pyarrow as pa
 from diffora.tasks.cache import cached
@@ -131,6 +131,7 @@ def encode(rows, start):
     return {"n": rows["n"]}
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore the signal
     rows = datasets.Dataset(pa.table({"n": list(range(100))}))
     ranges = [(start, start + 10) for start in range(0, 100, 10)]
     types = {"n": pa.int64(), "row": pa.int32()}
