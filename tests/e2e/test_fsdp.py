@@ -32,6 +32,16 @@ def runs(tmp_path_factory) -> dict[str, list[str]]:
         "parts": ["method=rm_lora", *TEXT, "finetune.accumulate=2"],
         "half": ["method=lora", *TEXT, "model.dtype=bfloat16", "trainer.gradient_checkpointing=true"],
         "written": ["method=lora", *written],
+        # In most batches, one process has no row to generate for.
+        "few": ["method=lora", *written, "task.generation.rows=4", "finetune.eval_batch_size=2"],
+        "texts": [
+            "method=lora",
+            "task=sums",
+            "model=tiny_sums",
+            "task.train_rows=16",
+            "task.validation_rows=8",
+        ],  # forgetting
+        "row": ["method=lora", *TEXT, "model.layer='.'", "model.candidates=[deberta.encoder.layer.0.output.dense]"],
     }
 
 
@@ -59,7 +69,7 @@ def metrics_in(folder: Path) -> dict[str, float]:
     return record["metrics"]
 
 
-@pytest.mark.parametrize("name", ["lora", "warm", "parts", "half", "written"])
+@pytest.mark.parametrize("name", ["lora", "warm", "parts", "half", "written", "few", "texts", "row"])
 def test_metrics_selection_and_export_are_those_of_one_process(places, name):
     one, two = (place / name for place in places)
     assert metrics_in(two) == pytest.approx(metrics_in(one), rel=2e-3 if name == "half" else 1e-4, abs=1e-5)

@@ -1,9 +1,12 @@
 """What `trainer=fsdp` refuses. tests/training/test_finetune.py and tests/e2e/test_fsdp.py run it."""
 
 import pytest
+import torch
+from torch import nn
 
 from diffora.errors import UserError
 from diffora.run.check import check
+from diffora.tasks.generation import with_others
 
 BASE = ["task=paraphrase", "model=tiny", "trainer=ddp_cpu", "trainer.strategy=fsdp"]
 
@@ -21,6 +24,10 @@ def test_methods_that_add_parameters_are_accepted(cfg, method):
         (["method=full_ft"], "method=full_ft trains all of them: use trainer.strategy=ddp"),
         (["method=lora", "trainer.compile=true"], "does not go with trainer.compile=true"),
         (["method=lora", "trainer.precision=16-mixed"], "does not go with trainer.precision=16-mixed"),
+        (
+            ["method=lora", "task=dialogue", "model=tiny_llama", "task.forgetting.path=t.txt"],
+            "task.forgetting.path=t.txt",
+        ),
         (["method=diffora", "search.order=2"], "does not go with search.order=2"),
         (["method=diffora", "method.selector=fisher"], "does not go with method.selector=fisher"),
     ],
@@ -39,3 +46,10 @@ def test_all_mistakes_come_at_once(cfg):
 
 def test_a_selection_from_elsewhere_needs_no_selector(cfg):
     check(cfg(*BASE, "method=random"))
+
+
+def test_a_process_without_chosen_rows_generates_with_the_others():
+    model, chosen, none = nn.Module(), torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool)
+    assert with_others(model, none).tolist() == [False, False]
+    model._is_fsdp_managed_module = True
+    assert with_others(model, none).tolist() == [True, False] and with_others(model, chosen) is chosen

@@ -1,6 +1,7 @@
 """task=seq2seq: rows, loss, generated text, and whole runs."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -21,7 +22,7 @@ from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.batches import parts_of
 from diffora.tasks.pairs.read import LONGEST
-from diffora.tasks.pairs.task import evenly
+from diffora.tasks.pairs.task import PairTask, evenly
 from diffora.training.finetune import FineTuneModule
 
 KIND = "AutoModelForSeq2SeqLM"
@@ -398,3 +399,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(composed, tmp_path, monkeyp
     resumed = run(composed("bart", *settings, "resume=true"), tmp_path / "part")
     assert resumed.record["metrics"] == whole.record["metrics"]
     assert resumed.selection.gamma_bar == whole.selection.gamma_bar
+
+
+def test_no_rows_give_no_texts():
+    task = PairTask.__new__(PairTask)
+    task._tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [""])  # as transformers does for no rows
+    assert task._texts(torch.zeros(0, 5, dtype=torch.long)) == []

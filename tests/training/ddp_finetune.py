@@ -59,10 +59,19 @@ def some(whole: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     return {key: value[rows] for key, value in whole.items()}
 
 
-def gradients(batches: list[dict[str, Tensor]], criterion=None, fsdp: bool = False, **trainer) -> Tensor:
-    """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty."""
+def gradients(
+    batches: list[dict[str, Tensor]], criterion=None, fsdp: bool = False, other: bool = False, **trainer
+) -> Tensor:
+    """(steps, trained parameters): the gradients that the optimiser gets, including those of a penalty.
+
+    With ``other``, the weights that every process holds are others at first, as after a method that rounds differently.
+    """
     task = CausalLMTask(OmegaConf.create({"name": "lm", "score": "loss"}))
     model = decoder()
+    if other:
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad or p.ndim < 2):
+                parameter.add_(0.1)
     if fsdp:
         trainer |= {
             "strategy": Sharded(Backbone.of(model), ["transformer.h.0", "transformer.h.1"]),
@@ -124,8 +133,9 @@ def main(folder: Path) -> None:
         batches = [some(batch(i), slice(rank, None, world)) for i in range(STEPS)]
         if parts > 1:
             batches = [some(whole, rows) for whole in batches for rows in (slice(1), slice(1, None))]
-        for kind in ({"strategy": "ddp"}, {"fsdp": True}):
-            found = gradients(batches, devices=world, accumulate_grad_batches=parts, **kind)
+        # FSDP: a machine may have more devices than processes were started (trainer.devices=auto).
+        for kind in ({"strategy": "ddp", "devices": world}, {"fsdp": True, "devices": world + parts - 1}):
+            found = gradients(batches, accumulate_grad_batches=parts, other=rank > 0, **kind)
             torch.save(found, folder / f"{next(iter(kind))}-{parts}-{rank}.pt")
     check_averages(rank)
     torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends

@@ -13,7 +13,8 @@ from diffora.loop.data import whole_loader
 from diffora.tasks.base import Collate, Outputs, Split, Task
 
 
-@torch.inference_mode()
+# Not inference mode: a divided model (FSDP2) keeps the tensors that it collects weights in.
+@torch.no_grad()
 def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_size: int, trainer: Any) -> Outputs:
     """`Task.outputs` for all rows of a split, in their order, on the CPU. The model returns to its device and mode.
 

@@ -48,8 +48,20 @@ class Sharded(ModelParallelStrategy):
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        environment, n = self.cluster_environment, self.num_nodes * self.num_processes
+        assert environment is not None
+        # torchrun may have started fewer processes than there are devices (trainer.devices=auto).
+        self._data_parallel_size = environment.world_size() if environment.creates_processes_externally else n
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move the model, and give all processes the values of the first one, as DDP does.
+
+        They may differ by rounding where a method computes its first A and B from weights or data (PiSSA, EVA).
+        """
+        super().model_to_device()
+        assert self.model is not None
+        share_first(whole_tensors(self.model))
 
     def divide(self) -> None:
         """Divide the frozen matrices among the processes. A second call, in a second stage, changes nothing."""
@@ -64,7 +76,7 @@ class Sharded(ModelParallelStrategy):
         for name in self.backbone.untrained:  # the export writes these, and only one process exports
             whole |= set(model.get_submodule(name).parameters())
         mesh = self.device_mesh["data_parallel"]
-        for name in self.layers:
+        for name in filter(None, self.layers):  # model.layer='.' names the model itself
             fully_shard(model.get_submodule(name), mesh=mesh, ignored_params=whole)
         fully_shard(model, mesh=mesh, ignored_params=whole)
         model._is_fsdp_managed_module = True  # transformers: generate until all processes are done
@@ -110,6 +122,11 @@ def problems(settings: Settings) -> Iterator[str]:
             f"{said} does not go with predict=true: predict afterwards on one device, "
             f"`{called('evaluate')} run=<the run directory> split=test`"
         )
+    if path := getattr(getattr(settings.task, "forgetting", None), "path", None):
+        yield (
+            f"{said} does not go with task.forgetting.path={path}, because the loss on these texts is measured before "
+            "the model is divided, on one device: leave it out (task.forgetting.path=null)"
+        )
     if search is None or method.scoring is None:
         return
     if method.scoring.selector not in SELECTORS:
@@ -120,6 +137,22 @@ def problems(settings: Settings) -> Iterator[str]:
         )
     if search.order == 2:
         yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
+
+
+def whole_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a model that are not divided."""
+    from torch.distributed.tensor import DTensor
+
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if not isinstance(tensor, DTensor)]
+
+
+@torch.no_grad()
+def share_first(tensors: Sequence[Tensor]) -> None:
+    """Give all processes the values that the first one has."""
+    for tensor in tensors:
+        values = tensor.detach().contiguous()
+        torch.distributed.broadcast(values, 0)
+        tensor.detach().copy_(values)
 
 
 @torch.no_grad()

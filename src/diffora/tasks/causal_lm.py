@@ -34,7 +34,7 @@ from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.prompts import reference, reference_problem, shape_problem, with_prompts
 from diffora.tasks.chat.settings import CausalLMSettings
 from diffora.tasks.chat.tokens import PLACE, encode
-from diffora.tasks.generation import evenly, generate
+from diffora.tasks.generation import evenly, generate, with_others
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.sources.files import check_folder, find_file, has_validation
 from diffora.tasks.sources.hub import hub_splits
@@ -310,9 +310,10 @@ To generate, write the conversation as in training:
         chosen = torch.ones_like(batch["generated"]) if final else batch["generated"]
         most, pad = self.cfg.generation.max_new_tokens, self._tokenizer.pad_token_id or 0
         text = torch.full((len(chosen), most), pad, dtype=torch.long, device=chosen.device)
-        if chosen.any():
-            prompts = {"input_ids": batch["prompt_ids"][chosen], "attention_mask": batch["prompt_mask"][chosen]}
-            text[chosen] = generate(model, prompts, most, pad, self._tokenizer.eos_token_id)
+        wanted = with_others(model, chosen)
+        if wanted.any():
+            prompts = {"input_ids": batch["prompt_ids"][wanted], "attention_mask": batch["prompt_mask"][wanted]}
+            text[wanted] = generate(model, prompts, most, pad, self._tokenizer.eos_token_id)
         return found | {"generated": chosen, "text": text}
 
     @property

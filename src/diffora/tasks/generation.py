@@ -55,6 +55,20 @@ def generate(
     return F.pad(text, (0, most - text.shape[1]), value=pad)
 
 
+def with_others(model: Any, chosen: Tensor) -> Tensor:
+    """The rows of a batch to generate for: those that are chosen, or the first one if all processes have to generate.
+
+    With ``trainer.strategy=fsdp`` all processes run the model together. One that has no chosen row in its batch must
+    generate too, because the others would wait for it. What it generates is not used.
+
+    Args:
+        chosen: boolean [n].
+    """
+    if getattr(model, "_is_fsdp_managed_module", False) and not chosen.any():
+        return torch.arange(len(chosen), device=chosen.device) == 0
+    return chosen
+
+
 def evenly(rows: int, most: int | None) -> np.ndarray:
     """At most ``most`` of the numbers 0 to ``rows`` - 1, evenly spaced; None for all."""
     if most is None or most >= rows:

@@ -23,7 +23,7 @@ from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.causal_lm import exponential
 from diffora.tasks.chat.loss import aligned_losses
-from diffora.tasks.generation import evenly, generate
+from diffora.tasks.generation import evenly, generate, with_others
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.pairs.batches import PairCollator
 from diffora.tasks.pairs.encode import encode
@@ -184,9 +184,10 @@ the source as in training. To continue training, load with `is_trainable=True`.
         g, pad = self.cfg.generation, self._tokenizer.pad_token_id
         longest = g.max_new_tokens or self.cfg.max_target_length
         text = torch.full((len(chosen), longest), pad, dtype=torch.long, device=chosen.device)
-        if chosen.any():
-            wanted = {name: batch[name][chosen] for name in ("input_ids", "attention_mask")}
-            text[chosen] = generate(model, wanted, longest, pad, num_beams=g.num_beams)
+        wanted = chosen if g.rows == 0 else with_others(model, chosen)
+        if wanted.any():
+            inputs = {name: batch[name][wanted] for name in ("input_ids", "attention_mask")}
+            text[wanted] = generate(model, inputs, longest, pad, num_beams=g.num_beams)
         return text
 
     def score(self, outputs: Outputs, split: Split) -> dict[str, float]:
@@ -202,6 +203,8 @@ the source as in training. To continue training, load with `is_trainable=True`.
         )
 
     def _texts(self, ids: Tensor) -> list[str]:
+        if not len(ids):
+            return []  # batch_decode would take this as one empty text
         found: list[str] = self._tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
         return [text.strip() for text in found]
 
