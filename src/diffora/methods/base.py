@@ -54,7 +54,7 @@ class Adaptation:
         return None
 
     def after_backward(self) -> None:
-        """Called when the gradients of a step are complete, before they are clipped."""
+        """Called once a step when its gradients are complete, averaged over processes, and not yet clipped."""
 
     def after_step(self, step: int, lr: float) -> None:
         """Called after optimiser step ``step`` with learning rate ``lr``, before the gradients are cleared."""

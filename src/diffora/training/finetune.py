@@ -120,7 +120,7 @@ class FineTuneModule(Stage):
         self.trainer.check_val_every_n_epoch = 1 if self.checkpoint_due else self.current_epoch + 2
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Unscale the gradients, and rescale them to the mean over all terms of the step."""
+        """Unscale the gradients, and rescale them to the mean over all terms of the step. Then the method's hook."""
         # For an optimiser that unscales by itself (a fused one), Lightning does not do it before clipping.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -129,6 +129,7 @@ class FineTuneModule(Stage):
             # Lightning divided the loss by the number of micro-batches, and `_loss_weight` by the terms of the first.
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, parts * self._first_terms / _or_one(self._all_terms))
+        self.adaptation.after_backward()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -197,9 +198,6 @@ class FineTuneModule(Stage):
         """Mean seconds of an optimiser step, without evaluation; None if there was no step to measure."""
         batch = self._stepping.mean
         return None if batch is None else batch * self.settings.accumulate
-
-    def on_after_backward(self) -> None:
-        self.adaptation.after_backward()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         rate = self._rate()
