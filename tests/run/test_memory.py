@@ -147,6 +147,19 @@ def test_parts_and_devices_share_a_batch(cfg):
     assert memory.rows_at_a_time(composed, composed.finetune) == 4
 
 
+def test_machines_share_a_batch_and_divided_weights_are_counted_once(cfg):
+    composed = cfg("task=mrpc", "finetune.batch_size=12", "trainer=ddp_cpu", "trainer.num_nodes=3")
+    assert memory.rows_at_a_time(composed, composed.finetune) == 2
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(8))})
+    model.requires_grad_(False)
+    model.head = nn.Linear(4, 2)
+    places = [f"layers.{number}" for number in range(8)]
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert memory.divided_bytes(model, places, 1) == whole
+    matrices = 32 + 8 * 16  # numbers in frozen matrices; of these, a share, the table, and two layers
+    assert memory.divided_bytes(model, places, 4) == whole - 4 * matrices + 4 * (matrices // 4 + 32 + 2 * 16)
+
+
 def test_shared_parameters_stay_shared():
     shared = nn.Linear(4, 4, device="meta")
     model = nn.Sequential(shared, nn.Linear(4, 4, device="meta"), shared, nn.BatchNorm1d(4, device="meta"))

@@ -3,6 +3,7 @@
 import logging
 import time
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     if step_time:
         print(f"time budget: {words(step_time, grid)}")
     searched = grid if selector and trains(selector) else None
-    record["memory"] = {"estimate": _memory(settings, task, backbone, searched)}
+    record["memory"] = {"estimate": _memory(settings, task, backbone, searched, grid.layers)}
     terminal.print_memory(record["memory"]["estimate"])
     if (read_record(folder) or {}).get("status") not in ENDED and not has_work(folder):  # keep the record of a run
         write_record(folder, record)
@@ -103,7 +104,9 @@ def _meta_backbone(settings: Settings, task: Task) -> Backbone:
         raise UserError(f"model.config is not the shape of a transformers model: {first_line(error)}") from error
 
 
-def _memory(settings: Settings, task: Task, adapted: Backbone, searched: Grid | None) -> dict[str, Any]:
+def _memory(
+    settings: Settings, task: Task, adapted: Backbone, searched: Grid | None, places: Sequence[str]
+) -> dict[str, Any]:
     """Estimates of memory by stage, in MB. A stage that cannot be measured is left out, with a warning.
 
     Args:
@@ -111,6 +114,7 @@ def _memory(settings: Settings, task: Task, adapted: Backbone, searched: Grid | 
         task: the task.
         adapted: the model, adapted for fine-tuning. It cannot be used afterwards.
         searched: the grid of a search, if there is one.
+        places: full names of the model's layers.
     """
 
     def search() -> memory.Estimate:
@@ -119,10 +123,10 @@ def _memory(settings: Settings, task: Task, adapted: Backbone, searched: Grid | 
         everything = torch.ones(searched.n_layers, searched.n_types, dtype=torch.bool)
         rank, alpha, kernel = settings.search.rank, settings.method.alpha, settings.model.kernel
         attached = attach(model, searched.names, everything, rank, None, alpha, freeze=False, kernel=kernel)
-        return memory.of_search(settings, task, model, attached)
+        return memory.of_search(settings, task, model, attached, places)
 
     stages = {"search": search} if searched is not None else {}
-    stages["finetune"] = lambda: memory.of_finetuning(settings, task, _checkpointing(settings, adapted))
+    stages["finetune"] = lambda: memory.of_finetuning(settings, task, _checkpointing(settings, adapted), places)
     found = {}
     for name, measure in stages.items():
         try:

@@ -7,7 +7,7 @@ fragmentation, and the memory of the libraries themselves.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
 from diffora.core.lowrank import Layers, set_gates
 from diffora.core.split import divided, shared_tables
+from diffora.loop.sharded import FSDP
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Batch, Task
 
@@ -37,7 +38,8 @@ class Estimate:
     """Bytes that one process needs at the peak of a training step.
 
     Attributes:
-        weights: of the whole model, with adapters.
+        weights: of the whole model, with adapters. With ``trainer.strategy=fsdp``, the process's part of the frozen
+            matrices, what it collects of them, and all other weights.
         optimiser: AdamW's two moments of the trained parameters.
         activations: everything that a step allocates, gradients and logits included.
         shape: of the batch, rows first.
@@ -101,22 +103,28 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def of_finetuning(settings: Settings, task: Task, model: nn.Module) -> Estimate:
-    """The estimate for a fine-tuning step of an adapted model on the meta device. The model cannot be used again."""
+def of_finetuning(settings: Settings, task: Task, model: nn.Module, places: Sequence[str] = ()) -> Estimate:
+    """The estimate for a fine-tuning step.
+
+    Args:
+        model: adapted, on the meta device. It cannot be used again.
+        places: full names of its layers, for ``trainer.strategy=fsdp``.
+    """
     rows = rows_at_a_time(settings, settings.finetune)
 
     def step(batch: Batch) -> None:
         task.loss(model(**task.inputs(batch)), batch).backward()
 
-    return _measure(settings, task, model, rows, step)
+    return _measure(settings, task, model, rows, step, places)
 
 
-def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers) -> Estimate:
+def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers, places: Sequence[str] = ()) -> Estimate:
     """The estimate for a step of the bi-level search.
 
     Args:
         model: on the meta device, with a low-rank layer at each place of the grid. It cannot be used again.
         layers: these layers, L x N; None where a layer of the model has no such module.
+        places: full names of the model's layers, for ``trainer.strategy=fsdp``.
     """
     together = settings.search.update == "simultaneous"
     rows = rows_at_a_time(settings, settings.search)
@@ -159,7 +167,7 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers) 
         gamma = torch.zeros(len(layers), len(layers[0]), requires_grad=True)  # shapes matter, not values
         (simultaneously if together else alternating)(batch, gamma, trained)
 
-    return _measure(settings, task, model, 2 * rows if together else rows, step)
+    return _measure(settings, task, model, 2 * rows if together else rows, step, places)
 
 
 def _part(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
@@ -167,9 +175,18 @@ def _part(values: Mapping[str, Any], rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _measure(settings: Settings, task: Task, model: nn.Module, rows: int, step: Callable[[Batch], None]) -> Estimate:
+def _measure(
+    settings: Settings,
+    task: Task,
+    model: nn.Module,
+    rows: int,
+    step: Callable[[Batch], None],
+    places: Sequence[str],
+) -> Estimate:
     quantise = settings.model.quantise
     weights, largest = _weight_bytes(model, quantise)
+    if settings.trainer.strategy == FSDP:
+        weights = divided_bytes(model, places, processes(settings))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     dtype = AUTOCAST.get(settings.trainer.precision)
     config: Any = model.config
@@ -198,7 +215,31 @@ def _weight_bytes(model: nn.Module, quantise: str | None) -> tuple[int, int]:
     return sum(tensors.values()), largest
 
 
+def divided_bytes(model: nn.Module, places: Sequence[str], n: int) -> int:
+    """Bytes of weights that one of ``n`` processes holds at a time with ``trainer.strategy=fsdp``.
+
+    It holds its part of the frozen matrices; those of two layers, because the next layer is collected early; the frozen
+    matrices outside the layers, such as embeddings; and everything else.
+
+    Args:
+        places: full names of the layers.
+    """
+    sizes = {tensor: tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]}
+    matrices = {p for p in model.parameters() if p.ndim > 1 and not p.requires_grad}
+    whole = sum(sizes[p] for p in matrices)
+    of_layers = [
+        sum(sizes[p] for p in matrices.intersection(model.get_submodule(place).parameters())) for place in places
+    ]
+    collected = whole - sum(of_layers) + sum(sorted(of_layers)[-2:])
+    return sum(sizes.values()) - whole + min(whole, -(-whole // n) + collected)
+
+
+def processes(settings: Settings) -> int:
+    """The number of processes; with ``trainer.devices=auto`` one for each machine, because it is not known here."""
+    devices = settings.trainer.devices if isinstance(settings.trainer.devices, int) else 1
+    return devices * settings.trainer.num_nodes
+
+
 def rows_at_a_time(settings: Settings, stage: Any) -> int:
     """Rows of a micro-batch: those that one process holds in memory at a time."""
-    devices = settings.trainer.devices if isinstance(settings.trainer.devices, int) else 1
-    return int(max(1, -(-stage.batch_size // (stage.accumulate * devices))))
+    return int(max(1, -(-stage.batch_size // (stage.accumulate * processes(settings)))))
