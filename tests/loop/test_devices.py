@@ -56,6 +56,24 @@ def test_too_many_gpus_are_named(found):
     assert problem == "trainer.devices=3 must be at most 2: this machine has 2 of them"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "words"),
+    [
+        (0, "auto", "trainer.devices=auto finds 1 here, and this is process 2 of this machine: name the number"),
+        (4, "cpu", "name the number of processes, trainer.devices=N"),
+        (1, "gpu", "--gpus-per-node, not --gpus-per-task"),
+        (2, "auto", None),
+    ],
+)
+def test_a_process_without_a_device_of_its_own_is_named(monkeypatch, gpus, accelerator, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        problems = list(machine._lonely_problems({name: "1"}, accelerator, "auto"))
+        assert problems == [] if words is None else words in problems[0]
+    assert list(machine._lonely_problems({}, accelerator, "auto")) == []
+    assert list(machine._lonely_problems({"LOCAL_RANK": "1"}, accelerator, 2)) == []
+
+
 def test_slurms_variables_without_its_launch_are_named(found, monkeypatch):
     """`SLURM_NTASKS=2` outside SLURM's own launch; the other variables are in tests/loop/test_launch.py."""
     monkeypatch.setenv("SLURM_NTASKS", "2")

@@ -109,6 +109,8 @@ def test_a_budget_below_the_forward_pass_is_refused_with_the_least_share(cfg, tm
         (["method=diffora", "method.time_budget=0"], "a number above 0, at most 1"),
         (["method=diffora", "method.time_budget=1.1"], "a number above 0, at most 1"),
         (["method=diffora", "method.time_budget=.6", "method.time_from=measured", "trainer.devices=2"], "one device"),
+        (["method=diffora", "method.time_budget=.6", "method.time_from=measured", "trainer.num_nodes=2"], "one device"),
+        (["method=diffora", "method.time_budget=.6", "method.time_from=measured", "trainer=ddp"], "one device"),
         (["method=diffora", "method.time_budget=.6", "method.time_from=measured", "trainer.compile=true"], "compile"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from diffora.errors import UserError, out_of_memory
 from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
@@ -88,7 +89,7 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
         deterministic=t.deterministic,
         logger=loggers or False,
         callbacks=callbacks,
-        plugins=[DigestCheckpointIO()],
+        plugins=[DigestCheckpointIO(), *slurm()],
         default_root_dir=parts.folder,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -98,6 +99,17 @@ def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], 
         detect_anomaly=parts.settings.debug is not None and parts.settings.debug.detect_anomaly,
         **more,
     )
+
+
+def slurm() -> list[SLURMEnvironment]:
+    """The environment of a process that srun started, without Lightning's requeueing; empty elsewhere.
+
+    When SLURM sends SIGUSR1, Lightning would write a checkpoint of its own into the run directory, whose name no later
+    run finds, and later runs would stop because of it.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():  # torchrun goes first, also inside SLURM
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, checkpoints: Path) -> UserError:

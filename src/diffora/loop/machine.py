@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -31,10 +31,35 @@ def check_machine(settings: Settings) -> None:
     t = settings.trainer
     if t.compile and (missing := list(_compile_problems())):
         raise UserError(missing)
-    if problems := list(launch_problems(os.environ, t.devices, t.num_nodes)) or _device_problems(
-        t.accelerator, t.devices, t.strategy, t.precision
-    ):
-        raise UserError(list(problems))
+    problems = (
+        list(launch_problems(os.environ, t.devices, t.num_nodes))
+        or list(_device_problems(t.accelerator, t.devices, t.strategy, t.precision))
+        or list(_lonely_problems(os.environ, t.accelerator, t.devices))
+    )
+    if problems:
+        raise UserError(problems)
+
+
+def found_devices(accelerator: str) -> int:
+    """How many devices ``trainer.devices=auto`` means on this machine."""
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    return max(gpus, 1)  # one CPU, or one GPU of Apple
+
+
+def _lonely_problems(environment: Mapping[str, str], accelerator: str, devices: object) -> Iterator[str]:
+    """A message if this process has no device of its own: the n-th process of a machine gets its n-th device."""
+    number = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+    there = found_devices(accelerator)
+    if devices != "auto" or not number.isdecimal() or int(number) < there:
+        return
+    said = f"trainer.devices=auto finds {there} here, and this is process {int(number) + 1} of this machine"
+    if torch.cuda.device_count() and accelerator != "cpu":
+        yield (
+            f"{said}: start one process for each GPU, and let each of them see all GPUs of its machine (in SLURM "
+            "--gpus-per-node, not --gpus-per-task)"
+        )
+    else:
+        yield f"{said}: name the number of processes, trainer.devices=N"
 
 
 def _compile_problems() -> Iterator[str]:

@@ -104,10 +104,12 @@ def _timing_problems(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``method.time_from=measured``."""
     if getattr(settings.method, "time_from", None) != "measured":
         return
-    if settings.trainer.devices not in (1, "auto"):
+    t = settings.trainer
+    several = t.strategy != "auto" if t.devices == "auto" else t.devices != 1
+    if several or t.num_nodes > 1:  # each process would find other layers
         yield (
-            f"method.time_from=measured times steps on one device, and trainer.devices={settings.trainer.devices}: use "
-            "method.time_from=model"
+            f"method.time_from=measured times steps on one device, and trainer.devices={t.devices} "
+            f"trainer.num_nodes={t.num_nodes}: use method.time_from=model"
         )
     if settings.trainer.compile:
         yield (
@@ -119,10 +121,11 @@ def _timing_problems(settings: Settings) -> Iterator[str]:
 def _prefix_problems(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``trainer.cache_prefix=true``."""
     t = settings.trainer
-    if t.cache_prefix and (t.devices != 1 or t.strategy == "fsdp"):
+    if t.cache_prefix and (t.devices != 1 or t.num_nodes > 1 or t.strategy == "fsdp"):
         yield (
-            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.strategy={t.strategy}: "
-            "one process computes the frozen layers; use trainer.devices=1 trainer.strategy=auto"
+            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.num_nodes={t.num_nodes} "
+            f"trainer.strategy={t.strategy}: one process computes the frozen layers; use trainer.devices=1 "
+            "trainer.num_nodes=1 trainer.strategy=auto"
         )
 
 

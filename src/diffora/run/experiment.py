@@ -25,7 +25,7 @@ from diffora.files import check_writable
 from diffora.hub import resolve
 from diffora.loop.launch import torchrun
 from diffora.loop.loggers import Loggers
-from diffora.loop.machine import check_machine
+from diffora.loop.machine import check_machine, found_devices
 from diffora.loop.parts import Parts
 from diffora.loop.predict import predict
 from diffora.loop.prefix import check_prefix
@@ -85,8 +85,11 @@ def train(cfg: DictConfig) -> float | None:
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
     if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not given:
         raise UserError("resume=true needs hydra.run.dir=<the run directory to continue>")
-    devices = OmegaConf.select(cfg, "trainer.devices", throw_on_resolution_failure=False) or 1
-    if hydra.mode == RunMode.MULTIRUN and devices not in (1, "auto") and "LOCAL_RANK" not in os.environ:
+    accelerator, devices = (
+        OmegaConf.select(cfg, f"trainer.{key}", throw_on_resolution_failure=False) for key in ("accelerator", "devices")
+    )
+    several = found_devices(str(accelerator)) > 1 if devices == "auto" else devices not in (None, 1)
+    if hydra.mode == RunMode.MULTIRUN and several and "LOCAL_RANK" not in os.environ:
         raise UserError(
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
             f"yourself, `{torchrun()} -m …`, or sweep with trainer.devices=1"
