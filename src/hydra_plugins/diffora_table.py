@@ -244,10 +244,11 @@ class TableSweeper(Sweeper):
         from diffora.run.record import missing_files, read_record
         from diffora.run.workers import told, waiting_for_all
 
-        batch = [
-            [*overrides, f"hydra.sweep.dir={quoted(folder.parent)}", f"hydra.sweep.subdir={quoted(folder.name)}"]
-            for folder, overrides in jobs.items()
-        ]
+        batch = []
+        for folder, overrides in jobs.items():
+            # Workers on other machines may have another current folder.
+            place = folder.parent if self.local else folder.parent.absolute()
+            batch.append([*overrides, f"hydra.sweep.dir={quoted(place)}", f"hydra.sweep.subdir={quoted(folder.name)}"])
         lost = "it did not end"
         lines = nullcontext() if self.kind == "BasicLauncher" else told(jobs)  # one run at a time has its own lines
         try:
@@ -263,6 +264,8 @@ class TableSweeper(Sweeper):
                 continue
             if job is not None and job.status == JobStatus.FAILED:
                 failed[folder] = str(job._return_value)  # `return_value` would raise it
+            elif job is not None and job.status == JobStatus.COMPLETED and not folder.is_dir():
+                failed[folder] = "it ended, but not in this folder: all machines must see the folder of the sweep"
             else:
                 failed[folder] = record.get("error") or lost
         return failed

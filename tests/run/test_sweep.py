@@ -9,11 +9,14 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.files import conf_dir, write_text
 from diffora.records import write_record
+from diffora.run.experiment import train
 from diffora.run.record import new_record
 from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
 
@@ -379,3 +382,47 @@ def test_missing_devices_are_reported_before_anything_starts(sweep, monkeypatch)
         )
     with pytest.raises(UserError, match="is the current folder"):
         sweep("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=''")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A list: what a launcher that may use other machines does with its runs. If it is empty, they run here."""
+    kind = Plugins.instance().class_name_to_class["hydra_plugins.diffora_table.TableSweeper"]
+    setup = kind.setup
+    launches = []
+
+    def set_up(self, **given):
+        setup(self, **given)
+        self.local, here = False, self.runner.launch
+        self.runner.launch = lambda batch, initial_job_idx: (launches or [here])[0](batch, initial_job_idx)
+
+    monkeypatch.setattr(kind, "setup", set_up)
+    return launches
+
+
+def test_other_machines_get_the_whole_path_of_a_sweep(sweep, elsewhere, tmp_path):
+    seen = []
+    elsewhere.append(lambda batch, first: seen.extend(batch) or [])
+    with pytest.raises(UserError, match="it did not end"):
+        sweep(*CELLS)
+    assert [f"hydra.sweep.dir='{tmp_path / FOLDER}'" in overrides for overrides in seen] == [True, True]
+
+
+def test_runs_that_ended_where_this_machine_cannot_see_them_are_named(sweep, elsewhere):
+    elsewhere.append(lambda batch, first: [JobReturn(status=JobStatus.COMPLETED) for _ in batch])
+    with pytest.raises(UserError, match="all machines must see the folder of the sweep"):
+        sweep(*CELLS)
+
+
+def test_a_sweep_is_not_started_again_in_each_process_of_several_gpus(tmp_path, monkeypatch):
+    """`trainer=ddp` takes all devices. Lightning would start the command again for each of them, with its -m."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("diffora.run.experiment.found_devices", lambda accelerator: 4)
+    GlobalHydra.instance().clear()
+    overrides = ["experiment=quickstart", "method=lora", "seed=0,1", "trainer=ddp", "hydra.mode=MULTIRUN"]
+    with (
+        initialize_config_dir(str(conf_dir()), version_base="1.3"),
+        pytest.raises(UserError, match=r"trainer\.devices=auto in a sweep would start the sweep again"),
+    ):
+        GlobalHydra.instance().hydra.multirun("config", train, overrides, with_log_configuration=False)
