@@ -49,6 +49,8 @@ PAIRS = {
 }
 """Ratios of step times that are reported. A ratio of times the other way round is one of speeds."""
 
+LEAST = 30
+"""Seconds that the checks need at least."""
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 TINY_OF = {"llama_1b": {"num_key_value_heads": 1, "head_dim": 16}, "deberta_v3_base": {"pooler_hidden_size": 32}}
 
@@ -170,8 +172,8 @@ def in_own_process(arguments: Sequence[str], seconds: float) -> dict[str, Any] |
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if code or not file.is_file():
-            return f"failed with exit code {code}; its message is above"
-        found: dict[str, Any] = json.loads(file.read_text())
+            return f"failed with exit code {code}"
+        found: dict[str, Any] | str = json.loads(file.read_text())
         return found
 
 
@@ -216,6 +218,8 @@ def measure(place: Place, names: Sequence[str], compiles: bool, minutes: float, 
     def left() -> float:
         return 60 * minutes - (time.monotonic() - began)
 
+    if left() < LEAST:
+        sys.exit(f"{minutes:g} minutes are left, which is too little. The environment is made now: start it again")
     print("Correctness first", flush=True)
     result: dict[str, Any] = header()
     result["versions"] |= {name: value for name, value in versions().items() if value}
@@ -289,7 +293,12 @@ def main() -> None:
     place = Place(given.device, given.tiny)
     if given.part:
         part = partial(checks, compiles=not given.no_compile) if given.part == "checks" else PARTS[given.part].make
-        given.part_to.write_text(json.dumps(part(place)))
+        try:
+            found: Any = part(place)
+        except SystemExit as stopped:  # a program that the part runs failed, or is not installed
+            print(stopped, file=sys.stderr)
+            found = str(stopped).strip().splitlines()[-1][:300]
+        given.part_to.write_text(json.dumps(found))
         return
     output = given.output or RESULTS / "gpu.json"
 

@@ -56,9 +56,9 @@ def _facts(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     return (
         f"{before.get('name', result['machine']['gpu'])}, driver {before.get('driver_version', 'unknown')}, "
-        f"{before.get('memory.total', '')}, power limit {before.get('power.limit', 'unknown')}; clock before and after "
-        f"{clocks[0]}, {clocks[1]}, at most {before.get('clocks.max.sm', 'unknown')}; {versions}; {result['date']}; "
-        f"bfloat16 autocast; {result.get('minutes', '?')} minutes."
+        f"{before.get('memory.total', '')}, power limit {before.get('power.limit', 'unknown')}; clock of the idle GPU "
+        f"before and after {clocks[0]}, {clocks[1]}, at most {before.get('clocks.max.sm', 'unknown')}; {versions}; "
+        f"{result['date']}; bfloat16 autocast; {result.get('minutes', '?')} minutes."
     )
 
 

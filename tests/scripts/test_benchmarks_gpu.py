@@ -72,6 +72,13 @@ def test_what_is_right_passes_and_a_wrong_kernel_does_not(monkeypatch):
     assert [one.wrong for one in check(gpu_checks.against_plain_and_peft)] == [True, True]
 
 
+def test_a_version_of_bitsandbytes_that_fails_stops_nothing(monkeypatch):
+    monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    [found] = check(gpu_checks.four_bits)
+    assert found.error is None and not found.wrong and found.note.startswith("bitsandbytes failed: ")
+
+
 def test_a_gradient_that_is_missing_or_not_a_number_is_wrong():
     import torch
 
@@ -115,6 +122,18 @@ def test_a_wrong_result_stops_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(gpu, "in_own_process", lambda arguments, seconds: bad)
     with pytest.raises(SystemExit, match=r"fused and PEFT's: 0\.3, at most 0\.1"):
         gpu.measure(TINY, list(gpu.PARTS), True, 1, lambda found: pytest.fail("something was written"))
+
+
+def test_a_part_says_why_it_is_left_out(monkeypatch):
+    monkeypatch.setenv("UNSLOTH_PYTHON", sys.executable)
+    reason = gpu.in_own_process(["--part", "unsloth_llama", "--device", "cpu", "--tiny"], 300)
+    assert reason == f"Unsloth is not installed for {sys.executable}"
+
+
+def test_without_time_nothing_begins(quick):
+    with pytest.raises(SystemExit, match="start it again"):
+        gpu.measure(TINY, list(gpu.PARTS), True, 0, lambda found: None)
+    assert quick == []
 
 
 def test_a_part_that_takes_too_long_is_stopped():
