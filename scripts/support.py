@@ -10,6 +10,7 @@ and the table in docs/reference/support.md is made of them.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ SMALL = [
     "finetune.warmup_steps=0",
 ]
 SEARCH = ["search.epochs=1", "search.batch_size=8"]
+WAIT = 600
+"""Seconds that a run may take."""
 LOSSES = ("train/loss", "validation/loss")
 
 
@@ -124,14 +127,30 @@ def tried(kind: str, names: list[str]) -> dict[str, Any]:
             if kind in ("ddp", "fsdp"):
                 start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             command = [*start, __file__, "--worker", kind, str(out), "--methods", *left]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+            code, errors = ended(command, out)
             new = dict(json.loads(line) for line in out.read_text().splitlines())
         found |= new
-        if done.returncode != 0 and (rest := [name for name in left if name not in new]):
-            lines = [line for line in done.stderr.splitlines() if "Error" in line and "Traceback" not in line]
-            found[rest[0]] = {"failed": (lines or done.stderr.splitlines() or ["no message"])[0][-300:]}
-            print(done.stderr[-3000:], file=sys.stderr)
+        if code != 0 and (rest := [name for name in left if name not in new]):
+            lines = [line for line in errors.splitlines() if "Error" in line and "Traceback" not in line]
+            found[rest[0]] = {"failed": (lines or errors.splitlines() or ["no message"])[0][-300:]}
+            print(errors[-3000:], file=sys.stderr)
     return found
+
+
+def ended(command: list[str], out: Path) -> tuple[int, str]:
+    """(exit code, stderr) of a command. It is ended if ``out`` does not grow any more: its processes wait for ever."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process, size = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors), -1
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(WAIT)
+                break
+            if size == (size := out.stat().st_size):
+                process.terminate()  # torchrun then ends its processes
+                process.wait()
+                return 1, f"Error: no run ended in {WAIT} seconds"
+        errors.seek(0)
+        return code, errors.read()
 
 
 def verdict(found: dict[str, Any], plain: dict[str, Any], kind: str) -> str:
