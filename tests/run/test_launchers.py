@@ -80,23 +80,3 @@ def test_a_killed_run_is_named_and_the_others_finish(launcher, tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"runs: {RUNS} in {place}, {RUNS - 1} complete" in again.stdout
     assert statuses(place) == ["completed"] * RUNS
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
-def test_with_joblib_a_killed_run_ends_the_sweep_and_the_same_command_does_the_rest(tmp_path):
-    place = tmp_path / "sweep"
-    command = [sys.executable, str(REPO / "train.py"), "-m", *SWEEP, "seed=0,1,2", "hydra/launcher=joblib"]
-    command += ["hydra.launcher.n_jobs=2", f"hydra.sweep.dir={place}"]
-    command.remove(f"seed=range({RUNS})")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as sweep:
-        kill_run(place / "0-lora-paraphrase-tiny-seed0", time.monotonic() + 600)
-        printed, _ = sweep.communicate(timeout=600)
-    assert sweep.returncode == 1 and "0-lora-paraphrase-tiny-seed0" in printed.rpartition("failed;")[2]
-    assert "Traceback" not in printed and "resume=true" in printed
-    again = subprocess.run([*command, "resume=true"], capture_output=True, text=True, env=environment, timeout=600)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert statuses(place) == ["completed"] * 3
