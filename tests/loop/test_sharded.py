@@ -21,6 +21,10 @@ def test_methods_that_add_parameters_are_accepted(cfg, method):
         (["method=full_ft"], "method=full_ft trains all of them: use trainer.strategy=ddp"),
         (["method=lora", "trainer.compile=true"], "does not go with trainer.compile=true"),
         (["method=lora", "trainer.precision=16-mixed"], "does not go with trainer.precision=16-mixed"),
+        (
+            ["method=lora", "task=sums", "model=tiny_sums", "task.generation.rows=5"],
+            "does not go with task.generation.rows=5",
+        ),
         (["method=diffora", "search.order=2"], "does not go with search.order=2"),
         (["method=diffora", "method.selector=fisher"], "does not go with method.selector=fisher"),
     ],

@@ -110,6 +110,11 @@ def problems(settings: Settings) -> Iterator[str]:
             f"{said} does not go with predict=true: predict afterwards on one device, "
             f"`{called('evaluate')} run=<the run directory> split=test`"
         )
+    if (generation := getattr(settings.task, "generation", None)) is not None and generation.rows:
+        yield (
+            f"{said} does not go with task.generation.rows={generation.rows}: a process whose rows are not among them "
+            "would not wait for the others; leave it out"
+        )
     if search is None or method.scoring is None:
         return
     if method.scoring.selector not in SELECTORS:
