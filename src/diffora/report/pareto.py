@@ -24,7 +24,7 @@ COSTS: Costs = (
 """Name of each cost, and the numbers of a record that it adds up."""
 FRONT = 6 + charts.COLOURS
 """Colour of the line through the front: grey and dashed."""
-ALIKE = 1.1
+ALIKE = 1.25
 """Up to this ratio of the largest to the smallest cost, rows cost the same, and no chart compares them."""
 WIDE = 20.0
 """From this ratio of the largest to the smallest cost on, the axis is logarithmic."""
