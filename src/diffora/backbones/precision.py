@@ -51,8 +51,5 @@ def width_multiple(precision: str, device: torch.device, longest: int | None) ->
         longest: the most tokens that the model reads (`longest_input`). It is a multiple of the result, so no rounded
             width is more. None: any number.
     """
-    if device.type == "cpu":
-        wanted = 16 if precision in AUTOCAST else 1
-    else:
-        wanted = 8 if device.type == "cuda" else 1
+    wanted = {"cpu": 16 if precision in AUTOCAST else 1, "cuda": 8}.get(device.type, 1)
     return wanted if longest is None else gcd(wanted, longest)

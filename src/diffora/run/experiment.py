@@ -162,8 +162,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with rundir.account(cfg, folder, record):
         if changed:
             log.warning(
-                f"{folder}: an earlier attempt had other versions ({', '.join(changed)}): the result may not be that of "
-                "a run that never stopped"
+                f"{folder}: an earlier attempt had other versions ({', '.join(changed)}): the result may not be that "
+                "of a run that never stopped"
             )
         if precision:
             log.info(f"precision: {precision}")

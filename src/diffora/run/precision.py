@@ -11,7 +11,6 @@ from diffora.loop.predict import device_of
 from diffora.methods.base import Method
 from diffora.trust import class_at
 
-
 NAME_IT = "name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
 
 
