@@ -99,7 +99,7 @@ def test_one_forward_pass_can_have_two_backward_passes():
 
 
 def test_one_pass_selectors_and_evaluations_of_runs_are_not_compiled(cfg, quick, tmp_path, monkeypatch):
-    """Compiling takes longer than they do, they use hooks, and the machine that evaluates may have no compiler."""
+    """Compiling takes longer than they do, and the machine that evaluates may have no compiler."""
     monkeypatch.setattr(machine, "_compile_problems", lambda: iter(()))
     calls = []
     monkeypatch.setattr(torch, "compile", lambda forward, **how: calls.append(how) or forward)
