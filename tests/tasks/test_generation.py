@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from diffora.backbones.load import load_backbone
@@ -116,6 +117,17 @@ def test_the_checkpoints_other_settings_do_not_matter(cfg):
     model.generation_config.repetition_penalty = 5.0
     assert generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0).equal(before)
     assert model.generation_config.do_sample  # its own settings are back
+
+
+def test_generating_compiles_nothing(cfg):
+    """A compiled model would be compiled again while the cache grows."""
+    model, _tokenizer = random_gpt2(cfg)
+    ids, mask = left_padded([[5, 6, 7], [8]], 0)
+    before = generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0)
+    model.forward = torch.compile(model.forward, dynamic=True, backend="eager")
+    counters.clear()
+    assert generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0).equal(before)
+    assert not counters["stats"]
 
 
 @given(st.integers(1, 50), st.integers(1, 60))

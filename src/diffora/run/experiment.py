@@ -157,7 +157,14 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     }
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
+    # Such a change can make other numbers of the same settings, as a new kernel or another padding does.
+    changed = rundir.changed_versions(folder, record) if parts.earlier.exists else []
     with rundir.account(cfg, folder, record):
+        if changed:
+            log.warning(
+                f"{folder}: an earlier attempt had other versions ({', '.join(changed)}): the result may not be that "
+                "of a run that never stopped"
+            )
         if precision:
             log.info(f"precision: {precision}")
         if is_main():
