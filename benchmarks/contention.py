@@ -44,11 +44,11 @@ def busy(number: int) -> Iterator[None]:
             process.wait()
 
 
-def seconds(overrides: Sequence[str], variables: Mapping[str, str], passive: bool | None) -> float:
+def seconds(overrides: Sequence[str], variables: Mapping[str, str], passive: bool) -> float:
     """The wall time of a run.
 
     Args:
-        passive: whether the threads should wait passively; None for either. Anything else is an error.
+        passive: whether the threads should wait passively. Anything else is an error.
     """
     kept = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def seconds(overrides: Sequence[str], variables: Mapping[str, str], passive: boo
         wall = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(f"the run failed:\n{done.stderr}")
-    if passive is not None and (PASSIVE in done.stdout) != passive:
+    if (PASSIVE in done.stdout) != passive:
         raise SystemExit(f"the run {'did not say' if passive else 'said'} that threads wait passively")
     return wall
 
@@ -71,8 +71,7 @@ def measure(overrides: Sequence[str], rounds: int, number: int) -> dict[str, Any
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             with busy(0 if side == "alone" else number):
                 variables = SPIN if side == "spinning" else {}
-                passive = None if side == "alone" else side == "passive"
-                times[side].append(seconds(overrides, variables, passive))
+                times[side].append(seconds(overrides, variables, passive=side == "passive"))
             print(f"{side:<10}{times[side][-1]:8.1f} s", flush=True)
     pairs = [(side, "alone") for side in sides[1:] if number] + [("passive", "spinning")]
     return {

@@ -3,6 +3,7 @@
     python scripts/search_price.py outputs/search_price.json --data <folder> --model <MiniLM>       # resumable; hours
     python scripts/search_price.py outputs/search_price.json --page docs/background/selection.md    # only the table
     python scripts/search_price.py --runs outputs/selection_matters-small/runs/search-digits-seed* --page <page>
+    python scripts/search_price.py docs/background/data/search_shortened.json      # the table of --runs without runs
 
 For each task and seed it searches twice: with [D]'s settings (`full`) and with `recipe=fast`. A trajectory also tells
 what fewer rounds of the full search would have found. The early gradients (`search.readout=early_gradient`) are read
@@ -260,6 +261,9 @@ def main() -> None:
         if given.page is not None:
             write_text(given.page.parent / "data" / "search_shortened.json", json.dumps(found) + "\n")
             put(given.page, "search_shortened", shortened_table(found))
+        return
+    if given.file.exists() and "rounds" in (found := read_json(given.file)):  # of --runs
+        print(shortened_table(found))
         return
     if given.data is not None:
         shared = ["model=minilm", f"model.path={given.model}", "trainer.precision=bf16-mixed"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from selection_quality import Run, completed, probability, put
+from selection_quality import Run, checked, completed, probability, put
 
 from diffora.files import write_text
 from diffora.report.permutation import Permuted, picks_stand_out, ranks
@@ -34,16 +34,20 @@ SPLITS = "validation", "held_out"
 
 
 def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """For each column, by seed: the search's metrics and those of the draws, on the rows of both splits."""
+    """For each column, by seed: the search's metrics and those of the draws, on the rows of both splits.
+
+    Raises:
+        SystemExit: the runs do not belong together (`selection_quality.checked`).
+    """
     found: dict[tuple[str, int], dict[str, Any]] = defaultdict(lambda: {"search": None, "draws": []})
-    for run in runs:
+    for run in checked(runs):
         values = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         at = found[run["column"], run["seed"]]
         sign = 1 if run["metric_facts"][run["main_metric"]]["maximise"] else -1
         at |= {"metric": run["main_metric"], "sign": sign, "seed": run["seed"]}
         if run["method"] == "diffora":
             at |= {"search": values, "parameters": run["params"]["adapter"]}
-        else:
+        elif run["method"] == "random":
             at["draws"].append({"row": run["row"], "parameters": run["params"]["adapter"], **values})
     columns: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for (column, _), at in sorted(found.items()):

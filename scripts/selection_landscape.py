@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from selection_landscape_page import KINDS, picture, text_of
-from selection_quality import Run, completed, put
+from selection_quality import Run, checked, completed, put
 
 from diffora.files import write_text
 from diffora.records import ENDED
@@ -54,13 +54,12 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """For each column its facts and its masks: selected modules, results and hashes of runs by seed; high is good.
 
     Raises:
-        SystemExit: a row has another selection or other data with another seed, so that it is no mask; or there are two
-            runs of one row, column and seed.
+        SystemExit: a row has another selection with another seed, so that it is no mask; or the runs do not belong
+            together (`selection_quality.checked`).
     """
     columns: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if not (run.get("row") or "").startswith("mask "):
-            continue
+    masks = [run for run in runs if (run.get("row") or "").startswith("mask ")]
+    for run in checked(masks, apart=("method.draw", "method.like")):
         facts = run["metric_facts"][run["main_metric"]]
         column = columns.setdefault(
             run["column"],
@@ -76,13 +75,9 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         )
         selected = [sorted(row) for row in run["selection"]["selected"]]
         mask = column["masks"].setdefault(run["row"], {"selected": selected, "values": {}, "runs": {}})
-        if mask["selected"] != selected or column["data"] != run.get("data_hash"):
-            what = "selection" if mask["selected"] != selected else "data"
-            sys.exit(f"error: {run['column']}, {run['row']}, seed {run['seed']} has another {what} than the others")
-        if str(run["seed"]) in mask["values"]:
-            sys.exit(
-                f"error: two runs are {run['column']}, {run['row']}, seed {run['seed']}: give a folder with one of them"
-            )
+        if mask["selected"] != selected:
+            name = f"{run['column']}, {run['row']}, seed {run['seed']}"
+            sys.exit(f"error: {name} has another selection than the others")
         value = run["metrics"][f"validation/{run['main_metric']}"]
         factor = (1 if facts["maximise"] else -1) * (100 if column["points"] else 1)
         mask["values"][str(run["seed"])] = factor * value
@@ -289,7 +284,8 @@ def tasks_agree(columns: Mapping[str, Column]) -> dict[str, list[list[Any]]]:
         same = [m for m in a if m in b and first["masks"][m]["selected"] == second["masks"][m]["selected"]]
         if len(same) >= FEWEST:
             test = correlation([a[m] for m in same], [b[m] for m in same])
-            found[first["setting"]].append([first["task"], second["task"], len(same), test.value, test.p])
+            if not math.isnan(test.value):
+                found[first["setting"]].append([first["task"], second["task"], len(same), test.value, test.p])
     return dict(found)
 
 

@@ -8,6 +8,8 @@ from selection_quality import probability
 
 KINDS = ("grid", "type", "layer")
 """Where a module may get its new score from: anywhere, a module of its type, a module of its layer."""
+FEW = 10
+"""A setting with fewer masks than this gets no table of selectors: only a nearly perfect order could be seen there."""
 
 
 def first_table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -67,7 +69,9 @@ def text_of(found: Mapping[str, Any]) -> str:
         listed = [f"{a} and {b} {rho:+.2f} (p {probability(p)})" for a, b, _, rho, p in pairs]
         parts.append(f"Worth of the same masks on two tasks, {setting or 'all'}, Spearman: {'; '.join(listed)}.")
     for setting, of in found["which_scores"].items():
-        parts.append(f"**Which scores rank selections? {setting}**\n\n{second_table(of)}")
+        most = max(of["masks"].values())
+        few = f"At most {most} masks: too few for a table. The figures are in the JSON file."
+        parts.append(f"**Which scores rank selections? {setting}**\n\n{few if most < FEW else second_table(of)}")
     return "\n\n".join(parts)
 
 

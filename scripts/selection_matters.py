@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selection_quality import Run, completed, put
+from selection_quality import Run, checked, completed, put
 
 from diffora.files import write_text
 from diffora.report.statistics import Difference, detectable, holm, paired, spread, verdict
@@ -49,14 +49,16 @@ def scales_of(run: Run) -> tuple[float | None, float | None]:
 
 
 def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each row of the experiment: what it is, its scales, and its metrics by seed with the hash of each run."""
+    """For each row of the experiment: what it is, its scales, and its metrics by seed with the hash of each run.
+
+    Raises:
+        SystemExit: the runs do not belong together (`selection_quality.checked`).
+    """
     found: dict[str, dict[str, Any]] = {}
-    for run in runs:
+    for run in checked(runs):
         own, shared = scales_of(run)
         name = re.sub(r", s = \d+$", "", run["row"])
         row = found.setdefault(run["row"], {"row": run["row"], "name": name, "own": own, "shared": shared, "seeds": {}})
-        if (row["own"], row["shared"]) != (own, shared):
-            sys.exit(f"error: the runs of {run['row']} have different scales")
         metrics = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         facts = {"parameters": run["params"]["adapter"], "config_hash": run["config_hash"]}
         row["seeds"][str(run["seed"])] = metrics | facts
@@ -131,7 +133,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["difference, points (95 %)", "scale", "validation", "p, Holm", "could find", "verdict"]
     head += ["held_out", "p, Holm", "verdict"]
     found = compared(rows)
-    adjusted = {split: iter(holm([pairs[split].p or 1.0 for _, _, pairs in found])) for split in SPLITS}
+    adjusted = {split: iter(holm([p_of(pairs[split]) for _, _, pairs in found])) for split in SPLITS}
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for what, scale, pairs in found:
         cells = [what, scale]
@@ -144,6 +146,11 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells.append(verdict(one, MARGIN))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def p_of(found: Difference) -> float:
+    """The p-value; 1 where all differences are the same, which have none."""
+    return 1.0 if found.p is None else found.p
 
 
 def points(found: Difference) -> str:

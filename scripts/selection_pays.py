@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from selection_matters import by_seed, mean, points
-from selection_quality import Run, completed, put
+from selection_quality import Run, checked, completed, put
 
 from diffora.files import write_text
 from diffora.report.statistics import Difference, holm, paired, verdict
@@ -49,20 +49,17 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Any]:
     """For each column: shares of step time by lowest layer, and for each row its size, layer and metrics by seed.
 
     Raises:
-        SystemExit: there are two runs of one row, column and seed.
+        SystemExit: the runs do not belong together (`selection_quality.checked`).
     """
     found: dict[str, Any] = {}
-    for run in runs:
+    for run in checked(runs):
         column = found.setdefault(run["column"], {"metric": run["main_metric"], "shares": {}, "rows": {}})
         timed = run.get("step_time", {}).get("by_lowest_layer", {})
         column["shares"] |= {str(int(layer) + 1): of["share"] for layer, of in timed.items()}
         metrics = {split: run["metrics"][f"{split}/{run['main_metric']}"] for split in SPLITS}
         facts = {"parameters": run["params"]["adapter"], "lowest": lowest_layer(run), "config_hash": run["config_hash"]}
         facts["layers"] = sum(map(bool, run["selection"]["selected"]))
-        of_row, seed = column["rows"].setdefault(run["row"], {}), str(run["seed"])
-        if seed in of_row:
-            sys.exit(f"error: two runs are {run['row']}, {run['column']}, seed {seed}: give a folder with one of them")
-        of_row[seed] = metrics | facts
+        column["rows"].setdefault(run["row"], {})[str(run["seed"])] = metrics | facts
     for column in found.values():
         column["rows"] = {name: {"seeds": seeds} for name, seeds in column["rows"].items()}
     return found

@@ -32,6 +32,7 @@ from diffora.core.parts import short_names
 from diffora.files import write_text
 from diffora.report.agreement import stability
 from diffora.report.permutation import choices_track_worth
+from diffora.report.runs import flat
 from diffora.report.statistics import paired
 
 Subset = tuple[tuple[str, ...], ...]
@@ -39,9 +40,41 @@ Run = Mapping[str, Any]
 
 
 def completed(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs below a folder."""
+    """The finished runs below a folder. A line on the screen says so if they are of several versions of the program."""
     runs = [json.loads(file.read_text()) for file in sorted(folder.rglob("run.json"))]
-    return [run for run in runs if run["status"] == "completed"]
+    done = [run for run in runs if run["status"] == "completed"]
+    versions = sorted({str(run["git_commit"])[:8] for run in done if run.get("git_commit")})
+    if len(versions) > 1:
+        print(f"note: runs of {len(versions)} versions of the program: {', '.join(versions)}", file=sys.stderr)
+    return done
+
+
+def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence[Run]:
+    """The same runs, if one table may have all of them.
+
+    Args:
+        apart: the settings in which the rows of a column may differ; None: in all.
+
+    Raises:
+        SystemExit: two runs are of one row, column and seed; the runs of a column have different data; or runs have
+            different settings where they should not. A setting that a run of an older version lacks does not count.
+    """
+    seen: set[tuple[str, str, int]] = set()
+    data: dict[str, Any] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+    for run in runs:
+        row, column, seed = run.get("row") or "", run.get("column") or "", run["seed"]
+        name = f"{column}, {row}, seed {seed}"
+        if (row, column, seed) in seen:
+            sys.exit(f"error: two runs are {name}: give a folder with one of them")
+        seen.add((row, column, seed))
+        if data.setdefault(column, run.get("data_hash")) != run.get("data_hash"):
+            sys.exit(f"error: {name} has other data than the others")
+        for key, value in flat(run.get("settings", {})).items():
+            group = (column, "") if apart is not None and key not in apart else (column, row)
+            if (other := settings[group].setdefault(key, value)) != value:
+                sys.exit(f"error: {name} has {key}={value}, others {key}={other}: give runs of one setting")
+    return runs
 
 
 def subset_of(run: Run) -> Subset:
@@ -58,14 +91,15 @@ def landscape(runs: Sequence[Run], metric: str) -> tuple[dict[Subset, dict[int, 
     """(each subset's metric by seed, with the seeds that all subsets have; each subset's adapter parameters).
 
     Raises:
-        SystemExit: subsets are missing, so selectors that chose them could not be judged.
+        SystemExit: subsets are missing, so selectors that chose them could not be judged; or the subsets' runs do not
+            belong together (`checked`).
     """
     found: dict[Subset, dict[int, float]] = defaultdict(dict)
     sizes: dict[Subset, int] = {}
-    for run in runs:
-        if run["selection"]["selector"] == "given":
-            found[subset_of(run)][run["seed"]] = run["metrics"][f"validation/{metric}"]
-            sizes[subset_of(run)] = run["params"]["adapter"]
+    given = [run for run in runs if run["selection"]["selector"] == "given"]
+    for run in checked(given, apart=("method.selection",)):
+        found[subset_of(run)][run["seed"]] = run["metrics"][f"validation/{metric}"]
+        sizes[subset_of(run)] = run["params"]["adapter"]
     types = {name for subset in found for row in subset for name in row}
     wanted = math.prod(math.comb(len(types), len(row)) for row in next(iter(found)))
     seeds = set[int].intersection(*(set(by_seed) for by_seed in found.values()))
@@ -131,8 +165,12 @@ def tested(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each selector, by row: its percentile among all subsets and among those of equal size; tests; stability."""
-    metric = runs[0]["main_metric"]
+    """For each selector, by row: its percentile among all subsets and among those of equal size; tests; stability.
+
+    Raises:
+        SystemExit: the runs do not belong together (`checked`), or subsets are missing.
+    """
+    metric = checked(runs)[0]["main_metric"]
     sign = 1 if runs[0]["metric_facts"][metric]["maximise"] else -1
     by_seed, sizes = landscape(runs, metric)
     means = {subset: sign * statistics.mean(values.values()) for subset, values in by_seed.items()}

@@ -180,7 +180,7 @@ class TableSweeper(Sweeper):
         from diffora.loop.process import quiet_libraries
         from diffora.run.check import check
         from diffora.run.directory import finished
-        from diffora.run.precision import settled
+        from diffora.run.precision import NAME_IT, settled
 
         quiet_libraries()  # before Lightning prints what devices it finds
         found: Jobs = {}
@@ -208,7 +208,7 @@ class TableSweeper(Sweeper):
                 if not self.local and cfg.trainer.get("precision") == "auto":
                     raise UserError(
                         "trainer.precision=auto: this launcher may run on another machine, and one sweep should have "
-                        "one precision; name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
+                        f"one precision; {NAME_IT}"
                     )
                 cfg, _ = settled(cfg)
                 if not checked.issuperset(_apart(overrides)):

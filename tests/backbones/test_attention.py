@@ -81,6 +81,13 @@ def test_dropout_zeroes_weights_and_scales_the_others():
     torch.testing.assert_close(dropped[kept], 2 * whole[kept], rtol=0.01, atol=0.0)
 
 
+def test_frozen_layers_with_dropout_are_computed_here_too(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", None)
+    q, k, v = (x.detach() for x in inputs(torch.bfloat16))
+    found = attention(NotCausal(), q, k, v, None, dropout=0.1)[0]
+    assert found.shape == (ROWS, TOKENS, HEADS, FEATURES) and found.dtype == torch.bfloat16
+
+
 def test_every_other_case_is_left_to_transformers():
     def torchs(q, k, v, **more):
         return F.scaled_dot_product_attention(q, k, v, **more).transpose(1, 2)

@@ -45,6 +45,19 @@ def test_other_tasks_are_counted():
     assert 0 <= other_tasks() < 100_000
 
 
+@pytest.mark.parametrize(("present", "others"), [("1/300", 0), ("4/300", 3), ("0/0", 0)])
+def test_work_that_has_ended_does_not_count(present, others, monkeypatch):
+    """The mean of the last minute, the first number, still has it."""
+    monkeypatch.setattr(environment.Path, "read_text", lambda self: f"8.05 2.01 1.10 {present} 4711\n")
+    assert other_tasks() == others
+
+
+def test_a_task_that_runs_for_a_moment_does_not_count(monkeypatch):
+    present = iter([5, 1, 7])
+    monkeypatch.setattr(environment.Path, "read_text", lambda self: f"0.0 0.0 0.0 {next(present)}/300 4711\n")
+    assert other_tasks() == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp shows its settings on Linux")
 def test_it_is_set_before_the_threads_are_made():
     """libgomp prints the policy that it uses when torch loads it."""

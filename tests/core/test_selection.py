@@ -153,3 +153,9 @@ def test_a_file_nested_very_deep_is_refused(tmp_path):
     (tmp_path / "s.json").write_text("[" * 5000 + "]" * 5000)
     with pytest.raises(UserError, match=r"s\.json is nested too deeply"):
         Selection.load(tmp_path / "s.json")
+
+
+def test_modules_below_the_lowest_layer_are_not_counted_as_decided(selection):
+    sure = dataclasses.replace(selection, ensemble=5, confidence=[[0.0] * 6, [1.0, 0.5, 0.5, 0.5, 0.5, 0.0]])
+    assert sure.certainty.startswith("8 of 12 modules decided")
+    assert dataclasses.replace(sure, lowest_layer=1).certainty.startswith("2 of 6 modules decided")

@@ -26,7 +26,7 @@ from diffora.tasks.tokenise import Collator
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-multiple = width_multiple("bf16-mixed", torch.device("cpu")) if sys.argv[1] == "rounded" else 1
+multiple = width_multiple("bf16-mixed", torch.device("cpu"), 512) if sys.argv[1] == "rounded" else 1
 collate = Collator(0, pad_to_multiple_of=multiple)
 model = BertForSequenceClassification(BertConfig(
     hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=1024, vocab_size=200,

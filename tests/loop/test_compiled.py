@@ -12,6 +12,8 @@ from diffora.core.lowrank import lowrank_layers, set_gates, set_split
 from diffora.errors import UserError
 from diffora.loop import machine
 from diffora.loop.compiled import compiled
+from diffora.run.evaluate import evaluate, read_request
+from diffora.run.experiment import run
 
 
 @pytest.mark.slow
@@ -94,6 +96,18 @@ def test_one_forward_pass_can_have_two_backward_passes():
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     with compiled(model, True), pytest.raises(RuntimeError, match="donated"):  # what it is for
         gradients()
+
+
+def test_one_pass_selectors_and_evaluations_of_runs_are_not_compiled(cfg, quick, tmp_path, monkeypatch):
+    """Compiling takes longer than they do, and the machine that evaluates may have no compiler."""
+    monkeypatch.setattr(machine, "_compile_problems", lambda: iter(()))
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: calls.append(how) or forward)
+    changes = ["finetune.epochs=1", "search.epochs=1", "method.selector=activation", "trainer.compile=true"]
+    result = run(cfg(*quick, *changes), tmp_path / "run")
+    assert len(calls) == 1 and result.record["status"] == "completed"  # the fine-tuning
+    found = evaluate(read_request([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]))
+    assert len(calls) == 1 and found["validation"]["accuracy"] == result.metrics["validation/accuracy"]
 
 
 def test_without_the_setting_nothing_happens(deberta):

@@ -115,6 +115,22 @@ def test_the_page_shows_agreement_of_every_selector_and_what_ensembles_decided(t
     assert table.name.replace("-agreement.csv", ".md") in {file.name for file in files}
 
 
+def test_layers_that_a_time_budget_leaves_out_do_not_count(tmp_path):
+    """With the lower layers, chance would be lower, and modules that no seed can select would be decided."""
+    sure = [[0.0] * 4, [0.0] * 4, [0.99, 0.5, 0.2, 0.01]]
+    assert len(sure) == LAYERS
+    for seed in range(3):
+        run = made_run(tmp_path / "runs" / f"{seed}", "diffora", seed, settings={"method": {"scope": "global"}})
+        found = json.loads((run / "selection.json").read_text()) | {"gamma_bar": None, "ensemble": 5, "k": None}
+        chosen = {"selected": [[], [], found["types"][seed : seed + 2]], "lowest_layer": 2, "confidence": sure}
+        (run / "selection.json").write_text(json.dumps(found | chosen))
+    files = page.write(gather([tmp_path / "runs"]), tmp_path / "out", [tmp_path])
+    assert files[0].read_text().count("2 of 4 modules decided by an ensemble of 5") == 3
+    (table,) = (file for file in files if file.name.endswith("-agreement.csv"))
+    (line,) = csv.DictReader(table.read_text().splitlines())
+    assert line["by chance"] == f"{expected_jaccard(2, 4, 1):.2f}"
+
+
 def expected_jaccard(k, n, layers):
     masks = all_selections(np.repeat([[True] * k + [False] * (n - k)], layers, 0), np.ones((layers, n), bool), True)
     return np.mean([jaccard(masks[0], other) for other in masks])

@@ -48,6 +48,15 @@ def test_the_charts_name_the_rows_on_the_front(tmp_path):
     assert "What is worth its cost" in text and "<span>2 lora</span>" in text
 
 
+def test_costs_that_hardly_differ_are_not_compared(tmp_path):
+    for i, method in enumerate(("lora", "diffora", "random", "sora")):
+        more = {"adapter": 1000 * 2**i, "memory": {"peak_rss_mb": 700.0 + 20 * i, "peak_cuda_mb": None}}
+        made_run(tmp_path / method, method, 0, 0.8 + i / 100, ("own", method, "a"), **more)
+    [table] = tables_of(gather([tmp_path]).runs)
+    titles = [title.partition(" over ")[2] for title, _ in fronts(table).charts]
+    assert "adapter parameters" in titles and not any("memory" in title for title in titles)
+
+
 def test_a_wide_range_of_costs_has_a_logarithmic_axis():
     lines = [charts.Line("a", 0, [(10.0**k, float(k))]) for k in range(5)]
     chart = charts.line_chart(lines, "x", "y", marks=True, log_x=True)

@@ -160,3 +160,8 @@ def test_p_counts_the_observed_order_where_not_all_orders_were_tried():
     found = Permuted.of(3.0, np.array([0.0, 1.0, 2.0]))
     assert found.p == pytest.approx(1 / 4) and found.p_worse == 1 and not found.exact
     assert Permuted.of(2.0, np.array([0.0, 1.0, 2.0]), exact=True).p == pytest.approx(1 / 3)
+
+
+def test_a_value_that_is_not_a_number_has_no_p():
+    found = correlation(np.ones(5), np.arange(5))  # no order, no correlation
+    assert np.isnan([found.value, found.p, found.p_worse]).all()

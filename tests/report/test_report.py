@@ -372,6 +372,16 @@ def test_rank_and_orthogonality_are_in_a_table(spec):
     assert row["rank of ΔW"] == "3.500 ± 0.000" and row["orthogonality loss of ΔW"] == "70.25 ± 0.00"
 
 
+def test_short_times_keep_their_digits(tmp_path):
+    for seed, step in enumerate((0.0123, 0.0129)):
+        time = {"search_s": 0.0, "finetune_s": 61.2, "step_s": step, "total_s": 100.0}
+        made_run(tmp_path / str(seed), "lora", seed, time=time)
+    (table,) = tables_of(gather([tmp_path]).runs)
+    grid = cost_table(table)
+    row = dict(zip(grid.head, grid.rows[0], strict=True))
+    assert (row["a step, s"], row["fine-tuning, s"]) == ("0.013 ± 0.000", "61 ± 0")
+
+
 def test_strange_values_in_records_do_not_stop_the_report(tmp_path):
     facts = {"setting_id": "s", "settings": {}, "config_hash": "c"}
     record = {"method": "lora", "task": "mrpc", "model": "m", "seed": 0, "status": "completed", **facts}

@@ -9,9 +9,11 @@ from families import save_family
 from safetensors.torch import load_file
 
 from diffora.errors import UserError
+from diffora.files import _host
 from diffora.loop import prefix as loop_prefix
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.tasks.base import get_task
 
 SHORT = ["trainer=cpu", "logger=none", "finetune.warmup_steps=0", "finetune.batch_size=8", "finetune.epochs=2"]
 TINY = [*SHORT, "experiment=quickstart", "task.train_rows=24", "task.validation_rows=12", "task.max_length=24"]
@@ -84,15 +86,15 @@ def test_the_prefix_is_not_computed_again(cfg, tmp_path, monkeypatch):
     calls = []
     original = loop_prefix._check_rows_are_apart
 
-    def checked(parts, prefix, width):
-        original(parts, prefix, width)
+    def checked(parts, *arguments):
+        original(parts, *arguments)
         parts.model.get_submodule("deberta.encoder.layer.1.attention").register_forward_hook(
             lambda *args: calls.append(1)
         )
 
     monkeypatch.setattr(loop_prefix, "_check_rows_are_apart", checked)
     run(cfg(*TINY, "method=lora", TOP, CACHED, "seed=3"), tmp_path / "second")
-    assert len(calls) == 1  # one row, to see what the states are
+    assert len(calls) == 4  # one row, to see what they depend on and what they are, and a few rows of each file
 
 
 @pytest.fixture
@@ -188,7 +190,8 @@ def test_a_time_budget_limits_the_search_to_the_layers_that_it_allows(cfg, tmp_p
 def test_a_stopped_run_continues_to_the_same_result(cfg, tmp_path):
     from diffora.training.finetune import FineTuneModule
 
-    more = [*TINY, "method=random", "method.time_budget=0.75", "finetune.epochs=3", CACHED]
+    more = [*TINY, "method=diffora", "search.epochs=1", "search.batch_size=4"]
+    more += ["method.time_budget=0.75", "finetune.epochs=3", CACHED]
     whole = run(cfg(*more), tmp_path / "whole")
     saved = FineTuneModule.on_save_checkpoint
 
@@ -202,7 +205,11 @@ def test_a_stopped_run_continues_to_the_same_result(cfg, tmp_path):
         with pytest.raises((KeyboardInterrupt, UserError)):
             run(cfg(*more), tmp_path / "run")
     shutil.rmtree(tmp_path / "cache" / "prefix")
-    assert_same(whole, run(cfg(*more, "resume=true"), tmp_path / "run"), exactly=True)
+    resumed = run(cfg(*more, "resume=true"), tmp_path / "run")
+    assert_same(whole, resumed, exactly=True)
+    for stage in ("search", "finetune"):
+        one, other = (result.record["prefix"][stage] for result in (whole, resumed))
+        assert one["layers"] == other["layers"] == 2 and one["bytes"] == other["bytes"]
 
 
 def test_damaged_files_are_written_again(cfg, tmp_path, caplog):
@@ -214,6 +221,47 @@ def test_damaged_files_are_written_again(cfg, tmp_path, caplog):
     again = run(cfg(*TINY, "method=lora", TOP, CACHED), tmp_path / "again")
     assert caplog.text.count("damaged cache file") == 2
     assert_same(first, again, exactly=True)
+
+
+def scale_layers(monkeypatch, factor):
+    """Let every layer of DeBERTa multiply its output by a factor, which no file's name knows of."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
+
+    original = DebertaV2Layer.forward
+
+    def scaled(self, *args, **kwargs):
+        states, attention = original(self, *args, **kwargs)
+        return states * factor, attention
+
+    monkeypatch.setattr(DebertaV2Layer, "forward", scaled)
+
+
+def test_a_file_that_is_not_what_the_layers_give_now_is_written_again(both, cfg, tmp_path, monkeypatch, caplog):
+    run(cfg(*TINY, "method=lora", TOP, CACHED), tmp_path / "first")
+    scale_layers(monkeypatch, 1.1)
+    both(*TINY, "method=lora", TOP)
+    assert caplog.text.count("writing it again") == 2 == len(files(tmp_path))
+
+
+def test_a_trained_module_between_two_layers_gets_its_gradient(cfg, tmp_path, monkeypatch, caplog):
+    from diffora.methods.head_only import HeadOnly
+
+    path = save_family(
+        tmp_path / "model", "deberta-v2", num_hidden_layers=3, conv_kernel_size=3, conv_act="gelu",
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    adapt = HeadOnly.adapt
+
+    def with_convolution(method, model, *arguments):
+        model.deberta.encoder.conv.requires_grad_(True)
+        return adapt(method, model, *arguments)
+
+    monkeypatch.setattr(HeadOnly, "adapt", with_convolution)
+    more = [*TINY, "method=head_only", "model=hf", f"model.path={path}", "finetune.lr=0.01"]
+    plain = run(cfg(*more), tmp_path / "plain")
+    found = run(cfg(*more, CACHED), tmp_path / "cached")
+    assert found.record["history"] == plain.record["history"] and found.record["prefix"] == {}
+    assert "saves nothing: what the frozen layers give depends on trained parameters" in caplog.text
 
 
 def test_dropout_below_is_off_and_dropout_above_is_on(cfg, tmp_path):
@@ -290,9 +338,61 @@ def test_a_model_that_mixes_rows_is_refused(cfg, tmp_path, monkeypatch):
         run(cfg(*TINY, "method=lora", TOP, CACHED), tmp_path / "run")
 
 
-def test_several_devices_are_refused_at_once(cfg):
-    with pytest.raises(UserError, match=r"cache_prefix=true .*trainer.devices=2"):
-        check(cfg(*TINY, "method=lora", CACHED, "trainer=ddp_cpu"))
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_whose_layers_pass_on_more_than_their_states_is_refused(cfg, tmp_path, monkeypatch, precision):
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
+
+    original = DebertaV2Layer.forward
+
+    def adding(self, hidden_states, *args, **kwargs):
+        states, attention = original(self, hidden_states, *args, **kwargs)
+        if (below := getattr(hidden_states, "below", None)) is not None:
+            states = states + 0.03 * below
+        states.below = hidden_states
+        return states, attention
+
+    monkeypatch.setattr(DebertaV2Layer, "forward", adding)
+    with pytest.raises(UserError, match="uses what its lower layers give in other places"):
+        run(cfg(*TINY, "method=lora", TOP, CACHED, f"trainer.precision={precision}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["drawn in training", "other in training"])
+def test_rows_whose_inputs_are_not_always_the_same_are_refused(cfg, tmp_path, monkeypatch, kind):
+    composed = cfg(*TINY, "method=lora", TOP, CACHED)
+    task = type(get_task(composed.task))
+    original = task.collate
+
+    def collate(self, processor, training):
+        plain = original(self, processor, training)
+
+        def varied(rows):
+            batch = plain(rows)
+            if training:
+                drawn = torch.rand(batch["input_ids"].shape) < 0.3 if kind == "drawn in training" else True
+                batch["input_ids"] = batch["input_ids"].masked_fill(torch.as_tensor(drawn), 5)
+            return batch
+
+        return varied
+
+    monkeypatch.setattr(task, "collate", collate)
+    with pytest.raises(UserError, match="other inputs for the same row in each epoch, or in training"):
+        run(composed, tmp_path / "run")
+
+
+def test_what_a_killed_run_has_left_takes_no_space(cfg, tmp_path):
+    folder = tmp_path / "cache" / "prefix"
+    folder.mkdir(parents=True)
+    left = folder / f".{'a' * 64}.arrow.{2**22 + 1}-{_host()}.part"  # no process has this number
+    left.write_bytes(bytes(1000))
+    with pytest.raises(UserError, match="cache_prefix_limit"):
+        run(cfg(*TINY, "method=lora", TOP, CACHED, "trainer.cache_prefix_limit=1e-6"), tmp_path / "run")
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("more", [["trainer=ddp_cpu"], ["trainer.num_nodes=2"]])
+def test_several_devices_or_machines_are_refused_at_once(cfg, more):
+    with pytest.raises(UserError, match=r"cache_prefix=true .*trainer.(devices|num_nodes)=2"):
+        check(cfg(*TINY, "method=lora", CACHED, *more))
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,11 @@ def test_an_impossible_device_is_left_to_the_check_of_the_machine(cfg):
     assert chosen.trainer.precision == "32-true" and "no device for trainer.accelerator=gpu" in told
 
 
+def test_several_machines_must_name_the_precision(cfg):
+    with pytest.raises(UserError, match="could choose differently; name it: bf16-mixed"):
+        settled(cfg(*AUTO, "trainer.num_nodes=2"))
+
+
 def test_the_processor_decides(monkeypatch):
     able = {"amx_bf16": True, "avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
@@ -91,10 +96,20 @@ def test_the_processor_decides(monkeypatch):
     assert bfloat16_unit(torch.device("mps")) is None
 
 
+def test_torch_2_10_has_other_names_for_what_the_processor_can_do(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for unit, answers in {"AMX": (True, True), "AVX512-BF16": (False, True), None: (False, False)}.items():
+        for name, answer in zip(("_is_amx_tile_supported", "_is_avx512_bf16_supported"), answers, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+        assert bfloat16_unit(torch.device("cpu")) == unit
+
+
 def test_widths_are_rounded_in_bfloat16_on_a_cpu_only(cfg):
     cpu = torch.device("cpu")
-    assert width_multiple("32-true", cpu) == 1  # as it was, so that results stay the same
-    assert width_multiple("bf16-mixed", cpu) == 16
+    assert width_multiple("32-true", cpu, 512) == 1  # as it was, so that results stay the same
+    assert width_multiple("bf16-mixed", cpu, None) == width_multiple("bf16-mixed", cpu, 512) == 16
+    assert width_multiple("bf16-mixed", cpu, 100) == 4  # 112 would be more than the model reads
+    assert width_multiple("bf16-mixed", cpu, 513) == 1
     task = get_task(cfg("task=paraphrase", "model=tiny").task)
     processor = task.processor(cfg("model=tiny").model)
     task.width_multiple = 16

@@ -70,6 +70,18 @@ def change_backbone(file: Path) -> None:
         save_file({name: value * 1.01 for name, value in tensors.items()}, file, metadata={"format": "pt"})
 
 
+def test_other_versions_since_the_earlier_attempt_are_said(place, stopped, caplog):
+    """New versions may compute other numbers from the same settings."""
+    file = stopped / "run.json"
+    record = json.loads(file.read_text())
+    del record["sha256"]  # as a person would who changes it
+    file.write_text(json.dumps(record | {"versions": record["versions"] | {"torch": "2.10.0"}}))
+    with caplog.at_level("WARNING", "diffora"):
+        run_of(*overrides_for(place), "resume=true", folder=stopped)
+    (line,) = [line for line in caplog.messages if "other versions" in line]
+    assert "torch: '2.10.0' -> " in line and "commit" not in line and line in (stopped / "run.log").read_text()
+
+
 RECORDS = {
     "truncated": lambda text: text[:300],
     "missing": None,

@@ -8,6 +8,7 @@ import torch
 
 from diffora.scoring.criteria import (
     condition_number,
+    counted_tokens,
     direction_norm,
     gradient_norm,
     mean_of_types,
@@ -50,6 +51,23 @@ def test_square_sums_add_up_over_parts():
 def test_square_sums_of_half_precision_do_not_overflow():
     squares, _ = square_sums(torch.full((1, 2, 3), 1000.0, dtype=torch.float16), torch.ones(1, 2))
     assert squares.tolist() == [2e6] * 3
+
+
+def test_padding_does_not_count_whatever_it_holds():
+    """Positions that see no token hold NaN in some models. Masks of packed rows number the rows 1, 2, …"""
+    x, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 2, 0], [3, 0, 0]])
+    x[mask == 0] = NAN
+    squares, count = square_sums(x, mask)
+    assert count == 3
+    torch.testing.assert_close(squares, x[mask != 0].square().sum(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (6, 5), (30,)])
+def test_rows_of_choices_are_counted_in_the_shape_in_which_they_are_read(shape):
+    mask = (torch.arange(30) % 5 < 3).view(2, 3, 5)  # rows x choices x tokens
+    counted = counted_tokens(torch.zeros(*shape, 4), {"attention_mask": mask})
+    assert counted.shape == shape and counted.flatten().equal(mask.flatten())
+    assert counted_tokens(torch.zeros(5, 6, 4), {"attention_mask": mask}).all()  # tokens of something else
 
 
 def test_the_mean_square_of_a_gradient():
@@ -96,6 +114,7 @@ def test_the_condition_number_against_numpy(shape):
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
 def test_the_signal_to_noise_ratio_against_numpy(shape):
+    torch.manual_seed(0)
     weight = torch.randn(*shape, dtype=torch.float64) + 5 * torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
     values = np.linalg.svd(weight.numpy(), compute_uv=False)
     iqr = np.percentile(values, 75) - np.percentile(values, 25)

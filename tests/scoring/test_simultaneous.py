@@ -261,8 +261,11 @@ def test_under_autocast_one_pass_gives_the_gradients_of_two_up_to_rounding(preci
         assert a is None or torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
 
 
-def test_a_model_that_mixes_rows_is_refused_before_the_first_step():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_that_mixes_rows_is_refused_before_the_first_step(compiled):
     module = make("bert")
+    if compiled:  # its backward pass is then one node, as with trainer.compile=true; this needs no C++ compiler
+        module.model.forward = torch.compile(module.model.forward, dynamic=True, backend="aot_eager")
     module.model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda m, a, y: y + y.mean(0))
     before = [p.detach().clone() for p in module.parameters()]
     gamma_opt, weight_opt = module.configure_optimizers()

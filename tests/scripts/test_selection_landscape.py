@@ -224,16 +224,20 @@ def test_scores_of_the_same_selector_and_seed_twice_are_refused(folders):
         script.scores_of(folders / "scores", columns)
 
 
-@pytest.mark.parametrize("what", ["selection", "data"])
-def test_a_mask_that_is_not_the_same_with_every_seed_is_refused(folders, what):
+@pytest.mark.parametrize("what", ["another selection", "other data", "finetune.epochs="])
+def test_masks_that_cannot_be_compared_are_refused(folders, what):
     file = folders / "runs" / "mask 3-cola-1" / "run.json"
     record = json.loads(file.read_text())
-    if what == "data":
+    if what == "another selection":
+        record["selection"]["selected"][0] = ["a", "b", "c", "d"]
+    elif what == "other data":
         record["data_hash"] = "other"
     else:
-        record["selection"]["selected"][0] = ["a", "b", "c", "d"]
+        record["settings"] = {"finetune": {"epochs": 5}}
+        other = folders / "runs" / "mask 7-cola-0" / "run.json"
+        other.write_text(json.dumps(json.loads(other.read_text()) | {"settings": {"finetune": {"epochs": 3}}}))
     file.write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match=f"cola global, mask 3, seed 1 has another {what}"):
+    with pytest.raises(SystemExit, match=f"cola global, mask [37], seed [01] has {what}"):
         script.landscape(script.completed(folders / "runs"))
 
 
@@ -243,3 +247,6 @@ def test_the_same_masks_on_two_tasks_are_compared(rng):
     second, _ = column(np.random.default_rng(3), truth, noise=0.1, task="mrpc")
     ((one, other, n, rho, p),) = script.tasks_agree({"cola global": first, "mrpc global": second})["global"]
     assert (one, other, n) == ("cola", "mrpc", 40) and rho > 0.9 and p < 0.001
+    for mask in second["masks"].values():
+        mask["values"] = {"0": 1.0}
+    assert script.tasks_agree({"cola global": first, "mrpc global": second}) == {}  # no order, no correlation

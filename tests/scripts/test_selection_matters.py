@@ -80,14 +80,14 @@ def test_means_and_differences(rows):
     assert "| search | 100 to 102 | " in text and "(s = 2, s = 4)" in text
 
 
-def test_runs_of_one_row_with_two_scales_are_refused(tmp_path):
+def test_runs_of_one_row_with_two_settings_are_refused(tmp_path):
     write(tmp_path, "search", 0)
     file = tmp_path / "search-0" / "run.json"
     record = json.loads(file.read_text())
     record["settings"]["method"]["alpha"] = 16
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text(json.dumps(record | {"seed": 1}))
-    with pytest.raises(SystemExit, match="the runs of search have different scales"):
+    with pytest.raises(SystemExit, match=r"seed 0 has method\.alpha=8, others method\.alpha=16"):
         script.rows_of(script.completed(tmp_path))
 
 

@@ -66,7 +66,7 @@ def test_two_runs_of_one_seed_are_refused(columns, tmp_path):
     twice = tmp_path / "again"
     twice.mkdir()
     (twice / "run.json").write_text((tmp_path / "search-0" / "run.json").read_text())
-    with pytest.raises(SystemExit, match="two runs are search, sst2, seed 0"):
+    with pytest.raises(SystemExit, match="two runs are sst2, search, seed 0"):
         script.rows_of(script.completed(tmp_path))
 
 

@@ -80,6 +80,32 @@ def test_only_common_seeds_of_all_subsets_count_and_no_subset_may_be_missing(fol
         script.quality(script.completed(folder))
 
 
+def edited(file, **facts):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(json.loads((file.parents[1] / "ab-0" / "run.json").read_text()) | facts))
+
+
+def test_runs_that_do_not_belong_together_are_refused(folder, capsys):
+    again = folder / "again" / "run.json"
+    edited(again)
+    with pytest.raises(SystemExit, match="two runs are paraphrase, ab, seed 0"):
+        script.quality(script.completed(folder))
+    edited(again, seed=2, data_hash="other")
+    with pytest.raises(SystemExit, match="has other data"):
+        script.quality(script.completed(folder))
+    edited(folder / "ab-0" / "run.json", settings={"finetune": {"epochs": 3}, "rank": 4}, git_commit="1" * 40)
+    edited(again, seed=2, settings={"finetune": {"epochs": 3}}, git_commit="2" * 40)  # of a version without rank
+    capsys.readouterr()
+    assert script.quality(script.completed(folder))["subsets"] == 6
+    assert "runs of 2 versions of the program: 11111111, 22222222" in capsys.readouterr().err
+    edited(again, seed=2, settings={"finetune": {"epochs": 4}})
+    with pytest.raises(SystemExit, match=r"seed 2 has finetune\.epochs=4, others finetune\.epochs=3"):
+        script.quality(script.completed(folder))
+    edited(again, row="ac", seed=2, settings={"finetune": {"epochs": 4}})  # subsets differ in the selection only
+    with pytest.raises(SystemExit, match=r"ac, seed 2 has finetune\.epochs=4, others finetune\.epochs=3"):
+        script.quality(script.completed(folder))
+
+
 def test_random_choices_are_at_fifty_also_with_ties():
     values = {((name,),): worth for name, worth in zip("abcdef", (1, 1, 1, 2, 3, 3), strict=True)}
     assert sum(script.percentile(values, subset) for subset in values) / 6 == pytest.approx(50)

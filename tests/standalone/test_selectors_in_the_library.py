@@ -6,12 +6,15 @@ import pytest
 import torch
 from library import CASES, Net, assert_same, bert, entropy_loss, pairs, state, texts
 from torch import nn
+from transformers import BertConfig, BertForMultipleChoice, OPTConfig, OPTForCausalLM
 
 import diffora
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.scoring.measures import MEASURES, FeatureNorm
 from diffora.standalone.batches import rows_of
+
+SMALL = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
 
 def scores(*arguments, **more):
@@ -54,6 +57,30 @@ def test_plop_gives_all_layers_the_score_of_their_type():
     found = torch.tensor(chosen.scores)
     assert torch.equal(found[0], found[1]) and chosen.selected[0] == chosen.selected[1]
     assert [chosen.types[i] for i in sorted(found[0].topk(2).indices.tolist())] == chosen.selected[0]
+
+
+@pytest.mark.parametrize("selector", ["activation", "plop"])
+def test_padding_of_choices_does_not_count(selector):
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(SMALL)
+    ids = torch.randint(1, 50, (4, 3, 6))
+    narrow = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
+    wide = narrow | {key: nn.functional.pad(narrow[key], (0, 10)) for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(scores(model, selector, [wide]), scores(model, selector, [narrow]))
+
+
+@pytest.mark.parametrize("selector", ["activation", "plop"])
+def test_all_tokens_of_a_model_whose_layers_are_called_decoder_count(selector):
+    """OPT has no encoder: a decoder reads the prompt, too, for which there are no labels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, word_embed_proj_dim=16, max_position_embeddings=32, **sizes))
+    ids = torch.randint(3, 50, (4, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    answers = batch["labels"].clone()
+    answers[:, :5] = -100
+    expected = scores(model, selector, [batch])
+    torch.testing.assert_close(scores(model, selector, [batch | {"labels": answers}]), expected)
 
 
 def test_features_are_measured_in_float32_under_autocast_too():

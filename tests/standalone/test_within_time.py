@@ -64,3 +64,9 @@ def test_impossible_arguments_are_refused():
     for budget, words in ((0.2, r"too small: .* has the share 0\.\d+"), (0, "above 0"), ("a", "above 0")):
         with pytest.raises(diffora.UserError, match=words):
             diffora.within_time(model, found, batch, budget, loss=loss)
+    for head, words in (
+        (["top"], "head: top is not a module of this model"),
+        ("classifier", "must be a list of names"),
+    ):
+        with pytest.raises(diffora.UserError, match=words):
+            diffora.within_time(model, found, batch, 0.9, loss=loss, head=head)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from diffora.backbones.load import load_backbone
@@ -20,6 +21,7 @@ from diffora.hub import EMBEDDED
 from diffora.run.check import check
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.tasks.account import Account
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.chat.conversations import characters, row_keys
 from diffora.tasks.chat.held_out import Forgetting, read_texts
@@ -117,6 +119,17 @@ def test_the_checkpoints_other_settings_do_not_matter(cfg):
     assert model.generation_config.do_sample  # its own settings are back
 
 
+def test_generating_compiles_nothing(cfg):
+    """A compiled model would be compiled again while the cache grows."""
+    model, _tokenizer = random_gpt2(cfg)
+    ids, mask = left_padded([[5, 6, 7], [8]], 0)
+    before = generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0)
+    model.forward = torch.compile(model.forward, dynamic=True, backend="eager")
+    counters.clear()
+    assert generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0).equal(before)
+    assert not counters["stats"]
+
+
 @given(st.integers(1, 50), st.integers(1, 60))
 def test_rows_are_chosen_evenly(rows, most):
     chosen = evenly(rows, most)
@@ -170,6 +183,19 @@ def test_the_model_reads_the_prompt_that_training_has(ready, cfg, tmp_path):
     for row, turns in zip(encoded, rows["messages"], strict=True):
         text = "the {} . so {}".format(*(turn["content"] for turn in turns)) + tokenizer.eos_token
         assert row["input_ids"] == tokenizer(text)["input_ids"] and sum(row["counted"]) == len(row["input_ids"]) - 1
+
+
+def test_a_prompt_whose_end_joins_the_answer_is_told(cfg, tmp_path):
+    folder = chats(tmp_path / "rows")
+    _, tokenizer = adapted_llama(cfg)
+    for prompt, differing in (("the {prompt} . ", 0), ("the {prompt} .", 10)):  # words are divided at spaces
+        task = get_task(cfg(*overrides(folder, f"task.prompt='{prompt}'", "task.packing=false")).task)
+        rows = task.load().validation["validation"]
+        split = Split(rows, task.encode(rows, tokenizer, False))
+        task.count_encoded(account := Account(len(rows)), split)
+        said = "10 of 10 prompts have other tokens than in training"
+        assert sum(split.encoded["prompt_differs"]) == differing and len(account.notes) == bool(differing)
+        assert all(said in note for note in account.notes)
 
 
 def test_long_training_rows_are_left_out_and_counted(cfg, tmp_path):

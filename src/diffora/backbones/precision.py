@@ -1,5 +1,7 @@
 """The precision of weights and of computations."""
 
+from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,20 +25,31 @@ def bfloat16_unit(device: torch.device) -> str | None:
         return torch.cuda.get_device_name(device) if supported else None
     if device.type != "cpu":
         return None
-    able = torch.cpu.get_capabilities()
+    able = _capabilities()
     return next((name for name, key in CPU_UNITS.items() if able.get(key)), None)
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What the processor can do, by torch's names."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    private: Any = torch.cpu  # torch 2.10
+    return {"amx_bf16": private._is_amx_tile_supported(), "avx512_bf16": private._is_avx512_bf16_supported()}
 
 
 CPU_UNITS = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16"}
 """Units of processors for bfloat16, the fastest first, and torch's names for them."""
 
 
-def width_multiple(precision: str, device: torch.device) -> int:
+def width_multiple(precision: str, device: torch.device, longest: int | None) -> int:
     """Round the widths of batches up to a multiple of this.
 
     In bfloat16 on a CPU, oneDNN compiles its products for each shape and keeps them: half a MB for each product and
     width. Rounded widths are few, so that memory stays flat and the products are compiled once. GPUs like 8.
+
+    Args:
+        longest: the most tokens that the model reads (`longest_input`). It is a multiple of the result, so no rounded
+            width is more. None: any number.
     """
-    if device.type == "cpu":
-        return 16 if precision in AUTOCAST else 1
-    return 8 if device.type == "cuda" else 1
+    wanted = {"cpu": 16 if precision in AUTOCAST else 1, "cuda": 8}.get(device.type, 1)
+    return wanted if longest is None else gcd(wanted, longest)

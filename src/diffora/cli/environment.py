@@ -39,19 +39,20 @@ def prepare(environment: MutableMapping[str, str]) -> str | None:
 
 
 def other_tasks() -> int:
-    """How many other processes and threads run or wait for a core: now, or in the last minute's mean if that is more.
+    """How many other processes and threads run or wait for a core, now and not only for a moment.
 
-    The mean rises only slowly after processes have started, so Linux is also asked for the present number, three times.
+    Linux is asked three times. Its mean of the last minute is not used: a run that has just ended is still in it.
+    Elsewhere there is only that mean.
     """
     with suppress(OSError, ValueError):
-        return max(round(_load()[0]), min(_load(wait=0.01)[1] for _ in range(3)))
+        return max(0, min(_running() for _ in range(3)))
     with suppress(OSError, AttributeError):  # Windows has neither
         return round(os.getloadavg()[0])
     return 0
 
 
-def _load(wait: float = 0) -> tuple[float, int]:
-    """(mean of the last minute, tasks that run or wait besides this one), of the whole machine, from Linux."""
-    time.sleep(wait)
-    mean, _, _, tasks, _ = Path("/proc/loadavg").read_text().split()
-    return float(mean), int(tasks.partition("/")[0]) - 1
+def _running() -> int:
+    """Tasks that run or wait for a core besides this one, on the whole machine, a moment later; from Linux."""
+    time.sleep(0.01)
+    *_, tasks, _ = Path("/proc/loadavg").read_text().split()
+    return int(tasks.partition("/")[0]) - 1

@@ -249,8 +249,11 @@ class Selection:
 
     @property
     def certainty(self) -> str:
-        """How many modules are decided, in words; empty without `confidence`."""
-        return "" if self.confidence is None else certainty(self.confidence, self.ensemble)
+        """How many modules are decided, in words; empty without `confidence`.
+
+        Those below ``lowest_layer`` do not count: no seed could select them.
+        """
+        return "" if self.confidence is None else certainty(self.confidence[self.lowest_layer :], self.ensemble)
 
     def summary(self) -> dict[str, Any]:
         """The entries of a run's record."""

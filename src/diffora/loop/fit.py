@@ -55,7 +55,7 @@ def fit(
     try:
         both_levels = getattr(section, "update", None) == "simultaneous"  # two backward passes through one forward pass
         with (
-            compiled(module.model, parts.settings.trainer.compile, keep_graph=both_levels),
+            compiled(module.model, parts.settings.trainer.compile and module.compiles, keep_graph=both_levels),
             module.prefix or nullcontext(),
         ):
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)

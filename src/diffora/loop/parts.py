@@ -12,6 +12,7 @@ from torch import nn
 from diffora import digests
 from diffora.backbones.attention import use_bfloat16_attention
 from diffora.backbones.backbone import Backbone
+from diffora.backbones.compatibility import longest_input
 from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
 from diffora.core.grid import Grid, find_grid
@@ -132,7 +133,7 @@ class Parts:
         backbone = load_backbone(settings.model, task.model_request(), processor)
         task.check(backbone.model)
         device = device_of(settings.trainer.accelerator)
-        task.width_multiple = width_multiple(settings.trainer.precision, device)
+        task.width_multiple = width_multiple(settings.trainer.precision, device, longest_input(backbone.model))
         if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel == "fused":
             use_bfloat16_attention(backbone.model)
         if settings.trainer.gradient_checkpointing:

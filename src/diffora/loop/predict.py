@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 
 from diffora.backbones.precision import AUTOCAST
 from diffora.errors import UserError, out_of_memory
-from diffora.loop.compiled import compiled
 from diffora.loop.data import whole_loader
 from diffora.tasks.base import Collate, Outputs, Split, Task
 
@@ -17,6 +16,9 @@ from diffora.tasks.base import Collate, Outputs, Split, Task
 @torch.no_grad()
 def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_size: int, trainer: Any) -> Outputs:
     """`Task.outputs` for all rows of a split, in their order, on the CPU. The model returns to its device and mode.
+
+    The model is not compiled (``trainer.compile``): compiling takes longer than one pass, and may be impossible on the
+    machine that evaluates a run.
 
     Args:
         model: adapted and trained.
@@ -34,11 +36,10 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
     found: list[Outputs] = []
     try:
         model.to(device).eval()
-        with compiled(model, trainer.compile):
-            for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    found.append(task.evaluate(model, batch, final=True))  # kept on the device: no wait for a GPU
+        for batch in tqdm(loader, desc="predict", unit="batch", disable=None):
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                found.append(task.evaluate(model, batch, final=True))  # kept on the device: no wait for a GPU
     except Exception as error:
         if (shortage := out_of_memory(error)) is None:
             raise

@@ -20,12 +20,14 @@ from diffora.backbones.precision import AUTOCAST, HALF
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
+from diffora.files import remove_leftovers
 from diffora.loop import predict
 from diffora.loop.parts import Parts
 from diffora.loop.states import (
     States,
     Width,
     batch_of,
+    computed,
     device_of,
     facts_of,
     facts_of_rows,
@@ -93,19 +95,18 @@ class CachedPrefix:
         began, model = time.monotonic(), self.parts.model
         members = stack_members(model, self.parts.grid.layers)
         lowest = lowest_trained(members)
+        training, prefix = model.training, Prefix(members[:lowest])
         # A compiled forward pass could not end behind the prefix.
         eager = torch.compiler.set_stance("force_eager") if self.parts.settings.trainer.compile else nullcontext()
-        with eager:
-            if lowest == 0 or _enters_trained(self.parts, members[:1], precision):
-                log.warning(f"{SAID[self.stage]}: {KEY} saves nothing: {_trained(model, members[0])}")
-                return
-            training, prefix = model.training, Prefix(members[:lowest])
-            try:
-                model.eval()
-                with torch.no_grad(), precision(), torch.random.fork_rng(_random_devices(model)):
-                    needed = self._compute(prefix, members)
-            finally:
-                model.train(training)
+        try:
+            model.eval()
+            with eager, torch.no_grad(), precision(), torch.random.fork_rng(_random_devices(model)):
+                if lowest == 0 or _depends_on_trained(self.parts, prefix):
+                    log.warning(f"{SAID[self.stage]}: {KEY} saves nothing: {_trained(model, members[0])}")
+                    return
+                needed = self._compute(prefix, members)
+        finally:
+            model.train(training)
         self._prefix = prefix
         self._installed.enter_context(prefix.installed())
         facts = {"layers": lowest, "of": len(members), "bytes": needed, "seconds": round(time.monotonic() - began, 3)}
@@ -127,7 +128,13 @@ class CachedPrefix:
             def write(file: Path, encoded: datasets.Dataset = encoded) -> None:
                 write_states(file, parts, prefix, width, encoded)
 
-            self.states[name] = States(cached(KIND, facts[name], write), width)
+            states = States(cached(KIND, facts[name], write), width)
+            if not _is_now(parts, prefix, encoded, states):
+                file = file_of(KIND, facts[name])
+                log.warning(f"{file} has other states than the frozen layers give now: writing it again")
+                file.unlink(missing_ok=True)  # a run that reads it keeps it
+                states = States(cached(KIND, facts[name], write), width)
+            self.states[name] = states
         return needed
 
 
@@ -147,8 +154,8 @@ def check_prefix(parts: Parts) -> None:
     """Check, before anything is computed, that the prefix of this model can be cached for these rows.
 
     Raises:
-        UserError: the layers are not one stack, or mix rows; a row gives other inputs in each epoch; the files would be
-            too large.
+        UserError: the layers are not one stack, or mix rows; a row does not always give the same inputs; the files
+            would be too large.
     """
     model, home, training = parts.model, device_of(parts.model), parts.model.training
     device = predict.device_of(parts.settings.trainer.accelerator)
@@ -160,10 +167,12 @@ def check_prefix(parts: Parts) -> None:
         _check_augmentation(parts)
         model.to(device).eval()
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-        with torch.no_grad(), torch.random.fork_rng(_random_devices(model)), autocast:
+        with torch.no_grad(), torch.random.fork_rng(_random_devices(model)):
             prefix = Prefix(members[:-1])
-            width = width_of(parts, prefix)
-            _check_rows_are_apart(parts, prefix, width)
+            with autocast:
+                width = width_of(parts, prefix)
+            # Without autocast, whose rounding could hide a difference.
+            _check_rows_are_apart(parts, prefix, Prefix(members[-1:]), width)
         # Which files the run needs is not known yet. All that are there may be among them.
         check_size(parts, cached_splits(parts), width, list(_folder().glob("*.arrow")))
     except UserError as error:
@@ -183,6 +192,7 @@ def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Widt
     """
     rows, tokens = sum(map(len, splits.values())), sum(n_tokens(encoded, width) for encoded in splits.values())
     needed, limit, folder = tokens * width.bytes, parts.settings.trainer.cache_prefix_limit, _folder()
+    remove_leftovers(folder)  # what a killed run has left takes space
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     what = (
         f"the output of the frozen layers takes {_size(needed)} ({rows:,} rows, {tokens:,} tokens of {width.size} "
@@ -211,49 +221,65 @@ def _size(n_bytes: int) -> str:
 
 
 def _check_augmentation(parts: Parts) -> None:
-    """Refuse rows that give other inputs in each epoch."""
-    rows, encoded = tried_rows(parts.data.train.encoded), parts.data.train.encoded
-    found = []
-    for epoch in range(4):
-        with torch.random.fork_rng([]):
-            batch = parts.data.collate(encoded[rows] | {"draw": (parts.settings.seed, 0, epoch)})
-        found.append(parts.task.inputs(batch))
-    if any(not torch.equal(value, later[name]) for later in found[1:] for name, value in found[0].items()):
-        raise UserError(
-            f"task={parts.task.name} gives other inputs for the same row in each epoch, such as varied images; with "
-            "task.augment.crop_area=null task.augment.flip=false task.augment.shift=0 they are the same"
-        )
+    """Refuse rows that give other inputs in each epoch, or other ones in training than in evaluation."""
+    rows, encoded, task = tried_rows(parts.data.train.encoded), parts.data.train.encoded, parts.task
+    expected = task.inputs(parts.data.collate_eval(encoded[rows]))
+    with torch.random.fork_rng([]):  # around all epochs, because a collate function may draw from torch's generator
+        for epoch in range(4):
+            found = task.inputs(parts.data.collate(encoded[rows] | {"draw": (parts.settings.seed, 0, epoch)}))
+            if found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found):
+                continue
+            plain = "task.augment.crop_area=null task.augment.flip=false task.augment.shift=0"
+            advice = f"; with {plain} they are the same" if hasattr(parts.settings.task, "augment") else ""
+            raise UserError(
+                f"task={task.name} gives other inputs for the same row in each epoch, or in training than in "
+                f"evaluation, such as varied images{advice}"
+            )
 
 
-def _check_rows_are_apart(parts: Parts, prefix: Prefix, width: Width) -> None:
-    """Refuse a model whose states of a row depend on other rows or on padding, or are used in other places too."""
+def _check_rows_are_apart(parts: Parts, prefix: Prefix, top: Prefix, width: Width) -> None:
+    """Refuse a model whose states of a row depend on other rows or on padding, or are used in other places too.
+
+    Args:
+        prefix: all layers but the last.
+        top: the last layer.
+    """
     model, task, encoded = parts.model, parts.task, parts.data.train.encoded
     device, name, rows = device_of(model), type(model).__name__, tried_rows(encoded)
-
-    def states_of(rows: list[int]) -> Tensor:
-        batch = batch_of(parts, encoded, rows, device)
-        mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows]).to(device)
-        states = prefix.output(lambda: model(**task.inputs(batch)))
-        if states.shape[:2] != mask.shape:
-            raise UserError(f"{name} has hidden states of {tuple(states.shape)} for {tuple(mask.shape)} tokens")
-        return states[mask]
-
-    alone, most = torch.cat([states_of([row]) for row in rows]), SAME[width.dtype in HALF or width.stored in HALF]
-    if _difference(alone, states_of(rows)) > most:
+    alone = torch.cat([computed(parts, prefix, width, encoded, [row]) for row in rows])
+    most = SAME[alone.dtype in HALF]
+    if _difference(computed(parts, prefix, width, encoded, rows), alone) > most:
         raise UserError(
             f"{name} does not keep the rows of a batch apart: what its layers give for a row depends on the other "
             "rows, or on padding"
         )
     batch = batch_of(parts, encoded, rows, device)
     mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows]).to(device)
-    plain = task.loss(model(**task.inputs(batch)), batch)
+
+    def above() -> tuple[Tensor, Tensor]:
+        """What is above the prefix: the states of the last layer, and the loss."""
+        return computed(parts, top, width, encoded, rows), task.loss(model(**task.inputs(batch)), batch)
+
+    plain = above()
     try:
         with prefix.installed(), prefix.returning(put_into(mask, alone)):
-            replaced = task.loss(model(**task.inputs(batch)), batch)
+            replaced = above()
     except Exception as error:  # whatever a model does with what its layers did not return
         raise UserError(f"{name} does not run without its lower layers: {first_line(error)}") from error
-    if _difference(replaced, plain) > most:
+    if any(_difference(*both) > most for both in zip(replaced, plain, strict=True)):
         raise UserError(f"{name} uses what its lower layers give in other places than the layers above")
+
+
+def _is_now(parts: Parts, prefix: Prefix, encoded: datasets.Dataset, states: States) -> bool:
+    """Whether a few rows of a file have the states that the layers give now.
+
+    The name of a file covers what a model and its inputs usually depend on. This check covers the rest, such as hooks,
+    settings of a method's own layers, and code that came with a checkpoint.
+    """
+    width, rows = states.width, tried_rows(encoded)
+    now = computed(parts, prefix, width, encoded, rows).to(width.stored).cpu()
+    half = parts.settings.trainer.precision in AUTOCAST or width.stored in HALF
+    return _difference(states.of(rows)[0], now) <= SAME[half]
 
 
 def _difference(value: Tensor, reference: Tensor) -> float:
@@ -273,12 +299,15 @@ def _random_devices(model: nn.Module) -> list[torch.device]:
 # --- what is trained ---
 
 
-def _enters_trained(parts: Parts, first: list[nn.Module], precision: Precision) -> bool:
-    """Whether what the first layer gives depends on trained parameters, such as those of the embeddings."""
+def _depends_on_trained(parts: Parts, prefix: Prefix) -> bool:
+    """Whether what frozen layers give depends on trained parameters all the same, such as those of the embeddings.
+
+    Or those of a module between two layers, as DeBERTa's convolution.
+    """
     encoded = parts.data.train.encoded
     batch = batch_of(parts, encoded, tried_rows(encoded)[:1], device_of(parts.model))
-    with torch.enable_grad(), precision(), torch.random.fork_rng(_random_devices(parts.model)):
-        return Prefix(first).output(lambda: parts.model(**parts.task.inputs(batch))).requires_grad
+    with torch.enable_grad():
+        return prefix.output(lambda: parts.model(**parts.task.inputs(batch))).requires_grad
 
 
 def _trained(model: nn.Module, first: nn.Module) -> str:
@@ -287,4 +316,4 @@ def _trained(model: nn.Module, first: nn.Module) -> str:
     names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) in own]
     if names:
         return f"the lowest layer is trained ({names[0]}), so no layer below is frozen"
-    return "parameters below the layers are trained, such as embeddings"
+    return "what the frozen layers give depends on trained parameters outside of them, such as embeddings"

@@ -34,6 +34,11 @@ class Earlier:
     checkpoints: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
     search: tuple[Selection, float] | None = None
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything to continue from."""
+        return bool(self.checkpoints or self.search)
+
 
 def has_work(folder: Path) -> bool:
     """Whether a run directory holds anything that a run could resume from."""

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -44,12 +44,14 @@ class Stage(L.LightningModule):
         seed: the run's seed.
 
     Attributes:
+        compiles: whether ``trainer.compile=true`` compiles the model in this stage.
         elapsed: seconds of training up to the last epoch, including earlier attempts.
         first_step_at: time of the first step, as `time.time` gives it; None before.
         begun: whether everything is restored and training has started.
         prefix: the cached output of the frozen layers (``trainer.cache_prefix=true``); None without it.
     """
 
+    compiles: ClassVar[bool] = True
     prefix: CachedPrefix | None = None
 
     def __init__(self, model: nn.Module, seed: int) -> None:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from diffora.backbones.precision import AUTOCAST
 from diffora.core.prefix import Prefix
+from diffora.errors import UserError
 from diffora.loop.data import rows_loader
 from diffora.loop.parts import Parts
 from diffora.tasks.base import Batch
@@ -171,6 +172,21 @@ def tried_rows(encoded: datasets.Dataset) -> list[int]:
 def batch_of(parts: Parts, encoded: datasets.Dataset, rows: list[int], device: torch.device) -> Batch:
     """A batch of some rows of a split."""
     return {key: value.to(device) for key, value in parts.data.collate_eval(encoded[rows]).items()}
+
+
+def computed(parts: Parts, prefix: Prefix, width: Width, encoded: datasets.Dataset, rows: list[int]) -> Tensor:
+    """The states of all tokens of some rows, one row after the other, computed in one batch.
+
+    Raises:
+        UserError: the model has another number of states than there are tokens.
+    """
+    batch = batch_of(parts, encoded, rows, device_of(parts.model))
+    mask = real_tokens(batch, [real_length(encoded, row, width) for row in rows])
+    states = prefix.output(lambda: parts.model(**parts.task.inputs(batch)))
+    if states.shape[:2] != mask.shape:
+        name = type(parts.model).__name__
+        raise UserError(f"{name} has hidden states of {tuple(states.shape)} for {tuple(mask.shape)} tokens")
+    return states[mask.to(states.device)]
 
 
 def device_of(model: nn.Module) -> torch.device:

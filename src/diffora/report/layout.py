@@ -157,7 +157,9 @@ def _measure(cell: ResultCell, column: ResultColumn, part: str, key: str) -> str
         return search_time(cell)
     if found is None or not found.mean:
         return ""
-    return SortableText(f"{found.mean:.0f}" + (f" ± {found.std:.0f}" if found.std is not None else ""), found.mean)
+    digits = 0 if found.mean >= 10 else 3  # a step may take milliseconds
+    error = f" ± {found.std:.{digits}f}" if found.std is not None else ""
+    return SortableText(f"{found.mean:.{digits}f}{error}", found.mean)
 
 
 def agreement_table(table: ResultTable, found: Sequence[tuple[str, str, str, Stability | None]]) -> TextTable | None:

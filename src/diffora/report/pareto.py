@@ -24,6 +24,8 @@ COSTS: Costs = (
 """Name of each cost, and the numbers of a record that it adds up."""
 FRONT = 6 + charts.COLOURS
 """Colour of the line through the front: grey and dashed."""
+ALIKE = 1.25
+"""Up to this ratio of the largest to the smallest cost, rows cost the same, and no chart compares them."""
 WIDE = 20.0
 """From this ratio of the largest to the smallest cost on, the axis is logarithmic."""
 
@@ -120,7 +122,10 @@ def fronts(table: ResultTable) -> Fronts:
 
 
 def _points(table: ResultTable, column: ResultColumn) -> Iterator[tuple[str, list[Point]]]:
-    """(name of the cost, its points) for each cost in which at least three rows differ."""
+    """(name of the cost, its points) for each cost in which at least three rows differ, by more than `ALIKE` in all.
+
+    On a CPU, most of the memory is that of the libraries, and the rest depends on the runs before in the same process.
+    """
     key = column.compared
     cells = {row: cell for row in table.rows if (cell := table.cells.get((row, column.name)))}
     metrics = {row: spread(cell.by_seed(key, column.factor(key)).values()) for row, cell in cells.items()}
@@ -133,7 +138,8 @@ def _points(table: ResultTable, column: ResultColumn) -> Iterator[tuple[str, lis
             for row, cell in cells.items()
             if (metric := metrics[row]) and (cost := _cost(cell, parts)) is not None
         ]
-        if len({point.cost for point in points}) > 2:
+        costs = {point.cost for point in points}
+        if len(costs) > 2 and max(costs) > ALIKE * min(costs):
             yield name, points
 
 

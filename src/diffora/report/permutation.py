@@ -28,7 +28,8 @@ class Permuted:
         value: the statistic; high is good.
         mean: its mean over shuffles.
         low, high: the central 95 % of the shuffles.
-        p: one-sided p-value of "better than chance": the share of shuffles with at least this value.
+        p: one-sided p-value of "better than chance": the share of shuffles with at least this value. NaN if the value
+            is NaN.
         p_worse: the same for "worse than chance".
         exact: whether all shuffles were tried. Otherwise the observed order counts as one more, so p is above 0.
     """
@@ -53,6 +54,9 @@ class Permuted:
     def of(cls, value: float, shuffled: np.ndarray, exact: bool = False) -> "Permuted":
         """The test of a value against those of the shuffles."""
         shuffled = np.asarray(shuffled, dtype=float)
+        if math.isnan(value):  # no shuffle is at least NaN, so the shares would be near 0
+            nan = math.nan
+            return cls(nan, nan, nan, nan, nan, nan, exact)
         more = 0 if exact else 1
         above, below = ((shuffled >= value - NEAR).sum() + more, (shuffled <= value + NEAR).sum() + more)
         low, high = np.quantile(shuffled, [0.025, 0.975])

@@ -183,15 +183,16 @@ def agreement(files: Mapping[int, "_Selected"]) -> Stability | None:
     """How far the selections of the seeds agree; None if they are fewer than two, or a list in the settings.
 
     Random selections keep the size of each layer if all selections have the same sizes, unless they are global ones.
+    They have no modules below the lowest layer of a time budget.
     """
     if not files or any(found.given for found in files.values()):
         return None
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.
     masks = np.array(list({(found.seed, found.mask.tobytes()): found.mask for found in files.values()}.values()))
     first = next(iter(files.values()))
-    counts = masks.sum(-1)
+    counts, lowest = masks.sum(-1), min(found.lowest_layer for found in files.values())
     by_layer = first.scope != "global" and bool((counts == counts[0]).all())
-    return stability(masks, by_layer, first.there)
+    return stability(masks, by_layer, first.there & (np.arange(len(first.there)) >= lowest)[:, None])
 
 
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
@@ -249,6 +250,7 @@ class _Selected:
         relaxation: how the search relaxed Γ.
         there: boolean, L x N, which layer has a module of which type.
         scope: of the method, ``layer`` or ``global``; None for a method without one.
+        lowest_layer: of a time budget; 0 without one.
         confidence: L x N of an ensemble, NaN where a layer has no such module; None without one.
         certainty: how many modules are decided, in words; empty without a confidence.
         given: whether it is a list in the settings.
@@ -261,6 +263,7 @@ class _Selected:
     relaxation: str
     there: np.ndarray
     scope: object
+    lowest_layer: int = 0
     confidence: np.ndarray | None = None
     certainty: str = ""
     given: bool = False
@@ -299,15 +302,16 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
         start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
         scope, sure, words = run.config.get("method.scope"), content.get("confidence"), ""
         given = run.record.selection.get("selector") == "given"
+        lowest = int(content.get("lowest_layer") or 0)
         if sure is not None:
-            words, sure = certainty(sure, int(content["ensemble"])), _numbers(sure)
+            words, sure = certainty(sure[lowest:], int(content["ensemble"])), _numbers(sure)
             if (
                 sure.shape != mask.shape
                 or (np.isnan(sure) != ~there).any()
                 or not ((sure >= 0) & (sure <= 1))[there].all()
             ):
                 return None
-        return _Selected(of, mask, types, relaxed, relaxation, there, scope, sure, words, given)
+        return _Selected(of, mask, types, relaxed, relaxation, there, scope, lowest, sure, words, given)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 

@@ -121,11 +121,12 @@ def _timing_problems(settings: Settings) -> Iterator[str]:
 def _prefix_problems(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``trainer.cache_prefix=true``."""
     t = settings.trainer
-    if t.cache_prefix and (t.devices != 1 or t.num_nodes > 1 or t.strategy == "fsdp"):
+    if t.cache_prefix and (t.devices != 1 or t.num_nodes != 1 or t.strategy == "fsdp"):
+        nodes = "" if t.num_nodes == 1 else f" trainer.num_nodes={t.num_nodes}"
         yield (
-            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices} trainer.num_nodes={t.num_nodes} "
-            f"trainer.strategy={t.strategy}: one process computes the frozen layers; use trainer.devices=1 "
-            "trainer.num_nodes=1 trainer.strategy=auto"
+            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices}{nodes} "
+            f"trainer.strategy={t.strategy}: one process computes the frozen layers; use trainer.devices=1"
+            f"{nodes and ' trainer.num_nodes=1'} trainer.strategy=auto"
         )
 
 

@@ -106,6 +106,17 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     return old
 
 
+def changed_versions(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Where the program and its packages differ from those of an earlier attempt, as ``torch: '2.12.0' -> '2.13.0'``.
+
+    Args:
+        record: of the present attempt.
+    """
+    old = read_record(folder) or {}
+    before, now = ((each.get("versions") or {}) | {"commit": each.get("git_commit")} for each in (old, record))
+    return identity.differences(before, now) if old else []
+
+
 UNKNOWN = "a run whose settings are unknown cannot be continued: remove its folder, or choose another one"
 
 

@@ -16,6 +16,7 @@ from diffora import digests
 from diffora.adapters.fetch import local_copy, place_problem
 from diffora.adapters.manifest import read_manifest
 from diffora.api import load_adapter
+from diffora.backbones.compatibility import longest_input
 from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
 from diffora.core.lowrank import set_kernel
@@ -255,7 +256,8 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
     check_backbone(cfg, request.weights, request.own_backbone)
-    task.width_multiple = width_multiple(cfg.trainer.precision, device_of(cfg.trainer.accelerator))
+    device = device_of(cfg.trainer.accelerator)
+    task.width_multiple = width_multiple(cfg.trainer.precision, device, longest_input(model))
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}
     data = {name: task.account(name, split).record() for name, split in splits.items()}

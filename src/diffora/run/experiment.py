@@ -45,6 +45,7 @@ from diffora.run.record import (
     missing_files,
     new_record,
     peaks,
+    read_record,
     reset_peaks,
     result_files,
 )
@@ -148,6 +149,8 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         step_time = _limit_layers(parts, method)
         if settings.trainer.cache_prefix:
             check_prefix(parts)
+            if settings.resume:  # a search that is finished already
+                parts.prefix |= (read_record(folder) or {}).get("prefix") or {}
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     record = new_record(cfg, parts.data.hash) | metric_facts(task)
@@ -157,10 +160,18 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         "data": parts.data.accounts,
         "step_time": step_time,
         "precision": precision,
+        "prefix": parts.prefix,
     }
     if names := parts.backbone.arguments.get("id2label"):
         record["classes"] = list(names.values())
+    # Such a change can make other numbers of the same settings, as a new kernel or another padding does.
+    changed = rundir.changed_versions(folder, record) if parts.earlier.exists else []
     with rundir.account(cfg, folder, record):
+        if changed:
+            log.warning(
+                f"{folder}: an earlier attempt had other versions ({', '.join(changed)}): the result may not be that "
+                "of a run that never stopped"
+            )
         if precision:
             log.info(f"precision: {precision}")
         if is_main():
@@ -225,7 +236,6 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         needed = adaptation.inference_parameters()
         record["params"]["inference"] = record["params"]["adapter"] if needed is None else needed
         record |= {
-            "prefix": parts.prefix,
             "metrics": module.results() | forgetting(parts, before),
             "history": module.history,
             "memory": peaks(),
@@ -252,7 +262,7 @@ def stop_at(found: Selected, parts: Parts, record: dict[str, Any], loggers: Logg
     """End a run with ``search_only=true`` at its selection. Completes ``record``."""
     total = max(time.time() - began, found.seconds)
     record["time"] = {"search_s": round(found.seconds, 3), "total_s": round(total, 3)}
-    record |= {"memory": peaks(), "prefix": parts.prefix}
+    record["memory"] = peaks()
     if is_main():
         complete(parts, record, "selected")
     record["status"] = "selected"

@@ -11,6 +11,8 @@ from diffora.loop.predict import device_of
 from diffora.methods.base import Method
 from diffora.trust import class_at
 
+NAME_IT = "name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
+
 
 def settled(cfg: DictConfig) -> tuple[DictConfig, str | None]:
     """Replace ``trainer.precision=auto`` by what this machine uses.
@@ -23,9 +25,14 @@ def settled(cfg: DictConfig) -> tuple[DictConfig, str | None]:
     Returns:
         (the configuration with the chosen ``trainer.precision`` and ``model.dtype``; a text that says what was
         chosen and why, or None if the configuration names a precision)
+
+    Raises:
+        UserError: several machines take part, which could choose differently.
     """
     if _value(cfg, "trainer.precision") != "auto":
         return cfg, None
+    if "method" in cfg and _value(cfg, "trainer.num_nodes") not in (None, 1):  # an evaluation is one process
+        raise UserError(f"trainer.precision=auto: the machines of one run could choose differently; {NAME_IT}")
     cfg = deepcopy(cfg)
     unit, reason = _unit(str(_value(cfg, "trainer.accelerator")))
     if unit is None:

@@ -269,6 +269,7 @@ class SearchModule(Stage):
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
         n_train, n_valid = self._sequences(*few)
         with (
+            torch.compiler.set_stance("force_eager"),  # a compiled pass is one node: it shows no gradients inside
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             divided(self.layers, self._tables, n_train, n_train + n_valid),
         ):

@@ -42,32 +42,42 @@ def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         (sum of squares of each feature, (in,); number of tokens, a scalar), in float32 or float64.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
-    keep = mask.reshape(-1).to(x.dtype)
-    return keep @ x.square(), keep.sum()
+    counted = mask.reshape(-1) != 0  # not a product with the mask: padding may hold NaN
+    return x[counted].square().sum(0), counted.sum().to(x.dtype)
 
 
-def counted_tokens(name: str, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def reads_targets(name: str, model: nn.Module) -> bool:
+    """Whether a module reads the targets of an encoder-decoder.
+
+    It does if it is in the decoder. The keys and values of the decoder's cross-attention read the sources. In a model
+    without an encoder, such as OPT, the layers may be called decoder too.
+    """
+    if "decoder" not in name.split(".") or part_of(name) in ("cross_key", "cross_value"):
+        return False
+    return any("encoder" in other.split(".") for other, _ in model.named_modules())
+
+
+def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -> Tensor:
     """Which tokens of a module's input count: all but padding, as far as the batch says where padding is.
 
-    An encoder-decoder has two sequences, of sources and targets. Its decoder reads the targets, but the keys and values
-    of its cross-attention read the sources.
-
     Args:
-        name: of the module.
-        x: its input (..., in).
+        x: the input (..., in).
         batch: may have an ``attention_mask``, and for an encoder-decoder ``labels`` of one entry per target token.
+        targets: whether the module reads the targets (`reads_targets`).
 
     Returns:
         One entry for each token of ``x``, 0 for one that does not count.
     """
-    mask: Tensor | None
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    reads_sources = part_of(name) in ("cross_key", "cross_value") or "decoder" not in name.split(".")
-    if not reads_sources and labels is not None and labels.shape == x.shape[:-1]:
-        mask = labels != IGNORED
-    if mask is None or mask.shape != x.shape[:-1]:
-        return torch.ones(x.shape[:-1], device=x.device)
-    return mask
+    labels: Tensor | None = batch.get("labels")
+    if targets and labels is not None and labels.shape == x.shape[:-1]:
+        return labels != IGNORED
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is not None and mask.dim():
+        # rows of several choices are read as one batch of sequences, and some layers read all tokens as one list
+        rows = mask.shape[:-1].numel(), mask.shape[-1]
+        if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)):
+            return mask.reshape(x.shape[:-1])
+    return torch.ones(x.shape[:-1], device=x.device)
 
 
 def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class FunctionModule(Stage):
         scores: L x N on the CPU, once the stage is over.
     """
 
+    compiles = False  # as in `ScoreModule`
     scores: Tensor
 
     def __init__(self, model: nn.Module, grid: Grid, function: ScoreFunction, name: str, task: Task, seed: int) -> None:

@@ -23,6 +23,7 @@ from diffora.scoring.criteria import (
     mean_of_types,
     mean_square,
     norm_sums,
+    reads_targets,
     square_sums,
     weight_times_activation,
 )
@@ -137,6 +138,7 @@ class _OfInputs(Measure):
     @torch.no_grad()
     def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
         names = dict(zip(self.modules, self.grid.modules, strict=True))
+        targets = {module: reads_targets(name, self.model) for module, name in names.items()}
         fields = batch if hasattr(batch, "get") else {}
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -145,7 +147,7 @@ class _OfInputs(Measure):
             if module not in found:
                 x = args[0]
                 with torch.autocast(x.device.type, enabled=False):
-                    found[module] = self.sums_of(module, x, counted_tokens(names[module], x, fields))
+                    found[module] = self.sums_of(module, x, counted_tokens(x, fields, targets[module]))
 
         hooks = [module.register_forward_pre_hook(note) for module in self.modules]
         try:

@@ -27,6 +27,7 @@ class ScoreModule(Stage):
         scores: L x N on the CPU, after the stage.
     """
 
+    compiles = False  # compiling takes longer than the few batches
     scores: Tensor
 
     def __init__(self, measure: Measure, name: str, task: Task, accumulate: int, seed: int) -> None:

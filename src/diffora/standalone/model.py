@@ -81,6 +81,14 @@ def check_names(argument: str, names: Sequence[str] | None) -> None:
         raise UserError(f"{argument}={names!r} must be a list of names: {argument}=[{names!r}]")
 
 
+def check_modules(argument: str, names: Sequence[str] | None, model: nn.Module) -> None:
+    """Refuse names that are no modules of the model."""
+    check_names(argument, names)
+    modules = {name for name, _ in model.named_modules()}
+    if unknown := [f"{argument}: {name} is not a module of this model" for name in names or () if name not in modules]:
+        raise UserError(unknown)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter."""
     return next(model.parameters()).device
@@ -97,13 +105,10 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     Raises:
         UserError: a name is not a module.
     """
-    check_names("head", names)
+    check_modules("head", names, model)
     parameters = dict(model.named_parameters())
     if names is not None:
-        modules = dict(model.named_modules())
-        if unknown := [f"head: {name} is not a module of this model" for name in names if name not in modules]:
-            raise UserError(unknown)
-        chosen = {p for name in names for p in modules[name].parameters()}
+        chosen = {p for name in names for p in model.get_submodule(name).parameters()}
     elif not all(p.requires_grad for p in parameters.values()):
         chosen = {p for p in parameters.values() if p.requires_grad}
     elif hasattr(model, "config"):

@@ -14,7 +14,7 @@ from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
 from diffora.standalone.batches import Loss, checked, model_loss, moved
-from diffora.standalone.model import device_of, left_as_found, unwrapped
+from diffora.standalone.model import check_modules, device_of, left_as_found, unwrapped
 
 
 def within_time(
@@ -50,8 +50,8 @@ def within_time(
         budget and ``share``, the largest share that adapters on these layers can take.
 
     Raises:
-        UserError: the budget is impossible (the message names the least share), the selection has no scores, or the
-            model is not the one of the selection or has adapters.
+        UserError: the budget is impossible (the message names the least share), the selection has no scores, a name in
+            ``head`` is no module, or the model is not the one of the selection or has adapters.
     """
     scores = selection.gamma_bar if selection.scores is None else selection.scores
     if scores is None:
@@ -59,6 +59,7 @@ def within_time(
     if not isinstance(time_budget, int | float) or isinstance(time_budget, bool) or not 0 < time_budget <= 1:
         raise UserError(f"time_budget={time_budget!r} must be a number above 0, at most 1")
     model = unwrapped(model)
+    check_modules("head", head, model)
     with left_as_found(model, 0):
         lowest, share = _lowest(model, selection, batch, time_budget, loss or model_loss, rank, head)
     values = torch.tensor([[float("nan") if v is None else v for v in row] for row in scores], dtype=torch.float64)

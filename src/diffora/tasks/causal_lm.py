@@ -237,6 +237,11 @@ To generate, write the conversation as in training:
         account.change(f"cut at task.max_length={c.max_length}", cut)
         if "prompt_cut" in table.column_names:
             account.change(f"prompt cut at task.max_length={c.max_length}", pc.sum(table.column("prompt_cut")).as_py())
+            if n := pc.sum(table.column("prompt_differs")).as_py():
+                account.notes.append(
+                    f"{n:,} of {len(table):,} prompts have other tokens than in training, because their end and the "
+                    "start of the answer are one token; end task.prompt without a space, or with a new line"
+                )
             if (n := pc.sum(table.column("generated")).as_py()) < len(table):
                 account.notes.append(f"after training, answers are generated for {n:,} of {len(table):,} rows")
 

@@ -47,7 +47,9 @@ def generate(
     )
     try:
         model.generation_config = config  # as an argument of `generate`, it would be filled from the other one
-        found = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        # A compiled model (``trainer.compile``) would be compiled again and again while the cache grows.
+        with torch.compiler.set_stance("force_eager"):
+            found = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     finally:
         model.generation_config = own
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]

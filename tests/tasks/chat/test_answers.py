@@ -1,14 +1,17 @@
 """Answers in texts: found by a pattern, and compared as numbers or as text."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffora.tasks.chat.answers import extract, normal, pattern_problem, same_answer
 
-MATHS = r"(?:The (?:final )?answer is:?|####)\s*([^\n]+)"
+CONF = Path(__file__).resolve().parents[3] / "conf"
+MATHS = yaml.safe_load((CONF / "task" / "gsm8k.yaml").read_text())["generation"]["answer"]
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,8 @@ MATHS = r"(?:The (?:final )?answer is:?|####)\s*([^\n]+)"
         ("#### 3\nno, wait\n#### 42\n", MATHS, "42"),  # the last one counts
         ("it is four", MATHS, None),
         ("####   ", MATHS, None),
+        ("The answer is 5 apples. The answer is: 6", MATHS, "6"),  # also on one line
+        ("The answer is 5.\n#### 6\nThe answer is:", MATHS, "6"),
         ("a 7 b 8", r"\d", "8"),  # without a group, the whole match
         ("x=1;y=", r"x=(\d)|y=(?:\d)", "1"),
         (" the king \n", None, "the king"),
@@ -46,7 +51,7 @@ def test_equal_answers_in_other_forms(one, other):
     ("one", "other"),
     [
         ("12,34", "1234"), ("1", "10"), ("-5", "5"), ("3 apples", "3"), ("1/0", "0"), ("1e3", "1000"), ("a", "A"),
-        ("inf", "nan"), ("5", None), (None, None), ("1,0000", "10000"),
+        ("inf", "nan"), ("5", None), (None, None), ("1,0000", "10000"), ("!", "?"), ("$", "%"),
     ],
 )  # fmt: skip
 def test_answers_that_differ(one, other):

@@ -44,7 +44,8 @@ def normal(answer: str) -> Fraction | str:
     ``1,000``, ``$1000`` and ``1000.0`` are one number, and so are ``0.5`` and ``1/2``; a per-cent sign is left out and
     changes nothing. Other answers are compared as text, without `AFTER` and with single spaces. Case counts.
     """
-    text = " ".join(answer.strip().strip("*").rstrip(AFTER).split()).replace("\N{MINUS SIGN}", "-")
+    bare = answer.strip().strip("*").rstrip(AFTER) or answer  # an answer may be nothing but such signs
+    text = " ".join(bare.split()).replace("\N{MINUS SIGN}", "-")
     text = CURRENCY.sub(r"\1", text)
     plain = [_number(part.strip()) for part in text.split("/", 1)]
     if len(plain) == 2 and plain[0] is not None and plain[1]:

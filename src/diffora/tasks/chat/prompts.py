@@ -63,7 +63,11 @@ def with_prompts(
     max_length: int,
     chosen: np.ndarray,
 ) -> datasets.Dataset:
-    """Add the columns ``prompt_ids``, ``prompt_cut`` (whether it is cut at ``max_length``) and ``generated``.
+    """Add the columns ``prompt_ids``, ``prompt_cut``, ``prompt_differs`` and ``generated``.
+
+    ``prompt_cut``: it is cut at ``max_length``. ``prompt_differs``: the row does not begin with these tokens, so the
+    model answers another prompt than it learnt from. This happens if a token holds the end of the prompt and the start
+    of the answer.
 
     Args:
         encoded: one row for each conversation, with ``example``.
@@ -72,11 +76,14 @@ def with_prompts(
     messages = rows["messages"][:]
     examples = encoded.data.column("example").to_pylist()
     prompts = [prompt_ids(messages[example], tokenizer, prompt) for example in examples]
+    whole = encoded["input_ids"][:]
+    differs = [ids[:max_length] != row[: len(ids)] for ids, row in zip(prompts, whole, strict=True)]
     flags = np.zeros(len(encoded), dtype=bool)
     flags[chosen] = True
     table = encoded.data.table
     table = table.append_column("prompt_ids", pa.array([ids[:max_length] for ids in prompts], pa.list_(pa.int32())))
     table = table.append_column("prompt_cut", pa.array([len(ids) > max_length for ids in prompts]))
+    table = table.append_column("prompt_differs", pa.array(differs))
     return datasets.Dataset(table.append_column("generated", pa.array(flags)))
 
 
