@@ -134,7 +134,7 @@ def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length
 def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[Range]:
     """Ranges of rows to tokenise at once."""
     characters = [characters_of(dataset.data.column(name)) for name in text_columns]
-    return ranges_of(np.sum(characters, axis=0, dtype=np.int64), ROWS_AT_ONCE)
+    return ranges_of(np.stack(characters).sum(axis=0, dtype=np.int64), ROWS_AT_ONCE)
 
 
 class Collator:
