@@ -210,6 +210,16 @@ def test_labels_that_could_be_numbers_or_texts_are_refused(task, tmp_path):
     assert [1 - label for label in number] == text
 
 
+def test_a_label_after_a_row_without_one(task, tmp_path):
+    content = rows(6)
+    del content[0]["label"]
+    file = write(tmp_path / "a.jsonl", content)
+    with pytest.raises(UserError, match=r"line 2, column 'label': 1 is a label, but other rows have none \(and 4 more"):
+        task(file).load_split("all")
+    write(file, [content[0], *({**row, "label": -1} for row in content[1:])])
+    assert "label" not in task(file).load_split("all").column_names
+
+
 def test_other_mistakes(task, tmp_path):
     file = write(tmp_path / "a.csv", columns(rows(fewer=False)))
     assert "no column 'choices' (task.choices_column); it has context, ending0, " in problems_of(task(file))

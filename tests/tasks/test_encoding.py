@@ -1,5 +1,6 @@
 """Several processes encode what one does, byte for byte, in bounded memory, and leave nothing behind when killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from diffora.errors import UserError
 from diffora.tasks import encoding, tokenise
 from diffora.tasks.base import get_task
+from diffora.tasks.cache import cached
 from diffora.tasks.chat import tokens as chat
 from diffora.tasks.choices import encode as choices
 from diffora.tasks.encoding import Faults, processes, write_rows
@@ -59,6 +61,25 @@ def dies(rows, start):
 def test_a_process_that_is_killed_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.num_proc=2: a process that encodes rows was killed"):
         content(tmp_path / "file", 2, dies)
+
+
+def test_a_process_that_cannot_be_started_is_explained(tmp_path, monkeypatch):
+    def fork():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(UserError, match=r"trainer\.num_proc=2: Cannot allocate memory; try fewer processes"):
+        cached("kind", {}, lambda file: content(file, 2), tmp_path)
+
+
+def raises(rows, start):
+    raise RuntimeError("the tokenizer cannot do this")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_an_exception_in_a_process_is_not_taken_for_its_death(tmp_path, num_proc):
+    with pytest.raises(RuntimeError, match="the tokenizer cannot do this"):
+        content(tmp_path / "file", num_proc, raises)
 
 
 def test_no_more_processes_than_cores(monkeypatch, caplog):
@@ -116,6 +137,31 @@ def test_every_task_encodes_the_same_with_two_processes(overrides, cfg, tmp_path
         files = sorted((tmp_path / str(num_proc)).rglob("*.arrow"))
         found.append([(file.name, file.read_bytes()) for file in files if file.parent.name != "json"])
     assert found[0] == found[2] and len(found[0]) > 4 and found[1] == found[3]
+
+
+def test_long_rows_are_encoded_a_few_at_a_time(cfg, tmp_path, monkeypatch):
+    """Also where a row is a list of texts; the file does not depend on it."""
+    monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", 40)
+    sizes, write = [], encoding.write_rows
+
+    def spy(file, types, rows, ranges, *more):
+        ranges = list(ranges)
+        sizes.append([end - start for start, end in ranges])
+        return write(file, types, rows, ranges, *more)
+
+    for name, module in (("tokens", windows), ("choice", choices)):
+        monkeypatch.setattr(module, "write_rows", spy)
+        overrides = next(each for each in KINDS if each.startswith(f"task={name} "))
+        file = tmp_path / f"{name}.jsonl"
+        datasets.Dataset(pa.table(KINDS[overrides])).to_json(file)
+        composed = cfg(*overrides.split(), f"task.path={file}")
+        task = get_task(composed.task)
+        rows = task.load_split("all")
+        task.encode(rows, task.processor(composed.model), training=False)
+    words, choice = sizes
+    assert words == [4, 2, 1, 1, 1]  # of 3, 6, 9 … letters
+    assert choice == [3, 1, 1, 1, 1, 1, 1]  # of 8, 12, 16 … characters, the context counted with each choice
+    assert list(encoding.ranges_of(encoding.characters_of(pa.chunked_array([pa.array([], pa.string())])), 5)) == []
 
 
 SLOW = """

@@ -203,7 +203,19 @@ def test_scores_are_not_classes(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "5", '{"info": {"features": []}}', '{"info": null}'])
+@pytest.mark.parametrize(
+    "form", [lambda f: f, lambda f: [f], lambda f: {"_type": "List", "feature": f}], ids=["plain", "old", "list"]
+)
+def test_class_names_of_a_column_in_every_form_that_datasets_writes(form):
+    content = {"info": {"features": {"label": form({"names": ["a", "b"], "_type": "ClassLabel"})}}}
+    schema = pa.schema({"label": pa.int64()}, metadata={"huggingface": json.dumps(content)})
+    assert class_names(schema, "label") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[" * 100_000, "5", '{"info": {"features": []}}', '{"info": {"features": {"label": []}}}', '{"info": 0}'],
+)
 def test_other_metadata_of_a_file_is_ignored(text):
     schema = pa.schema({"label": pa.int64()}, metadata={"huggingface": text})
     assert class_names(schema, "label") is None

@@ -1,12 +1,14 @@
 """task=text: people's own texts with classes or numbers."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from omegaconf import OmegaConf
 from scipy import stats
 from sklearn import metrics as sk
 from tables import write
@@ -169,6 +171,7 @@ BAD = [
     ("text,label\na,x\nb,\nc,y\nd,\n", [], "(and 1 more such row)"),
     ("text,label\na,x\n ,y\n", [], "row 2 (data rows, counted from 1), column 'text': the text is empty"),
     ("text,label\na,0.5\nb,1.25\n", [], "task.kind=regression"),
+    ("text,label\na,0.0\nb,1.0\n", [], "or write whole numbers (1 in place of 1.0) if they are classes"),
     ("text,label\n", [], "no rows"),
     ("text;label\na;x\n", [], "separated by semicolons; separate them by commas"),
     ("text;body;label\na;b;x\n", ["task.text_columns=[text,body]"], "separated by semicolons; separate them by commas"),
@@ -301,6 +304,45 @@ def test_a_run_and_new_rows(cfg, tmp_path):
     write(place, [{"text": "a", "label": "sales"}])
     with pytest.raises(UserError, match=r"\"sales\" is not a class of the training rows"):
         evaluate(read_request([f"run={folder}", f"task.path={place}", f"output={tmp_path / 'bad'}"]))
+
+
+def test_an_adapter_away_from_its_run_knows_its_classes(cfg, tmp_path):
+    """Rows without labels, and rows of some classes only, do not say what the classes are."""
+    write(tmp_path / "t.csv", tickets())
+    composed = cfg("task=text", f"task.path={tmp_path / 't.csv'}", *SHORT.split())
+    adapter = tmp_path / "moved"
+    shutil.move(run(composed, tmp_path / "run").folder / "adapter", adapter)
+    words = [f"adapter={adapter}", "task=text", "model=tiny", "task.max_length=32"]
+    new = write(tmp_path / "new.csv", [{"text": "where is it"}])
+    assert evaluate(read_request([*words, f"task.path={new}", f"output={tmp_path / 'a'}"])) == {"all": {}}
+    line = json.loads((tmp_path / "a" / "all.jsonl").read_text())
+    assert list(line["probabilities"]) == ["billing", "bug", "other"]
+    some = write(tmp_path / "some.csv", [row for row in tickets() if row["label"] != "bug"])
+    found = evaluate(read_request([*words, f"task.path={some}", f"output={tmp_path / 'b'}"]))
+    assert found["all"].keys() >= {"accuracy", "loss"}
+
+
+def test_another_file_needs_no_splits_like_those_of_the_run(cfg, tmp_path):
+    """`evaluate` gives up names of splits and of a subset that ``task.path`` does not have, unless they are given."""
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    place = [f"task.path={tmp_path}", "task.train_split=learn", "task.validation_split=dev"]
+    (tmp_path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(cfg("task=text", *place)))
+    words = [f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]
+
+    def names(*more: str) -> tuple[str, str]:
+        task = read_request([*words, *more]).cfg.task
+        return task.train_split, task.validation_split
+
+    file = write(tmp_path / "new.csv", tickets())
+    assert names() == names(f"task.path={file.parent}") == ("learn", "dev")
+    assert names(f"task.path={file}") == ("train", "validation")
+    with pytest.raises(UserError, match="is one file, which has no splits"):
+        names(f"task.path={file}", "task.train_split=learn")
+    (tmp_path / "run" / "config.yaml").write_text(
+        OmegaConf.to_yaml(cfg("task=text", "task.path=owner/name", "task.subset=small"))
+    )
+    assert read_request([*words, f"task.path={file}"]).cfg.task.subset is None
+    assert read_request([*words, "task.path=owner/other"]).cfg.task.subset == "small"
 
 
 def test_a_run_on_numbers_and_its_test_file(cfg, tmp_path):

@@ -183,6 +183,18 @@ def test_encodings_are_named(task, tmp_path):
     assert "its text is UTF-16; save it as UTF-8" in problems_of(task(tmp_path / "u.csv"))
 
 
+@pytest.mark.parametrize("name", ["text", "mrpc"])
+def test_labels_that_are_not_utf8_are_named(cfg, tmp_path, name):
+    """Parquet files of other programs can have them, and arrow does not check."""
+    labels = pa.array([b"equivalent", b"caf\xe9", b"caf\xe9", b"x"], pa.binary()).view(pa.string())
+    texts = {column: ["a", "b", "c", "d"] for column in ("text", "sentence1", "sentence2")}
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({**texts, "label": labels}), tmp_path / f"{split}.parquet")
+    assert "train.parquet, row 2 (data rows, counted from 1), column 'label' is not valid UTF-8" in problems_of(
+        get_task(cfg(f"task={name}", f"task.path={tmp_path}").task)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [

@@ -10,6 +10,7 @@ import torch
 
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
+from diffora.tasks import encoding
 from diffora.tasks import tokenise as module
 from diffora.tasks.glue import TASKS
 from diffora.tasks.tokenise import Collator, tokenise
@@ -82,7 +83,7 @@ def test_very_long_texts_are_truncated_in_bounded_memory(tokenizer, tmp_path, mo
     """100,000 characters: many words, one word, or only spaces. `chunks` gives the rows that are in memory at once."""
     texts = ["the cat sat. " * 7693, "a" * 100_000, " " * 100_000, "猫" * 100_000, "", "short"] * 2
     rows = datasets.Dataset(pa.table({"sentence": texts, "label": [0] * len(texts)}))
-    monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 150_000)
+    monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", 150_000)
     sizes = [end - start for start, end in module.chunks(rows, ("sentence",))]
     assert sizes == [1, 1, 1, 3, 1, 1, 1, 3]
     done = tokenise(rows, COLA, tokenizer, 32, tmp_path)
@@ -99,17 +100,21 @@ def test_token_types_only_when_the_tokenizer_makes_them(tokenizer, pairs, tmp_pa
     assert "token_type_ids" not in tokenise(pairs, MRPC, tokenizer, 16, tmp_path).column_names
 
 
-def test_empty_text_without_special_tokens_becomes_one_token(tmp_path):
+@pytest.mark.parametrize("types", [False, True])
+def test_empty_text_without_special_tokens_becomes_one_token(tmp_path, types):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"<eos>": 0, "cat": 1}, unk_token="<eos>"))
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "cat": 1, "<unk>": 2}, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    like_gpt2 = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", model_input_names=["input_ids", "attention_mask"]
-    )
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
     rows = datasets.Dataset(pa.table({"sentence": ["cat cat", ""], "label": [1, 0]}))
-    assert list(tokenise(rows, COLA, like_gpt2, 8, tmp_path)["input_ids"]) == [[1, 1], [0]]
+    for special, instead in (({"eos_token": "<eos>", "unk_token": "<unk>"}, 0), ({"unk_token": "<unk>"}, 2)):
+        like_gpt2 = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+        done = tokenise(rows, COLA, like_gpt2, 8, tmp_path)  # one cache: the key tells the two apart
+        assert list(done["input_ids"]) == [[1, 1], [instead]]
+        batch = Collator(0)(done[[0, 1]])
+        assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]] and ("token_type_ids" in batch) is types
 
 
 def test_regression_labels_stay_floats(tokenizer, tmp_path):

@@ -405,7 +405,7 @@ def test_faults_in_folders(folders, tmp_path, task):
     shutil.copy(folders / "train" / "cat" / "0.png", folders / "validation" / "fish")
     first, second = problems(task(folders).load)
     assert "bird: no file has the extension of an image that Pillow can read; found nothing" in first
-    assert "'fish' is not a class of the training split, which has bird, cat, dog" in second
+    assert "'fish' is not a class of the training images, which have bird, cat, dog" in second
     shutil.rmtree(folders / "validation")
     assert "nothing for the split 'validation'" in problems(task(folders).load)[1]
     (folders / "validation").mkdir()
@@ -568,6 +568,18 @@ def test_class_numbers_come_from_the_trained_model(folders, tmp_path, task):
     turned(parquet, "validation", ["cat", "dog"], [0] * 3 + [1] * 3)
     t.expect(["dog", "bird"])
     assert "its classes are cat, dog; the run's are dog, bird" in problems(t.load_split, "validation")[0]
+
+
+def test_a_trained_model_needs_no_training_images_to_see_others(folders, task):
+    shutil.rmtree(folders / "train")
+    (folders / "test").mkdir()
+    shutil.copy(folders / "validation" / "dog" / "0.png", folders / "test")
+    t = task(folders)
+    t.expect(["dog", "bird", "cat"])
+    assert t.load_split("validation")["label"][:] == [2] * 3 + [0] * 3 and t.head()["num_labels"] == 3
+    assert "label" not in t.load_split("test").column_names and t.classes == ["dog", "bird", "cat"]
+    t.expect(["cat", "cow"])
+    assert "'dog' is not a class of the training images, which have cat, cow" in problems(t.load_split, "validation")[0]
 
 
 def test_a_later_split_is_numbered_as_the_first_was(folders, tmp_path, task):
@@ -907,6 +919,30 @@ def test_a_replaced_file_with_the_same_name_and_time_is_read_again(folders, tmp_
     pa.parquet.write_table(table.take(list(range(len(table)))[::-1]), file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert task(file.parent).load().train["label"][:] == before[::-1]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(folders, tmp_path, task):
+    place = to_parquet(folders, tmp_path / "images [1] of *")
+    assert len(task(None, f"task.path='{place}'").load().train) == 12
+
+
+def test_an_image_beside_its_table_is_read_again_after_a_change(folders, tmp_path, task):
+    """A table may have paths in place of bytes; its own file does not change with them."""
+    files = sorted((folders / "train").rglob("*.*"))
+    paths = pa.array([{"bytes": None, "path": str(file)} for file in files], IMAGE)
+    place = to_parquet(folders, tmp_path / "tables", image=paths)
+    before = pixels(task(place), task(place).load().train)
+    shutil.copy(files[2], files[0])
+    after = pixels(task(place), task(place).load().train)
+    assert after[0].equal(before[2]) and after[1:].equal(before[1:])
+
+
+def test_bytes_of_any_arrow_type(folders, tmp_path, task):
+    files = sorted((folders / "train").rglob("*.*"))
+    content = pa.array([file.read_bytes() for file in files], pa.large_binary())
+    place = to_parquet(folders, tmp_path / "tables", names=False, image=content)
+    rows = task(place, "task.num_labels=2").load().train
+    assert rows["digest"][:] == task(folders).load().train["digest"][:]
 
 
 def test_classes_that_differ_only_in_case_are_noted(folders, task):

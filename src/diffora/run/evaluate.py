@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from diffora import digests
 from diffora.adapters.fetch import local_copy, place_problem
-from diffora.adapters.manifest import read_manifest
+from diffora.adapters.manifest import MANIFEST, read_manifest
 from diffora.api import load_adapter
 from diffora.backbones.compatibility import longest_input
 from diffora.backbones.load import load_backbone
@@ -38,6 +38,7 @@ from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.tasks.encoding import processes
+from diffora.tasks.sources.place import PlaceSettings
 from diffora.trust import class_at, literal, settings
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def read_request(arguments: list[str]) -> Request:
     if "run" in own:  # only the command line may allow code, not a folder that may come from others
         OmegaConf.update(cfg, "model.trust_remote_code", False)
     cfg = override(cfg, choices if "run" in own else [], values, paths)
+    if "task.path" in values:
+        _suit_place(cfg, values)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := section_problems(cfg, SECTIONS):
@@ -222,6 +225,19 @@ def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths:
     return cfg
 
 
+def _suit_place(cfg: DictConfig, values: Mapping[str, Any]) -> None:
+    """Drop the names of a subset and of splits that suit the rows of the run, but not the file or folder ``task.path``.
+
+    Args:
+        values: settings of the command line, which are kept.
+    """
+    place = Path(str(cfg.task.path)).expanduser()
+    names = ("subset", "train_split", "validation_split") if place.is_file() else ("subset",)
+    for name in names if place.exists() else ():
+        if name in cfg.task and f"task.{name}" not in values:
+            cfg.task[name] = getattr(PlaceSettings, name)
+
+
 def evaluate(request: Request) -> dict[str, dict[str, float]]:
     """Predict and, where there are labels, score. Writes ``metrics.json`` and the predictions.
 
@@ -248,9 +264,12 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     record = read_record(request.weights.parent) or {}
     if request.weights.name in WEIGHTS:
         check_as_left(request.weights.parent, record)
-    if (trained := record.get("classes")) is not None:
+    trained, file = record.get("classes"), request.weights.parent / NAME
+    if trained is None:
+        trained, file = _manifest_of(request.weights).get("labels"), request.weights / MANIFEST
+    if trained is not None:
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
-            raise UserError(f"{request.weights.parent / NAME}: 'classes' is not a list of names")
+            raise UserError(f"{file}: the classes are not a list of names")
         task.expect(trained)
     names = request.splits or task.default_splits(request.other_data)
     rows = {name: task.load_split(name) for name in names}
@@ -326,7 +345,7 @@ def check_backbone(cfg: DictConfig, weights: Path, own_backbone: bool) -> None:
     """
     whole = (weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
     record = read_record(weights.parent) or {}
-    trained = None if whole else record.get("backbone") or _backbone_of(weights)
+    trained = None if whole else record.get("backbone") or _manifest_of(weights).get("backbone")
     path = cfg.model.path
     if whole and not record.get("digests"):
         log.warning(f"{weights} may not be as its run left it: no run.json has its digests")
@@ -343,9 +362,9 @@ def check_backbone(cfg: DictConfig, weights: Path, own_backbone: bool) -> None:
         log.warning(f"{path} is not the backbone that the run was trained on: {change}")
 
 
-def _backbone_of(adapter: Path) -> Any:
-    """The digests of the backbone in an adapter's manifest; None without a manifest."""
+def _manifest_of(weights: Path) -> dict[str, Any]:
+    """The manifest of an adapter; empty without one, and for a whole model."""
     try:
-        return read_manifest(adapter).get("backbone")
+        return read_manifest(weights)
     except FileNotFoundError:
-        return None
+        return {}

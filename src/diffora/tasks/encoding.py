@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffora.errors import UserError
+from diffora.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
 PROGRESS_FROM_ROWS = 20_000
+CHARACTERS_AT_ONCE = 1_000_000  # bounds memory for long rows: tokenizers use about 50 bytes a character, then truncate
 
 Range = tuple[int, int]
 """First row, and the row after the last one."""
@@ -104,12 +107,16 @@ class _Pieces:
         try:
             yield from loader
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # of `encode` itself, in a worker
                 raise
             raise UserError(
                 f"trainer.num_proc={num_proc}: a process that encodes rows was killed, perhaps because memory ran out; "
                 "try fewer processes"
             ) from error
+        except OSError as error:
+            if error.errno is None:  # of `encode` itself
+                raise
+            raise UserError(f"trainer.num_proc={num_proc}: {reason(error)}; try fewer processes") from error
 
 
 def _as_it_is(piece: Any) -> Any:
@@ -119,6 +126,30 @@ def _as_it_is(piece: Any) -> Any:
 def _one_thread(worker: int) -> None:
     """A tokenizer of Rust would start a thread for each core in every process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def ranges_of(characters: np.ndarray, most_rows: int) -> Iterator[Range]:
+    """Ranges of rows to encode at once: at most ``most_rows`` and, of more than one row, `CHARACTERS_AT_ONCE`.
+
+    Args:
+        characters: [n] the characters of each row.
+    """
+    upto = np.cumsum(characters, dtype=np.int64)  # characters of all rows up to each
+    start = before = 0
+    while start < len(upto):
+        fitting = int(np.searchsorted(upto, before + CHARACTERS_AT_ONCE, side="right"))
+        end = min(max(fitting, start + 1), start + most_rows)
+        yield start, end
+        start, before = end, int(upto[end - 1])
+
+
+def characters_of(column: pa.ChunkedArray) -> np.ndarray:
+    """[n] the characters of each row: those of a text, or of all texts of a list."""
+    if not pa.types.is_list(column.type):
+        lengths: np.ndarray = pc.utf8_length(column).to_numpy()
+        return lengths
+    upto = np.append(0, np.cumsum(pc.utf8_length(pc.list_flatten(column)).to_numpy(), dtype=np.int64))
+    return np.diff(upto[np.append(0, np.cumsum(pc.list_value_length(column).to_numpy(), dtype=np.int64))])
 
 
 def processes(wanted: int) -> int:

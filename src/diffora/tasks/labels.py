@@ -18,9 +18,9 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
     """
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        feature = feature.get("feature", feature)  # of a list
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # other programs may write anything there
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):  # other programs write anything there
         return None
     return names if names and isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

@@ -194,8 +194,7 @@ class OwnRowsTask(Task):
     def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(training rows, validation rows); both accounts say how they were divided. Equal inputs stay together."""
         rows = pa.table({"text": self.keys(table), "label": np.zeros(len(table), dtype=np.int64)})
-        least = 2 / max(4, len(rows))  # one row chooses the epoch, another one reports it
-        chosen = choose_validation(rows, max(self.cfg.validation_fraction, least), self.cfg.split_seed, by_class=False)
+        chosen = choose_validation(rows, self.cfg.validation_fraction, self.cfg.split_seed, by_class=False)
         if not chosen.any():
             raise UserError(
                 f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because all have the "

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from diffora.errors import UserError
 from diffora.tasks.cache import cached, tokenizer_facts
-from diffora.tasks.encoding import write_rows
+from diffora.tasks.encoding import Range, characters_of, ranges_of, write_rows
 from diffora.tasks.sources.tables import content_hash
 from diffora.tasks.spec import TaskSpec
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
-CHARACTERS_AT_ONCE = 1_000_000  # bounds memory for long rows: tokenizers use about 50 bytes a character, then truncate
 
 
 def tokenise(
@@ -68,6 +66,8 @@ def tokenise(
         "columns": spec.text_columns,
         "max_length": max_length,
     }
+    if not tokenizer.num_special_tokens_to_add(pair=len(spec.text_columns) == 2):
+        facts["empty"] = empty_token(tokenizer)
 
     def write(file: Path) -> None:
         _write(file, dataset, spec, tokenizer, max_length, num_proc)
@@ -100,12 +100,21 @@ def _encode(
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
     columns: dict[str, Any] = dict(encoded)
     # GPT-2's tokenizer gives no token for an empty text. A row without tokens would be masked completely.
-    columns["input_ids"] = [ids or [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    columns["input_ids"] = [ids or [empty_token(tokenizer)] for ids in encoded["input_ids"]]
+    if "token_type_ids" in encoded:
+        columns["token_type_ids"] = [types or [0] for types in encoded["token_type_ids"]]
     if "label" in rows:
         columns["labels"] = rows["label"]
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
     columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
     return columns
+
+
+def empty_token(tokenizer: Any) -> int:
+    """The id of the token that stands for a text without tokens, if there are no special tokens around it."""
+    known = (tokenizer.eos_token_id, tokenizer.unk_token_id)
+    found: int = next((i for i in known if i is not None), tokenizer.pad_token_id)
+    return found
 
 
 def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> list[bool]:
@@ -122,16 +131,10 @@ def was_cut(encoded: Any, texts: Sequence[list[str]], tokenizer: Any, max_length
     return cut
 
 
-def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, (start, end), to tokenise at once."""
-    lengths = [pc.utf8_length(dataset.data.column(name)).to_numpy() for name in text_columns]
-    upto = np.cumsum(np.sum(lengths, axis=0, dtype=np.int64))  # characters of all rows up to each
-    start = before = 0
-    while start < len(dataset):
-        fitting = int(np.searchsorted(upto, before + CHARACTERS_AT_ONCE, side="right"))
-        end = min(max(fitting, start + 1), start + ROWS_AT_ONCE)
-        yield start, end
-        start, before = end, int(upto[end - 1])
+def chunks(dataset: datasets.Dataset, text_columns: Sequence[str]) -> Iterator[Range]:
+    """Ranges of rows to tokenise at once."""
+    characters = [characters_of(dataset.data.column(name)) for name in text_columns]
+    return ranges_of(np.stack(characters).sum(axis=0, dtype=np.int64), ROWS_AT_ONCE)
 
 
 class Collator:

@@ -234,7 +234,7 @@ class TokensTask(OwnRowsTask):
             "rows": content_hash(rows.data.table),
             **tokenizer_facts(processor),
             "lengths": [cfg.max_length, overlap],
-        }
+        } | ({} if frame.size else {"empty": frame.empty})
         found = cached(
             "words",
             facts,

@@ -104,8 +104,11 @@ class ImageTask(Task):
             yield f"task.path=null: task '{self.name}' reads your own images: give the folder that holds {self._wanted}"
 
     def head(self) -> dict[str, Any]:
-        """Number and names of the classes. Before anything is loaded, they come from the YAML or from folder names."""
-        classes = self.classes
+        """Number and names of the classes.
+
+        Before anything is loaded, they are those given to `expect`, those of the folders, or those of the YAML.
+        """
+        classes = self.reference if self.classes is None else self.classes
         if classes is None and self.cfg.path is not None:
             train = Path(self.cfg.path) / "train"
             classes = class_folders(train) if train.is_dir() else None
@@ -185,10 +188,11 @@ class ImageTask(Task):
             if (folder / name).is_dir() and any(folder.glob(f"{name}[.-]*parquet")):
                 problems.append(f"{folder}: the split '{name}' is there as a folder and as .parquet; keep one.")
             elif (folder / name).is_dir():
-                if not (folder / "train").is_dir():
+                classes = class_folders(folder / "train") if (folder / "train").is_dir() else self.reference
+                if classes is None:
                     problems.append(f"{folder}: no folder 'train'; its class folders name and number the classes.")
                     return []
-                found.append(read_folder(folder / name, class_folders(folder / "train"), labelled, problems))
+                found.append(read_folder(folder / name, classes, labelled, problems))
             elif (table := open_parquet(folder, name, columns[1], problems)) is not None:
                 found.append(read_table(f"{folder}, {name}", table, columns, labelled, problems))
         return found

@@ -78,6 +78,44 @@ def test_all_formats_give_the_same_rows(task, tmp_path):
     assert list(task(tmp_path / "b.jsonl").head()["id2label"].values()) == ["O", "B-LOC", "B-PER", "I-PER"]
 
 
+def numbered_file(file: Path, names: list[str]) -> Path:
+    """Rows whose tags are numbers, in the order of ``names``, which the file's features name."""
+    content = [row | {"ner_tags": [NAMES.index(tag) for tag in row["ner_tags"]]} for row in rows()]
+    turned = [row | {"ner_tags": [names.index(NAMES[tag]) for tag in row["ner_tags"]]} for row in content]
+    features = datasets.Features(
+        tokens=datasets.List(datasets.Value("string")), ner_tags=datasets.List(datasets.ClassLabel(names=names))
+    )
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_list(turned, features=features).to_parquet(file)
+    return file
+
+
+def test_numbers_follow_the_names_of_their_own_file(task, tmp_path):
+    """Also where the tags are known already: of a run that is evaluated on other rows, and of ``task.tags``."""
+    turned = numbered_file(tmp_path / "turned.parquet", NAMES[::-1])
+    expected = task(write_lines(tmp_path / "a.jsonl", rows()), f"task.tags=[{','.join(NAMES)}]").load_split("all")
+    other = task(turned)
+    other.expect(NAMES)
+    assert other.load_split("all")["tags"][:] == expected["tags"][:]
+    assert task(turned, f"task.tags=[{','.join(NAMES)}]").load_split("all")["tags"][:] == expected["tags"][:]
+    folder = tmp_path / "folder"
+    numbered_file(folder / "train.parquet", NAMES)
+    numbered_file(folder / "test.parquet", NAMES[::-1])
+    loaded = task(folder)
+    loaded.load()
+    assert loaded.load_split("test")["tags"][:] == expected["tags"][:]
+
+
+def test_numbers_that_their_file_names_by_numbers_get_the_names_of_the_settings(task, tmp_path):
+    features = datasets.Features(
+        tokens=datasets.List(datasets.Value("string")), ner_tags=datasets.List(datasets.ClassLabel(num_classes=5))
+    )
+    content = [row | {"ner_tags": [NAMES.index(tag) for tag in row["ner_tags"]]} for row in rows()]
+    datasets.Dataset.from_list(content, features=features).to_parquet(tmp_path / "a.parquet")
+    assert list(task(tmp_path / "a.parquet", f"task.tags=[{','.join(NAMES)}]").head()["id2label"].values()) == NAMES
+    assert "1 is a number without a name" in problems_of(task(tmp_path / "a.parquet"))
+
+
 def test_the_hash_depends_on_what_the_numbers_mean(task, tmp_path):
     one = write_lines(tmp_path / "a.jsonl", rows())
     swapped = {"B-LOC": "B-PER", "B-PER": "B-LOC", "I-PER": "I-LOC", "O": "O"}

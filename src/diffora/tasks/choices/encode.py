@@ -9,10 +9,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from diffora.tasks.base import Batch
-from diffora.tasks.encoding import write_rows
+from diffora.tasks.encoding import characters_of, ranges_of, write_rows
 from diffora.tasks.tokenise import Collator, was_cut
 
 ROWS_AT_ONCE = 250  # bounds memory
@@ -25,7 +26,10 @@ def write_choices(file: Path, rows: datasets.Dataset, tokenizer: Any, max_length
     types |= {"token_type_ids": lists} if "token_type_ids" in tokenizer.model_input_names else {}
     types |= {"labels": pa.int64()} if "label" in rows.column_names else {}
     types |= {"length": pa.int32(), "cut": pa.bool_(), "row": pa.int32()}
-    ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    context, start, choices = (rows.data.column(name) for name in ("context", "start", "choices"))
+    shared = characters_of(context) + characters_of(start)  # are in the sequence of every choice
+    characters = shared * pc.list_value_length(choices).to_numpy() + characters_of(choices)
+    ranges = ranges_of(characters, ROWS_AT_ONCE)
     work = partial(_encode, names=list(types), tokenizer=tokenizer, max_length=max_length)
     write_rows(file, types, rows, ranges, work, num_proc)
 

@@ -14,7 +14,8 @@ from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import check_columns
 
 SCHEMA = pa.schema({"context": pa.string(), "start": pa.string(), "choices": pa.list_(pa.string())})
-ROWS_AT_ONCE = 1000  # bounds memory
+UNLABELLED = (None, "", -1, "-1")
+"""What stands in place of the labels of rows that have none."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ def check_choices(
         for number, row in source.rows:
             rows.append(_checked(row, number, columns, faults[-1]))
             labels.append(row.get(columns.label))
+            if not has_labels and labels[-1] not in UNLABELLED:
+                faults[-1].add(number, columns.label, labels[-1], "is a label, but other rows have none")
             owners.append((faults[-1], number))
     where = ", ".join(source.where for source in sources)
     if not rows and len(problems) == before:
         problems.append(f"{where}: no rows.")
-    if has_labels and not labelled and all(label in (None, "", -1, "-1") for label in labels):
+    if has_labels and not labelled and all(label in UNLABELLED for label in labels):
         has_labels = False
     problems += [message for fault in faults for message in fault.messages()]
     if len(problems) > before:

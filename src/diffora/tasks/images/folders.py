@@ -26,7 +26,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
 
     Args:
         folder: the folder of the split.
-        classes: class names of the training split, in the order of the labels.
+        classes: class names of the training images, in the order of the labels.
         labelled: whether the images need labels. Otherwise they may also be in ``folder`` itself.
         problems: grows by what is wrong.
     """
@@ -41,7 +41,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
             close = known_classes(name, classes)
             hint = f"; is it {close}?" if close else ""
             problems.append(
-                f"{folder / name}: '{name}' is not a class of the training split, which has {some(classes)}{hint}"
+                f"{folder / name}: '{name}' is not a class of the training images, which have {some(classes)}{hint}"
             )
             continue
         if not found:

@@ -1,5 +1,6 @@
 """Images in tables: a column of images and a column of labels, from the hub or from parquet files."""
 
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -49,7 +50,8 @@ def open_parquet(folder: Path, split: str, label: str, problems: list[str]) -> d
             return None
         # `datasets` identifies files by name and time only. A file that replaces another one can have the same.
         known = hashlib.sha256(json.dumps([identity(Path(file)) for file in files]).encode()).hexdigest()
-        return datasets.Dataset.from_parquet(files, cache_dir=str(default_cache_dir() / "parquet" / known))
+        patterns = [glob.escape(file) for file in files]  # `datasets` takes the [1] in a path for a pattern
+        return datasets.Dataset.from_parquet(patterns, cache_dir=str(default_cache_dir() / "parquet" / known))
     except Exception as error:  # the errors of arrow and `datasets` have no common base class
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         problems.append(f"{', '.join(files)} cannot be read as .parquet: {reason}")
@@ -87,8 +89,8 @@ def read_table(
     if len(problems) > before:
         return None
     images = found.data.table.column(image)
-    if pa.types.is_binary(images.type):  # bytes without paths
-        parts = [as_images(part, pa.nulls(len(part), pa.string())) for part in images.chunks]
+    if pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type):  # bytes without paths
+        parts = [as_images(part.cast(pa.binary()), pa.nulls(len(part), pa.string())) for part in images.chunks]
         images = pa.chunked_array(parts, IMAGE)
     if images.type != IMAGE:
         problems.append(f"{name}: column '{image}' holds {images.type}, expected images ({IMAGE}, or binary).")
@@ -99,7 +101,16 @@ def read_table(
     note_ignored(account, [column for column in there if column not in columns])
     where = [f"{name}, row {i} (data rows, counted from 1), column '{image}'" for i in range(1, len(found) + 1)]
     files = [Path(entry["filename"]) for entry in found.cache_files]
+    if files:
+        files += _outside(images)
     return Source(name, images, where, labels, classes, files, listed, account)
+
+
+def _outside(images: pa.ChunkedArray) -> list[Path]:
+    """The files of images of which a table has the path only."""
+    content, paths = (pc.struct_field(images, field) for field in ("bytes", "path"))
+    names = paths.filter(pc.is_null(content)).drop_null().to_pylist()
+    return [file for name in names if (file := Path(name)).is_file()]
 
 
 def _labels(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.labels import class_names, in_order, known_classes
-from diffora.tasks.sources.check_values import TEXT_TYPES, report
+from diffora.tasks.sources.check_values import TEXT_TYPES, check_utf8, report
 from diffora.tasks.sources.readers import NUMBER
 from diffora.tasks.spec import SCORE_RANGE, TaskSpec
 
@@ -60,7 +60,7 @@ def is_unlabelled(table: pa.Table) -> bool:
         return "label" not in table.column_names
     try:
         values = pc.unique(table.column("label").cast(pa.string())).drop_null().to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return False  # the check of the column will report its type
     return all(value.strip() in ("-1", "-1.0", "") for value in values)
 
@@ -85,7 +85,10 @@ def check_label(
     if numbering is not None:
         expected = "one of " + ", ".join(f"{i} ({label})" for i, label in enumerate(numbering.names))
     if any(test(kind) for test in TEXT_TYPES):  # from CSV, or class names
-        column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+        before, column = len(problems), check_utf8(column, file, "label", problems)
+        if len(problems) > before:
+            return column
+        column = pc.utf8_trim_whitespace(column)
         is_number = pc.match_substring_regex(column, f"^{NUMBER}$")
         if spec.label_names and pc.any(known := pc.is_in(column, pa.array(spec.label_names))).as_py():
             return _check_names(spec, column, known, is_number, file, problems)

@@ -47,6 +47,11 @@ def check_text(column: pa.ChunkedArray, file: str, name: str, problems: list[str
         pc.is_null(column),
         "in place of a text; an empty text is written as an empty string",
     )
+    return check_utf8(column, file, name, problems)
+
+
+def check_utf8(column: pa.ChunkedArray, file: str, name: str, problems: list[str]) -> pa.ChunkedArray:
+    """A column of texts and nulls as arrow strings. A text that is not UTF-8 is a problem."""
     try:
         text = column.cast(pa.string())
         text.validate(full=True)  # tokenizers need valid UTF-8, and parquet readers do not check it

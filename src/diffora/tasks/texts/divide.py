@@ -38,7 +38,7 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
     """Which rows are for validation: a boolean array with one entry for each row.
 
     Rows with equal texts stay together. Each class gives about ``fraction`` of its rows, and at least one if it has two
-    different texts, so no class is in validation only.
+    different texts, so no class is in validation only. Without classes at least two rows are chosen, of three or more.
 
     Args:
         table: text columns and ``label``.
@@ -46,6 +46,8 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
         by_class: whether to draw from each class by itself; otherwise labels do not matter. A row of several classes is
             drawn with those of its rarest class.
     """
+    if not by_class:
+        fraction = max(fraction, 2 / max(4, table.num_rows))  # one row chooses the epoch, another one reports it
     same_text: dict[str, list[int]] = defaultdict(list)
     for row, text in enumerate(row_texts(table).to_pylist()):
         same_text[text].append(row)

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.messages import first_line, more
-from diffora.tasks.sources.check_values import check_text
+from diffora.tasks.sources.check_values import check_text, check_utf8
 from diffora.tasks.sources.tables import check_columns, with_numbers
 from diffora.tasks.texts.columns import LISTS, Columns, Part
 from diffora.tasks.texts.formats import read_file
@@ -103,7 +103,11 @@ def _labels(
     table: pa.Table, file: str, columns: Columns, labelled: bool, account: Account, problems: list[str]
 ) -> pa.ChunkedArray | None:
     """The labels: text without white space around it, or lists of such texts. None if no row has one."""
-    parts = [table.column(name) for name in columns.labels]
+    before, parts = len(problems), [table.column(name) for name in columns.labels]
+    if not any(pa.types.is_list(part.type) for part in parts):
+        parts = [check_utf8(part, file, name, problems) for name, part in zip(columns.labels, parts, strict=True)]
+    if len(problems) > before:
+        return None
     if columns.flags:
         if not labelled and all(pc.all(_is_missing(part)).as_py() for part in parts):
             return None

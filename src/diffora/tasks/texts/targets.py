@@ -37,7 +37,11 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
     elif len(classes) == 1:
         problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
     elif not several and not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
-        problems.append(f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them.")
+        whole = all(float(name).is_integer() for name in classes)
+        hint = ", or write whole numbers (1 in place of 1.0) if they are classes" if whole else ""
+        problems.append(
+            f"{where} holds numbers such as {some(classes[:3])}; use task.kind=regression to predict them{hint}."
+        )
     elif len(classes) > max(10, part.table.num_rows / 2):
         rows = part.table.num_rows
         part.account.notes.append(

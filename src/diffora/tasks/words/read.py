@@ -49,7 +49,8 @@ def check_words(
     Args:
         sources: its files.
         columns: names of the columns of words and of tags.
-        names: the tags by their numbers, for rows with numbers; None: those that the files have.
+        names: the tags by their numbers, for files with numbers that do not name their tags themselves; None: there are
+            no such files.
         labelled: whether all rows must have tags. Otherwise all rows have tags, or none has any.
         account: gets what became of the rows.
         problems: grows by everything that is wrong.
@@ -68,7 +69,7 @@ def check_words(
         if len(problems) > before:
             continue
         faults = Faults(source.where, source.unit)
-        checker = _Checker(source, columns, names or source.class_names(columns[1]), has_tags, faults)
+        checker = _Checker(source, columns, _named(source, columns[1]) or names, has_tags, faults)
         waiting: list[dict[str, Any]] = []
         for number, row in source.rows:
             waiting.append(checker.checked(number, row))
@@ -89,6 +90,12 @@ def check_words(
     note_ignored(account, [name for name in there if name not in columns])
     table = pa.Table.from_batches(batches, SCHEMA)
     return WordsPart(table if has_tags else table.select(["words"]), where, numbers, list(sources), owners)
+
+
+def _named(source: Records, column: str) -> list[str] | None:
+    """The tags of a file by its own numbers; None if it does not name them, or names them 0, 1 and so on."""
+    names = source.class_names(column)
+    return None if names == [str(i) for i in range(len(names or ()))] else names
 
 
 class _Checker:

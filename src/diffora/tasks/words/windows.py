@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 
 from diffora.tasks.base import Batch
-from diffora.tasks.encoding import write_rows
+from diffora.tasks.encoding import characters_of, ranges_of, write_rows
 from diffora.tasks.ignored import IGNORED
-from diffora.tasks.tokenise import Collator
+from diffora.tasks.tokenise import Collator, empty_token
 
 ROWS_AT_ONCE = 1000  # bounds memory
 NO_TOKEN = -1
@@ -69,10 +69,7 @@ class Frame:
         ids, inner = list(whole["input_ids"]), list(tokenizer(text, add_special_tokens=False)["input_ids"])
         at = next(i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
         types = list(whole["token_type_ids"]) if "token_type_ids" in tokenizer.model_input_names else None
-        empty = next(
-            (i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), tokenizer.pad_token_id
-        )
-        return cls(ids[:at], ids[at + len(inner) :], None if types is None else types[at], empty)
+        return cls(ids[:at], ids[at + len(inner) :], None if types is None else types[at], empty_token(tokenizer))
 
 
 def tokenise_words(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[Sentence]:
@@ -189,7 +186,7 @@ def write_windows(
     types |= {"labels": pa.list_(pa.int64())} if "tags" in rows.column_names else {}
     types |= dict.fromkeys(("length", "row", "example", "silent"), pa.int32())
     types |= dict.fromkeys(("several", "cut"), pa.bool_())
-    ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    ranges = ranges_of(characters_of(rows.data.column("words")), ROWS_AT_ONCE)
     work = partial(
         _encode, names=list(types), tokenizer=tokenizer, frame=frame, room=max_length - frame.size, overlap=overlap
     )
