@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from diffora.errors import UserError, out_of_memory
 from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
