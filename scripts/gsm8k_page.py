@@ -1,0 +1,140 @@
+"""The small table of the public benchmark in docs/results/gsm8k.md: right answers and forgetting of each method.
+
+    python scripts/gsm8k_page.py outputs/metamath_gsm8k-small --page docs/results/gsm8k.md
+    python scripts/gsm8k_page.py docs/results/data/gsm8k_small.json         # the same table from our figures
+
+With `--page`, the table and the picture are replaced, and the figures with the hashes of the runs are written beside them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selection_matters import points
+from selection_quality import Run, checked, completed, put
+
+from diffora.files import write_text
+from diffora.report.statistics import Difference, holm, paired, verdict
+
+NAME = "gsm8k_small"
+ALL = "LoRA, all modules"
+RIGHT, FORGETTING = "test/exact_match", "forgetting/increase"
+MARGIN = 0.005
+Row = Mapping[str, Any]
+
+
+def rows_of(runs: Sequence[Run]) -> dict[str, Row]:
+    """For each method: by seed its metrics, its adapter parameters and the hash of the run.
+
+    Raises:
+        SystemExit: the runs do not belong together (`selection_quality.checked`).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in checked(runs):
+        metrics = {key: run["metrics"][key] for key in (RIGHT, FORGETTING)}
+        facts = {"parameters": run["params"]["adapter"], "config_hash": run["config_hash"]}
+        found.setdefault(run["row"], {})[str(run["seed"])] = metrics | facts
+    return {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
+
+
+def values(row: Row, key: str) -> list[float]:
+    return [one[key] for one in row.values()]
+
+
+def mean(row: Row, key: str) -> float:
+    return statistics.mean(values(row, key))
+
+
+def best_first(rows: Mapping[str, Row]) -> list[str]:
+    return sorted(rows, key=lambda name: -mean(rows[name], RIGHT))
+
+
+def front(rows: Mapping[str, Row]) -> Iterator[str]:
+    """The methods of which no other has both more right answers and less forgetting, by their means; the best first."""
+    least = float("inf")
+    for name in best_first(rows):
+        if (forgetting := mean(rows[name], FORGETTING)) < least:
+            least = forgetting
+            yield name
+
+
+def difference(rows: Mapping[str, Row], name: str) -> Difference | None:
+    """From LoRA on all modules, paired over the seeds that both have."""
+    if name == ALL or ALL not in rows:
+        return None
+    return paired(*({int(seed): one[RIGHT] for seed, one in rows[row].items()} for row in (name, ALL)))
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """Markdown: one line for each method, the best first."""
+    found = {name: difference(rows, name) for name in best_first(rows)}
+    adjusted = iter(holm([one.p for one in found.values() if one is not None and one.p is not None]))
+    head = ["method", "adapter parameters", "seeds", "right answers, %", "forgetting"]
+    head += [f"less {ALL}, points (95 %)", "p, Holm", ""]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, one in found.items():
+        row = rows[name]
+        sizes = sorted(set(values(row, "parameters")))
+        cells = [name, " to ".join(f"{size:,}" for size in (sizes[0], sizes[-1])[: len(sizes)]), str(len(row))]
+        cells += [spread(values(row, RIGHT), 100, 1), spread(values(row, FORGETTING), 1, 2)]
+        if one is None:
+            cells += ["", "", ""]
+        else:
+            cells += [points(one), "" if one.p is None else f"{next(adjusted):.2f}", verdict(one, MARGIN)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Not beaten in both right answers and forgetting: {'; '.join(front(rows))}."])
+
+
+def spread(found: Sequence[float], factor: float, digits: int) -> str:
+    """Mean and standard deviation."""
+    text = f"{factor * statistics.mean(found):.{digits}f}"
+    return text + (f" ± {factor * statistics.stdev(found):.{digits}f}" if len(found) > 1 else "")
+
+
+def picture(rows: Mapping[str, Row], file: Path) -> None:
+    """Right answers over forgetting, with the spread of seeds, and the front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes = figure.subplots()
+    edge = list(front(rows))
+    for name, row in rows.items():
+        x, y = mean(row, FORGETTING), 100 * mean(row, RIGHT)
+        right, lost = [100 * value for value in values(row, RIGHT)], values(row, FORGETTING)
+        axes.plot([x, x], [min(right), max(right)], color="#dddddd", lw=1, zorder=1)
+        axes.plot([min(lost), max(lost)], [y, y], color="#dddddd", lw=1, zorder=1)
+        axes.plot(x, y, "o", ms=4, color="#d55e00" if name in edge else "#0072b2", zorder=3)
+        axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", size=6.5, zorder=4)
+    corners = [(mean(rows[name], FORGETTING), 100 * mean(rows[name], RIGHT)) for name in edge]
+    axes.plot(*zip(*corners, strict=True), "--", color="#999999", lw=1, zorder=2)
+    axes.set_xscale("log")
+    axes.set_xlabel("forgetting: rise of the loss on plain texts (lines: lowest to highest seed)")
+    axes.set_ylabel("right answers, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the runs, or the JSON file that --page wrote from them")
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    if given.folder.suffix == ".json":
+        rows = json.loads(given.folder.read_text())
+    else:
+        rows = rows_of(completed(given.folder))
+    if not rows:
+        sys.exit(f"error: no finished run below {given.folder}")
+    print(table(rows))
+    if given.page is not None:
+        picture(rows, given.page.parent / "images" / f"{NAME}.png")
+        write_text(given.page.parent / "data" / f"{NAME}.json", json.dumps(rows, indent=1) + "\n")
+        put(given.page, NAME, f"{table(rows)}\n\n![right answers over forgetting](images/{NAME}.png)")
+
+
+if __name__ == "__main__":
+    main()
