@@ -3,7 +3,7 @@
     python scripts/gsm8k_page.py outputs/metamath_gsm8k-small --page docs/results/gsm8k.md
     python scripts/gsm8k_page.py docs/results/data/gsm8k_small.json         # the same table from our figures
 
-With `--page`, the table and the picture are replaced, and the figures with the hashes of the runs are written beside them.
+With `--page`, it replaces the table and the picture, and writes the figures with the hashes of the runs beside them.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from diffora.files import write_text
 from diffora.report.statistics import Difference, holm, paired, verdict
 
 NAME = "gsm8k_small"
-ALL = "LoRA, all modules"
+ALL, RANDOM = "LoRA, all modules", "random"
+CHOSEN = "search", "search, shared pairs", "attribution", "one-shot", "gradient norm", "fisher"
+"""Compared with a random selection of the search's size, too."""
 RIGHT, FORGETTING = "test/exact_match", "forgetting/increase"
 MARGIN = 0.005
 Row = Mapping[str, Any]
@@ -62,11 +64,11 @@ def front(rows: Mapping[str, Row]) -> Iterator[str]:
             yield name
 
 
-def difference(rows: Mapping[str, Row], name: str) -> Difference | None:
-    """From LoRA on all modules, paired over the seeds that both have."""
-    if name == ALL or ALL not in rows:
+def difference(rows: Mapping[str, Row], name: str, other: str = ALL) -> Difference | None:
+    """The right answers of a method less those of another, paired over the seeds that both have."""
+    if name == other or not {name, other} <= rows.keys():
         return None
-    return paired(*({int(seed): one[RIGHT] for seed, one in rows[row].items()} for row in (name, ALL)))
+    return paired(*({int(seed): one[RIGHT] for seed, one in rows[row].items()} for row in (name, other)))
 
 
 def table(rows: Mapping[str, Row]) -> str:
@@ -84,9 +86,17 @@ def table(rows: Mapping[str, Row]) -> str:
         if one is None:
             cells += ["", "", ""]
         else:
-            cells += [points(one), "" if one.p is None else f"{next(adjusted):.2f}", verdict(one, MARGIN)]
+            cells += [points(one), "" if one.p is None else p_text(next(adjusted)), verdict(one, MARGIN)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Not beaten in both right answers and forgetting: {'; '.join(front(rows))}."])
+    lines += ["", f"Not beaten in both right answers and forgetting: {'; '.join(front(rows))}."]
+    chosen = {name: difference(rows, name, RANDOM) for name in CHOSEN}
+    if said := "; ".join(f"{name} {points(one)}" for name, one in chosen.items() if one is not None):
+        lines += ["", f"Less the random selections, points (95 %, not corrected for their number): {said}."]
+    return "\n".join(lines)
+
+
+def p_text(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.005 else "< 0.01"
 
 
 def spread(found: Sequence[float], factor: float, digits: int) -> str:
@@ -123,10 +133,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the runs, or the JSON file that --page wrote from them")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    if given.folder.suffix == ".json":
-        rows = json.loads(given.folder.read_text())
-    else:
-        rows = rows_of(completed(given.folder))
+    of_json = given.folder.suffix == ".json"
+    rows = json.loads(given.folder.read_text()) if of_json else rows_of(completed(given.folder))
     if not rows:
         sys.exit(f"error: no finished run below {given.folder}")
     print(table(rows))
