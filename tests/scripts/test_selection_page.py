@@ -22,6 +22,7 @@ TABLES = {
     "selection_landscape": selection_landscape_page.text_of,
     "selection_pays": selection_pays.text_of,
     "selection_matters_digits": selection_matters.table,
+    "search_price": search_price.table,
     "search_shortened": search_price.shortened_table,
 }
 
