@@ -6,18 +6,13 @@
 With `--page`, it replaces the table and the picture, and writes the figures with the hashes of the runs beside them.
 """
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selection_matters import points
-from selection_quality import Run, checked, completed, put
+from pages import Run, checked, fill, points
 
-from diffora.files import write_text
 from diffora.report.statistics import Difference, holm, paired, verdict
 
 NAME = "gsm8k_small"
@@ -33,7 +28,7 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Row]:
     """For each method: by seed its metrics, its adapter parameters and the hash of the run.
 
     Raises:
-        SystemExit: the runs do not belong together (`selection_quality.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`).
     """
     found: dict[str, dict[str, Any]] = {}
     for run in checked(runs):
@@ -129,19 +124,7 @@ def picture(rows: Mapping[str, Row], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the runs, or the JSON file that --page wrote from them")
-    parser.add_argument("--page", type=Path)
-    given = parser.parse_args()
-    of_json = given.folder.suffix == ".json"
-    rows = json.loads(given.folder.read_text()) if of_json else rows_of(completed(given.folder))
-    if not rows:
-        sys.exit(f"error: no finished run below {given.folder}")
-    print(table(rows))
-    if given.page is not None:
-        picture(rows, given.page.parent / "images" / f"{NAME}.png")
-        write_text(given.page.parent / "data" / f"{NAME}.json", json.dumps(rows, indent=1) + "\n")
-        put(given.page, NAME, f"{table(rows)}\n\n![right answers over forgetting](images/{NAME}.png)")
+    fill(__doc__, NAME, rows_of, table, picture, "right answers over forgetting")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import selection_draws
-from selection_quality import put
+from pages import put
 
 from diffora.files import write_text
 from diffora.report.statistics import LEVEL, Difference, holm, paired, verdict

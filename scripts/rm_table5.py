@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selection_quality import Run, completed, put
+from pages import Run, completed, put
 
 from diffora.files import write_text
 from diffora.report.statistics import paired, spread

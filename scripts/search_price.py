@@ -33,7 +33,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from selection_quality import put
+from pages import put
 
 from diffora.core.readout import CHECKS, EARLY
 from diffora.core.selection import Selection

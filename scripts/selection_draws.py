@@ -14,19 +14,16 @@ of them; with twelve draws this p is at least 1/13. There is no F-test of the dr
 selection of its seed, so no selection is repeated with several seeds. In experiment=selection_landscape it is.
 """
 
-import argparse
-import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from selection_quality import Run, checked, completed, probability, put
+from pages import Run, checked, fill
+from selection_quality import probability
 
-from diffora.files import write_text
 from diffora.report.permutation import Permuted, picks_stand_out, ranks
 from diffora.report.statistics import Difference, paired
 
@@ -37,7 +34,7 @@ def places(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     """For each column, by seed: the search's metrics and those of the draws, on the rows of both splits.
 
     Raises:
-        SystemExit: the runs do not belong together (`selection_quality.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`).
     """
     found: dict[tuple[str, int], dict[str, Any]] = defaultdict(lambda: {"search": None, "draws": []})
     for run in checked(runs):
@@ -144,22 +141,7 @@ def picture(columns: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or the JSON file of --page")
-    parser.add_argument("--page", type=Path)
-    given = parser.parse_args()
-    if given.folders[0].suffix == ".json":
-        columns = json.loads(given.folders[0].read_text())
-    else:
-        columns = places([run for folder in given.folders for run in completed(folder)])
-    if not columns:
-        sys.exit(f"error: no finished search with random draws below {', '.join(map(str, given.folders))}")
-    print(table(columns))
-    if given.page is not None:
-        file = given.page.parent / "images" / "selection_draws.png"
-        picture(columns, file)
-        write_text(given.page.parent / "data" / "selection_draws.json", json.dumps(columns, indent=1) + "\n")
-        put(given.page, "selection_draws", f"{table(columns)}\n\n![the search among draws](images/{file.name})")
+    fill(__doc__, "selection_draws", places, table, picture, "the search among draws", "search with random draws")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import Run, checked, completed, put
 from selection_landscape_page import KINDS, picture, text_of
-from selection_quality import Run, checked, completed, put
 
 from diffora.files import write_text
 from diffora.records import ENDED
@@ -55,7 +55,7 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
     Raises:
         SystemExit: a row has another selection with another seed, so that it is no mask; or the runs do not belong
-            together (`selection_quality.checked`).
+            together (`pages.checked`).
     """
     columns: dict[str, dict[str, Any]] = {}
     masks = [run for run in runs if (run.get("row") or "").startswith("mask ")]

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selection_quality import Run, checked, completed, put
+from pages import Run, checked, completed, points, put
 
 from diffora.files import write_text
 from diffora.report.statistics import Difference, detectable, holm, paired, spread, verdict
@@ -52,7 +52,7 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each row of the experiment: what it is, its scales, and its metrics by seed with the hash of each run.
 
     Raises:
-        SystemExit: the runs do not belong together (`selection_quality.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`).
     """
     found: dict[str, dict[str, Any]] = {}
     for run in checked(runs):
@@ -151,13 +151,6 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def p_of(found: Difference) -> float:
     """The p-value; 1 where all differences are the same, which have none."""
     return 1.0 if found.p is None else found.p
-
-
-def points(found: Difference) -> str:
-    text = f"{100 * found.mean:+.1f}"
-    if found.low is not None and found.high is not None:
-        text += f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    return text.replace("-", "−")
 
 
 def main() -> None:

@@ -12,19 +12,15 @@ The step time is a share of that of LoRA on all modules, by counted operations. 
 adapter. Runs with a time budget have it for some layers; between these it is linear, because all layers cost the same.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from selection_matters import by_seed, mean, points
-from selection_quality import Run, checked, completed, put
+from pages import Run, checked, fill, points
+from selection_matters import by_seed, mean
 
-from diffora.files import write_text
 from diffora.report.statistics import Difference, holm, paired, verdict
 
 MARGIN = 0.005
@@ -49,7 +45,7 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Any]:
     """For each column: shares of step time by lowest layer, and for each row its size, layer and metrics by seed.
 
     Raises:
-        SystemExit: the runs do not belong together (`selection_quality.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`).
     """
     found: dict[str, Any] = {}
     for run in checked(runs):
@@ -170,23 +166,7 @@ def picture(columns: Mapping[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the runs, or the JSON file that --page wrote from them")
-    parser.add_argument("--page", type=Path)
-    given = parser.parse_args()
-    if given.folder.suffix == ".json":
-        columns = json.loads(given.folder.read_text())
-    else:
-        columns = rows_of(completed(given.folder))
-    if not columns:
-        sys.exit(f"error: no finished run below {given.folder}")
-    print(text_of(columns))
-    if given.page is not None:
-        name = "selection_pays"
-        picture(columns, given.page.parent / "images" / f"{name}.png")
-        write_text(given.page.parent / "data" / f"{name}.json", json.dumps(columns, indent=1) + "\n")
-        text = f"{text_of(columns)}\n\n![the metric over the time of a step](images/{name}.png)"
-        put(given.page, name, text)
+    fill(__doc__, "selection_pays", rows_of, text_of, picture, "the metric over the time of a step")
 
 
 if __name__ == "__main__":

@@ -26,55 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import Run, checked, completed, put
 from scipy.special import fdtrc
 
 from diffora.core.parts import short_names
 from diffora.files import write_text
 from diffora.report.agreement import stability
 from diffora.report.permutation import choices_track_worth
-from diffora.report.runs import flat
 from diffora.report.statistics import paired
 
 Subset = tuple[tuple[str, ...], ...]
-Run = Mapping[str, Any]
-
-
-def completed(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs below a folder. A line on the screen says so if they are of several versions of the program."""
-    runs = [json.loads(file.read_text()) for file in sorted(folder.rglob("run.json"))]
-    done = [run for run in runs if run["status"] == "completed"]
-    versions = sorted({str(run["git_commit"])[:8] for run in done if run.get("git_commit")})
-    if len(versions) > 1:
-        print(f"note: runs of {len(versions)} versions of the program: {', '.join(versions)}", file=sys.stderr)
-    return done
-
-
-def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence[Run]:
-    """The same runs, if one table may have all of them.
-
-    Args:
-        apart: the settings in which the rows of a column may differ; None: in all.
-
-    Raises:
-        SystemExit: two runs are of one row, column and seed; the runs of a column have different data; or runs have
-            different settings where they should not. A setting that a run of an older version lacks does not count.
-    """
-    seen: set[tuple[str, str, int]] = set()
-    data: dict[str, Any] = {}
-    settings: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
-    for run in runs:
-        row, column, seed = run.get("row") or "", run.get("column") or "", run["seed"]
-        name = f"{column}, {row}, seed {seed}"
-        if (row, column, seed) in seen:
-            sys.exit(f"error: two runs are {name}: give a folder with one of them")
-        seen.add((row, column, seed))
-        if data.setdefault(column, run.get("data_hash")) != run.get("data_hash"):
-            sys.exit(f"error: {name} has other data than the others")
-        for key, value in flat(run.get("settings", {})).items():
-            group = (column, "") if apart is not None and key not in apart else (column, row)
-            if (other := settings[group].setdefault(key, value)) != value:
-                sys.exit(f"error: {name} has {key}={value}, others {key}={other}: give runs of one setting")
-    return runs
 
 
 def subset_of(run: Run) -> Subset:
@@ -279,16 +240,6 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     for axes in (top, low):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
-
-
-def put(page: Path, name: str, text: str) -> None:
-    """Put the text between the markers of that name."""
-    content = page.read_text()
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    if begin not in content or end not in content:
-        sys.exit(f"error: {page} has no {begin} … {end}")
-    before, after = content.partition(begin)[0], content.partition(end)[2]
-    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:

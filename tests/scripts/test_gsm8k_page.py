@@ -8,7 +8,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 import gsm8k_page as script
-from selection_quality import completed
+from pages import completed
 
 PAGE = REPO / "docs" / "results" / "gsm8k.md"
 RIGHT = {"LoRA, all modules": 0.5, "search": 0.4, "SoRA": 0.3, "random": 0.3}

@@ -9,6 +9,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 import selection_draws as script
+from pages import completed
 
 
 def run(folder, row, seed, metric, maximise=True, parameters=100, status="completed"):
@@ -33,7 +34,7 @@ def folder(tmp_path):
 
 
 def test_percentiles_and_gains_by_seed(folder):
-    [seeds] = script.places(script.completed(folder)).values()
+    [seeds] = script.places(completed(folder)).values()
     assert [script.percentile(one, "validation") for one in seeds] == pytest.approx([50, 12.5, 100])
     place, gain = script.over_seeds(seeds, "validation")
     assert place.n == 3 and 50 + place.mean == pytest.approx(162.5 / 3)
@@ -54,7 +55,7 @@ def test_if_lower_is_better_the_lowest_has_the_highest_percentile(tmp_path):
     run(tmp_path, "search", 0, 2.0, maximise=False)
     for draw in range(2):
         run(tmp_path, f"draw {draw}", 0, 3.0 + draw, maximise=False, parameters=90 + draw)
-    [seeds] = script.places(script.completed(tmp_path)).values()
+    [seeds] = script.places(completed(tmp_path)).values()
     assert script.percentile(seeds[0], "validation") == 100
     text = script.table({"chat": seeds})
     assert "| 100 (90 to 91) | 2 |" in text and "gain +1.5000; p = 0.333" in text

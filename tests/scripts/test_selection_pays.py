@@ -8,6 +8,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 import selection_pays as script
+from pages import completed
 
 LAYERS = {"all modules": 1, "search": 2, "random": 1, "random, draw 100": 3, "top third": 5}
 SHARES = {"2": {"share": 0.8}, "4": {"share": 0.6}}  # by index: layers 3 and 5
@@ -36,7 +37,7 @@ def columns(tmp_path):
             if row == "top third":
                 record["step_time"] = {"by_lowest_layer": SHARES}
             (folder / "run.json").write_text(json.dumps(record | {"config_hash": f"{row}{seed}"}))
-    return script.rows_of(script.completed(tmp_path))
+    return script.rows_of(completed(tmp_path))
 
 
 def test_the_best_of_two_draws_is_the_higher_one_of_each_seed(columns):
@@ -67,7 +68,7 @@ def test_two_runs_of_one_seed_are_refused(columns, tmp_path):
     twice.mkdir()
     (twice / "run.json").write_text((tmp_path / "search-0" / "run.json").read_text())
     with pytest.raises(SystemExit, match="two runs are sst2, search, seed 0"):
-        script.rows_of(script.completed(tmp_path))
+        script.rows_of(completed(tmp_path))
 
 
 def test_without_a_run_the_script_says_so(tmp_path, monkeypatch):

@@ -1,0 +1,111 @@
+"""What the scripts share that turn finished runs into a table, a picture and a JSON file of a page."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffora.files import write_text
+from diffora.report.runs import flat
+from diffora.report.statistics import Difference
+
+Run = Mapping[str, Any]
+
+
+def completed(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs below a folder. A line on the screen says so if they are of several versions of the program."""
+    runs = [json.loads(file.read_text()) for file in sorted(folder.rglob("run.json"))]
+    done = [run for run in runs if run["status"] == "completed"]
+    versions = sorted({str(run["git_commit"])[:8] for run in done if run.get("git_commit")})
+    if len(versions) > 1:
+        print(f"note: runs of {len(versions)} versions of the program: {', '.join(versions)}", file=sys.stderr)
+    return done
+
+
+def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence[Run]:
+    """The same runs, if one table may have all of them.
+
+    Args:
+        apart: the settings in which the rows of a column may differ; None: in all.
+
+    Raises:
+        SystemExit: two runs are of one row, column and seed; the runs of a column have different data; or runs have
+            different settings where they should not. A setting that a run of an older version lacks does not count.
+    """
+    seen: set[tuple[str, str, int]] = set()
+    data: dict[str, Any] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+    for run in runs:
+        row, column, seed = run.get("row") or "", run.get("column") or "", run["seed"]
+        name = f"{column}, {row}, seed {seed}"
+        if (row, column, seed) in seen:
+            sys.exit(f"error: two runs are {name}: give a folder with one of them")
+        seen.add((row, column, seed))
+        if data.setdefault(column, run.get("data_hash")) != run.get("data_hash"):
+            sys.exit(f"error: {name} has other data than the others")
+        for key, value in flat(run.get("settings", {})).items():
+            group = (column, "") if apart is not None and key not in apart else (column, row)
+            if (other := settings[group].setdefault(key, value)) != value:
+                sys.exit(f"error: {name} has {key}={value}, others {key}={other}: give runs of one setting")
+    return runs
+
+
+def points(found: Difference) -> str:
+    """A difference in points with its interval."""
+    text = f"{100 * found.mean:+.1f}"
+    if found.low is not None and found.high is not None:
+        text += f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return text.replace("-", "−")
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Put the text between the markers of that name."""
+    content = page.read_text()
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin not in content or end not in content:
+        sys.exit(f"error: {page} has no {begin} … {end}")
+    before, after = content.partition(begin)[0], content.partition(end)[2]
+    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def fill(
+    words: str | None,
+    name: str,
+    figures_of: Callable[[Sequence[Run]], Any],
+    text_of: Callable[[Any], str],
+    picture: Callable[[Any, Path], None],
+    caption: str,
+    what: str = "run",
+) -> None:
+    """The command line of a script: prints its text; with ``--page`` it also writes text, picture and figures there.
+
+    Args:
+        words: the description of the script.
+        name: of the markers on the page, of the picture and of the JSON file.
+        figures_of: the content of the JSON file, from finished runs.
+        text_of: Markdown from that content.
+        picture: draws that content into a file.
+        caption: of the picture.
+        what: what a folder must have, for the message if it has none.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them"
+    )
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    if given.folders[0].suffix == ".json":
+        figures = json.loads(given.folders[0].read_text())
+    else:
+        figures = figures_of([run for folder in given.folders for run in completed(folder)])
+    if not figures:
+        sys.exit(f"error: no finished {what} below {', '.join(map(str, given.folders))}")
+    text = text_of(figures)
+    print(text)
+    if given.page is not None:
+        picture(figures, given.page.parent / "images" / f"{name}.png")
+        write_text(given.page.parent / "data" / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+        put(given.page, name, f"{text}\n\n![{caption}](images/{name}.png)")
