@@ -7,6 +7,7 @@ With `--page`, it replaces the table and the picture, and writes the figures wit
 """
 
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Row]:
     """For each method: by seed its metrics, its adapter parameters and the hash of the run.
 
     Raises:
-        SystemExit: the runs do not belong together (`pages.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`), are of several columns, or of another experiment.
     """
+    if len(columns := {str(run.get("column")) for run in runs}) > 1:
+        sys.exit(f"error: the runs are of {', '.join(sorted(columns))}: give a folder with one of them")
+    for run in runs:
+        if missing := {RIGHT, FORGETTING} - run["metrics"].keys():
+            sys.exit(f"error: {run.get('row')}, seed {run['seed']} has no {', '.join(sorted(missing))}")
     found: dict[str, dict[str, Any]] = {}
     for run in checked(runs):
         metrics = {key: run["metrics"][key] for key in (RIGHT, FORGETTING)}

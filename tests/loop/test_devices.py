@@ -68,10 +68,10 @@ def test_too_many_gpus_are_named(found):
 def test_a_process_without_a_device_of_its_own_is_named(monkeypatch, gpus, accelerator, words):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        problems = list(machine._lonely_problems({name: "1"}, accelerator, "auto"))
+        problems = list(machine._process_problems({name: "1"}, accelerator, "auto"))
         assert problems == [] if words is None else words in problems[0]
-    assert list(machine._lonely_problems({}, accelerator, "auto")) == []
-    assert list(machine._lonely_problems({"LOCAL_RANK": "1"}, accelerator, 2)) == []
+    assert list(machine._process_problems({}, accelerator, "auto")) == []
+    assert list(machine._process_problems({"LOCAL_RANK": "1"}, accelerator, 2)) == []
 
 
 def test_slurms_variables_without_its_launch_are_named(found, monkeypatch):

@@ -44,6 +44,14 @@ def test_the_best_method_is_first_and_sizes_are_a_range(rows):
     assert first == "| LoRA, all modules | 100 to 102 | 3 | 53.0 ± 3.0 | 1.00 ± 0.00 |  |  |  |"
 
 
+def test_runs_of_two_columns_or_without_answers_are_refused():
+    run = {"row": "search", "column": "sums", "seed": 0, "metrics": {script.RIGHT: 0.5, script.FORGETTING: 1.0}}
+    with pytest.raises(SystemExit, match="gsm8k, sums"):
+        script.rows_of([run, run | {"column": "gsm8k"}])
+    with pytest.raises(SystemExit, match="search, seed 0 has no forgetting/increase"):
+        script.rows_of([run | {"metrics": {script.RIGHT: 0.5}}])
+
+
 def test_the_page_has_the_table_of_its_data():
     found = json.loads((PAGE.parent / "data" / f"{script.NAME}.json").read_text())
     between = PAGE.read_text().partition(f"<!-- begin {script.NAME} -->")[2]

@@ -34,7 +34,7 @@ def check_machine(settings: Settings) -> None:
     problems = (
         list(launch_problems(os.environ, t.devices, t.num_nodes))
         or list(_device_problems(t.accelerator, t.devices, t.strategy, t.precision))
-        or list(_lonely_problems(os.environ, t.accelerator, t.devices))
+        or list(_process_problems(os.environ, t.accelerator, t.devices))
     )
     if problems:
         raise UserError(problems)
@@ -46,7 +46,7 @@ def found_devices(accelerator: str) -> int:
     return max(gpus, 1)  # one CPU, or one GPU of Apple
 
 
-def _lonely_problems(environment: Mapping[str, str], accelerator: str, devices: object) -> Iterator[str]:
+def _process_problems(environment: Mapping[str, str], accelerator: str, devices: object) -> Iterator[str]:
     """A message if this process has no device of its own: the n-th process of a machine gets its n-th device."""
     number = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
     there = found_devices(accelerator)
