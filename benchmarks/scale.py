@@ -84,7 +84,7 @@ def search_against_finetuning(shape: Shape, rounds: int) -> dict[str, Any]:
     """Time of the search divided by time of DiffoRA's fine-tuning, for each task.
 
     The time of a step is measured; the numbers of steps come from the recipes. For n rows and batch size B, a round of
-    the search has f n (1 - v) / B steps, where f is the fraction of rows it uses and v the part of these for Gamma. An
+    the search has n (1 - v) / B steps, where v is the part of the rows for Gamma. An
     epoch of fine-tuning has n / B steps. Both have the same B by default, so n and B cancel.
     """
     costs, times = measure(shape, STEPS_COMPARED, rounds)
@@ -93,14 +93,14 @@ def search_against_finetuning(shape: Shape, rounds: int) -> dict[str, Any]:
     tasks = {}
     for name in PAPER_TASKS:
         task = OmegaConf.load(REPO / "conf" / "task" / f"{name}.yaml")
-        steps = task.recipe.search_epochs * search.fraction * (1 - search.valid_fraction) / task.recipe.epochs
+        steps = task.recipe.search_epochs * (1 - search.valid_fraction) / task.recipe.epochs
         tasks[name] = {
             "search_rounds": task.recipe.search_epochs,
             "epochs": task.recipe.epochs,
             "search_steps/finetune_steps": round(steps, 4),
             **{update: round(steps * value["median"], 3) for update, value in step_ratios.items()},
         }
-    settings = {key: search[key] for key in ("fraction", "valid_fraction", "train_steps")}
+    settings = {key: search[key] for key in ("max_rows", "valid_fraction", "train_steps")}
     return {
         "shape": f"{shape.model}, {shape.rows} x {shape.length}",
         "settings": settings,

@@ -59,13 +59,13 @@ def at_epoch(sampler, epoch: int) -> list:
 # --- splits ---
 
 
-@given(n=st.integers(2, 500), seed=st.integers(0, 1000), valid=st.floats(0.01, 0.99), fraction=st.floats(0.01, 1.0))
+@given(n=st.integers(2, 500), seed=st.integers(0, 1000), valid=st.floats(0.01, 0.99), most=st.integers(2, 600))
 @settings(max_examples=100, deadline=None)
-def test_search_splits_are_disjoint_and_sized(n, seed, valid, fraction):
-    train, search_valid = split_search(np.arange(n), seed, valid, fraction)
+def test_search_splits_are_disjoint_and_sized(n, seed, valid, most):
+    train, search_valid = split_search(np.arange(n), seed, valid, most)
     assert len(train) > 0 and len(search_valid) > 0
     both = np.concatenate([train, search_valid])
-    assert len(set(both.tolist())) == len(both) == max(2, round(n * fraction))
+    assert len(set(both.tolist())) == len(both) == min(n, most)
     assert both.min() >= 0 and both.max() < n
     assert abs(len(search_valid) - len(both) * valid) <= 1
     assert (np.diff(train) > 0).all() and (np.diff(search_valid) > 0).all()
@@ -92,11 +92,11 @@ def test_split_hash_depends_on_the_order_of_splits_and_their_border():
 
 def test_impossible_search_splits():
     with pytest.raises(UserError) as caught:
-        split_search(np.arange(1), 0, valid_fraction=1.0, fraction=0.0)
+        split_search(np.arange(1), 0, valid_fraction=1.0, max_rows=0)
     assert len(caught.value.problems) == 3
-    for valid_fraction, fraction in ((0.0, 1.0), (1.0, 1.0), (0.5, 1.5)):
+    for valid_fraction, most in ((0.0, None), (1.0, None), (0.5, 1)):
         with pytest.raises(UserError):
-            split_search(np.arange(10), 0, valid_fraction, fraction)
+            split_search(np.arange(10), 0, valid_fraction, most)
 
 
 @pytest.mark.parametrize("n", [2, 3, 408])

@@ -59,7 +59,7 @@ CASES: dict[str, list[tuple[str, dict[str, str]]]] = {
             "model.layer": "nowhere.*", "model.candidates": "[output.dense]", "model.dtype": "bfloat16",
             "model.quantise": "4bit", "search.epochs": "2", "search.batch_size": "4", "search.lr": "0.1",
             "search.rank": "2", "search.gamma_lr": "0.5", "search.order": "2",
-            "search.train_steps": "2", "search.fraction": "0.5", "search.valid_fraction": "0.25",
+            "search.train_steps": "2", "search.max_rows": "8", "search.valid_fraction": "0.25",
             "search.weight_decay": "0.9", "search.clip": "1e-4", "search.accumulate": "2",
             "search.relaxation": "sigmoid", "search.head_warmup": "1", "search.readout": "early_gradient",
             "search.ensemble": "2", "model.kernel": "plain",

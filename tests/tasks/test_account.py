@@ -160,7 +160,7 @@ def short(cfg, tmp_path):
 def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
     """C: idx is repeated text. This does not matter if nothing is submitted."""
     mrpc_files(tmp_path / "data", idx=lambda i: "same", extra=lambda i: i)
-    result = run(cfg(*short, "task.max_train_rows=32", "search.fraction=0.5"), tmp_path / "run")
+    result = run(cfg(*short, "task.max_train_rows=32", "search.max_rows=16"), tmp_path / "run")
     data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert {name: (entry["read"], entry["used"], entry["dropped"]) for name, entry in data.items()} == {
         "train": (40, 32, 8),
@@ -168,7 +168,7 @@ def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
         "search": (32, 16, 16),
     }
     assert data["train"]["why"] == {"task.max_train_rows=32": 8} and data["search"]["why"] == {
-        "search.fraction=0.5": 16
+        "search.max_rows=16": 16
     }
     assert data == result.record["data"]
     for line in ("train: 32 of 40 rows used; 8 left out", "search: 16 of 32", "validation: columns ignored: extra"):

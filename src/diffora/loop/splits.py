@@ -10,7 +10,7 @@ from diffora.loop import streams
 
 
 def split_search(
-    examples: np.ndarray, seed: int, valid_fraction: float = 0.5, fraction: float = 1.0
+    examples: np.ndarray, seed: int, valid_fraction: float = 0.5, max_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the *training* rows into the search's two splits, which [D] eq. 13 needs to be disjoint.
 
@@ -18,26 +18,26 @@ def split_search(
         examples: [n] the example that each training row belongs to (`examples_of`). An example is never divided.
         seed: the run's seed.
         valid_fraction: share of the used examples that goes to the search-valid split.
-        fraction: share of the training examples that the search uses, drawn at random.
+        max_rows: the search uses at most so many training examples, drawn at random; None: all of them.
 
     Returns:
         (search-train, search-valid): sorted, disjoint row numbers, at least one in each.
 
     Raises:
-        UserError: a fraction is out of range, or there are fewer than two examples.
+        UserError: a number is out of range, or there are fewer than two examples.
     """
     unique = np.unique(examples)
     n_rows = len(unique)
     problems = []
     if not 0 < valid_fraction < 1:
         problems.append(f"search valid_fraction={valid_fraction} must lie strictly between 0 and 1.")
-    if not 0 < fraction <= 1:
-        problems.append(f"search fraction={fraction} must lie in (0, 1].")
+    if max_rows is not None and max_rows < 2:
+        problems.append(f"search max_rows={max_rows} must be at least 2: each part needs a row.")
     if n_rows < 2:
         problems.append(f"the search needs at least 2 training rows to split, there are {n_rows}.")
     if problems:
         raise UserError(problems)
-    used = max(2, round(n_rows * fraction))
+    used = n_rows if max_rows is None else min(max_rows, n_rows)
     n_valid = min(max(1, round(used * valid_fraction)), used - 1)
     order = np.random.default_rng([seed, streams.SPLIT]).permutation(n_rows)[:used]
     train, valid = (np.flatnonzero(np.isin(examples, unique[part])) for part in (order[n_valid:], order[:n_valid]))

@@ -48,17 +48,17 @@ class SearchRows:
 def search_rows(parts: Parts) -> SearchRows:
     """The rows that the search may use: search-train and search-valid.
 
-    ``search.fraction`` sets how many training rows are used, ``search.valid_fraction`` how many of these are for Γ.
+    ``search.max_rows`` sets how many training rows are used, ``search.valid_fraction`` how many of these are for Γ.
 
     Raises:
         UserError: there are fewer than two examples.
     """
     s, examples = parts.settings.search, examples_of(parts.data.train.encoded)
     assert s is not None, "a method with a selector has this section"
-    train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.fraction)
+    train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.max_rows)
     account = Account(len(np.unique(examples)))
     used = len(np.unique(examples[np.concatenate([train, valid])]))
-    account.drop(f"search.fraction={s.fraction}", account.read - used)
+    account.drop(f"search.max_rows={s.max_rows}", account.read - used)
     return SearchRows(train, valid, account)
 
 

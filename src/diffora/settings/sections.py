@@ -21,7 +21,6 @@ from diffora.settings.checks import (
     Check,
     Help,
     is_path,
-    number,
     whole,
 )
 
@@ -54,7 +53,6 @@ INTERNAL = Help("")
 LAYERS = Check(
     lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of names of layers, one for each block"
 )
-SHARE_OF_ROWS = number(lambda v: 0 < v <= 1, "a number in (0, 1]: the share of the training rows to search on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +296,10 @@ class Search:
         ),
     ] = "softmax"
     train_steps: Annotated[int, COUNT, Help("Weight steps per Γ step, T.", "steps")] = 1
-    fraction: Annotated[float, SHARE_OF_ROWS, Help("Share of the training rows to search on.")] = 1.0
+    max_rows: Annotated[
+        Annotated[int, whole(2, 1_000_000_000)] | None,
+        Help("Search on so many training rows, drawn at random; null: on all of them.", "rows"),
+    ] = None
     valid_fraction: Annotated[float, FRACTION, Help("Share of these rows for the Γ steps.")] = 0.5
     weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of the weight steps.")] = 0.0
     clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
