@@ -12,7 +12,7 @@ from typing import Any
 from diffora.errors import UserError
 from diffora.files import atomic, read_json
 from diffora.hub import resolve
-from diffora.settings.identity import NOT_IN_HASH, differences
+from diffora.settings.identity import deciding, differences
 
 REMEMBERED_FROM = 64 * 2**20
 """Digests of files of at least this many bytes are remembered until the file changes."""
@@ -188,8 +188,13 @@ def made_with(
     Returns:
         Plain containers, equal to what comes back from a JSON file.
     """
-    settings = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
-    made = {"settings": settings, "data": data, "rows": dict(rows), "backbone": backbone, "inputs": dict(inputs or {})}
+    made = {
+        "settings": deciding(composed),
+        "data": data,
+        "rows": dict(rows),
+        "backbone": backbone,
+        "inputs": dict(inputs or {}),
+    }
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as it will be when it comes from a file
     return plain
 

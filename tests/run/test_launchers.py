@@ -55,6 +55,7 @@ def statuses(place: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
+@pytest.mark.timeout(3600)  # submitit starts all twelve at once
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_run_is_named_and_the_others_finish(launcher, tmp_path):
     module = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"

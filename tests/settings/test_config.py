@@ -271,6 +271,8 @@ def test_recipes_give_defaults_and_the_users_values_override_them(cfg):
 def test_the_hash_depends_only_on_settings_that_change_results(cfg):
     base = config_hash(cfg("task=mrpc"))
     assert base == config_hash(cfg("task=mrpc", "resume=true", "logger=csv", "debug=default"))
+    work = "trainer.num_proc=2", "trainer.num_workers=1", "trainer.cache_prefix_limit=1"
+    assert base == config_hash(cfg("task=mrpc", *work))
     assert len({base, *(config_hash(cfg("task=mrpc", o)) for o in ("seed=1", "rank=5", "finetune.lr=1e-2"))}) == 4
 
 

@@ -167,9 +167,7 @@ def test_run_json_and_evaluation_count_rows(cfg, short, tmp_path, caplog):
         "validation": (12, 12, 0),
         "search": (32, 16, 16),
     }
-    assert data["train"]["why"] == {"task.max_train_rows=32": 8} and data["search"]["why"] == {
-        "search.max_rows=16": 16
-    }
+    assert data["train"]["why"] == {"task.max_train_rows=32": 8} and data["search"]["why"] == {"search.max_rows=16": 16}
     assert data == result.record["data"]
     for line in ("train: 32 of 40 rows used; 8 left out", "search: 16 of 32", "validation: columns ignored: extra"):
         assert line in caplog.text and line in (tmp_path / "run" / "run.log").read_text()

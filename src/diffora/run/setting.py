@@ -17,10 +17,10 @@ from diffora.adapters.fetch import adapter_digest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.records import SelectionSource, short_digest
-from diffora.settings.identity import NOT_IN_HASH, plain, short_name
+from diffora.settings.identity import deciding, plain, short_name
 
-NOT_A_SETTING = (*NOT_IN_HASH, "seed", "predict")
-MACHINE = ("accelerator", "devices", "strategy", "deterministic", "gradient_checkpointing", "num_workers", "compile")
+NOT_A_SETTING = ("seed", "predict")
+MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "deterministic", "gradient_checkpointing", "compile")
 """Keys of ``trainer`` that say where and how fast a run goes, not what comes out."""
 FILES = ("selection", "like")
 """Keys of ``method`` that may name a selection file."""
@@ -36,7 +36,7 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         cfg: the composed configuration with its interpolations.
         data_hash: of the training and validation rows; it replaces ``task.path``.
     """
-    settings = {key: value for key, value in plain(cfg).items() if key not in NOT_A_SETTING}
+    settings = {key: value for key, value in deciding(plain(cfg)).items() if key not in NOT_A_SETTING}
     follows = {place: text for place, text in seed_followers(cfg).items() if place[0] in settings}
     for place, text in follows.items():
         _put(settings, place, text)

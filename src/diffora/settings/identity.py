@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,8 @@ from diffora.settings.checks import show
 
 NOT_IN_HASH = ("resume", "search_only", "dry_run", "scale", "cell", "debug", "logger")
 """Sections that cannot change a result."""
+TRAINER_NOT_IN_HASH = ("num_proc", "num_workers", "cache_prefix_limit")
+"""Keys of ``trainer`` that cannot change a result."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -21,21 +24,30 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def deciding(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """What can change a result, of a composed configuration in plain containers."""
+    found = {key: value for key, value in composed.items() if key not in NOT_IN_HASH}
+    if isinstance(trainer := found.get("trainer"), dict):
+        found["trainer"] = {key: value for key, value in trainer.items() if key not in TRAINER_NOT_IN_HASH}
+    return found
+
+
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything in a composed configuration that can change a result."""
-    content = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_HASH}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(deciding(plain(cfg)), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Where two plain configurations differ, as ``key: old -> new``, without what `config_hash` leaves out."""
+    return _differences(deciding(old), deciding(new))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if not prefix and key in NOT_IN_HASH:
-            continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            found += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key}: {show(a)} -> {show(b)}")
     return found
