@@ -51,6 +51,20 @@ def test_a_resumed_search_gives_the_same_result(workers, module, more, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_compiled_run_that_was_stopped_twice_gives_the_same_result(tmp_path):
+    """In the search, then in the fine-tuning. Compiled dropout draws its masks in its own way."""
+    overrides = [*SEARCH, "trainer.compile=true", "finetune.epochs=2"]
+    whole = run_of(*overrides, folder=tmp_path / "whole")
+    stop(*overrides, folder=tmp_path / "part", module=SearchModule)
+    stop(*overrides, "resume=true", folder=tmp_path / "part")
+    resumed = run_of(*overrides, "resume=true", folder=tmp_path / "part")
+    assert resumed.selection == whole.selection
+    assert_equal_runs(resumed, whole)
+    assert resumed.metrics != run_of(*overrides, "seed=1", folder=tmp_path / "other").metrics
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["search-0001-*.ckpt", "finetune-0001-*.ckpt"])
 def test_a_killed_run_with_workers_gives_the_same_result(pattern, tmp_path):
     """A real kill in the middle of an epoch."""
