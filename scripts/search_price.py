@@ -5,8 +5,8 @@
     python scripts/search_price.py --runs outputs/selection_matters-small/runs/search-digits-seed* --page <page>
     python scripts/search_price.py docs/background/data/search_shortened.json      # the table of --runs without runs
 
-For each task and seed it searches twice: with [D]'s settings (`full`) and with `recipe=fast`. A trajectory also tells
-what fewer rounds of the full search would have found. The early gradients (`search.readout=early_gradient`) are read
+For each task and seed it searches with [D]'s settings (`full`), with `recipe=fast`, and with fewer rounds and rows. A
+trajectory also tells what fewer rounds of the full search would have found. The early gradients (`search.readout=early_gradient`) are read
 in the same searches.
 With `--runs`, it compares the gates within the finished searches of some runs, one for each seed, with their ends.
 
@@ -46,7 +46,12 @@ from diffora.scoring.context import SearchContext
 from diffora.scoring.stage import run_search, search_rows
 from diffora.training.optimisers import make_optimiser
 
-SETTINGS: dict[str, list[str]] = {"full": [], "fast": ["recipe=fast"]}
+SETTINGS: dict[str, list[str]] = {
+    "full": [],
+    "fast": ["recipe=fast"],
+    "short": ["search.epochs=3", "search.max_rows=3200"],
+}
+CHEAP = {"fast": "recipe=fast", "short": "3 rounds, 3,200 rows at most"}
 PREFIXES = (0.5, 1, 2, 3)
 """Rounds of the full search after which its gates are compared, too."""
 PATIENCE = (3, 5, 10)
@@ -188,13 +193,10 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
         stops = {seed: stop_of(s, patience) for seed, s in by["full"].items()}
         cost = price["full"] * statistics.mean(stops.values()) / epochs
         add(f"full search, patience {patience}", cost, {s: gates_after(by["full"][s], at) for s, at in stops.items()})
-    for name in by:
+    add("full search, early gradient", price["full"] / EARLY, {seed: s["early"] for seed, s in by["full"].items()})
+    for name, label in CHEAP.items():
         if by[name]:
-            early = {seed: s["early"] for seed, s in by[name].items()}
-            label = "full search" if name == "full" else f"recipe={name}"
-            add(f"{label}, early gradient", price[name] / EARLY, early)
-    if by["fast"]:
-        add("recipe=fast", price["fast"], {seed: s["gates"][-1] for seed, s in by["fast"].items()})
+            add(label, price[name], {seed: s["gates"][-1] for seed, s in by[name].items()})
     return rows
 
 
