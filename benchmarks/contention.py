@@ -9,11 +9,12 @@ changes from round to round. Each figure is a ratio of whole runs, from the comm
 ``--busy 0`` starts no busy processes and measures no run alone: for a machine that is busy already. Only the ratio
 ``passive/spinning`` is then measured.
 
-Writes benchmarks/results/contention.json; with ``--busy`` or overrides only the file of ``--output``.
+Writes benchmarks/results/contention.json after each round; with ``--busy`` or overrides only the file of ``--output``.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,9 +64,10 @@ def seconds(overrides: Sequence[str], variables: Mapping[str, str], passive: boo
     return wall
 
 
-def measure(overrides: Sequence[str], rounds: int, number: int) -> dict[str, Any]:
-    """The content of contention.json."""
+def measure(overrides: Sequence[str], rounds: int, number: int) -> Iterator[dict[str, Any]]:
+    """The content of contention.json, after each round."""
     sides = ["alone", "passive", "spinning"] if number else ["passive", "spinning"]
+    pairs = [(side, "alone") for side in sides[1:] if number] + [("passive", "spinning")]
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds):
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
@@ -73,13 +75,12 @@ def measure(overrides: Sequence[str], rounds: int, number: int) -> dict[str, Any
                 variables = SPIN if side == "spinning" else {}
                 times[side].append(seconds(overrides, variables, passive=side == "passive"))
             print(f"{side:<10}{times[side][-1]:8.1f} s", flush=True)
-    pairs = [(side, "alone") for side in sides[1:] if number] + [("passive", "spinning")]
-    return {
-        "overrides": list(overrides),
-        "busy": number,
-        "seconds": {side: spread(values, 2) for side, values in times.items()},
-        "ratios": {f"{top}/{bottom}": ratio(times, top, bottom) for top, bottom in pairs},
-    }
+        yield {
+            "overrides": list(overrides),
+            "busy": number,
+            "seconds": {side: spread(values, 2) for side, values in times.items()},
+            "ratios": {f"{top}/{bottom}": ratio(times, top, bottom) for top, bottom in pairs},
+        }
 
 
 def main() -> None:
@@ -90,13 +91,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the run; default: " + " ".join(QUICKSTART))
     given = parser.parse_args()
     number = os.cpu_count() or 1 if given.busy is None else given.busy
-    result = header() | measure(given.overrides or QUICKSTART, given.rounds, number)
-    for name, value in result["ratios"].items():
-        print(f"{name:<20}{value}")
     usual = given.busy is None and not given.overrides
     output = given.output or (RESULTS / "contention.json" if usual else None)
-    if output is not None:
-        write(output, result)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the busy processes end, too
+    start, result = header(), dict[str, Any]()
+    for result in measure(given.overrides or QUICKSTART, given.rounds, number):
+        if output is not None:
+            write(output, start | result)
+    for name, value in result["ratios"].items():
+        print(f"{name:<20}{value}")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def parts_of_ours(setting: Setting) -> dict[str, float]:
 def import_seconds(setting: Setting) -> dict[str, float]:
     """Seconds that a short run takes to import each package, without other packages that it imports; largest first."""
     with tempfile.TemporaryDirectory() as folder:
-        short = [*setting.ours(Path(folder) / "run", 0), "task.max_train_rows=64"]
+        short = [*setting.ours(Path(folder) / "run", 0), "task.max_train_rows=64", "finetune.warmup_steps=0"]
         *_, stderr = process(["-X", "importtime", "train.py", *short])
     spent: Counter[str] = Counter()
     for own, name in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", stderr, re.MULTILINE):

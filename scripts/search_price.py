@@ -6,8 +6,8 @@
     python scripts/search_price.py docs/background/data/search_shortened.json      # the table of --runs without runs
 
 For each task and seed it searches with [D]'s settings (`full`), with `recipe=fast`, and with fewer rounds and rows. A
-trajectory also tells what fewer rounds of the full search would have found. The early gradients (`search.readout=early_gradient`) are read
-in the same searches.
+trajectory also tells what fewer rounds of the full search would have found. The early gradients
+(`search.readout=early_gradient`) are read in the full searches.
 With `--runs`, it compares the gates within the finished searches of some runs, one for each seed, with their ends.
 
 Costs are CPU seconds of this process, so run it with OMP_NUM_THREADS=1; then other processes hardly change them. The
@@ -47,7 +47,7 @@ from diffora.scoring.stage import run_search, search_rows
 from diffora.training.optimisers import make_optimiser
 
 SETTINGS: dict[str, list[str]] = {
-    "full": [],
+    "full": ["search.readout=early_gradient"],  # it changes neither the gates nor the cost
     "fast": ["recipe=fast"],
     "short": ["search.epochs=3", "search.max_rows=3200"],
 }
@@ -83,8 +83,8 @@ def loaded(overrides: Sequence[str], folder: Path) -> Parts:
 
 
 def searched(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Cost, gates over the rounds and early gradients of one search."""
-    parts, clock = loaded([*overrides, "search.readout=early_gradient"], folder), Clock()
+    """Cost and gates over the rounds of one search."""
+    parts, clock = loaded(overrides, folder), Clock()
     method = parts.settings.method
     rows = search_rows(parts).split
     choose = partial(method.choose, parts.grid, seed=parts.settings.seed)
