@@ -231,7 +231,7 @@ def _panels(groups: Mapping[str, Result], columns: int) -> tuple[list[tuple[Any,
     for axes in found.flat[len(groups) :]:
         axes.set_visible(False)
     for axes, name in zip(found.flat, groups, strict=False):
-        axes.set_title(name, size=9)
+        axes.set_title(name, size=8)
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
