@@ -76,18 +76,18 @@ def fill(
     name: str,
     figures_of: Callable[[Sequence[Run]], Any],
     text_of: Callable[[Any], str],
-    picture: Callable[[Any, Path], None],
-    caption: str,
+    picture: Callable[[Any, Path], None] | None = None,
+    caption: str = "",
     what: str = "run",
 ) -> None:
-    """The command line of a script: prints its text; with ``--page`` it also writes text, picture and figures there.
+    """The command line of a script: prints its text; with ``--page`` it also writes text, figures and picture there.
 
     Args:
         words: the description of the script.
         name: of the markers on the page, of the picture and of the JSON file.
         figures_of: the content of the JSON file, from finished runs.
         text_of: Markdown from that content.
-        picture: draws that content into a file.
+        picture: draws that content into a file; None: the page has no picture.
         caption: of the picture.
         what: what a folder must have, for the message if it has none.
     """
@@ -106,6 +106,8 @@ def fill(
     text = text_of(figures)
     print(text)
     if given.page is not None:
-        picture(figures, given.page.parent / "images" / f"{name}.png")
+        if picture is not None:
+            picture(figures, given.page.parent / "images" / f"{name}.png")
+            text += f"\n\n![{caption}](images/{name}.png)"
         write_text(given.page.parent / "data" / f"{name}.json", json.dumps(figures, indent=1) + "\n")
-        put(given.page, name, f"{text}\n\n![{caption}](images/{name}.png)")
+        put(given.page, name, text)

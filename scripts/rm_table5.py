@@ -7,16 +7,11 @@ The folders have runs of experiment=rm_table5_orthogonality, of any number of ep
 many epochs, paired over seeds, with Student's t.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pages import Run, completed, put
+from pages import Run, fill
 
-from diffora.files import write_text
 from diffora.report.statistics import paired, spread
 
 SIZE = ", R = 0.64 d"
@@ -81,22 +76,7 @@ def _head(*first: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them"
-    )
-    parser.add_argument("--page", type=Path)
-    given = parser.parse_args()
-    if given.folders[0].suffix == ".json":
-        rows = json.loads(given.folders[0].read_text())
-    else:
-        rows = rows_of([run for folder in given.folders for run in completed(folder)])
-    if not rows:
-        sys.exit(f"error: no finished run of R = 0.64 d below {', '.join(map(str, given.folders))}")
-    print(table(rows))
-    if given.page is not None:
-        write_text(given.page.parent / "data" / "rm_table5.json", json.dumps(rows, indent=1) + "\n")
-        put(given.page, "rm_table5", table(rows))
+    fill(__doc__, "rm_table5", rows_of, table, what="run of R = 0.64 d")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 import rm_table5 as script
+from pages import completed
 
 
 def write(folder, method: str, epochs: int, seed: int, size: str = "R = 0.64 d") -> None:
@@ -30,7 +31,7 @@ def folder(tmp_path):
 
 
 def test_means_and_differences_by_epochs(folder):
-    rows = script.rows_of(script.completed(folder))
+    rows = script.rows_of(completed(folder))
     assert [(row["epochs"], row["method"], len(row["seeds"])) for row in rows] == [
         (10, "LoRA", 3),
         (10, "R-LoRA", 3),
