@@ -21,6 +21,7 @@ def test_runs_that_differ_in_seed_folder_and_machine_have_one_setting(cfg):
     one = setting_facts(cfg(*RANDOM, "task.path=/home/a/data", "model.path=/home/a/deberta"), "d1")
     long = "/mnt/" + "a folder with a long name " * 5 + "/deberta"
     other = ["task.path=/mnt/b", f"model.path='{long}'", "trainer.num_workers=4", "trainer.accelerator=auto"]
+    other += ["trainer.num_nodes=2", "trainer.num_proc=2", "trainer.cache_prefix_limit=1"]
     more = ["seed=7", "resume=true", "predict=true", "logger.csv=false", "cell.row=x"]
     assert setting_facts(cfg(*RANDOM, *other, *more), "d1") == one
     assert one["settings"]["task"]["data"] == "d1" and one["settings"]["model"]["path"] == "deberta"
