@@ -216,10 +216,10 @@ def floor(model: nn.Module, shape: Shape, parts: int = 1) -> Contender:
     return Contender(model, shape, parts)
 
 
-def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "fused") -> Contender:
+def lora(model: nn.Module, shape: Shape, dropout: float = 0.0, kernel: str = "auto") -> Contender:
     """Our LoRA, adapted as by `method=lora`. As ``model.kernel``, ``kernel`` also chooses the backbone's dropout."""
     model = own(model)
-    if kernel == "fused":
+    if kernel != "plain":
         use_cheap_dropout(model)
     adaptation = LoRA(rank=shape.rank, dropout=dropout, alpha=ALPHA).adapt(model, shape.grid(model), None, 0)
     set_kernel(model, kernel)
@@ -286,6 +286,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Shape], Any]] = {
     "floor": floor,
     "lora": lora,
     "lora_dropout": lambda model, shape: lora(model, shape, dropout=0.1),
+    "fused": lambda model, shape: lora(model, shape, kernel="fused"),
     "plain": lambda model, shape: lora(model, shape, kernel="plain"),
     "plain_dropout": lambda model, shape: lora(model, shape, dropout=0.1, kernel="plain"),
     "compiled": lambda model, shape: compiled(lora(model, shape)),

@@ -35,7 +35,8 @@ from benchmarks import gpu_checks, gpu_runs, gpu_unsloth
 from benchmarks.common import CONTENDERS, Shape, allocated, interleave
 from benchmarks.report import REPO, RESULTS, header, ratio, spread
 
-EAGER = ("floor", "lora", "plain", "peft", "lora_dropout", "peft_dropout")
+EAGER = ("floor", "lora", "fused", "peft", "lora_dropout", "peft_dropout")
+SEARCH = ("floor", "two_floors", "simultaneous", "alternating")
 COMPILED = ("floor", "lora", "compiled", "peft", "compiled_peft")
 PAIRS = {
     "peft/lora": "speed over PEFT's",
@@ -44,8 +45,10 @@ PAIRS = {
     "peft/compiled": "speed over PEFT's, only ours compiled",
     "lora/floor": "step over the floor",
     "compiled/floor": "compiled step over the floor",
-    "lora/plain": "fused over plain",
+    "fused/lora": "the fused node over PyTorch's nodes",
     "peft/floor": "PEFT's step over the floor",
+    "simultaneous/two_floors": "bi-level step over two floors, simultaneous",
+    "alternating/two_floors": "bi-level step over two floors, alternating",
 }
 """Ratios of step times that are reported. A ratio of times the other way round is one of speeds."""
 
@@ -141,18 +144,19 @@ PARTS = {
     "steps_deberta": Part("steps of DeBERTaV3-base, 32x128", lambda p: steps(p, "deberta", EAGER), 50),
     "steps_llama": Part("steps of Llama 3.2 1B, 4x512", lambda p: steps(p, "llama", EAGER), 60),
     "steps_minilm": Part("steps of MiniLM, 32x128", lambda p: steps(p, "minilm", EAGER), 40),
-    "run_deberta": Part("whole runs of DeBERTaV3-base", lambda p: runs(p, "deberta", False), 150),
-    "compiled_llama": Part("compiled steps of Llama", lambda p: steps(p, "llama", COMPILED), 120, True),
-    "compiled_deberta": Part("compiled steps of DeBERTaV3-base", lambda p: steps(p, "deberta", COMPILED), 150, True),
+    "search_minilm": Part("bi-level steps of MiniLM, 32x128", lambda p: steps(p, "minilm", SEARCH), 50),
+    "run_deberta": Part("whole runs of DeBERTaV3-base", lambda p: runs(p, "deberta", False), 180),
+    "compiled_minilm": Part("compiled steps of MiniLM", lambda p: steps(p, "minilm", COMPILED), 280, True),
     "run_llama": Part("whole runs of Llama", lambda p: runs(p, "llama", False), 200),
-    "run_minilm": Part("whole runs of MiniLM", lambda p: runs(p, "minilm", False), 100),
+    "run_minilm": Part("whole runs of MiniLM", lambda p: runs(p, "minilm", False), 150),
     "unsloth_llama": Part("steps of Llama with Unsloth", with_unsloth, 90),
-    "compiled_minilm": Part("compiled steps of MiniLM", lambda p: steps(p, "minilm", COMPILED), 90, True),
+    "compiled_llama": Part("compiled steps of Llama", lambda p: steps(p, "llama", COMPILED), 450, True),
+    "compiled_deberta": Part("compiled steps of DeBERTaV3-base", lambda p: steps(p, "deberta", COMPILED), 450, True),
+    "compiled_run_minilm": Part("whole runs of MiniLM, compiled", lambda p: runs(p, "minilm", True), 300, True),
     "compiled_run_deberta": Part(
-        "whole runs of DeBERTaV3-base, compiled", lambda p: runs(p, "deberta", True), 240, True
+        "whole runs of DeBERTaV3-base, compiled", lambda p: runs(p, "deberta", True), 500, True
     ),
-    "compiled_run_minilm": Part("whole runs of MiniLM, compiled", lambda p: runs(p, "minilm", True), 180, True),
-    "compiled_run_llama": Part("whole runs of Llama, compiled", lambda p: runs(p, "llama", True), 240, True),
+    "compiled_run_llama": Part("whole runs of Llama, compiled", lambda p: runs(p, "llama", True), 500, True),
 }
 """By name, the most important first."""
 

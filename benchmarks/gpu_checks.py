@@ -94,7 +94,7 @@ def against_plain_and_peft(shape: Shape) -> Iterator[Check]:
     """The fused layer in float32 beside PEFT's, and in bfloat16 beside the plain formula."""
     model, batch = shape.build().float(), shape.batch()
     exact = gradients(lora(model, shape, kernel="plain").model, batch, bf16=False)
-    fused = lora(model, shape).model
+    fused = lora(model, shape, kernel="fused").model
     theirs = gradients(peft_lora(model, shape).model, batch, bf16=False)
     yield Check(
         f"{shape.model}: fused and PEFT's LoRA, float32", difference(gradients(fused, batch, False), theirs), EXACT
@@ -157,9 +157,7 @@ def _errors_in_four_bits(shape: Shape) -> tuple[float, float]:
     causal = shape.model == "llama_1b"
     with tempfile.TemporaryDirectory() as folder:
         shape.build().save_pretrained(folder)
-        yaml: Any = OmegaConf.merge(
-            shape.yaml, {"path": folder, "config": None, "dtype": "bfloat16", "kernel": "fused"}
-        )
+        yaml: Any = OmegaConf.merge(shape.yaml, {"path": folder, "config": None, "dtype": "bfloat16", "kernel": "auto"})
         kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
         request = ModelRequest("bench", kind, {} if causal else {"num_labels": 2}, not causal, True, None)
 

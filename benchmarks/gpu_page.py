@@ -11,6 +11,8 @@ GOALS = {
     "compiled_peft/compiled": ("speed over PEFT's, both compiled", None),
     "peft_dropout/lora_dropout": ("speed over PEFT's, dropout 0.1 on the input of A", None),
     "lora/floor": ("step over the floor", 1.06),
+    "simultaneous/two_floors": ("bi-level step over two floors, simultaneous", 1.06),
+    "alternating/two_floors": ("bi-level step over two floors, alternating", 1.06),
     "compiled/floor": ("compiled step over the floor", 1.06),
 }
 """Ratios that are shown, with their goals: speeds at least, steps over the floor at most."""
@@ -18,6 +20,7 @@ TITLES = {
     "steps_deberta": "DeBERTaV3-base, 32 x 128",
     "steps_llama": "Llama 3.2 1B's shape, 4 x 512",
     "steps_minilm": "MiniLM, 32 x 128",
+    "search_minilm": "MiniLM, 32 x 128, search",
     "compiled_deberta": "DeBERTaV3-base, 32 x 128, compiled",
     "compiled_llama": "Llama 3.2 1B's shape, 4 x 512, compiled",
     "compiled_minilm": "MiniLM, 32 x 128, compiled",
@@ -36,7 +39,7 @@ def section(result: Mapping[str, Any]) -> str:
     parts: Mapping[str, Any] = result["parts"]
     stepped = {name: part for name, part in parts.items() if "contenders" in part}
     blocks = ["**Not a GPU's figures.** This ran on a CPU."] if result["not_a_gpu"] else []
-    blocks += [_facts(result), _checks(result["checks"])]
+    blocks += [_facts(result), *result.get("notes", []), _checks(result["checks"])]
     if stepped:
         blocks += ["**Beside PEFT and the floor**", _goals(stepped)]
     blocks += [f"**{TITLES[name]}**\n\n{_steps(part)}" for name, part in stepped.items()]
@@ -78,7 +81,7 @@ def _goals(parts: Mapping[str, Any]) -> str:
         for key, (what, goal) in GOALS.items():
             if (found := part["ratios"].get(key)) is None:
                 continue
-            is_speed = not key.endswith("/floor")
+            is_speed = not key.endswith(("/floor", "/two_floors"))
             reached = goal is None or (found["median"] >= goal if is_speed else found["median"] <= goal)
             wanted = "" if goal is None else f"{'at least' if is_speed else 'at most'} {goal:.2f}"
             met = "" if goal is None else "yes" if reached else "**no**"

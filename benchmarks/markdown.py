@@ -8,6 +8,7 @@ NAMES = {
     "lora": "ours",
     "lora_dropout": "ours, p = 0.1",
     "compiled": "ours, compiled",
+    "fused": "ours, kernel=fused",
     "plain": "ours, kernel=plain",
     "plain_dropout": "ours, kernel=plain, p = 0.1",
     "peft": "PEFT LoRA",

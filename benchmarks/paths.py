@@ -39,7 +39,7 @@ def path(name: str) -> AbstractContextManager[object]:
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, object]:
     """Metrics and time of one run."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        kernel = "plain" if name == "plain" else "fused"
+        kernel = "plain" if name == "plain" else "auto"
         cfg = compose("config", [*METHOD, f"seed={seed}", f"model.kernel={kernel}", *overrides])
     with path(name), tempfile.TemporaryDirectory() as folder:
         record = experiment.run(cfg, Path(folder) / "run").record

@@ -132,6 +132,24 @@ def test_quantising_without_the_package_is_refused(cfg, monkeypatch):
     check(cfg(*RUN, "model.quantise=4bit", "dry_run=true"))  # counts only
 
 
+def test_quantised_layers_compute_in_the_dtype_of_autocast():
+    """On a GPU, LayerNorm gives float32 under autocast, and bitsandbytes gives back the dtype that it gets."""
+
+    class Quantised(torch.nn.Linear):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float()).to(x.dtype)
+
+    Quantised.__module__ = "bitsandbytes.nn.modules"
+    model = torch.nn.Sequential(Quantised(2, 2), torch.nn.LayerNorm(2))
+    x = torch.ones(1, 2)
+    quantise.follow_autocast(model)
+    assert model[0](x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[0](x).dtype == torch.bfloat16
+    assert not model[1]._forward_pre_hooks
+
+
 @pytest.fixture
 def bnb():
     return pytest.importorskip("bitsandbytes")

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -166,11 +166,30 @@ def test_the_setting_chooses_the_kernel(monkeypatch):
     assert copy.deepcopy(model).query.kernel == "fused"
 
 
+@pytest.mark.parametrize(
+    ("kernel", "on_gpu", "in_search", "plain"),
+    [
+        ("auto", False, False, False),
+        ("auto", True, False, True),
+        ("auto", True, True, False),
+        ("fused", True, False, False),
+        ("plain", False, True, True),
+    ],
+)
+def test_auto_is_plain_on_a_gpu_in_fine_tuning_only(kernel, on_gpu, in_search, plain, monkeypatch):
+    module = layer(kernel)
+    monkeypatch.setattr(Tensor, "is_cuda", on_gpu)
+    monkeypatch.setattr(module, "_plain", lambda x: "plain")
+    monkeypatch.setattr(module, "_fused", lambda x: "fused")
+    module.gate = torch.ones(()) if in_search else None
+    assert module(tensor(EXAMPLES, TOKENS, IN)) == ("plain" if plain else "fused")
+
+
 def test_an_unknown_kernel_is_refused():
     model = Attention()
-    with pytest.raises(UserError, match="kernel='fast' must be one of fused, plain"):
+    with pytest.raises(UserError, match="kernel='fast' must be one of auto, fused, plain"):
         attach(model, [["query"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4, kernel="fast")
-    with pytest.raises(UserError, match="kernel='fast' must be one of fused, plain"):
+    with pytest.raises(UserError, match="kernel='fast' must be one of auto, fused, plain"):
         set_kernel(attention("plain"), "fast")
 
 
@@ -183,4 +202,4 @@ def test_a_run_uses_the_kernel_of_its_setting(kernel, cfg, quick, tmp_path, monk
     choices = ["search.update=simultaneous", "method.mask.rank=half", "search.epochs=1", "finetune.epochs=1"]
     result = run(cfg(*quick, *choices, f"model.kernel={kernel}"), tmp_path)
     assert result.record["status"] == "completed"
-    assert bool(calls) == (kernel == "fused")
+    assert bool(calls) == (kernel != "plain")

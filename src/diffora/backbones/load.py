@@ -18,7 +18,7 @@ from diffora.backbones.compatibility import check_length, match_processor
 from diffora.backbones.config_json import content_of, model_config
 from diffora.backbones.messages import first_three, loading
 from diffora.backbones.precision import dtype_of
-from diffora.backbones.quantise import keep_weights_unpacked, quantisation, quantise_problems
+from diffora.backbones.quantise import follow_autocast, keep_weights_unpacked, quantisation, quantise_problems
 from diffora.backbones.request import ModelRequest
 from diffora.backbones.weights import check_values, file_problems, left_over, natural
 from diffora.errors import UserError
@@ -84,7 +84,8 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     check_values(model, settings.path)
     check_length(model, request.max_length)
     keep_weights_unpacked(model)
-    if (getattr(settings, "kernel", None) or "fused") == "fused":
+    follow_autocast(model)
+    if getattr(settings, "kernel", None) != "plain":
         use_cheap_dropout(model)
     arguments = request.head | ({"ignore_mismatched_sizes": True} if report.shapes else {})
     if processor is not None:

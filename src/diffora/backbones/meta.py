@@ -33,6 +33,6 @@ def meta_backbone(settings: Any, request: ModelRequest) -> Backbone:
             config, dtype=dtype_of(settings), trust_remote_code=source["trust_remote_code"]
         )
     check_length(model, request.max_length)
-    if (getattr(settings, "kernel", None) or "fused") == "fused":
+    if getattr(settings, "kernel", None) != "plain":
         use_cheap_dropout(model)
     return Backbone(model, tuple(outside_pretrained(model)) if request.trains_head else ()).freeze()

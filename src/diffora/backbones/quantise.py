@@ -42,6 +42,24 @@ def quantise_problems(settings: Any) -> Iterator[str]:
         yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
 
 
+def follow_autocast(model: nn.Module) -> None:
+    """Let quantised layers compute in the dtype of autocast, as `nn.Linear` does.
+
+    bitsandbytes returns the dtype of the input. On a GPU that is float32 after a LayerNorm, beside bfloat16 elsewhere in
+    the layer: DeBERTa then fills its mask with a number that bfloat16 does not have, and stops.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.register_forward_pre_hook(_in_dtype_of_autocast)
+
+
+def _in_dtype_of_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = inputs
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x, *others
+
+
 def keep_weights_unpacked(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on a CPU in the first evaluation: no gradient passes them then."""
     for module in model.modules():

@@ -33,7 +33,7 @@ def attach(
     dropout: float = 0.0,
     *,
     freeze: bool = True,
-    kernel: str = "fused",
+    kernel: str = "auto",
     shared_scale: str = "own",
 ) -> list[list[LowRankLinear | None]]:
     """Replace the modules of a grid by low-rank layers ([D] Algorithm 1, line 11), in place, and freeze the rest.
@@ -53,7 +53,7 @@ def attach(
         freeze: freeze every parameter except those of low-rank layers. The head is frozen too: to train it, call
             ``model.classifier.requires_grad_(True)`` afterwards. False changes ``requires_grad`` of the adapted modules
             only.
-        kernel: ``fused`` or ``plain``; see `LowRankLinear`.
+        kernel: ``auto``, ``fused`` or ``plain``; see `LowRankLinear`.
 
     Returns:
         L x N: the new layers, None for a module that was not replaced.

@@ -134,7 +134,7 @@ class Parts:
         task.check(backbone.model)
         device = device_of(settings.trainer.accelerator)
         task.width_multiple = width_multiple(settings.trainer.precision, device, longest_input(backbone.model))
-        if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel == "fused":
+        if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel != "plain":
             use_bfloat16_attention(backbone.model)
         if settings.trainer.gradient_checkpointing:
             backbone.checkpoint_activations()

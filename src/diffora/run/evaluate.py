@@ -331,7 +331,7 @@ def load_trained(
     backbone = load_backbone(section, task.model_request(), processor, finetuned=whole)
     if not whole:
         load_adapter(backbone, weights, method)
-        set_kernel(backbone.model, cfg.model.get("kernel", "fused"))
+        set_kernel(backbone.model, cfg.model.get("kernel", "auto"))
     return backbone.model.eval(), processor
 
 

@@ -133,9 +133,9 @@ class Model:
         Help("Quantise the frozen weights of the layers; needs `pip install diffora[quantised]`."),
     ] = None
     kernel: Annotated[
-        Literal["plain", "fused"],
-        Help("How low-rank layers are computed: by their plain formula, or fused with less work."),
-    ] = "fused"
+        Literal["auto", "fused", "plain"],
+        Help("How low-rank layers are computed: fused with less work, by their plain formula, or by the faster one."),
+    ] = "auto"
     trust_remote_code: Annotated[
         bool, Help("Run Python code that comes with the checkpoint. Read that code first.")
     ] = False
