@@ -45,8 +45,8 @@ def quantise_problems(settings: Any) -> Iterator[str]:
 def follow_autocast(model: nn.Module) -> None:
     """Let quantised layers compute in the dtype of autocast, as `nn.Linear` does.
 
-    bitsandbytes returns the dtype of the input. On a GPU that is float32 after a LayerNorm, beside bfloat16 elsewhere in
-    the layer: DeBERTa then fills its mask with a number that bfloat16 does not have, and stops.
+    bitsandbytes returns the dtype of the input. On a GPU that is float32 after a LayerNorm, while other products of the
+    layer are in bfloat16: DeBERTa then fills its mask with a number that bfloat16 does not have, and stops.
     """
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes."):
