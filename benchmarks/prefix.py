@@ -1,6 +1,6 @@
 """Whole runs with LoRA in the upper layers and a cached prefix, beside LoRA on all layers with as many parameters.
 
-    python -m benchmarks.prefix --data <MRPC> --model <MiniLM> [--seeds 0 1 2] [--epochs 14] [--output FILE]
+    python -m benchmarks.prefix --data <MRPC> --model <MiniLM> [--seeds 0 1 2] [--epochs 14] [--arms …] [--output FILE]
 
 The arms: LoRA of rank 2 on all candidate modules of all layers (`all`), of the top half and of the top third of the
 layers with the rank that gives as many parameters, and the same with ``trainer.cache_prefix=true``. For each seed,
@@ -27,6 +27,7 @@ RANK = 2
 """Of LoRA on all layers."""
 SHARES = {"all": 1.0, "half": 1 / 2, "third": 1 / 3}
 CACHED = " cached"
+UPPER = [f"{name}{cached}" for name in SHARES if name != "all" for cached in ("", CACHED)]
 EMBEDDED = REPO / "src" / "diffora" / "assets" / "tiny"
 
 
@@ -107,7 +108,7 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
             facts[key] = {"mean": round(statistics.mean(values), 4), "values": values}
             if n > 1:
                 facts[key]["sd"] = round(statistics.stdev(values), 4)
-            if name.endswith(CACHED):
+            if name.endswith(CACHED) and name.removesuffix(CACHED) in runs:
                 plain = [run[key] for run in runs[name.removesuffix(CACHED)][:n]]
                 less = [a - b for a, b in zip(values, plain, strict=True)]
                 facts[key]["minus_uncached"] = [round(value, 4) for value in less]
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--name", default="minilm", help="its name in conf/model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--arms", nargs="+", choices=UPPER, default=UPPER, help="beside `all`; default: all of them")
     parser.add_argument("--more", nargs="*", default=[], help="more overrides for all runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "prefix.json")
     given = parser.parse_args()
@@ -145,6 +147,7 @@ def main() -> None:
         n_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         common = ["task=mrpc", f"task.path={data}", f"model={given.name if real else 'tiny'}", f"model.path={model}"]
         common += ["trainer=cpu", "logger=csv", f"finetune.epochs={given.epochs}", *given.more]
+        chosen = {name: value for name, value in arms(n_layers).items() if name in ("all", *given.arms)}
         settings = {
             "data": "MRPC" if real else "the embedded task: --data and --model were not both given",
             "backbone": given.name if real else "the embedded tiny DeBERTa",
@@ -152,14 +155,14 @@ def main() -> None:
             "epochs": given.epochs,
             "seeds": given.seeds,
             "more": given.more,
-            "arms": arms(n_layers),
+            "arms": chosen,
         }
         result: dict[str, Any] = header() | {"settings": settings}
 
         def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
             write(given.output, result | {"arms": summary(runs), "runs": runs})
 
-        runs = measure(common, arms(n_layers), given.seeds, keep=keep)
+        runs = measure(common, chosen, given.seeds, keep=keep)
     show(summary(runs))
 
 

@@ -296,5 +296,7 @@ def test_ratios_of_whole_runs_are_paired_by_seed(capsys):
     assert found["third"]["finetune_s"]["to_all"]["median"] == 0.8
     assert found["third cached"]["accuracy"]["minus_uncached"] == [0.01, 0.01]
     assert "minus_uncached" not in found["half"]["accuracy"]
+    chosen = prefix.summary({name: runs[name] for name in ("all", "half cached")})  # --arms "half cached"
+    assert chosen["half cached"]["accuracy"] == {"mean": 0.81, "values": [0.81, 0.81], "sd": 0.0}
     prefix.show(found)
     assert "third cached" in capsys.readouterr().out
