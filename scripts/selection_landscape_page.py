@@ -84,18 +84,22 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     most = max(len(rows) for rows in settings.values())
     size = (2.4 + 1.8 * len(tasks), len(settings) * (0.9 + 0.2 * most))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(settings), len(tasks), sharex=True, squeeze=False)
+    panels = figure.subplots(len(settings), len(tasks), squeeze=False)
     for line, (setting, rows) in zip(panels, settings.items(), strict=True):
         names = sorted(rows, key=lambda name: -rows[name].get("grid", {"value": -2})["value"])
-        for axes, task in zip(line, tasks, strict=True):
+        measured = [task for task in tasks if any(task in row["tasks"] for row in rows.values())]
+        for axes in line[len(measured) :]:
+            axes.set_visible(False)
+        for axes, task in zip(line, measured, strict=False):
             for y, name in enumerate(names):
                 if (of := rows[name]["tasks"].get(task)) is not None:
                     axes.barh(y, of["high"] - of["low"], left=of["low"], height=0.7, color="#d9d9d9")
                     axes.plot(of["value"], y, "o", ms=5, color="#d55e00" if of["p"] < 0.05 else "#555555")
             axes.axvline(0, color="k", lw=0.6)
             axes.set_xlim(-1, 1)
+            axes.tick_params("x", labelsize=8)
             axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_yticks(range(len(names)), names if task == tasks[0] else [""] * len(names), size=8)
+            axes.set_yticks(range(len(names)), names if task == measured[0] else [""] * len(names), size=8)
             axes.set_title(f"{task} {setting}".strip(), size=9)
             axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("Spearman with worth (grey: 95 % of shuffles; orange: p < 0.05)", size=9)
