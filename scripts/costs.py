@@ -32,6 +32,7 @@ from diffora.backbones.precision import AUTOCAST
 from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
+from diffora.core.lowrank import set_kernel
 from diffora.files import conf_dir
 from diffora.run import memory
 from diffora.run.check import check
@@ -116,6 +117,7 @@ def adapted(cfg: DictConfig, searching: bool) -> tuple[Any, Any, Any]:
         return task, model, attach(model, grid.names, everything, cfg.search.rank, None, cfg.method.alpha, freeze=False)
     scores = random_scores(grid.n_layers, grid.n_types, cfg.seed) if method.scoring else None
     method.adapt(model, grid, method.choose(grid, scores, cfg.seed), cfg.seed)
+    set_kernel(model, memory.kernel_of_finetuning(settings))
     return task, model, None
 
 

@@ -132,6 +132,13 @@ def test_quantising_without_the_package_is_refused(cfg, monkeypatch):
     check(cfg(*RUN, "model.quantise=4bit", "dry_run=true"))  # counts only
 
 
+@pytest.mark.parametrize("method", ["full_ft", "bitfit"])
+def test_methods_that_train_pretrained_weights_refuse_quantised_ones(cfg, method):
+    composed = cfg(f"method={method}", "model=tiny_llama", "task=dialogue", "model.quantise=4bit", "dry_run=true")
+    with pytest.raises(UserError, match=rf"model\.quantise=4bit freezes the pretrained weights, and method={method} trains them"):
+        check(composed)
+
+
 def test_quantised_layers_compute_in_the_dtype_of_autocast():
     """On a GPU, LayerNorm gives float32 under autocast, and bitsandbytes gives back the dtype that it gets."""
 

@@ -139,6 +139,16 @@ def test_the_second_order_needs_more_and_checkpointing_less(cfg):
     assert of[1] < 0.6 * of[0]
 
 
+def test_on_a_gpu_auto_needs_the_memory_of_the_plain_kernel(cfg):
+    def activations(*overrides):
+        stand = Stand(cfg(*CASES["pair"], *overrides))
+        return memory.of_finetuning(stand.cfg, stand.task, stand.meta).activations
+
+    assert activations() == activations("model.kernel=fused")
+    on_gpu = activations("trainer.accelerator=gpu")
+    assert on_gpu == activations("model.kernel=plain") > activations()
+
+
 def test_parts_and_devices_share_a_batch(cfg):
     overrides = ["task=mrpc", "finetune.batch_size=12", "finetune.accumulate=3"]
     composed = cfg(*overrides, "trainer=ddp_cpu")

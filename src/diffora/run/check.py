@@ -54,7 +54,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
     problems = [*combinations(settings), *_search_only_problems(settings), *_ensemble_problems(settings)]
-    problems += [*_timing_problems(settings), *_prefix_problems(settings)]
+    problems += [*_timing_problems(settings), *_prefix_problems(settings), *_quantised_problems(settings)]
     if problems := [*problems, *sharing_problems(settings), *sharded.problems(settings)]:
         raise UserError(problems)
     return settings, task
@@ -98,6 +98,15 @@ def _ensemble_problems(settings: Settings) -> Iterator[str]:
         )
     if n > 1 and scoring is not None and scoring.selector in SPECTRA:
         yield f"search.ensemble={n}: method.selector={scoring.selector} reads weights only, so every member is the same"
+
+
+def _quantised_problems(settings: Settings) -> Iterator[str]:
+    quantise, method = settings.model.quantise, settings.method
+    if quantise is not None and (method.trains_backbone or method.trains_pretrained):
+        yield (
+            f"model.quantise={quantise} freezes the pretrained weights, and method={method.name} trains them: "
+            "use a method that adds an adapter, or leave model.quantise out"
+        )
 
 
 def _timing_problems(settings: Settings) -> Iterator[str]:

@@ -23,7 +23,7 @@ from diffora.backbones.precision import AUTOCAST
 from diffora.core.dam import relax
 from diffora.core.hypergradient import first_order, simultaneous, unrolled
 from diffora.core.linear import is_linear
-from diffora.core.lowrank import Layers, set_gates
+from diffora.core.lowrank import Layers, set_gates, set_kernel
 from diffora.core.split import divided, shared_tables
 from diffora.loop.sharded import FSDP
 from diffora.settings.sections import Settings
@@ -103,6 +103,13 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
+def kernel_of_finetuning(settings: Settings) -> str:
+    """``model.kernel``, or what ``auto`` means where the run will be: fake tensors do not say."""
+    accelerator = settings.trainer.accelerator
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return "plain" if settings.model.kernel == "auto" and on_gpu else settings.model.kernel
+
+
 def of_finetuning(settings: Settings, task: Task, model: nn.Module, places: Sequence[str] = ()) -> Estimate:
     """The estimate for a fine-tuning step.
 
@@ -111,6 +118,7 @@ def of_finetuning(settings: Settings, task: Task, model: nn.Module, places: Sequ
         places: full names of its layers, for ``trainer.strategy=fsdp``.
     """
     rows = rows_at_a_time(settings, settings.finetune)
+    set_kernel(model, kernel_of_finetuning(settings))
 
     def step(batch: Batch) -> None:
         task.loss(model(**task.inputs(batch)), batch).backward()
