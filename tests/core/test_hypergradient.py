@@ -1,5 +1,8 @@
 """The bi-level gradients against closed forms and finite differences, in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import torch
 
 from diffora.core.hypergradient import first_order, unrolled
@@ -51,6 +54,36 @@ def test_unrolled_equals_the_closed_form_of_the_quadratic():
     expected = Q.T @ stepped + q - xi * C.T @ (P @ stepped + Q @ gamma.detach())
     torch.testing.assert_close(unrolled(train, valid, [w], gamma, xi), expected)
     assert w.grad is None and gamma.grad is None
+
+
+def test_two_processes_find_the_unrolled_gradient_of_one():
+    """Each has a training loss of its own. The inner step is that of their mean, not one for each."""
+    bent = [torch.eye(N, dtype=torch.float64), -torch.eye(N, dtype=torch.float64) / 2]
+    meet, there = Barrier(2, timeout=60), [[], []]
+
+    def losses_of(rank, w_gamma):
+        train, valid = losses(w_gamma[1])
+        return lambda params: train(params) + params[0] @ bent[rank] @ params[0] * w_gamma[1].sum(), valid
+
+    def process(rank):
+        def mean(grads):
+            there[rank] = grads
+            meet.wait()
+            found = [(a + b) / 2 for a, b in zip(*there, strict=True)]
+            meet.wait()
+            return found
+
+        w, gamma = leaves()
+        return unrolled(*losses_of(rank, (w, gamma)), [w], gamma, 0.1, mean, mean)
+
+    w, gamma = leaves()
+    trains, valid = [losses_of(rank, (w, gamma))[0] for rank in (0, 1)], losses(gamma)[1]
+    expected = unrolled(lambda params: sum(train(params) for train in trains) / 2, valid, [w], gamma, 0.1)
+    alone = [unrolled(train, valid, [w], gamma, 0.1) for train in trains]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(process, (0, 1)):
+            torch.testing.assert_close(found, expected)
+    assert (sum(alone) / 2 - expected).norm() > 1e-3 * expected.norm()
 
 
 def test_unrolled_with_a_zero_step_is_first_order():

@@ -49,6 +49,8 @@ def unrolled(
     params: Params,
     gamma: Tensor,
     xi: float,
+    mean_train: Callable[[list[Tensor]], list[Tensor]] = list,
+    mean_valid: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> Tensor:
     """Second-order hypergradient of [D] eq. 13 through one gradient step, w' = w - xi * dL_train/dw, as in DARTS.
 
@@ -61,10 +63,15 @@ def unrolled(
         params: the lower level's weights, leaves that require gradients.
         gamma: Γ, a leaf.
         xi: size of the inner step.
+        mean_train, mean_valid: average gradients of the training and the validation loss over processes. Without them
+            each process would take an inner step of its own, and the mean would be another hypergradient.
 
     Returns:
         L x N.
     """
     grads = torch.autograd.grad(train_loss(params), params, create_graph=True)
-    stepped = [param - xi * grad for param, grad in zip(params, grads, strict=True)]
-    return torch.autograd.grad(valid_loss(stepped), gamma)[0]
+    step = mean_train([grad.detach() for grad in grads])
+    stepped = [(param - xi * grad).detach().requires_grad_() for param, grad in zip(params, step, strict=True)]
+    direct, *outer = mean_valid(list(torch.autograd.grad(valid_loss(stepped), [gamma, *stepped])))
+    (mixed,) = mean_train(list(torch.autograd.grad(grads, gamma, outer)))
+    return direct - xi * mixed

@@ -296,7 +296,8 @@ class SearchModule(Stage):
 
         weights = [parameters[name] for name in names]
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
-            grad = unrolled(loss_at(train), loss_at(valid), weights, self.gamma, self.settings.lr)
+            means = (lambda grads, rows=rows: self._averaged(grads, grads, rows) for rows in (train, valid))
+            grad = unrolled(loss_at(train), loss_at(valid), weights, self.gamma, self.settings.lr, *means)
         return seen[-1].detach(), [grad]
 
     def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
