@@ -139,6 +139,14 @@ def test_methods_that_train_pretrained_weights_refuse_quantised_ones(cfg, method
         check(composed)
 
 
+@pytest.mark.parametrize("selector", ["gradient", "activation", "plop", "fisher", "kappa", "spectrum"])
+def test_selectors_that_read_weights_refuse_quantised_ones(cfg, selector):
+    chosen = ["method=diffora", "model=tiny_llama", "task=dialogue", "dry_run=true", f"method.selector={selector}"]
+    check(cfg(*chosen))
+    with pytest.raises(UserError, match=rf"4bit does not go with method\.selector={selector}, .*: use search,"):
+        check(cfg(*chosen, "model.quantise=4bit"))
+
+
 def test_quantised_layers_compute_in_the_dtype_of_autocast():
     """On a GPU, LayerNorm gives float32 under autocast, and bitsandbytes gives back the dtype that it gets."""
 

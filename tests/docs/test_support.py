@@ -45,12 +45,6 @@ def test_the_refusals_are_those_of_the_code(cfg, kind, monkeypatch):
             assert row[kind] == found, (name, kind)
 
 
-LATER = {
-    (name, "4bit")
-    for name in (
-        "pissa",
-        *(f"diffora, {each}" for each in ("gradient", "activation", "plop", "fisher", "kappa", "spectrum")),
-    )
-}
-"""Refused when a weight is read, so after the model is loaded."""
+LATER = {("pissa", "4bit")}
+"""Refused by PEFT, when the model is there."""
 BASES: dict[str, object] = {}

@@ -13,7 +13,7 @@ from diffora.errors import UserError
 from diffora.loop import own, sharded
 from diffora.loop.launch import sharing_problems
 from diffora.methods.base import Method
-from diffora.scoring.selectors import find_selector
+from diffora.scoring.selectors import SELECTORS, find_selector, trains
 from diffora.scoring.spectra import SPECTRA
 from diffora.settings.checks import show
 from diffora.settings.identity import plain
@@ -101,11 +101,21 @@ def _ensemble_problems(settings: Settings) -> Iterator[str]:
 
 
 def _quantised_problems(settings: Settings) -> Iterator[str]:
-    quantise, method = settings.model.quantise, settings.method
-    if quantise is not None and (method.trains_backbone or method.trains_pretrained):
+    """What does not go with ``model.quantise``, whose weights can be neither read nor trained."""
+    quantise, method, scoring = settings.model.quantise, settings.method, settings.method.scoring
+    if quantise is None:
+        return
+    if method.trains_pretrained:
         yield (
             f"model.quantise={quantise} freezes the pretrained weights, and method={method.name} trains them: "
             "use a method that adds an adapter, or leave model.quantise out"
+        )
+    if scoring is not None and scoring.selector in SELECTORS and not trains(scoring.selector):
+        able = [name for name in SELECTORS if trains(name)]
+        yield (
+            f"model.quantise={quantise} does not go with method.selector={scoring.selector}, which reads the pretrained "
+            f"weights or their gradients: use {', '.join(able)}, or select without model.quantise (search_only=true) "
+            "and give method.selection=<its selection.json>"
         )
 
 
