@@ -113,9 +113,9 @@ def _quantised_problems(settings: Settings) -> Iterator[str]:
     if scoring is not None and scoring.selector in SELECTORS and not trains(scoring.selector):
         able = [name for name in SELECTORS if trains(name)]
         yield (
-            f"model.quantise={quantise} does not go with method.selector={scoring.selector}, which reads the pretrained "
-            f"weights or their gradients: use {', '.join(able)}, or select without model.quantise (search_only=true) "
-            "and give method.selection=<its selection.json>"
+            f"model.quantise={quantise} does not go with method.selector={scoring.selector}, which reads the "
+            f"pretrained weights or their gradients: use {', '.join(able)}, or select without model.quantise "
+            "(search_only=true) and give method.selection=<its selection.json>"
         )
 
 
