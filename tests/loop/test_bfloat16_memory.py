@@ -11,7 +11,7 @@ from diffora.backbones.precision import bfloat16_unit
 
 CPU = torch.device("cpu")
 
-# How much resident memory 54 widths add, rounded or not, once every multiple of 16 has been there. In a process of its
+# How much resident memory 54 widths add, rounded or not, once every multiple of 8 has been there. In a process of its
 # own, where the caches of oneDNN and torch are empty.
 CODE = """
 import json, sys
@@ -43,7 +43,7 @@ def step(width):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch).loss.backward()
 
-for width in [*range(128, 0, -16)] * 2:
+for width in [*range(128, 0, -8)] * 2:
     step(width)
 before = resident_mb()
 for width in range(21, 128, 2):
