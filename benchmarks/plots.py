@@ -303,7 +303,39 @@ def paths(found: Result) -> str:
     return f"Seeds {seeds}, mean ± standard deviation:\n\n{table(['path', *metrics], rows)}"
 
 
-SOURCES = ("step", "run", "scale", "paths", "gpu")
+def precision(found: Result) -> str:
+    s, names = found["settings"], {"float32": "float32", "bf16": "bfloat16"}
+    rows = [
+        [
+            names[arm],
+            middle(facts["wall_s"], 0),
+            middle(facts["wall_s"]["to_float32"], 3),
+            middle(facts["finetune_s"]["to_float32"], 3),
+            f"{facts['value_mean']:.4f}" + ("" if facts["value_sd"] is None else f" ± {facts['value_sd']:.4f}"),
+            str(facts["peak_rss_mb"]),
+            str(facts["wall_s"]["rounds"]),
+        ]
+        for arm, facts in found["arms"].items()
+    ]
+    metric = next(iter(found["arms"].values()))["metric"]
+    head = ["", "seconds: median (quartiles)", "run / float32", "fine-tuning / float32", metric, "peak MB", "seeds"]
+    epochs = f"{s['epochs']} epoch{'s' if s['epochs'] > 1 else ''}"
+    return f"{s['task']}, {s['backbone']}, {epochs}, {s['unit']}:\n\n{table(head, rows)}"
+
+
+def contention(found: Result) -> str:
+    names = {"alone": "alone", "passive": "threads wait passively", "spinning": "threads spin (torch's own setting)"}
+    rows = [
+        [names[side], middle(value, 1), middle(found["ratios"].get(f"{side}/alone"), 2) if side != "alone" else "1"]
+        for side, value in found["seconds"].items()
+    ]
+    rounds = found["seconds"]["alone"]["rounds"]
+    head = [f"beside {found['busy']} busy processes", "seconds: median (quartiles)", "over alone"]
+    what = f"`train.py {' '.join(found['overrides'])}`, {rounds} round{'s' if rounds > 1 else ''}:"
+    return f"{what}\n\n{table(head, rows)}"
+
+
+SOURCES = ("step", "run", "scale", "paths", "precision", "contention", "gpu")
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ratios": ("step", ratios),
     "steps": ("step", steps),
@@ -313,6 +345,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "startup": ("run", startup),
     "run": ("run", whole),
     "paths": ("paths", paths),
+    "precision": ("precision", precision),
+    "contention": ("contention", contention),
     "gpu": ("gpu", gpu_page.section),
 }
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {

@@ -5,6 +5,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence
     return runs
 
 
+def merged(first: Any, second: Any, name: str = "") -> Any:
+    """The figures of both, level by level. So a table can grow from its JSON file and from new runs.
+
+    Raises:
+        SystemExit: both have another value in one place.
+    """
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        both = dict(first)
+        for key, value in second.items():
+            both[key] = merged(both[key], value, f"{name}, {key}" if name else str(key)) if key in both else value
+        return both
+    if first != second:
+        sys.exit(f"error: {name} is {first} in one place and {second} in the other: give one of them")
+    return first
+
+
 def points(found: Difference) -> str:
     """A difference in points with its interval."""
     text = f"{100 * found.mean:+.1f}"
@@ -93,14 +110,16 @@ def fill(
     """
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them"
+        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them, or both"
     )
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    if given.folders[0].suffix == ".json":
-        figures = json.loads(given.folders[0].read_text())
-    else:
-        figures = figures_of([run for folder in given.folders for run in completed(folder)])
+    files = [path for path in given.folders if path.suffix == ".json"]
+    folders = [path for path in given.folders if path not in files]
+    found = [json.loads(file.read_text()) for file in files]
+    if folders:
+        found.append(figures_of([run for folder in folders for run in completed(folder)]))
+    figures = reduce(merged, found)
     if not figures:
         sys.exit(f"error: no finished {what} below {', '.join(map(str, given.folders))}")
     text = text_of(figures)

@@ -4,6 +4,7 @@
     python scripts/selection_landscape.py <folder> --scores <folder of runs with search_only=true>
     python scripts/selection_landscape.py <folder> --scores <folder> --page docs/background/selection.md
     python scripts/selection_landscape.py <folder of the page>/data/selection_landscape.json   # the same without runs
+    python scripts/selection_landscape.py <that file> <folder> --scores <folder>               # and with further runs
 
 A row is a mask (one random selection, the same with all seeds), a column "<task> <setting>". All masks of a column have
 equally many parameters. Results of fractions are in points (per cent).
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import Run, checked, completed, put
+from pages import Run, checked, completed, merged, put
 from selection_landscape_page import KINDS, picture, text_of
 
 from diffora.files import write_text
@@ -88,8 +89,7 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         )
         for mask in column["masks"].values():  # as numbers of types, which keeps the file small
             mask["selected"] = [[column["types"].index(kind) for kind in row] for row in mask["selected"]]
-        column["masks"] = dict(sorted(column["masks"].items(), key=lambda item: int(item[0].split()[1])))
-    return dict(sorted(columns.items(), key=lambda item: (item[1]["setting"], item[1]["task"])))
+    return columns
 
 
 def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
@@ -308,23 +308,30 @@ def analysed(columns: Mapping[str, Column], scores: Mapping[str, Any], draws: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the runs, or the JSON file of --page")
+    parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or the JSON file of --page, or both")
     parser.add_argument("--scores", type=Path, help="folder of runs of selectors, such as those with search_only=true")
     parser.add_argument("--draws", type=int, default=5000, help="shuffles of the labels (5000)")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     scores: dict[str, Any] = {"scores": {}, "types": {}}
-    if given.folder.suffix == ".json":
-        content = json.loads(given.folder.read_text())
-        columns, scores = content["columns"], content["scores"]
-    else:
-        columns = landscape(completed(given.folder))
+    columns: dict[str, Any] = {}
+    for path in given.folders:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            scores = merged(scores, content["scores"])
+            columns = merged(columns, content["columns"])
+        else:
+            columns = merged(columns, landscape(completed(path)))
     if not columns:
-        sys.exit(f'error: no finished run of a row "mask …" below {given.folder}')
+        sys.exit(f'error: no finished run of a row "mask …" below {", ".join(map(str, given.folders))}')
+    columns = dict(sorted(columns.items(), key=lambda item: (item[1]["setting"], item[1]["task"])))
+    for column in columns.values():
+        column["masks"] = dict(sorted(column["masks"].items(), key=lambda item: int(item[0].split()[1])))
     if given.scores is not None:
-        scores = scores_of(given.scores, columns)
-        if not scores["scores"]:
+        new = scores_of(given.scores, columns)
+        if not new["scores"]:
             sys.exit(f"error: no selection.json with scores for {', '.join(columns)} below {given.scores}")
+        scores = merged(scores, new)
     found = analysed(columns, scores, given.draws)
     print(text_of(found))
     if given.page is not None:

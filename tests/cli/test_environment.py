@@ -20,15 +20,22 @@ def others(monkeypatch):
     return busy
 
 
-def test_threads_wait_passively_on_a_busy_machine_only(others):
-    cores = os.cpu_count()
-    others(cores)
-    variables = {}
-    assert "wait passively" in prepare(variables) and variables["OMP_WAIT_POLICY"] == "passive"
+@pytest.mark.parametrize(
+    ("number", "threads", "passive"),
+    [(0, None, False), (1, None, True), (1, "8", True), (1, "7", False), (2, "7", True), (0, "9", False), (5, "x", True)],
+)
+def test_threads_wait_passively_where_they_do_not_have_a_core_each(number, threads, passive, others, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    others(number)
+    variables = {} if threads is None else {"OMP_NUM_THREADS": threads}
+    given = dict(variables)
+    said = prepare(variables)
+    if not passive:
+        assert said is None and variables == CACHES | given
+        return
+    assert said.startswith(f"{number} other task") and "wait passively" in said
+    assert variables == CACHES | given | {"OMP_WAIT_POLICY": "passive"}
     assert prepare(variables) is None  # as in the other processes of a run, which inherit it
-    others(cores - 1)
-    variables = {}
-    assert prepare(variables) is None and variables == CACHES
 
 
 @pytest.mark.parametrize(
@@ -53,7 +60,7 @@ def test_work_that_has_ended_does_not_count(present, others, monkeypatch):
 
 
 def test_a_task_that_runs_for_a_moment_does_not_count(monkeypatch):
-    present = iter([5, 1, 7])
+    present = iter([5, 1, 7, 7, 7])
     monkeypatch.setattr(environment.Path, "read_text", lambda self: f"0.0 0.0 0.0 {next(present)}/300 4711\n")
     assert other_tasks() == 0
 

@@ -216,6 +216,41 @@ def test_from_files_to_the_page_and_again_from_its_json(folders, monkeypatch, ca
         script.main()
 
 
+def test_a_landscape_grows_from_its_json_and_further_runs(folders, monkeypatch, capsys):
+    docs = folders / "docs"
+    for place in ("images", "data"):
+        (docs / place).mkdir(parents=True)
+    page, data = docs / "page.md", docs / "data/selection_landscape.json"
+    page.write_text("<!-- begin selection_landscape -->\n<!-- end selection_landscape -->\n")
+    later = folders / "later"
+    later.mkdir()
+    for file in sorted((folders / "runs").rglob("run.json")):
+        if json.loads(file.read_text())["seed"] == 1:
+            file.parent.rename(later / file.parent.name)
+    (folders / "scores" / "search-cola").rename(later / "search-cola")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments), "--draws", "100"])
+        script.main()
+        return capsys.readouterr().out
+
+    run(folders / "runs", "--scores", folders / "scores", "--page", page)
+    rows = json.loads(data.read_text())["which_scores"]["global"]["selectors"]
+    assert list(rows["search"]["tasks"]) == ["chat"]
+    grown = run(data, later, "--scores", later)
+    for folder in [*later.iterdir()]:
+        if folder.name != "search-cola":
+            folder.rename(folders / "runs" / folder.name)
+    (later / "search-cola").rename(folders / "scores" / "search-cola")
+    assert grown == run(folders / "runs", "--scores", folders / "scores")
+    with pytest.raises(SystemExit, match="in one place and"):
+        record = next((folders / "runs").rglob("run.json"))
+        changed = json.loads(record.read_text())
+        changed["metrics"] = dict.fromkeys(changed["metrics"], 0.123)
+        record.write_text(json.dumps(changed))
+        run(data, folders / "runs")
+
+
 def test_scores_of_the_same_selector_and_seed_twice_are_refused(folders):
     columns = script.landscape(script.completed(folders / "runs"))
     again = folders / "scores" / "search-cola"

@@ -27,25 +27,35 @@ def prepare(environment: MutableMapping[str, str]) -> str | None:
     """
     for name, value in CACHES.items():
         environment.setdefault(name, value)
-    cores, others = os.cpu_count() or 1, other_tasks()
-    alone = environment.get("OMP_NUM_THREADS", "").strip() == "1"  # a single thread waits for nobody
-    if others < cores or alone or any(name in environment for name in WAITING):
+    cores = os.cpu_count() or 1
+    threads = _threads(environment) or cores
+    if threads == 1 or any(name in environment for name in WAITING):  # a single thread waits for nobody
+        return None
+    others = other_tasks()
+    if not others or others + threads <= cores:
         return None
     environment["OMP_WAIT_POLICY"] = "passive"
     return (
-        f"this machine has {cores} core{'s' if cores > 1 else ''}, and {others} other tasks run or wait: threads wait "
-        "passively (OMP_WAIT_POLICY=passive)"
+        f"{others} other task{'s run or wait' if others > 1 else ' runs or waits'} for the {cores} cores of this machine: "
+        "threads wait passively (OMP_WAIT_POLICY=passive)"
     )
+
+
+def _threads(environment: MutableMapping[str, str]) -> int | None:
+    """How many threads the user wants; None if that is not said, or in a form that only OpenMP reads."""
+    with suppress(ValueError):
+        return int(environment.get("OMP_NUM_THREADS", ""))
+    return None
 
 
 def other_tasks() -> int:
     """How many other processes and threads run or wait for a core, now and not only for a moment.
 
-    Linux is asked three times. Its mean of the last minute is not used: a run that has just ended is still in it.
-    Elsewhere there is only that mean.
+    Linux is asked for a tenth of a second. Its mean of the last minute is not used: a run that has just ended is still
+    in it. Elsewhere there is only that mean.
     """
     with suppress(OSError, ValueError):
-        return max(0, min(_running() for _ in range(3)))
+        return max(0, min(_running() for _ in range(5)))
     with suppress(OSError, AttributeError):  # Windows has neither
         return round(os.getloadavg()[0])
     return 0
@@ -53,6 +63,6 @@ def other_tasks() -> int:
 
 def _running() -> int:
     """Tasks that run or wait for a core besides this one, on the whole machine, a moment later; from Linux."""
-    time.sleep(0.01)
+    time.sleep(0.02)
     *_, tasks, _ = Path("/proc/loadavg").read_text().split()
     return int(tasks.partition("/")[0]) - 1

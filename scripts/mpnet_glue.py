@@ -1,0 +1,97 @@
+"""The table of docs/results/mpnet.md: the rows of experiment=mpnet_glue, for each task, as far as they have run.
+
+    python scripts/mpnet_glue.py <folder of the runs> --page docs/results/mpnet.md      # puts the table there
+    python scripts/mpnet_glue.py docs/results/data/mpnet_glue.json <folder> --page …    # adds further runs to it
+    python scripts/mpnet_glue.py docs/results/data/mpnet_glue.json                      # the same without runs
+
+Differences from LoRA of rank 2 with the same α are paired over seeds, with Student's t. The papers' figures are those
+of the experiment's file: [D] Table 8, of RoBERTa-base.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from pages import Run, checked, fill, points
+
+from diffora.report.statistics import paired, spread, verdict
+
+EXPERIMENT = Path(__file__).resolve().parents[1] / "conf" / "experiment" / "mpnet_glue.yaml"
+LORA = "LoRA, r = 2, s = 8"
+MARGIN = 0.005
+Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+@cache
+def experiment() -> tuple[dict[str, Any], list[str]]:
+    """The rows of the experiment with the papers' figures by task, and its tasks."""
+    sweeper: Any = OmegaConf.to_container(OmegaConf.load(EXPERIMENT).hydra.sweeper)
+    return {row["name"]: row["paper"] or {} for row in sweeper["rows"]}, list(sweeper["columns"]["paper"])
+
+
+def tables_of(runs: Sequence[Run]) -> dict[str, Rows]:
+    """For each task and row, by seed: metric, adapter parameters, hours, epochs, and the hash of the run.
+
+    Raises:
+        SystemExit: the runs do not belong together (`pages.checked`).
+    """
+    found: dict[str, Any] = {}
+    for run in checked(runs):
+        values = {
+            "value": run["metrics"][f"validation/{run['main_metric']}"],
+            "metric": run["main_metric"],
+            "parameters": run["params"]["adapter"],
+            "hours": round(run["time"]["total_s"] / 3600, 2),
+            "epochs": len(run["history"]),
+            "config_hash": run["config_hash"],
+        }
+        found.setdefault(run["column"], {}).setdefault(run["row"], {})[str(run["seed"])] = values
+    return found
+
+
+def by_seed(row: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
+    return {int(seed): values["value"] for seed, values in row.items()}
+
+
+def text_of(tables: Mapping[str, Rows]) -> str:
+    """Markdown: for each task a table with a line for each row of the experiment."""
+    names, tasks = experiment()
+    lines: list[str] = []
+    for task in (task for task in tasks if task in tables):
+        rows = tables[task]
+        metric = next(values["metric"] for row in rows.values() for values in row.values())
+        head = ["", "adapter parameters", "seeds", f"{metric} × 100", f"less {LORA} (95 %)", "", "hours of a core"]
+        head.append("[D] Table 8, RoBERTa-base")
+        lines += [f"**{task}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name in names:
+            seeds, paper = rows.get(name, {}), str(names[name].get(task, ""))
+            cells = [name, *_measured(seeds, rows.get(LORA, {}) if name != LORA else {}), paper]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _measured(seeds: Mapping[str, Mapping[str, Any]], lora: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The cells of a row between its name and the paper's figure."""
+    found = spread(by_seed(seeds).values())
+    if found is None:
+        return ["", "0", "not run", "", "", ""]
+    sizes = sorted({values["parameters"] for values in seeds.values()})
+    size = " to ".join(f"{n:,}" for n in dict.fromkeys((sizes[0], sizes[-1])))
+    value = f"{100 * found.mean:.2f}" + (f" ± {100 * found.std:.2f}" if found.std is not None else "")
+    difference = paired(by_seed(seeds), by_seed(lora))
+    tested = difference is not None and difference.p is not None
+    cells = [size, str(found.n), value, "" if difference is None else points(difference)]
+    cells.append(verdict(difference, MARGIN) if tested and difference is not None else "")
+    hours = spread(values["hours"] for values in seeds.values())
+    return [*cells, "" if hours is None else f"{hours.mean:.1f}"]
+
+
+def main() -> None:
+    fill(__doc__, "mpnet_glue", tables_of, text_of)
+
+
+if __name__ == "__main__":
+    main()
