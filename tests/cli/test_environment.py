@@ -22,7 +22,15 @@ def others(monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "threads", "passive"),
-    [(0, None, False), (1, None, True), (1, "8", True), (1, "7", False), (2, "7", True), (0, "9", False), (5, "x", True)],
+    [
+        (0, None, False),
+        (1, None, True),
+        (1, "8", True),
+        (1, "7", False),
+        (2, "7", True),
+        (0, "9", False),
+        (5, "", True),
+    ],
 )
 def test_threads_wait_passively_where_they_do_not_have_a_core_each(number, threads, passive, others, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

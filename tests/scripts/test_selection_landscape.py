@@ -243,11 +243,11 @@ def test_a_landscape_grows_from_its_json_and_further_runs(folders, monkeypatch, 
             folder.rename(folders / "runs" / folder.name)
     (later / "search-cola").rename(folders / "scores" / "search-cola")
     assert grown == run(folders / "runs", "--scores", folders / "scores")
+    record = next((folders / "runs").rglob("run.json"))
+    changed = json.loads(record.read_text())
+    changed["metrics"] = dict.fromkeys(changed["metrics"], 0.123)
+    record.write_text(json.dumps(changed))
     with pytest.raises(SystemExit, match="in one place and"):
-        record = next((folders / "runs").rglob("run.json"))
-        changed = json.loads(record.read_text())
-        changed["metrics"] = dict.fromkeys(changed["metrics"], 0.123)
-        record.write_text(json.dumps(changed))
         run(data, folders / "runs")
 
 

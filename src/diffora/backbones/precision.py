@@ -45,8 +45,8 @@ def width_multiple(precision: str, device: torch.device, longest: int | None) ->
     """Round the widths of batches up to a multiple of this.
 
     In bfloat16 on a CPU, oneDNN compiles its products for each shape and keeps them: half a MB for each product and
-    width. Rounded widths are few, so that memory stays flat and most products are compiled once. Wider steps would waste
-    time on padding: a batch of CoLA has 11 tokens. GPUs like 8, too.
+    width. Rounded widths are few, so that memory stays flat and most products are compiled once. Rounding to more would
+    waste time on padding: a batch of CoLA has 11 tokens. GPUs like 8, too.
 
     Args:
         longest: the most tokens that the model reads (`longest_input`). It is a multiple of the result, so no rounded

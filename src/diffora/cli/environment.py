@@ -35,10 +35,8 @@ def prepare(environment: MutableMapping[str, str]) -> str | None:
     if not others or others + threads <= cores:
         return None
     environment["OMP_WAIT_POLICY"] = "passive"
-    return (
-        f"{others} other task{'s run or wait' if others > 1 else ' runs or waits'} for the {cores} cores of this machine: "
-        "threads wait passively (OMP_WAIT_POLICY=passive)"
-    )
+    tasks = "1 other task runs or waits" if others == 1 else f"{others} other tasks run or wait"
+    return f"{tasks} for the {cores} cores of this machine: threads wait passively (OMP_WAIT_POLICY=passive)"
 
 
 def _threads(environment: MutableMapping[str, str]) -> int | None:
