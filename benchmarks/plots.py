@@ -311,13 +311,13 @@ def precision(found: Result) -> str:
             middle(facts["wall_s"], 0),
             middle(facts["wall_s"]["to_float32"], 3),
             middle(facts["finetune_s"]["to_float32"], 3),
-            f"{facts['value_mean']:.4f}" + ("" if facts["value_sd"] is None else f" ± {facts['value_sd']:.4f}"),
+            f"{facts['metric']['mean']:.4f}" + (f" ± {facts['metric']['sd']:.4f}" if "sd" in facts["metric"] else ""),
             str(facts["peak_rss_mb"]),
             str(facts["wall_s"]["rounds"]),
         ]
         for arm, facts in found["arms"].items()
     ]
-    metric = next(iter(found["arms"].values()))["metric"]
+    metric = found["arms"]["float32"]["metric"]["name"]
     head = ["", "seconds: median (quartiles)", "run / float32", "fine-tuning / float32", metric, "peak MB", "seeds"]
     epochs = f"{s['epochs']} epoch{'s' if s['epochs'] > 1 else ''}"
     return f"{s['task']}, {s['backbone']}, {epochs}, {s['unit']}:\n\n{table(head, rows)}"

@@ -11,19 +11,15 @@ Writes benchmarks/results/precision.json after each run, and prints a table.
 """
 
 import argparse
-import json
-import statistics
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.prefix import measure
-from benchmarks.report import RESULTS, header, ratio, spread, write
-from benchmarks.run import process
+from benchmarks.arms import Runs, complete, measure, metric, times_to, trained
+from benchmarks.report import RESULTS, header, write
 from diffora.backbones.precision import bfloat16_unit
 
 ARMS = {
@@ -34,35 +30,18 @@ ARMS = {
 
 def one_run(overrides: Sequence[str]) -> dict[str, Any]:
     """The facts of one run in a new process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run" / "run.json"
-        _, wall, _, _ = process(["train.py", *overrides, f"hydra.run.dir={file.parent}"])
-        record = json.loads(file.read_text())
-    return {
-        "wall_s": round(wall, 2),
-        "finetune_s": record["time"]["finetune_s"],
-        "step_s": record["time"]["step_s"],
-        "peak_rss_mb": record["memory"]["peak_rss_mb"],
-        "metric": record["main_metric"],
-        "value": record["metrics"][f"validation/{record['main_metric']}"],
-    }
+    facts, record = trained(overrides)
+    name = record["main_metric"]
+    return facts | {"metric": name, "value": record["metrics"][f"validation/{name}"]}
 
 
-def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def summary(runs: Runs) -> dict[str, dict[str, Any]]:
     """Times, their ratios to float32, metric and memory of the seeds that both have."""
-    n = min(map(len, runs.values()))
-    if n == 0:
-        return {}
-    found = {}
-    for name, own in runs.items():
-        facts: dict[str, Any] = {"metric": own[0]["metric"], "value": [run["value"] for run in own[:n]]}
-        facts["value_mean"] = round(statistics.mean(facts["value"]), 4)
-        facts["value_sd"] = round(statistics.stdev(facts["value"]), 4) if n > 1 else None
-        facts["peak_rss_mb"] = round(max(run["peak_rss_mb"] for run in own[:n]))
-        for key in ("wall_s", "finetune_s"):
-            times = {arm: [run[key] for run in some[:n]] for arm, some in runs.items()}
-            facts[key] = spread(times[name], 2) | {"to_float32": ratio(times, name, "float32")}
-        found[name] = facts
+    runs = complete(runs)
+    found = times_to("float32", runs)
+    for name, facts in found.items():
+        facts["metric"] = {"name": runs[name][0]["metric"]} | metric([run["value"] for run in runs[name]])
+        facts["peak_rss_mb"] = round(max(run["peak_rss_mb"] for run in runs[name]))
     return found
 
 
@@ -97,11 +76,12 @@ def main() -> None:
     def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
         write(given.output, result | {"arms": summary(runs), "runs": runs})
 
-    for name, facts in summary(measure(common, ARMS, given.seeds, run=one_run, keep=keep)).items():
-        whole, sd = facts["wall_s"], "" if facts["value_sd"] is None else f" ± {facts['value_sd']:.4f}"
+    for name, facts in summary(measure(common, ARMS, given.seeds, one_run, keep)).items():
+        whole, values = facts["wall_s"], facts["metric"]
+        sd = f" ± {values['sd']:.4f}" if "sd" in values else ""
         print(
             f"{name:<9}{whole['median']:>8.1f} s, {whole['to_float32']['median']:.3f} of float32, "
-            f"{facts['metric']} {facts['value_mean']:.4f}{sd}, at most {facts['peak_rss_mb']} MB"
+            f"{values['name']} {values['mean']:.4f}{sd}, at most {facts['peak_rss_mb']} MB"
         )
 
 

@@ -14,14 +14,14 @@ Writes benchmarks/results/prefix.json after each run, and prints a table.
 
 import argparse
 import json
-import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import REPO, RESULTS, header, ratio, spread, write
-from benchmarks.run import process, write_embedded
+from benchmarks.arms import complete, measure, metric, times_to, trained
+from benchmarks.report import REPO, RESULTS, header, write
+from benchmarks.run import write_embedded
 
 RANK = 2
 """Of LoRA on all layers."""
@@ -50,67 +50,23 @@ def arms(n_layers: int) -> dict[str, list[str]]:
 
 def one_run(overrides: Sequence[str]) -> dict[str, Any]:
     """The facts of one run in a new process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run" / "run.json"
-        _, wall, _, _ = process(["train.py", *overrides, f"hydra.run.dir={file.parent}"])
-        record = json.loads(file.read_text())
+    facts, record = trained(overrides)
     metrics = {name: record["metrics"][f"validation/{name}"] for name in ("accuracy", "f1")}
-    return {
-        "wall_s": round(wall, 2),
-        "finetune_s": record["time"]["finetune_s"],
-        "step_s": record["time"]["step_s"],
-        "parameters": record["params"]["adapter"],
-        "prefix": record["prefix"].get("finetune"),
-        "peak_rss_mb": record["memory"]["peak_rss_mb"],
-        **metrics,
-    }
-
-
-def measure(
-    common: Sequence[str],
-    overrides: Mapping[str, Sequence[str]],
-    seeds: Sequence[int],
-    run: Callable[[Sequence[str]], dict[str, Any]] = one_run,
-    keep: Callable[[dict[str, list[dict[str, Any]]]], None] = lambda runs: None,
-) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each arm, one for each seed.
-
-    Args:
-        common: overrides of all runs.
-        overrides: those of each arm.
-        run: does one run.
-        keep: called after each run with all runs so far.
-    """
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in overrides}
-    names = list(overrides)
-    for turn, seed in enumerate(seeds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            runs[name].append(run(["method=lora", *common, *overrides[name], f"seed={seed}"]) | {"seed": seed})
-            print(f"  seed {seed}, {name}: {runs[name][-1]['wall_s']:.0f} s", flush=True)
-            keep(runs)
-    return runs
+    return facts | {"parameters": record["params"]["adapter"], "prefix": record["prefix"].get("finetune"), **metrics}
 
 
 def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Ratios to the arm `all`, and metrics, of the seeds that all arms have."""
-    n = min(map(len, runs.values()))
-    if n == 0:
-        return {}
+    runs = complete(runs)
     found = {}
-    for name, own in runs.items():
-        facts: dict[str, Any] = {"parameters": own[0]["parameters"], "prefix": own[0]["prefix"]}
-        for key in ("wall_s", "finetune_s"):
-            times = {arm: [run[key] for run in some[:n]] for arm, some in runs.items()}
-            facts[key] = spread(times[name], 2) | {"to_all": ratio(times, name, "all")}
+    for name, times in times_to("all", runs).items():
+        own = runs[name]
+        facts: dict[str, Any] = {"parameters": own[0]["parameters"], "prefix": own[0]["prefix"], **times}
         for key in ("accuracy", "f1"):
-            values = [run[key] for run in own[:n]]
-            facts[key] = {"mean": round(statistics.mean(values), 4), "values": values}
-            if n > 1:
-                facts[key]["sd"] = round(statistics.stdev(values), 4)
+            facts[key] = metric([run[key] for run in own])
             if name.endswith(CACHED) and name.removesuffix(CACHED) in runs:
-                plain = [run[key] for run in runs[name.removesuffix(CACHED)][:n]]
-                less = [a - b for a, b in zip(values, plain, strict=True)]
+                plain = [run[key] for run in runs[name.removesuffix(CACHED)]]
+                less = [a - b for a, b in zip(facts[key]["values"], plain, strict=True)]
                 facts[key]["minus_uncached"] = [round(value, 4) for value in less]
         found[name] = facts
     return found
@@ -162,7 +118,7 @@ def main() -> None:
         def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
             write(given.output, result | {"arms": summary(runs), "runs": runs})
 
-        runs = measure(common, chosen, given.seeds, keep=keep)
+        runs = measure(common, chosen, given.seeds, one_run, keep)
     show(summary(runs))
 
 

@@ -8,20 +8,22 @@ Differences from LoRA of rank 2 with the same α are paired over seeds, with Stu
 of the experiment's file: [D] Table 8, of RoBERTa-base.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from pages import Run, checked, fill, points
+from pages import Run, checked, fill, points, settings_of
 
 from diffora.report.statistics import paired, spread, verdict
 
 EXPERIMENT = Path(__file__).resolve().parents[1] / "conf" / "experiment" / "mpnet_glue.yaml"
 LORA = "LoRA, r = 2, s = 8"
 MARGIN = 0.005
-Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Seeds = Mapping[str, Mapping[str, Any]]
+Table = Mapping[str, Any]
 
 
 @cache
@@ -31,49 +33,57 @@ def experiment() -> tuple[dict[str, Any], list[str]]:
     return {row["name"]: row["paper"] or {} for row in sweeper["rows"]}, list(sweeper["columns"]["paper"])
 
 
-def tables_of(runs: Sequence[Run]) -> dict[str, Rows]:
-    """For each task and row, by seed: metric, adapter parameters, hours, epochs, and the hash of the run.
+def tables_of(runs: Sequence[Run]) -> dict[str, Table]:
+    """For each task: metric, digest of the data, and rows with their settings and, by seed, what was measured.
 
     Raises:
-        SystemExit: the runs do not belong together (`pages.checked`).
+        SystemExit: the runs do not belong together (`pages.checked`), or are not of this experiment at its full scale.
     """
+    names, tasks = experiment()
     found: dict[str, Any] = {}
     for run in checked(runs):
-        values = {
+        if run["row"] not in names or run["column"] not in tasks:
+            sys.exit(
+                f'error: {run["column"]}, "{run["row"]}", is no run of experiment=mpnet_glue scale=paper: its columns are '
+                f"{', '.join(tasks)}"
+            )
+        facts = {"metric": run["main_metric"], "data": run["data_hash"], "rows": {}}
+        rows = found.setdefault(run["column"], facts)["rows"]
+        row = rows.setdefault(run["row"], {"settings": settings_of(run), "seeds": {}})
+        row["seeds"][str(run["seed"])] = {
             "value": run["metrics"][f"validation/{run['main_metric']}"],
-            "metric": run["main_metric"],
             "parameters": run["params"]["adapter"],
             "hours": round(run["time"]["total_s"] / 3600, 2),
             "epochs": len(run["history"]),
             "config_hash": run["config_hash"],
+            "commit": run["git_commit"],
         }
-        found.setdefault(run["column"], {}).setdefault(run["row"], {})[str(run["seed"])] = values
     return found
 
 
-def by_seed(row: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
-    return {int(seed): values["value"] for seed, values in row.items()}
+def by_seed(seeds: Seeds) -> dict[int, float]:
+    return {int(seed): values["value"] for seed, values in seeds.items()}
 
 
-def text_of(tables: Mapping[str, Rows]) -> str:
+def text_of(tables: Mapping[str, Table]) -> str:
     """Markdown: for each task a table with a line for each row of the experiment."""
     names, tasks = experiment()
     lines: list[str] = []
     for task in (task for task in tasks if task in tables):
-        rows = tables[task]
-        metric = next(values["metric"] for row in rows.values() for values in row.values())
-        head = ["", "adapter parameters", "seeds", f"{metric} × 100", f"less {LORA} (95 %)", "", "hours of a core"]
+        seeds_of = {name: row["seeds"] for name, row in tables[task]["rows"].items()}
+        head = ["", "adapter parameters", "seeds", f"{tables[task]['metric']} × 100", f"less {LORA} (95 %)", "verdict"]
+        head.append("hours of a core")
         head.append("[D] Table 8, RoBERTa-base")
         lines += [f"**{task}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name in names:
-            seeds, paper = rows.get(name, {}), str(names[name].get(task, ""))
-            cells = [name, *_measured(seeds, rows.get(LORA, {}) if name != LORA else {}), paper]
+            lora = {} if name == LORA else seeds_of.get(LORA, {})
+            cells = [name, *_measured(seeds_of.get(name, {}), lora), str(names[name].get(task, ""))]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).strip()
 
 
-def _measured(seeds: Mapping[str, Mapping[str, Any]], lora: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _measured(seeds: Seeds, lora: Seeds) -> list[str]:
     """The cells of a row between its name and the paper's figure."""
     found = spread(by_seed(seeds).values())
     if found is None:
@@ -90,7 +100,7 @@ def _measured(seeds: Mapping[str, Mapping[str, Any]], lora: Mapping[str, Mapping
 
 
 def main() -> None:
-    fill(__doc__, "mpnet_glue", tables_of, text_of)
+    fill(__doc__, "mpnet_glue", tables_of, text_of, grows=True)
 
 
 if __name__ == "__main__":

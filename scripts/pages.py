@@ -70,6 +70,34 @@ def merged(first: Any, second: Any, name: str = "") -> Any:
     return first
 
 
+def settings_of(run: Run, apart: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a run but those in which runs may differ. Figures that keep them can grow (`gathered`)."""
+    return {key: value for key, value in flat(run.get("settings", {})).items() if key not in apart}
+
+
+def gathered(
+    paths: Sequence[Path],
+    figures_of: Callable[[Sequence[Run]], Any],
+    what: str,
+    of_file: Callable[[Any], Any] = lambda content: content,
+) -> Any:
+    """The figures of all finished runs below the folders, and of the JSON files among the paths.
+
+    Raises:
+        SystemExit: a folder has no finished run, or there are no figures, or two sources contradict each other.
+    """
+    files = [path for path in paths if path.suffix == ".json"]
+    folders = [path for path in paths if path not in files]
+    found = [of_file(json.loads(file.read_text())) for file in files]
+    runs = {folder: completed(folder) for folder in folders}
+    empty = [folder for folder in folders if not runs[folder]]
+    if folders and not empty:
+        found.append(figures_of([run for some in runs.values() for run in some]))
+    if empty or not all(found):
+        sys.exit(f"error: no finished {what} below {', '.join(map(str, empty or paths))}")
+    return reduce(merged, found)
+
+
 def points(found: Difference) -> str:
     """A difference in points with its interval."""
     text = f"{100 * found.mean:+.1f}"
@@ -96,6 +124,7 @@ def fill(
     picture: Callable[[Any, Path], None] | None = None,
     caption: str = "",
     what: str = "run",
+    grows: bool = False,
 ) -> None:
     """The command line of a script: prints its text; with ``--page`` it also writes text, figures and picture there.
 
@@ -107,21 +136,16 @@ def fill(
         picture: draws that content into a file; None: the page has no picture.
         caption: of the picture.
         what: what a folder must have, for the message if it has none.
+        grows: whether runs may be added to the JSON file, because it has what shows that they belong together.
     """
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", type=Path, nargs="+", help="of the runs, or the JSON file that --page wrote from them, or both"
-    )
+    either = "of the runs, or the JSON file that --page wrote from them" + (", or both" if grows else "")
+    parser.add_argument("folders", type=Path, nargs="+", help=either)
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    files = [path for path in given.folders if path.suffix == ".json"]
-    folders = [path for path in given.folders if path not in files]
-    found = [json.loads(file.read_text()) for file in files]
-    if folders:
-        found.append(figures_of([run for folder in folders for run in completed(folder)]))
-    figures = reduce(merged, found)
-    if not figures:
-        sys.exit(f"error: no finished {what} below {', '.join(map(str, given.folders))}")
+    if not grows and len(given.folders) > 1 and any(path.suffix == ".json" for path in given.folders):
+        sys.exit("error: give the JSON file or folders: the file does not say whether other runs belong to its own")
+    figures = gathered(given.folders, figures_of, what)
     text = text_of(figures)
     print(text)
     if given.page is not None:

@@ -27,12 +27,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import Run, checked, completed, merged, put
+from pages import Run, checked, gathered, merged, put, settings_of
 from selection_landscape_page import KINDS, picture, text_of
 
 from diffora.files import write_text
@@ -45,6 +46,9 @@ CLOSED = 0.3
 FEWEST = 6
 """Fewer masks than this are not ranked."""
 
+APART = "method.draw", "method.like"
+"""The settings in which the masks of a column differ."""
+
 Column = Mapping[str, Any]
 
 
@@ -54,13 +58,15 @@ Column = Mapping[str, Any]
 def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """For each column its facts and its masks: selected modules, results and hashes of runs by seed; high is good.
 
+    `numbered` makes the columns that the rest of the script works on.
+
     Raises:
         SystemExit: a row has another selection with another seed, so that it is no mask; or the runs do not belong
             together (`pages.checked`).
     """
     columns: dict[str, dict[str, Any]] = {}
     masks = [run for run in runs if (run.get("row") or "").startswith("mask ")]
-    for run in checked(masks, apart=("method.draw", "method.like")):
+    for run in checked(masks, apart=APART):
         facts = run["metric_facts"][run["main_metric"]]
         column = columns.setdefault(
             run["column"],
@@ -71,9 +77,11 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
                 "maximise": facts["maximise"],
                 "points": facts["unit"] == "fraction",
                 "data": run.get("data_hash"),
+                "settings": {},
                 "masks": {},
             },
         )
+        column["settings"] |= settings_of(run, APART)
         selected = [sorted(row) for row in run["selection"]["selected"]]
         mask = column["masks"].setdefault(run["row"], {"selected": selected, "values": {}, "runs": {}})
         if mask["selected"] != selected:
@@ -83,13 +91,44 @@ def landscape(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         factor = (1 if facts["maximise"] else -1) * (100 if column["points"] else 1)
         mask["values"][str(run["seed"])] = factor * value
         mask["runs"][str(run["seed"])] = run.get("config_hash")
-    for column in columns.values():
-        column["types"] = sorted(
-            {kind for mask in column["masks"].values() for row in mask["selected"] for kind in row}
-        )
-        for mask in column["masks"].values():  # as numbers of types, which keeps the file small
-            mask["selected"] = [[column["types"].index(kind) for kind in row] for row in mask["selected"]]
     return columns
+
+
+def numbered(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in order, with selected modules as numbers of types, which keeps the file small."""
+    found = {}
+    for name, column in sorted(columns.items(), key=lambda item: (item[1]["setting"], item[1]["task"])):
+        types = sorted({kind for mask in column["masks"].values() for row in mask["selected"] for kind in row})
+        masks = {
+            row: mask | {"selected": [[types.index(kind) for kind in layer] for layer in mask["selected"]]}
+            for row, mask in sorted(column["masks"].items(), key=lambda item: int(item[0].split()[1]))
+        }
+        found[name] = column | {"masks": masks, "types": types}
+    return found
+
+
+def content_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """The columns of some runs, as `named` has them; empty if no run is of a mask."""
+    columns = landscape(runs)
+    return {"columns": columns} if columns else {}
+
+
+def named(content: Mapping[str, Any], grows: bool) -> dict[str, Any]:
+    """Columns and scores of the JSON file, with selected modules by name again.
+
+    Args:
+        grows: whether further runs will be added, whose settings should be those of the file.
+    """
+    columns = {}
+    for name, column in content["columns"].items():
+        if grows and "settings" not in column:
+            print(f"note: the file has no settings of {name}: those of further runs are not compared", file=sys.stderr)
+        masks = {
+            row: mask | {"selected": [[column["types"][i] for i in layer] for layer in mask["selected"]]}
+            for row, mask in column["masks"].items()
+        }
+        columns[name] = {key: value for key, value in column.items() if key != "types"} | {"masks": masks}
+    return {"columns": columns, "scores": content["scores"]}
 
 
 def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
@@ -313,20 +352,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5000, help="shuffles of the labels (5000)")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    scores: dict[str, Any] = {"scores": {}, "types": {}}
-    columns: dict[str, Any] = {}
-    for path in given.folders:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text())
-            scores = merged(scores, content["scores"])
-            columns = merged(columns, content["columns"])
-        else:
-            columns = merged(columns, landscape(completed(path)))
-    if not columns:
-        sys.exit(f'error: no finished run of a row "mask …" below {", ".join(map(str, given.folders))}')
-    columns = dict(sorted(columns.items(), key=lambda item: (item[1]["setting"], item[1]["task"])))
-    for column in columns.values():
-        column["masks"] = dict(sorted(column["masks"].items(), key=lambda item: int(item[0].split()[1])))
+    of_file = partial(named, grows=len(given.folders) > 1)
+    content = gathered(given.folders, content_of, 'run of a row "mask …"', of_file)
+    columns = numbered(content["columns"])
+    scores: dict[str, Any] = content.get("scores", {"scores": {}, "types": {}})
     if given.scores is not None:
         new = scores_of(given.scores, columns)
         if not new["scores"]:

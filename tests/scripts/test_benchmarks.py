@@ -12,7 +12,7 @@ from test_benchmarks_gpu import gpu_result
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from benchmarks import common, plots, precision, prefix, report, run, scale, step, time_budget  # noqa: E402
+from benchmarks import arms, common, plots, precision, prefix, report, run, scale, step, time_budget  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
 BERT = common.Shape("minilm", 4, 8, changes=SMALL | {"num_hidden_layers": 2})
@@ -142,7 +142,7 @@ def test_a_run_in_bfloat16_is_compared_with_that_in_float32_of_the_same_seed():
     runs = runs_in_two_precisions(seeds=3)
     found = precision.summary({"float32": runs["float32"][:2], "bf16": runs["bf16"]})  # the third pair is not complete
     assert found["bf16"]["wall_s"]["to_float32"] == {"median": 0.45, "q1": 0.425, "q3": 0.475, "rounds": 2}
-    assert found["bf16"]["value_mean"] == 0.45 and found["bf16"]["value_sd"] == pytest.approx(0.0707, abs=1e-4)
+    assert found["bf16"]["metric"] == {"name": "matthews", "mean": 0.45, "values": [0.4, 0.5], "sd": 0.0707}
     assert found["bf16"]["peak_rss_mb"] == 501 and found["float32"]["finetune_s"]["to_float32"]["median"] == 1.0
     assert precision.summary({"float32": runs["float32"], "bf16": []}) == {}
 
@@ -322,7 +322,7 @@ def test_ratios_of_whole_runs_are_paired_by_seed(capsys):
         facts = {"wall_s": seconds, "finetune_s": seconds / 2, "step_s": 1.0, "parameters": 8, "peak_rss_mb": 1}
         return facts | {"prefix": None, "accuracy": 0.8 + 0.01 * cached, "f1": 0.9}
 
-    runs = prefix.measure(["task=mrpc"], prefix.arms(6), [0, 5], one, lambda runs: kept.append(prefix.summary(runs)))
+    runs = arms.measure(["task=mrpc"], prefix.arms(6), [0, 5], one, lambda runs: kept.append(prefix.summary(runs)))
     assert len(calls) == len(kept) == 10 and kept[0] == {} and calls[0][-1] == "seed=0"
     assert not any("model.layer" in o for o in calls[0]) and any("model.layer" in o for o in calls[5])  # turns
     found = prefix.summary(runs)

@@ -8,7 +8,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 import mpnet_glue as script
-from pages import merged
+from pages import fill, merged
 
 PAGE = REPO / "docs" / "results" / "mpnet.md"
 
@@ -17,7 +17,7 @@ def record(row, seed, value, column="cola"):
     metrics = {"validation/matthews": value, "held_out/matthews": 0.1}
     found = {"row": row, "column": column, "seed": seed, "main_metric": "matthews", "metrics": metrics}
     found |= {"params": {"adapter": 1000 + seed}, "time": {"total_s": 1800.0}, "history": [{}, {}]}
-    return found | {"config_hash": f"{row}{seed}", "data_hash": "d", "status": "completed"}
+    return found | {"config_hash": f"{row}{seed}", "data_hash": "d", "git_commit": "c", "settings": {"lr": 1}}
 
 
 @pytest.fixture
@@ -41,8 +41,38 @@ def test_a_table_grows_from_its_figures_and_further_runs(runs):
     assert merged(early, late) == script.tables_of(runs)
     assert merged(early, script.tables_of(runs[:4])) == early
     other = script.tables_of([record("DiffoRA", 0, 0.63)])
-    with pytest.raises(SystemExit, match=r"cola, DiffoRA, 0, value is 0\.62 in one place and 0\.63 in the other"):
+    with pytest.raises(SystemExit, match=r"DiffoRA, seeds, 0, value is 0\.62 in one place and 0\.63 in the other"):
         merged(early, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"data_hash": "e"}, "cola, data is d in"), ({"settings": {"lr": 2}}, "DiffoRA, settings, lr is 1 in")],
+)
+def test_further_runs_of_other_data_or_settings_are_refused(changed, message, runs):
+    later = record("DiffoRA", 2, 0.6) | changed
+    with pytest.raises(SystemExit, match=message):
+        merged(script.tables_of(runs), script.tables_of([later]))
+
+
+@pytest.mark.parametrize("changed", [{"column": "paraphrase"}, {"row": "DoRA"}])
+def test_runs_of_another_experiment_or_scale_are_refused(changed, runs):
+    with pytest.raises(SystemExit, match="is no run of experiment=mpnet_glue scale=paper"):
+        script.tables_of([*runs, runs[0] | changed])
+
+
+def test_a_folder_without_runs_beside_the_file_is_refused(tmp_path, monkeypatch):
+    file = PAGE.parent / "data" / "mpnet_glue.json"
+    monkeypatch.setattr(sys, "argv", ["script", str(file), str(tmp_path / "mistyped")])
+    with pytest.raises(SystemExit, match=r"no finished run below .*mistyped"):
+        script.main()
+
+
+def test_a_file_without_settings_does_not_grow(tmp_path, monkeypatch):
+    (tmp_path / "figures.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path / "figures.json"), str(tmp_path)])
+    with pytest.raises(SystemExit, match="give the JSON file or folders"):
+        fill(None, "figures", dict, str)
 
 
 def test_the_page_has_the_table_of_its_data():

@@ -10,6 +10,7 @@ from scipy import stats
 
 sys.path.insert(0, str(REPO / "scripts"))
 import selection_landscape as script
+from pages import completed
 
 LAYERS, TYPES, M = 6, ["a", "b", "c", "d"], 6
 
@@ -251,8 +252,21 @@ def test_a_landscape_grows_from_its_json_and_further_runs(folders, monkeypatch, 
         run(data, folders / "runs")
 
 
+def test_a_later_mask_may_lack_a_type_of_module():
+    def columns(row, selected):
+        mask = {"selected": selected, "values": {"0": 80.0}, "runs": {"0": row}}
+        return {"cola global": {"setting": "global", "task": "cola", "settings": {}, "masks": {row: mask}}}
+
+    early, late = columns("mask 10", [["b"], ["a", "c"]]), columns("mask 2", [["c"], ["c"]])
+    file = {"columns": script.numbered(early), "scores": {}}
+    grown = script.numbered(script.merged(script.named(file, grows=True)["columns"], late))["cola global"]
+    assert grown == script.numbered(script.merged(early, late))["cola global"]
+    assert list(grown["masks"]) == ["mask 2", "mask 10"] and grown["types"] == ["a", "b", "c"]
+    assert grown["masks"]["mask 2"]["selected"] == [[2], [2]]
+
+
 def test_scores_of_the_same_selector_and_seed_twice_are_refused(folders):
-    columns = script.landscape(script.completed(folders / "runs"))
+    columns = script.landscape(completed(folders / "runs"))
     again = folders / "scores" / "search-cola"
     write(folders / "scores" / "other", *(json.loads((again / f).read_text()) for f in ("run.json", "selection.json")))
     with pytest.raises(SystemExit, match="both have the scores of search for cola global, seed 0"):
@@ -273,7 +287,7 @@ def test_masks_that_cannot_be_compared_are_refused(folders, what):
         other.write_text(json.dumps(json.loads(other.read_text()) | {"settings": {"finetune": {"epochs": 3}}}))
     file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=f"cola global, mask [37], seed [01] has {what}"):
-        script.landscape(script.completed(folders / "runs"))
+        script.landscape(completed(folders / "runs"))
 
 
 def test_the_same_masks_on_two_tasks_are_compared(rng):
