@@ -43,10 +43,8 @@ def tables_of(runs: Sequence[Run]) -> dict[str, Table]:
     found: dict[str, Any] = {}
     for run in checked(runs):
         if run["row"] not in names or run["column"] not in tasks:
-            sys.exit(
-                f'error: {run["column"]}, "{run["row"]}", is no run of experiment=mpnet_glue scale=paper: its columns are '
-                f"{', '.join(tasks)}"
-            )
+            name = f"{run['column']}, {run['row']}"
+            sys.exit(f"error: {name} is no run of experiment=mpnet_glue scale=paper, with {', '.join(tasks)}")
         facts = {"metric": run["main_metric"], "data": run["data_hash"], "rows": {}}
         rows = found.setdefault(run["column"], facts)["rows"]
         row = rows.setdefault(run["row"], {"settings": settings_of(run), "seeds": {}})
