@@ -23,7 +23,8 @@ from diffora.loop.data import (
     eval_loader,
 )
 from diffora.loop.samplers import BilevelBatchSampler, EvalBatchSampler, LengthGroupedBatchSampler
-from diffora.loop.splits import held_out_split, split_hash, split_search
+from diffora.loop.splits import alike_of, held_out_split, split_hash, split_search
+from diffora.tasks.base import Split
 from diffora.tasks.tokenise import Collator
 
 COLLATE = Collator(0), Collator(0)  # for training and for evaluation
@@ -83,6 +84,62 @@ def test_search_split_depends_on_the_seed_alone():
     assert split_search(np.arange(100), 0)[0].tolist() != list(range(50))  # seed 0 shuffles as well
 
 
+@given(copies=st.lists(st.integers(1, 12), min_size=2, max_size=60), seed=st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_equal_inputs_are_never_divided(copies, seed):
+    examples = np.arange(sum(copies))
+    alike = np.repeat(np.cumsum([0, *copies[:-1]]), copies)  # the first row of each group
+    most = max(2, len(examples) // 2)
+    for parts in (
+        split_search(examples, seed, alike=alike),
+        split_search(examples, seed, 0.2, most, alike),
+        held_out_split(examples, seed, alike),
+    ):
+        first, second = (set(alike[rows].tolist()) for rows in parts)
+        assert first and second and not first & second
+        for rows in parts:  # whole groups
+            assert np.isin(alike, alike[rows]).sum() == len(rows)
+    train, valid = split_search(examples, seed, 0.5, most, alike)
+    largest = max(copies)
+    assert len(train) + len(valid) <= max(most, 2 * largest)
+    assert sorted(np.concatenate(held_out_split(examples, seed, alike)).tolist()) == examples.tolist()
+
+
+def test_without_equal_inputs_the_parts_are_as_before():
+    examples = np.array([0, 0, 1, 2, 2, 2, 3, 4])
+    for seed in range(5):
+        for plain, grouped in (
+            (split_search(examples, seed), split_search(examples, seed, alike=examples)),
+            (held_out_split(examples, seed), held_out_split(examples, seed, examples)),
+        ):
+            assert [rows.tolist() for rows in plain] == [rows.tolist() for rows in grouped]
+
+
+def test_many_copies_do_not_fill_one_part():
+    alike = np.repeat(np.arange(100) * 10, 10)
+    train, valid = split_search(np.arange(1000), 0, alike=alike)
+    assert (len(train), len(valid)) == (500, 500)
+
+
+def split_of(columns: dict[str, list], rows: dict[str, list] | None = None) -> Split:
+    encoded = datasets.Dataset.from_dict(columns)
+    return Split(datasets.Dataset.from_dict(rows or {"text": [""] * len(encoded)}), encoded)
+
+
+def test_rows_are_alike_if_the_model_reads_the_same():
+    texts = split_of({"input_ids": [[1, 2], [1, 2, 3], [1, 2], [3], [1, 2, 3]], "labels": [0, 1, 1, 0, 1]})
+    assert alike_of(texts).tolist() == [0, 1, 0, 3, 1]
+    part = Split(texts.rows, datasets.concatenate_datasets([texts.encoded, texts.encoded.select(range(1, 3))]))
+    assert alike_of(part).tolist() == [0, 1, 0, 3, 1, 1, 0]  # several chunks, one of them a slice
+    windows = split_of({"input_ids": [[1], [2], [1], [1], [2]], "example": [0, 0, 4, 7, 7]})
+    assert alike_of(windows).tolist() == [0, 0, 4, 0, 0]
+    choices = split_of({"input_ids": [[[1], [2, 3]], [[1, 2], [3]], [[1], [2, 4]], [[1], [2, 3]]]})
+    assert alike_of(choices).tolist() == [0, 0, 2, 0]  # one sequence after the other; separators tell texts apart
+    images = split_of({"row": [0, 1, 2]}, {"digest": ["a", "b", "a"]})
+    assert alike_of(images).tolist() == [0, 1, 0]
+    assert alike_of(split_of({"row": [0, 1, 2]})).tolist() == [0, 1, 2]
+
+
 def test_split_hash_depends_on_the_order_of_splits_and_their_border():
     a, b = np.array([1, 2, 3]), np.array([4, 5])
     hashes = {split_hash(a, b), split_hash(b, a), split_hash(np.array([1, 2]), np.array([3, 4, 5]))}
@@ -109,6 +166,10 @@ def test_held_out_halves(n):
 def test_held_out_needs_two_rows():
     with pytest.raises(UserError, match="1 rows"):
         held_out_split(np.arange(1), 0)
+    with pytest.raises(UserError, match="5 rows, 1 of them different"):
+        held_out_split(np.arange(5), 0, np.zeros(5, dtype=int))
+    with pytest.raises(UserError, match="all 5 are alike"):
+        split_search(np.arange(5), 0, alike=np.zeros(5, dtype=int))
 
 
 # --- length-grouped batches ---

@@ -1,16 +1,24 @@
-"""Splits by example: the search's two splits of the training rows, and the two halves of the validation rows."""
+"""The search's two splits of the training rows, and the two halves of the validation rows.
+
+Windows of one example, and rows with equal inputs, are always in the same part.
+"""
 
 import hashlib
+from itertools import pairwise
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from diffora.errors import UserError
 from diffora.loop import streams
+from diffora.tasks.base import Split
+
+Alike = np.ndarray | None
 
 
 def split_search(
-    examples: np.ndarray, seed: int, valid_fraction: float = 0.5, max_rows: int | None = None
+    examples: np.ndarray, seed: int, valid_fraction: float = 0.5, max_rows: int | None = None, alike: Alike = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the *training* rows into the search's two splits, which [D] eq. 13 needs to be disjoint.
 
@@ -19,29 +27,51 @@ def split_search(
         seed: the run's seed.
         valid_fraction: share of the used examples that goes to the search-valid split.
         max_rows: the search uses at most so many training examples, drawn at random; None: all of them.
+        alike: [n] the group of equal inputs that each row belongs to (`alike_of`). A group is never divided; so the
+            shares are about those that were asked for. None: all inputs differ.
 
     Returns:
         (search-train, search-valid): sorted, disjoint row numbers, at least one in each.
 
     Raises:
-        UserError: a number is out of range, or there are fewer than two examples.
+        UserError: a number is out of range, or there are fewer than two different examples.
     """
-    unique = np.unique(examples)
-    n_rows = len(unique)
+    n_examples, n_different = (len(np.unique(rows)) for rows in (examples, examples if alike is None else alike))
     problems = []
     if not 0 < valid_fraction < 1:
         problems.append(f"search valid_fraction={valid_fraction} must lie strictly between 0 and 1.")
     if max_rows is not None and max_rows < 2:
         problems.append(f"search max_rows={max_rows} must be at least 2: each part needs a row.")
-    if n_rows < 2:
-        problems.append(f"the search needs at least 2 training rows to split, there are {n_rows}.")
+    if n_examples < 2:
+        problems.append(f"the search needs at least 2 training rows to split, there are {n_examples}.")
+    elif n_different < 2:
+        problems.append(f"the search needs at least 2 different training rows to split; all {n_examples} are alike.")
     if problems:
         raise UserError(problems)
-    used = n_rows if max_rows is None else min(max_rows, n_rows)
+    used = n_examples if max_rows is None else min(max_rows, n_examples)
     n_valid = min(max(1, round(used * valid_fraction)), used - 1)
-    order = np.random.default_rng([seed, streams.SPLIT]).permutation(n_rows)[:used]
-    train, valid = (np.flatnonzero(np.isin(examples, unique[part])) for part in (order[n_valid:], order[:n_valid]))
+    valid, train = _divide(examples, alike, np.random.default_rng([seed, streams.SPLIT]), n_valid, used)
     return train, valid
+
+
+def _divide(
+    examples: np.ndarray, alike: Alike, generator: np.random.Generator, n_first: int, n_used: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of two disjoint parts, which share no example and no input; at least one group of inputs in each.
+
+    Args:
+        n_first: the most examples of the first part.
+        n_used: the most examples of both parts.
+    """
+    groups = examples if alike is None else alike
+    unique, group = np.unique(groups, return_inverse=True)
+    first_rows = np.unique(examples, return_index=True)[1]
+    order = generator.permutation(len(unique))
+    ends = np.bincount(group[first_rows], minlength=len(unique))[order].cumsum()  # examples so far
+    border = max(1, int(np.count_nonzero(ends <= n_first)))
+    end = max(border + 1, int(np.count_nonzero(ends <= n_used)))
+    first, second = (np.flatnonzero(np.isin(groups, unique[part])) for part in (order[:border], order[border:end]))
+    return first, second
 
 
 def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:
@@ -52,29 +82,27 @@ def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def held_out_split(examples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out_split(examples: np.ndarray, seed: int, alike: Alike = None) -> tuple[np.ndarray, np.ndarray]:
     """Divide a validation split by example into two halves: the first chooses the checkpoint, the second reports it.
 
     Args:
         examples: [n] the example that each row belongs to (`examples_of`).
         seed: the run's seed.
+        alike: [n] the group of equal inputs that each row belongs to (`alike_of`), which is never divided.
 
     Returns:
         (choice, held-out): sorted row numbers. If the number of examples is odd, held-out has one more.
 
     Raises:
-        UserError: there are fewer than two examples.
+        UserError: there are fewer than two different examples.
     """
-    unique = np.unique(examples)
-    n_rows = len(unique)
-    if n_rows < 2:
+    n_examples, n_different = (len(np.unique(rows)) for rows in (examples, examples if alike is None else alike))
+    if n_different < 2:
         raise UserError(
-            f"a validation split of {n_rows} rows cannot be divided into choice and held-out rows; it needs at least 2."
+            f"a validation split of {n_examples} rows, {n_different} of them different, cannot be divided into choice "
+            "and held-out rows; it needs at least 2 different ones."
         )
-    order = np.random.default_rng([seed, streams.HELD_OUT]).permutation(n_rows)
-    half = order[: n_rows // 2], order[n_rows // 2 :]
-    choice, held_out = (np.flatnonzero(np.isin(examples, unique[part])) for part in half)
-    return choice, held_out
+    return _divide(examples, alike, np.random.default_rng([seed, streams.HELD_OUT]), n_examples // 2, n_examples)
 
 
 def examples_of(dataset: datasets.Dataset) -> np.ndarray:
@@ -83,3 +111,38 @@ def examples_of(dataset: datasets.Dataset) -> np.ndarray:
         examples: np.ndarray = dataset.data.column("example").to_numpy()
         return examples
     return np.arange(len(dataset))
+
+
+def alike_of(split: Split) -> np.ndarray:
+    """[n] the first example whose inputs equal those of each encoded row; labels do not matter.
+
+    The inputs are the tokens that the model reads, or the image file. Where several conversations are packed into one
+    row, the whole rows are compared. Rows of a task that has neither tokens nor image files count as different.
+    """
+    names, example = np.unique(examples_of(split.encoded), return_inverse=True)
+    content = np.zeros(len(names), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(content, example, _digests(split))
+    _, first, group = np.unique(content, return_index=True, return_inverse=True)
+    found: np.ndarray = names[first[group]][example]
+    return found
+
+
+def _digests(split: Split) -> np.ndarray:
+    """[n] a 64-bit digest of the inputs of each encoded row."""
+
+    def digest(data: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+    if "digest" in split.rows.column_names:  # of image files
+        return np.array([digest(str(text).encode()) for text in split.rows["digest"][:]], dtype=np.uint64)
+    if "input_ids" not in split.encoded.column_names:
+        return np.arange(len(split.encoded), dtype=np.uint64)
+    digests: list[int] = []
+    for chunk in split.encoded.data.column("input_ids").chunks:
+        borders, values = chunk.offsets.to_numpy(), chunk.values
+        while pa.types.is_list(values.type):  # a list for each choice
+            borders, values = values.offsets.to_numpy()[borders], values.values
+        tokens = values.to_numpy()
+        digests += [digest(tokens[begin:end].tobytes()) for begin, end in pairwise(borders)]
+    return np.array(digests, dtype=np.uint64)

@@ -13,7 +13,7 @@ from diffora.backbones.load import draw_fresh
 from diffora.core.ensemble import log_gates, member_seed, standardised
 from diffora.loop.parts import Parts
 from diffora.loop.resume import Earlier, earlier
-from diffora.loop.splits import examples_of, split_hash, split_search
+from diffora.loop.splits import alike_of, examples_of, split_hash, split_search
 from diffora.scoring.context import Member, Run, SearchContext, SearchResult
 from diffora.scoring.selectors import find_selector
 from diffora.tasks.account import Account
@@ -51,11 +51,12 @@ def search_rows(parts: Parts) -> SearchRows:
     ``search.max_rows`` sets how many training rows are used, ``search.valid_fraction`` how many of these are for Γ.
 
     Raises:
-        UserError: there are fewer than two examples.
+        UserError: there are fewer than two different examples.
     """
     s, examples = parts.settings.search, examples_of(parts.data.train.encoded)
     assert s is not None, "a method with a selector has this section"
-    train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.max_rows)
+    alike = alike_of(parts.data.train)
+    train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.max_rows, alike)
     account = Account(len(np.unique(examples)))
     used = len(np.unique(examples[np.concatenate([train, valid])]))
     account.drop(f"search.max_rows={s.max_rows}", account.read - used)

@@ -11,7 +11,7 @@ from diffora.loop.parts import Parts
 from diffora.loop.plan import plan_of
 from diffora.loop.prefix import CachedPrefix, cached_splits
 from diffora.loop.progress import ProgressBar
-from diffora.loop.splits import examples_of, held_out_split
+from diffora.loop.splits import alike_of, examples_of, held_out_split
 from diffora.methods.base import Adaptation
 from diffora.training.criterion import criterion_of
 from diffora.training.finetune import FineTuneModule
@@ -91,7 +91,7 @@ def _module(parts: Parts, adaptation: Adaptation, loaders: FineTuneData, warmup:
         parts.task,
         data.train,
         data.validation,
-        held_out_split(examples_of(data.official.encoded), parts.settings.seed),
+        held_out_split(examples_of(data.official.encoded), parts.settings.seed, alike_of(data.official)),
         replace(f, warmup_steps=warmup),
         parts.settings.seed,
         lambda: loaders.plan,
