@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from diffora.tasks import cache
 from diffora.tasks.base import get_task
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
 
@@ -23,8 +25,8 @@ def write(file: Path) -> None:
             append({name: [row[name] for row in rows] for name in SCHEMA.names})
 
 
-def use(cache: Path, fact: int = 0) -> list[dict]:
-    return cached("kind", {"fact": fact}, write, cache).to_list()
+def use(folder: Path, fact: int = 0) -> list[dict]:
+    return cached("kind", {"fact": fact}, write, folder).to_list()
 
 
 def replace(file: Path, content: bytes) -> None:
@@ -137,12 +139,52 @@ def test_tokenizers_that_cut_texts_in_other_ways_have_other_facts(tmp_path):
     assert ours("</s>")["input_ids"] != theirs("</s>")["input_ids"] and tokenizer_facts(ours) != tokenizer_facts(theirs)
 
 
-def test_several_processes_write_at_once(tmp_path):
+def slow_use(folder: Path) -> list[dict]:
+    def slowly(file: Path) -> None:
+        (folder / f"written-{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(0.5)
+        write(file)
+
+    return cached("kind", {"fact": 0}, slowly, folder).to_list()
+
+
+def test_one_of_several_processes_writes(tmp_path):
     context = multiprocessing.get_context("fork")
     with context.Pool(4) as pool:
-        found = pool.map(use, [tmp_path] * 12, chunksize=1)
+        found = pool.map(slow_use, [tmp_path] * 12, chunksize=1)
     assert all(rows == ROWS for rows in found)
     assert [file.suffix for file in (tmp_path / "kind").iterdir()] == [".arrow"]
+    assert len(list(tmp_path.glob("written-*"))) == 1
+
+
+def test_a_line_says_whom_a_process_waits_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    caplog.set_level("INFO")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        other = pool.apply_async(slow_use, [tmp_path])
+        while not list(tmp_path.glob("written-*")):
+            time.sleep(0.01)
+        assert use(tmp_path) == ROWS == other.get()
+    [file] = (tmp_path / "kind").iterdir()
+    assert f"waiting for another process, which writes {file}" in caplog.text
+
+
+def test_a_writer_that_fails_leaves_nothing_and_the_next_one_writes(tmp_path):
+    def fails(file: Path) -> None:
+        raise ValueError("a fault in the rows")
+
+    with pytest.raises(ValueError, match="a fault in the rows"):
+        cached("kind", {"fact": 0}, fails, tmp_path)
+    assert list((tmp_path / "kind").iterdir()) == []
+    assert use(tmp_path) == ROWS
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(self, timeout=None):
+        raise NotImplementedError
+
+    monkeypatch.setattr(cache.FileLock, "acquire", unsupported)
+    assert use(tmp_path) == ROWS == use(tmp_path)
 
 
 @pytest.mark.parametrize(

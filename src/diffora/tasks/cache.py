@@ -1,7 +1,8 @@
 """Encoded splits on disk. Each is one arrow file, named by a hash of everything it depends on and mapped into memory.
 
 The last 32 bytes of a file, after the end of the arrow stream, are a digest of its name and content. The digest is
-checked before the file is used. Files are put in place atomically, so several runs can share a cache and write to it.
+checked before the file is used. Files are put in place atomically, so several runs can share a cache. A file that
+several processes need is written by one of them.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from diffora import digests
 from diffora.digests import default_cache_dir
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SEAL = 32
 """Bytes of the digest at the end of a file."""
+PATIENCE = 2.0
+"""After so many seconds of waiting for another process, a line says so."""
 
 
 def cached(
@@ -46,24 +50,59 @@ def cached(
         UserError: the cache cannot be written.
     """
     file = file_of(kind, facts, cache_dir)
-    if file.exists():
-        try:
-            if is_sealed(file):
-                return datasets.Dataset.from_file(str(file))
-            reason: Any = "its digest does not match its content"
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = error
-        log.warning("damaged cache file %s (%s): writing it again", file, reason)
+    found, _ = _opened(file)
+    if found is not None:
+        return found
     try:
-        with atomic(file) as scratch:
-            write(scratch)
-            seal(scratch, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(file):
+            found, fault = _opened(file)
+            if found is not None:  # another process has just written it
+                return found
+            if fault:
+                log.warning("damaged cache file %s (%s): writing it again", file, fault)
+            with atomic(file) as scratch:
+                write(scratch)
+                seal(scratch, file)
     except OSError as error:
         raise UserError(
             f"Cannot write the cache file {file}: {error.strerror or error}. "
             "Choose another folder with the environment variable DIFFORA_CACHE."
         ) from error
     return datasets.Dataset.from_file(str(file))
+
+
+def _opened(file: Path) -> tuple[datasets.Dataset | None, str]:
+    """The content of a cache file, or None and what is wrong with the file, if there is one."""
+    if not file.exists():
+        return None, ""
+    try:
+        if is_sealed(file):
+            return datasets.Dataset.from_file(str(file)), ""
+        return None, "its digest does not match its content"
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return None, str(error)
+
+
+@contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Let one process write a file; the others wait. The processes of a run and the runs of a sweep need the same ones.
+
+    On a file system without locks nobody waits, and the last one who is ready replaces the file.
+    """
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        log.info("waiting for another process, which writes %s", file)
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def file_of(kind: str, facts: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
