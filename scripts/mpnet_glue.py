@@ -4,7 +4,8 @@
     python scripts/mpnet_glue.py docs/results/data/mpnet_glue.json <folder> --page …    # adds further runs to it
     python scripts/mpnet_glue.py docs/results/data/mpnet_glue.json                      # the same without runs
 
-Differences from LoRA of rank 2 with the same α are paired over seeds, with Student's t. The papers' figures are those
+Differences from LoRA of rank 2 with the same α, and of DiffoRA from random selections, are paired over seeds, with
+Student's t. The papers' figures are those
 of the experiment's file: [D] Table 8, of RoBERTa-base.
 """
 
@@ -77,7 +78,7 @@ def text_of(tables: Mapping[str, Table]) -> str:
             lora = {} if name == LORA else seeds_of.get(LORA, {})
             cells = [name, *_measured(seeds_of.get(name, {}), lora), str(names[name].get(task, ""))]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", _chosen_or_drawn(seeds_of), ""]
     return "\n".join(lines).strip()
 
 
@@ -95,6 +96,15 @@ def _measured(seeds: Seeds, lora: Seeds) -> list[str]:
     cells.append(verdict(difference, MARGIN) if tested and difference is not None else "")
     hours = spread(values["hours"] for values in seeds.values())
     return [*cells, "" if hours is None else f"{hours.mean:.1f}"]
+
+
+def _chosen_or_drawn(seeds_of: Mapping[str, Seeds]) -> str:
+    """DiffoRA's selection beside random ones of the same number of modules, in one line."""
+    difference = paired(*(by_seed(seeds_of.get(name, {})) for name in ("DiffoRA", "random")))
+    if difference is None:
+        return "DiffoRA less random: not run."
+    tested = f" (95 %), {verdict(difference, MARGIN)}" if difference.p is not None else ""
+    return f"DiffoRA less random, paired over {difference.n} seed{'s'[: difference.n > 1]}: {points(difference)}{tested}."
 
 
 def main() -> None:

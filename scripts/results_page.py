@@ -5,7 +5,7 @@
 A measurement in claims.json has one of these inputs; the script adds what follows from it.
 
 - ``differences``, ours less theirs, each from one of: two ``rows`` of another JSON ``file``, with values by seed
-  (paired), ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean, standard deviation, n] of ours and of
+  (paired; with ``task``, they are rows of data/mpnet_glue.json by their names), ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean, standard deviation, n] of ours and of
   theirs; unpaired), ``stated`` ([mean, low, high, n] as on the page; paired).
 - ``percentile`` and ``draws``: a selector of selection_quality, a column of selection_draws, in their JSON files.
 - ``exact``: a result in words.
@@ -54,10 +54,14 @@ def interval(mean: float, error: float, n: int) -> Difference:
     return Difference(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)
 
 
-def by_seed(given: Found, facts: Found, factor: float) -> dict[int, float]:
-    """A metric by seed of the one row of a JSON file that has these facts."""
-    [row] = [row for row in json.loads((ROOT / given["file"]).read_text()) if facts.items() <= row.items()]
-    return {int(seed): factor * values[given["metric"]] for seed, values in row["seeds"].items()}
+def by_seed(given: Found, wanted: Any, factor: float) -> dict[int, float]:
+    """A metric by seed of one row of a JSON file: of the row that has the wanted facts, or of a task's row by name."""
+    content = json.loads((ROOT / given["file"]).read_text())
+    if "task" in given:
+        row, metric = content[given["task"]]["rows"][wanted], "value"
+    else:
+        [row], metric = [row for row in content if wanted.items() <= row.items()], given["metric"]
+    return {int(seed): factor * values[metric] for seed, values in row["seeds"].items()}
 
 
 def difference(given: Found, factor: float) -> Difference:
@@ -70,7 +74,7 @@ def difference(given: Found, factor: float) -> Difference:
         assert error is not None
         return Difference(mean, low, high, interval(mean, error, n).p, n)
     if "rows" in given:
-        ours, theirs = (by_seed(given, facts, factor) for facts in given["rows"])
+        ours, theirs = (by_seed(given, row, factor) for row in given["rows"])
     else:
         ours, theirs = ({int(seed): pair[i] for seed, pair in given["values"].items()} for i in (0, 1))
     found = paired(ours, theirs)

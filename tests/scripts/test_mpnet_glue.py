@@ -33,7 +33,15 @@ def test_rows_are_compared_with_lora_of_the_same_seeds(runs):
     assert row["DiffoRA"].endswith("| undecided | 0.5 | 64.95 |")
     assert row[script.LORA] == "| LoRA, r = 2, s = 8 | 1,000 to 1,002 | 3 | 61.00 ± 1.00 |  |  | 0.5 | 63.54 |"
     assert row["random"] == "| random |  | 0 | not run |  |  |  |  |"
-    assert "**stsb**" not in lines
+    assert "**stsb**" not in lines and "DiffoRA less random: not run." in lines
+
+
+def test_diffora_is_compared_with_random_selections(runs):
+    drawn = [record("random", seed, value) for seed, value in ((0, 0.60), (1, 0.62), (2, 0.70))]
+    [line] = [line for line in script.text_of(script.tables_of([*runs, *drawn])).splitlines() if "less random" in line]
+    assert line.startswith("DiffoRA less random, paired over 2 seeds: +2.5 (") and line.endswith(" (95 %), undecided.")
+    one = script.text_of(script.tables_of([*runs, drawn[1]]))
+    assert "DiffoRA less random, paired over 1 seed: +3.0." in one
 
 
 def test_a_table_grows_from_its_figures_and_further_runs(runs):

@@ -48,6 +48,9 @@ def seeds_of(d):
     if "rows" not in d:
         return None
     rows = json.loads((REPO / d["file"]).read_text())
+    if "task" in d:
+        runs = [rows[d["task"]]["rows"][name]["seeds"] for name in d["rows"]]
+        return [{seed: run["value"] for seed, run in seeds.items()} for seeds in runs]
     both = [next(r for r in rows if all(r[k] == v for k, v in facts.items())) for facts in d["rows"]]
     return [{seed: run[d["metric"]] for seed, run in row["seeds"].items()} for row in both]
 
@@ -102,6 +105,9 @@ def test_where_the_records_were_kept_every_run_has_the_hash_of_its_configuration
     for d in (d for one in kept for d in one["differences"]):
         if "config_hashes" in d:
             hashes = [h for pair in d["config_hashes"].values() for h in pair]
+        elif "task" in d:
+            rows = json.loads((REPO / d["file"]).read_text())[d["task"]]["rows"]
+            hashes = [run["config_hash"] for name in d["rows"] for run in rows[name]["seeds"].values()]
         else:
             rows = json.loads((REPO / d["file"]).read_text())
             mine = [row for row in rows if any(facts.items() <= row.items() for facts in d["rows"])]
