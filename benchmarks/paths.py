@@ -1,12 +1,13 @@
-"""Do all paths of the low-rank layer give the same results? One task with each path, over several seeds.
+"""Do all ways to compute a run give the same results? One task in each way, over several seeds.
 
     python -m benchmarks.paths [--seeds 0 1 2] -- task=mrpc task.path=<folder> model=minilm model.path=<folder>
 
-The paths: ``default`` is what runs use. ``plain`` is ``model.kernel=plain``, the formula in plain operations, with
-torch's own dropout. ``added`` is the fused layer that never folds the update into the weight. ``folded`` is the fused
-layer that folds it wherever it can. The tests compare gradients to the last digits. This benchmark compares whole
-runs, which differ in rounding and dropout masks. Results are in benchmarks/results/paths.json; a second call computes
-only what is missing there.
+The paths: ``default`` is what runs in float32 use. ``plain`` is ``model.kernel=plain``, the formula in plain
+operations, with torch's own dropout. ``added`` is the fused layer that never folds the update into the weight.
+``folded`` is the fused layer that folds it wherever it can. ``cached`` has the frozen layers computed once and without
+dropout, so give a ``model.layer`` without the lowest ones. ``bfloat16`` and ``compiled`` are the settings of these
+names. The tests compare gradients to the last digits. This benchmark compares whole runs, which differ in rounding and
+dropout masks. Results are in benchmarks/results/paths.json; a second call computes only what is missing there.
 """
 
 import argparse
@@ -25,12 +26,21 @@ from diffora.files import conf_dir, write_text
 from diffora.kernels import fused
 from diffora.run import experiment
 
-PATHS = ("default", "plain", "added", "folded")
-METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=1"]
+PATHS: dict[str, list[str]] = {
+    "default": [],
+    "plain": ["model.kernel=plain"],
+    "added": [],
+    "folded": [],
+    "cached": ["trainer.cache_prefix=true"],
+    "bfloat16": ["trainer.precision=bf16-mixed", "model.dtype=bfloat16"],
+    "compiled": ["trainer.compile=true"],
+}
+"""The settings of each path. ``added`` and ``folded`` are no settings; see `path`."""
+METHOD = ["method=lora", "logger=[csv]", "rank=4", "finetune.epochs=3", "trainer=cpu", "trainer.precision=32-true"]
 
 
 def path(name: str) -> AbstractContextManager[object]:
-    """A context in which the layers use a path; ``plain`` is a setting of the run instead."""
+    """A context in which the layers use a path that is no setting of the run."""
     if name in ("added", "folded"):
         return mock.patch.object(fused, "FOLD_FROM", math.inf if name == "added" else 0.0)
     return nullcontext()
@@ -39,8 +49,7 @@ def path(name: str) -> AbstractContextManager[object]:
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, object]:
     """Metrics and time of one run."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        kernel = "plain" if name == "plain" else "auto"
-        cfg = compose("config", [*METHOD, f"seed={seed}", f"model.kernel={kernel}", *overrides])
+        cfg = compose("config", [*METHOD, f"seed={seed}", *overrides, *PATHS[name]])
     with path(name), tempfile.TemporaryDirectory() as folder:
         record = experiment.run(cfg, Path(folder) / "run").record
     metrics = {key: value for key, value in record["metrics"].items() if key.startswith("validation/")}
