@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
-from diffora.run.evaluate import evaluate, read_request
+from diffora.run.evaluate import _output, evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.texts.divide import choose_validation
@@ -304,6 +304,38 @@ def test_a_run_and_new_rows(cfg, tmp_path):
     write(place, [{"text": "a", "label": "sales"}])
     with pytest.raises(UserError, match=r"\"sales\" is not a class of the training rows"):
         evaluate(read_request([f"run={folder}", f"task.path={place}", f"output={tmp_path / 'bad'}"]))
+
+
+def test_validation_rows_that_may_have_been_trained_on_are_refused(cfg, tmp_path, caplog):
+    """They are drawn from the training rows: others if the file has changed, or with another seed of the draw."""
+    place = write(tmp_path / "t.csv", tickets())
+    folder = run(cfg("task=text", f"task.path={place}", *SHORT.split()), tmp_path / "run").folder
+    words = [f"run={folder}", f"output={tmp_path / 'out'}"]
+    for changed in ("task.split_seed=7", "task.validation_fraction=0.4"):
+        with pytest.raises(UserError, match=r"split=validation: these rows are drawn from the training rows"):
+            evaluate(read_request([*words, changed]))
+    assert not (tmp_path / "out").exists()
+    evaluate(read_request([*words, f"task.path={place}"]))  # all rows: the user has asked for them
+    assert f"task.path={place} has the rows that the run was trained on" in caplog.text
+    write(place, [*tickets(), {"text": "a new one", "label": "bug"}])
+    with pytest.raises(UserError, match="the data or the settings of the task are not those of the run"):
+        evaluate(read_request([*words[:1], f"output={tmp_path / 'other'}"]))
+
+
+def test_test_rows_that_are_training_rows_are_counted(cfg, tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.csv", tickets())
+    write(tmp_path / "data" / "validation.csv", tickets()[:5])
+    write(tmp_path / "data" / "test.csv", [*tickets()[:4], {"text": "never seen before", "label": "bug"}])
+    words = ["task=text", f"task.path={tmp_path / 'data'}", "predict=true", *SHORT.split()]
+    record = run(cfg(*words), tmp_path / "run").record
+    assert "4 of 5 rows are training rows too: the score may be too high" in record["data"]["test"]["notes"]
+
+
+def test_evaluations_that_start_together_have_folders_of_their_own(tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    folders = {_output({}, tmp_path / "run") for _ in range(20)}
+    assert len(folders) > 18 and {folder.parent for folder in folders} == {tmp_path / "run"}
 
 
 def test_an_adapter_away_from_its_run_knows_its_classes(cfg, tmp_path):

@@ -20,8 +20,9 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.predict import device_of
 from diffora.loop.resume import Earlier, earlier
-from diffora.loop.splits import alike_of
+from diffora.loop.splits import alike_of, count_shared
 from diffora.settings.sections import Settings
+from diffora.tasks.account import Account, note_shared
 from diffora.tasks.base import Collate, Rows, Split, Task
 from diffora.tasks.encoding import processes
 
@@ -65,6 +66,9 @@ class Data:
         train = Split(rows.train, task.encode(rows.train, processor, training=True))
         validation = {name: evaluated(part) for name, part in rows.validation.items()}
         tested = {name: evaluated(part) for name, part in test.items()}
+        for name, split in tested.items():
+            if task.labelled(split):
+                note_shared(task.accounts.setdefault(name, Account(len(split.rows))), *count_shared(split, train))
         splits = {"train": train, **validation, **tested}
         return cls(
             train,

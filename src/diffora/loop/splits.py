@@ -120,12 +120,29 @@ def alike_of(split: Split) -> np.ndarray:
     row, the whole rows are compared. Rows of a task that has neither tokens nor image files count as different.
     """
     names, example = np.unique(examples_of(split.encoded), return_inverse=True)
-    content = np.zeros(len(names), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        np.add.at(content, example, _digests(split))
-    _, first, group = np.unique(content, return_index=True, return_inverse=True)
+    _, first, group = np.unique(_contents(split, example), return_index=True, return_inverse=True)
     found: np.ndarray = names[first[group]][example]
     return found
+
+
+def count_shared(split: Split, train: Split) -> tuple[int, int]:
+    """(how many examples of a split have the inputs of a training example, how many examples it has)."""
+    contents, trained = (
+        _contents(part, np.unique(examples_of(part.encoded), return_inverse=True)[1]) for part in (split, train)
+    )
+    return int(np.isin(contents, trained).sum()), len(contents)
+
+
+def _contents(split: Split, example: np.ndarray) -> np.ndarray:
+    """A 64-bit digest of the inputs of each example, from those of its rows.
+
+    Args:
+        example: [n] the number of the example that each row belongs to, from 0 without gaps.
+    """
+    content = np.zeros(int(example.max(initial=-1)) + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(content, example, _digests(split))
+    return content
 
 
 def _digests(split: Split) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,9 +85,11 @@ def read_request(arguments: list[str]) -> Request:
     cfg, weights = settings_of_run(place) if "run" in own else _of_adapter(place, choices, paths)
     if "run" in own:  # only the command line may allow code, not a folder that may come from others
         OmegaConf.update(cfg, "model.trust_remote_code", False)
+    before = cfg.task.get("path")
     cfg = override(cfg, choices if "run" in own else [], values, paths)
     if "task.path" in values:
         _suit_place(cfg, values)
+        _note_own_rows(before, cfg)
     named = "adapter" in own or "task._target_" in values or any(choice.startswith("task=") for choice in choices)
     class_at(cfg.task.get("_target_"), Task, "task._target_", None if named else place / "config.yaml")
     if problems := section_problems(cfg, SECTIONS):
@@ -149,7 +152,9 @@ def _own_problems(own: dict[str, Any]) -> Iterator[str]:
 
 def _output(own: dict[str, Any], place: Path) -> Path:
     """The folder for metrics and predictions: ``output=``, or a new one below the run, the adapter, or here."""
-    default = (place if place.is_dir() else Path()) / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Evaluations that start together need different folders, on one machine and on several.
+    name = f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = (place if place.is_dir() else Path()) / name
     output = Path(str(own["output"])).expanduser() if "output" in own else default
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"output={output} is not an empty folder: choose another one")
@@ -238,6 +243,13 @@ def _suit_place(cfg: DictConfig, values: Mapping[str, Any]) -> None:
             cfg.task[name] = getattr(PlaceSettings, name)
 
 
+def _note_own_rows(before: str | None, cfg: DictConfig) -> None:
+    """Say so if ``task.path`` on the command line is the file that the run was trained on."""
+    file = Path(str(cfg.task.path)).expanduser()
+    if before is not None and file.is_file() and Path(before).exists() and file.samefile(before):
+        log.warning(f"task.path={file} has the rows that the run was trained on: the score may be too high")
+
+
 def evaluate(request: Request) -> dict[str, dict[str, float]]:
     """Predict and, where there are labels, score. Writes ``metrics.json`` and the predictions.
 
@@ -272,6 +284,8 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
             raise UserError(f"{file}: the classes are not a list of names")
         task.expect(trained)
     names = request.splits or task.default_splits(request.other_data)
+    if not request.other_data:
+        _check_drawn_rows(task, names, record)
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
     check_backbone(cfg, request.weights, request.own_backbone)
@@ -304,6 +318,20 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     write_text(request.output / "metrics.json", json.dumps(account, indent=1) + "\n")
     terminal.print_evaluation(account, [request.output / "metrics.json", *files])
     return found
+
+
+def _check_drawn_rows(task: Task, names: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Refuse validation rows that are drawn from other training rows than the run's, or in another way.
+
+    The model may have been trained on some of them.
+    """
+    drawn = [name for name in names if task.drawn_from_training(name)]
+    if drawn and "data_hash" in record and task.load().data_hash != record["data_hash"]:
+        raise UserError(
+            f"split={drawn[0]}: these rows are drawn from the training rows, and the data or the settings of the task "
+            "are not those of the run. So the model may have been trained on some of them. Bring data and settings "
+            "back, or give other rows: task.path=<file>"
+        )
 
 
 def load_trained(

@@ -86,5 +86,11 @@ def note_overlap(accounts: Accounts, keys: Mapping[str, Any]) -> None:
         keys: for each split, an arrow array with one key (text or bytes) per row; equal rows have equal keys.
     """
     for name, account in accounts.items():
-        if name in keys and name != "train" and (found := pc.sum(pc.is_in(keys[name], keys["train"])).as_py()):
-            account.notes.append(f"{found:,} of {account.used:,} rows are training rows too: the score may be too high")
+        if name in keys and name != "train":
+            note_shared(account, pc.sum(pc.is_in(keys[name], keys["train"])).as_py() or 0, account.used)
+
+
+def note_shared(account: Account, found: int, rows: int) -> None:
+    """Note how many of a split's rows are training rows too, if there are any."""
+    if found:
+        account.notes.append(f"{found:,} of {rows:,} rows are training rows too: the score may be too high")

@@ -143,6 +143,10 @@ class Task:
         """
         return self.validation_splits
 
+    def drawn_from_training(self, split: str) -> bool:
+        """Whether the rows of a split, other than "train", are taken from the training rows."""
+        return False
+
     # --- before training ---
 
     def problems(self) -> Iterator[str]:

@@ -87,6 +87,9 @@ class OwnRowsTask(Task):
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         return self.place.default_splits(other_data)
 
+    def drawn_from_training(self, split: str) -> bool:
+        return self.place.drawn_from_training(split)
+
     def problems(self) -> Iterator[str]:
         yield from self.place.problems()
 

@@ -43,6 +43,9 @@ class Seq2SeqTask(PairTask):
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         return self.place.default_splits(other_data)
 
+    def drawn_from_training(self, split: str) -> bool:
+        return self.place.drawn_from_training(split)
+
     def problems(self) -> Iterator[str]:
         c = self.cfg
         yield from self.place.problems()

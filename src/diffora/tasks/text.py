@@ -91,6 +91,9 @@ class TextTask(SentenceTask):
     def default_splits(self, other_data: bool) -> tuple[str, ...]:
         return self.source.default_splits(other_data)
 
+    def drawn_from_training(self, split: str) -> bool:
+        return self.source.drawn_from_training(split)
+
     def problems(self) -> Iterator[str]:
         names, cfg = self.columns.texts, self.cfg
         yield from self.source.problems()

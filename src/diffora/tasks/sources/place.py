@@ -123,6 +123,10 @@ class Place:
         """The splits to evaluate: all rows of another file, otherwise the validation rows."""
         return (ALL,) if other_data and self.is_file else ("validation",)
 
+    def drawn_from_training(self, split: str) -> bool:
+        """Whether the rows of a split are taken from the training rows."""
+        return split == "validation" and not self.has_validation()
+
     def of_training(self, split: str) -> bool:
         """Whether the rows of a split are known only after the training rows are divided.
 
@@ -133,7 +137,7 @@ class Place:
             raise UserError(
                 f"split={split}: task.path={self.path} is one file; it has the splits all, train, validation"
             )
-        return split == "train" or (split == "validation" and not self.has_validation())
+        return split == "train" or self.drawn_from_training(split)
 
     def files(self, split: str, problems: list[str]) -> list[Path]:
         """The files of a split; empty, with a message in ``problems``, if there are none.
