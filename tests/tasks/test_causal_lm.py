@@ -188,7 +188,7 @@ def test_answers_are_found_in_any_text(contents, name):
     template, end = TEMPLATES[name]
     tokenizer = TOKENIZERS.setdefault(name, byte_level(template))
     contents = [f"q{text}q" for text in contents]  # without white space at the ends, which templates may trim
-    ids, counted = tokens._chat(turns_of(contents), tokenizer, "completion")
+    ids, counted, _ = tokens._chat(turns_of(contents), tokenizer, "completion")
     assert answers(ids, counted.tolist(), tokenizer) == [f"{text}{end}" for text in contents[1::2]]
 
 

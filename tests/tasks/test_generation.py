@@ -26,6 +26,7 @@ from diffora.tasks.base import Split, get_task
 from diffora.tasks.chat.conversations import characters, row_keys
 from diffora.tasks.chat.held_out import Forgetting, read_texts
 from diffora.tasks.chat.prompts import left_padded
+from diffora.tasks.chat.tokens import end_of_turn
 from diffora.tasks.generation import evenly, generate
 
 LLAMA = EMBEDDED.parent / "tiny_llama"
@@ -92,7 +93,7 @@ def test_texts_do_not_depend_on_batch_padding_or_cache(cfg, kind):
     def texts(lists, more=0, **how):
         ids, mask = left_padded(lists, pad)
         ids, mask = F.pad(ids, (more, 0), value=pad), F.pad(mask, (more, 0))
-        return generate(model, {"input_ids": ids, "attention_mask": mask}, 8, pad, end, **how)
+        return generate(model, {"input_ids": ids, "attention_mask": mask}, 8, pad, [end], **how)
 
     together = texts(prompts)
     assert together.shape == (6, 8) and len({tuple(row) for row in together.tolist()}) > 3
@@ -117,6 +118,28 @@ def test_the_checkpoints_other_settings_do_not_matter(cfg):
     model.generation_config.repetition_penalty = 5.0
     assert generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0).equal(before)
     assert model.generation_config.do_sample  # its own settings are back
+
+
+def test_an_answer_ends_where_the_template_ends_it(cfg, tmp_path):
+    """A base model's tokenizer ends texts with another token than its chat template ends a turn."""
+    folder = chats(tmp_path / "rows")
+    model, tokenizer = random_gpt2(cfg)
+    ended = end_of_turn(tokenizer, None)
+    assert ended == tokenizer.eos_token_id and tokenizer.decode([ended]) == "<|end|>"
+    tokenizer.eos_token = "<s>"
+    assert end_of_turn(tokenizer, None) == ended != tokenizer.eos_token_id
+    assert end_of_turn(tokenizer, "ask {prompt} . ") == tokenizer.eos_token_id  # no template
+    task = get_task(cfg(*overrides(folder, "task.packing=false")).task)
+    rows = task.load().validation["validation"]
+    encoded = task.encode(rows, tokenizer, False)
+    batch = task.collate(tokenizer, False)(encoded[:4])
+    with torch.no_grad():  # the end of the turn follows every token
+        model.lm_head.weight.copy_(-model.lm_head.weight.abs())
+        model.lm_head.weight[ended] = 1
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+    text = task.evaluate(model, batch, final=True)["text"]
+    assert text.tolist() == [[ended] + [tokenizer.pad_token_id or 0] * 5] * 4
 
 
 def test_generating_compiles_nothing(cfg):
@@ -196,6 +219,11 @@ def test_a_prompt_whose_end_joins_the_answer_is_told(cfg, tmp_path):
         said = "10 of 10 prompts have other tokens than in training"
         assert sum(split.encoded["prompt_differs"]) == differing and len(account.notes) == bool(differing)
         assert all(said in note for note in account.notes)
+        learned = Split(rows, task.encode(rows, tokenizer, True))
+        task.count_encoded(trained := Account(len(rows)), learned)
+        assert sum(learned.encoded["joint"]) == differing and len(trained.notes) == bool(differing)
+        for row, turns in zip(learned.encoded, rows["messages"], strict=True):  # the whole answer counts
+            assert sum(row["counted"]) == len(tokenizer.tokenize(turns[1]["content"])) + 1
 
 
 def test_long_training_rows_are_left_out_and_counted(cfg, tmp_path):

@@ -33,7 +33,7 @@ from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.prompts import reference, reference_problem, shape_problem, with_prompts
 from diffora.tasks.chat.settings import CausalLMSettings
-from diffora.tasks.chat.tokens import PLACE, encode
+from diffora.tasks.chat.tokens import PLACE, encode, end_of_turn
 from diffora.tasks.generation import evenly, generate, with_others
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.sources.files import check_folder, find_file, has_validation
@@ -152,6 +152,12 @@ To generate, write the conversation as in training:
             tables["validation"] = subset(tables["validation"], c.max_validation_rows, accounts["validation"], key)
         return tables, source
 
+    def drawn_from_training(self, split: str) -> bool:
+        c = self.cfg
+        if split != "validation" or c.path is None:
+            return split == "validation" and c.validation_split is None
+        return not has_validation(self._folder(), ("jsonl", "parquet"))
+
     def load_split(self, split: str) -> datasets.Dataset:
         if split == "validation":
             return datasets.Dataset(self._divided()[1])
@@ -235,6 +241,13 @@ To generate, write the conversation as in training:
         nothing = " (no turn of the assistant)" if c.train_on == "completion" else ""
         account.drop(f"nothing to learn within task.max_length={c.max_length}{nothing}", len(split.rows) - begun)
         account.change(f"cut at task.max_length={c.max_length}", cut)
+        joint = pc.sum(table.column("joint")).as_py() or 0
+        if joint and "prompt_differs" not in table.column_names:
+            account.notes.append(
+                f"in {joint:,} of {len(split.rows):,} rows, the end of the prompt and the start of the answer are one "
+                "token, which counts; a model that is asked later reads other tokens. End task.prompt without a space, "
+                "or with a new line"
+            )
         if "prompt_cut" in table.column_names:
             account.change(f"prompt cut at task.max_length={c.max_length}", pc.sum(table.column("prompt_cut")).as_py())
             if n := pc.sum(table.column("prompt_differs")).as_py():
@@ -247,6 +260,7 @@ To generate, write the conversation as in training:
 
     def collate(self, processor: Any, training: bool) -> Collate:
         self._tokenizer = processor  # decodes what was generated
+        self._ends = processor.eos_token_id, end_of_turn(processor, self.cfg.prompt)
         return ChatCollator(processor.pad_token_id or 0, pad_to_multiple_of=self.width_multiple)
 
     def labelled(self, split: Split) -> bool:
@@ -318,7 +332,7 @@ To generate, write the conversation as in training:
         wanted = with_others(model, chosen)
         if wanted.any():
             prompts = {"input_ids": batch["prompt_ids"][wanted], "attention_mask": batch["prompt_mask"][wanted]}
-            text[wanted] = generate(model, prompts, most, pad, self._tokenizer.eos_token_id)
+            text[wanted] = generate(model, prompts, most, pad, self._ends)
         return found | {"generated": chosen, "text": text}
 
     @property

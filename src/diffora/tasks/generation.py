@@ -1,6 +1,6 @@
 """Text that a model generates in an evaluation, for tasks that score it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ def generate(
     inputs: Mapping[str, Tensor],
     most: int,
     pad: int,
-    end: int | None = None,
+    ends: Sequence[int | None] = (),
     num_beams: int = 1,
     use_cache: bool = True,
 ) -> Tensor:
@@ -28,17 +28,17 @@ def generate(
         inputs: input_ids and attention_mask, [n, length]. The prompts of a decoder are padded on the left.
         most: the most tokens to generate. Shorter texts are padded.
         pad: the padding token.
-        end: a token that ends a text, besides the checkpoint's own end tokens.
+        ends: tokens that end a text, besides the checkpoint's own end tokens.
         use_cache: whether to keep keys and values; without them, each token costs a pass over all tokens before it.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The checkpoint's other settings (least lengths, penalties) suit the data that it was made for, not these.
     config = GenerationConfig(
         **{name: getattr(own, name, None) for name in TOKENS},
-        eos_token_id=sorted({token for token in (*ends, end) if token is not None}) or None,
+        eos_token_id=sorted({token for token in (*own_ends, *ends) if token is not None}) or None,
         pad_token_id=pad,
         max_new_tokens=most,
         num_beams=num_beams,

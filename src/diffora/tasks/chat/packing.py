@@ -26,7 +26,7 @@ def pack(encoded: datasets.Dataset, max_length: int) -> datasets.Dataset:
 def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
     schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "segments": lists}
-    schema |= {"length": number, "row": number, "example": number, "begun": number, "cut": number}
+    schema |= {"length": number, "row": number, "example": number, "begun": number, "cut": number, "joint": number}
     lengths, examples = (encoded.data.column(name).to_numpy() for name in ("length", "example"))
     packs = best_fit(lengths, max_length)
     home: dict[int, int] = {}
@@ -47,6 +47,7 @@ def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int) -> Non
                 columns["row"].append(start + at)
                 columns["begun"].append(sum(rows["begun"][own]))
                 columns["cut"].append(sum(rows["cut"][own]))
+                columns["joint"].append(sum(rows["joint"][own]))
                 columns["example"].append(home[int(examples[members[0]])])
             append(columns)
 

@@ -17,7 +17,7 @@ from diffora.tasks.chat.forms import Turn
 from diffora.tasks.encoding import Faults, write_rows
 from diffora.tasks.messages import first_line, more
 
-FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 3  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
 
 
@@ -84,7 +84,7 @@ def encode(
 def _write(file: Path, rows: datasets.Dataset, how: dict[str, Any], num_proc: int) -> None:
     lists, number = pa.list_(pa.int32()), pa.int32()
     types = {"input_ids": lists, "counted": pa.list_(pa.int8()), "length": number, "row": number, "example": number}
-    types |= {"begun": number, "cut": number}
+    types |= {"begun": number, "cut": number, "joint": number}
     ranges = ((start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
     work = partial(_encode, names=list(types), **how)
     try:
@@ -109,20 +109,26 @@ def _encode(
     faults = []
     for i, (turns, text, number) in enumerate(zip(chunk["messages"], chunk["text"], chunk["number"], strict=True)):
         try:
-            ids, counted = _chat(turns, tokenizer, train_on, prompt) if turns else _text(text, tokenizer)
+            ids, counted, joint = _chat(turns, tokenizer, train_on, prompt) if turns else _text(text, tokenizer)
         except Exception as error:  # a template is a program: it can fail in any way
             faults.append(f"row {number}: {first_line(error)}")
             continue
         # The second window of a conversation would lack its beginning; plain text can begin anywhere.
         end = min(len(ids), max_length) if turns else len(ids)
-        _append_windows(columns, ids, counted, end, max_length, example=start + i)
+        _append_windows(columns, ids, counted, end, max_length, start + i, joint)
     if faults:
         raise UserError(faults)
     return columns
 
 
 def _append_windows(
-    columns: dict[str, list[Any]], ids: list[int], counted: np.ndarray, end: int, max_length: int, example: int
+    columns: dict[str, list[Any]],
+    ids: list[int],
+    counted: np.ndarray,
+    end: int,
+    max_length: int,
+    example: int,
+    joint: bool,
 ) -> None:
     """Append the windows of the tokens up to ``end`` that have a token that counts."""
     is_first = True
@@ -136,34 +142,42 @@ def _append_windows(
             columns["example"].append(example)
             columns["begun"].append(int(is_first))
             columns["cut"].append(int(end < len(ids)))
+            columns["joint"].append(int(is_first and joint))
             is_first = False
 
 
-def _text(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    """Token ids of plain text, with special tokens and an end token. All of them count."""
+def _text(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray, bool]:
+    """Token ids of plain text, with special tokens and an end token, as `_chat` returns them. All of them count."""
     ids = list(tokenizer(text).input_ids)
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
-    return ids, np.ones(len(ids), dtype=np.int8)
+    return ids, np.ones(len(ids), dtype=np.int8), False
 
 
-def _chat(turns: list[Turn], tokenizer: Any, train_on: str, prompt: str | None = None) -> tuple[list[int], np.ndarray]:
-    """Token ids of a conversation, and which of them count."""
+def _chat(
+    turns: list[Turn], tokenizer: Any, train_on: str, prompt: str | None = None
+) -> tuple[list[int], np.ndarray, bool]:
+    """Token ids of a conversation, which of them count, and whether a token has both prompt and answer in it.
+
+    Such a token counts, because the answer begins in it.
+    """
     template = None if prompt is not None else tokenizer.chat_template
     if train_on == "completion" and isinstance(template, str) and GENERATION.search(template):
         # The template itself marks the assistant's text.
         out = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
-        return list(out["input_ids"]), np.array(out["assistant_masks"], dtype=np.int8)
+        return list(out["input_ids"]), np.array(out["assistant_masks"], dtype=np.int8), False
     text = render(turns, tokenizer, prompt=prompt)
     # A model's own template writes the special tokens. With the plain template or a prompt, the tokenizer adds them.
     out = tokenizer(text, add_special_tokens=template is None, return_offsets_mapping=True)
     ids, offsets = list(out["input_ids"]), np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     if train_on == "all":
-        return ids, np.ones(len(ids), dtype=np.int8)
-    counted = np.zeros(len(ids), dtype=np.int8)
+        return ids, np.ones(len(ids), dtype=np.int8), False
+    counted, joint = np.zeros(len(ids), dtype=np.int8), False
     for first, end in answer_spans(turns, text, tokenizer, prompt):
-        counted[(offsets[:, 0] >= first) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = 1
-    return ids, counted
+        inside = (offsets[:, 1] > first) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        counted[inside] = 1
+        joint |= bool((inside & (offsets[:, 0] < first)).any())
+    return ids, counted, joint
 
 
 def prompt_ids(turns: list[Turn], tokenizer: Any, prompt: str | None) -> list[int]:
@@ -190,6 +204,21 @@ def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = Fals
         chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
     )
     return text
+
+
+def end_of_turn(tokenizer: Any, prompt: str | None) -> int | None:
+    """The special token that ends the assistant's turn in the chat template; None if the template has none.
+
+    It need not be the tokenizer's end token: a base model's tokenizer ends texts with another one than its template.
+    """
+    turns: list[Turn] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = render(turns, tokenizer, prompt=prompt)
+        [(first, end)] = answer_spans(turns, text, tokenizer, prompt)
+    except Exception:  # a template is a program; `encode` says what is wrong with it
+        return None
+    special = {t.content: number for number, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return special.get(max((mark for mark in special if text[first:end].endswith(mark)), key=len, default=""))
 
 
 def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | None = None) -> list[tuple[int, int]]:
