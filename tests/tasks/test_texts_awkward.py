@@ -2,6 +2,7 @@
 
 import gzip
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -65,7 +66,7 @@ def test_white_space_and_case_of_labels(task, tmp_path):
     given.load()
     assert list(given.spec.label_names) == ["Spam", "ham", "spam"]
     assert given.accounts["train"].changed == {"white space around the label removed": 2}
-    assert "classes whose names differ only in case or white space: Spam, spam" in notes_of(given)
+    assert "classes whose names differ only in case, white space or invisible characters: Spam, spam" in notes_of(given)
 
 
 @pytest.mark.parametrize("word", ["nan", "None", "NULL", "n/a"])
@@ -125,6 +126,40 @@ def test_rows_without_labels_and_with_unknown_ones(task, tmp_path):
         caught.value
     )
     assert "'bug' is meant" in str(caught.value) and "leave out column 'label'" in str(caught.value)
+
+
+def test_classes_with_very_long_numbers(task, tmp_path):
+    (tmp_path / "t.csv").write_text(HEAD + lines("9" * 5000, "12", "9" * 5000, "12"))
+    assert task(tmp_path / "t.csv").head()["id2label"] == {0: "12", 1: "9" * 5000}
+
+
+def test_names_that_differ_by_an_invisible_character_are_noted(task, tmp_path):
+    given = task(
+        write(tmp_path / "t.jsonl", [{"text": f"t{i}", "label": ("a", "a\u200b", "b")[i % 3]} for i in range(9)])
+    )
+    given.load()
+    assert "differ only in case, white space or invisible characters: a, a\u200b" in notes_of(given)
+
+
+def test_minus_one_is_a_missing_label_where_classes_have_names(task, tmp_path):
+    def file(name: str, labels: list[int]) -> None:
+        features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
+        rows = [{"text": f"{name} {i}", "label": label} for i, label in enumerate(labels)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+
+    file("train", [0, 1] * 4)
+    file("test", [-1] * 3)
+    given = task(tmp_path)
+    assert "label" not in given.load_split("test").column_names
+    file("train", [0, 1, -1, -1])
+    assert "row 3 (data rows, counted from 1), column 'label': no label" in problems_of(task(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Dev", "evaluation", "development", "validate", "holdout"])
+def test_validation_rows_under_another_name_are_not_passed_over(task, tmp_path, name):
+    write(tmp_path / "train.csv", tickets())
+    write(tmp_path / f"{name}.csv", tickets(6))
+    assert f"{name}.csv is not read under this name; call it validation." in problems_of(task(tmp_path))
 
 
 def test_a_folder_of_files_of_several_types(task, tmp_path):

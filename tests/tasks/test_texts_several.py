@@ -287,9 +287,27 @@ def test_a_run_and_new_rows(cfg, tmp_path):
     assert line["prediction"] == [name for name, p in line["probabilities"].items() if p >= 0.5]
 
 
-def test_null_in_a_list_and_spaces(task, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_null_in_a_list_is_refused_with_its_row(task, tmp_path, named):
+    kind = datasets.ClassLabel(names=["a", "b"]) if named else datasets.Value("string")
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.List(kind))
+    labels = [[0], [1, None], [0, 1], [None]] if named else [["a"], ["b", None], ["a", "b"], [None]]
+    rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    said = "row 2 (data rows, counted from 1), column 'label': the list of labels has a null in it (and 1 more such row)"
+    assert said in problems_of(task(tmp_path / "a.parquet"))
+
+
+def test_a_separator_can_be_white_space(task, tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"t{i},{'x y' if i % 2 else 'y'}\n" for i in range(8)))
+    given = task(tmp_path / "t.csv", "task.label_separator=' '")
+    given.load()
+    assert given.spec.label_names == ("x", "y")
+
+
+def test_empty_names_and_spaces(task, tmp_path):
     table = pa.table(
-        {"text": [f"t{i}" for i in range(6)], "label": [["x ", None], [" x", "y"], [], ["y", "y"], ["x"], ["y"]]}
+        {"text": [f"t{i}" for i in range(6)], "label": [["x ", ""], [" x", "y"], [], ["y", "y"], ["x"], ["y"]]}
     )
     pq.write_table(table, tmp_path / "t.parquet")
     given = task(tmp_path / "t.parquet")

@@ -950,7 +950,8 @@ def test_classes_that_differ_only_in_case_are_noted(folders, task):
         shutil.copytree(folders / split / "cat", folders / split / "Cat")
     made = task(folders)
     made.load()
-    assert "classes whose names differ only in case or white space: Cat, cat" in made.accounts["train"].notes
+    said = "classes whose names differ only in case, white space or invisible characters: Cat, cat"
+    assert said in made.accounts["train"].notes
 
 
 def test_an_empty_name_is_not_a_class(folders, tmp_path, task):

@@ -89,6 +89,7 @@ RANK = whole(1)
 SEED = whole(0, 2**32 - 1)
 FLAG = Check(lambda v: isinstance(v, bool), "true or false")
 TEXT = Check(_is_text, "text")
+CHARACTERS = Check(lambda v: isinstance(v, str) and bool(v) and _is_text(f"a{v}"), "at least one character")
 PATH = Check(is_path, "the name of a file or folder, in UTF-8")
 NULL = Check(lambda v: v is None, "null")
 NAMED = Check(

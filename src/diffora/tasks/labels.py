@@ -69,6 +69,11 @@ def known_classes(name: str, known: Sequence[str]) -> str | None:
 
 
 def alike(names: Sequence[str]) -> list[str]:
-    """Those names that equal another name except for case, surrounding white space and Unicode normalisation."""
-    plain = [unicodedata.normalize("NFC", name).strip().casefold() for name in names]
+    """Those names that look like another name: they differ in case, outer white space or invisible characters."""
+
+    def seen(name: str) -> str:
+        visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        return unicodedata.normalize("NFC", visible).strip().casefold()
+
+    plain = [seen(name) for name in names]
     return [name for name, form in zip(names, plain, strict=True) if plain.count(form) > 1]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from diffora.errors import UserError
-from diffora.settings.checks import LENGTH, TEXT, Help, whole
+from diffora.settings.checks import CHARACTERS, LENGTH, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import note_overlap
 from diffora.tasks.base import Outputs, Rows, Split
@@ -52,7 +52,7 @@ class TextSettings(PlaceSettings):
         list[str] | None, Help("For `kind=multilabel`: columns that hold 0 or 1 for the class of their name.")
     ] = None
     label_separator: Annotated[
-        Annotated[str, TEXT] | None,
+        Annotated[str, CHARACTERS] | None,
         Help("For `kind=multilabel`: what separates the classes in a text; null: found in the rows."),
     ] = None
     max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
@@ -202,7 +202,9 @@ class TextTask(SentenceTask):
                 classes = self.columns.labels if self.columns.flags else found
                 self.spec = dataclasses.replace(self.spec, label_names=tuple(classes))
             if twins := alike(self.spec.label_names):
-                train.account.notes.append(f"classes whose names differ only in case or white space: {some(twins)}")
+                train.account.notes.append(
+                    f"classes whose names differ only in case, white space or invisible characters: {some(twins)}"
+                )
         tables = {
             name: self._with_targets(part, "the run" if name == "train" else train.where, problems)
             for name, part in parts.items()

@@ -221,7 +221,9 @@ class ImageTask(Task):
         if problems:
             raise UserError(problems)
         if twins := alike(classes):
-            sources[0].account.notes.append(f"classes whose names differ only in case or white space: {some(twins)}")
+            sources[0].account.notes.append(
+                f"classes whose names differ only in case, white space or invisible characters: {some(twins)}"
+            )
         self.classes = classes
         if any(source.classes is not None for source in sources):
             self.reference = classes

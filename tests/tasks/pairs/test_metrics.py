@@ -47,12 +47,21 @@ def test_random_texts_score_as_by_both_other_implementations(seed):
         ("für Käse", "für Käse", {"rouge1": 1, "rouge2": 1}),
         ("привет мир", "привет", {"rouge1": 2 / 3}),
         ("fur", "für", {"rouge1": 0}),
+        ("f\u00fcr", "fu\u0308r", {"rouge1": 1}),  # one letter, or a letter and a mark
+        ("की", "कि", {"rouge1": 0}),  # they differ by a mark
+        ("今天天气很好", "今天天气不错", {"rouge1": 4 / 6, "rougeL": 4 / 6}),
         ("a b\nc d", "c d\na b", {"rougeL": 0.5, "rougeLsum": 1}),  # each line is a sentence
     ],
 )
 def test_degenerate_texts(prediction, target, expected):
     found = generation_scores([prediction], [target])
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_words_of_scripts_without_spaces():
+    assert Words().tokenize("2024年のiPhone15を, สวัสดี a_b") == [
+        "2024", "年", "の", "iphone15", "を", "ส", "วั", "ส", "ดี", "a", "b",
+    ]  # fmt: skip
 
 
 def test_no_texts_have_no_score():

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from diffora.errors import UserError
 
-LIKE_VALIDATION = re.compile(r"(val|valid|validation|dev|eval)[._-].*", re.IGNORECASE)
-"""Names that other projects give to a file of validation rows."""
+OTHER_VALIDATION = re.compile(r"val|valid|validate|validation|dev|development|eval|evaluation|holdout", re.IGNORECASE)
+"""Names that other projects and hub data sets give to rows for validation."""
+LIKE_VALIDATION = re.compile(rf"({OTHER_VALIDATION.pattern})[._-].*", re.IGNORECASE)
+"""A file of such rows."""
 
 
 def check_folder(folder: Path, content: str) -> None:

@@ -12,14 +12,12 @@ import datasets
 from diffora.errors import UserError
 from diffora.settings.checks import FRACTION, PATH, SEED, Help
 from diffora.settings.sections import TaskSettings
-from diffora.tasks.sources.files import check_folder, has_validation, split_files
+from diffora.tasks.sources.files import OTHER_VALIDATION, check_folder, has_validation, split_files
 from diffora.tasks.sources.hub import hub_dataset, no_split
 
 ALL = "all"
 """The split of all rows of a single file."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-OTHER_VALIDATION = re.compile(r"(val|valid|dev|eval)(elopment|uation)?", re.IGNORECASE)
-"""Names that hub data sets give to rows for validation."""
 ADVICE = {
     "xlsx": "save the sheet as CSV UTF-8", "xls": "save the sheet as CSV UTF-8", "ods": "save the sheet as CSV UTF-8",
     "json": "write one JSON object in each line and call it .jsonl", "ndjson": "rename it to .jsonl",

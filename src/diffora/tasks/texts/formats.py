@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffora.tasks.labels import class_names
-from diffora.tasks.messages import some
+from diffora.tasks.messages import more, some
 from diffora.tasks.sources.check_values import TEXT_TYPES
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
@@ -156,12 +156,20 @@ def _labels_as_text(table: pa.Table, name: str, columns: Columns) -> pa.ChunkedA
     if not any(test(kind) for test in tests):
         raise ValueError(f"column '{name}' holds {labels.type}, expected text or numbers")
     if names is not None and pa.types.is_integer(kind):
+        if not is_list:
+            labels = pc.if_else(pc.equal(labels, -1), None, labels)  # so the hub's data sets mark a missing label
         used = pc.unique(pc.list_flatten(labels) if is_list else labels).drop_null().to_pylist()
         if strange := [number for number in used if not 0 <= number < len(names)]:
             raise ValueError(f"column '{name}' has the class number {strange[0]}, but names {some(names)}")
-    if is_list:  # a null in a list stays one, and is refused with the row that has it
-        rows = ([_as_text(v if names is None else names[v]) for v in row] if row else row for row in labels.to_pylist())
-        return pa.chunked_array([pa.array(rows, LISTS)])
+    if is_list:
+        rows = labels.to_pylist()
+        if holes := [number for number, row in enumerate(rows, start=1) if row and None in row]:
+            raise ValueError(
+                f"row {holes[0]} (data rows, counted from 1), column '{name}': the list of labels has a null in it"
+                f"{more(len(holes))}"
+            )
+        named = ([_as_text(v if names is None else names[v]) for v in row] if row else row for row in rows)
+        return pa.chunked_array([pa.array(named, LISTS)])
     if names is not None and pa.types.is_integer(kind):
         return pa.chunked_array([pa.array(names, pa.string()).take(labels.combine_chunks())])
     if pa.types.is_floating(kind):

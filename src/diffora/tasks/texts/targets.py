@@ -1,6 +1,7 @@
 """From labels as text to what the model learns: class numbers, or numbers for regression."""
 
 import re
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +29,8 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
     several = pa.types.is_list(labels.type)
     classes: list[str] = pc.unique(pc.list_flatten(labels) if several else labels).to_pylist()
     numbers = all(re.fullmatch(WHOLE, name) for name in classes)
-    classes.sort(key=lambda name: (int(name), name) if numbers else name)
+    # `int` refuses thousands of digits.
+    classes.sort(key=lambda name: (Decimal(name), name) if numbers else name)
     where = f"{part.where}: column '{column}'"
     if not classes:
         problems.append(f"{where}: no row has a class, so there is nothing to learn.")
