@@ -17,6 +17,7 @@ from small import small_deberta, small_task
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+import diffora
 from diffora.adapters.manifest import write_manifest
 from diffora.adapters.origin import Origin
 from diffora.api import load_adapter
@@ -242,6 +243,20 @@ def test_our_loader_restores_the_logits_and_the_sharing(trained, deberta):
     again = dict(lowrank_layers(fresh))
     assert {frozenset(a for a in again if again[a].lora_a is again[b].lora_a) for b in again} == tied
     assert sorted(len(group) for group in tied) == [1] * 8 + [2] * 2
+
+
+def test_trained_biases_of_adapted_modules_are_refused(tmp_path):
+    """No reader would find them: PEFT would pass over them without a word."""
+    from library import bert, texts
+
+    model = bert()
+    selection = diffora.search(model, texts()[:2], texts()[2:], rounds=1, progress=False)
+    diffora.attach(model, selection, rank=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("query.base.bias"))
+    with pytest.raises(UserError, match=r"query.* has trainable parameters beside its low-rank layers"):
+        diffora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_of_another_model_is_refused(trained, deberta):

@@ -33,6 +33,57 @@ def made(name):
     return make(), batches(), loss
 
 
+class Normed(nn.Module):
+    """A net with batch norms; ``config`` is an attribute of its own, as many nets have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"width": 8}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"a": nn.Linear(8, 8), "norm": nn.BatchNorm1d(8), "b": nn.Linear(8, 8)}) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["b"](layer["norm"](layer["a"](x)).relu())
+        return self.head(x)
+
+
+def test_a_search_leaves_the_statistics_of_batch_norms_and_trains_the_head():
+    torch.manual_seed(0)
+    model = Normed()
+    model.layers.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(torch.randn(6, 8) + 3, torch.arange(6) % 2) for _ in range(5)]
+    found = search(model, batches, entropy_loss)
+    assert found.config["trained"] == ["head.weight", "head.bias"]
+    after = model.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items() if not name.startswith("head"))
+
+
+def test_statistics_of_frozen_batch_norms_stay_and_others_move():
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
+    net[0].requires_grad_(False)
+    core_attach.keep_statistics(net)
+    net(torch.randn(16, 4) + 3)
+    assert net[0].running_mean.equal(torch.zeros(4)) and not net[1].running_mean.equal(torch.zeros(4))
+    assert net[1].training
+
+
+def test_torchs_own_encoder_runs_in_evaluation_with_adapters_in_its_upper_layers():
+    """Its nested tensors are for layers without adapters; the first layer decides whether they are used."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():
+        before = encoder(x, src_key_padding_mask=padding)
+        core_attach.attach(encoder, [["layers.1.linear1"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+        after = encoder(x, src_key_padding_mask=padding)
+    assert torch.allclose(before[~padding], after[~padding], atol=1e-5)  # B is 0
+
+
 # --- wrappers ---
 
 

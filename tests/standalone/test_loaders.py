@@ -7,7 +7,7 @@ import pytest
 import torch
 from library import Net, bert, entropy_loss, pairs, texts
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 from transformers import AutoTokenizer, BatchEncoding, DataCollatorWithPadding
 
 import diffora
@@ -201,7 +201,8 @@ def test_the_loss_may_compute_in_mixed_precision():
 def test_a_loader_with_its_own_sampler_is_not_divided_but_two_of_them_are_used():
     data = TensorDataset(torch.randn(8, 8), torch.zeros(8, dtype=torch.long))
     loader = DataLoader(data, 4, sampler=WeightedRandomSampler([1.0] * 8, 8))
-    for one in (loader, DataLoader(Stream(rows()), batch_size=4)):
+    some_rows = DataLoader(data, 4, sampler=RandomSampler(data, num_samples=4))  # the limit would be lost
+    for one in (loader, some_rows, DataLoader(Stream(rows()), batch_size=4)):
         with pytest.raises(UserError, match=r"cannot be divided.*give two loaders, search\(model, train_loader"):
             search(small_net(), one, loss=entropy_loss)
     search(small_net(), loader, pairs(8), loss=entropy_loss)

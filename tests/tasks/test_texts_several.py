@@ -294,7 +294,9 @@ def test_null_in_a_list_is_refused_with_its_row(task, tmp_path, named):
     labels = [[0], [1, None], [0, 1], [None]] if named else [["a"], ["b", None], ["a", "b"], [None]]
     rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels)]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
-    said = "row 2 (data rows, counted from 1), column 'label': the list of labels has a null in it (and 1 more such row)"
+    said = (
+        "row 2 (data rows, counted from 1), column 'label': the list of labels has a null in it (and 1 more such row)"
+    )
     assert said in problems_of(task(tmp_path / "a.parquet"))
 
 

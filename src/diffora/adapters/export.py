@@ -85,7 +85,12 @@ def _with_trained(backbone: Backbone) -> Backbone:
     done = {p for layer in layers.values() for p in layer.parameters(recurse=False)} | backbone.head_parameters()
     holders = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in done]
     more = tuple(dict.fromkeys(holders))
-    if bad := [name for name in more if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers)]:
+    places = [f"{layer}." for layer in layers]
+    if bad := [
+        name
+        for name in more
+        if not name or any(place.startswith(f"{name}.") or name.startswith(place) for place in places)
+    ]:
         raise UserError(
             f"{bad[0] or type(model).__name__} has trainable parameters beside its low-rank layers, which no adapter "
             "holds: freeze them before training, or save the whole model with torch.save(model.state_dict(), …)"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
@@ -87,10 +88,14 @@ def attach(
             model.set_submodule(place, layer)
         return layer
 
-    return [
+    layers = [
         [adapt(name, column, flag) for column, (name, flag) in enumerate(zip(row, own, strict=True))]
         for row, own in zip(rows, flags, strict=True)
     ]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # nested tensors are for layers without adapters
+            module.use_nested_tensor = False
+    return layers
 
 
 class _Pairs:
@@ -187,6 +192,17 @@ def freeze_rest(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter not in adapters:
             parameter.requires_grad_(False)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Put the batch norms whose weights are frozen into evaluation mode, in place. Call it after ``model.train()``.
+
+    In training mode they would replace the statistics of the pretrained model by those of the batches. No adapter holds
+    statistics, so an adapter that is loaded later would meet others.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not all(p.requires_grad for p in module.parameters(recurse=False)):
+            module.eval()
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:

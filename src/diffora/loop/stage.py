@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffora.core.attach import keep_statistics
 from diffora.loop.prefix import CachedPrefix
 from diffora.loop.sharded import Sharded
 
@@ -192,6 +193,12 @@ class Stage(L.LightningModule):
                 f"the checkpoint is of {len(ours['rng'])} process(es), this run has {self.trainer.world_size}: dropout "
                 "masks will differ, and the result will not be that of a run that never stopped"
             )
+
+    def train(self, mode: bool = True) -> "Stage":
+        """As in torch, but the statistics of frozen batch norms stay as they are."""
+        super().train(mode)
+        keep_statistics(self)
+        return self
 
     # --- hooks of Lightning ---
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffora.core.attach import keep_statistics
 from diffora.core.hypergradient import first_order
 from diffora.core.split import divided
 from diffora.scoring.bilevel import SearchModule
@@ -55,6 +56,7 @@ class AttributionModule(SearchModule):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.model.train(self.current_epoch < self.rounds)  # dropout would add noise to the scores
+        keep_statistics(self.model)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         if self.current_epoch < self.rounds:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from diffora.core.attach import keep_statistics
 from diffora.core.grid import laid_out
 from diffora.core.selection import Selection
 from diffora.loop import streams
@@ -119,6 +120,7 @@ class OneShotModule(SearchModule):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.model.train(self._trains)  # dropout would add noise to the scores
+        keep_statistics(self.model)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         if not self._trains:

@@ -132,7 +132,9 @@ def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
 
 def _reads_all(loader: Any) -> bool:
     """Whether a loader surely reads all rows of its dataset."""
-    return isinstance(loader, DataLoader) and type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if not isinstance(loader, DataLoader) or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        return False
+    return len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
 
 
 def some(loader: Iterable[Any], name: str) -> Iterator[Any]:
@@ -217,6 +219,7 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
         rows is not None
         and not isinstance(loader.dataset, IterableDataset)  # type: ignore[attr-defined]
         and (type(rows.sampler) in (RandomSampler, SequentialSampler) or _is_accelerates(rows.sampler))
+        and len(rows.sampler) == len(items)  # type: ignore[arg-type]
         and not getattr(rows.sampler, "replacement", False)
     )
     if not known:

@@ -111,7 +111,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
         chosen = {p for name in names for p in model.get_submodule(name).parameters()}
     elif not all(p.requires_grad for p in parameters.values()):
         chosen = {p for p in parameters.values() if p.requires_grad}
-    elif hasattr(model, "config"):
+    elif hasattr(model, "base_model_prefix"):  # other models may have a config, too
         chosen = Backbone.of(model).head_parameters()
     else:
         layers = tuple(f"{layer}." for layer in grid.layers if layer)

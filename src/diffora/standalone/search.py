@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
-from diffora.core.attach import attach, detach
+from diffora.core.attach import attach, detach, keep_statistics
 from diffora.core.dam import initial_gamma, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
@@ -316,7 +316,8 @@ def _searched(
         attached = attach(model, grid.names, everything, settings.rank, None, settings.alpha, freeze=False)
         seed_torch(seed * 1009, device_of(model))  # dropout as in a run's search (`diffora.loop.stage`)
         _match_precision(attached)
-        bilevel = Bilevel(model.train(), attached, head, loss, settings, lambda scores: mask_of(grid, scores, *choice))
+        keep_statistics(model.train())
+        bilevel = Bilevel(model, attached, head, loss, settings, lambda scores: mask_of(grid, scores, *choice))
         rounds = _run_rounds(bilevel, loaders, device_of(model), progress)
         gates = bilevel.gamma_bar
         return _Found(gates.cpu(), bilevel.readout.scores(gates).cpu(), rounds)
