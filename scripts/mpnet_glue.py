@@ -104,7 +104,8 @@ def _chosen_or_drawn(seeds_of: Mapping[str, Seeds]) -> str:
     if difference is None:
         return "DiffoRA less random: not run."
     tested = f" (95 %), {verdict(difference, MARGIN)}" if difference.p is not None else ""
-    return f"DiffoRA less random, paired over {difference.n} seed{'s'[: difference.n > 1]}: {points(difference)}{tested}."
+    n = f"{difference.n} seed{'s' if difference.n > 1 else ''}"
+    return f"DiffoRA less random, paired over {n}: {points(difference)}{tested}."
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
 A measurement in claims.json has one of these inputs; the script adds what follows from it.
 
 - ``differences``, ours less theirs, each from one of: two ``rows`` of another JSON ``file``, with values by seed
-  (paired; with ``task``, they are rows of data/mpnet_glue.json by their names), ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean, standard deviation, n] of ours and of
-  theirs; unpaired), ``stated`` ([mean, low, high, n] as on the page; paired).
+  (paired; with ``task``, they are rows of data/mpnet_glue.json by their names), ``values`` (by seed [ours, theirs];
+  paired), ``means`` ([mean, standard deviation, n] of ours and of theirs; unpaired), ``stated`` ([mean, low, high, n]
+  as on the page; paired).
 - ``percentile`` and ``draws``: a selector of selection_quality, a column of selection_draws, in their JSON files.
 - ``exact``: a result in words.
 
