@@ -20,7 +20,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.predict import device_of
 from diffora.loop.resume import Earlier, earlier
-from diffora.loop.splits import alike_of, count_shared
+from diffora.loop.splits import count_shared, examples_of
 from diffora.settings.sections import Settings
 from diffora.tasks.account import Account, note_shared
 from diffora.tasks.base import Collate, Rows, Split, Task
@@ -151,7 +151,7 @@ class Parts:
         before = earlier(folder, made_with) if settings.resume else Earlier()
 
         data = Data.encode(task, processor, rows, test)
-        _check_halves(rows.source, len(np.unique(alike_of(data.official))), "different ")
+        _check_halves(rows.source, len(np.unique(examples_of(data.official.encoded))))
         return cls(settings, folder, task, backbone, grid, data, identity, made_with, before)
 
 
@@ -164,15 +164,10 @@ def _grid(settings: Settings, backbone: Backbone) -> Grid:
     return grid
 
 
-def _check_halves(source: str, rows: int, kind: str = "") -> None:
-    """Refuse a validation split that is too small for `held_out_split`, before any search.
-
-    Args:
-        rows: how many rows there are of a kind.
-        kind: "different ", if rows with equal inputs count once.
-    """
+def _check_halves(source: str, rows: int) -> None:
+    """Refuse a validation split that is too small for `held_out_split`, before any search."""
     if rows < 2:
         raise UserError(
-            f"{source}: a validation split of {rows} usable {kind}row{'' if rows == 1 else 's'} is too small: one half "
-            f"of it chooses the epoch, the other half reports it, so it needs at least 2 {kind}rows"
+            f"{source}: a validation split of {rows} usable row{'' if rows == 1 else 's'} is too small: one half of it "
+            "chooses the epoch, the other half reports it, so it needs at least 2"
         )

@@ -88,20 +88,23 @@ def held_out_split(examples: np.ndarray, seed: int, alike: Alike = None) -> tupl
     Args:
         examples: [n] the example that each row belongs to (`examples_of`).
         seed: the run's seed.
-        alike: [n] the group of equal inputs that each row belongs to (`alike_of`), which is never divided.
+        alike: [n] the group of equal inputs that each row belongs to (`alike_of`). It is never divided, unless all rows
+            are alike.
 
     Returns:
         (choice, held-out): sorted row numbers. If the number of examples is odd, held-out has one more.
 
     Raises:
-        UserError: there are fewer than two different examples.
+        UserError: there are fewer than two examples.
     """
-    n_examples, n_different = (len(np.unique(rows)) for rows in (examples, examples if alike is None else alike))
-    if n_different < 2:
+    n_examples = len(np.unique(examples))
+    if n_examples < 2:
         raise UserError(
-            f"a validation split of {n_examples} rows, {n_different} of them different, cannot be divided into choice "
-            "and held-out rows; it needs at least 2 different ones."
+            f"a validation split of {n_examples} rows cannot be divided into choice and held-out rows; it needs at "
+            "least 2."
         )
+    if alike is not None and len(np.unique(alike)) < 2:
+        alike = None
     return _divide(examples, alike, np.random.default_rng([seed, streams.HELD_OUT]), n_examples // 2, n_examples)
 
 

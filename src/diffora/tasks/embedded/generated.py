@@ -25,6 +25,9 @@ class GeneratedTask(CausalLMTask):
             self.accounts[name] = Account(len(rows))
         return found, f"embedded:{self.name}"
 
+    def drawn_from_training(self, split: str) -> bool:
+        return False
+
     def load_split(self, split: str) -> datasets.Dataset:
         tables, _ = self.tables()
         if split not in tables:
