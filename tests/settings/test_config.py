@@ -205,6 +205,36 @@ def test_each_mistake_in_a_methods_settings_has_its_message(cfg, method, overrid
     assert len(found) == 1 and words in found[0]
 
 
+@pytest.mark.parametrize("given", ["{0:1,1:5}", "{0:2,bug:3}"])
+def test_class_weights_of_classes_whose_names_are_numbers(cfg, given):
+    composed = cfg(f"finetune.class_weights={given}")
+    settings, _ = check(composed)
+    expected = {"0": 1, "1": 5} if "1:5" in given else {"0": 2, "bug": 3}
+    assert settings.finetune.class_weights == settings.composed["finetune"]["class_weights"] == expected
+    # A record from a file has texts as keys.
+    assert differences(json.loads(json.dumps(plain(composed))), plain(composed)) == []
+    assert len(config_hash(composed)) == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("finetune.class_weights={1.5:2}", "finetune.class_weights.1.5"),
+        ("finetune.class_weights={true:2}", "finetune.class_weights.True"),
+        ("+finetune.optimizer={_target_: torch.optim.SGD, 3: 1}", "finetune.optimizer.3"),
+    ],
+)
+def test_other_keys_must_be_texts(cfg, override, key):
+    assert messages(cfg, override)[0].startswith(f"{key}: the name of a setting must be text")
+
+
+def test_two_weights_for_one_class_are_refused(cfg):
+    composed = cfg("finetune.class_weights={0:1}")
+    composed.finetune.class_weights = {0: 1, "0": 2}
+    with pytest.raises(UserError, match=r"class_weights\.0: the name of a setting must be text, which 0 is not"):
+        check(composed)
+
+
 def test_all_mistakes_come_at_once(cfg):
     found = messages(cfg, "rho=2", "rank=0", "finetune.lr=-1", "search.epochs=0", "method.alpha=-1", "model.path=/no/x")
     assert len(found) == 6

@@ -248,6 +248,25 @@ def test_what_is_strange_is_said(task, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("labels", "n_rows", "more", "said"),
+    [
+        ((1, 2, 3), 30, [], True),
+        ((0, 1, 2, 3), 30, [], False),
+        ((1, 2, 3), 9, [], False),  # few rows
+        ((1, 2, 3), 30, ["task.first_label=1"], False),
+        (("B", "C"), 30, [], False),
+    ],
+)
+def test_labels_that_may_count_from_1_are_noted(task, tmp_path, labels, n_rows, more, said):
+    content = [
+        row | {"label": label} for row, label in zip(rows(n_rows, fewer=False), itertools.cycle(labels), strict=False)
+    ]
+    notes = notes_of(task(write(tmp_path / "a.jsonl", content), *more))
+    words = "no row has the first choice as the right one; if labels count from 1: task.first_label=1"
+    assert (words in notes) is said
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["task.choices_column=null"], "task.choices_column=null needs task.choice_columns"),

@@ -7,6 +7,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from families import tokenizer_for
 
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
@@ -115,6 +116,47 @@ def test_empty_text_without_special_tokens_becomes_one_token(tmp_path, types):
         assert list(done["input_ids"]) == [[1, 1], [instead]]
         batch = Collator(0)(done[[0, 1]])
         assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]] and ("token_type_ids" in batch) is types
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [4, 12, 100])
+def test_a_line_break_between_two_texts_if_the_tokenizer_puts_nothing_there(tmp_path, side, max_length):
+    tokenizer = tokenizer_for("gpt2")
+    tokenizer.truncation_side = side
+    rows = datasets.Dataset(
+        pa.table({"sentence1": ["he is accused", "a"], "sentence2": ["they said so", ""], "label": [0, 1]})
+    )
+    (line_break,) = tokenizer("\n")["input_ids"]
+    done = tokenise(rows, MRPC, tokenizer, max_length, tmp_path)
+    ids = [list(row) for row in done["input_ids"]]
+    first, second = (tokenizer(text)["input_ids"] for text in ("he is accused", "they said so"))
+    at = ids[0].index(line_break)
+    before, after = ids[0][:at], ids[0][at + 1 :]
+    if max_length == 100:
+        assert (before, after) == (first, second) and done["cut"] == [False, False]
+    elif side == "right":
+        assert (before, after) == (first[: len(before)], second[: len(after)]) and done["cut"] == [True, False]
+    else:
+        assert (before, after) == (first[-len(before) :], second[-len(after) :]) and done["cut"] == [True, False]
+    assert min(len(before), len(after)) > 0 and len(ids[0]) <= max_length
+    assert ids[1] == [*tokenizer("a")["input_ids"], line_break]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_no_line_break_if_the_tokenizer_puts_a_token_between_two_texts(pairs, tmp_path, family):
+    tokenizer = tokenizer_for(family)
+    for ids, row in zip(tokenise(pairs, MRPC, tokenizer, 150, tmp_path)["input_ids"], pairs, strict=True):
+        assert [list(ids)] == tokenizer([row["sentence1"]], [row["sentence2"]])["input_ids"]
+
+
+def test_the_line_break_is_part_of_the_key(pairs, tmp_path, monkeypatch):
+    """Cache files of other tokenizers, and of single texts, keep their names."""
+    facts = []
+    monkeypatch.setattr(module, "cached", lambda kind, given, write, folder: facts.append(given))
+    single = pairs.rename_column("sentence1", "sentence")
+    for family, rows, spec in (("gpt2", pairs, MRPC), ("gpt2", single, COLA), ("bert", pairs, MRPC)):
+        tokenise(rows, spec, tokenizer_for(family), 16, tmp_path)
+    assert ["between" in given for given in facts] == [True, False, False]
 
 
 def test_regression_labels_stay_floats(tokenizer, tmp_path):

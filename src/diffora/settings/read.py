@@ -8,17 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.files import conf_dir
-from diffora.settings.checks import TEXT, Check, checks_of, show, strange_value, unknown_key, words_of
+from diffora.settings.checks import TEXT, Check, checks_of, is_int, show, strange_value, unknown_key, words_of
 from diffora.settings.sections import Logger, Settings, TaskSettings
 
 NO_KEYS = ((Settings, "composed"), (Logger, "own"))
 """Fields that are no keys of the configuration."""
 CHOSEN = {"method": "_target_", "task": "_target_", "model": "path"}
 """Groups that come from a file of their own, and a key that each such file has."""
+BY_CLASS = "finetune.class_weights."
+"""The group whose keys are names of classes, which may be numbers."""
 
 
 @dataclasses.dataclass
@@ -37,12 +39,17 @@ class Reading:
 
     @classmethod
     def of(cls, cfg: DictConfig, prefix: str = "") -> "Reading":
-        """Resolve a composed configuration, or the group of one whose key, with a dot at its end, is ``prefix``."""
+        """Resolve a composed configuration, or the group of one whose key, with a dot at its end, is ``prefix``.
+
+        Numbers that name classes become texts, in ``cfg`` too (see `_name_by_text`).
+        """
         reading = cls({}, {}, {})
         reading.values = reading._resolve(cfg, prefix)
         return reading
 
     def _resolve(self, node: DictConfig, prefix: str) -> dict[str, Any]:
+        if prefix == BY_CLASS:
+            _name_by_text(node)
         as_written: Any = OmegaConf.to_container(node, resolve=False)
         values: dict[str, Any] = {}
         for name in node:
@@ -92,6 +99,19 @@ class Reading:
         if not isinstance(rows, dict) or task is None or task in rows:
             return None
         return f"recipe= gives no settings for task={task}: it has them for {', '.join(map(str, rows))}"
+
+
+def _name_by_text(group: DictConfig) -> None:
+    """Make the whole numbers among a group's keys texts, in place: records and hashes are made from the same group.
+
+    Hydra reads ``{0:1,1:5}`` with numbers as keys, and its command line cannot quote a key. A number whose text is a
+    key too stays, and is refused.
+    """
+    written: Any = OmegaConf.to_container(group, resolve=False)
+    with flag_override(group, ["struct", "readonly"], False):
+        for name in [name for name in written if is_int(name) and str(name) not in written]:
+            del group[name]
+            group[str(name)] = written[name]
 
 
 def read_sections(reading: Reading) -> dict[str, Any]:

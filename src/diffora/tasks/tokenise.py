@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 FORMAT_VERSION = 2  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
+LINE_BREAK = "\n"
+"""Stands between two texts if the tokenizer puts nothing there."""
 
 
 def tokenise(
@@ -33,6 +35,8 @@ def tokenise(
     num_proc: int = 1,
 ) -> datasets.Dataset:
     """Tokenise one split: truncated, not padded.
+
+    If the tokenizer puts nothing between two texts, a line break stands there.
 
     The result is the arrow file `<cache_dir>/tokenised/<key>.arrow`, where the key is a hash of everything that it
     depends on. A second call maps that file into memory and does not use the tokenizer.
@@ -52,7 +56,8 @@ def tokenise(
     Raises:
         UserError: max_length leaves no room for text, or is more than the model can read.
     """
-    room = tokenizer.num_special_tokens_to_add(pair=len(spec.text_columns) == 2) + len(spec.text_columns)
+    needs_break = len(spec.text_columns) == 2 and joins_texts(tokenizer)
+    room = tokenizer.num_special_tokens_to_add(pair=len(spec.text_columns) == 2) + len(spec.text_columns) + needs_break
     if not room <= max_length <= tokenizer.model_max_length:
         raise UserError(
             f"task.max_length={max_length} must be at least {room} (special tokens and one token of each text) and at "
@@ -68,6 +73,8 @@ def tokenise(
     }
     if not tokenizer.num_special_tokens_to_add(pair=len(spec.text_columns) == 2):
         facts["empty"] = empty_token(tokenizer)
+    if needs_break:
+        facts["between"] = LINE_BREAK
 
     def write(file: Path) -> None:
         _write(file, dataset, spec, tokenizer, max_length, num_proc)
@@ -97,6 +104,8 @@ def _encode(
     rows: Mapping[str, list[Any]], start: int, text_columns: Sequence[str], tokenizer: Any, max_length: int
 ) -> dict[str, Any]:
     texts = [rows[name] for name in text_columns]
+    if len(texts) == 2 and joins_texts(tokenizer):
+        texts = _with_break(texts[0], texts[1], tokenizer)
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
     columns: dict[str, Any] = dict(encoded)
     # GPT-2's tokenizer gives no token for an empty text. A row without tokens would be masked completely.
@@ -108,6 +117,19 @@ def _encode(
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
     columns["cut"] = was_cut(encoded, texts, tokenizer, max_length)
     return columns
+
+
+def joins_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts nothing between two texts, as GPT-2's: a pair has no more special tokens than a text."""
+    pair, alone = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False))
+    return bool(pair == alone)
+
+
+def _with_break(first: Sequence[str], second: Sequence[str], tokenizer: Any) -> list[list[str]]:
+    """Both texts of each row with a line break between them, at the end of a text that is not cut."""
+    if tokenizer.truncation_side == "left":
+        return [[f"{text}{LINE_BREAK}" for text in first], list(second)]
+    return [list(first), [f"{LINE_BREAK}{text}" for text in second]]
 
 
 def empty_token(tokenizer: Any) -> int:

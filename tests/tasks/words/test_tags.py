@@ -127,6 +127,18 @@ def test_tags_that_seem_to_mean_something_else_are_refused(names):
         Tagging.of(names)
 
 
+@pytest.mark.parametrize("names", [["o", "b-per", "i-per"], ["O", "i-LOC", "i-PER"], ["o", "b-x", "e-x", "s-x"]])
+def test_prefixes_in_lower_case_are_refused(names):
+    with pytest.raises(ValueError, match=f"the tag '{names[1]}' has its prefix in lower case; write tags as O, B-PER"):
+        Tagging.of(names)
+
+
+@pytest.mark.parametrize("names", [["O", "e-mail", "s-bahn"], ["o", "b-per", "url"], ["o", "per", "loc"]])
+def test_types_that_only_look_like_lower_case_tags_are_types(names):
+    tagging = Tagging.of(names)
+    assert tagging.types == tuple(sorted(name for name in names if name != "O"))
+
+
 @pytest.mark.parametrize(
     ("sentence", "expected"),
     [

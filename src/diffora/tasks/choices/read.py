@@ -16,6 +16,8 @@ from diffora.tasks.sources.tables import check_columns
 SCHEMA = pa.schema({"context": pa.string(), "start": pa.string(), "choices": pa.list_(pa.string())})
 UNLABELLED = (None, "", -1, "-1")
 """What stands in place of the labels of rows that have none."""
+FEW = 10
+"""Among fewer rows, the first choice may never be right by chance."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ def check_choices(
         problems += [message for fault in faults for message in fault.messages()]
         table = table.append_column("label", pa.array(places, pa.int64()))
         account.notes.append(f"labels are read as {_WORDS[kind]}")
+        if kind == "number" and columns.first == 0 and len(places) >= FEW and 0 not in places:
+            account.notes.append(
+                "no row has the first choice as the right one; if labels count from 1: task.first_label=1"
+            )
     account.read = len(rows)
     _note(rows, sources, columns, account)
     return Part(table, where, [number for _, number in owners])

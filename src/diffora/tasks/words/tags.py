@@ -22,6 +22,8 @@ MEANING = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S", "M": "I",
 """Prefixes by what they mean."""
 NO_TYPE = "_"
 """The type of entities whose tags are bare prefixes: B, I and O."""
+LOWER = re.compile(rf"([{''.join(MEANING).lower()}])-.+")
+"""A tag whose prefix is in lower case."""
 STRICT = ("IOB2", "IOBES")
 """Schemes that have well-formed runs."""
 Score = dict[str, float]
@@ -48,13 +50,15 @@ class Tagging:
         """Read the tags.
 
         Raises:
-            ValueError: some tags have a prefix and others none, or the prefix is written in another way.
+            ValueError: some tags have a prefix and others none, or the prefix is written in another way, as in b-per.
         """
         inside = [name for name in names if name != OUTSIDE]
         parts = {name: match for name in inside if (match := re.fullmatch(rf"([{''.join(MEANING)}])-(.+)", name))}
         if inside and all(name in MEANING for name in inside):
             found = {name: (MEANING[name], NO_TYPE) for name in inside}
         elif not parts:
+            if tag := _in_lower_case(inside):
+                raise ValueError(f"the tag '{tag}' has its prefix in lower case; write tags as O, B-PER, I-PER")
             strange = next((n for n in inside if re.fullmatch(r"[BIESLU][_:. ].+|.+[-_][BIESLU]", n)), None)
             if strange is not None:
                 raise ValueError(f"the tag '{strange}' seems to have a prefix; write it as in B-PER")
@@ -120,6 +124,16 @@ class Tagging:
         if (with_b == follows).all():
             return "IOB1", 0
         return "IOB2", int((~with_b).sum())
+
+
+def _in_lower_case(names: Sequence[str]) -> str | None:
+    """The first tag with a prefix in lower case; None unless all tags but o have one.
+
+    One of them must be b or i: a type alone may look like a tag, as e-mail does.
+    """
+    tags = [name for name in names if name != OUTSIDE.lower()]
+    found = [match[1] for name in tags if (match := LOWER.fullmatch(name))]
+    return tags[0] if len(found) == len(tags) and {"b", "i"} & set(found) else None
 
 
 def counts(gold: np.ndarray, predicted: np.ndarray, n_types: int) -> np.ndarray:
