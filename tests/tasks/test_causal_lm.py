@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from diffora.errors import UserError
 from diffora.loop.splits import examples_of, held_out_split, split_search
@@ -526,6 +528,22 @@ def test_files_with_and_without_validation(tmp_path):
             action(task_of(path="/no/such"))
 
 
+def test_validation_rows_are_read_without_training_rows(tmp_path):
+    """As `evaluate.py` needs them; their own faults count, those of the training rows do not."""
+    write(tmp_path / "validation.jsonl", 7)
+    task = task_of(path=str(tmp_path), max_validation_rows=4)
+    alone = task.load_split("validation")
+    assert len(alone) == 4 and task.accounts["validation"].dropped == {"task.max_validation_rows=4": 3}
+    (tmp_path / "train.jsonl").write_text("nonsense\n")
+    assert task_of(path=str(tmp_path), max_validation_rows=4).load_split("validation").to_dict() == alone.to_dict()
+    write(tmp_path / "train.jsonl", 30)
+    task = task_of(path=str(tmp_path), max_validation_rows=4)
+    assert task.load().validation["validation"].to_dict() == alone.to_dict()
+    (tmp_path / "validation.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"validation\.jsonl, row 1"):
+        task.load_split("validation")
+
+
 def test_faults_of_both_files_come_together(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": 1, "completion": "a"}\n')
     (tmp_path / "validation.jsonl").write_text("nonsense\n")
@@ -554,7 +572,7 @@ def test_the_hub_is_asked_for_the_configured_splits(monkeypatch):
     assert asked == [("someone/chats", "default")]
     assert (len(rows.train), len(rows.validation["validation"])) == (20, 3)
     assert len(task_of(train_split="train_sft").load().validation["validation"]) == 5
-    assert len(task.load_split("test_sft")) == 3
+    assert len(task.load_split("test_sft")) == len(task.load_split("validation")) == 3
     with pytest.raises(UserError, match="has no split 'train'"):
         task_of().load()
 
@@ -575,6 +593,30 @@ def test_tokens_are_cached_by_all_that_they_depend_on():
     ]
     files |= {encode(*arguments).cache_files[0]["filename"] for arguments in others}
     assert len(files) == 1 + len(others)
+
+
+DATED = "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
+def test_the_date_in_a_template_is_the_same_every_day(template, monkeypatch):
+    task, tokenizer, rows = task_of(packing=False, score="generation"), byte_level(DATED + template), rows_of(*CHATS)
+    files = set()
+    for day in (datetime(2030, 1, 1, tzinfo=UTC), datetime(2031, 2, 2, tzinfo=UTC)):
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda day=day: day))
+        text = tokenizer.apply_chat_template(turns_of(CHATS[0]), tokenize=False)
+        assert text.startswith(f"Today: {day:%d %b %Y}\n<")  # what transformers writes
+        encoded = task.encode(rows, tokenizer, training=False)
+        for row in encoded:
+            assert tokenizer.decode(row["input_ids"]).startswith("Today: 26 Jul 2024\n<|im_start|>user\n")
+            assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+        files.add(encode(rows, tokenizer, 128, "completion").cache_files[0]["filename"])
+    task.count_encoded(account := Account(len(rows)), Split(rows, encoded))
+    said = "the chat template writes today's date; here it is always 26 Jul 2024, in training and generation"
+    assert account.notes == [said] and len(files) == 1
+    monkeypatch.setattr(tokens, "DATE", datetime(2024, 7, 27, tzinfo=UTC))
+    files.add(encode(rows, tokenizer, 128, "completion").cache_files[0]["filename"])
+    assert len(files) == 2
 
 
 def test_batches_carry_labels_where_tokens_count():

@@ -142,6 +142,19 @@ def test_an_answer_ends_where_the_template_ends_it(cfg, tmp_path):
     assert text.tolist() == [[ended] + [tokenizer.pad_token_id or 0] * 5] * 4
 
 
+def test_an_end_that_is_no_special_token_is_not_part_of_the_answer(ready):
+    task, model, tokenizer, split, collate = ready
+    tokenizer.add_tokens(["[over]"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "[over]\\n")
+    over = tokenizer.convert_tokens_to_ids("[over]")
+    assert end_of_turn(tokenizer, None) == over and over not in tokenizer.all_special_ids
+    outputs = task.evaluate(model, collate(split.encoded[:]), final=True)
+    collate = task.collate(tokenizer, False)  # learns the template's end
+    outputs["text"] = torch.tensor([tokenizer("the baker [over] the king")["input_ids"][-5:]] * 10)
+    assert over in outputs["text"][0]
+    assert {line["prediction"] for line in task.predictions(outputs, split)} == {"the baker"}
+
+
 def test_generating_compiles_nothing(cfg):
     """A compiled model would be compiled again while the cache grows."""
     model, _tokenizer = random_gpt2(cfg)
@@ -178,8 +191,10 @@ def test_exact_match_counts_examples(ready):
     joined = {key: torch.cat([part[key] for part in parts]) for key in whole}
     assert joined["text"].equal(whole["text"]) and task.score(joined, split) == pytest.approx(task.score(whole, split))
     answers = [f"x {i % 5}" if i % 3 else "x nothing" for i in range(10)]  # right unless i is a multiple of 3
-    task._tokenizer = type("Reader", (), {"batch_decode": lambda self, ids, **_: [answers[row[0]] for row in ids]})()
-    whole["text"] = torch.arange(10)[:, None].expand(-1, 6)
+    task._tokenizer = type(
+        "Reader", (), {"batch_decode": lambda self, ids, **_: [answers[row[0] - 10] for row in ids]}
+    )()
+    whole["text"] = torch.arange(10, 20)[:, None].expand(-1, 6)  # not the end token
     assert task.score(whole, split)["exact_match"] == 0.6
     whole["generated"] = torch.tensor([i in (0, 1) for i in range(10)])
     assert task.score(whole, split)["exact_match"] == 0.5
@@ -238,6 +253,10 @@ def test_long_training_rows_are_left_out_and_counted(cfg, tmp_path):
     table = rows.train.data.table
     lengths = [sum(len(turn["content"]) for turn in turns) + len(turns) - 1 for turns in rows.train["messages"]]
     assert characters(table).tolist() == lengths and len(row_keys(table)) == len(short)
+    with pytest.raises(
+        UserError, match=r"task\.max_characters=9 leaves out all 24 training rows: the shortest has \d\d"
+    ):
+        get_task(cfg(*overrides(folder, "task.max_characters=9")).task).load()
 
 
 def test_training_and_test_come_from_two_hub_data_sets(cfg, monkeypatch):
@@ -338,6 +357,12 @@ def test_texts_of_all_formats_are_the_same(tmp_path):
     datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "t.parquet")
     for suffix in ("txt", "jsonl", "parquet"):
         assert read_texts(Forgetting(path=str(tmp_path / f"t.{suffix}"), rows=4)) == texts[:4]
+
+
+def test_only_the_end_of_a_line_divides_texts(tmp_path):
+    texts = ["a form\x0cfeed", "two\u2028lines of one\x85text", "three", "four"]
+    (tmp_path / "t.txt").write_bytes("{}\r\n{}\n{}\r{}\n".format(*texts).encode())
+    assert read_texts(Forgetting(path=str(tmp_path / "t.txt"))) == texts
 
 
 # --- whole runs ---

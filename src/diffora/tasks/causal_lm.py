@@ -28,13 +28,14 @@ from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.chat.answers import extract, pattern_problem, same_answer
 from diffora.tasks.chat.batches import ChatCollator
 from diffora.tasks.chat.conversations import characters, cut_validation, read, read_file, row_keys, rows_hash
+from diffora.tasks.chat.dates import DATE, has_clock
 from diffora.tasks.chat.held_out import encode_texts, read_texts
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.prompts import reference, reference_problem, shape_problem, with_prompts
 from diffora.tasks.chat.settings import CausalLMSettings
 from diffora.tasks.chat.tokens import PLACE, encode, end_of_turn
-from diffora.tasks.generation import evenly, generate, with_others
+from diffora.tasks.generation import before_end, evenly, generate, with_others
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.sources.files import check_folder, find_file, has_validation
 from diffora.tasks.sources.hub import hub_splits
@@ -67,6 +68,8 @@ To generate, write the conversation as in training:
         self.maximise = self.generates  # type: ignore[misc]
         self._tokenizer: Any = None
         self._texts: list[str] = []
+        self._ends: tuple[int | None, ...] = ()
+        self._dated = False  # whether the chat template asks for the date
         path = getattr(cfg, "path", None)
         has_test = getattr(cfg, "test_split", None) if path is None else any(Path(path).expanduser().glob("test[.-]*"))
         self.test_splits = ("test",) if has_test else ()
@@ -142,15 +145,28 @@ To generate, write the conversation as in training:
             folder = self._folder()
             there = has_validation(folder, ("jsonl", "parquet"))
             tables, source = self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
-        accounts = self.accounts
         if c.max_characters is not None:
-            short = characters(tables["train"]) <= c.max_characters
-            accounts["train"].drop(f"more than task.max_characters={c.max_characters}", int((~short).sum()))
-            tables["train"] = tables["train"].filter(pa.array(short))
+            tables["train"] = self._short(tables["train"])
         if "validation" in tables:
-            key = "task.max_validation_rows"
-            tables["validation"] = subset(tables["validation"], c.max_validation_rows, accounts["validation"], key)
+            tables["validation"] = self._fewer(tables["validation"])
         return tables, source
+
+    def _short(self, train: pa.Table) -> pa.Table:
+        """The training rows of at most ``task.max_characters``."""
+        most, lengths = self.cfg.max_characters, characters(train)
+        short = lengths <= most
+        if len(short) and not short.any():
+            raise UserError(
+                f"task.max_characters={most} leaves out all {len(short):,} training rows: the shortest has "
+                f"{lengths.min():,} characters"
+            )
+        self.accounts["train"].drop(f"more than task.max_characters={most}", int((~short).sum()))
+        return train.filter(pa.array(short))
+
+    def _fewer(self, validation: pa.Table) -> pa.Table:
+        """At most ``task.max_validation_rows`` of the validation split."""
+        key = "task.max_validation_rows"
+        return subset(validation, self.cfg.max_validation_rows, self.accounts["validation"], key)
 
     def drawn_from_training(self, split: str) -> bool:
         c = self.cfg
@@ -159,14 +175,16 @@ To generate, write the conversation as in training:
         return not has_validation(self._folder(), ("jsonl", "parquet"))
 
     def load_split(self, split: str) -> datasets.Dataset:
-        if split == "validation":
+        if self.drawn_from_training(split):
             return datasets.Dataset(self._divided()[1])
         c = self.cfg
         if c.path is None:
-            name = c.test_split or split if split == "test" else split
+            name = {"validation": c.validation_split, "test": c.test_split}.get(split) or split
             table, source = self._from_hub({split: name})[split], c.validation_hub or c.hub
         else:
             table, source = self._from_files(self._folder(), (split,))[split], c.path
+        if split == "validation":
+            table = self._fewer(table)
         source = f"{source} {split}"
         self.check_rows(*({source: table}, {}) if split == "train" else ({}, {source: table}))
         return datasets.Dataset(table)
@@ -218,6 +236,7 @@ To generate, write the conversation as in training:
         conversations in the row. The first token of a sequence never counts, because nothing precedes it.
         """
         c = self.cfg
+        self._dated = c.prompt is None and has_clock(processor)
         encoded = encode(rows, processor, c.max_length, c.train_on, self.num_proc, c.prompt)
         if len(encoded) == 0:
             raise UserError(
@@ -241,6 +260,10 @@ To generate, write the conversation as in training:
         nothing = " (no turn of the assistant)" if c.train_on == "completion" else ""
         account.drop(f"nothing to learn within task.max_length={c.max_length}{nothing}", len(split.rows) - begun)
         account.change(f"cut at task.max_length={c.max_length}", cut)
+        if self._dated:
+            account.notes.append(
+                f"the chat template writes today's date; here it is always {DATE:%d %b %Y}, in training and generation"
+            )
         joint = pc.sum(table.column("joint")).as_py() or 0
         if joint and "prompt_differs" not in table.column_names:
             account.notes.append(
@@ -357,7 +380,8 @@ To generate, write the conversation as in training:
     def _answers(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
         """For each row of the outputs the generated text, its answer, the expected one, and whether they are equal."""
         pattern = self.cfg.generation.answer
-        texts = self._tokenizer.batch_decode(outputs["text"].tolist(), skip_special_tokens=True)
+        tokens = [before_end(text, self._ends) for text in outputs["text"].tolist()]
+        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         examples = split.encoded.data.column("example").to_numpy()[outputs["row"].numpy()]
         messages = split.rows.data.column("messages")
         found = []

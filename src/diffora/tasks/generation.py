@@ -1,6 +1,7 @@
 """Text that a model generates in an evaluation, for tasks that score it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,11 @@ def generate(
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     text: Tensor = found[:, start : start + most]
     return F.pad(text, (0, most - text.shape[1]), value=pad)
+
+
+def before_end(text: Sequence[int], ends: Sequence[int | None]) -> list[int]:
+    """The tokens of a generated text before the first of its end tokens, which need not be special ones."""
+    return list(takewhile(lambda token: token not in ends, text))
 
 
 def with_others(model: Any, chosen: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Plain texts whose loss shows what fine-tuning makes a model forget."""
 
+import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,8 @@ from diffora.tasks.messages import first_line
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
 
 FORMATS = "a .txt file (one text a line), a .jsonl or .parquet file with a column text, or a hub id such as owner/name"
+LINE_END = re.compile(r"\r\n|\n|\r")
+"""Where a .txt file is divided. `str.splitlines` would also divide a text at a form feed or U+2028."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ def read_texts(settings: Forgetting) -> list[str]:
 
 def _texts_of_file(file: Path) -> Any:
     if file.suffix == ".txt":
-        return iter(utf8(file).splitlines())
+        return iter(LINE_END.split(utf8(file)))
     if file.suffix == ".parquet":
         names = pyarrow.parquet.read_schema(file).names
         if "text" not in names:

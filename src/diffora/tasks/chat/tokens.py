@@ -13,6 +13,7 @@ import pyarrow as pa
 from diffora.errors import UserError
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.chat.conversations import rows_hash
+from diffora.tasks.chat.dates import DATE, has_clock, with_fixed_date
 from diffora.tasks.chat.forms import Turn
 from diffora.tasks.encoding import Faults, write_rows
 from diffora.tasks.messages import first_line, more
@@ -68,7 +69,7 @@ def encode(
         raise UserError(
             f"task.max_length={max_length} must be at most {tokenizer.model_max_length}, the most tokens it can read"
         )
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "rows": rows_hash(rows.data.table),
         **tokenizer_facts(tokenizer),
@@ -76,7 +77,11 @@ def encode(
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "max_length": max_length,
         "train_on": train_on,
-    } | ({"prompt": prompt} if prompt is not None else {})
+    }
+    if prompt is not None:
+        facts["prompt"] = prompt
+    elif has_clock(tokenizer):
+        facts["date"] = str(DATE)
     how = {"tokenizer": tokenizer, "max_length": max_length, "train_on": train_on, "prompt": prompt}
     return cached("causal_lm", facts, lambda file: _write(file, rows, how, num_proc))
 
@@ -164,7 +169,9 @@ def _chat(
     template = None if prompt is not None else tokenizer.chat_template
     if train_on == "completion" and isinstance(template, str) and GENERATION.search(template):
         # The template itself marks the assistant's text.
-        out = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        out = tokenizer.apply_chat_template(
+            turns, chat_template=with_fixed_date(template), return_dict=True, return_assistant_tokens_mask=True
+        )
         return list(out["input_ids"]), np.array(out["assistant_masks"], dtype=np.int8), False
     text = render(turns, tokenizer, prompt=prompt)
     # A model's own template writes the special tokens. With the plain template or a prompt, the tokenizer adds them.
@@ -191,7 +198,8 @@ def prompt_ids(turns: list[Turn], tokenizer: Any, prompt: str | None) -> list[in
 def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = False, prompt: str | None = None) -> str:
     """A conversation as text, by the tokenizer's chat template or, if it has none, by `PLAIN_TEMPLATE`.
 
-    With a ``prompt``, the text is the prompt with the user's turn in it, then the answer and the end token.
+    With a ``prompt``, the text is the prompt with the user's turn in it, then the answer and the end token. A template
+    that asks for the date gets the same one every day.
     """
     if prompt is not None:
         before, after = prompt.split(PLACE)
@@ -201,13 +209,13 @@ def render(turns: list[Turn], tokenizer: Any, add_generation_prompt: bool = Fals
         turns,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
-        chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+        chat_template=with_fixed_date(tokenizer.get_chat_template()) if tokenizer.chat_template else PLAIN_TEMPLATE,
     )
     return text
 
 
 def end_of_turn(tokenizer: Any, prompt: str | None) -> int | None:
-    """The special token that ends the assistant's turn in the chat template; None if the template has none.
+    """The added token that ends the assistant's turn in the chat template; None if the template has none.
 
     It need not be the tokenizer's end token: a base model's tokenizer ends texts with another one than its template.
     """
@@ -217,8 +225,9 @@ def end_of_turn(tokenizer: Any, prompt: str | None) -> int | None:
         [(first, end)] = answer_spans(turns, text, tokenizer, prompt)
     except Exception:  # a template is a program; `encode` says what is wrong with it
         return None
-    special = {t.content: number for number, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return special.get(max((mark for mark in special if text[first:end].endswith(mark)), key=len, default=""))
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    after = text[first:end].strip().removeprefix("b")
+    return added.get(max((mark for mark in added if after.endswith(mark)), key=len, default=""))
 
 
 def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | None = None) -> list[tuple[int, int]]:
