@@ -8,6 +8,7 @@ from torch import nn
 from diffora.adapters.export import save_adapter
 from diffora.adapters.fetch import local_copy
 from diffora.adapters.load import load_onto, warn_of_other_backbone
+from diffora.adapters.origin import without_wrappers
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
@@ -63,5 +64,6 @@ def load_adapter(
 
     place = local_copy(folder, revision)
     if not isinstance(model, Backbone):  # otherwise the caller knows where it comes from
+        model = without_wrappers(model)
         warn_of_other_backbone(model, place)
     load_onto(model if isinstance(model, Backbone) else Backbone.of(model), place, method_of, freeze)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import TYPES, logits
 from finished_run import run_of
+from peft import PeftModel
 from safetensors.torch import load_file
 from small import small_deberta
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from diffora.adapters.export import save_adapter
 from diffora.adapters.forms import name_base_model, rewrite
@@ -87,6 +88,80 @@ def test_other_trained_modules_are_saved_with_the_head(tmp_path):
     again = small_deberta()
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_the_module_inside_a_wrapper_is_saved_and_filled(wrap, tmp_path):
+    model = adapted()
+    save_adapter(wrap(model), tmp_path)
+    again = small_deberta()
+    load_adapter(wrap(again), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+class Own(nn.Module):
+    """A model of which nothing says what its head is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def own_adapted() -> Own:
+    model = Own()
+    attach(model, find_grid(model).names, torch.tensor([[True, False]] * 2), rank=2, shared_rank=1, alpha=4)
+    for parameter in (p for _, layer in lowrank_layers(model) for p in (layer.lora_a, layer.lora_bt)):
+        nn.init.normal_(parameter)
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_head_of_an_own_model_survives_loading_and_saving(freeze, tmp_path):
+    model, x = own_adapted(), torch.randn(4, 8)
+    model.head.requires_grad_(True)
+    save_adapter(model, tmp_path / "first")
+    load_adapter(again := Own(), tmp_path / "first", freeze=freeze)
+    save_adapter(again, tmp_path / "second")
+    load_adapter(third := Own(), tmp_path / "second")
+    assert torch.equal(third(x), model(x)) and not torch.allclose(Own()(x), model(x))
+
+
+def test_a_frozen_head_of_an_own_model_is_named_or_warned_about(tmp_path, caplog):
+    model, x = own_adapted(), torch.randn(4, 8)
+    save_adapter(model, tmp_path)
+    assert "only the low-rank layers of this Own are saved" in caplog.text
+    caplog.clear()
+    save_adapter(model, tmp_path, head=["head"])
+    load_adapter(again := Own(), tmp_path)
+    assert torch.equal(again(x), model(x)) and not caplog.text
+    with pytest.raises(UserError, match="head: tail is not a module of this model"):
+        save_adapter(model, tmp_path, head=["tail"])
+
+
+def test_tied_embeddings_that_were_trained_are_the_same_in_peft(tmp_path):
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+
+    model, tokens = fresh(), {"input_ids": torch.arange(12).view(2, 6)}
+    attach(model, find_grid(model).names, torch.ones(2, 4, dtype=torch.bool), rank=2, shared_rank=None, alpha=4)
+    for parameter in [p for p in model.parameters() if p.requires_grad]:
+        nn.init.normal_(parameter, std=0.3)
+    nn.init.normal_(model.lm_head.requires_grad_(True).weight, std=0.3)
+    save_adapter(model, tmp_path)
+    peft = PeftModel.from_pretrained(fresh(), tmp_path).eval()
+    load_adapter(again := fresh(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(peft(**tokens).logits, model(**tokens).logits)
+        assert torch.equal(again(**tokens).logits, model(**tokens).logits)
 
 
 def test_what_no_adapter_can_hold_is_refused(tmp_path):

@@ -70,6 +70,12 @@ def test_rows_of_choices_are_counted_in_the_shape_in_which_they_are_read(shape):
     assert counted_tokens(torch.zeros(5, 6, 4), {"attention_mask": mask}).all()  # tokens of something else
 
 
+def test_tokens_x_rows_are_counted_as_rows_x_tokens():
+    mask = torch.arange(12).view(3, 4) % 4 < 3
+    counted = counted_tokens(torch.zeros(4, 3, 5), {"attention_mask": mask})
+    assert counted.equal(mask.T)
+
+
 def test_the_mean_square_of_a_gradient():
     gradient = torch.randn(3, 4, dtype=torch.float64)
     assert mean_square(gradient).item() == pytest.approx(np.mean(gradient.numpy() ** 2), rel=1e-12)

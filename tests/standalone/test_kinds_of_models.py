@@ -6,19 +6,31 @@ from accelerate import cpu_offload, dispatch_model
 from library import CASES, Net, assert_same, bert, entropy_loss, pairs, state, texts
 from torch import nn
 from transformers import (
+    AutoModel,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import diffora
 from diffora.core import attach as core_attach
 from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
 from diffora.errors import UserError
 from diffora.standalone.search import Bilevel, SearchSettings
+
+SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+BERT = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
 
 def search(model, batches, loss=None, **more):
@@ -314,6 +326,55 @@ def test_encoder_and_decoder_are_searched_together_or_one_of_them():
     assert_same(before, state(model))
     assert found.modules[1] == ["encoder.block.1.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
     assert torch.tensor(found.gamma_bar).std() > 0
+
+
+def test_fixed_positions_are_not_taken_for_what_the_user_froze():
+    """Pegasus and others freeze their positions themselves."""
+    small = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in SIZES.items()}
+    sizes = {"vocab_size": 60, "d_model": 16, **small}
+    torch.manual_seed(0)
+    model = PegasusForConditionalGeneration(PegasusConfig(pad_token_id=0, decoder_start_token_id=0, **sizes))
+    assert not all(p.requires_grad for p in model.parameters())
+    batches = [{"input_ids": torch.randint(2, 60, (4, 8)), "labels": torch.randint(2, 60, (4, 6))} for _ in range(5)]
+    assert search(model, batches).config["trained"] == []
+    model.requires_grad_(False)
+    model.model.encoder.layers[0].final_layer_norm.requires_grad_(True)
+    names = [f"model.encoder.layers.0.final_layer_norm.{name}" for name in ("weight", "bias")]
+    assert search(model, batches).config["trained"] == names
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_kind"
+
+
+@pytest.mark.parametrize("config", [BERT, OwnConfig()], ids=["BERT's", "own"])
+@pytest.mark.parametrize("prefix", ["", "bert"])
+def test_a_class_of_the_users_own_holds_its_backbone_under_any_name(config, prefix):
+    class Own(PreTrainedModel):
+        config_class = type(config)
+        base_model_prefix = prefix
+
+        def __init__(self):
+            super().__init__(config)
+            self.backbone = AutoModel.from_config(BERT)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.backbone(input_ids).last_hidden_state[:, 0])
+            return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 60, (4, 8)), "labels": torch.arange(4) % 2} for _ in range(5)]
+    assert search(Own(), batches).config["trained"] == ["head.weight", "head.bias"]
+
+
+def test_a_model_that_reads_weights_is_searched():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, **sizes))
+    tokens = torch.randint(0, 50, (5, 2, 6))
+    found = search(model, [{"input_ids": t, "labels": t} for t in tokens])
+    assert len({value for row in found.gamma_bar for value in row}) > 4  # all gates moved
 
 
 # --- interrupted ---

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
 from diffora.adapters.manifest import ADAPT, SELECTION, TRAINED, write_manifest
-from diffora.adapters.origin import Origin, identity_of, made_for
-from diffora.adapters.pairs import COMPACT, PREFIX, UNIFORM, Kept, equal_groups, write_pairs, write_tensors
-from diffora.backbones.backbone import Backbone
+from diffora.adapters.origin import Origin, identity_of, made_for, without_wrappers
+from diffora.adapters.pairs import (
+    COMPACT,
+    LOADED_WHOLE,
+    PREFIX,
+    UNIFORM,
+    Kept,
+    equal_groups,
+    write_pairs,
+    write_tensors,
+)
+from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.backbones.processors import load_processor
 from diffora.core.attach import places_of
 from diffora.core.linear import is_conv1d
@@ -50,25 +59,29 @@ def export_adapter(folder: Path, origin: Origin, pairs: Pairs, shared: Sequence[
     write_text(folder / "README.md", card(origin, LOAD_WITH_PEFT, groups))
 
 
-def save_adapter(model: nn.Module | Backbone, folder: Path | str, *, form: str = UNIFORM) -> None:
+def save_adapter(
+    model: nn.Module | Backbone, folder: Path | str, *, head: Sequence[str] = (), form: str = UNIFORM
+) -> None:
     """Write the low-rank layers and the head of a model as an adapter, for PEFT, for servers and for `load_adapter`.
 
     Use it for a model that `diffora.attach` adapted and that you trained yourself.
 
     Args:
         model: with low-rank layers. The head is what transformers adds to the pretrained model, as in `load_adapter`.
-            Other modules with trainable parameters are saved too.
+            Other modules with trainable parameters are saved too, and those that `load_adapter` filled. Inside
+            `torch.compile`, `nn.DataParallel` and `DistributedDataParallel`, the module itself is saved.
         folder: where the files go.
+        head: full names of more modules to save, such as a head that is frozen again.
         form: ``uniform``: all modules get one rank and one scale, which every program reads. ``compact``: the exact
             ranks, for PEFT and this package only.
 
     Raises:
-        UserError: ``form`` is none of these, the model has no low-rank layers, or it trains parameters that no module
-            to save holds.
+        UserError: ``form`` is none of these, a name is not a module, the model has no low-rank layers, or it trains
+            parameters that no module to save holds.
     """
     if form not in (UNIFORM, COMPACT):
         raise UserError(f"form={form!r} must be {UNIFORM} or {COMPACT}")
-    backbone = _with_trained(model if isinstance(model, Backbone) else Backbone.of(model))
+    backbone = _with_trained(model if isinstance(model, Backbone) else Backbone.of(without_wrappers(model)), head)
     pairs, shared = pairs_in(backbone.model)
     if not pairs:
         raise UserError(f"this {type(backbone.model).__name__} has no low-rank layers: call diffora.attach first")
@@ -79,12 +92,19 @@ def save_adapter(model: nn.Module | Backbone, folder: Path | str, *, form: str =
     save_pairs(Path(folder), backbone, pairs, shared, base, task, form, identity_of(backbone.model))
 
 
-def _with_trained(backbone: Backbone) -> Backbone:
-    """A backbone whose head includes all modules with trainable parameters, except low-rank layers."""
+def _with_trained(backbone: Backbone, head: Sequence[str]) -> Backbone:
+    """A backbone whose head includes the given modules and all with trainable parameters, except low-rank layers."""
     model, layers = backbone.model, dict(lowrank_layers(backbone.model))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [f"head: {name} is not a module of this model" for name in head if name not in modules]:
+        raise UserError(unknown)
+    named = [name for name in (*head, *getattr(model, LOADED_WHOLE, ())) if name not in backbone.head]
     done = {p for layer in layers.values() for p in layer.parameters(recurse=False)} | backbone.head_parameters()
-    holders = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in done]
-    more = tuple(dict.fromkeys(holders))
+    done |= {p for name in named for p in modules[name].parameters()}
+    # Tied parameters stand in several modules. PEFT replaces each by its own copy, so it needs all of them.
+    parameters = model.named_parameters(remove_duplicate=False)
+    holders = [name.rpartition(".")[0] for name, p in parameters if p.requires_grad and p not in done]
+    more = tuple(dict.fromkeys([*named, *holders]))
     places = [f"{layer}." for layer in layers]
     if bad := [
         name
@@ -94,6 +114,11 @@ def _with_trained(backbone: Backbone) -> Backbone:
         raise UserError(
             f"{bad[0] or type(model).__name__} has trainable parameters beside its low-rank layers, which no adapter "
             "holds: freeze them before training, or save the whole model with torch.save(model.state_dict(), …)"
+        )
+    if not (backbone.head or more or pretrained_children(model)):
+        log.warning(
+            f"only the low-rank layers of this {type(model).__name__} are saved, because nothing else requires "
+            "gradients: if you trained a head, name it (head=[…])"
         )
     return replace(backbone, head=(*backbone.head, *more)) if more else backbone
 

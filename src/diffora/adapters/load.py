@@ -13,7 +13,7 @@ from diffora.adapters.load_peft import load_with_peft
 from diffora.adapters.load_weights import MethodOf, load_weights
 from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manifest
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
-from diffora.adapters.pairs import PREFIX, StoredPairs
+from diffora.adapters.pairs import LOADED_WHOLE, PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import freeze_rest, places_of
 from diffora.core.linear import features, is_linear
@@ -87,6 +87,7 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     for name, state in states.items():
         modules[name].load_state_dict(state)
     place_pairs(backbone.model, modules, pairs)
+    setattr(backbone.model, LOADED_WHOLE, tuple(pairs.heads))
 
 
 def _adapted_and_saved(pairs: StoredPairs) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from diffora import digests
 from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.backbone import Backbone
+from diffora.core.attach import inside_wrappers
 from diffora.errors import UserError
 from diffora.tasks.base import Task
 
@@ -94,6 +95,11 @@ def check_layers(model: nn.Module, manifest: Mapping[str, Any], folder: Path) ->
     layers = manifest.get("layers")
     if None not in (layers, _layers(model)) and layers != _layers(model):
         raise UserError(f"{folder} was trained on {layers} layers, and this model has {_layers(model)}")
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The user's own module, whose names an adapter has, inside `torch.compile`, `nn.DataParallel` and DDP."""
+    return inside_wrappers(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
 
 
 def check_heads(backbone: Backbone, saved: Sequence[str], folder: Path) -> None:

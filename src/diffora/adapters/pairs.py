@@ -32,6 +32,8 @@ from diffora.files import atomic, write_text
 UNIFORM, COMPACT = "uniform", "compact"
 PREFIX = "base_model.model."
 """PEFT puts this before the name of every module."""
+LOADED_WHOLE = "diffora_loaded_whole"
+"""Attribute of a model: names of the modules that an adapter filled. They are saved again with the adapter."""
 Kept = Mapping[str, tuple[Tensor, Tensor, float]]
 """(A (rank, in), B^T (rank, out), s) by module, on the CPU."""
 

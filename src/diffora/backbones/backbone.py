@@ -140,27 +140,29 @@ class Backbone:
 def outside_pretrained(model: nn.Module) -> list[str]:
     """Names of the direct children that have weights and are not part of the pretrained model.
 
-    Empty for a module that is not a transformers model: nothing says which of its parts are pretrained.
+    Empty where nothing says which parts are pretrained (`pretrained_children`).
+    """
+    pretrained = pretrained_children(model)
+    children = model.named_children() if pretrained else ()
+    return [name for name, part in children if name not in pretrained and any(True for _ in part.parameters())]
+
+
+def pretrained_children(model: nn.Module) -> set[str]:
+    """Names of the direct children that are the pretrained model; empty where nothing says which these are.
+
+    - In most classes of transformers this is one child, named by ``base_model_prefix``.
+    - A few of them, such as T5's for questions, have the parts of the pretrained model as children instead.
+    - A class of your own may hold models of transformers under any name.
     """
     if not hasattr(model, "base_model_prefix"):  # models of diffusers have a config too
-        return []
-    pretrained = _pretrained_children(model)
-    return [
-        name for name, part in model.named_children() if name not in pretrained and any(True for _ in part.parameters())
-    ]
+        return set()
+    from transformers import AutoModel, PreTrainedModel
 
-
-def _pretrained_children(model: nn.Module) -> set[str]:
-    """Names of the children that are the pretrained model.
-
-    Usually this is one child, named by ``base_model_prefix``. A few models, such as T5's for questions, have the parts
-    of the pretrained model as children instead.
-    """
     prefix = getattr(model, "base_model_prefix", "")
     if hasattr(model, prefix):
         return {prefix}
-    from transformers import AutoModel
-
+    if type(model).__module__.partition(".")[0] not in ("transformers", "transformers_modules"):
+        return {name for name, part in model.named_children() if isinstance(part, PreTrainedModel)}
     with torch.device("meta"):
         bare = AutoModel.from_config(model.config, trust_remote_code=model.is_custom_code())  # type: ignore[operator]
     return {name for name, _ in bare.named_children()}

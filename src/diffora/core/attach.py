@@ -205,6 +205,12 @@ def keep_statistics(model: nn.Module) -> None:
             module.eval()
 
 
+def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> nn.Module:
+    """The module inside the wrappers of ``torch.compile`` and of the given classes, which have it as ``module``."""
+    inner: Any = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
+    return model if inner is None else inside_wrappers(inner, wrappers)
+
+
 def places_of(model: nn.Module) -> dict[int, list[str]]:
     """Every full name of each module of a model, by the module's id. A module may be used in several places."""
     places: dict[int, list[str]] = {}

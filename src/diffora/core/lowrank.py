@@ -233,13 +233,16 @@ class LowRankLinear(nn.Module):
         return self._whole_weight() if torch.compiler.is_compiling() else AdaptedWeight(weight, self._whole_weight)
 
     def _whole_weight(self) -> Tensor:
-        if self.rows is not None or self.split is not None:
+        if self.rows is not None or self.split:
             raise UserError(
                 "this model reads the weight of an adapted linear layer instead of calling the layer, so that gradient "
-                "masks and the simultaneous search (search.update=simultaneous) cannot be applied to it"
+                "masks and a search that trains both levels in one pass cannot be applied to it"
             )
         weight: Any = self.base.weight
-        delta = self.delta()
+        if self.split == 0 and self.gate is not None:  # all examples train the gate only
+            delta = gate_times(self.gate, self.lora_bt.detach()).T @ (self.lora_a.detach() * self.scaling)
+        else:
+            delta = self.delta()
         whole: Tensor = weight + (delta.T if self._transposed else delta).to(weight.dtype)
         return whole
 

@@ -77,6 +77,8 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -
         rows = mask.shape[:-1].numel(), mask.shape[-1]
         if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)):
             return mask.reshape(x.shape[:-1])
+        if x.shape[:-1] == rows[::-1]:  # XLNet reads tokens x rows
+            return mask.reshape(rows).T
     return torch.ones(x.shape[:-1], device=x.device)
 
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from diffora.backbones.backbone import Backbone
-from diffora.core.attach import inside_adapter
+from diffora.backbones.backbone import Backbone, pretrained_children
+from diffora.core.attach import inside_adapter, inside_wrappers
 from diffora.core.grid import Grid, find_grid
 from diffora.errors import UserError
 
@@ -26,10 +26,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: it must be a loaded model, a torch.nn.Module")
-    while (
-        inner := getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel) else None)
-    ) is not None:
-        model = inner
+    model = inside_wrappers(model, (nn.DataParallel,))
     kinds = {base.__name__ for thing in (model, *model.parameters()) for base in type(thing).__mro__}
     if shared := [name for name in SHARDED if name in kinds]:
         raise UserError(
@@ -98,25 +95,29 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     """The parameters that are trained together with A and B.
 
     - names of modules are given: their parameters,
-    - some parameters are frozen: those that are not, besides the candidates' own,
-    - nothing is frozen, in a transformers model: its parts outside the pretrained model,
-    - nothing is frozen, in any other model: everything outside the layers of the grid.
+    - some of the candidates' own parameters are frozen: all parameters that are not frozen, except the candidates',
+    - none of them is frozen, in a transformers model: its parts outside the pretrained model,
+    - none of them is frozen, in any other model: everything outside the layers of the grid.
+
+    In the last two cases, frozen parameters are left out. There are some in models whose positions are fixed.
 
     Raises:
         UserError: a name is not a module.
     """
     check_modules("head", names, model)
     parameters = dict(model.named_parameters())
+    candidates = {p for name in grid.modules for p in model.get_submodule(name).parameters()}
+    trainable = {p for p in parameters.values() if p.requires_grad}
     if names is not None:
         chosen = {p for name in names for p in model.get_submodule(name).parameters()}
-    elif not all(p.requires_grad for p in parameters.values()):
-        chosen = {p for p in parameters.values() if p.requires_grad}
-    elif hasattr(model, "base_model_prefix"):  # other models may have a config, too
-        chosen = Backbone.of(model).head_parameters()
+    elif not candidates <= trainable:
+        chosen = trainable
+    elif pretrained_children(model):
+        chosen = Backbone.of(model).head_parameters() & trainable
     else:
         layers = tuple(f"{layer}." for layer in grid.layers if layer)
-        chosen = {p for name, p in parameters.items() if not name.startswith(layers)}
-    chosen -= {p for name in grid.modules for p in model.get_submodule(name).parameters()}
+        chosen = {p for name, p in parameters.items() if not name.startswith(layers)} & trainable
+    chosen -= candidates
     return [p for p in parameters.values() if p in chosen]
 
 

@@ -204,9 +204,9 @@ def search(
         k: modules to select in each layer; None for half of them.
         scope: ``layer``: the best k of each layer; ``global``: as many in all, wherever they are.
         layer, candidates: where the candidates are, as in `diffora.core.grid.find_grid`; None: found in the model.
-        head: names of modules that are trained together with A and B. None: the parameters that require gradients, if
-            some are frozen. If none are, a transformers model's parts outside the pretrained model, and otherwise
-            everything outside the layers.
+        head: names of modules that are trained together with A and B. None: a transformers model's parts outside the
+            pretrained model, and in other models everything outside the layers. If some of the candidates' weights are
+            frozen, everything that requires gradients.
         rank, alpha: of the adapters; updates are scaled by alpha / rank.
         lr, weight_decay, clip: of A, B and the head; ``clip`` is the largest norm of their gradient, None for no limit.
         gamma_lr: learning rate of Γ.
