@@ -18,7 +18,10 @@ from diffora.report.statistics import Difference, holm, paired, verdict
 
 NAME = "gsm8k_small"
 ALL, RANDOM = "LoRA, all modules", "random"
-CHOSEN = "search", "search, shared pairs", "attribution", "one-shot", "gradient norm", "fisher"
+CHOSEN = [
+    *("search", "search, shared pairs", "attribution", "one-shot", "gradient norm"),
+    *("fisher", "plop", "spectrum", "kappa", "weight x activation"),
+]
 """Compared with a random selection of the search's size, too."""
 RIGHT, FORGETTING = "test/exact_match", "forgetting/increase"
 MARGIN = 0.005
@@ -77,7 +80,7 @@ def table(rows: Mapping[str, Row]) -> str:
     found = {name: difference(rows, name) for name in best_first(rows)}
     adjusted = iter(holm([one.p for one in found.values() if one is not None and one.p is not None]))
     head = ["method", "adapter parameters", "seeds", "right answers, %", "forgetting"]
-    head += [f"less {ALL}, points (95 %)", "p, Holm", ""]
+    head += [f"less {ALL}, points (95 %)", "p, Holm", "verdict, not corrected"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, one in found.items():
         row = rows[name]

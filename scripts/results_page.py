@@ -5,9 +5,9 @@
 A measurement in claims.json has one of these inputs; the script adds what follows from it.
 
 - ``differences``, ours less theirs, each from one of: two ``rows`` of another JSON ``file``, with values by seed
-  (paired; with ``task``, they are rows of data/mpnet_glue.json by their names), ``values`` (by seed [ours, theirs];
-  paired), ``means`` ([mean, standard deviation, n] of ours and of theirs; unpaired), ``stated`` ([mean, low, high, n]
-  as on the page; paired).
+  (paired; by their names or, where the file is a list, by their facts; ``task`` is the part of the file that has
+  them), ``values`` (by seed [ours, theirs]; paired), ``means`` ([mean, standard deviation, n] of ours and of theirs;
+  unpaired), ``stated`` ([mean, low, high, n] as on the page; paired).
 - ``percentile`` and ``draws``: a selector of selection_quality, a column of selection_draws, in their JSON files.
 - ``exact``: a result in words.
 
@@ -56,13 +56,21 @@ def interval(mean: float, error: float, n: int) -> Difference:
 
 
 def by_seed(given: Found, wanted: Any, factor: float) -> dict[int, float]:
-    """A metric by seed of one row of a JSON file: of the row that has the wanted facts, or of a task's row by name."""
+    """A metric by seed of one row of a JSON file."""
+    row, metric = row_of(given, wanted), given.get("metric", "value")
+    return {int(seed): factor * values[metric] for seed, values in row.items()}
+
+
+def row_of(given: Found, wanted: Any) -> Mapping[str, Found]:
+    """The runs of one row of a JSON file by seed: of the row with this name, or with these facts in a list of rows."""
     content = json.loads((ROOT / given["file"]).read_text())
-    if "task" in given:
-        row, metric = content[given["task"]]["rows"][wanted], "value"
+    if isinstance(content, list):
+        [row] = [row for row in content if wanted.items() <= row.items()]
     else:
-        [row], metric = [row for row in content if wanted.items() <= row.items()], given["metric"]
-    return {int(seed): factor * values[metric] for seed, values in row["seeds"].items()}
+        rows = content[given["task"]]["rows"] if "task" in given else content
+        row = rows[wanted]
+    found: Mapping[str, Found] = row.get("seeds", row)
+    return found
 
 
 def difference(given: Found, factor: float) -> Difference:
@@ -215,6 +223,7 @@ def counted(content: Found) -> str:
     remain = [name for (name, _), p in zip(every, adjusted, strict=True) if p < 1 - LEVEL]
     could = [d["detectable"] for _, d in every]
     named = f"{len(remain)} would be significant: {'; '.join(remain)}" if remain else "none would be significant"
+    named += f" (smallest p {min(adjusted):.2f})"
     return (
         f"{len(every)} differences are in points. The interval of {apart} does not include 0. After Holm's correction "
         f"for all, {named}. With a probability of 80 % these comparisons find a difference of {min(could):.1f} points "

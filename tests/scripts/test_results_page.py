@@ -47,12 +47,18 @@ def seeds_of(d):
         return [{seed: pair[i] for seed, pair in d["values"].items()} for i in (0, 1)]
     if "rows" not in d:
         return None
+    metric = d.get("metric", "value")
+    return [{seed: run[metric] for seed, run in runs.items()} for runs in runs_of(d)]
+
+
+def runs_of(d):
+    """The runs of ours and theirs by seed, from the file that a difference names."""
     rows = json.loads((REPO / d["file"]).read_text())
     if "task" in d:
-        runs = [rows[d["task"]]["rows"][name]["seeds"] for name in d["rows"]]
-        return [{seed: run["value"] for seed, run in seeds.items()} for seeds in runs]
-    both = [next(r for r in rows if all(r[k] == v for k, v in facts.items())) for facts in d["rows"]]
-    return [{seed: run[d["metric"]] for seed, run in row["seeds"].items()} for row in both]
+        return [rows[d["task"]]["rows"][name]["seeds"] for name in d["rows"]]
+    if isinstance(rows, dict):
+        return [rows[name] for name in d["rows"]]
+    return [next(r for r in rows if all(r[k] == v for k, v in facts.items()))["seeds"] for facts in d["rows"]]
 
 
 def test_intervals_agree_with_scipy():
@@ -105,13 +111,8 @@ def test_where_the_records_were_kept_every_run_has_the_hash_of_its_configuration
     for d in (d for one in kept for d in one["differences"]):
         if "config_hashes" in d:
             hashes = [h for pair in d["config_hashes"].values() for h in pair]
-        elif "task" in d:
-            rows = json.loads((REPO / d["file"]).read_text())[d["task"]]["rows"]
-            hashes = [run["config_hash"] for name in d["rows"] for run in rows[name]["seeds"].values()]
         else:
-            rows = json.loads((REPO / d["file"]).read_text())
-            mine = [row for row in rows if any(facts.items() <= row.items() for facts in d["rows"])]
-            hashes = [run["config_hash"] for row in mine for run in row["seeds"].values()]
+            hashes = [run["config_hash"] for runs in runs_of(d) for run in runs.values()]
         assert len(hashes) >= 2 * d["n"] and all(re.fullmatch("[0-9a-f]{16}", h) for h in hashes)
     assert len(kept) > 5
 
