@@ -273,9 +273,9 @@ def picture(content: Found, file: Path, limit: float = 8.0) -> None:
         axes.plot([low, high], [y, y], color=colour, lw=1.6)
         if abs(found["mean"]) <= limit:
             axes.plot(found["mean"], y, "o", color=colour, ms=4)
-        for end, mark in ((found["low"], "<"), (found["high"], ">")):
+        for end in (found["low"], found["high"]):
             if abs(end) > limit:  # the interval goes on
-                axes.plot(math.copysign(0.98 * limit, end), y, mark, color=colour, ms=5)
+                axes.plot(math.copysign(0.98 * limit, end), y, "<" if end < 0 else ">", color=colour, ms=5)
         axes.text(limit * 1.03, y, ranged(found), ha="left", va="center", size=8, color=colour)
     axes.set_xlim(-limit, limit)
     axes.set_ylim(len(lines) - 0.4, -0.6)

@@ -6,7 +6,17 @@ import json
 import pytest
 
 from diffora.errors import UserError
-from diffora.records import FIELDS, MetricFacts, Record, SelectionSource, check, facts_of, read_content, write_record
+from diffora.records import (
+    FIELDS,
+    KINDS,
+    MetricFacts,
+    Record,
+    SelectionSource,
+    check,
+    facts_of,
+    read_content,
+    write_record,
+)
 from diffora.run.record import metric_facts, new_record, read_record
 from diffora.tasks.base import get_task
 
@@ -23,6 +33,7 @@ def test_a_new_record_has_every_fact_that_a_report_needs(cfg, tmp_path):
     assert record.follows_seed == ["method.draw"] and record.settings["method"]["draw"] == "${seed}"
     assert record.main_metric == "accuracy" and record.row == "x"
     assert not content.keys() - set(FIELDS)
+    assert sorted(FIELDS) == sorted(key for keys, _ in KINDS.values() for key in keys)
     assert read_record(tmp_path) == json.loads(json.dumps(content))
 
 

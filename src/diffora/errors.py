@@ -70,6 +70,11 @@ def reason(error: OSError) -> str:
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its class if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def place(error: OSError) -> str | None:
     """The file that an exception of the system is about; None if it does not say."""
     return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None

@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 
 PROBE_SECONDS = 5.0
 """How long to wait for an answer of the hub."""
@@ -24,8 +24,7 @@ def why_unreachable() -> str | None:
     try:
         huggingface_hub.get_session().head(endpoint, timeout=PROBE_SECONDS)
     except Exception as error:  # whatever the http library in use raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{endpoint} does not answer ({reason})"
+        return f"{endpoint} does not answer ({first_line(error)})"
     return None
 
 
@@ -107,5 +106,4 @@ def hub_failure(error: Exception, name: str) -> str:
         return f"{name} was changed by somebody else at the same moment: give the command again"
     if status is not None:
         return f"{endpoint} answers with an error (HTTP {status}): try again later"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{endpoint} cannot be reached ({reason})"
+    return f"{endpoint} cannot be reached ({first_line(error)})"

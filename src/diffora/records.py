@@ -208,7 +208,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
         lambda value: isinstance(value, str),
     ),
     "text or null": (
-        ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash", "git_commit"),
+        ("experiment", "row", "column", "scale", "error", "main_metric", "data_hash", "git_commit", "precision"),
         lambda value: isinstance(value, str | None),
     ),
     "a whole number": (("seed",), _is_int),

@@ -432,7 +432,10 @@ def test_numbers_too_large_to_square_are_left_out(tmp_path):
         record = json.loads((tmp_path / f"{seed}" / "run.json").read_text())
         record["history"][0]["generalisation_gap"] = metric
         (tmp_path / f"{seed}" / "run.json").write_text(json.dumps(record))
-    page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
+    html = page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])[0].read_text()
+    first_row = html.partition("<td>lora</td>")[2].partition("</tr>")[0]
+    assert '<td data-value="2">2</td>' in first_row  # 1e308 is left out, and n says so
+    assert "1e+308" not in html and not re.search(r"\bnan\b", html)
 
 
 # --- as text, pictures and a page ---

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffora.backbones.messages import first_three, one_line
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 
 # --- lengths ---
 
@@ -85,7 +85,7 @@ def _check_image_size(model: Any, side: int) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{type(model).__name__} does not take images of three channels and {side} x {side} pixels, as its "
-            f"preprocessor_config.json asks for: {str(error).splitlines()[0]}"
+            f"preprocessor_config.json asks for: {first_line(error)}"
         ) from error
     finally:
         model.train(was_training)

@@ -7,7 +7,7 @@ import torch
 import torch._functorch.config as functorch
 from torch import nn
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 
 
 @contextmanager
@@ -36,10 +36,9 @@ def compiled(model: nn.Module, on: bool, keep_graph: bool = False) -> Iterator[N
             yield
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"trainer.compile=true: torch.compile fails on {type(model).__name__}: {reason}. Leave it out, or see "
-                "TORCH_LOGS=recompiles"
+                f"trainer.compile=true: torch.compile fails on {type(model).__name__}: {first_line(error)}. Leave it "
+                "out, or see TORCH_LOGS=recompiles"
             ) from error
         raise
     finally:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from diffora.errors import UserError, place, reason
+from diffora.errors import UserError, first_line, place, reason
 from diffora.files import write_text
 from diffora.loop.own import SECRET, own_loggers
 from diffora.loop.process import is_main
@@ -214,7 +214,7 @@ def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
 
 def _why(error: BaseException) -> str:
     """The reason for a failure in one line, without keys and passwords of the environment."""
-    text = reason(error) if isinstance(error, OSError) else (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = reason(error) if isinstance(error, OSError) else first_line(error)
     if isinstance(error, OSError) and (file := place(error)):
         text = f"{file}: {text}"
     secrets = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.loop.launch import launch_problems
 from diffora.loop.sharded import FSDP, Sharded
 from diffora.settings.sections import Settings
@@ -102,7 +102,5 @@ def _device_problems(accelerator: str, devices: int | str, strategy: str, precis
         )
     except Exception as error:
         chosen = f"trainer.accelerator={accelerator} devices={devices} strategy={strategy} precision={precision}"
-        return (
-            f"{chosen} do not work together on this machine: {(str(error) or type(error).__name__).splitlines()[0]}",
-        )
+        return (f"{chosen} do not work together on this machine: {first_line(error)}",)
     return ()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffora.backbones.precision import AUTOCAST, HALF
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
 from diffora.digests import default_cache_dir
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.files import remove_leftovers
 from diffora.loop import predict
 from diffora.loop.parts import Parts
@@ -39,7 +39,6 @@ from diffora.loop.states import (
     write_states,
 )
 from diffora.tasks.cache import cached, file_of
-from diffora.tasks.messages import first_line
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,10 @@ SEARCH_TRAIN = 3
 """Order of the search-train rows."""
 SEARCH_VALID = 4
 """Order of the search-valid rows."""
-# 5 and 6 are the masks of `diffora.methods.lowrank`.
+MASK_STEP = 5
+"""The gradient masks of a step."""
+MASK_EPOCH = 6
+"""The gradient masks of an epoch."""
 ONE_SHOT_TRAIN = 7
 """The random selections that ``one_shot`` trains."""
 ONE_SHOT_SCORE = 8

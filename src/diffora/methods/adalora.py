@@ -61,7 +61,7 @@ class AdaLoRA(Method):
             orth_reg_weight=self.orthogonality,
             total_step=1,  # not known yet, see `begin`
         )
-        return AdaLoRAAdaptation(self, model, inject(model, config).base_model)
+        return AdaLoRAAdaptation(model, inject(model, config).base_model, initial=self.initial, final=self.final)
 
 
 class AdaLoRAAdaptation(Adaptation):
@@ -69,29 +69,34 @@ class AdaLoRAAdaptation(Adaptation):
 
     Args:
         tuner: PEFT's `AdaLoraModel` around ``model``.
+        adapter: PEFT's name of the adapter.
+        initial, final: shares of all steps before and after ranks are reduced.
     """
 
-    def __init__(self, method: AdaLoRA, model: nn.Module, tuner: Any) -> None:
+    def __init__(
+        self, model: nn.Module, tuner: Any, adapter: str = ADAPTER, initial: float = 0.0, final: float = 0.0
+    ) -> None:
         super().__init__(model)
-        self.method, self.tuner = method, tuner
-        self.config, self.allocator = tuner.peft_config[ADAPTER], tuner.rankallocator
+        self.tuner, self.adapter, self.initial, self.final = tuner, adapter, initial, final
+        self.config, self.allocator = tuner.peft_config[adapter], tuner.rankallocator
         self.layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_E")]
         for _, layer in self.layers:
             layer.ranknum.requires_grad_(False)  # PEFT omits this if it moves ranknum to the weights' device
 
     def begin(self, total_steps: int) -> None:
         """Convert the shares of all steps into numbers of steps. At least one step is left to reduce ranks."""
-        final = min(int(self.method.final * total_steps), total_steps - 1)
+        final = min(int(self.final * total_steps), total_steps - 1)
         self.config.total_step, self.config.tfinal = total_steps, final
-        self.config.tinit = min(int(self.method.initial * total_steps), total_steps - final - 1)
+        self.config.tinit = min(int(self.initial * total_steps), total_steps - final - 1)
         self._place()
 
     def penalty(self) -> Tensor | None:
         """The weighted mean of ||A A^T - I||_F and ||B^T B - I||_F over every A and B, as in PEFT; None at weight 0."""
-        if self.method.orthogonality == 0:
+        weight: float = self.config.orth_reg_weight
+        if weight == 0:
             return None
-        matrices = [m for _, layer in self.layers for m in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
-        return self.method.orthogonality * orthogonality(matrices, "mean_norm")
+        matrices = [m for _, layer in self.layers for m in (layer.lora_A[self.adapter], layer.lora_B[self.adapter].T)]
+        return weight * orthogonality(matrices, "mean_norm")
 
     def after_step(self, step: int, lr: float) -> None:
         """Update the importances and reduce the ranks.
@@ -127,15 +132,16 @@ class AdaLoRAAdaptation(Adaptation):
     def pairs(self) -> Iterator[Pair]:
         """Yields the updates with E multiplied into A. Directions with E = 0 are left out, so a rank may be 0."""
         for name, layer in self.layers:
-            lora_e = layer.lora_E[ADAPTER]
+            lora_e = layer.lora_E[self.adapter]
             kept = lora_e.detach()[:, 0] != 0
-            scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].item() + 1e-5)  # as PEFT's layer computes it
-            yield name, (layer.lora_A[ADAPTER] * lora_e)[kept], layer.lora_B[ADAPTER].T[kept], scaling
+            # As PEFT's layer computes it.
+            scaling = layer.scaling[self.adapter] / (layer.ranknum[self.adapter].item() + 1e-5)
+            yield name, (layer.lora_A[self.adapter] * lora_e)[kept], layer.lora_B[self.adapter].T[kept], scaling
 
     def inference_parameters(self) -> int:
         """The parameters of the remaining ranks, with E multiplied into A."""
         return sum(
-            int(layer.lora_E[ADAPTER].count_nonzero()) * (layer.in_features + layer.out_features)
+            int(layer.lora_E[self.adapter].count_nonzero()) * (layer.in_features + layer.out_features)
             for _, layer in self.layers
         )
 

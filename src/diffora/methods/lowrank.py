@@ -17,6 +17,7 @@ from diffora.core.grid import Grid
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.masking import draw_rows
 from diffora.core.orthogonality import orthogonality
+from diffora.loop import streams
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.settings.checks import NOT_NEGATIVE, PATH, RANK, Help, whole
 
@@ -88,8 +89,8 @@ class LowRankAdaptation(Adaptation):
         """Draw the directions that this step trains ([R] Algorithm 1, lines 5 to 12)."""
         if self.mask is None or step < self.mask.start:
             return
-        # 0 to 4 are the random streams of `diffora.loop.streams`.
-        where = (self.seed, 5, step) if self.mask.every == "step" else (self.seed, 6, epoch)
+        by_step = self.mask.every == "step"
+        where = (self.seed, streams.MASK_STEP, step) if by_step else (self.seed, streams.MASK_EPOCH, epoch)
         assert self.mask.rank is not None
         ranks = [layers[0].rank for layers in self.adapters]
         drawn = draw_rows(ranks, self.mask.rank, self.mask.independent, *where)

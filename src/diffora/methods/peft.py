@@ -31,12 +31,11 @@ from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES, path_of
 from diffora.core.selection import Selection
 from diffora.core.targets import longer_names
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
 from diffora.settings.checks import GROUP, POSITIVE, RATE, TEXTS, Check, Help, whole
 from diffora.settings.read import value_problem
-from diffora.tasks.messages import first_line
 from diffora.trust import object_in
 
 ADAPTER = "default"

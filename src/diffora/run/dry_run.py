@@ -20,7 +20,7 @@ from diffora.core.counts import expected_adapter_parameters, expected_globally, 
 from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import set_kernel
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.loop.resume import has_work
 from diffora.methods.base import Method
 from diffora.methods.selecting import Selecting
@@ -31,7 +31,6 @@ from diffora.run.steptime import Counted, find_lowest, words
 from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
-from diffora.tasks.messages import first_line
 from diffora.training.steps import check_stages
 
 log = logging.getLogger(__name__)

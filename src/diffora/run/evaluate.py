@@ -21,7 +21,7 @@ from diffora.backbones.compatibility import longest_input
 from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
 from diffora.core.lowrank import set_kernel
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.files import check_writable, conf_dir, read_yaml, write_text
 from diffora.loop.predict import device_of, predict
 from diffora.loop.process import quiet_libraries
@@ -198,7 +198,7 @@ def _compose(choices: list[str], paths: Sequence[str]) -> DictConfig:
             added = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
             return compose("config", [*added, *choices])
     except Exception as error:
-        raise UserError(composition_problems(choices, paths) or [str(error).splitlines()[0]]) from error
+        raise UserError(composition_problems(choices, paths) or [first_line(error)]) from error
 
 
 def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths: Sequence[str] = ()) -> DictConfig:

@@ -10,7 +10,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import lightning as L
@@ -30,6 +30,7 @@ from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
+from diffora.settings.sections import Search
 from diffora.tasks.account import lines as account_lines
 
 log = logging.getLogger(__name__)
@@ -99,13 +100,18 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     return Selected(selection, result.seconds, result.weights)
 
 
+READ_BY_SEARCH_ONLY = ("relaxation", "head_warmup", "readout", "patience")
+"""Settings of the search that other selectors do not read."""
+
+
 def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     """The settings of the search that were changed, but that another selector does not read."""
     if selector == "search":
         return
-    for key, usual in {"relaxation": "softmax", "head_warmup": None, "readout": "gamma", "patience": None}.items():
-        if (value := getattr(parts.settings.search, key)) != usual:
-            yield f"search.{key}={value} has no effect: method.selector={selector} does not read it"
+    for field in fields(Search):
+        value = getattr(parts.settings.search, field.name)
+        if field.name in READ_BY_SEARCH_ONLY and value != field.default:
+            yield f"search.{field.name}={value} has no effect: method.selector={selector} does not read it"
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:

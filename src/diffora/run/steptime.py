@@ -24,7 +24,7 @@ from diffora.core.lowrank import set_kernel
 from diffora.core.picture import layer_labels
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.loop.parts import Parts
 from diffora.loop.predict import device_of
 from diffora.loop.samplers import LengthGroupedBatchSampler
@@ -34,7 +34,6 @@ from diffora.run.record import read_record
 from diffora.settings.sections import Settings
 from diffora.standalone.model import left_as_found
 from diffora.tasks.base import Batch, Task
-from diffora.tasks.messages import first_line
 from diffora.training.criterion import criterion_of
 from diffora.training.optimisers import make_optimiser
 

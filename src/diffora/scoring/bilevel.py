@@ -112,7 +112,7 @@ class SearchModule(Stage):
         return self.trajectory[-1][0]
 
     @property
-    def certainty(self) -> str:
+    def spread_metric(self) -> str:
         """Name of the metric that shows how far the gates are from their start.
 
         This is the entropy of the softmax. For independent gates it is their sum instead: how many modules of a layer
@@ -371,7 +371,7 @@ class SearchModule(Stage):
         values = {
             "search/round": self.rounds_done,
             "search/train_loss": train,
-            self.certainty: spread[self.searched].mean().item(),
+            self.spread_metric: spread[self.searched].mean().item(),
         }
         if not math.isnan(valid):
             values["search/valid_loss"] = valid

@@ -31,7 +31,7 @@ def bilevel(context: SearchContext) -> SearchResult:
     with all_adapted(context) as layers:
         arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
         module = SearchModule(*arguments, lambda scores: context.choose(scores).mask())
-        shown = "search/train_loss", "search/valid_loss", module.certainty
+        shown = "search/train_loss", "search/valid_loss", module.spread_metric
         matched = settings.update == "simultaneous"
         fit_rounds(context, "search", module, search_data(context, matched), shown, settings.epochs, context.callbacks)
         gates = module.gates(module.gamma.detach()).cpu()
@@ -42,13 +42,13 @@ def bilevel(context: SearchContext) -> SearchResult:
             f"changed for {settings.patience} checks (search.patience); a round has {CHECKS}"
         )
     return SearchResult(
-        module.current_scores().cpu(),
-        module.elapsed,
-        module.trajectory,
-        settings.relaxation,
-        weights,
-        settings.readout,
-        module.rounds_done,
+        scores=module.current_scores().cpu(),
+        seconds=module.elapsed,
+        trajectory=module.trajectory,
+        relaxation=settings.relaxation,
+        weights=weights,
+        readout=settings.readout,
+        rounds=module.rounds_done,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from diffora.errors import first_line
 from diffora.files import conf_dir
 from diffora.settings.checks import TEXT, Check, checks_of, is_int, show, strange_value, unknown_key, words_of
 from diffora.settings.sections import Logger, Settings, TaskSettings
@@ -70,7 +71,7 @@ class Reading:
                 else:
                     values[name] = value
             except OmegaConfBaseException as error:
-                self.found[key] = f"{key}: {str(error).splitlines()[0]}"
+                self.found[key] = f"{key}: {first_line(error)}"
         return values
 
     def own_mistakes(self) -> dict[str, str]:

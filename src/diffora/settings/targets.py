@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.settings.checks import strange_value
 from diffora.trust import function_at
 
@@ -63,9 +63,11 @@ class Target:
         try:
             return self.makes(*first, **given)
         except ImportError as error:
-            raise UserError(f"{self.key}={self.path} needs a package that is not installed: {_line(error)}") from error
+            raise UserError(
+                f"{self.key}={self.path} needs a package that is not installed: {first_line(error)}"
+            ) from error
         except Exception as error:  # whatever the class does with its arguments
-            raise UserError(f"{self.key}={self.path} does not accept {given}: {_line(error)}") from error
+            raise UserError(f"{self.key}={self.path} does not accept {given}: {first_line(error)}") from error
 
 
 def target_of(
@@ -108,7 +110,3 @@ def _parameters(makes: Any, first: int) -> dict[str, inspect.Parameter]:
     except (TypeError, ValueError):  # of a built-in
         return {}
     return dict(list(parameters.items())[first:])
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,8 +15,3 @@ def more(count: int) -> str:
 def some(names: Sequence[str]) -> str:
     """The names, separated by commas; of more than ten, the first ten and how many there are."""
     return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or the name of its class if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

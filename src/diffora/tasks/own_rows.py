@@ -9,11 +9,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.settings.checks import LENGTH, Help, whole
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Rows, Task
-from diffora.tasks.messages import first_line
 from diffora.tasks.sources.place import Place, PlaceSettings
 from diffora.tasks.sources.records import Records, hub_records, open_records
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset, with_numbers

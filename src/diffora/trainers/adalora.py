@@ -4,9 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from diffora.core.orthogonality import orthogonality
 from diffora.errors import UserError
 from diffora.methods.adalora import AVERAGES, AdaLoRAAdaptation
 
@@ -29,13 +28,8 @@ class TrainedAdaLoRA(AdaLoRAAdaptation):
     """
 
     def __init__(self, tuner: Any) -> None:
-        self.model, self.tuner = tuner.model, tuner
-        self.adapter = tuner.trainable_adapter_name
-        self.config, self.allocator = tuner.peft_config[self.adapter], tuner.rankallocator
+        super().__init__(tuner.model, tuner, tuner.trainable_adapter_name)
         self._ranks: dict[str, list[bool]] | None = None
-        for module in self.model.modules():
-            if hasattr(module, "ranknum"):
-                module.ranknum.requires_grad_(False)  # PEFT omits this if it moves ranknum to the weights' device
 
     def begin(self, total_steps: int) -> None:
         """Set the number of optimiser steps in PEFT's configuration.
@@ -61,15 +55,6 @@ class TrainedAdaLoRA(AdaLoRAAdaptation):
             config.total_step = total_steps
         self.tuner.forward = self.tuner.model.forward
         self._place()
-
-    def penalty(self) -> Tensor | None:
-        """The weighted mean of ||A A^T - I||_F and ||B^T B - I||_F over every A and B, as in PEFT; None at weight 0."""
-        if self.config.orth_reg_weight == 0:
-            return None
-        layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "lora_E")]
-        pairs = [(layer.lora_A[self.adapter], layer.lora_B[self.adapter].T) for layer in layers]
-        penalty: Tensor = self.config.orth_reg_weight * orthogonality([m for pair in pairs for m in pair], "mean_norm")
-        return penalty
 
     def after_step(self, step: int, lr: float) -> None:
         """Update the importances and reduce the ranks.

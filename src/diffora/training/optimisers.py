@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.settings.sections import FineTune
 from diffora.settings.targets import Target, target_of
 
@@ -173,8 +173,7 @@ def _try_out(key: str, made: Any) -> None:
         file.seek(0)
         torch.load(file, weights_only=True)
     except Exception as error:  # whatever a user's own class does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{key}: {type(made).__name__} {doing}: {reason}") from error
+        raise UserError(f"{key}: {type(made).__name__} {doing}: {first_line(error)}") from error
 
 
 def _is_optimiser(found: Any) -> bool:

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.chat.forms import Fault, Turn, conversation, form_of
-from diffora.tasks.messages import first_line, more
+from diffora.tasks.messages import more
 from diffora.tasks.sources.lines import BadLine, json_lines
 from diffora.tasks.sources.tables import SUBSET_SEED, content_hash, joint_hash, row_dicts
 

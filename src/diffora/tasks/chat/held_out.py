@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import datasets
 import pyarrow.parquet
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.hub import is_hub_id, why_unreachable
 from diffora.settings.checks import LENGTH, PATH, ROWS, Help, whole
-from diffora.tasks.messages import first_line
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
 
 FORMATS = "a .txt file (one text a line), a .jsonl or .parquet file with a column text, or a hub id such as owner/name"

@@ -10,13 +10,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.chat.conversations import rows_hash
 from diffora.tasks.chat.dates import DATE, has_clock, with_fixed_date
 from diffora.tasks.chat.forms import Turn
 from diffora.tasks.encoding import Faults, write_rows
-from diffora.tasks.messages import first_line, more
+from diffora.tasks.messages import more
 
 FORMAT_VERSION = 3  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory

@@ -11,11 +11,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from diffora.digests import default_cache_dir
+from diffora.errors import first_line
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.images.rows import identity
 from diffora.tasks.images.source import IMAGE, Source, as_images
 from diffora.tasks.labels import class_names
-from diffora.tasks.messages import first_line, some
+from diffora.tasks.messages import some
 from diffora.tasks.sources.files import split_files
 from diffora.tasks.sources.tables import check_columns
 

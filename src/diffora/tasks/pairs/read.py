@@ -9,8 +9,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffora.errors import first_line
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.messages import first_line, more
+from diffora.tasks.messages import more
 from diffora.tasks.sources.check_values import check_text
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8

@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from diffora.errors import UserError
+from diffora.errors import UserError, first_line
 from diffora.tasks.account import Account, Accounts
-from diffora.tasks.messages import first_line
 from diffora.tasks.questions.check import TEXTS, Reader, check
 from diffora.tasks.sources.files import check_folder, find_file
 from diffora.tasks.sources.hub import hub_splits

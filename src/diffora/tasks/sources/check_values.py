@@ -5,7 +5,8 @@ import json
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffora.tasks.messages import first_line, more
+from diffora.errors import first_line
+from diffora.tasks.messages import more
 
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 """Tests for the arrow types of text."""

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 import datasets
 import pyarrow as pa
 
-from diffora.errors import UserError, called
+from diffora.errors import UserError, called, first_line
 from diffora.hub import why_unreachable
-from diffora.tasks.messages import first_line
 
 
 def hub_splits(

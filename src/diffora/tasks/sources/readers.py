@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from diffora.errors import UserError
-from diffora.tasks.messages import first_line
+from diffora.errors import UserError, first_line
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.files import check_folder, split_files
 from diffora.tasks.sources.lines import BadLine, json_lines, note_blank, utf8

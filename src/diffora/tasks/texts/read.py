@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffora.errors import first_line
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.messages import first_line, more
+from diffora.tasks.messages import more
 from diffora.tasks.sources.check_values import check_text, check_utf8
 from diffora.tasks.sources.tables import check_columns, with_numbers
 from diffora.tasks.texts.columns import LISTS, Columns, Part
