@@ -38,8 +38,9 @@ from diffora.report.page import write
 from diffora.report.runs import gather
 from diffora.run import figures, terminal
 from diffora.run.check import check
-from diffora.run.evaluate import evaluate, load_trained, read_request
+from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.run.trained import load_trained
 from diffora.tasks.base import Task, get_task
 from diffora.tasks.glue import GlueTask
 from diffora.trust import class_at, literal, settings

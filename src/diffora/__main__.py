@@ -14,8 +14,8 @@ PROGRAMS = {
     "select": ("diffora.cli.train:select", "only search and select: selection.json and pictures"),
     "evaluate": ("diffora.cli.evaluate:main", "metrics and predictions of a finished run"),
     "report": ("diffora.cli.report:main", "a page and tables about finished runs"),
-    "export": ("diffora.run.export:main", "write a finished run's adapter in another form"),
-    "push": ("diffora.run.push:main", "publish a finished run's adapter on the Hugging Face hub"),
+    "export": ("diffora.cli.export:main", "write a finished run's adapter in another form"),
+    "push": ("diffora.cli.push:main", "publish a finished run's adapter on the Hugging Face hub"),
 }
 """The function of each program, which takes the arguments after its name; and what it does."""
 

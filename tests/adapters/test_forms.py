@@ -18,12 +18,14 @@ from diffora.adapters.forms import name_base_model, rewrite
 from diffora.adapters.manifest import read_manifest
 from diffora.adapters.merge import merge_updates
 from diffora.api import load_adapter
+from diffora.cli.export import main as export_main
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
 from diffora.run import export
+from diffora.run.trained import finished_run, load_trained
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 
@@ -300,8 +302,7 @@ def of_run(model: nn.Module, tokenizer) -> torch.Tensor:
 
 
 def test_every_form_of_a_run_gives_its_logits(finished, tmp_path, capsys):
-    cfg, weights, _ = export.finished_run(finished, {})
-    from diffora.run.evaluate import load_trained
+    cfg, weights, _ = finished_run(finished, {})
 
     model, tokenizer = load_trained(cfg, weights)
     expected = of_run(model, tokenizer)
@@ -309,7 +310,7 @@ def test_every_form_of_a_run_gives_its_logits(finished, tmp_path, capsys):
         base = AutoModelForSequenceClassification.from_pretrained(EMBEDDED, num_labels=2)
         load_adapter(base, exported(finished, f"form={form}", f"to={tmp_path / form}"))
         torch.testing.assert_close(of_run(base, tokenizer), expected, rtol=1e-5, atol=1e-5)
-    export.main([str(finished), "form=merged", f"to={tmp_path / 'merged'}"])
+    export_main([str(finished), "form=merged", f"to={tmp_path / 'merged'}"])
     assert str(tmp_path / "merged") in capsys.readouterr().out
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -20,7 +20,8 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
-from diffora.run import evaluate, export
+from diffora.run import export
+from diffora.run.trained import finished_run, load_trained
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 RANK, SHARED, ALPHA = 3, 2, 5.0
@@ -108,8 +109,8 @@ def test_every_form_of_a_run_has_the_one_scale(finished, tmp_path):
     manifest = read_manifest(finished.folder / "adapter")
     assert {entry["scale"] for entry in manifest["modules"].values()} == {2.0}
     assert {entry["rank"] for entry in manifest["modules"].values()} == {1, 4} and manifest["shared"]
-    cfg, weights, _ = export.finished_run(finished.folder, {})
-    expected = of_run(evaluate.load_trained(cfg, weights)[0])
+    cfg, weights, _ = finished_run(finished.folder, {})
+    expected = of_run(load_trained(cfg, weights)[0])
     plain = fresh()
     diffora.load_adapter(plain, finished.folder / "adapter")
     for _, layer in lowrank_layers(plain):

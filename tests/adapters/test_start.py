@@ -19,6 +19,7 @@ from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.run import evaluate
+from diffora.run.trained import check_backbone
 
 MASK = torch.tensor([[True, False, True, False, False, True], [False, False, True, True, False, True]])
 
@@ -224,7 +225,7 @@ def test_without_the_run_evaluate_compares_the_backbone_with_the_adapters(finish
     request = evaluate.read_request(
         [f"adapter={tmp_path / 'alone'}", "model=tiny", "task=paraphrase", f"output={tmp_path / 'out'}"]
     )
-    evaluate.check_backbone(request.cfg, request.weights, False)
+    check_backbone(request.cfg, request.weights, False)
     assert "may not be the backbone" not in caplog.text
 
 

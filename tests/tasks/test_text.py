@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
-from diffora.run.evaluate import _output, evaluate, read_request
+from diffora.run.evaluate import evaluate, output_of, read_request
 from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.texts.divide import choose_validation
@@ -334,7 +334,7 @@ def test_test_rows_that_are_training_rows_are_counted(cfg, tmp_path):
 
 def test_evaluations_that_start_together_have_folders_of_their_own(tmp_path):
     (tmp_path / "run" / "adapter").mkdir(parents=True)
-    folders = {_output({}, tmp_path / "run") for _ in range(20)}
+    folders = {output_of({}, tmp_path / "run") for _ in range(20)}
     assert len(folders) > 18 and {folder.parent for folder in folders} == {tmp_path / "run"}
 
 

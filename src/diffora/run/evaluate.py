@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
-from torch import nn
 
-from diffora import digests
 from diffora.adapters.fetch import local_copy, place_problem
-from diffora.adapters.manifest import MANIFEST, read_manifest
-from diffora.api import load_adapter
+from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.compatibility import longest_input
-from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
-from diffora.core.lowrank import set_kernel
-from diffora.errors import UserError, first_line
-from diffora.files import check_writable, conf_dir, read_yaml, write_text
+from diffora.errors import UserError
+from diffora.files import check_writable, conf_dir, write_text
 from diffora.loop.predict import device_of, predict
 from diffora.loop.process import quiet_libraries
 from diffora.records import NAME
@@ -30,22 +25,20 @@ from diffora.run import terminal
 from diffora.run.arguments import named_values, put, without_config_dirs
 from diffora.run.check import section_problems
 from diffora.run.classes import write_classes
-from diffora.run.composition import composition_problems
 from diffora.run.precision import settled
 from diffora.run.record import WEIGHTS, check_as_left, read_record
-from diffora.run.sweep import quoted
+from diffora.run.trained import SECTIONS, check_backbone, composed, load_trained, manifest_of, override, settings_of_run
 from diffora.settings import checks
 from diffora.settings.identity import plain
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Outputs, Split, Task, get_task
 from diffora.tasks.encoding import processes
 from diffora.tasks.sources.place import PlaceSettings
-from diffora.trust import class_at, literal, settings
+from diffora.trust import class_at
 
 log = logging.getLogger(__name__)
 
 OWN = ("run", "adapter", "split", "output", "batch_size", "method._target_")
-SECTIONS = ("task", "model", "trainer")
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,6 @@ def read_request(arguments: list[str]) -> Request:
     own, choices, values = _parse(arguments)
     place = Path(str(own["run"] if "run" in own else own["adapter"])).expanduser()
     cfg, weights = settings_of_run(place) if "run" in own else _of_adapter(place, choices, paths)
-    if "run" in own:  # only the command line may allow code, not a folder that may come from others
-        OmegaConf.update(cfg, "model.trust_remote_code", False)
     before = cfg.task.get("path")
     cfg = override(cfg, choices if "run" in own else [], values, paths)
     if "task.path" in values:
@@ -100,7 +91,7 @@ def read_request(arguments: list[str]) -> Request:
     if precision:
         log.warning(f"precision: {precision}")
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
-    output = _output(own, place)
+    output = output_of(own, place)
     size, method, other_data = own.get("batch_size", 64), own.get("method._target_"), "task.path" in values
     return Request(cfg, weights, names, output, size, method, own_backbone, other_data)
 
@@ -150,7 +141,7 @@ def _own_problems(own: dict[str, Any]) -> Iterator[str]:
         yield f"output={checks.show(own['output'])} must be {checks.PATH.words}"
 
 
-def _output(own: dict[str, Any], place: Path) -> Path:
+def output_of(own: dict[str, Any], place: Path) -> Path:
     """The folder for metrics and predictions: ``output=``, or a new one below the run, the adapter, or here."""
     # Evaluations that start together need different folders, on one machine and on several.
     name = f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
@@ -161,17 +152,6 @@ def _output(own: dict[str, Any], place: Path) -> Path:
     return output
 
 
-def settings_of_run(folder: Path) -> tuple[DictConfig, Path]:
-    """(settings in a run's folder, the folder of its weights). Somebody else may have written the settings."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
-    weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
-    if not weights:
-        raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished, or it only selected")
-    return settings(read_yaml(file), file, SECTIONS), weights[0]
-
-
 def _of_adapter(folder: Path, choices: list[str], paths: Sequence[str]) -> tuple[DictConfig, Path]:
     """(settings that the command line chooses, the adapter's folder). An adapter on the hub is downloaded."""
     whole = (folder / "config.json").is_file()  # a fully fine-tuned model
@@ -179,55 +159,7 @@ def _of_adapter(folder: Path, choices: list[str], paths: Sequence[str]) -> tuple
         raise UserError(f"adapter={folder}: {problem}")
     if missing := [name for name in ("task", "model") if not any(c.startswith(f"{name}=") for c in choices)]:
         raise UserError(f"adapter={folder} needs {' and '.join(f'{name}=<name>' for name in missing)} beside it")
-    return _compose(choices, paths), folder if whole else local_copy(folder)
-
-
-def _compose(choices: list[str], paths: Sequence[str]) -> DictConfig:
-    """The default configuration with some choices, such as ``task=sst2``.
-
-    Args:
-        paths: folders with more choices than ``conf/``, as ``file://…``.
-
-    Raises:
-        UserError: every choice that does not exist.
-    """
-    from hydra import compose, initialize_config_dir
-
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            added = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
-            return compose("config", [*added, *choices])
-    except Exception as error:
-        raise UserError(composition_problems(choices, paths) or [first_line(error)]) from error
-
-
-def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths: Sequence[str] = ()) -> DictConfig:
-    """Settings with some sections replaced, and then some values.
-
-    Args:
-        paths: folders with more choices than ``conf/``, as ``file://…``.
-
-    Raises:
-        UserError: every key that its section does not have.
-    """
-    for choice in choices:
-        name = choice.partition("=")[0]
-        cfg[name] = _compose([choice], paths)[name]
-    problems = []
-    for key, value in values.items():
-        section, _, rest = key.partition(".")
-        if OmegaConf.select(cfg, key) is None and rest not in cfg[section]:
-            there = ", ".join(
-                f"{section}.{name}" for name in cfg[section] if name not in ("_target_", "recipe", "config")
-            )
-            problems.append(
-                f"{section}={cfg[section].name if 'name' in cfg[section] else ''} has no {key}; it has {there}"
-            )
-            continue
-        OmegaConf.update(cfg, key, value)
-    if problems:
-        raise UserError(problems)
-    return cfg
+    return composed(choices, paths), folder if whole else local_copy(folder)
 
 
 def _suit_place(cfg: DictConfig, values: Mapping[str, Any]) -> None:
@@ -278,7 +210,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
         check_as_left(request.weights.parent, record)
     trained, file = record.get("classes"), request.weights.parent / NAME
     if trained is None:
-        trained, file = _manifest_of(request.weights).get("labels"), request.weights / MANIFEST
+        trained, file = manifest_of(request.weights).get("labels"), request.weights / MANIFEST
     if trained is not None:
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise UserError(f"{file}: the classes are not a list of names")
@@ -332,67 +264,3 @@ def _check_drawn_rows(task: Task, names: Sequence[str], record: Mapping[str, Any
             "are not those of the run. So the model may have been trained on some of them. Bring data and settings "
             "back, or give other rows: task.path=<file>"
         )
-
-
-def load_trained(
-    cfg: DictConfig, weights: Path, method: str | None = None, task: Task | None = None
-) -> tuple[nn.Module, Any]:
-    """A trained model in evaluation mode, and its tokenizer or image processor.
-
-    Args:
-        cfg: sections ``task`` and ``model``.
-        weights: folder of an adapter for that model, or of a whole model (full fine-tuning).
-        method: as in `load_adapter`.
-        task: the task, if its rows are already loaded, so that it knows its classes.
-
-    Raises:
-        UserError: a model, processor or adapter that cannot be read, or that does not fit the others.
-    """
-    task = task or get_task(cfg.task)
-    section = cfg.model
-    whole = (weights / "config.json").is_file()
-    if whole:
-        section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
-    # Whole models of earlier versions have no tokenizer; the base model's is the same.
-    complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-    processor = task.processor(section if whole and complete else cfg.model)
-    backbone = load_backbone(section, task.model_request(), processor, finetuned=whole)
-    if not whole:
-        load_adapter(backbone, weights, method)
-        set_kernel(backbone.model, cfg.model.get("kernel", "auto"))
-    return backbone.model.eval(), processor
-
-
-def check_backbone(cfg: DictConfig, weights: Path, own_backbone: bool) -> None:
-    """Refuse a backbone that is not the one that the weights were trained on. If the user chose it, only warn.
-
-    Args:
-        cfg: section ``model``.
-        weights: folder of an adapter, or of a whole model.
-        own_backbone: whether the user chose the backbone.
-    """
-    whole = (weights / "config.json").is_file()  # a fully fine-tuned model is not put on a backbone
-    record = read_record(weights.parent) or {}
-    trained = None if whole else record.get("backbone") or _manifest_of(weights).get("backbone")
-    path = cfg.model.path
-    if whole and not record.get("digests"):
-        log.warning(f"{weights} may not be as its run left it: no run.json has its digests")
-    if not trained:
-        if not whole and not own_backbone:
-            log.warning(f"{path} may not be the backbone that the run was trained on: no file says which that was")
-        return
-    for change in digests.changes({"backbone": trained}, {"backbone": digests.backbone(path)}):
-        if not own_backbone:
-            raise UserError(
-                f"{change} in {path} since the run was trained; bring them back, or say that you want this backbone: "
-                f"model.path={path}"
-            )
-        log.warning(f"{path} is not the backbone that the run was trained on: {change}")
-
-
-def _manifest_of(weights: Path) -> dict[str, Any]:
-    """The manifest of an adapter; empty without one, and for a whole model."""
-    try:
-        return read_manifest(weights)
-    except FileNotFoundError:
-        return {}

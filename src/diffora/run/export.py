@@ -1,14 +1,4 @@
-"""The trained weights of a finished run for other programs.
-
-  diffora export <run>                       a LoRA adapter that PEFT, vLLM, TensorRT-LLM and llama.cpp read alike
-  diffora export <run> form=compact          the same with each module's own rank, for PEFT and diffora only
-  diffora export <run> form=merged           a whole model for from_pretrained, with its tokenizer
-  diffora export <run> form=gguf             for llama.cpp, by its own converter (converter=<script>)
-
-Also: to=<folder>; model.path=<folder> if the base model was moved; model.dtype=, model.quantise=null for form=merged;
-task._target_= and method._target_= for classes of your own, which are also found in --config-dir <folder>. Without to=,
-the files go to export-<form>/ in the run.
-"""
+"""The trained weights of a finished run for other programs (``diffora export``)."""
 
 import logging
 import shutil
@@ -19,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from diffora.adapters.forms import read_pairs, rewrite
 from diffora.adapters.manifest import CONFIG
@@ -31,11 +21,10 @@ from diffora.files import atomic_folder, check_writable, read_json
 from diffora.hub import resolve
 from diffora.loop.process import quiet_libraries
 from diffora.run.arguments import sorted_words, without_config_dirs
-from diffora.run.evaluate import check_backbone, load_trained, override, settings_of_run
-from diffora.run.record import WEIGHTS, check_as_left, read_record, why_broken
+from diffora.run.record import WEIGHTS
+from diffora.run.trained import check_backbone, finished_run, load_trained
 from diffora.settings.checks import show
-from diffora.tasks.base import Task, get_task
-from diffora.trust import class_at
+from diffora.tasks.base import get_task
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +66,6 @@ class Request:
     own_backbone: bool = False
 
 
-def main(arguments: list[str]) -> None:
-    """``diffora export``: export as the command line asks, and say where the files are."""
-    if not arguments or {"-h", "--help"}.intersection(arguments):
-        print(str(__doc__).strip())
-        return
-    request = read_request(arguments)
-    lines = export(request)
-    print("\n".join([f"{request.to}", *(f"  {line}" for line in lines)]))
-
-
 def read_request(arguments: Sequence[str]) -> Request:
     """Read the command line of ``diffora export``.
 
@@ -114,35 +93,6 @@ def read_request(arguments: Sequence[str]) -> Request:
     converter = Path(str(own["converter"])).expanduser() if "converter" in own else None
     own_backbone = "model.path" in values
     return Request(run, form, to, cfg, weights, record, converter, own.get("method._target_"), own_backbone)
-
-
-def finished_run(folder: Path, values: dict[str, Any]) -> tuple[DictConfig, Path, dict[str, Any]]:
-    """(sections ``task``, ``model`` and ``trainer``; the folder of the weights; the record) of a finished run.
-
-    Args:
-        folder: the run directory.
-        values: settings of the command line, which replace the run's.
-
-    Raises:
-        UserError: it is not a finished run, its files changed since, or a setting does not exist.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    if not (folder / "config.yaml").is_file() and (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} is an adapter: give the run directory that it lies in")
-    if broken := why_broken(folder):
-        raise UserError(broken)
-    record = read_record(folder)
-    if (status := (record or {}).get("status")) != "completed":
-        raise UserError(f"{folder} is not a finished run: {f'its status is {status}' if status else 'no run.json'}")
-    assert record is not None
-    cfg, weights = settings_of_run(folder)
-    check_as_left(folder, record)
-    OmegaConf.update(cfg, "model.trust_remote_code", False)  # only the command line may allow code
-    cfg = override(cfg, [], values)
-    file = None if "task._target_" in values else folder / "config.yaml"
-    class_at(cfg.task.get("_target_"), Task, "task._target_", file)
-    return cfg, weights, record
 
 
 def export(request: Request) -> list[str]:

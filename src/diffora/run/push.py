@@ -1,12 +1,4 @@
-"""A finished run on the Hugging Face hub: the adapter or the merged model, with a card and pictures.
-
-  diffora push <run> owner/name                    the adapter, in the form that all programs read
-  diffora push <run> owner/name private=true       only you and your organisation can see it
-  diffora push <run> owner/name form=merged        a whole model; form=compact: each module's own rank
-
-Log in first: `hf auth login`, or set HF_TOKEN. All files arrive in one commit, or none. No local paths are published.
-Also: base=<hub id> if the base model was a local copy of it, and the settings of `diffora export`.
-"""
+"""A finished run on the Hugging Face hub: the adapter or the merged model, with a card (``diffora push``)."""
 
 import logging
 import shutil
@@ -24,8 +16,9 @@ from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, resolve
 from diffora.run import export
 from diffora.run.arguments import sorted_words, without_config_dirs
-from diffora.run.export import GGUF, MERGED, finished_run
+from diffora.run.export import GGUF, MERGED
 from diffora.run.record import WEIGHTS
+from diffora.run.trained import finished_run
 from diffora.settings.checks import show
 
 log = logging.getLogger(__name__)
@@ -49,14 +42,6 @@ class Request:
     private: bool
     export: export.Request
     base_model: str | None
-
-
-def main(arguments: list[str]) -> None:
-    """``diffora push``: publish as the command line asks, and print the address."""
-    if not arguments or {"-h", "--help"}.intersection(arguments):
-        print(str(__doc__).strip())
-        return
-    print(push(read_request(arguments)))
 
 
 def read_request(arguments: list[str]) -> Request:
