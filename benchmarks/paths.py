@@ -22,8 +22,9 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 
 from benchmarks.report import RESULTS, header
-from diffora.files import conf_dir, write_text
+from diffora.files import write_text
 from diffora.kernels import fused
+from diffora.places import conf_dir
 from diffora.run import experiment
 
 PATHS: dict[str, list[str]] = {

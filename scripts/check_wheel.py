@@ -44,7 +44,7 @@ PLACE = """
 import sys
 from pathlib import Path
 import diffora
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 place = Path(diffora.__file__).resolve().parent
 assert place.is_relative_to(Path(sys.prefix).resolve()), f"{place} is not in the environment"
 assert conf_dir().is_relative_to(place), f"{conf_dir()} is not in the package"

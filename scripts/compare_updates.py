@@ -28,10 +28,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from diffora.cli import command  # noqa: E402
 from diffora.core.selection import Selection  # noqa: E402
-from diffora.files import conf_dir, write_text  # noqa: E402
+from diffora.files import write_text  # noqa: E402
 from diffora.loop.loggers import Loggers  # noqa: E402
 from diffora.loop.parts import Parts  # noqa: E402
 from diffora.loop.process import quiet_libraries  # noqa: E402
+from diffora.places import conf_dir  # noqa: E402
 from diffora.run import experiment  # noqa: E402
 from diffora.run.check import check  # noqa: E402
 from diffora.run.select import select  # noqa: E402

@@ -33,7 +33,7 @@ from diffora.core.attach import attach
 from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import set_kernel
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run import memory
 from diffora.run.check import check
 from diffora.run.sweep import cells, combinations, parse, table_of, values

@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffora.files import conf_dir, read_yaml, write_text
+from diffora.files import read_yaml, write_text
 from diffora.methods.base import DIALS
+from diffora.places import conf_dir
 from diffora.settings import sections
 from diffora.settings.checks import checks_of, help_of, words_of
 from diffora.settings.read import NO_KEYS, is_needed, section_of

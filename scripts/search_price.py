@@ -37,10 +37,11 @@ from pages import put
 
 from diffora.core.readout import CHECKS, EARLY
 from diffora.core.selection import Selection
-from diffora.files import conf_dir, read_json, write_text
+from diffora.files import read_json, write_text
 from diffora.loop.data import FineTuneData
 from diffora.loop.parts import Parts
 from diffora.loop.process import quiet_libraries
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.scoring.context import SearchContext
 from diffora.scoring.stage import run_search, search_rows

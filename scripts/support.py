@@ -76,7 +76,7 @@ def one(overrides: list[str], folder: Path) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
 
     from diffora.errors import UserError
-    from diffora.files import conf_dir
+    from diffora.places import conf_dir
     from diffora.run.experiment import run
 
     GlobalHydra.instance().clear()

@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import nn
 
-from diffora.files import conf_dir
 from diffora.hub import why_unreachable
+from diffora.places import conf_dir
 
 # rouge_score imports absl. When Hydra configures logging, absl's handler closes the stream that was stderr when absl
 # was imported, unless it still is. In tests that is the file in which pytest captures the output.

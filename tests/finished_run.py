@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.experiment import Result, run
 
 QUICK = (

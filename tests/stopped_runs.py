@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
 from diffora.loop.stage import Stage
+from diffora.places import conf_dir
 from diffora.run.experiment import Result, run
 from diffora.tasks.embedded.paraphrase import splits
 from diffora.training.finetune import FineTuneModule

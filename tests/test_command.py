@@ -18,8 +18,8 @@ from diffora.__main__ import PROGRAMS, dispatch
 from diffora.cli import command, primary
 from diffora.cli.train import job, options_first, select
 from diffora.errors import UserError, called
-from diffora.files import conf_dir
 from diffora.loop.launch import torchrun
+from diffora.places import conf_dir
 from diffora.run.composition import check_added, composition_problems
 from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 

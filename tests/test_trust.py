@@ -29,10 +29,10 @@ from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.files import conf_dir
 from diffora.methods.base import Method
 from diffora.methods.lora import LoRA
 from diffora.methods.peft import build
+from diffora.places import conf_dir
 from diffora.records import read_content, write_record
 from diffora.report.page import write
 from diffora.report.runs import gather

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import atomic, read_json
+from diffora.files import atomic, json_digest, read_json
 from diffora.hub import resolve
 from diffora.settings.identity import deciding, differences
 
@@ -135,7 +135,7 @@ def backbone(path: str) -> dict[str, Any] | None:
     how = "sha256 of all files"
     if sampled:
         how = f"sha256 of all files; of {', '.join(sampled)}: of header and sample"
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    digest = json_digest(found)
     return {"digest": digest, "how": how, "files": {name: each[:16] for name, each in found.items()}}
 
 

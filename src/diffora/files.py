@@ -126,6 +126,11 @@ def _check_depth(content: Any, path: Path) -> None:
     raise UserError(f"{path} is nested too deeply: at most {MOST_DEPTH} levels are read")
 
 
+def json_digest(content: object) -> str:
+    """sha256 of plain containers as JSON, in hexadecimal digits. The order of keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's content, as hexadecimal digits.
 
@@ -390,9 +395,3 @@ def _failure(path: Path, why: str, number: int | None) -> WriteError:
     error = WriteError(f"{path} cannot be written: {why}{advice}")
     error.strerror = why
     return error
-
-
-def conf_dir() -> Path:
-    """The ``conf/`` folder: the one inside an installed package, else the repository's."""
-    package = Path(__file__).resolve().parent
-    return installed if (installed := package / "conf").is_dir() else package.parents[1] / "conf"

@@ -55,18 +55,17 @@ def resolve(path: str) -> tuple[str, bool]:
         return str(folder), True
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path} is not a folder; give a folder of a transformers model or a hub id")
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
-
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        raise UserError(f"model.path={path} is neither a folder nor a hub id such as owner/name") from None
+    if not _is_valid_id(path):
+        raise UserError(f"model.path={path} is neither a folder nor a hub id such as owner/name")
     return path, False
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can be that of somebody's repository on the hub: ``owner/name``."""
+    return _is_valid_id(name) and name.count("/") == 1
+
+
+def _is_valid_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
@@ -74,7 +73,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1
+    return True
 
 
 def hub_failure(error: Exception, name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import MOST_JSON, parse_json, read_text, write_text
+from diffora.files import MOST_JSON, json_digest, parse_json, read_text, write_text
 
 NAME = "run.json"
 
@@ -271,7 +271,7 @@ def read_content(file: Path) -> Any:
 
 def short_digest(content: object) -> str:
     """A short digest of plain containers: 16 hexadecimal digits. The order of keys does not matter."""
-    return _sha256(json.dumps(content, sort_keys=True))[:16]
+    return json_digest(content)[:16]
 
 
 def _sha256(text: str) -> str:

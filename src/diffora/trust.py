@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
-from diffora.files import conf_dir, read_json
+from diffora.files import read_json
+from diffora.places import conf_dir
 
 PACKAGE = "diffora"
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)

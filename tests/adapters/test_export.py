@@ -27,9 +27,9 @@ from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
-from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.places import conf_dir
 from diffora.settings.identity import plain
 from diffora.tasks.base import get_task
 

@@ -37,8 +37,8 @@ from diffora.backbones.backbone import Backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
-from diffora.files import conf_dir
 from diffora.methods.lowrank import LowRankAdaptation
+from diffora.places import conf_dir
 
 RECORD = {"method": "x", "task": "x", "seed": 0, "params": {"adapter": 1, "head": 0}, "metrics": {"a": 0.5}}
 Weights = dict[str, torch.Tensor]

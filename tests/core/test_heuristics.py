@@ -14,7 +14,7 @@ from diffora.core.grid import find_grid
 from diffora.core.heuristics import BY_LAYER, HEURISTICS, KINDS, heuristic_problem, heuristic_scores, usual_sizes
 from diffora.core.parts import part_of
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.experiment import run
 

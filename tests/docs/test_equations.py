@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 from omegaconf import OmegaConf
 
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 
 PAGE = (REPO / "docs" / "equations.md").read_text()
 PLACES = re.findall(r"^\| (\[[DR]\] [^|]+?) \|[^|]*\| `([\w.]+):([\w.]+)` \|", PAGE, re.MULTILINE)

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.experiment import run
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.sweep import Table, cells, parse, table_of
 

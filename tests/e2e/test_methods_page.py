@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import diffora.methods
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.experiment import run
 
 PAGE = (REPO / "docs" / "reference" / "methods.md").read_text()

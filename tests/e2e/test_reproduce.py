@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 from omegaconf import OmegaConf
 
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.sweep import cells, table_of
 
 sys.path.insert(0, str(REPO / "scripts"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.composition import composition_problems
 from faults.campaigns import HANDLED, LOST, chance, share

@@ -14,7 +14,7 @@ from diffora.core.choose import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.settings.identity import plain
 from diffora.tasks.base import get_task
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from diffora.api import load_adapter
 from diffora.backbones.backbone import Backbone
-from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.experiment import run
 from diffora.training.optimisers import PARTS_OF_B

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from diffora import trust
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.embedded.paraphrase import splits

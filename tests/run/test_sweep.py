@@ -14,7 +14,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from diffora.errors import UserError
-from diffora.files import conf_dir, write_text
+from diffora.files import write_text
+from diffora.places import conf_dir
 from diffora.records import write_record
 from diffora.run.experiment import train
 from diffora.run.record import new_record

@@ -9,9 +9,9 @@ from hydra.utils import get_class
 
 from diffora.cli import added_paths
 from diffora.errors import UserError
-from diffora.files import conf_dir
 from diffora.methods.base import DIALS
 from diffora.methods.selecting import parse_budget
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.composition import composition_problems
 from diffora.run.evaluate import read_request

@@ -18,9 +18,9 @@ from PIL import Image
 from test_config import keys_of_class
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
 from diffora.hub import EMBEDDED
 from diffora.loop.loggers import Loggers
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.experiment import run
 from diffora.tasks.base import get_task

@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.check import check
 from diffora.run.composition import composition_problems
 from diffora.run.experiment import run

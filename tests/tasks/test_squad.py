@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.experiment import run
 from diffora.tasks.base import Outputs, Split, get_task
 from diffora.tasks.questions import windows as module

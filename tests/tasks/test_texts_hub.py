@@ -16,7 +16,7 @@ LOAD = """
 import json, sys
 from hydra import compose, initialize_config_dir
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.tasks.base import get_task
 for words in json.loads(sys.argv[1]):
     try:

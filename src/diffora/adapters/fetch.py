@@ -1,12 +1,10 @@
 """Finds an adapter: in a folder, or on the Hugging Face hub."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, SELECTION, TRAINED, WEIGHTS, digest_of
 from diffora.errors import UserError
-from diffora.files import read_json
+from diffora.files import json_digest, read_json
 from diffora.hub import hub_failure, is_hub_id, why_unreachable
 
 READ = (CONFIG, WEIGHTS, EXACT, SELECTION, ADAPT, TRAINED)
@@ -71,4 +69,4 @@ def adapter_digest(place: str) -> str:
     files = [digest_of(folder / name) for name in READ if (folder / name).is_file()]
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     facts = {key: manifest.get(key) for key in ("modules", "shared", "heads", "form")}
-    return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()
+    return json_digest([files, facts])

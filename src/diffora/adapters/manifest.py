@@ -1,6 +1,5 @@
 """The ``manifest.json`` of an exported adapter: digests of its files, and facts that the other files cannot hold."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import file_digest, read_json, write_text
+from diffora.files import file_digest, json_digest, read_json, write_text
 
 MANIFEST = "manifest.json"
 ADAPT, TRAINED = "diffora.json", "weights.safetensors"
@@ -34,7 +33,7 @@ def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any
         content: further entries.
     """
     whole = {**content, "files": {name: digest_of(folder / name) for name in files}}
-    write_text(folder / MANIFEST, json.dumps(whole | {"sha256": _digest_of(whole)}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(whole | {"sha256": json_digest(whole)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(map(NAME.fullmatch, files)):
         raise UserError(f"{file} is not the manifest of an adapter: it has no digests of files beside it")
-    if content.pop("sha256", None) != _digest_of(content):
+    if content.pop("sha256", None) != json_digest(content):
         raise UserError(f"{file} is damaged or was edited: it does not have the digest that was written into it")
     problems = []
     for name, digest in files.items():
@@ -79,8 +78,4 @@ def digest_of(file: Path) -> str:
     content = read_json(file)
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if key not in MOVABLE}
-    return _digest_of(content)
-
-
-def _digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffora.errors import UserError, explained
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.composition import composition_problems, missing_plugin, short, with_sweep_hint
 from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 

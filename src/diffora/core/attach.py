@@ -197,8 +197,8 @@ def freeze_rest(model: nn.Module) -> None:
 def keep_statistics(model: nn.Module) -> None:
     """Put the batch norms whose weights are frozen into evaluation mode, in place. Call it after ``model.train()``.
 
-    In training mode they would replace the statistics of the pretrained model by those of the batches. No adapter holds
-    statistics, so an adapter that is loaded later would meet others.
+    In training mode they would replace the statistics of the pretrained model by those of the batches. Adapters do not
+    store these statistics, so a loaded adapter would run with different ones.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not all(p.requires_grad for p in module.parameters(recurse=False)):
@@ -209,6 +209,11 @@ def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> 
     """The module inside the wrappers of ``torch.compile`` and of the given classes, which have it as ``module``."""
     inner: Any = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
     return model if inner is None else inside_wrappers(inner, wrappers)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
+    return next(model.parameters()).device
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:

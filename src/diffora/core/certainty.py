@@ -27,6 +27,5 @@ def certainty(confidence: Iterable[Sequence[float | None]], ensemble: int) -> st
     """
     flags = [is_decided(value) for row in confidence for value in row if value is not None]
     sure = f"{sum(flags)} of {len(flags)} modules decided by an ensemble of {ensemble}"
-    return f"{sure} (a repeat would do the same in at least {DECIDED:.0%}), ".replace("%", " %") + (
-        f"{len(flags) - sum(flags)} undecided"
-    )
+    rest = f"{len(flags) - sum(flags)} undecided"
+    return f"{sure} (a repeat would do the same in at least {100 * DECIDED:.0f} %), {rest}"

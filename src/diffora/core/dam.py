@@ -14,7 +14,8 @@ each, so N is then the number of modules of that layer.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
 
@@ -120,6 +121,14 @@ def modules_per_layer(rho: float, n_types: int) -> int:
     if not 0 <= rho <= 1:
         raise ValueError(f"rho={rho} must lie in [0, 1]")
     return int(Fraction(Decimal(str(rho))) * n_types)
+
+
+@contextmanager
+def provisional_choice() -> Iterator[None]:
+    """Inside this context, choosing modules warns of nothing: ties and ranks matter in the final selection only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def discretise(gamma_bar: Tensor, k: int | Sequence[int]) -> Tensor:

@@ -7,14 +7,14 @@ in each layer by itself, so its equations hold with N the number of modules of t
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import inside_adapter
 from diffora.core.counts import above
+from diffora.core.grid_checks import Layer, check_layers, has_module
 from diffora.core.linear import features, is_linear
 from diffora.core.parts import all_roles, guess_roles
 from diffora.core.stacks import (
@@ -138,14 +138,6 @@ def laid_out(values: Tensor, names: Names) -> Tensor:
     return torch.full(where.shape, float("nan"), dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer of the grid: its full name, and its linear modules by path below it."""
-
-    place: str
-    linear: Mapping[str, nn.Module]
-
-
 def find_grid(
     model: nn.Module,
     layer: str | Sequence[str] | None = None,
@@ -200,7 +192,7 @@ def find_grid(
 class _Block:
     """Layers that are alike, with their candidates by path below a layer, and their roles."""
 
-    layers: list[_Layer]
+    layers: list[Layer]
     candidates: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
 
@@ -221,15 +213,17 @@ def _block(
     if candidates is None:
         candidates = all_candidates(model, stack, prefix)
     elif one_of_several:
-        candidates = [path for path in candidates if any(_has(model, f"{place}.{path}") for place in stack.layers)]
+        candidates = [
+            path for path in candidates if any(has_module(model, f"{place}.{path}") for place in stack.layers)
+        ]
     if one_of_several:
         roles = {role: path for role, path in roles.items() if any(path in linear for linear in stack.linear)}
     layers = [
-        _Layer(place, linear)
+        Layer(place, linear)
         for place, linear in zip(stack.layers, stack.linear, strict=True)
-        if any(_has(model, f"{place}.{path}") for path in candidates)
+        if any(has_module(model, f"{place}.{path}") for path in candidates)
     ]
-    _check(model, stack.pattern, layers, candidates, roles, prefix)
+    check_layers(model, stack.pattern, layers, candidates, roles, prefix)
     everywhere = [path for path in layers[0].linear if all(path in each.linear for each in layers)]
     given = {role: (path,) for role, path in (guess_roles(everywhere) | dict(roles)).items()}
     return _Block(layers, tuple(candidates), (all_roles(everywhere) if one_of_several else {}) | given)
@@ -325,7 +319,7 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
     for name, module in model.named_modules():
         match = pattern.fullmatch(name)
         linear = linear_below(module) if match else {}
-        if match and (linear if candidates is None else any(_has(module, path) for path in candidates)):
+        if match and (linear if candidates is None else any(has_module(module, path) for path in candidates)):
             matches.append((name, linear, int(match[2]), match[1] is None))
     found: dict[int, tuple[str, dict[str, nn.Module]]] = {}
     # A pattern that is the whole name of a stack means that stack, and not also one with a longer name.
@@ -338,71 +332,3 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
         raise UserError([*problems, hint(model, layer, candidates or ())])
     places, inside = zip(*(found[index] for index in sorted(found)), strict=True)
     return Stack(layer, list(places), list(inside))
-
-
-def _check(
-    model: nn.Module,
-    pattern: str,
-    layers: Sequence[_Layer],
-    candidates: Sequence[str],
-    roles: Mapping[str, str],
-    prefix: str,
-) -> None:
-    """Raise a UserError if the layers and candidates do not make a grid of modules that can be adapted."""
-    problems = list(_missing(model, pattern, layers, candidates, prefix))
-    for role, path in roles.items():
-        strange = [each.place for each in layers if path not in each.linear]
-        problems += [f"{prefix}roles.{role}={path}: {place}.{path} is not a linear layer" for place in strange[:1]]
-    if problems:
-        raise UserError([*problems, hint(model, pattern, candidates)])
-    if problems := list(_shared(layers, candidates, prefix)):
-        raise UserError(problems)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = (f"{each.place}.{path}" for each in layers for path in candidates)
-    if adapted := [name for name in names if inside_adapter(name, modules)]:
-        raise UserError(
-            f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
-            "grid first, or remove the adapter with detach(model), or PEFT's unload()"
-        )
-
-
-def _missing(
-    model: nn.Module, pattern: str, layers: Sequence[_Layer], candidates: Sequence[str], prefix: str
-) -> Iterator[str]:
-    """Why some layers do not have all candidates as linear modules."""
-    if not candidates:
-        yield f"{prefix}candidates is empty: name at least one linear module of a layer"
-    for path in candidates:
-        strange = [name for e in layers if path not in e.linear and _has(model, name := f"{e.place}.{path}")]
-        missing = [each.place for each in layers if not _has(model, f"{each.place}.{path}")]
-        if strange and is_linear(model.get_submodule(strange[0])):
-            where = strange[0]
-            yield f"{where} is the same module as another one in its layer: name it once, it is adapted in both places"
-        elif strange:
-            yield f"{strange[0]} is a {type(model.get_submodule(strange[0])).__name__}, not a linear layer"
-        elif len(missing) == len(layers):
-            yield f"no linear layer matches {pattern}.{path}"
-        elif missing:
-            yield f"{pattern}.{path} is missing in layer(s) {', '.join(p.rpartition('.')[2] for p in missing)}"
-
-
-def _shared(layers: Sequence[_Layer], candidates: Sequence[str], prefix: str) -> Iterator[str]:
-    """Candidates that are one module in several layers, which can have only one update."""
-    for path in candidates:
-        first: dict[int, str] = {}
-        for each in layers:
-            other = first.setdefault(id(each.linear[path]), each.place)
-            if other != each.place:
-                yield (
-                    f"{each.place}.{path} is the same module as {other}.{path}: leave {path} out of the candidates, or "
-                    f"name in {prefix}layer one of the layers that share it, as [0] in place of *"
-                )
-                break
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

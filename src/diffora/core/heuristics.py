@@ -10,8 +10,8 @@
 =============  =========================================================================
 
 They are scores like all others (`heuristic_scores`), so scope and rho say how many modules are selected. A heuristic
-says nothing about modules with equal scores: query and value are 2 modules, and it has no third one. So a number that
-divides modules of equal scores is refused (`heuristic_problem`), and no tie decides.
+has few distinct scores: ``qv`` gives query and value one score and all other modules another. A number of modules that
+divides a group of equal scores is refused (`heuristic_problem`), so that no tie decides.
 """
 
 import logging

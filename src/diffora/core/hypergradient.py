@@ -75,3 +75,10 @@ def unrolled(
     direct, *outer = mean_valid(list(torch.autograd.grad(valid_loss(stepped), [gamma, *stepped])))
     (mixed,) = mean_train(list(torch.autograd.grad(grads, gamma, outer)))
     return direct - xi * mixed
+
+
+def added(sums: Sequence[Tensor | None] | None, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The sum, entry by entry; None counts as 0."""
+    if sums is None:
+        return grads
+    return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]

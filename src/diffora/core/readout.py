@@ -1,14 +1,15 @@
-"""What a search reads besides Γ: gradients of its first steps, and whether its selection still changes. Not in [D].
+"""Scores of a search other than its gates, and when it stops early. Not in [D].
 
 The search of a run (`diffora.scoring.bilevel`) and of the library (`diffora.standalone.search`) share this.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffora.core.dam import provisional_choice
 
 READOUTS = ("gamma", "early_gradient")
 CHECKS = 10
@@ -109,8 +110,7 @@ class Readout:
         if (at + 1) * CHECKS // steps == at * CHECKS // steps:
             return False
         assert self.choose is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ties matter in the final selection only
+        with provisional_choice():
             mask = self.choose(self.scores(gates).detach().cpu())
         same = self._mask is not None and torch.equal(mask, self._mask)
         self.unchanged = self.unchanged + 1 if same else 0

@@ -18,7 +18,7 @@ from diffora.backbones.precision import width_multiple
 from diffora.core.grid import Grid, find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop.predict import device_of
+from diffora.loop.predict import accelerator_device
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import count_shared, examples_of
 from diffora.settings.sections import Settings
@@ -136,7 +136,7 @@ class Parts:
         processor = task.processor(settings.model)
         backbone = load_backbone(settings.model, task.model_request(), processor)
         task.check(backbone.model)
-        device = device_of(settings.trainer.accelerator)
+        device = accelerator_device(settings.trainer.accelerator)
         task.width_multiple = width_multiple(settings.trainer.precision, device, longest_input(backbone.model))
         if settings.trainer.precision == "bf16-mixed" and device.type == "cpu" and settings.model.kernel != "plain":
             use_bfloat16_attention(backbone.model)

@@ -29,7 +29,7 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
     Raises:
         UserError: memory ran out.
     """
-    device = device_of(trainer.accelerator)
+    device = accelerator_device(trainer.accelerator)
     dtype = AUTOCAST.get(trainer.precision)
     home, training = next(model.parameters()).device, model.training
     loader = whole_loader(split.encoded, collate, batch_size, trainer.num_workers)
@@ -54,7 +54,7 @@ def predict(model: nn.Module, task: Task, split: Split, collate: Collate, batch_
     return {key: values[order] for key, values in outputs.items()}
 
 
-def device_of(accelerator: str) -> torch.device:
+def accelerator_device(accelerator: str) -> torch.device:
     """The device for a value of ``trainer.accelerator``.
 
     Raises:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import AUTOCAST, HALF
+from diffora.core.attach import device_of
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError, first_line
@@ -28,7 +29,6 @@ from diffora.loop.states import (
     Width,
     batch_of,
     computed,
-    device_of,
     facts_of,
     facts_of_rows,
     n_tokens,
@@ -157,7 +157,7 @@ def check_prefix(parts: Parts) -> None:
             would be too large.
     """
     model, home, training = parts.model, device_of(parts.model), parts.model.training
-    device = predict.device_of(parts.settings.trainer.accelerator)
+    device = predict.accelerator_device(parts.settings.trainer.accelerator)
     dtype = AUTOCAST.get(parts.settings.trainer.precision)
     try:
         members = stack_members(model, parts.grid.layers)
@@ -299,9 +299,9 @@ def _random_devices(model: nn.Module) -> list[torch.device]:
 
 
 def _depends_on_trained(parts: Parts, prefix: Prefix) -> bool:
-    """Whether what frozen layers give depends on trained parameters all the same, such as those of the embeddings.
+    """Whether the output of the frozen layers depends on trained parameters.
 
-    Or those of a module between two layers, as DeBERTa's convolution.
+    These may be embeddings, or a module between two layers, such as DeBERTa's convolution.
     """
     encoded = parts.data.train.encoded
     batch = batch_of(parts, encoded, tried_rows(encoded)[:1], device_of(parts.model))

@@ -1,6 +1,5 @@
 """Reads what an earlier attempt left in a run directory, so that a run can resume."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from diffora import digests
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.files import file_digest, read_json, write_text
+from diffora.files import file_digest, json_digest, read_json, write_text
 from diffora.loop.checkpoint import check_content, continuing, newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -87,11 +86,7 @@ def write_search(folder: Path, seconds: float, made_with: Mapping[str, Any]) -> 
     """
     files = {name: file_digest(folder / name) for name in SEARCH_FILES if (folder / name).is_file()}
     content = {"seconds": seconds, "files": files, "made_with": made_with}
-    write_text(folder / SEARCH, json.dumps(content | {"digest": _content_digest(content)}) + "\n")
-
-
-def _content_digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_text(folder / SEARCH, json.dumps(content | {"digest": json_digest(content)}) + "\n")
 
 
 def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict[str, Any] | None]:
@@ -103,7 +98,7 @@ def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict
         return None, None
     except UserError:
         content = None
-    if not isinstance(content, dict) or content.pop("digest", None) != _content_digest(content):
+    if not isinstance(content, dict) or content.pop("digest", None) != json_digest(content):
         log.warning("%s is damaged: the search continues from its checkpoint, or starts again", file)
         return None, None
     seconds, files, made = content["seconds"], content["files"], content["made_with"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffora.backbones.precision import AUTOCAST
+from diffora.core.attach import device_of
 from diffora.core.prefix import Prefix
 from diffora.errors import UserError
 from diffora.loop.data import rows_loader
@@ -187,11 +188,6 @@ def computed(parts: Parts, prefix: Prefix, width: Width, encoded: datasets.Datas
         name = type(parts.model).__name__
         raise UserError(f"{name} has hidden states of {tuple(states.shape)} for {tuple(mask.shape)} tokens")
     return states[mask.to(states.device)]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
-    return next(model.parameters()).device
 
 
 # --- what a file depends on ---

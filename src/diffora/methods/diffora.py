@@ -1,6 +1,5 @@
 """DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.choose import random_scores
-from diffora.core.dam import modules_per_layer
+from diffora.core.dam import modules_per_layer, provisional_choice
 from diffora.core.grid import Grid
 from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores
 from diffora.core.parts import part_of, path_of
@@ -125,8 +124,7 @@ class DiffoRA(Selecting):
     def _has_one_selection(self, grid: Grid) -> bool:
         """Whether the selection is the same for all scores."""
         scores = random_scores(grid.n_layers, grid.n_types, 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with provisional_choice():
             first, last = (self.selection_by(grid, sign * scores, self.selector, 0).mask() for sign in (1, -1))
         return first.equal(last)
 

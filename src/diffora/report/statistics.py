@@ -105,7 +105,7 @@ def verdict(found: Difference | None, margin: float | None = None) -> str:
     ``better``      the 95 % interval is above 0
     ``worse``       the 95 % interval is below 0
     ``equivalent``  neither, and the difference is shown to be smaller than the margin (`equivalence`)
-    ``undecided``   none of these: the data allow a difference that matters, and allow none
+    ``undecided``   none of these: the interval has 0 and differences that matter in it
     ``no test``     there is no interval
     ==============  ==================================================================================
 

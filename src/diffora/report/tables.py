@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import conf_dir, read_yaml
+from diffora.files import read_yaml
+from diffora.places import conf_dir
 from diffora.records import ENDED
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
 from diffora.report.runs import Run, differing

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.run.composition import check_added
 from diffora.settings.checks import show, unknown_key
 from diffora.trust import look_in

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from diffora.errors import UserError
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.settings.checks import unknown_key
 from diffora.settings.read import known_keys
 

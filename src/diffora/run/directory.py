@@ -99,7 +99,7 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if status != "completed" and not (status == "selected" and cfg.search_only):
         return None
     if lost := missing_files(folder, old):
-        log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing: it is done again")
+        log.warning(f"{folder} is recorded as complete, but {', '.join(lost)} is missing, so the run is repeated")
         return None
     check_as_left(folder, old)
     log.info(f"{folder} is complete already")

@@ -17,9 +17,10 @@ from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.compatibility import longest_input
 from diffora.backbones.precision import width_multiple
 from diffora.errors import UserError
-from diffora.files import check_writable, conf_dir, write_text
-from diffora.loop.predict import device_of, predict
+from diffora.files import check_writable, write_text
+from diffora.loop.predict import accelerator_device, predict
 from diffora.loop.process import quiet_libraries
+from diffora.places import conf_dir
 from diffora.records import NAME
 from diffora.run import terminal
 from diffora.run.arguments import named_values, put, without_config_dirs
@@ -221,7 +222,7 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     rows = {name: task.load_split(name) for name in names}
     model, processor = load_trained(cfg, request.weights, request.method, task)
     check_backbone(cfg, request.weights, request.own_backbone)
-    device = device_of(cfg.trainer.accelerator)
+    device = accelerator_device(cfg.trainer.accelerator)
     task.width_multiple = width_multiple(cfg.trainer.precision, device, longest_input(model))
     collate = task.collate(processor, training=False)
     splits = {name: Split(r, task.encode(r, processor, training=False)) for name, r in rows.items()}

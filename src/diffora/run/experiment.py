@@ -146,7 +146,11 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
         method.check(parts.model, parts.grid)
-        step_time = _limit_layers(parts, method)
+        step_time: dict[str, Any] = {}
+        if isinstance(method, Selecting) and method.time_budget is not None:
+            from diffora.run.steptime import limit_layers  # imports what other runs do not need
+
+            step_time = limit_layers(parts, method)
         if settings.trainer.cache_prefix:
             check_prefix(parts)
             if settings.resume:  # a search that is finished already
@@ -223,7 +227,11 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
         found = select(parts, method, loggers)
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
-            _check_step_time(parts, method, found.selection, record["step_time"])
+            if record["step_time"]:
+                from diffora.run.steptime import check_step_time
+
+                assert isinstance(method, Selecting)
+                check_step_time(parts, method, found.selection, record["step_time"])
         if settings.search_only:
             result = stop_at(found, parts, record, loggers, began)
             failed = False
@@ -270,24 +278,6 @@ def stop_at(found: Selected, parts: Parts, record: dict[str, Any], loggers: Logg
         loggers.summary(record)
         terminal.print_selection(record, parts.folder)
     return Result(parts.folder, record, parts.model, found.selection)
-
-
-def _limit_layers(parts: Parts, method: Method) -> dict[str, Any]:
-    """With ``method.time_budget``, limit the grid to the upper layers that it allows; facts for the record."""
-    if not isinstance(method, Selecting) or method.time_budget is None:
-        return {}
-    from diffora.run.steptime import limit_layers  # imports what other runs do not need
-
-    return limit_layers(parts, method)
-
-
-def _check_step_time(parts: Parts, method: Method, selection: Selection, facts: dict[str, Any]) -> None:
-    """With ``method.time_budget``, add the selection's share of the step time to the facts."""
-    if not isinstance(method, Selecting) or method.time_budget is None:
-        return
-    from diffora.run.steptime import check_step_time
-
-    check_step_time(parts, method, selection, facts)
 
 
 def adapt(parts: Parts, method: Method, found: Selected) -> Adaptation:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora.backbones.precision import bfloat16_unit
 from diffora.errors import UserError
-from diffora.loop.predict import device_of
+from diffora.loop.predict import accelerator_device
 from diffora.methods.base import Method
 from diffora.trust import class_at
 
@@ -50,7 +50,7 @@ def settled(cfg: DictConfig) -> tuple[DictConfig, str | None]:
 def _unit(accelerator: str) -> tuple[str | None, str]:
     """(what computes in bfloat16, or None; the reason in words)"""
     try:
-        device = device_of(accelerator)
+        device = accelerator_device(accelerator)
     except UserError:  # `check_machine` reports it
         return None, f"this machine has no device for trainer.accelerator={accelerator}"
     unit = bfloat16_unit(device)

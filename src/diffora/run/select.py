@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from diffora.core.dam import provisional_choice
 from diffora.core.ensemble import SAME_SCORES, confidence
 from diffora.core.selection import Selection, blanked
 from diffora.files import write_text
@@ -133,8 +134,7 @@ def _provenance(parts: Parts) -> dict[str, object]:
 def _with_confidence(parts: Parts, method: Method, selection: Selection, result: SearchResult) -> Selection:
     """The selection of an ensemble: its scores are no gates, and each module has a confidence."""
     seed, names = parts.settings.seed, parts.grid.names
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ties matter in the final selection only
+    with provisional_choice():
         standardised = torch.stack([member.standardised for member in result.members])
         found = confidence(standardised, lambda scores: _mask(method.choose(parts.grid, scores, seed)))
     if found is None:
@@ -179,8 +179,7 @@ def _save(parts: Parts, method: Method, result: SearchResult, selection: Selecti
             folder / "gamma.png", figures.gamma_trajectories(list(zip(rounds, points, strict=True)), types, relaxation)
         )
     if result.members:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ties matter in the final selection only
+        with provisional_choice():
             write_text(folder / "members.json", json.dumps(_members(parts, method, result.members)) + "\n")
     if keep_weights:
         save_weights(result.weights, weights_file(folder / FILE))
@@ -218,8 +217,7 @@ class DamPictures(L.Callback):
         if not trainer.is_global_zero or not takers:
             return
         assert isinstance(pl_module, SearchModule)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ties matter in the final selection only
+        with provisional_choice():
             chosen = self.choose(pl_module.current_scores().cpu())
         assert chosen is not None
         chosen = chosen.read_from(pl_module.settings.readout)

@@ -26,7 +26,7 @@ from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError, first_line
 from diffora.loop.parts import Parts
-from diffora.loop.predict import device_of
+from diffora.loop.predict import accelerator_device
 from diffora.loop.samplers import LengthGroupedBatchSampler
 from diffora.methods.selecting import Selecting
 from diffora.run.memory import rows_at_a_time, without_memory
@@ -73,11 +73,9 @@ class Meter(Protocol):
         """With the adapters of a selection."""
 
 
-def meter_of(settings: Settings, method: Selecting, task: Task, parts: Parts | None) -> Meter:
-    """The meter that ``method.time_from`` names. A dry run has no ``parts``, and operations are counted there."""
-    if method.time_from == "measured" and parts is not None:
-        return Timed(parts, method)
-    return Counted(settings, method, task)
+def meter_of(parts: Parts, method: Selecting) -> Meter:
+    """The meter that ``method.time_from`` names."""
+    return Timed(parts, method) if method.time_from == "measured" else Counted(parts.settings, method, parts.task)
 
 
 def find_lowest(budget: float, meter: Meter, grid: Grid) -> dict[str, Any]:
@@ -127,7 +125,7 @@ def limit_layers(parts: Parts, method: Selecting) -> dict[str, Any]:
     """
     assert method.time_budget is not None
     earlier = (read_record(parts.folder) or {}).get("step_time") if parts.settings.resume else None
-    facts = earlier or find_lowest(method.time_budget, meter_of(parts.settings, method, parts.task, parts), parts.grid)
+    facts = earlier or find_lowest(method.time_budget, meter_of(parts, method), parts.grid)
     parts.grid = replace(parts.grid, lowest_layer=facts["lowest_layer"])
     method.check(parts.model, parts.grid)  # once more, for the layers that are left
     log.info(f"time budget: {words(facts, parts.grid)}")
@@ -138,7 +136,7 @@ def check_step_time(parts: Parts, method: Selecting, selection: Selection, facts
     """Add the share of the selection to the facts of `limit_layers`. Warns if it exceeds the budget."""
     if "selection" in facts:
         return
-    found = meter_of(parts.settings, method, parts.task, parts).of_selection(selection)
+    found = meter_of(parts, method).of_selection(selection)
     facts["selection"] = asdict(found)
     if found.share > facts["budget"]:
         log.warning(
@@ -274,7 +272,7 @@ class Timed:
 
     def _compare(self, adapters: Callable[[nn.Module, Mapping[str, nn.Module]], dict[str, nn.Module]]) -> Share:
         parts, model = self.parts, self.parts.model
-        device, home = device_of(parts.settings.trainer.accelerator), next(model.parameters()).device
+        device, home = accelerator_device(parts.settings.trainer.accelerator), next(model.parameters()).device
         with left_as_found(model, parts.settings.seed, list(parts.backbone.head_parameters())):
             try:
                 model.to(device).train()

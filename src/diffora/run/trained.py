@@ -14,7 +14,8 @@ from diffora.api import load_adapter
 from diffora.backbones.load import load_backbone
 from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError, first_line
-from diffora.files import conf_dir, read_yaml
+from diffora.files import read_yaml
+from diffora.places import conf_dir
 from diffora.run.composition import composition_problems
 from diffora.run.record import check_as_left, read_record, why_broken
 from diffora.run.sweep import quoted

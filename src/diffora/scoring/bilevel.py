@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffora.core.dam import entropy, initial_gamma, relax
-from diffora.core.hypergradient import first_order, simultaneous, unrolled
+from diffora.core.hypergradient import added, first_order, simultaneous, unrolled
 from diffora.core.lowrank import Layers, set_gates
 from diffora.core.readout import Readout
 from diffora.core.split import divided, mixed_modules, shared_tables
@@ -218,7 +218,7 @@ class SearchModule(Stage):
         total, sums = torch.zeros((), device=self.device), None
         for part, share in parts_of(batch, self.settings.accumulate, self.task):
             loss = self._loss(part, gamma)
-            sums = _added(sums, grad(self._scaled(loss) * share))
+            sums = added(sums, grad(self._scaled(loss) * share))
             total = total + loss.detach() * share
         assert sums is not None
         return total, sums
@@ -235,7 +235,7 @@ class SearchModule(Stage):
             with divided(self.layers, self._tables, n_train, n_train + n_valid):
                 train_loss, valid_loss = self._joint_losses(a, b)
                 scaled = self._scaled(train_loss) * a_share, self._scaled(valid_loss) * b_share
-                sums = _added(sums, simultaneous(*scaled, self.pairs, self.head, *self._upper))
+                sums = added(sums, simultaneous(*scaled, self.pairs, self.head, *self._upper))
             train_total = train_total + train_loss.detach() * a_share
             valid_total = valid_total + valid_loss.detach() * b_share
         assert sums is not None
@@ -393,10 +393,3 @@ class SearchModule(Stage):
     def close_gates(self) -> None:
         """Remove the gates from the layers."""
         set_gates(self.layers, None)
-
-
-def _added(sums: Grads | None, grads: Grads) -> Grads:
-    """The sum, entry by entry; None counts as 0."""
-    if sums is None:
-        return grads
-    return [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]

@@ -13,7 +13,6 @@ The search of [D] trains all modules at once with gates of about 1/N. Here the g
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffora.core.attach import keep_statistics
+from diffora.core.dam import provisional_choice
 from diffora.core.grid import laid_out
 from diffora.core.selection import Selection
 from diffora.loop import streams
@@ -70,8 +70,7 @@ class Draws:
         This gate is 1 where candidates and selected modules have the same rank, as they do by default.
         """
         scores = torch.from_numpy(np.random.default_rng((self.seed, *numbers)).random(self.shape))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings matter in the final selection only
+        with provisional_choice():
             selection = self.choose(scores)
         return selection.mask() * (self.rank / (selection.rank or self.deployed_rank))
 

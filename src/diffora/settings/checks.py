@@ -107,6 +107,42 @@ PLAIN: dict[Any, Check] = {
 """The checks of types that are given without one. A boolean is not a number. A whole number fits a float."""
 
 
+# --- values of certain settings ---
+
+
+def distinct(words: str) -> Check:
+    """A list of texts that is not empty, each once."""
+    return Check(lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), words)
+
+
+COUNT = whole(1)
+BACKBONE = Check(is_path, "a hub id or a folder")
+CANDIDATES = distinct("a list of the linear modules of a layer, each once")
+LAYERS = distinct("a list of names of layers, one for each block")
+EVALUATIONS = Check(
+    lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
+    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
+)
+STEPS_OR_SHARE = Check(
+    EVALUATIONS.fits, "a whole number of steps such as 500, or a share of all steps below 1 such as 0.1"
+)
+CLASS_WEIGHTS = Check(
+    lambda v: (
+        v == "balanced"
+        or (isinstance(v, list) and bool(v) and all(map(POSITIVE.fits, v)))
+        or (isinstance(v, Mapping) and bool(v) and all(isinstance(n, str) and POSITIVE.fits(w) for n, w in v.items()))
+    ),
+    "balanced, or numbers above 0: a list in the order of the classes, or {class: number}",
+)
+CALLBACKS = Check(
+    lambda v: isinstance(v, list) and all(isinstance(each, Mapping) and NAMED.fits(each) for each in v),
+    "a list of {_target_: module.Class, <its arguments>}",
+)
+
+
+# --- reading a hint ---
+
+
 def checks_of(hint: Any) -> Iterator[Check]:
     """The checks of a type hint, one for each member of a union; a value must fit one of them."""
     origin = typing.get_origin(hint)

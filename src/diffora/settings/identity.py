@@ -1,7 +1,5 @@
 """The identity of a configuration: its plain form, its hash, and the differences between two configurations."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import called
+from diffora.files import json_digest
 from diffora.settings.checks import show
 
 NOT_IN_HASH = ("resume", "search_only", "dry_run", "scale", "cell", "debug", "logger")
@@ -34,7 +33,7 @@ def deciding(composed: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything in a composed configuration that can change a result."""
-    return hashlib.sha256(json.dumps(deciding(plain(cfg)), sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(deciding(plain(cfg)))[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import first_line
-from diffora.files import conf_dir
+from diffora.places import conf_dir
 from diffora.settings.checks import TEXT, Check, checks_of, is_int, show, strange_value, unknown_key, words_of
 from diffora.settings.sections import Logger, Settings, TaskSettings
 
@@ -63,7 +63,7 @@ class Reading:
             try:
                 value = node[name]
                 if isinstance(value, DictConfig):
-                    # This finds an interpolation that leads back to its own group.
+                    # Raises an error for an interpolation that refers to its own group.
                     OmegaConf.to_container(value, resolve=isinstance(as_written[name], str))
                     values[name] = self._resolve(value, f"{key}.")
                 elif OmegaConf.is_config(value):

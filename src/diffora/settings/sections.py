@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from diffora.settings.checks import (
+    BACKBONE,
+    CALLBACKS,
+    CANDIDATES,
+    CLASS_WEIGHTS,
+    COUNT,
+    EVALUATIONS,
     FRACTION,
+    LAYERS,
     NAMED,
     NOT_NEGATIVE,
     POSITIVE,
@@ -17,42 +24,15 @@ from diffora.settings.checks import (
     RATE,
     SEED,
     SHARE_OF_MODULES,
+    STEPS_OR_SHARE,
     TEXTS,
     Check,
     Help,
-    is_path,
     whole,
 )
 
-COUNT = whole(1)
-BACKBONE = Check(is_path, "a hub id or a folder")
-CANDIDATES = Check(
-    lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of the linear modules of a layer, each once"
-)
-EVALUATIONS = Check(
-    lambda v: COUNT.fits(v) or (isinstance(v, float) and FRACTION.fits(v)),
-    "a whole number of steps such as 500, or a fraction of an epoch below 1 such as 0.5",
-)
-STEPS_OR_SHARE = Check(
-    EVALUATIONS.fits, "a whole number of steps such as 500, or a share of all steps below 1 such as 0.1"
-)
-CLASS_WEIGHTS = Check(
-    lambda v: (
-        v == "balanced"
-        or (isinstance(v, list) and bool(v) and all(map(POSITIVE.fits, v)))
-        or (isinstance(v, Mapping) and bool(v) and all(isinstance(n, str) and POSITIVE.fits(w) for n, w in v.items()))
-    ),
-    "balanced, or numbers above 0: a list in the order of the classes, or {class: number}",
-)
-CALLBACKS = Check(
-    lambda v: isinstance(v, list) and all(isinstance(each, Mapping) and NAMED.fits(each) for each in v),
-    "a list of {_target_: module.Class, <its arguments>}",
-)
 INTERNAL = Help("")
 """For a field that is no key of the configuration."""
-LAYERS = Check(
-    lambda v: TEXTS.fits(v) and bool(v) and len(set(v)) == len(v), "a list of names of layers, one for each block"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

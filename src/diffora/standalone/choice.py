@@ -1,7 +1,6 @@
 """From the scores of a search or a selector to a `Selection`, and the checks of ``k`` and ``scope``."""
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffora.core.dam import comparable, discretise, discretise_globally
+from diffora.core.dam import comparable, discretise, discretise_globally, provisional_choice
 from diffora.core.ensemble import SAME_SCORES, confidence, log_gates, member_seed, standardised
 from diffora.core.grid import Grid
 from diffora.core.selection import STANDALONE, Selection, blanked
@@ -122,8 +121,7 @@ def selection_of_members(
     scores = members if relaxation is None else [log_gates(gates, relaxation, grid.sizes) for gates in members]
     stacked = torch.stack([standardised(each, grid.there, scope) for each in scores])
     mean = stacked.mean(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ties matter in the final selection only
+    with provisional_choice():
         found = confidence(stacked, lambda repeat: mask_of(grid, repeat, k, scope))
     if found is None:
         log.warning(SAME_SCORES.format(n=len(members), selector=selector))

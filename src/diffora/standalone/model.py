@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffora.backbones.backbone import Backbone, pretrained_children
-from diffora.core.attach import inside_adapter, inside_wrappers
+from diffora.core.attach import device_of, inside_adapter, inside_wrappers
 from diffora.core.grid import Grid, find_grid
 from diffora.errors import UserError
 
@@ -78,17 +78,12 @@ def check_names(argument: str, names: Sequence[str] | None) -> None:
         raise UserError(f"{argument}={names!r} must be a list of names: {argument}=[{names!r}]")
 
 
-def check_modules(argument: str, names: Sequence[str] | None, model: nn.Module) -> None:
+def check_head(names: Sequence[str] | None, model: nn.Module) -> None:
     """Refuse names that are no modules of the model."""
-    check_names(argument, names)
+    check_names("head", names)
     modules = {name for name, _ in model.named_modules()}
-    if unknown := [f"{argument}: {name} is not a module of this model" for name in names or () if name not in modules]:
+    if unknown := [f"head: {name} is not a module of this model" for name in names or () if name not in modules]:
         raise UserError(unknown)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter."""
-    return next(model.parameters()).device
 
 
 def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[nn.Parameter]:
@@ -104,7 +99,7 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     Raises:
         UserError: a name is not a module.
     """
-    check_modules("head", names, model)
+    check_head(names, model)
     parameters = dict(model.named_parameters())
     candidates = {p for name in grid.modules for p in model.get_submodule(name).parameters()}
     trainable = {p for p in parameters.values() if p.requires_grad}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
-from diffora.core.attach import attach, detach, keep_statistics
+from diffora.core.attach import attach, detach, device_of, keep_statistics
 from diffora.core.dam import initial_gamma, neutral_gate, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
@@ -43,7 +43,6 @@ from diffora.standalone.choice import (
     selection_of_members,
 )
 from diffora.standalone.model import (
-    device_of,
     grid_of,
     head_of,
     left_as_found,

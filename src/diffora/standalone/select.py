@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffora.core.attach import device_of
 from diffora.core.choose import random_scores
 from diffora.core.grid import Grid
 from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores, usual_sizes
@@ -23,7 +24,7 @@ from diffora.standalone.choice import (
     selection_of,
     selection_of_members,
 )
-from diffora.standalone.model import device_of, grid_of, left_as_found, unwrapped
+from diffora.standalone.model import grid_of, left_as_found, unwrapped
 from diffora.standalone.progress import bar
 
 WITHOUT_DATA = (*SPECTRA, "random", *HEURISTICS)

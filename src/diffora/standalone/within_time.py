@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import attach, put, taken
+from diffora.core.attach import attach, device_of, put, taken
 from diffora.core.dam import comparable, discretise, discretise_globally
 from diffora.core.grid import there
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
 from diffora.standalone.batches import Loss, checked, model_loss, moved
-from diffora.standalone.model import check_modules, device_of, left_as_found, unwrapped
+from diffora.standalone.model import check_head, left_as_found, unwrapped
 
 
 def within_time(
@@ -59,7 +59,7 @@ def within_time(
     if not isinstance(time_budget, int | float) or isinstance(time_budget, bool) or not 0 < time_budget <= 1:
         raise UserError(f"time_budget={time_budget!r} must be a number above 0, at most 1")
     model = unwrapped(model)
-    check_modules("head", head, model)
+    check_head(head, model)
     with left_as_found(model, 0):
         lowest, share = _lowest(model, selection, batch, time_budget, loss or model_loss, rank, head)
     values = torch.tensor([[float("nan") if v is None else v for v in row] for row in scores], dtype=torch.float64)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from diffora import digests
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
-from diffora.files import atomic
+from diffora.files import atomic, json_digest
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 
 def file_of(kind: str, facts: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
     """The place of the cache file for some facts, whether it exists or not."""
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    key = json_digest(facts)
     return Path(cache_dir or default_cache_dir()) / kind / f"{key}.arrow"
 
 

@@ -9,7 +9,7 @@ in what it wrote and in the reference, and the metric is the share of rows in wh
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,18 +27,18 @@ from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.chat.answers import extract, pattern_problem, same_answer
 from diffora.tasks.chat.batches import ChatCollator
-from diffora.tasks.chat.conversations import characters, cut_validation, read, read_file, row_keys, rows_hash
+from diffora.tasks.chat.conversations import characters, cut_validation, row_keys, rows_hash
 from diffora.tasks.chat.dates import DATE, has_clock
 from diffora.tasks.chat.held_out import encode_texts, read_texts
 from diffora.tasks.chat.loss import token_losses
 from diffora.tasks.chat.packing import pack
 from diffora.tasks.chat.prompts import reference, reference_problem, shape_problem, with_prompts
 from diffora.tasks.chat.settings import CausalLMSettings
+from diffora.tasks.chat.source import file_tables, hub_tables
 from diffora.tasks.chat.tokens import PLACE, encode, end_of_turn
 from diffora.tasks.generation import before_end, evenly, generate, with_others
 from diffora.tasks.ignored import IGNORED
-from diffora.tasks.sources.files import check_folder, find_file, has_validation
-from diffora.tasks.sources.hub import hub_splits
+from diffora.tasks.sources.files import check_folder, has_validation
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 
 
@@ -140,11 +140,12 @@ To generate, write the conversation as in training:
         c = self.cfg
         if c.path is None:
             names = {"train": c.train_split} | ({"validation": c.validation_split} if c.validation_split else {})
-            tables, source = self._from_hub(names), c.hub
+            tables, source = hub_tables(c, names, self.accounts), c.hub
         else:
             folder = self._folder()
             there = has_validation(folder, ("jsonl", "parquet"))
-            tables, source = self._from_files(folder, ("train", "validation") if there else ("train",)), c.path
+            splits = ("train", "validation") if there else ("train",)
+            tables, source = file_tables(folder, splits, self.accounts), c.path
         if c.max_characters is not None:
             tables["train"] = self._short(tables["train"])
         if "validation" in tables:
@@ -180,9 +181,9 @@ To generate, write the conversation as in training:
         c = self.cfg
         if c.path is None:
             name = {"validation": c.validation_split, "test": c.test_split}.get(split) or split
-            table, source = self._from_hub({split: name})[split], c.validation_hub or c.hub
+            table, source = hub_tables(c, {split: name}, self.accounts)[split], c.validation_hub or c.hub
         else:
-            table, source = self._from_files(self._folder(), (split,))[split], c.path
+            table, source = file_tables(self._folder(), (split,), self.accounts)[split], c.path
         if split == "validation":
             table = self._fewer(table)
         source = f"{source} {split}"
@@ -193,40 +194,6 @@ To generate, write the conversation as in training:
         folder = Path(self.cfg.path)
         check_folder(folder, "train and, if there is one, validation as .jsonl or .parquet")
         return folder
-
-    def _new_account(self, split: str) -> Account:
-        self.accounts[split] = Account()
-        return self.accounts[split]
-
-    def _from_hub(self, names: dict[str, str]) -> dict[str, pa.Table]:
-        """Checked tables by our name of the split; ``names`` are the source's."""
-        c = self.cfg
-        files = "<folder with train and validation as .jsonl or .parquet>"
-        problems: list[str] = []
-        tables = {}
-        apart = [] if c.validation_hub is None else [ours for ours in names if ours != "train"]
-        for hub, config, some in (
-            (c.hub, c.hub_config, [ours for ours in names if ours not in apart]),
-            (c.validation_hub, c.validation_hub_config, apart),
-        ):
-            found = hub_splits(c.name, hub, config, [names[ours] for ours in some], files) if some else {}
-            for ours in some:
-                rows = enumerate(found[names[ours]], start=1)
-                tables[ours] = read(rows, f"{hub} {names[ours]}", problems, self._new_account(ours))
-        if problems:
-            raise UserError(problems)
-        return tables
-
-    def _from_files(self, folder: Path, splits: Sequence[str]) -> dict[str, pa.Table]:
-        problems: list[str] = []
-        tables: dict[str, pa.Table] = {}
-        for split in splits:
-            names = [f"{split}.jsonl", f"{split}.parquet", f"{split}-00000-of-00001.parquet"]
-            if (file := find_file(folder, split, names, problems)) is not None:
-                tables[split] = read_file(file, problems, self._new_account(split))
-        if problems:
-            raise UserError(problems)
-        return tables
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Token ids, and which of them the loss counts.
