@@ -91,6 +91,11 @@ def test_the_citation_names_this_version_and_both_papers():
     assert any(title.startswith("DiffoRA") for title in titles) and any("Masked Low-Rank" in title for title in titles)
 
 
+def test_no_file_of_the_package_is_longer_than_contributing_says():
+    lengths = {file: len(file.read_text().splitlines()) for file in (REPO / "src").rglob("*.py")}
+    assert len(lengths) > 100 and not {file: n for file, n in lengths.items() if n > 400}
+
+
 def test_the_changelog_keeps_its_form():
     """Keep a Changelog 1.1: versions from the newest, each with sections of these kinds."""
     text = (REPO / "CHANGELOG.md").read_text()

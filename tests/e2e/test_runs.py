@@ -173,7 +173,7 @@ def test_scoring_leaves_model_and_random_state_as_they_were(cfg, short, tmp_path
 def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch, selector, lost):
     from diffora.run import experiment
     from diffora.scoring.attribution import AttributionModule
-    from diffora.scoring.score import ScoreModule
+    from diffora.scoring.one_pass_stages import MeasureStage
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def test_a_scored_run_resumes_with_its_scores(cfg, short, tmp_path, monkeypatch,
     first = Selection.load(tmp_path / "run/selection.json")
     for name in lost:  # killed before the selection was finished, but after its checkpoint
         (tmp_path / "run" / name).unlink()
-    for module in (ScoreModule, AttributionModule):
+    for module in (MeasureStage, AttributionModule):
         monkeypatch.setattr(module, "training_step", stopped)
     result = run(cfg(*overrides, "resume=true"), tmp_path / "run")
     assert result.record["status"] == "completed" and result.record["time"]["search_s"] > 0

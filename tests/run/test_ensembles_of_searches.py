@@ -118,15 +118,15 @@ def test_modules_that_a_layer_lacks_have_no_confidence(tmp_path):
 
 def test_a_head_of_no_checkpoint_is_drawn_again_for_each_member_and_then_restored(tmp_path, monkeypatch):
     heads = []
-    from diffora.scoring.score import ScoreModule
+    from diffora.scoring.one_pass_stages import MeasureStage
 
-    start = ScoreModule.on_fit_start
+    start = MeasureStage.on_fit_start
 
     def noted(self):
         heads.append(self.model.classifier.weight.detach().clone())
         return start(self)
 
-    monkeypatch.setattr(ScoreModule, "on_fit_start", noted)
+    monkeypatch.setattr(MeasureStage, "on_fit_start", noted)
     quick = [*SELECT, "method.selector=gradient", "method.score_batches=1"]
     done = run_of(*quick, "search.ensemble=3", folder=tmp_path / "run")
     assert len({tuple(head.flatten().tolist()) for head in heads}) == 3

@@ -13,9 +13,8 @@ from small import rows_of, small_deberta, small_task
 from diffora.core.grid import find_grid
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
-from diffora.scoring.function_stage import FunctionModule
 from diffora.scoring.measures import MEASURES
-from diffora.scoring.score import ScoreModule
+from diffora.scoring.one_pass_stages import FunctionStage, MeasureStage
 from diffora.tasks.tokenise import Collator
 
 TYPES = ("attention.self.query_proj", "attention.self.value_proj", "attention.output.dense", "output.dense")
@@ -24,17 +23,17 @@ COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 
 
 def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, types=TYPES, **trainer):
-    """A ScoreModule after its stage, on 24 of the 48 rows in batches of 8."""
+    """A MeasureStage after its stage, on 24 of the 48 rows in batches of 8."""
     model = model or small_deberta()
     measure = MEASURES[criterion](model, find_grid(model, candidates=types), seed=0)
-    module = ScoreModule(measure, criterion, small_task(), accumulate, seed=0)
+    module = MeasureStage(measure, criterion, small_task(), accumulate, seed=0)
     return fitted(module, batches, devices, **trainer)
 
 
 def called(function, model=None, devices: int = 1, **trainer):
-    """A FunctionModule after its stage, on two batches of 8 of the same rows."""
+    """A FunctionStage after its stage, on two batches of 8 of the same rows."""
     model = model or small_deberta()
-    module = FunctionModule(model, find_grid(model, candidates=TYPES), function, "a.b", small_task(), seed=0)
+    module = FunctionStage(model, find_grid(model, candidates=TYPES), function, "a.b", small_task(), seed=0)
     return fitted(module, 2, devices, whole=True, **trainer)
 
 

@@ -196,12 +196,12 @@ def test_dropout_is_off(criterion):
 
 @EACH
 def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion, monkeypatch):
-    from diffora.scoring import score
+    from diffora.scoring.one_pass_stages import MeasureStage
 
     seen = []
-    step = score.ScoreModule.training_step
+    step = MeasureStage.training_step
     monkeypatch.setattr(
-        score.ScoreModule,
+        MeasureStage,
         "training_step",
         lambda self, batch, i: seen.append(batch["train"][0]["row"]) or step(self, batch, i),
     )

@@ -1,8 +1,8 @@
 """The selectors ``gradient``, ``activation``, ``plop`` and ``fisher``: what they sum over batches, and their scores.
 
-A measure is used by a run's stage (`diffora.scoring.score`) and by the library (`diffora.standalone.select`). The sums
-can be added over micro-batches, batches and processes, so the scores do not depend on how the rows are divided. The
-formulas are in `diffora.scoring.criteria`.
+A measure is used by a run's stage (`diffora.scoring.one_pass_stages`) and by the library
+(`diffora.standalone.select`). The sums can be added over micro-batches, batches and processes, so the scores do not
+depend on how the rows are divided. The formulas are in `diffora.scoring.criteria`.
 """
 
 from abc import ABC, abstractmethod

@@ -8,9 +8,8 @@ from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
 from diffora.scoring.context import Run, SearchContext, SearchResult
 from diffora.scoring.function import ScoreFunction
-from diffora.scoring.function_stage import FunctionModule
 from diffora.scoring.measures import MEASURES
-from diffora.scoring.score import ScoreModule
+from diffora.scoring.one_pass_stages import FunctionStage, MeasureStage, OnePassStage
 from diffora.scoring.spectra import spectral_scores
 
 log = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ def from_measure(name: str) -> Run:
     def run(context: SearchContext) -> SearchResult:
         parts = context.parts
         measure = MEASURES[name](parts.model, parts.grid, parts.settings.seed)
-        module = ScoreModule(measure, name, parts.task, context.settings.accumulate, parts.settings.seed)
+        module = MeasureStage(measure, name, parts.task, context.settings.accumulate, parts.settings.seed)
         return one_pass(context, name, module, context.score_batches)
 
     return run
@@ -44,14 +43,14 @@ def from_function(function: ScoreFunction, name: str, n_batches: int | None = No
 
     def run(context: SearchContext) -> SearchResult:
         parts = context.parts
-        module = FunctionModule(parts.model, parts.grid, function, name, parts.task, parts.settings.seed)
+        module = FunctionStage(parts.model, parts.grid, function, name, parts.task, parts.settings.seed)
         return one_pass(context, name, module, n_batches or context.score_batches, whole=True)
 
     return run
 
 
 def one_pass(
-    context: SearchContext, name: str, module: ScoreModule | FunctionModule, n_batches: int, whole: bool = False
+    context: SearchContext, name: str, module: OnePassStage, n_batches: int, whole: bool = False
 ) -> SearchResult:
     """Score on a few search-train batches. Afterwards, the model's mode and torch's random state are as before.
 

@@ -1,6 +1,6 @@
 """Selectors that do not train, as a plain PyTorch pass over a user's own loader."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -81,47 +81,21 @@ def select(
     """
     model = unwrapped(model)
     grid = grid_of(model, layer, candidates)
-    problems = [*choice_problems(k, scope, grid, seed), *ensemble_problems(ensemble, loader)]
-    if selector == "search":
-        problems.append("selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)")
-    elif selector in ("attribution", "one_shot"):
-        problems.append(
-            f"selector={selector!r} trains adapters, which needs the training loop of a run: diffora select "
-            f"method.selector={selector}; then Selection.load reads its selection.json"
-        )
-    elif not callable(selector) and selector not in SELECTORS:
-        problems.append(f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function")
-    elif selector not in WITHOUT_DATA and loader is None:
-        problems.append(f"selector={name_of(selector)} needs a loader, of batches of training data")
-    elif selector in BY_LAYER and scope == "layer":
-        problems.append(f"selector={selector} selects whole layers, so it needs scope='global'")
-    if loader is not None:
-        problems += loader_problem("loader", loader)
-    problems += loss_problem(loss)
-    if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
-        problems.append(f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use")
-    if type(n_batches) is not int or n_batches < 1:
-        problems.append(f"n_batches={n_batches!r} must be a whole number of at least 1")
-    if problems:
+    if problems := list(_problems(selector, loader, loss, k, scope, grid, seed, n_batches, ensemble)):
         raise UserError(problems)
     if callable(selector):
         check_signature(selector, f"selector={name_of(selector)}")
     size: int | list[int] | None = k
     members = []
     for own in member_seeds(seed, ensemble, progress):
-        if selector == "random":
-            scores = random_scores(grid.n_layers, grid.n_types, own)
-        elif isinstance(selector, str) and selector in HEURISTICS:
+        if isinstance(selector, str) and selector in HEURISTICS:
             scores, size = _heuristic(selector, grid, k, scope)
-        elif isinstance(selector, str) and selector in SPECTRA:
-            scores = spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
+        elif isinstance(selector, str) and selector in WITHOUT_DATA:
+            scores = _without_data(model, grid, selector, own, progress)
         else:
             assert loader is not None
-            with left_as_found(model, own):
-                model.eval()
-                device = device_of(model)
-                batches = [moved(batch, device) for batch in islice(some(loader, "the loader"), n_batches)]
-                scores = _scores(model, grid, selector, batches, loss or model_loss, own, progress)
+            batches = islice(some(loader, "the loader"), n_batches)
+            scores = _from_data(model, grid, selector, batches, loss, own, progress)
         if not scores[grid.there].isfinite().all():
             raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
         members.append(scores)
@@ -129,6 +103,65 @@ def select(
     if ensemble > 1:
         return selection_of_members(grid, members, k, scope, name_of(selector), seed, config)
     return selection_of(grid, scores, size, scope, name_of(selector), seed, config, scores=scores.tolist())
+
+
+def _problems(
+    selector: str | ScoreFunction,
+    loader: Iterable[Any] | None,
+    loss: Loss | None,
+    k: int | None,
+    scope: str,
+    grid: Grid,
+    seed: int,
+    n_batches: int,
+    ensemble: int,
+) -> Iterator[str]:
+    """One message for each argument of `select` that is impossible."""
+    yield from choice_problems(k, scope, grid, seed)
+    yield from ensemble_problems(ensemble, loader)
+    if selector == "search":
+        yield "selector='search' trains adapters: call diffora.search(model, train_loader, valid_loader)"
+    elif selector in ("attribution", "one_shot"):
+        yield (
+            f"selector={selector!r} trains adapters, which needs the training loop of a run: diffora select "
+            f"method.selector={selector}; then Selection.load reads its selection.json"
+        )
+    elif not callable(selector) and selector not in SELECTORS:
+        yield f"selector={selector!r} must be {', '.join(SELECTORS)}, or a function"
+    elif selector not in WITHOUT_DATA and loader is None:
+        yield f"selector={name_of(selector)} needs a loader, of batches of training data"
+    elif selector in BY_LAYER and scope == "layer":
+        yield f"selector={selector} selects whole layers, so it needs scope='global'"
+    if loader is not None:
+        yield from loader_problem("loader", loader)
+    yield from loss_problem(loss)
+    if selector in WITHOUT_DATA and selector != "random" and isinstance(ensemble, int) and ensemble > 1:
+        yield f"selector={selector} gives the same scores with every seed, so ensemble={ensemble} has no use"
+    if type(n_batches) is not int or n_batches < 1:
+        yield f"n_batches={n_batches!r} must be a whole number of at least 1"
+
+
+def _without_data(model: nn.Module, grid: Grid, selector: str, seed: int, progress: bool) -> Tensor:
+    """L x N scores of a selector that needs no batches: random ones, or those of the weights."""
+    if selector == "random":
+        return random_scores(grid.n_layers, grid.n_types, seed)
+    return spectral_scores(model, grid, selector, bar(progress, selector, "module", items=grid.modules))
+
+
+def _from_data(
+    model: nn.Module,
+    grid: Grid,
+    selector: str | ScoreFunction,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    seed: int,
+    progress: bool,
+) -> Tensor:
+    """L x N scores from batches, in evaluation mode."""
+    with left_as_found(model, seed):
+        model.eval()
+        on_device = [moved(batch, device_of(model)) for batch in batches]
+        return _scores(model, grid, selector, on_device, loss or model_loss, seed, progress)
 
 
 def name_of(selector: str | ScoreFunction) -> str:
