@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import gpu_page
 from benchmarks.markdown import NAMES, middle, table
+from diffora.report.statistics import Difference, paired
 
 REPO = Path(__file__).parents[1]
 PAGE = REPO / "docs" / "results" / "performance.md"
@@ -294,13 +295,27 @@ def picture_run(run: Result) -> Figure:
 
 
 def paths(found: Result) -> str:
-    metrics = found["summary"]
-    rows = [
-        [f"`{name}`", *(f"{value[name]['mean']:.4f} ± {value[name]['std']:.4f}" for value in metrics.values())]
-        for name in next(iter(metrics.values()))
-    ]
-    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in found["runs"]}))
-    return f"Seeds {seeds}, mean ± standard deviation:\n\n{table(['path', *metrics], rows)}"
+    runs, metrics = found["runs"], found["summary"]
+    first, *others = next(iter(metrics.values()))
+    accuracy = next(key for key in metrics if "loss" not in key)
+
+    def by_seed(name: str) -> dict[int, float]:
+        return {run["seed"]: 100 * run["metrics"][accuracy] for run in runs if run["path"] == name}
+
+    rows = []
+    for name in (first, *others):
+        cells = [f"{value[name]['mean']:.4f} ± {value[name]['std']:.4f}" for value in metrics.values()]
+        less = paired(by_seed(name), by_seed(first)) if name in others else None
+        rows.append([f"`{name}`", *cells, "" if less is None else points(less)])
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+    head = ["path", *metrics, f"{accuracy}, less `{first}`, points (95 %)"]
+    return f"Seeds {seeds}, mean ± standard deviation; the difference is paired over seeds:\n\n{table(head, rows)}"
+
+
+def points(less: Difference) -> str:
+    """A difference with its interval; without one, it is the same for all seeds."""
+    interval = "" if less.low is None or less.high is None else f" ({less.low:+.1f} to {less.high:+.1f})"
+    return f"{less.mean:+.1f}{interval}".replace("-", "−")
 
 
 def precision(found: Result) -> str:

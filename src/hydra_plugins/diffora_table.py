@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
+from diffora.files import json_digest
 from diffora.run.directory import check_sweep_place
 from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
@@ -180,7 +181,9 @@ class TableSweeper(Sweeper):
         from diffora.loop.process import quiet_libraries
         from diffora.run.check import check
         from diffora.run.directory import finished
+        from diffora.run.experiment import check_unchanged, data_now, files_now
         from diffora.run.precision import NAME_IT, settled
+        from diffora.settings.identity import plain
 
         quiet_libraries()  # before Lightning prints what devices it finds
         found: Jobs = {}
@@ -188,6 +191,9 @@ class TableSweeper(Sweeper):
         impossible: set[tuple[str, ...]] = set()
         explained: set[tuple[str, ...]] = set()  # explaining takes seconds, so one task stands for all
         problems: dict[str, None] = {}  # each problem once, in order
+        data: dict[
+            str, str | None
+        ] = {}  # the hash of the rows that complete runs would have now, by the task's settings
         for folder, overrides in jobs.items():
             setting, _ = _apart(overrides)
             if setting in impossible:
@@ -216,8 +222,13 @@ class TableSweeper(Sweeper):
                     if self.local and not settings.dry_run:
                         check_machine(settings)
                     checked.update(_apart(overrides))
-                if finished(cfg, folder) is None:
+                if (done := finished(cfg, folder)) is None:
                     found[folder] = overrides
+                elif self.local:  # files of another machine cannot be compared here
+                    settings, task = check(cfg)
+                    if (rows := json_digest(plain(cfg)["task"])) not in data:
+                        data[rows] = data_now(settings, task)
+                    check_unchanged(folder, done, files_now(settings, data[rows]))
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
         problems = dict.fromkeys(with_sweep_hint(list(problems)))

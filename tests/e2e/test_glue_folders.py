@@ -53,6 +53,9 @@ def test_mnli_matched_and_mismatched_and_its_three_test_sets(cfg, mnli, tmp_path
     assert record["metrics"] == metrics and record["main_metric"] == "accuracy"
     print_result(record, get_task(composed.task), tmp_path / "run")
     assert "mismatched" in capsys.readouterr().out
+    record["metrics"]["held_out/accuracy"] = None  # as run.json has a number that is not finite
+    print_result(record, get_task(composed.task), tmp_path / "run")
+    assert "nan" in capsys.readouterr().out
 
     names = ("entailment", "neutral", "contradiction")
     for file, n in (("MNLI-m.tsv", 9), ("MNLI-mm.tsv", 12), ("AX.tsv", 6)):

@@ -121,6 +121,16 @@ def test_many_copies_do_not_fill_one_part():
     assert (len(train), len(valid)) == (500, 500)
 
 
+def test_a_large_group_leaves_the_parts_as_even_as_it_can():
+    examples = np.arange(200)
+    alike = np.where(examples < 120, 0, examples)  # 120 of 200 are equal
+    for seed in range(20):
+        assert sorted(map(len, held_out_split(examples, seed, alike))) == [80, 120]
+        assert sum(map(len, split_search(examples, seed, 0.5, 60, alike))) == 60
+    third = np.where(examples < 70, 0, examples)
+    assert {len(held_out_split(examples, seed, third)[0]) for seed in range(20)} == {100}
+
+
 def split_of(columns: dict[str, list], rows: dict[str, list] | None = None) -> Split:
     encoded = datasets.Dataset.from_dict(columns)
     return Split(datasets.Dataset.from_dict(rows or {"text": [""] * len(encoded)}), encoded)

@@ -22,6 +22,7 @@ from diffora.report.agreement import stability
 from diffora.report.comparisons import comparisons_of, curves_of
 from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
 from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
+from diffora.report.pictures import best_cells
 from diffora.report.results import ResultColumn
 from diffora.report.runs import Run, differing, gather
 from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, verdict
@@ -334,6 +335,18 @@ def test_different_data_and_few_seeds_give_notes(spec):
     (table,) = tables_of(gather([spec]).runs)
     notes = " ".join(table.notes)
     assert "2 different versions of the data" in notes and "only 1 seed," in notes
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path):
+    for seed in range(3):
+        for method, score in (("diffora", 0.9), ("lora", 0.5)):
+            data = "one" if method == "diffora" or seed == 2 else "other"
+            settings = {"rank": 4, "rho": 0.5} if method == "diffora" else {"rank": 4}
+            made_run(tmp_path / f"{method}{seed}", method, seed, score + seed / 100, settings=settings, data_hash=data)
+    (table,) = tables_of(gather([tmp_path]).runs)
+    (found,) = comparisons_of(table)
+    assert found.dev_best.n == 1 and found.dev_best.low is None  # seed 2 only
+    assert not best_cells(table) and any("not compared, and no mean is bold" in note for note in table.notes)
 
 
 def test_runs_of_no_experiment_are_grouped_by_setting(tmp_path):

@@ -1,6 +1,7 @@
 """Evaluating a finished run gives the run's own numbers, and predictions for rows without labels."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,26 @@ def test_command_prints_help_quickly_and_errors_without_traceback():
     wrong = subprocess.run([sys.executable, str(REPO / "evaluate.py"), "run=/nowhere"], capture_output=True, text=True)
     told = wrong.stderr.splitlines()  # on a busy machine, a line about waiting threads comes first
     assert wrong.returncode == 1 and told[-1].startswith("error: run=/nowhere") and "Traceback" not in wrong.stderr
+
+
+def test_the_classes_of_a_whole_model_are_those_in_its_configuration(cfg, quick, tmp_path):
+    texts = {"neg": "the king sleeps", "neu": "the baker has bread", "pos": "the queen sings"}
+
+    def written(file, names):
+        rows = [f"{texts[name]} {i},{names.get(name, name)}" for i in range(12) for name in texts]
+        (tmp_path / file).write_text("\n".join(["text,label", *rows]) + "\n")
+        return tmp_path / file
+
+    more = ["task=text", "task.max_length=16", "model=tiny", "method=full_ft", "trainer=cpu", "logger=none"]
+    more += ["finetune.epochs=1", "finetune.batch_size=8", "finetune.warmup_steps=0"]
+    run(cfg(*more, f"task.path={written('rows.csv', {})}"), tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "copied")
+    given = [f"adapter={tmp_path / 'copied'}", "task=text", "task.max_length=16", "model=tiny"]
+    given += ["trainer.accelerator=cpu", f"output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="Pos"):
+        evaluate(read_request([*given, f"task.path={written('other.csv', {'pos': 'Pos'})}"]))
+    found = evaluate(read_request([*given, f"task.path={tmp_path / 'rows.csv'}"]))
+    assert found and not (tmp_path / "copied" / "run.json").exists()
 
 
 def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffora.core.selection import Selection
-from diffora.run.setting import seed_followers, setting_facts
+from diffora.run.setting import seed_followers, selection_source, setting_facts
 
 RANDOM = ("method=random", "task=mrpc", "model=tiny", "trainer=cpu", "logger=[csv]")
 
@@ -42,6 +42,24 @@ def test_runs_that_differ_in_seed_folder_and_machine_have_one_setting(cfg):
 def test_values_that_change_a_result_change_the_setting(cfg, change, data):
     base = [*RANDOM, "task.path=/home/a/data", "model.path=/home/a/deberta"]
     assert setting_facts(cfg(*base, change), data)["setting_id"] != setting_facts(cfg(*base), "d1")["setting_id"]
+
+
+def test_folders_of_one_name_with_other_models_are_two_settings(cfg, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    composed = cfg("method=lora", "task=mrpc", "model=tiny", f"model.path={folder}")
+    one, other = (setting_facts(composed, "d1", backbone=digest * 16) for digest in ("1a2b", "ffff"))
+    assert one["setting_id"] != other["setting_id"] and one["settings"]["model"]["path"] == "model (1a2b1a2b)"
+    hub = cfg("method=lora", "task=mrpc", "model=minilm")
+    assert setting_facts(hub, "d1", backbone="1a2b" * 16) == setting_facts(hub, "d1")
+
+
+def test_selections_that_were_searched_on_other_data_are_other_settings(tmp_path):
+    search = {"search": {"lr": 0.1}, "data_hash": "d1", "task": "mrpc", "model": "/a/deberta"}
+    made = {}
+    for change in ({}, {"task": "rte"}, {"data_hash": "d2"}, {"model": "/b/other"}, {"model": "/b/deberta"}):
+        made[str(change)] = selection_source(selection_file(tmp_path, 0, config=search | change)).made
+    assert len(set(made.values())) == 4 and made["{}"] == made["{'model': '/b/deberta'}"]
 
 
 def test_a_value_made_from_the_seed_follows_the_seed_and_a_given_value_does_not(cfg):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.places import conf_dir
-from diffora.records import write_record
+from diffora.records import read_content, write_record
 from diffora.run.experiment import train
 from diffora.run.record import new_record
 from diffora.run.sweep import Column, Row, Table, cells, combinations, parse, slug, table_of
@@ -325,6 +325,20 @@ def test_a_plain_sweep_resumes_in_its_folder(sweep):
     with pytest.raises(UserError, match="holds a run"):
         sweep(*given)
     assert sweep(*given, "resume=true") == names[:1]
+
+
+def test_complete_runs_of_other_data_are_refused(sweep, monkeypatch):
+    given = ("experiment=quickstart", "method=lora", "seed=0,1", "hydra.sweep.dir=here", "resume=true")
+    names = [f"{seed}-lora-paraphrase-tiny-seed{seed}" for seed in range(2)]
+    with pytest.raises(UserError):
+        sweep(*given, fails=names[1:])
+    record = read_content(file := Path("here") / names[0] / "run.json")
+    write_record(file.parent, record | {"data_hash": "rows"})
+    monkeypatch.setattr("diffora.run.experiment.data_now", lambda settings, task: "others")
+    with pytest.raises(UserError, match=r"0-lora-paraphrase-tiny-seed0 is complete, but .*\n.*other content"):
+        sweep(*given)
+    monkeypatch.setattr("diffora.run.experiment.data_now", lambda settings, task: "rows")
+    assert sweep(*given) == names[1:]
 
 
 def test_several_tables_in_one_sweep(sweep):

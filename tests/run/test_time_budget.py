@@ -15,6 +15,7 @@ from diffora.loop.parts import Parts
 from diffora.run import steptime
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.run.record import read_record
 from diffora.run.steptime import Counted, Timed, find_lowest, limit_layers
 
 SHORT = ["trainer=cpu", "logger=none", "task.train_rows=32", "task.validation_rows=16", "finetune.epochs=1"]
@@ -117,6 +118,13 @@ def test_a_budget_below_the_forward_pass_is_refused_with_the_least_share(cfg, tm
 def test_settings_that_do_not_go_together(cfg, overrides, words):
     with pytest.raises(UserError, match=words):
         check(cfg(*overrides))
+
+
+def test_a_dry_run_in_the_folder_decides_nothing(cfg, tmp_path):
+    run(cfg(*SHORT, "method=random", "method.time_budget=0.95", "dry_run=true"), tmp_path)
+    assert read_record(tmp_path)["step_time"]["budget"] == 0.95
+    parts, method = loaded(cfg, tmp_path, *RANDOM, "resume=true")
+    assert limit_layers(parts, method)["budget"] == 0.75
 
 
 def test_a_budget_of_1_restricts_nothing(cfg, tmp_path):

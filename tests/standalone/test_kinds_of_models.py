@@ -27,6 +27,7 @@ import diffora
 from diffora.core import attach as core_attach
 from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
 from diffora.errors import UserError
+from diffora.loop.stage import Stage
 from diffora.standalone.search import Bilevel, SearchSettings
 
 SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
@@ -81,6 +82,21 @@ def test_statistics_of_frozen_batch_norms_stay_and_others_move():
     net(torch.randn(16, 4) + 3)
     assert net[0].running_mean.equal(torch.zeros(4)) and not net[1].running_mean.equal(torch.zeros(4))
     assert net[1].training
+
+
+def test_the_statistics_of_trained_batch_norms_belong_to_what_is_saved():
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net[0].requires_grad_(False)
+    net[2].bias.requires_grad_(True)
+    stage = Stage(net, seed=0)
+    stage.setup("fit")
+    before = stage.trainable_state()
+    statistics = {f"model.2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert before.keys() - {name for name, _ in stage.named_parameters()} == statistics
+    net.train()(torch.randn(5, 4) + 3)
+    assert any(not value.equal(before[name]) for name, value in stage.trainable_state().items())
+    stage.load_trainable(before)
+    assert all(value.equal(before[name]) for name, value in stage.trainable_state().items())
 
 
 def test_torchs_own_encoder_runs_in_evaluation_with_adapters_in_its_upper_layers():

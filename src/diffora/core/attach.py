@@ -205,6 +205,16 @@ def keep_statistics(model: nn.Module) -> None:
             module.eval()
 
 
+def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the batch norms that training changes, by full name: of those whose weights are all trained."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        weights = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and weights and all(p.requires_grad for p in weights):
+            found |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
+    return found
+
+
 def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> nn.Module:
     """The module inside the wrappers of ``torch.compile`` and of the given classes, which have it as ``module``."""
     inner: Any = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)

@@ -59,6 +59,8 @@ def _divide(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of two disjoint parts, which share no example and no input; at least one group of inputs in each.
 
+    Groups are taken in random order; one that is too large for what is left of a part is passed over.
+
     Args:
         n_first: the most examples of the first part.
         n_used: the most examples of both parts.
@@ -67,11 +69,23 @@ def _divide(
     unique, group = np.unique(groups, return_inverse=True)
     first_rows = np.unique(examples, return_index=True)[1]
     order = generator.permutation(len(unique))
-    ends = np.bincount(group[first_rows], minlength=len(unique))[order].cumsum()  # examples so far
-    border = max(1, int(np.count_nonzero(ends <= n_first)))
-    end = max(border + 1, int(np.count_nonzero(ends <= n_used)))
-    first, second = (np.flatnonzero(np.isin(groups, unique[part])) for part in (order[:border], order[border:end]))
+    sizes = np.bincount(group[first_rows], minlength=len(unique))[order]  # examples of each group
+    in_first = _taken(sizes, n_first)
+    rest = np.flatnonzero(~in_first)
+    in_second = rest[_taken(sizes[rest], n_used - int(sizes[in_first].sum()))]
+    first, second = (np.flatnonzero(np.isin(groups, unique[order[part]])) for part in (in_first, in_second))
     return first, second
+
+
+def _taken(sizes: np.ndarray, most: int) -> np.ndarray:
+    """Which groups are taken, in their order, so that they have at most so many examples; the smallest if none fits."""
+    taken, left = np.zeros(len(sizes), dtype=bool), most
+    for i, size in enumerate(sizes.tolist()):
+        if size <= left:
+            taken[i], left = True, left - size
+    if not taken.any():
+        taken[sizes.argmin()] = True
+    return taken
 
 
 def split_hash(train_idx: np.ndarray, valid_idx: np.ndarray) -> str:

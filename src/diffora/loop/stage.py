@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import keep_statistics
+from diffora.core.attach import keep_statistics, moving_statistics
 from diffora.loop.prefix import CachedPrefix
 from diffora.loop.sharded import Sharded
 
@@ -110,8 +110,9 @@ class Stage(L.LightningModule):
         raise AttributeError("checkpoints hold trainable weights only")
 
     def trainable_names(self) -> list[str]:
-        """Names of the parameters that require gradients now."""
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        """Names of the tensors that training changes now: parameters, and the statistics of trained batch norms."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [*trained, *moving_statistics(self)]
 
     def configure_model(self) -> None:
         """With ``trainer.strategy=fsdp``, divide the frozen weights among the processes."""
@@ -126,28 +127,31 @@ class Stage(L.LightningModule):
         self._names = self.trainable_names()
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The trainable weights by name, on the CPU."""
-        parameters = dict(self.named_parameters())
-        return {name: parameters[name].detach().cpu().clone() for name in self._names}
+        """What training changes, by name, on the CPU: weights, and the statistics of trained batch norms."""
+        tensors = self._tensors()
+        return {name: tensors[name].detach().cpu().clone() for name in self._names}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if the names or shapes of a `trainable_state` do not fit this model."""
-        parameters = dict(self.named_parameters())
+        tensors = self._tensors()
         names = set(self.trainable_names())
         for name in sorted(names ^ state.keys()):
             raise ValueError(f"{name} is trained only {'in this run' if name in names else 'in the checkpoint'}")
         for name, value in state.items():
-            if value.shape != parameters[name].shape:
+            if value.shape != tensors[name].shape:
                 raise ValueError(
-                    f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(parameters[name].shape)} in this run"
+                    f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(tensors[name].shape)} in this run"
                 )
 
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `trainable_state` returned."""
-        parameters = dict(self.named_parameters())
+        tensors = self._tensors()
         with torch.no_grad():
             for name, value in state.items():
-                parameters[name].copy_(value)
+                tensors[name].copy_(value)
 
     # --- checkpoints ---
 

@@ -15,9 +15,11 @@ from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heu
 from diffora.core.parts import part_of, path_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.files import file_digest
 from diffora.methods.base import Scoring, check_ranks
-from diffora.methods.selecting import Selecting
+from diffora.methods.selecting import Selecting, digest_of_selected
 from diffora.scoring.selectors import SELECTORS, trains
+from diffora.scoring.warm_start import weights_file
 from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 from diffora.trust import NAME
 
@@ -160,6 +162,14 @@ class DiffoRA(Selecting):
         choices = ((f"rho={rho:g}", counts(rho)) for rho in steps)
         if problem := heuristic_problem(scores, counts(self.rho), choices):
             raise UserError(f"method.selector={self.selector}: rho={self.rho} {problem}")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        found = super().inputs | digest_of_selected("method.selection", self.selection)
+        if found and self.warm_start and isinstance(self.selection, str):
+            file = weights_file(Path(self.selection))
+            found |= {"method.warm_start": file_digest(file)} if file.is_file() else {}
+        return found
 
     def given(self, grid: Grid, seed: int) -> Selection:
         """The selection that ``method.selection`` names.

@@ -13,7 +13,7 @@ from diffora.core.counts import above, adapter_parameters
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.methods.selecting import Selecting
+from diffora.methods.selecting import Selecting, digest_of_selected
 from diffora.settings.checks import PATH, SEED, Help
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,10 @@ class Random(Selecting):
             yield "method.like does not go with method.time_budget: both say which layers may have adapters"
         if self.like is not None and self.adapter is not None:
             yield "method.like does not go with method.adapter, which has its own selection"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return super().inputs | digest_of_selected("method.like", self.like)
 
     def choose(self, grid: Grid, scores: Tensor | None, seed: int) -> Selection:
         if (found := self.selection_of_start(grid, seed)) is not None:

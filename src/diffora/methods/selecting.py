@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
+from diffora.files import json_digest
 from diffora.methods.base import Alpha, Rank, Rate, check_ranks
 from diffora.methods.lowrank import Continuing, LowRankAdaptation, Mask, Regulariser
 from diffora.settings.checks import RANK, SHARE_OF_MODULES, Check, Help, is_int, number, show
@@ -48,6 +50,14 @@ SHARE_OF_TIME = number(
     lambda v: 0 < v <= 1, "a number above 0, at most 1: a share of the time of a step with LoRA on all modules"
 )
 BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k or 0.35M")
+
+
+def digest_of_selected(key: str, file: object) -> dict[str, str]:
+    """For `Method.inputs`: the digest of what a selection file selects. Empty for other values, or without the file."""
+    if not isinstance(file, str) or not Path(file).is_file():
+        return {}
+    found = Selection.load(Path(file))
+    return {key: json_digest([found.selected, found.rank, found.lowest_layer])}
 
 
 @dataclass(frozen=True)

@@ -65,15 +65,21 @@ def compare(
     variant: bool = False,
     margin: float = MARGIN,
 ) -> Comparison | None:
-    """The comparison of two rows in a column; None if they have no seed in common. The margin is in points."""
+    """The comparison of two rows in a column, over the seeds that both have with the same data; None without one.
+
+    The margin is in points.
+    """
     a, b = table.cells.get((ours, column.name)), table.cells.get((baseline, column.name))
     if a is None or b is None:
         return None
     sign = 1.0 if column.maximise else -1.0
 
+    apart = a.seeds_of_other_data(b)
+
     def difference(key: str) -> Difference | None:
         factor = sign * column.factor(key)
-        return paired(a.by_seed(key, factor), b.by_seed(key, factor))
+        theirs = {seed: value for seed, value in b.by_seed(key, factor).items() if seed not in apart}
+        return paired(a.by_seed(key, factor), theirs)
 
     key = column.compared
     if (dev_best := difference(key)) is None:

@@ -106,11 +106,14 @@ def front(points: Sequence[Point], maximise: bool) -> list[Point]:
 
 
 def fronts(table: ResultTable) -> Fronts:
-    """A chart for each column and each cost in which rows differ; methods and selectors have their colours."""
+    """A chart for each column and each cost in which rows differ; methods and selectors have their colours.
+
+    A column whose runs used different data has none.
+    """
     kinds = {row: kind_of(cell.first) for (row, _), cell in table.shown()}
     names = list(dict.fromkeys(kinds.values()))
     found, used = [], set()
-    for column in table.columns:
+    for column in filter(table.same_data, table.columns):
         for cost, points in _points(table, column):
             best = front(points, column.maximise)
             used |= {point.row for point in best}

@@ -75,9 +75,11 @@ class View:
 
 
 def best_cells(table: ResultTable) -> set[tuple[str, str]]:
-    """(row, column title) of the best mean in each column whose rows have the same seeds."""
+    """(row, column title) of the best mean in each column whose rows have the same seeds and data."""
     best = set()
-    for column in filter(table.same_seeds, table.columns):
+    for column in table.columns:
+        if not (table.same_seeds(column) and table.same_data(column)):
+            continue
         key = column.compared
         sign = 1 if column.maximise else -1
         means = {

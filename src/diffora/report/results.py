@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from diffora.records import MetricFacts, facts_of
 from diffora.report.runs import Run
@@ -69,6 +70,15 @@ class ResultCell:
     def by_seed(self, key: str, factor: float = 1.0) -> dict[int, float]:
         """The values of a metric by seed, multiplied by ``factor``; runs without a finite value are left out."""
         return {seed: factor * value for seed, value in self._values("metrics", key).items()}
+
+    def seeds_of_other_data(self, other: "ResultCell") -> set[int]:
+        """The seeds whose runs in the two cells are known to have used different training or validation rows."""
+        hashes = {
+            seed: (self.runs[seed].record.data_hash, other.runs[seed].record.data_hash)
+            for seed in self.runs
+            if seed in other.runs
+        }
+        return {seed for seed, (a, b) in hashes.items() if a and b and a != b}
 
     def spread(self, part: str, key: str) -> Spread | None:
         """Mean and standard deviation over the seeds of a number such as ``("params", "adapter")``."""
@@ -149,6 +159,11 @@ class ResultTable:
         """Whether all rows of a column have values for the same seeds; only then can their means be ranked."""
         here = [cell.by_seed(column.compared) for (_, name), cell in self.cells.items() if name == column.name]
         return len({frozenset(values) for values in here if values}) == 1
+
+    def same_data(self, column: ResultColumn) -> bool:
+        """Whether the runs of a column used the same rows, as far as they have the same seed."""
+        here = [cell for (_, name), cell in self.cells.items() if name == column.name]
+        return not any(a.seeds_of_other_data(b) for a, b in combinations(here, 2))
 
     @property
     def ours(self) -> list[str]:

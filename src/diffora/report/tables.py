@@ -221,13 +221,17 @@ def _value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+NOT_COMPARED = "runs on different data are not compared, and no mean is bold"
+
+
 def with_notes(table: ResultTable) -> ResultTable:
     """The table with notes on the ways in which its runs cannot be compared."""
     for column in table.columns:
         cells = {row: cell for row in table.rows if (cell := table.cells.get((row, column.name)))}
         data = {run.record.data_hash for cell in cells.values() for run in cell.runs.values()} - {None}
         if len(data) > 1:
-            table.notes.append(f"{column.name}: the runs used {len(data)} different versions of the data")
+            versions = f"{column.name}: the runs used {len(data)} different versions of the data"
+            table.notes.append(versions if table.same_data(column) else f"{versions}; {NOT_COMPARED}")
         counts = {row: (len(cell.by_seed(column.compared)), len(cell.runs)) for row, cell in cells.items()}
         lacking = [f"{row} ({runs - n} of {runs} runs)" for row, (n, runs) in counts.items() if n < runs]
         table.notes += _note(f"{column.name}: no finite {column.compared.partition('/')[2]}", lacking)

@@ -17,7 +17,7 @@ from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.compatibility import longest_input
 from diffora.backbones.precision import width_multiple
 from diffora.errors import UserError
-from diffora.files import check_writable, write_text
+from diffora.files import check_writable, read_json, write_text
 from diffora.loop.predict import accelerator_device, predict
 from diffora.loop.process import quiet_libraries
 from diffora.places import conf_dir
@@ -212,6 +212,8 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     trained, file = record.get("classes"), request.weights.parent / NAME
     if trained is None:
         trained, file = manifest_of(request.weights).get("labels"), request.weights / MANIFEST
+    if trained is None:
+        trained, file = _classes_in_config(request.weights), request.weights / "config.json"
     if trained is not None:
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise UserError(f"{file}: the classes are not a list of names")
@@ -251,6 +253,16 @@ def _evaluate(request: Request) -> dict[str, dict[str, float]]:
     write_text(request.output / "metrics.json", json.dumps(account, indent=1) + "\n")
     terminal.print_evaluation(account, [request.output / "metrics.json", *files])
     return found
+
+
+def _classes_in_config(weights: Path) -> list[Any] | None:
+    """The names of the classes in the ``config.json`` of a whole model; None if it has none, or placeholders."""
+    file = weights / "config.json"
+    labels = read_json(file).get("id2label") if file.is_file() else None
+    if not isinstance(labels, dict) or not all(number.isdecimal() for number in labels):
+        return None
+    names = [labels[number] for number in sorted(labels, key=int)]
+    return None if all(str(name).startswith("LABEL_") for name in names) else names
 
 
 def _check_drawn_rows(task: Task, names: Sequence[str], record: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import copy
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     if (is_main() or settings.resume) and (done := rundir.finished(cfg, folder)) is not None:
         if not is_main():
             return Result(folder, done, None, None)
-        check_unchanged(settings, task, folder, done)
+        check_unchanged(folder, done, files_now(settings, data_now(settings, task)))
         if done["status"] == "selected":
             terminal.print_selection(done, folder)
         else:
@@ -157,7 +158,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
                 parts.prefix |= (read_record(folder) or {}).get("prefix") or {}
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
-    record = new_record(cfg, parts.data.hash) | metric_facts(task)
+    record = new_record(cfg, parts.data.hash, (parts.identity or {}).get("digest")) | metric_facts(task)
     record |= {
         "backbone": parts.identity,
         "inputs": settings.method.inputs,
@@ -194,23 +195,45 @@ def _named(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def check_unchanged(settings: Settings, task: Task, folder: Path, done: dict[str, Any]) -> None:
-    """Compare a complete run with the data and the backbone that its settings name now.
+def data_now(settings: Settings, task: Task) -> str | None:
+    """The hash of the rows that some settings name now; None for rows of the hub, which would need the network.
 
-    Files that no longer exist are not compared. Data from the hub are not compared either, because that would need the
-    network.
+    None with a warning if they cannot be read any more.
+    """
+    if getattr(settings.task, "path", None) is None:
+        return None
+    try:
+        return task.load().data_hash
+    except UserError as error:
+        log.warning(f"the data cannot be compared with those of complete runs: {error}")
+        return None
+
+
+def files_now(settings: Settings, data_hash: str | None) -> dict[str, Any]:
+    """Digests of the data, the backbone and the other files that some settings name now, for `check_unchanged`.
+
+    Files that cannot be read any more are left out, with a warning.
+    """
+    now: dict[str, Any] = {"data": data_hash}
+    try:
+        now["backbone"] = digests.backbone(settings.model.path)
+        now["inputs"] = settings.method.inputs
+    except UserError as error:
+        log.warning(f"the backbone cannot be compared with that of complete runs: {error}")
+    return now
+
+
+def check_unchanged(folder: Path, done: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare a complete run with the files that its settings name now.
+
+    Args:
+        folder: of the run.
+        done: its record.
+        now: from `files_now`.
 
     Raises:
         UserError: they changed, so the results do not belong to them.
     """
-    now: dict[str, Any] = {}
-    try:
-        now["backbone"] = digests.backbone(settings.model.path)
-        now["inputs"] = settings.method.inputs
-        if getattr(settings.task, "path", None) is not None:
-            now["data"] = task.load().data_hash
-    except UserError as error:
-        log.warning(f"{folder}: cannot compare data and backbone with those of the run: {error}")
     old = {"data": done.get("data_hash"), "backbone": done.get("backbone"), "inputs": done.get("inputs")}
     if changed := digests.changes(old, now):
         raise UserError(

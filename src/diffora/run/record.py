@@ -26,12 +26,13 @@ WEIGHTS = ("adapter", "model")
 PACKAGES = ("diffora", "torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core", "numpy")
 
 
-def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
+def new_record(cfg: DictConfig, data_hash: str | None, backbone: str | None = None) -> dict[str, Any]:
     """The content of ``run.json`` at the start of a run. `diffora.run.experiment` adds the rest.
 
     Args:
         cfg: the composed configuration with its interpolations, which show what follows the seed.
         data_hash: of the training and validation rows; None if they are not loaded.
+        backbone: digest of the backbone's files; None if it is not known.
     """
     return {
         "method": cfg.method.name,
@@ -48,7 +49,7 @@ def new_record(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         "time": {},
         "memory": {},
         "selection": None,
-        **setting_facts(cfg, data_hash),
+        **setting_facts(cfg, data_hash, backbone),
         "config_hash": config_hash(cfg),
         "data_hash": data_hash,
         "git_commit": git_commit(),

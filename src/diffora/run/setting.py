@@ -29,12 +29,13 @@ Place = tuple[str, ...]
 """A key of the configuration, its parts: ``("method", "draw")``."""
 
 
-def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
+def setting_facts(cfg: DictConfig, data_hash: str | None, backbone: str | None = None) -> dict[str, Any]:
     """The fields ``setting_id``, ``settings``, ``follows_seed`` and ``sources`` of a `Record`.
 
     Args:
         cfg: the composed configuration with its interpolations.
         data_hash: of the training and validation rows; it replaces ``task.path``.
+        backbone: digest of the backbone's files. Folders of one name may hold different models.
     """
     settings = {key: value for key, value in deciding(plain(cfg)).items() if key not in NOT_A_SETTING}
     follows = {place: text for place, text in seed_followers(cfg).items() if place[0] in settings}
@@ -43,7 +44,7 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
     if data_hash and "path" in settings["task"]:
         settings["task"]["data"] = data_hash[:8]
         del settings["task"]["path"]
-    settings["model"]["path"] = short_name(settings["model"]["path"])
+    settings["model"]["path"] = _model_name(settings["model"]["path"], backbone)
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in MACHINE}
     sources = {}
     for name in FILES:
@@ -60,6 +61,12 @@ def setting_facts(cfg: DictConfig, data_hash: str | None) -> dict[str, Any]:
         "follows_seed": [".".join(place) for place in follows],
         "sources": sources,
     }
+
+
+def _model_name(path: str, digest: str | None) -> str:
+    """The last part of a path; of a folder, with the first digits of the digest of its files."""
+    name = short_name(path)
+    return f"{name} ({digest[:8]})" if digest and Path(path).expanduser().is_dir() else name
 
 
 def seed_followers(cfg: DictConfig) -> dict[Place, str]:
@@ -112,9 +119,10 @@ def selection_source(file: Path) -> SelectionSource | None:
     if not isinstance(content, dict) or "selected" not in content:
         return None
     config, seed = content.get("config"), content.get("seed")
-    search = config.get("search") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
     selector, rho = content.get("selector"), content.get("rho")
-    making = short_digest([content.get("method"), selector, rho, content.get("k"), search])
+    where = [config.get("search"), config.get("task"), short_name(str(config.get("model"))), config.get("data_hash")]
+    making = short_digest([content.get("method"), selector, rho, content.get("k"), *where])
     return SelectionSource(
         seed if type(seed) is int else None,
         f"{selector} (rho {rho}, {making[:6]})",

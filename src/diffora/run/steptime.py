@@ -124,8 +124,9 @@ def limit_layers(parts: Parts, method: Selecting) -> dict[str, Any]:
         UserError: the budget is too small, or no selection fits the layers that it leaves.
     """
     assert method.time_budget is not None
-    earlier = (read_record(parts.folder) or {}).get("step_time") if parts.settings.resume else None
-    facts = earlier or find_lowest(method.time_budget, meter_of(parts, method), parts.grid)
+    earlier = (read_record(parts.folder) or {}) if parts.settings.resume else {}
+    found = None if earlier.get("status") == "dry_run" else earlier.get("step_time")  # a dry run had other settings
+    facts = found or find_lowest(method.time_budget, meter_of(parts, method), parts.grid)
     parts.grid = replace(parts.grid, lowest_layer=facts["lowest_layer"])
     method.check(parts.model, parts.grid)  # once more, for the layers that are left
     log.info(f"time budget: {words(facts, parts.grid)}")

@@ -32,17 +32,17 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     for name in task.metrics:
         for key, value in metrics.items():
             if key.startswith(("validation", "test")) and key.endswith(f"/{name}"):
-                table.add_row(key, f"{value:.4f}")
+                table.add_row(key, _number(value))
     held_out = f"held_out/{task.main_metric}"
-    table.add_row(f"{held_out} (epoch chosen on the other half)", f"{metrics[held_out]:.4f}")
+    table.add_row(f"{held_out} (epoch chosen on the other half)", _number(metrics[held_out]))
     table.add_row("best epoch", f"{metrics['best_epoch']:g} of {record['history'][-1]['epoch']:g}")
     if "generalisation_gap" in metrics:
-        table.add_row("generalisation gap (training − validation)", f"{metrics['generalisation_gap']:.4f}")
+        table.add_row("generalisation gap (training − validation)", _number(metrics["generalisation_gap"]))
     if "forgetting/increase" in metrics:
-        changed = f"{metrics['forgetting/before']:.4f} → {metrics['forgetting/after']:.4f}"
+        changed = " → ".join(_number(metrics[f"forgetting/{when}"]) for when in ("before", "after"))
         table.add_row("loss on the plain texts, before → after", changed)
     if "update/rank" in metrics:
-        table.add_row("mean rank of the updates", f"{metrics['update/rank']:.2f}")
+        table.add_row("mean rank of the updates", _number(metrics["update/rank"], 2))
     table.add_section()
     table.add_row("adapter parameters", f"{params['adapter']:,}")
     if params["inference"] != params["adapter"]:
@@ -213,6 +213,11 @@ def _counts(selected: list[list[str]]) -> str:
 
 def _size(mb: float) -> str:
     return f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.1f} MiB"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    """A metric; ``nan`` for one that is not finite, which the record of a run has as null."""
+    return "nan" if value is None else f"{value:.{digits}f}"
 
 
 def _duration(seconds: float) -> str:

@@ -164,7 +164,8 @@ class FineTuneModule(Stage):
         self.watch(loss)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (step + 1) % every == 0:  # loggers keep nothing in between
-            self.log_dict(values | {"lr": self._rate()}, batch_size=1, rank_zero_only=True)
+            epoch = (step + 1) / self.plan.steps_per_epoch
+            self.log_dict(values | {"lr": self._rate(), "epoch": epoch}, batch_size=1, rank_zero_only=True)
         if self.trainer.accumulate_grad_batches == self.trainer.world_size == 1:
             return loss
         return loss * self._loss_weight(loss.detach(), first)
