@@ -1,5 +1,7 @@
 """Evaluation and checkpoints within an epoch: a run that resumes there gives the result of one that never stopped."""
 
+import csv
+
 import pytest
 import torch
 from stopped_runs import LORA, assert_equal_runs, run_of, stop
@@ -50,6 +52,18 @@ def test_everything_that_has_a_state_resumes_within_an_epoch(more, tmp_path):
     ours, whole = resumed([*HALF, *more], tmp_path, segment=1)
     assert_equal_runs(ours, whole)
     assert whole.record["history"][-1]["epoch"] == (1.6667 if "finetune.max_steps=10" in more else 2)
+
+
+def test_steps_and_evaluations_have_the_same_count_of_epochs(tmp_path):
+    more = ["task.train_rows=200", "finetune.eval_every=0.5", "logger=[csv]"]  # 25 steps an epoch
+    run_of(*LORA, *ROWS, *more, "finetune.epochs=2", folder=tmp_path / "run")
+    [file] = (tmp_path / "run" / "logs" / "finetune").rglob("metrics.csv")
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    steps = [(int(row["step"]) + 1, float(row["epoch"])) for row in rows if row["train/step_loss"]]
+    assert [epoch for _, epoch in steps] == pytest.approx([step / 25 for step, _ in steps]) and len(steps) > 1
+    evaluations = [float(row["epoch"]) for row in rows if row["validation/accuracy"]]
+    assert evaluations == pytest.approx([0.48, 1.0, 1.48, 2.0])
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):
