@@ -67,7 +67,7 @@ def test_rows_of_choices_are_counted_in_the_shape_in_which_they_are_read(shape):
     mask = (torch.arange(30) % 5 < 3).view(2, 3, 5)  # rows x choices x tokens
     counted = counted_tokens(torch.zeros(*shape, 4), {"attention_mask": mask})
     assert counted.shape == shape and counted.flatten().equal(mask.flatten())
-    assert counted_tokens(torch.zeros(5, 6, 4), {"attention_mask": mask}).all()  # tokens of something else
+    assert counted_tokens(torch.zeros(7, 6, 4), {"attention_mask": mask}).all()  # tokens of something else
 
 
 def test_tokens_x_rows_are_counted_as_rows_x_tokens():

@@ -232,7 +232,7 @@ def test_the_logged_gate_values_depend_on_the_relaxation(make, relaxation, name,
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    assert module.certainty == name
+    assert module.spread_metric == name
     assert trainer.callback_metrics[name].item() == pytest.approx(start, rel=1e-4)
     assert len({"search/entropy", "search/open_gates"} & trainer.callback_metrics.keys()) == 1
     assert module.trajectory[-1][1] == relax(module.gamma.detach(), relaxation).tolist()
