@@ -47,7 +47,7 @@ def test_a_run_without_its_adapter_is_not_complete(cfg, tmp_path, whole, caplog)
     before = load_file(whole.folder / "adapter/adapter_model.safetensors")
     shutil.rmtree(whole.folder / "adapter")
     again = run(cfg(*SHORT_LORA, "resume=true"), whole.folder)
-    assert "adapter/adapter_model.safetensors" in caplog.text and "done again" in caplog.text
+    assert "adapter/adapter_model.safetensors" in caplog.text and "the run is repeated" in caplog.text
     assert again.model is not None and missing_files(whole.folder, read_record(whole.folder)) == []
     after = load_file(whole.folder / "adapter/adapter_model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
