@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -119,6 +120,12 @@ def test_the_first_of_equal_epochs_is_the_best(deberta):
     module = module_of(deberta)
     module.history = history((0.7, 0, 0), (0.8, 0, 0), (0.8, 0, 0))
     assert module.best_epoch == 1
+
+
+def test_an_epoch_without_a_finite_metric_is_not_the_best(deberta):
+    module = module_of(deberta)
+    module.history = history((math.nan, math.nan, 0), (0.6, 0.6, 0.1), (0.5, math.nan, 0))
+    assert module.best_epoch == module.held_out_epoch == 1
 
 
 def test_early_stop_counts_epochs_without_a_new_best(deberta):

@@ -280,6 +280,7 @@ class FineTuneModule(Stage):
     def _best(self, part: str) -> int:
         sign = 1 if self.task.maximise else -1
         values = [sign * scores[f"{part}/{self.task.main_metric}"] for scores in self.history]
+        values = [-math.inf if math.isnan(value) else value for value in values]  # a NaN is not the best
         return max(range(len(values)), key=lambda i: (values[i], -i))
 
     @property
