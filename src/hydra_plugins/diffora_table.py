@@ -191,9 +191,7 @@ class TableSweeper(Sweeper):
         impossible: set[tuple[str, ...]] = set()
         explained: set[tuple[str, ...]] = set()  # explaining takes seconds, so one task stands for all
         problems: dict[str, None] = {}  # each problem once, in order
-        data: dict[
-            str, str | None
-        ] = {}  # the hash of the rows that complete runs would have now, by the task's settings
+        data: dict[str, str | None] = {}  # by the task's settings: the hash that the rows have now
         for folder, overrides in jobs.items():
             setting, _ = _apart(overrides)
             if setting in impossible:
