@@ -172,7 +172,9 @@ def results():
         "parts": sides,
     }
     metrics = {"accuracy": {"plain": {"mean": 0.7, "std": 0.1}, "added": {"mean": 0.8, "std": 0.1}}}
-    of_paths = report.header() | {"summary": metrics, "runs": [{"seed": 0}, {"seed": 1}]}
+    accuracies = {("plain", 0): 0.6, ("plain", 1): 0.8, ("added", 0): 0.7, ("added", 1): 0.9}
+    path_runs = [{"path": p, "seed": n, "metrics": {"accuracy": a}} for (p, n), a in accuracies.items()]
+    of_paths = report.header() | {"summary": metrics, "runs": path_runs}
     of_precision = report.header() | {
         "settings": {"task": "cola", "backbone": "mpnet_base", "epochs": 1, "unit": "AMX"},
         "arms": precision.summary(runs_in_two_precisions(seeds=3)),
