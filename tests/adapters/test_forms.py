@@ -146,6 +146,8 @@ def test_a_frozen_head_of_an_own_model_is_named_or_warned_about(tmp_path, caplog
     assert torch.equal(again(x), model(x)) and not caplog.text
     with pytest.raises(UserError, match="head: tail is not a module of this model"):
         save_adapter(model, tmp_path, head=["tail"])
+    with pytest.raises(UserError, match="head='head' must be a list of names"):
+        save_adapter(model, tmp_path, head="head")
 
 
 def test_tied_embeddings_that_were_trained_are_the_same_in_peft(tmp_path):

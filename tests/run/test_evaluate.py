@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO
 from omegaconf import OmegaConf
+from small import small_task
 
 from diffora import trust
 from diffora.errors import UserError
@@ -122,6 +123,12 @@ def test_the_classes_of_a_whole_model_are_those_in_its_configuration(cfg, quick,
         evaluate(read_request([*given, f"task.path={written('other.csv', {'pos': 'Pos'})}"]))
     found = evaluate(read_request([*given, f"task.path={tmp_path / 'rows.csv'}"]))
     assert found and not (tmp_path / "copied" / "run.json").exists()
+
+
+def test_classes_that_differ_in_capitals_only_are_the_same():
+    small_task("sst2").expect(["NEGATIVE", "POSITIVE"])
+    with pytest.raises(UserError, match="was trained on the classes POSITIVE, NEGATIVE"):
+        small_task("sst2").expect(["POSITIVE", "NEGATIVE"])
 
 
 def test_an_adapter_of_another_kind_of_task_is_refused(cfg, quick, tmp_path):

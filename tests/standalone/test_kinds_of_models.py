@@ -99,6 +99,13 @@ def test_the_statistics_of_trained_batch_norms_belong_to_what_is_saved():
     assert all(value.equal(before[name]) for name, value in stage.trainable_state().items())
 
 
+def test_batch_norms_without_weights_keep_their_statistics():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)).train()
+    core_attach.keep_statistics(net)
+    net(torch.randn(5, 4) + 3)
+    assert not net[1].running_mean.any() and not core_attach.moving_statistics(net)
+
+
 def test_torchs_own_encoder_runs_in_evaluation_with_adapters_in_its_upper_layers():
     """Its nested tensors are for layers without adapters; the first layer decides whether they are used."""
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.errors import UserError
 from diffora.files import atomic_folder, write_text
+from diffora.standalone.model import check_head
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ def _with_trained(backbone: Backbone, head: Sequence[str]) -> Backbone:
     """A backbone whose head includes the given modules and all with trainable parameters, except low-rank layers."""
     model, layers = backbone.model, dict(lowrank_layers(backbone.model))
     modules = dict(model.named_modules(remove_duplicate=False))
-    if unknown := [f"head: {name} is not a module of this model" for name in head if name not in modules]:
-        raise UserError(unknown)
+    check_head(head, model)
     named = [name for name in (*head, *getattr(model, LOADED_WHOLE, ())) if name not in backbone.head]
     done = {p for layer in layers.values() for p in layer.parameters(recurse=False)} | backbone.head_parameters()
     done |= {p for name in named for p in modules[name].parameters()}

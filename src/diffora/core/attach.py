@@ -195,24 +195,29 @@ def freeze_rest(model: nn.Module) -> None:
 
 
 def keep_statistics(model: nn.Module) -> None:
-    """Put the batch norms whose weights are frozen into evaluation mode, in place. Call it after ``model.train()``.
+    """Put the batch norms that are not trained into evaluation mode, in place. Call it after ``model.train()``.
 
     In training mode they would replace the statistics of the pretrained model by those of the batches. Adapters do not
     store these statistics, so a loaded adapter would run with different ones.
     """
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not all(p.requires_grad for p in module.parameters(recurse=False)):
+        if isinstance(module, _BatchNorm) and not _is_trained(module):
             module.eval()
 
 
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of the batch norms that training changes, by full name: of those whose weights are all trained."""
+    """The buffers of the batch norms that are trained, by full name."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        weights = list(module.parameters(recurse=False))
-        if isinstance(module, _BatchNorm) and weights and all(p.requires_grad for p in weights):
+        if isinstance(module, _BatchNorm) and _is_trained(module):
             found |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
     return found
+
+
+def _is_trained(norm: nn.Module) -> bool:
+    """Whether a batch norm has weights and all of them are trained. Without weights, nothing says that it is."""
+    weights = list(norm.parameters(recurse=False))
+    return bool(weights) and all(p.requires_grad for p in weights)
 
 
 def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> nn.Module:

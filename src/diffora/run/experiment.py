@@ -219,7 +219,7 @@ def files_now(settings: Settings, data_hash: str | None) -> dict[str, Any]:
         now["backbone"] = digests.backbone(settings.model.path)
         now["inputs"] = settings.method.inputs
     except UserError as error:
-        log.warning(f"the backbone cannot be compared with that of complete runs: {error}")
+        log.warning(f"the files of this setting cannot be compared with those of complete runs: {error}")
     return now
 
 

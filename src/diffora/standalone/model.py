@@ -81,7 +81,7 @@ def check_names(argument: str, names: Sequence[str] | None) -> None:
 def check_head(names: Sequence[str] | None, model: nn.Module) -> None:
     """Refuse names that are no modules of the model."""
     check_names("head", names)
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown := [f"head: {name} is not a module of this model" for name in names or () if name not in modules]:
         raise UserError(unknown)
 

@@ -228,7 +228,8 @@ class Task:
             UserError: the task has other classes.
         """
         names = self.head().get("id2label")
-        if names and list(names.values()) != list(classes):
+        # Models of others write the same classes with other capitals, such as POSITIVE.
+        if names and [name.casefold() for name in names.values()] != [name.casefold() for name in classes]:
             raise UserError(
                 f"the run was trained on the classes {some(classes)}, in this order; task={self.name} has "
                 f"{some(list(names.values()))}"
