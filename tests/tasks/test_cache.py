@@ -139,6 +139,15 @@ def test_tokenizers_that_cut_texts_in_other_ways_have_other_facts(tmp_path):
     assert ours("</s>")["input_ids"] != theirs("</s>")["input_ids"] and tokenizer_facts(ours) != tokenizer_facts(theirs)
 
 
+def test_another_version_of_the_tokenizing_library_gives_other_facts(monkeypatch):
+    from families import tokenizer_for
+
+    tokenizer = tokenizer_for("bert")
+    before = tokenizer_facts(tokenizer)
+    monkeypatch.setattr("diffora.tasks.cache.version", lambda name: f"{name} of tomorrow")
+    assert tokenizer_facts(tokenizer) != before
+
+
 def slow_use(folder: Path) -> list[dict]:
     def slowly(file: Path) -> None:
         (folder / f"written-{os.getpid()}-{time.monotonic_ns()}").touch()

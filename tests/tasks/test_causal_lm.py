@@ -451,6 +451,12 @@ def test_parts_of_a_batch_give_the_loss_of_the_whole():
     assert sum(share for _, share in shared) == pytest.approx(1)
 
 
+def test_parts_of_a_batch_in_which_no_token_counts_have_no_share():
+    task, batch = task_of(), ChatCollator(0)(token_rows([5, 9]))
+    batch["labels"].fill_(IGNORED)
+    assert [share for _, share in parts_of(batch, 2, task)] == [0, 0]
+
+
 def test_scores_and_predictions_count_tokens_not_rows():
     model, task = decoder("llama"), task_of(packing=False)
     rows = token_rows([5, 9, 3, 12, 4])

@@ -210,12 +210,10 @@ def gradient_of_x(saved: Saved, grad: Tensor, settings: Settings) -> tuple[Tenso
     if weight is not None and folds(len(grad), grad.shape[1], settings):
         return grad.mm(torch.addmm(weight, scaled_bt.t(), a)), None
     grad_hidden = narrow_linear(grad, scaled_bt)
-    if weight is None:  # the gradient of x through the frozen layer comes through base
-        return dropped(grad_hidden.mm(a), saved.noise, settings), grad_hidden
-    grad_x = grad.mm(cast(weight, settings.dtype))
-    if saved.noise is None:
-        return torch.addmm(grad_x, grad_hidden, a, out=grad_x), grad_hidden
-    return grad_x.add_(dropped(grad_hidden.mm(a), saved.noise, settings)), grad_hidden
+    grad_x = dropped(grad_hidden.mm(a), saved.noise, settings)
+    if weight is not None:  # if not, the gradient of x through the frozen layer comes through base
+        torch.addmm(grad_x, grad, cast(weight, settings.dtype), out=grad_x)
+    return grad_x, grad_hidden
 
 
 def gradient_of_a(saved: Saved, x: Tensor, grad: Tensor, grad_hidden: Tensor | None, settings: Settings) -> Tensor:

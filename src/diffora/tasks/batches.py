@@ -12,7 +12,10 @@ from diffora.tasks.base import Batch, Task
 
 
 def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, float]]:
-    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch)."""
+    """Cut a batch into at most ``n_parts`` parts; yields (part, its share in the mean loss of the whole batch).
+
+    If nothing in the batch counts for the loss, all shares are 0.
+    """
     n = len(batch["row"])
     size = -(-n // n_parts)
     if size == n:
@@ -20,8 +23,9 @@ def parts_of(batch: Batch, n_parts: int, task: Task) -> Iterator[tuple[Batch, fl
         return
     parts = [{key: value[start : start + size] for key, value in batch.items()} for start in range(0, n, size)]
     weights = [task.weight(part) for part in parts]
+    total = sum(weights) or 1.0
     for part, weight in zip(parts, weights, strict=True):
-        yield part, weight / sum(weights)
+        yield part, weight / total
 
 
 def joined(first: Batch, second: Batch, task: Task, pad_token_id: int) -> Batch:

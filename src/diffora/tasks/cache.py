@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -144,17 +145,17 @@ def arrow_writer(file: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, 
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """Everything that a tokenizer's token ids depend on."""
+    """Everything that a tokenizer's token ids depend on, also the version of the library that computes them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
         # The backend keeps truncation and padding of the last call; they do not belong to its identity.
         content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
-        more = [tokenizer.split_special_tokens]  # passed to the backend at each call
+        more = [version("tokenizers"), tokenizer.split_special_tokens]  # the second one: at each call
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), repr(sorted(tokenizer.special_tokens_map.items()))]
         options = {key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
-        more = [sorted(options.items())]
+        more = [version("transformers"), sorted(options.items())]
         with TemporaryDirectory() as folder:  # merges and the like, which no attribute holds
             tokenizer.save_vocabulary(folder)
             more += [digests.of_file(file) for file in sorted(Path(folder).iterdir())]
