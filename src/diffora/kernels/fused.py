@@ -159,8 +159,8 @@ class LowRankNode(torch.autograd.Function):
         if fold:
             y = F.linear(flat, torch.addmm(weight, scaled_bt.t(), a), bias)
         elif weight is not None:
-            y = F.linear(flat, cast(weight, dtype), None if bias is None else cast(bias, dtype))
-            torch.addmm(y, hidden, scaled_bt, out=y)  # like y.addmm_, which torch's flop counter does not count
+            y = hidden.mm(scaled_bt) if bias is None else torch.addmm(cast(bias, dtype), hidden, scaled_bt)
+            torch.addmm(y, flat, cast(weight, dtype).t(), out=y)  # torch counts no operations of y.addmm_
         else:
             y = torch.addmm(flatten(base), cast(hidden, base.dtype), cast(scaled_bt, base.dtype))
         if settings.training:
