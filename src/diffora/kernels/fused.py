@@ -37,7 +37,7 @@ slower, at two or three it makes no difference, and above five it is 2 to 5 % fa
 FULL = (torch.float32, torch.float64)
 
 NARROW = 4
-"""Up to this rank, A x is computed as (A x^T)^T on CPUs, where rows of a few columns are slow."""
+"""Up to this rank, A x is computed as (A x^T)^T on CPUs in full precision, where rows of a few columns are slow."""
 
 
 class Settings(NamedTuple):
@@ -302,7 +302,7 @@ def scaled(x: Tensor, gate: Tensor | None, settings: Settings) -> Tensor:
 
 def narrow_linear(x: Tensor, factor: Tensor) -> Tensor:
     """x factor^T, (T, r), for a factor of few rows."""
-    if len(factor) <= NARROW and x.device.type == "cpu":
+    if len(factor) <= NARROW and x.device.type == "cpu" and x.dtype in FULL:
         return factor.mm(x.t()).t()
     return F.linear(x, factor)
 
