@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 
 from diffora.errors import called
-from diffora.settings.sections import Settings
 
 COUNTS = (
     "RANK",
@@ -128,20 +127,3 @@ def _as_many(processes: int, each: int, devices: object, nodes: int, variable: s
             f"trainer.devices={devices} must be {each}, the number of processes that were started on each machine "
             f"({variable}={processes}): each process has one device"
         )
-
-
-def sharing_problems(settings: Settings) -> Iterator[str]:
-    """One message for each batch that the processes cannot share evenly. ``trainer.devices=auto`` is not checked."""
-    trainer, f, search = settings.trainer, settings.finetune, settings.search
-    if not isinstance(trainer.devices, int):
-        return
-    processes = trainer.devices * trainer.num_nodes
-    parts = f"finetune.batch_size={f.batch_size}" + (
-        f" / finetune.accumulate={f.accumulate}" if f.accumulate > 1 else ""
-    )
-    sizes = {parts: f.batch_size // f.accumulate}
-    if search is not None and settings.method.scoring is not None:
-        sizes[f"search.batch_size={search.batch_size}"] = search.batch_size
-    for said, rows in sizes.items():
-        if rows % processes:
-            yield f"{said} must be a multiple of {processes}, the number of processes, which share each batch"

@@ -15,8 +15,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone
-from diffora.errors import called
-from diffora.settings.sections import Settings
 
 FSDP = "fsdp"
 """The value of ``trainer.strategy``."""
@@ -93,50 +91,6 @@ class Sharded(ModelParallelStrategy):
         if not self._waits:
             assert self.lightning_module is not None
             average_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
-
-
-def problems(settings: Settings) -> Iterator[str]:
-    """One message for each setting that does not go with ``trainer.strategy=fsdp``."""
-    trainer, method, search = settings.trainer, settings.method, settings.search
-    if trainer.strategy != FSDP:
-        return
-    said = "trainer.strategy=fsdp"
-    if trainer.devices == 1 and trainer.num_nodes == 1:
-        yield f"{said} needs several devices: trainer.devices=2 or more, or leave it out"
-    if method.trains_backbone:
-        yield (
-            f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or "
-            "a method that adds an adapter"
-        )
-    if settings.model.quantise is not None:
-        yield (
-            f"{said} does not go with model.quantise={settings.model.quantise}, whose weights cannot be divided: use "
-            "trainer.strategy=ddp with it, where each device has all of the quantised weights"
-        )
-    if trainer.compile:
-        yield f"{said} does not go with trainer.compile=true: leave one of them out"
-    if trainer.precision == "16-mixed":
-        yield f"{said} does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
-    if settings.predict:
-        yield (
-            f"{said} does not go with predict=true: predict afterwards on one device, "
-            f"`{called('evaluate')} run=<the run directory> split=test`"
-        )
-    if path := getattr(getattr(settings.task, "forgetting", None), "path", None):
-        yield (
-            f"{said} does not go with task.forgetting.path={path}, because the loss on these texts is measured before "
-            "the model is divided, on one device: leave it out (task.forgetting.path=null)"
-        )
-    if search is None or method.scoring is None:
-        return
-    if method.scoring.selector not in SELECTORS:
-        yield (
-            f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights or runs the "
-            f"model a different number of times in each process: use {' or '.join(SELECTORS)}, or select on one device "
-            "(search_only=true) and give method.selection=<its selection.json>"
-        )
-    if search.order == 2:
-        yield f"{said} does not go with search.order=2, which differentiates twice: use search.order=1"
 
 
 def whole_tensors(model: nn.Module) -> list[Tensor]:

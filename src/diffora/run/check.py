@@ -1,7 +1,7 @@
 """Finds every mistake in a configuration before anything is loaded or written."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,12 @@ from omegaconf import DictConfig
 from diffora.backbones.load import model_problems
 from diffora.core.selection import Selection
 from diffora.errors import UserError
-from diffora.loop import own, sharded
-from diffora.loop.launch import sharing_problems
+from diffora.loop import own
 from diffora.methods.base import Method
-from diffora.scoring.selectors import SELECTORS, find_selector, trains
-from diffora.scoring.spectra import SPECTRA
-from diffora.settings.checks import show
+from diffora.run.combinations import impossible
+from diffora.scoring.selectors import find_selector
 from diffora.settings.identity import plain
-from diffora.settings.read import Reading, combinations, known_part, read_sections, section_of
+from diffora.settings.read import Reading, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task, read_task
 from diffora.training import optimisers
@@ -53,9 +51,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         raise UserError(list(reading.own_mistakes().values()))
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
-    problems = [*combinations(settings), *_search_only_problems(settings), *_ensemble_problems(settings)]
-    problems += [*_timing_problems(settings), *_prefix_problems(settings), *_quantised_problems(settings)]
-    if problems := [*problems, *sharing_problems(settings), *sharded.problems(settings)]:
+    if problems := list(impossible(settings)):
         raise UserError(problems)
     return settings, task
 
@@ -73,80 +69,6 @@ def section_problems(cfg: DictConfig, names: Sequence[str]) -> list[str]:
     if "task" in names:
         _task(reading, ignore_unknown=True)
     return [text for key, text in reading.own_mistakes().items() if key.partition(".")[0] in names]
-
-
-def _search_only_problems(settings: Settings) -> Iterator[str]:
-    """The settings that do not go with ``search_only=true``."""
-    method = settings.method
-    if not settings.search_only:
-        return
-    if type(method).choose is Method.choose:
-        yield f"search_only=true: method={method.name} selects no modules; method=diffora does"
-    if (given := getattr(method, "selection", None)) is not None:
-        yield f"search_only=true does not go with method.selection={show(given)}, which says what is selected"
-    if settings.predict:
-        yield "search_only=true does not go with predict=true, which needs a fine-tuned model"
-
-
-def _ensemble_problems(settings: Settings) -> Iterator[str]:
-    """What does not go with ``search.ensemble``."""
-    n, scoring = 1 if settings.search is None else settings.search.ensemble, settings.method.scoring
-    if n > 1 and scoring is not None and scoring.keep_weights:
-        yield (
-            f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and "
-            "none of them made the selection"
-        )
-    if n > 1 and scoring is not None and scoring.selector in SPECTRA:
-        yield f"search.ensemble={n}: method.selector={scoring.selector} reads weights only, so every member is the same"
-
-
-def _quantised_problems(settings: Settings) -> Iterator[str]:
-    """What does not go with ``model.quantise``, whose weights can be neither read nor trained."""
-    quantise, method, scoring = settings.model.quantise, settings.method, settings.method.scoring
-    if quantise is None:
-        return
-    if method.trains_pretrained:
-        yield (
-            f"model.quantise={quantise} freezes the pretrained weights, and method={method.name} trains them: "
-            "use a method that adds an adapter, or leave model.quantise out"
-        )
-    if scoring is not None and scoring.selector in SELECTORS and not trains(scoring.selector):
-        able = [name for name in SELECTORS if trains(name)]
-        yield (
-            f"model.quantise={quantise} does not go with method.selector={scoring.selector}, which reads the "
-            f"pretrained weights or their gradients: use {', '.join(able)}, or select without model.quantise "
-            "(search_only=true) and give method.selection=<its selection.json>"
-        )
-
-
-def _timing_problems(settings: Settings) -> Iterator[str]:
-    """The settings that do not go with ``method.time_from=measured``."""
-    if getattr(settings.method, "time_from", None) != "measured":
-        return
-    t = settings.trainer
-    several = t.strategy != "auto" if t.devices == "auto" else t.devices != 1
-    if several or t.num_nodes > 1:  # each process would find other layers
-        yield (
-            f"method.time_from=measured times steps on one device, and trainer.devices={t.devices} "
-            f"trainer.num_nodes={t.num_nodes}: use method.time_from=model"
-        )
-    if settings.trainer.compile:
-        yield (
-            "method.time_from=measured does not go with trainer.compile=true, because each model would be compiled "
-            "first: use method.time_from=model"
-        )
-
-
-def _prefix_problems(settings: Settings) -> Iterator[str]:
-    """The settings that do not go with ``trainer.cache_prefix=true``."""
-    t = settings.trainer
-    if t.cache_prefix and (t.devices != 1 or t.num_nodes != 1 or t.strategy == "fsdp"):
-        nodes = "" if t.num_nodes == 1 else f" trainer.num_nodes={t.num_nodes}"
-        yield (
-            f"trainer.cache_prefix=true does not go with trainer.devices={t.devices}{nodes} "
-            f"trainer.strategy={t.strategy}: one process computes the frozen layers; use trainer.devices=1"
-            f"{nodes and ' trainer.num_nodes=1'} trainer.strategy=auto"
-        )
 
 
 def _method(reading: Reading) -> Method | None:

@@ -163,50 +163,6 @@ def _check_search(reading: Reading) -> None:
         reading.found["search"] = "search is missing"
 
 
-def combinations(settings: Settings) -> Iterator[str]:
-    """One message for each pair of settings that do not go together."""
-    stages: dict[str, Any] = {"search": settings.search, "finetune": settings.finetune}
-    for name, stage in stages.items():
-        if stage is not None and stage.batch_size % stage.accumulate:
-            yield (
-                f"{name}.batch_size={stage.batch_size} must be a multiple of {name}.accumulate={stage.accumulate}: "
-                "a batch is cut into that many micro-batches"
-            )
-    method, search, trainer = settings.method, stages["search"], settings.trainer
-    if (ratio := settings.finetune.lora_plus_ratio) is not None and not method.trains_b:
-        yield (
-            f"finetune.lora_plus_ratio={ratio:g}: method={method.name} trains no B of a low-rank update, so LoRA+ has "
-            "nothing to do; leave it out"
-        )
-    if settings.model.quantise is not None and trainer.compile:
-        yield "trainer.compile=true does not go with model.quantise: the frozen layers are compiled already"
-    if settings.model.dtype == "float16" and trainer.precision == "bf16-mixed":
-        yield "model.dtype=float16 does not go with trainer.precision=bf16-mixed: use model.dtype=bfloat16 or float32"
-    if search is None:
-        return
-    if getattr(method, "warm_start", False) and method.selection is None and search.rank != settings.rank:
-        yield (
-            f"method.warm_start=true needs search.rank={search.rank} to be rank={settings.rank}: selected modules keep "
-            "the A and B of the search"
-        )
-    if search.order == 2 and trainer.precision == "16-mixed":
-        yield "search.order=2 does not go with trainer.precision=16-mixed: use bf16-mixed or 32-true"
-    if search.order == 2 and search.update == "simultaneous":
-        yield (
-            "search.order=2 does not go with search.update=simultaneous: it differentiates through a weight step that "
-            "comes before the Γ step; use search.update=alternating"
-        )
-    if search.order == 2 and search.readout == "early_gradient":
-        yield (
-            "search.order=2 does not go with search.readout=early_gradient, which is a sum of first-order gradients: "
-            "use search.order=1"
-        )
-    if search.order == 2 and trainer.compile:
-        yield "search.order=2 differentiates twice, which does not go with trainer.compile=true"
-    if search.order == 2 and trainer.gradient_checkpointing:
-        yield "search.order=2 differentiates twice, which does not go with trainer.gradient_checkpointing=true"
-
-
 def _check_choice(reading: Reading, group: str) -> None:
     """Check that a task or method is chosen, and that its class and name are texts."""
     if group in reading.found:
