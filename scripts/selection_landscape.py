@@ -224,21 +224,21 @@ class Ranking:
         seeds = [np.array(by_seed[seed], dtype=float).ravel() for seed in sorted(by_seed)]
         if any(len(scores) != layers * len(types) for scores in seeds):
             sys.exit(f"error: scores of {len(seeds[0])} modules do not fit masks of {layers} layers of {len(types)}")
-        there = ~np.isnan(seeds[0])
+        present = ~np.isnan(seeds[0])
         self.shuffled: dict[str, np.ndarray] = {}
         values = np.array(list(value_of.values()))
 
         def ranked(orders: np.ndarray) -> np.ndarray:
-            each = [scores_rank_masks(masks[:, there], scores[there], values, orders) for scores in seeds]
+            each = [scores_rank_masks(masks[:, present], scores[present], values, orders) for scores in seeds]
             together: np.ndarray = np.tanh(fisher_z(np.array(each)).mean(0))
             return together
 
-        same = np.arange(int(there.sum()))[None]
+        same = np.arange(int(present.sum()))[None]
         self.value = float(ranked(same)[0])
-        mean = np.mean([standardised(scores[there]) for scores in seeds], axis=0)
-        self.ensemble = float(scores_rank_masks(masks[:, there], mean, values, same)[0])
+        mean = np.mean([standardised(scores[present]) for scores in seeds], axis=0)
+        self.ensemble = float(scores_rank_masks(masks[:, present], mean, values, same)[0])
         for kind in KINDS:  # the orders depend on the grid only, so all tasks of one grid have the same
-            groups = label_groups(kind, layers, len(types))[there]
+            groups = label_groups(kind, layers, len(types))[present]
             self.shuffled[kind] = ranked(label_orders(groups, draws))
 
 

@@ -90,12 +90,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["", "parameters", *(f"{heading(scale)}{more}" for more in ("", ", held_out") for scale in SCALES)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(row["name"] for row in rows):
-        there = [at(rows, name, scale) for scale in SCALES]
-        sizes = sorted({s["parameters"] for row in there if row for s in row["seeds"].values()})
+        present = [at(rows, name, scale) for scale in SCALES]
+        sizes = sorted({s["parameters"] for row in present if row for s in row["seeds"].values()})
         size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-        cells = [mean(row, split) for split in SPLITS for row in there]
-        if there[0]:  # the scales that one alpha gives
-            cells[0] += " (" + ", ".join(f"s = {s:g}" for s in (there[0]["own"], there[0]["shared"]) if s) + ")"
+        cells = [mean(row, split) for split in SPLITS for row in present]
+        if present[0]:  # the scales that one alpha gives
+            cells[0] += " (" + ", ".join(f"s = {s:g}" for s in (present[0]["own"], present[0]["shared"]) if s) + ")"
         lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *differences(rows)])
 

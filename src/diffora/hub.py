@@ -45,8 +45,10 @@ def resolve(path: str) -> tuple[str, bool]:
     if path.startswith("embedded:"):
         folder = EMBEDDED.parent / path.removeprefix("embedded:")
         if not (folder / "config.json").is_file():
-            there = ", ".join(sorted(f"embedded:{file.parent.name}" for file in EMBEDDED.parent.glob("*/config.json")))
-            raise UserError(f"model.path={path} does not come with this project; these do: {there}")
+            present = ", ".join(
+                sorted(f"embedded:{file.parent.name}" for file in EMBEDDED.parent.glob("*/config.json"))
+            )
+            raise UserError(f"model.path={path} does not come with this project; these do: {present}")
         return str(folder), True
     folder = Path(path).expanduser()
     if folder.is_dir():

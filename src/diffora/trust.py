@@ -56,8 +56,8 @@ def class_at(target: Any, base: Any, key: str, file: Path | None = None) -> Any:
     module = _imported(name, target, key)
     found = getattr(module, attribute, None)
     if found is None:
-        there = [n for n, o in vars(module).items() if inspect.isclass(o) and issubclass(o, base) and o is not base]
-        hint = f"; it has {', '.join(there)}" if there else ""
+        present = [n for n, o in vars(module).items() if inspect.isclass(o) and issubclass(o, base) and o is not base]
+        hint = f"; it has {', '.join(present)}" if present else ""
         raise UserError(f"{key}={target}: {name} has no {attribute}{hint}{_nearest(target, key)}")
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(
@@ -93,11 +93,11 @@ def function_at(
     found = getattr(module, attribute, None)
     if found is None:
         own = inspect.isfunction is suggested  # a module of the user may import others' functions
-        there = [n for n, o in vars(module).items() if suggested(o) and (not own or o.__module__ == name)]
-        near = get_close_matches(attribute, there, n=1, cutoff=0.6)
-        hint = (
-            f"; did you mean {name}.{near[0]}?" if near else f"; its {what}s: {', '.join(there[:20])}" if there else ""
-        )
+        present = [n for n, o in vars(module).items() if suggested(o) and (not own or o.__module__ == name)]
+        near = get_close_matches(attribute, present, n=1, cutoff=0.6)
+        hint = f"; its {what}s: {', '.join(present[:20])}" if present else ""
+        if near:
+            hint = f"; did you mean {name}.{near[0]}?"
         raise UserError(f"{key}={target}: {name} has no {attribute}{hint}")
     if not callable(found):
         raise UserError(f"{key}={target} is a {type(found).__name__}, not a {what}")
@@ -177,8 +177,8 @@ def _nearest(target: Any, key: str) -> str:
     """A hint with the class of this project whose name is nearest; empty if no name is near."""
     files = (conf_dir() / key.partition(".")[0]).glob("*.yaml")
     texts = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    there = dict.fromkeys(re.findall(rf"^ *_target_: ({PACKAGE}\.\S+)$", texts, re.MULTILINE))
-    of = {path.rpartition(".")[2]: path for path in sorted(there)}
+    present = dict.fromkeys(re.findall(rf"^ *_target_: ({PACKAGE}\.\S+)$", texts, re.MULTILINE))
+    of = {path.rpartition(".")[2]: path for path in sorted(present)}
     near = get_close_matches(str(target).rpartition(".")[2], of, n=1, cutoff=0.7)
     return f" (did you mean {of[near[0]]}?)" if near and of[near[0]] != target else ""
 

@@ -101,13 +101,13 @@ class TableSweeper(Sweeper):
         others = [o for o in given if o.key_or_group != "experiment"]
         resuming = () if any(o.key_or_group == "resume" for o in given) else ("resume=true",)
         elsewhere = any(line.startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
-        there = Path(self.command.hydra.sweep.dir)
+        present = Path(self.command.hydra.sweep.dir)
         found: Jobs = {}
         for experiment in experiments:
             choice = (f"experiment={experiment}",) if experiment else ()
             table = table_of(self.compose(choice).hydra.sweeper)
             name = f"{experiment}-{self.command.scale}" if table.rows else experiment
-            place = there / name if len(experiments) > 1 else there
+            place = present / name if len(experiments) > 1 else present
             if table.rows and not elsewhere:
                 place = Path("outputs") / name
                 self.command.hydra.sweep.dir = str(place)  # Hydra writes multirun.yaml there
@@ -138,21 +138,21 @@ class TableSweeper(Sweeper):
         Runs that become equal are run once.
         """
         keys = {line: parse([line])[0].key_or_group for line in chain(*jobs.values()) if line.startswith("++")}
-        there: dict[str, set[Path]] = {key: set() for key in keys.values()}
+        present: dict[str, set[Path]] = {key: set() for key in keys.values()}
         for folder, overrides in jobs.items() if keys else ():
             try:
                 cfg = self.compose(tuple(line for line in overrides if line not in keys))
             except (HydraException, OmegaConfBaseException):  # reported by `missing`
                 continue
-            for key in there:
+            for key in present:
                 if _has(cfg, key):
-                    there[key].add(folder)
-        for key, folders in there.items():
+                    present[key].add(folder)
+        for key, folders in present.items():
             if folders and len(folders) < len(jobs):
                 print(f"++{key} is left out of {len(jobs) - len(folders)} of {len(jobs)} runs, which have no {key}")
         left: dict[tuple[str, ...], Path] = {}
         for folder, overrides in jobs.items():
-            kept = tuple(o for o in overrides if o not in keys or not there[keys[o]] or folder in there[keys[o]])
+            kept = tuple(o for o in overrides if o not in keys or not present[keys[o]] or folder in present[keys[o]])
             left.setdefault(kept, folder)
         if len(left) < len(jobs):
             print(f"{len(jobs) - len(left)} runs are the same as others without it, and left out")

@@ -605,11 +605,11 @@ def test_pipelines_print_the_names_of_the_card(named):
 
     _, names, folder = named
     code = (folder / "README.md").read_text().split("```python\n")[1].partition("```")[0]
-    there: dict = {}
-    exec(code.replace("path/to/this/folder", str(folder)), there)
-    assert there["model"].config.id2label == dict(enumerate(names))
+    present: dict = {}
+    exec(code.replace("path/to/this/folder", str(folder)), present)
+    assert present["model"].config.id2label == dict(enumerate(names))
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    (found,) = pipeline("text-classification", model=there["model"], tokenizer=tokenizer)("hello")
+    (found,) = pipeline("text-classification", model=present["model"], tokenizer=tokenizer)("hello")
     assert found["label"] == names[1]
     given = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     (found,) = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, model_kwargs=given)("hello")

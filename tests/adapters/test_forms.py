@@ -349,9 +349,9 @@ def test_a_run_that_is_not_finished_or_was_changed_is_not_exported(finished, tmp
 
 def test_a_method_with_one_format_is_copied_and_not_compact(tmp_path):
     run = run_of(tmp_path / "run", "method=bitfit").folder
-    there = exported(run)
+    present = exported(run)
     base = AutoModelForSequenceClassification.from_pretrained(EMBEDDED, num_labels=2)
-    load_adapter(base, there)
+    load_adapter(base, present)
     whole = AutoModelForSequenceClassification.from_pretrained(exported(run, "form=merged"))
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     torch.testing.assert_close(of_run(whole, tokenizer), of_run(base, tokenizer), rtol=1e-5, atol=1e-5)

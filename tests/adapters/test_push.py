@@ -46,12 +46,12 @@ def test_a_run_is_published_in_one_commit_and_loads_again(hub, finished):
     folder = local_copy("somebody/mine")
     assert all((folder / name).read_bytes() == files[name] for name in wanted - {"README.md"})
     assert not (folder / "dam.png").exists()  # only what is read is downloaded
-    here, there = base(), base()
+    here, present = base(), base()
     diffora.load_adapter(here, finished / "adapter")
-    diffora.load_adapter(there, "somebody/mine")
-    assert all(torch.equal(value, there.state_dict()[key]) for key, value in here.state_dict().items())
+    diffora.load_adapter(present, "somebody/mine")
+    assert all(torch.equal(value, present.state_dict()[key]) for key, value in here.state_dict().items())
     assert [name for name, p in here.named_parameters() if p.requires_grad] == [
-        name for name, p in there.named_parameters() if p.requires_grad
+        name for name, p in present.named_parameters() if p.requires_grad
     ]
 
 

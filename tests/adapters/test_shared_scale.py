@@ -155,8 +155,8 @@ def test_a_resumed_run_has_the_scale_of_the_run(finished, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(finished.folder, folder)
     for name in ("adapter", "run.json"):
-        there = folder / name
-        shutil.rmtree(there) if there.is_dir() else there.unlink()
+        present = folder / name
+        shutil.rmtree(present) if present.is_dir() else present.unlink()
     picked = ("method.selection=[query,ffn_output]", "rank=4", "method.shared_rank=1", "method.alpha=8")
     run_of(folder, "method=diffora", *picked, "method.shared_scale=same", "resume=true")
     was, now = (json.loads((f / "adapter" / "manifest.json").read_text()) for f in (finished.folder, folder))

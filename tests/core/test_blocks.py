@@ -69,7 +69,7 @@ def test_both_stacks_of_a_model_that_generates_are_found(family):
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     assert set(grid.modules) == linear
     assert grid == find_grid(model, BOTH[family])
-    assert grid.there.tolist() == [[name is not None for name in row] for row in grid.names]
+    assert grid.present.tolist() == [[name is not None for name in row] for row in grid.names]
     for row, shapes in zip(grid.names, grid.shapes, strict=True):
         for kind, name, shape in zip(grid.types, row, shapes, strict=True):
             assert (name is None) == (shape is None)
@@ -85,7 +85,7 @@ def test_one_stack_alone_is_the_grid_that_it_was():
     model = random_model("t5", KIND)
     one = find_grid(model, "encoder.block.*")
     assert one == find_grid(model, ["encoder.block.*"])
-    assert one.types[0] == "layer.0.SelfAttention.q" and one.there.all() and one.n_modules == 12
+    assert one.types[0] == "layer.0.SelfAttention.q" and one.present.all() and one.n_modules == 12
 
 
 def test_a_classifier_with_two_stacks_is_still_asked():
@@ -279,7 +279,7 @@ def test_the_search_of_the_library_finds_and_searches_both_stacks(found, tmp_pat
     grid = find_grid(random_model("t5", KIND))
     assert [len(row) for row in found.selected] == [3, 3, 5, 5] and found.k is None
     gates = torch.tensor([[NAN if v is None else v for v in row] for row in found.gamma_bar])
-    assert (gates.isnan() == ~grid.there).all()
+    assert (gates.isnan() == ~grid.present).all()
     torch.testing.assert_close(gates.nan_to_num(0).sum(-1), torch.ones(4))
     assert gates[0, :6].std() > 1e-4 and gates[3, 6:].std() > 1e-4  # both blocks learnt
     assert set(found.names()) <= set(grid.modules) and len(found.names()) == 16
@@ -294,7 +294,7 @@ def test_selectors_of_the_library(selector, scope):
     model = random_model("bart", KIND)
     chosen = select(model, selector, batches(2), scope=scope)
     assert len(chosen.names()) == 16 and set(chosen.names()) <= set(find_grid(model).modules)
-    assert [[v is None for v in row] for row in chosen.scores] == (~find_grid(model).there).tolist()
+    assert [[v is None for v in row] for row in chosen.scores] == (~find_grid(model).present).tolist()
 
 
 @pytest.mark.parametrize("selector", ["activation", "plop", "fisher"])

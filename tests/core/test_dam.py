@@ -50,9 +50,9 @@ def test_the_neutral_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
 def test_scaled_gates_have_mean_one_in_layers_of_any_size():
     gamma = initial_gamma(torch.tensor([[True] * 4, [True, False, True, False]])).double()
     gamma = gamma + torch.randn(2, 4, dtype=torch.float64)
-    gates, there = relax(gamma, "scaled_softmax"), gamma.isfinite()
-    assert [row[has].mean().item() for row, has in zip(gates, there, strict=True)] == pytest.approx([1.0, 1.0])
-    assert (gates[~there] == 0).all()
+    gates, present = relax(gamma, "scaled_softmax"), gamma.isfinite()
+    assert [row[has].mean().item() for row, has in zip(gates, present, strict=True)] == pytest.approx([1.0, 1.0])
+    assert (gates[~present] == 0).all()
     torch.testing.assert_close(gates, relax(gamma) * torch.tensor([[4.0], [2.0]]))
     assert torch.equal(comparable(gates, [4, 2]), gates)  # they are on one scale already
     free = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)

@@ -15,12 +15,12 @@ ALL = torch.ones(3, 4, dtype=torch.bool)
 SOME = torch.tensor([[True, True, True, True], [True, True, False, False], [False, True, True, True]])
 
 
-@pytest.mark.parametrize("there", [ALL, SOME])
+@pytest.mark.parametrize("present", [ALL, SOME])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_standardised_scores_are_those_of_numpy(there, scope):
+def test_standardised_scores_are_those_of_numpy(present, scope):
     scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)) * 7 + 100
-    found = standardised(scores.masked_fill(~there, float("nan")), there, scope).numpy()
-    values, known = scores.double().numpy(), there.numpy()
+    found = standardised(scores.masked_fill(~present, float("nan")), present, scope).numpy()
+    values, known = scores.double().numpy(), present.numpy()
     expected = np.zeros((3, 4))
     for row in range(3) if scope == "layer" else [slice(None)]:
         those = values[row][known[row]]
@@ -95,11 +95,11 @@ def test_what_is_decided_is_decided_again():
     """Modules with real differences: of those that are decided, a new ensemble treats at least 9 of 10 alike."""
     generator = torch.Generator().manual_seed(0)
     worth = 1.5 * torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    there = torch.ones(8, 6, dtype=torch.bool)
+    present = torch.ones(8, 6, dtype=torch.bool)
 
     def members():
         noisy = worth + torch.randn(5, 8, 6, generator=generator, dtype=torch.float64)
-        return torch.stack([standardised(each, there, "layer") for each in noisy])
+        return torch.stack([standardised(each, present, "layer") for each in noisy])
 
     found = confidence(members(), lambda scores: discretise(scores, 3))
     again = torch.stack([discretise(members().mean(0), 3) for _ in range(40)]).double().mean(0)

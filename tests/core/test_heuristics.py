@@ -112,7 +112,7 @@ def test_modules_of_an_unknown_kind_are_named(caplog):
 @pytest.mark.parametrize("name", HEURISTICS)
 def test_scores_are_nan_where_there_is_no_module(name):
     grid = find_grid(random_model(*T5))
-    assert torch.equal(heuristic_scores(name, grid).isnan(), ~grid.there)
+    assert torch.equal(heuristic_scores(name, grid).isnan(), ~grid.present)
 
 
 # --- in a run ---

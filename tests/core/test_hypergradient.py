@@ -59,7 +59,7 @@ def test_unrolled_equals_the_closed_form_of_the_quadratic():
 def test_two_processes_find_the_unrolled_gradient_of_one():
     """Each has a training loss of its own. The inner step is that of their mean, not one for each."""
     bent = [torch.eye(N, dtype=torch.float64), -torch.eye(N, dtype=torch.float64) / 2]
-    meet, there = Barrier(2, timeout=60), [[], []]
+    meet, present = Barrier(2, timeout=60), [[], []]
 
     def losses_of(rank, w_gamma):
         train, valid = losses(w_gamma[1])
@@ -67,9 +67,9 @@ def test_two_processes_find_the_unrolled_gradient_of_one():
 
     def process(rank):
         def mean(grads):
-            there[rank] = grads
+            present[rank] = grads
             meet.wait()
-            found = [(a + b) / 2 for a, b in zip(*there, strict=True)]
+            found = [(a + b) / 2 for a, b in zip(*present, strict=True)]
             meet.wait()
             return found
 

@@ -68,9 +68,9 @@ def test_paper_figures_match_a_column_and_have_a_number_for_each_metric(name):
         for column, figure in (row.paper or {}).items():
             if column in ("params", "mean"):
                 continue
-            there = table.columns["paper"][column]
+            present = table.columns["paper"][column]
             figures = str(figure).split("/")
-            assert len(figures) == len(there.metrics or [None])
+            assert len(figures) == len(present.metrics or [None])
             assert all(re.fullmatch(r"\d+(\.\d+)?( ± \d\.\d+)?", text) for text in figures)
         assert set(row.columns) <= set(table.columns["paper"])
 
@@ -99,12 +99,12 @@ def test_every_table_with_diffora_has_control_rows(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_like_names_a_row_with_the_same_selection_settings(name):
     """Both rows have the same rank and sharing. Only the method, its draw, its size and the search differ."""
-    there = {row.name: row for row in TABLES[name].rows}
+    present = {row.name: row for row in TABLES[name].rows}
     for row in TABLES[name].rows:
         if row.like is not None:
             mine, pattern = (
                 {*r.set, *(r.small or []), *(line for lines in r.columns.values() for line in lines)}
-                for r in (row, there[row.like])
+                for r in (row, present[row.like])
             )
             # like fixes the number of parameters, so a budget belongs to the other row only
             own = (

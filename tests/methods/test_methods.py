@@ -96,11 +96,11 @@ def test_head_only_moves_the_head_only(deberta):
 @pytest.mark.parametrize(("kind", "places"), [(Houlsby, 4), (Pfeiffer, 2)])
 def test_bottlenecks_are_in_the_right_places(deberta, kind, places):
     model, adaptation = adapted(deberta, kind(size=3, activation="gelu", skip=True, init_std=0.01))
-    there = [name for name, module in model.named_modules() if isinstance(module, BottleneckLinear)]
-    assert len(there) == places and all(name.endswith("output.dense") for name in there)
-    assert ("deberta.encoder.layer.0.attention.output.dense" in there) == (kind is Houlsby)
+    present = [name for name, module in model.named_modules() if isinstance(module, BottleneckLinear)]
+    assert len(present) == places and all(name.endswith("output.dense") for name in present)
+    assert ("deberta.encoder.layer.0.attention.output.dense" in present) == (kind is Houlsby)
     backbone = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("deberta.")}
-    assert backbone == {f"{n}.{part}.{w}" for n in there for part in ("down", "up") for w in ("weight", "bias")}
+    assert backbone == {f"{n}.{part}.{w}" for n in present for part in ("down", "up") for w in ("weight", "bias")}
     changed = moved(*step(model, adaptation, torch.optim.SGD(trainable(model), lr=0.1)))
     assert backbone <= changed and not any(".base." in name for name in changed)
 

@@ -19,9 +19,9 @@ def subsets(places, size):
     return [frozenset(chosen) for chosen in combinations(places, size)]
 
 
-def all_selections(mask, there, by_layer):
+def all_selections(mask, present, by_layer):
     """Every selection of the same sizes as ``mask``, as sets of places."""
-    places = [[(i, j) for j in range(there.shape[1]) if there[i, j]] for i in range(len(there))]
+    places = [[(i, j) for j in range(present.shape[1]) if present[i, j]] for i in range(len(present))]
     if not by_layer:
         return subsets([place for layer in places for place in layer], int(mask.sum()))
     of_layers = [subsets(layer, int(row.sum())) for layer, row in zip(places, mask, strict=True)]

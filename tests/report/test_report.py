@@ -98,9 +98,9 @@ def test_random_selections_have_the_size_of_each_layer_or_of_the_whole():
 
 
 def test_random_selections_stay_inside_a_grid_of_blocks():
-    there = np.array([[True, True, False, False], [False, False, True, True]])
+    present = np.array([[True, True, False, False], [False, False, True, True]])
     for by_layer in (True, False):
-        assert stability(np.array([there, there]), by_layer, there).chance == 1.0  # nothing else can be selected
+        assert stability(np.array([present, present]), by_layer, present).chance == 1.0  # nothing else can be selected
 
 
 # --- gathering ---
@@ -919,8 +919,8 @@ def test_a_report_replaces_an_earlier_one(tmp_path):
     page.write(gather([tmp_path / "a"]), tmp_path / "out", [tmp_path])
     (tmp_path / "out" / "tables" / "mine.csv").touch()
     files = page.write(gather([tmp_path / "b"]), tmp_path / "out", [tmp_path])
-    there = {file for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    assert there == {*files, tmp_path / "out" / "tables" / "mine.csv"}
+    present = {file for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert present == {*files, tmp_path / "out" / "tables" / "mine.csv"}
 
 
 def csv_rows(file):

@@ -31,7 +31,7 @@ SETTINGS = {"epochs": 1, "batch_size": 4, "rank": 3, "lr": 1e-2, "clip": None, "
 
 def chooser(grid, k=3, rank=None):
     def choose(scores):
-        mask = discretise(scores.masked_fill(~grid.there, float("nan")), k)
+        mask = discretise(scores.masked_fill(~grid.present, float("nan")), k)
         return Selection.from_mask(grid, mask, method="test", rho=0.5, seed=0, rank=rank)
 
     return choose
@@ -289,10 +289,10 @@ def test_a_loss_that_is_not_finite_is_an_error(make):
 
 def test_a_grid_with_missing_modules_has_no_score_there(make):
     module = make()
-    there = torch.ones(2, 6, dtype=torch.bool)
-    there[1, 2] = False
+    present = torch.ones(2, 6, dtype=torch.bool)
+    present[1, 2] = False
     module.layers = [
-        [x if t else None for x, t in zip(*r, strict=True)] for r in zip(module.layers, there, strict=True)
+        [x if t else None for x, t in zip(*r, strict=True)] for r in zip(module.layers, present, strict=True)
     ]
     drawn = torch.stack([module.draws.gates(streams.ONE_SHOT_SCORE, n) for n in range(40)]) > 0
     module.losses = (drawn[:, 0, 1].double() * -2.0 + 5).tolist()

@@ -130,20 +130,20 @@ def batch_for(kind, n, width, seed):
         return {"pixel_values": pixels, "labels": torch.randint(0, 3, (n,), generator=g), "row": row}
     lengths = torch.randint(3, width + 1, (n,), generator=g)
     lengths[0] = width
-    there = torch.arange(width) < lengths[:, None]
-    ids = torch.randint(3, VOCAB, (n, width), generator=g).masked_fill(~there, PAD)
+    present = torch.arange(width) < lengths[:, None]
+    ids = torch.randint(3, VOCAB, (n, width), generator=g).masked_fill(~present, PAD)
     batch = {"input_ids": ids, "row": row}
     if kind == "packed":  # two conversations in each row, and the padding as a third one
         second, third = (lengths // 2)[:, None], lengths[:, None]
         at = torch.arange(width).expand(n, -1)
         batch["position_ids"] = torch.where(at < second, at, torch.where(at < third, at - second, at - third))
     else:
-        batch["attention_mask"] = there.long()
+        batch["attention_mask"] = present.long()
     if kind in ("tokens", "packed"):
-        counted = there & (torch.rand(n, width, generator=g) < 0.7)
+        counted = present & (torch.rand(n, width, generator=g) < 0.7)
         return batch | {"labels": ids.masked_fill(~counted, IGNORED)}
     if kind == "span":
-        context = there & (torch.arange(width) > 0)
+        context = present & (torch.arange(width) > 0)
         where = {name: torch.ones(n, dtype=torch.long) for name in ("start_positions", "end_positions")}
         return batch | {"context": context, "null_position": torch.zeros(n, dtype=torch.long)} | where
     labels = torch.rand(n, generator=g) * 5 if kind == "score" else torch.randint(0, 2, (n,), generator=g)

@@ -46,7 +46,7 @@ def test_conv1d_bfloat16_and_missing_modules(selector):
     assert torch.equal(spectral_scores(half, grid, selector), exact)
     t5 = random_model("t5", "AutoModelForSeq2SeqLM")
     grid = find_grid(t5)
-    assert torch.equal(spectral_scores(t5, grid, selector).isnan(), ~grid.there)
+    assert torch.equal(spectral_scores(t5, grid, selector).isnan(), ~grid.present)
 
 
 def test_spectrum_takes_the_best_share_of_each_type():

@@ -226,8 +226,8 @@ def test_the_page_shows_all_results_and_says_what_is_missing(results, tmp_path):
 
 
 def test_the_page_is_up_to_date_with_the_results():
-    there = {name: report.read(name) for name in plots.SOURCES}
-    assert plots.refresh(plots.PAGE.read_text(), there) == plots.PAGE.read_text()
+    present = {name: report.read(name) for name in plots.SOURCES}
+    assert plots.refresh(plots.PAGE.read_text(), present) == plots.PAGE.read_text()
 
 
 def test_both_sides_of_a_whole_run_get_the_same_settings(tmp_path):

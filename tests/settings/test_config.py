@@ -66,15 +66,15 @@ def test_every_method_can_be_combined_with_every_kind_of_task(cfg, method, task)
 
 def test_every_key_of_every_settings_class_is_in_a_configuration(cfg):
     """A key that is in no file of conf/ could only be set with a plus sign, and users would not find it."""
-    there: dict[str, set[str]] = {}
+    present: dict[str, set[str]] = {}
     for group, names in GROUPS.items():
         for name in names:
             composed = plain(cfg(f"{group}={name}", *(["model.path=some/model"] if name == "hf" else [])))
             for section in ("task", "method"):
                 kind = composed[section]["_target_"]
-                there.setdefault(kind, set()).update(leaves({section: composed[section]}))
-            there.setdefault("", set()).update(leaves(composed))
-    for where, keys in there.items():
+                present.setdefault(kind, set()).update(leaves({section: composed[section]}))
+            present.setdefault("", set()).update(leaves(composed))
+    for where, keys in present.items():
         for key in keys_of_class(where):
             assert any(k == key or k.startswith(f"{key}.") for k in keys), (where, key)
 

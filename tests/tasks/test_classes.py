@@ -102,8 +102,8 @@ def test_the_table_shows_the_worst_of_many_classes(tmp_path):
     rows = {row["class"]: row for row in csv.DictReader(io.StringIO(file.read_text()))}
     assert f"the {SHOWN} of 77 classes with the lowest F1" in text
     shown = [line.split()[1] for line in text.splitlines() if line.startswith("│ c")]
-    there = [name for name, row in rows.items() if int(row["support"]) or int(row["predicted"])]
-    assert shown == sorted(there, key=lambda name: (float(rows[name]["f1"]), -int(rows[name]["support"])))[:SHOWN]
+    present = [name for name, row in rows.items() if int(row["support"]) or int(row["predicted"])]
+    assert shown == sorted(present, key=lambda name: (float(rows[name]["f1"]), -int(rows[name]["support"])))[:SHOWN]
 
 
 @pytest.mark.parametrize("n", [2, MOST_CLASSES, 1000])

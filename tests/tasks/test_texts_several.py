@@ -191,8 +191,8 @@ def test_every_class_is_in_training_and_most_in_validation(seed):
     }
     assert 0.1 < chosen.mean() < 0.3
     counts = np.bincount([label for row in labels for label in row], minlength=6)
-    there = np.bincount([label for row, out in zip(labels, chosen, strict=True) if out for label in row], minlength=6)
-    assert (there[counts >= 10] > 0).all()
+    present = np.bincount([label for row, out in zip(labels, chosen, strict=True) if out for label in row], minlength=6)
+    assert (present[counts >= 10] > 0).all()
 
 
 # --- loss and metrics ---

@@ -152,12 +152,12 @@ def test_label_smoothing_and_weights_of_tags(made):
     logits = torch.randn(*batch["labels"].shape, 5, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0])
     criterion = Criterion(task, 0.1, weights)
-    there = batch["labels"] >= 0
-    expected = torch.nn.functional.cross_entropy(logits[there], batch["labels"][there], weights, label_smoothing=0.1)
+    words = batch["labels"] >= 0
+    expected = torch.nn.functional.cross_entropy(logits[words], batch["labels"][words], weights, label_smoothing=0.1)
     output = type("Output", (), {"logits": logits})()
     assert criterion.loss(output, batch).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert criterion.weight(batch) == pytest.approx(weights[batch["labels"][there]].sum().item())
-    plain = torch.nn.functional.cross_entropy(logits[there], batch["labels"][there])
+    assert criterion.weight(batch) == pytest.approx(weights[batch["labels"][words]].sum().item())
+    plain = torch.nn.functional.cross_entropy(logits[words], batch["labels"][words])
     assert Criterion(task).loss(output, batch).item() == pytest.approx(plain.item(), rel=1e-5)
 
 

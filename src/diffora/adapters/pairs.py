@@ -47,8 +47,8 @@ def equal_groups(kept: Kept, shared: Sequence[Sequence[str]]) -> list[list[str]]
     """
     groups = []
     for names in shared:
-        there = [name for name in names if name in kept]
-        same = [name for name in there if _same(kept[name], kept[there[0]])]
+        present = [name for name in names if name in kept]
+        same = [name for name in present if _same(kept[name], kept[present[0]])]
         groups += [same] if len(same) > 1 else []
     return groups
 

@@ -128,16 +128,16 @@ def draw_of_same_size(
     """
     generator = torch.Generator().manual_seed(seed)
     rows = mask if scope == "layer" else mask.view(1, -1)
-    there = _there(shapes).view(rows.shape)
+    present = _there(shapes).view(rows.shape)
 
     def shuffled(flags: Tensor) -> Tensor:
         return flags.gather(-1, torch.rand(flags.shape, generator=generator).argsort(dim=-1))
 
     def drawn_again() -> Tensor:
-        if there.all():
+        if present.all():
             return shuffled(rows)
         drawn = rows.clone()
-        for row, places in enumerate(there):
+        for row, places in enumerate(present):
             drawn[row, places] = shuffled(rows[row, places])
         return drawn
 
@@ -169,13 +169,13 @@ def draw_of_same_types(shapes: Shapes, mask: Tensor, seed: int) -> Tensor | None
         mask: boolean L x N.
     """
     generator = torch.Generator().manual_seed(seed)
-    there = _there(shapes)
-    if all(mask[places, column].all() or not mask[places, column].any() for column, places in enumerate(there.T)):
+    present = _there(shapes)
+    if all(mask[places, column].all() or not mask[places, column].any() for column, places in enumerate(present.T)):
         return None
     drawn = mask
     while drawn.equal(mask):
         drawn = mask.clone()
-        for column, places in enumerate(there.T):
+        for column, places in enumerate(present.T):
             flags = mask[places, column]
             drawn[places, column] = flags[torch.randperm(len(flags), generator=generator)]
     return drawn

@@ -61,15 +61,15 @@ def relax(gamma: Tensor, relaxation: str = "softmax") -> Tensor:
     return RELAXATIONS[relaxation](gamma)
 
 
-def initial_gamma(there: Tensor) -> Tensor:
+def initial_gamma(present: Tensor) -> Tensor:
     """Γ before the search: 0 for each module, minus infinity where a layer has no module of that type.
 
     No step changes the latter: the gradient there is 0.
 
     Args:
-        there: boolean L x N, which layer has a module of which type.
+        present: boolean L x N, which layer has a module of which type.
     """
-    return torch.zeros(there.shape).masked_fill(~there.cpu(), -torch.inf)
+    return torch.zeros(present.shape).masked_fill(~present.cpu(), -torch.inf)
 
 
 def neutral_gate(relaxation: str, n_types: int) -> float:

@@ -52,7 +52,7 @@ def log_gates(gamma_bar: Tensor, relaxation: str, sizes: Sequence[int]) -> Tenso
     return comparable(gates, sizes).log()
 
 
-def standardised(scores: Tensor, there: Tensor, scope: str) -> Tensor:
+def standardised(scores: Tensor, present: Tensor, scope: str) -> Tensor:
     """Scores minus their mean, divided by their standard deviation, so that members weigh the same.
 
     Mean and deviation are those of the modules that compete: of a layer (scope ``layer``) or of the whole grid
@@ -60,14 +60,14 @@ def standardised(scores: Tensor, there: Tensor, scope: str) -> Tensor:
 
     Args:
         scores: L x N.
-        there: boolean, L x N, which layer has a module of which type.
+        present: boolean, L x N, which layer has a module of which type.
         scope: ``layer`` or ``global``.
 
     Returns:
         L x N in float64, 0 where a layer has no such module.
     """
     shape = scores.shape if scope == "layer" else (1, -1)
-    values, known = scores.double().reshape(shape), there.reshape(shape)
+    values, known = scores.double().reshape(shape), present.reshape(shape)
     values = values.masked_fill(~known, 0.0)
     n = known.sum(-1, keepdim=True).clamp(min=1)
     centred = (values - values.sum(-1, keepdim=True) / n).masked_fill(~known, 0.0)

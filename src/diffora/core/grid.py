@@ -76,9 +76,9 @@ class Grid:
         return len(self.types)
 
     @property
-    def there(self) -> Tensor:
+    def present(self) -> Tensor:
         """Boolean L x N: which layer has a module of which type."""
-        return there(self.names)
+        return present(self.names)
 
     @property
     def modules(self) -> list[str]:
@@ -120,7 +120,7 @@ class Grid:
         return found
 
 
-def there(names: Names) -> Tensor:
+def present(names: Names) -> Tensor:
     """Boolean L x N: which entries are modules."""
     return torch.tensor([[name is not None for name in row] for row in names], dtype=torch.bool)
 
@@ -132,7 +132,7 @@ def laid_out(values: Tensor, names: Names) -> Tensor:
         values: one for each module, layer by layer.
         names: of the modules.
     """
-    where = there(names).to(values.device)
+    where = present(names).to(values.device)
     if where.all():
         return values.view(where.shape)
     return torch.full(where.shape, float("nan"), dtype=values.dtype, device=values.device).masked_scatter(where, values)

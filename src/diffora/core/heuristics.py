@@ -48,7 +48,7 @@ def heuristic_scores(name: str, grid: Grid) -> Tensor:
         UserError: the names of the modules of some layer do not show which ones are meant.
     """
     values = _by_kind(name, grid) if name in KINDS else _by_layer(name, grid)
-    return values.masked_fill(~grid.there, float("nan"))
+    return values.masked_fill(~grid.present, float("nan"))
 
 
 def usual_sizes(name: str, scores: Tensor) -> list[int]:
@@ -97,10 +97,10 @@ def _by_kind(name: str, grid: Grid) -> Tensor:
     """1 for the modules that are meant, 0 for the others."""
     parts = [(part_of(kind) or "").removeprefix("cross_") for kind in grid.types]
     chosen = torch.tensor([part in KINDS[name] for part in parts])
-    for row, layer in zip(grid.there, grid.layers, strict=True):
-        there = [part for part, has, fits in zip(parts, row, chosen, strict=True) if has and fits]
-        needed = KINDS[name] if name == "qv" else [] if there else [name]
-        missing = [part for part in needed if part not in there]
+    for row, layer in zip(grid.present, grid.layers, strict=True):
+        present = [part for part, has, fits in zip(parts, row, chosen, strict=True) if has and fits]
+        needed = KINDS[name] if name == "qv" else [] if present else [name]
+        missing = [part for part in needed if part not in present]
         if missing:
             has = [path_of(kind) for kind, flag in zip(grid.types, row, strict=True) if flag]
             raise UserError(
@@ -115,7 +115,7 @@ def _by_kind(name: str, grid: Grid) -> Tensor:
 def _by_layer(name: str, grid: Grid) -> Tensor:
     """The same score for all modules of a layer, by its place among the layers of its block."""
     blocks: dict[tuple[bool, ...], list[int]] = {}
-    for layer, row in enumerate(grid.there.tolist()):
+    for layer, row in enumerate(grid.present.tolist()):
         blocks.setdefault(tuple(row), []).append(layer)
     values = torch.zeros(grid.n_layers, dtype=torch.float64)
     for layers in blocks.values():

@@ -100,7 +100,7 @@ class Selection:
         for key in TABLES:
             if rest.get(key) is not None:
                 rest[key] = blanked(rest[key], grid.names)
-        flags = (mask & grid.there).tolist()
+        flags = (mask & grid.present).tolist()
         chosen = [[t for t, flag in zip(grid.types, row, strict=True) if flag] for row in flags]
         longer, names = list(grid.longer_names), [list(row) for row in grid.names]
         rest.setdefault("lowest_layer", grid.lowest_layer)

@@ -245,10 +245,10 @@ def hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
 
 def _near_misses(linear: Iterable[str], layer: str, candidates: Sequence[str]) -> list[str]:
     """At most eight linear layers, numbers replaced by ``*``; those most similar to what was asked for come first."""
-    there = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
+    present = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in linear})
     wanted = [f"{layer}.{candidate}" for candidate in candidates] or [layer]
 
     def distance(name: str) -> float:
         return -max(difflib.SequenceMatcher(None, name, want).ratio() for want in wanted)
 
-    return sorted(there, key=distance)[:8]
+    return sorted(present, key=distance)[:8]

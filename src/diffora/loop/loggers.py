@@ -103,12 +103,12 @@ class Loggers:
             run = self.wandb.inner.experiment
             run.summary.update(record["metrics"] | values)
             for kind, files in (("selection", ("selection.json", "trajectory.json")), ("adapter", ("adapter",))):
-                there = [self.folder / name for name in files if (self.folder / name).exists()]
-                if not there:
+                present = [self.folder / name for name in files if (self.folder / name).exists()]
+                if not present:
                     continue
                 about = {key: record[key] for key in ("method", "task", "model", "seed")}
                 artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=about)
-                for path in there:
+                for path in present:
                     (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
                 run.log_artifact(artifact)
 

@@ -117,10 +117,10 @@ class CachedPrefix:
         width = width_of(parts, prefix)
         common = facts_of(parts, prefix, members[n:], width)
         facts = {name: common | facts_of_rows(parts, encoded) for name, encoded in self.splits.items()}
-        there = [file for each in facts.values() if (file := file_of(KIND, each)).exists()]
-        needed = check_size(parts, self.splits, width, there)
+        present = [file for each in facts.values() if (file := file_of(KIND, each)).exists()]
+        needed = check_size(parts, self.splits, width, present)
         which = f"layer 1 of {len(members)} is" if n == 1 else f"layers 1 to {n} of {len(members)} are"
-        done = ", by an earlier run" if len(there) == len(facts) else ""
+        done = ", by an earlier run" if len(present) == len(facts) else ""
         log.info(f"{SAID[self.stage]}: {which} frozen: computed once, {_size(needed)} in {_folder()}{done}")
         for name, encoded in self.splits.items():
 
@@ -180,11 +180,11 @@ def check_prefix(parts: Parts) -> None:
         model.to(home).train(training)
 
 
-def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Width, there: Sequence[Path]) -> int:
+def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Width, present: Sequence[Path]) -> int:
     """The size of the files of some splits, in bytes.
 
     Args:
-        there: files that need no more space, because they are there already.
+        present: files that need no more space, because they are there already.
 
     Raises:
         UserError: the size is more than the limit, or what is missing is more than what is free on the disk.
@@ -203,7 +203,7 @@ def check_size(parts: Parts, splits: Mapping[str, datasets.Dataset], width: Widt
             f"{what}, more than trainer.cache_prefix_limit={limit:g} GB; {folder} has {_size(free)} free. Give a "
             f"higher limit, a smaller task.max_train_rows{half}, or trainer.cache_prefix=false"
         )
-    if needed - sum(file.stat().st_size for file in there) > free:
+    if needed - sum(file.stat().st_size for file in present) > free:
         raise UserError(
             f"{what}, and {folder} has {_size(free)} free: choose another folder with the environment variable "
             "DIFFORA_CACHE"

@@ -113,11 +113,11 @@ def share_first(tensors: Sequence[Tensor]) -> None:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes. None counts as 0, and stays if all of them have None."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    there = [float(p.grad is not None) for p in parameters]
-    flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(there)])
+    present = [float(p.grad is not None) for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(present)])
     torch.distributed.all_reduce(flat)
-    *means, counts = flat.split([*(grad.numel() for grad in grads), len(there)])
-    unused = [False] * len(there) if all(there) else (counts == 0).tolist()
+    *means, counts = flat.split([*(grad.numel() for grad in grads), len(present)])
+    unused = [False] * len(present) if all(present) else (counts == 0).tolist()
     world = torch.distributed.get_world_size()
     for parameter, mean, none in zip(parameters, means, unused, strict=True):
         parameter.grad = None if none else (mean / world).view_as(parameter)

@@ -213,11 +213,11 @@ class Stage(L.LightningModule):
         self.train()
         self._started = time.monotonic() - self.elapsed
         if self._restored is not None:  # Lightning ignores optimisers and schedules that a checkpoint lacks
-            there: dict[str, Any] = {
+            present: dict[str, Any] = {
                 "optimizer_states": self.trainer.optimizers,
                 "lr_schedulers": self.trainer.lr_scheduler_configs,
             }
-            for name, own in there.items():
+            for name, own in present.items():
                 if self._restored[name] != len(own):
                     raise ValueError(f"it has {self._restored[name]} {name}, this run needs {len(own)}")
 

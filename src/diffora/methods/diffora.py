@@ -157,7 +157,7 @@ class DiffoRA(Selecting):
                 return [modules_per_layer(rho, size) for size in allowed.sizes]
             return [min(modules_per_layer(rho, grid.n_modules), allowed.n_modules)]
 
-        scores = heuristic_scores(self.selector, grid).masked_fill(~allowed.there, float("nan"))
+        scores = heuristic_scores(self.selector, grid).masked_fill(~allowed.present, float("nan"))
         steps = [step / 100 for step in range(1, 100)] + [step / 1000 for step in range(1, 1000)]
         choices = ((f"rho={rho:g}", counts(rho)) for rho in steps)
         if problem := heuristic_problem(scores, counts(self.rho), choices):
@@ -185,7 +185,7 @@ class DiffoRA(Selecting):
         row = torch.tensor(
             [bool({name, path_of(name), part_of(name)}.intersection(self.selection)) for name in grid.types]
         )
-        mask = row.expand(grid.n_layers, -1) & grid.there
+        mask = row.expand(grid.n_layers, -1) & grid.present
         counts = set(mask.sum(-1).tolist())
         made = {"selector": "given", "k": counts.pop() if len(counts) == 1 else None, "rho": self.rho, "seed": seed}
         return Selection.from_mask(grid, mask, method=self.name, **made)

@@ -64,10 +64,10 @@ class PEFT(Method):
             return method
         candidates = model.get("candidates")
         if isinstance(candidates, list):  # otherwise they are known only when the model is loaded, see `targets`
-            there = dict.fromkeys((*(model.get("roles") or ()), *ROLES, *candidates))
+            present = dict.fromkeys((*(model.get("roles") or ()), *ROLES, *candidates))
             for place in method.places or ():
-                if place not in there:
-                    hint = f"no role and no candidate of model={model.get('name')}, which has {', '.join(there)}"
+                if place not in present:
+                    hint = f"no role and no candidate of model={model.get('name')}, which has {', '.join(present)}"
                     found[f"method.places.{place}"] = f"method.places: {place} is {hint}"
         return method
 

@@ -94,8 +94,8 @@ def _find_class(path: Any, key: str) -> Any:
         raise UserError(f"{key}._target_={path} must be a configuration class of PEFT, such as peft.LoraConfig")
     found = object_in("peft", path)
     if found is None:
-        there = [n for n, o in vars(peft).items() if n.endswith("Config") and inspect.isclass(o)]
-        near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+        present = [n for n, o in vars(peft).items() if n.endswith("Config") and inspect.isclass(o)]
+        near = difflib.get_close_matches(name, present, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(f'peft.{n}' for n in near)}?" if near else ""
         raise UserError(f"{key}._target_={path} does not exist in PEFT{hint}")
     if not inspect.isclass(found) or not dataclasses.is_dataclass(found):

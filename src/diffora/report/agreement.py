@@ -32,21 +32,21 @@ class Stability:
 
 
 def stability(
-    masks: np.ndarray, by_layer: bool, there: np.ndarray | None = None, draws: int = 1000
+    masks: np.ndarray, by_layer: bool, present: np.ndarray | None = None, draws: int = 1000
 ) -> Stability | None:
     """How far selections agree; None if there is only one.
 
     Args:
         masks: boolean, selections x L x N. They may have different sizes.
-        there: boolean, L x N, which layer has a module of which type; None: every layer has all.
+        present: boolean, L x N, which layer has a module of which type; None: every layer has all.
         by_layer: whether random selections keep the size of each layer, or only the size of the whole selection.
         draws: number of random sets of selections, for the interval and p.
     """
     n = len(masks)
     if n < 2:
         return None
-    there = np.ones(masks.shape[1:], dtype=bool) if there is None else there
-    flat, known = (masks, there) if by_layer else (masks.reshape(n, 1, -1), there.reshape(1, -1))
+    present = np.ones(masks.shape[1:], dtype=bool) if present is None else present
+    flat, known = (masks, present) if by_layer else (masks.reshape(n, 1, -1), present.reshape(1, -1))
     keys = np.random.default_rng(0).random((draws, *flat.shape))
     order = (keys + ~known).argsort(-1).argsort(-1)  # ranks of the random numbers, those of missing modules last
     sizes = flat.sum(-1, keepdims=True)

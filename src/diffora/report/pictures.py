@@ -194,7 +194,7 @@ def agreement(files: Mapping[int, "_Selected"]) -> Stability | None:
     first = next(iter(files.values()))
     counts, lowest = masks.sum(-1), min(found.lowest_layer for found in files.values())
     by_layer = first.scope != "global" and bool((counts == counts[0]).all())
-    return stability(masks, by_layer, first.there & (np.arange(len(first.there)) >= lowest)[:, None])
+    return stability(masks, by_layer, first.present & (np.arange(len(first.present)) >= lowest)[:, None])
 
 
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
@@ -203,8 +203,8 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     if not files:
         return None
     first = next(iter(files.values()))
-    types, there, relaxation = first.types, first.there, first.relaxation
-    labels, starts = short_names(types), [start_gate(relaxation, int(n)) for n in there.sum(-1)]
+    types, present, relaxation = first.types, first.present, first.relaxation
+    labels, starts = short_names(types), [start_gate(relaxation, int(n)) for n in present.sum(-1)]
     neutral = starts[0] if len(set(starts)) == 1 else starts
     stacked = np.array([found.mask for found in files.values()])
     several = {(found.seed, found.mask.tobytes()) for found in files.values()}
@@ -218,7 +218,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
         if found.confidence is not None:
             picture = charts.heatmap(found.confidence.tolist(), [], found.mask.tolist(), EVEN, EVEN, cell=15)
         elif found.gamma_bar is None:
-            shown = np.where(there, found.mask, np.nan)
+            shown = np.where(present, found.mask, np.nan)
             picture = charts.heatmap(shown.tolist(), [], found.mask.tolist(), cell=15)
         else:
             values = found.gamma_bar.tolist()
@@ -228,7 +228,7 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     return Dams(
         row,
         column,
-        charts.heatmap(np.where(there, stacked.mean(0), np.nan).tolist(), labels),
+        charts.heatmap(np.where(present, stacked.mean(0), np.nan).tolist(), labels),
         seeds,
         trajectory_charts(cell, labels),
         list(enumerate(labels)),
@@ -250,7 +250,7 @@ class _Selected:
         types: the N module types.
         gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
         relaxation: how the search relaxed Γ.
-        there: boolean, L x N, which layer has a module of which type.
+        present: boolean, L x N, which layer has a module of which type.
         scope: of the method, ``layer`` or ``global``; None for a method without one.
         lowest_layer: of a time budget; 0 without one.
         confidence: L x N of an ensemble, NaN where a layer has no such module; None without one.
@@ -263,7 +263,7 @@ class _Selected:
     types: list[str]
     gamma_bar: np.ndarray | None
     relaxation: str
-    there: np.ndarray
+    present: np.ndarray
     scope: object
     lowest_layer: int = 0
     confidence: np.ndarray | None = None
@@ -293,10 +293,10 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
         if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
             return None
         modules = content.get("modules") or [types] * len(mask)
-        there = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)
-        if there.shape != mask.shape or not there.any(-1).all():
+        present = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)
+        if present.shape != mask.shape or not present.any(-1).all():
             return None
-        if relaxed is not None and (np.isnan(relaxed) != ~there).any():
+        if relaxed is not None and (np.isnan(relaxed) != ~present).any():
             return None
         draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
         of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
@@ -309,11 +309,11 @@ def _selection(run: Run, cell: ResultCell) -> _Selected | None:
             words, sure = certainty(sure[lowest:], int(content["ensemble"])), _numbers(sure)
             if (
                 sure.shape != mask.shape
-                or (np.isnan(sure) != ~there).any()
-                or not ((sure >= 0) & (sure <= 1))[there].all()
+                or (np.isnan(sure) != ~present).any()
+                or not ((sure >= 0) & (sure <= 1))[present].all()
             ):
                 return None
-        return _Selected(of, mask, types, relaxed, relaxation, there, scope, lowest, sure, words, given)
+        return _Selected(of, mask, types, relaxed, relaxation, present, scope, lowest, sure, words, given)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 

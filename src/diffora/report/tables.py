@@ -150,12 +150,12 @@ def _cells(
     for run in sorted(runs, key=lambda run: (run.written, str(run.folder))):
         of[key(run)].append(run)
     cells, repeated = {}, 0
-    for place, there in of.items():
-        same = [run for run in there if run.setting == there[-1].setting]
-        if len(same) < len(there):
-            changed = differing([run.config for run in there]) or ["task.recipe"]
+    for place, runs_here in of.items():
+        same = [run for run in runs_here if run.setting == runs_here[-1].setting]
+        if len(same) < len(runs_here):
+            changed = differing([run.config for run in runs_here]) or ["task.recipe"]
             which = ", ".join(changed[:4])
-            left_out = len(there) - len(same)
+            left_out = len(runs_here) - len(same)
             notes.append(f"{', '.join(place)}: {left_out} runs with other settings left out (different: {which})")
         cells[place] = ResultCell(dict(sorted({run.seed: run for run in same}.items())))
         repeated += len(same) - len(cells[place].runs)

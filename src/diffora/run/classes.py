@@ -42,8 +42,8 @@ def print_classes(file: Path, console: Console, title: str) -> None:
         rows = list(csv.DictReader(stream))
     shown = rows
     if len(rows) > SHOWN:
-        there = [row for row in rows if int(row["support"]) or int(row["predicted"])]
-        shown = sorted(there, key=lambda row: (float(row["f1"]), -int(row["support"])))[:SHOWN]
+        present = [row for row in rows if int(row["support"]) or int(row["predicted"])]
+        shown = sorted(present, key=lambda row: (float(row["f1"]), -int(row["support"])))[:SHOWN]
         title += f": the {len(shown)} of {len(rows):,} classes with the lowest F1"
     table = Table(title=escape(title))
     table.add_column("class", max_width=30, overflow="ellipsis", no_wrap=True)

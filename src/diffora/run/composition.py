@@ -150,12 +150,12 @@ def _no_such_key(key: str, cfg: DictConfig) -> str:
     """The message for a key that the composed configuration does not have."""
     of_method = key.split(".")[0] in ("search", "rank", "rho", "method") or key == "finetune.dropout"
     if of_method and isinstance(cfg.get("method"), DictConfig):  # ~method takes it away
-        there = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
-        there += [name for name in ("rank", "rho", "search") if name in cfg]
-        return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(there)}" if there else "")
+        present = [f"method.{name}" for name in cfg.method if name not in ("_target_", "name")]
+        present += [name for name in ("rank", "rho", "search") if name in cfg]
+        return f"method={cfg.method.name} has no setting {key}" + (f"; it has {', '.join(present)}" if present else "")
     if key.startswith("task.") and isinstance(cfg.get("task"), DictConfig):
-        there = [f"task.{name}" for name in cfg.task if name != "_target_"]
-        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(there)}"
+        present = [f"task.{name}" for name in cfg.task if name != "_target_"]
+        return f"task={cfg.task.name} has no setting {key}; it has {', '.join(present)}"
     for name in ("finetune.optimizer", "finetune.scheduler"):
         if key.startswith(f"{name}."):
             return f"{key}: write {name}='{{_target_: module.Class, <its arguments>}}', or +{key}=…"

@@ -48,11 +48,11 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
         if i >= layers:
             axes.set_visible(False)
             continue
-        there = [j for j in range(len(types)) if trajectory[0][1][i][j] is not None]
-        for j in there:
+        present = [j for j in range(len(types)) if trajectory[0][1][i][j] is not None]
+        for j in present:
             values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
             lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
-        axes.axhline(neutral_gate(relaxation, len(there)), color="0.75", lw=0.8, zorder=0)
+        axes.axhline(neutral_gate(relaxation, len(present)), color="0.75", lw=0.8, zorder=0)
         axes.set_title(labels[i], size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)

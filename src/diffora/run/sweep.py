@@ -119,8 +119,8 @@ def cells(
         rows = [Row(name=method, set=[f"method={method}"]) for method in values(by_key.pop("method"))]
     if "task" in by_key:
         tasks = values(by_key.pop("task"))
-        there = {task: {n: c for n, c in columns.items() if f"task={task}" in c.set} for task in tasks}
-        columns = {n: c for task in tasks for n, c in (there[task] or {task: Column(set=[f"task={task}"])}).items()}
+        present = {task: {n: c for n, c in columns.items() if f"task={task}" in c.set} for task in tasks}
+        columns = {n: c for task in tasks for n, c in (present[task] or {task: Column(set=[f"task={task}"])}).items()}
     if "seed" in by_key:
         seeds = values(by_key.pop("seed"))
     if "cell.row" in by_key:
@@ -163,11 +163,11 @@ def _line(override: Override, value: str) -> str:
     return f"{override.get_key_element()}={value}"
 
 
-def _chosen(override: Override, there: dict[str, Any]) -> list[Any]:
+def _chosen(override: Override, present: dict[str, Any]) -> list[Any]:
     names = [_plain(value) for value in values(override)]
-    if unknown := [name for name in names if name not in there]:
-        raise UserError(f"{override.key_or_group}={', '.join(unknown)} is not one of: {'; '.join(there)}")
-    return [there[name] for name in names]
+    if unknown := [name for name in names if name not in present]:
+        raise UserError(f"{override.key_or_group}={', '.join(unknown)} is not one of: {'; '.join(present)}")
+    return [present[name] for name in names]
 
 
 def _plain(value: str) -> str:

@@ -91,9 +91,9 @@ def print_selection(record: dict[str, Any], folder: Path) -> None:
     table.add_column("which", overflow="fold")
     numbers = layer_numbers(selection.modules)
     for j, name in enumerate(selection.types):
-        there = sum(row[j] is not None for row in selection.modules)
+        present = sum(row[j] is not None for row in selection.modules)
         layers = [number for number, row in zip(numbers, selection.selected, strict=True) if name in row]
-        table.add_row(escape(name), f"{len(layers)}/{there}", " ".join(layers))
+        table.add_row(escape(name), f"{len(layers)}/{present}", " ".join(layers))
     console = Console()
     console.print(table)
     rank = "" if selection.rank is None else f", rank {selection.rank} within the budget"

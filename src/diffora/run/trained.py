@@ -113,11 +113,11 @@ def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths:
     for key, value in values.items():
         section, _, rest = key.partition(".")
         if OmegaConf.select(cfg, key) is None and rest not in cfg[section]:
-            there = ", ".join(
+            present = ", ".join(
                 f"{section}.{name}" for name in cfg[section] if name not in ("_target_", "recipe", "config")
             )
             problems.append(
-                f"{section}={cfg[section].name if 'name' in cfg[section] else ''} has no {key}; it has {there}"
+                f"{section}={cfg[section].name if 'name' in cfg[section] else ''} has no {key}; it has {present}"
             )
             continue
         OmegaConf.update(cfg, key, value)

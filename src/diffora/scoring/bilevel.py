@@ -74,10 +74,10 @@ class SearchModule(Stage):
     ) -> None:
         super().__init__(model, seed)
         self.automatic_optimization = False
-        there = torch.tensor([[layer is not None for layer in row] for row in layers])
+        present = torch.tensor([[layer is not None for layer in row] for row in layers])
         # A layer without any adapter is below the lowest one that may have some: its row of Γ stays at 0.
-        self.searched = there.any(-1)
-        self.gamma = nn.Parameter(initial_gamma(there | ~self.searched.unsqueeze(-1)))
+        self.searched = present.any(-1)
+        self.gamma = nn.Parameter(initial_gamma(present | ~self.searched.unsqueeze(-1)))
         self.layers, self.types = layers, list(types)
         self.task, self.settings = task, settings
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -243,18 +243,18 @@ class SearchModule(Stage):
 
     def _sequences(self, train: Batch | None, valid: Batch | None) -> tuple[int, int]:
         """How many sequences the model reads for the rows of each batch, in one pass over both; 0 for None."""
-        there = [part for part in (train, valid) if part is not None]
-        each = max(self.task.sequences(part) for part in there)  # rows of one pass have the same number
+        present = [part for part in (train, valid) if part is not None]
+        each = max(self.task.sequences(part) for part in present)  # rows of one pass have the same number
         n_train, n_valid = (0 if part is None else each * len(part["row"]) for part in (train, valid))
         return n_train, n_valid
 
     def _joint_losses(self, train: Batch | None, valid: Batch | None) -> tuple[Tensor, Tensor]:
         """(training loss, validation loss) from one pass, training rows first; 0 for a batch that is None."""
         self._set_gates(self.gamma)
-        there = [part for part in (train, valid) if part is not None]
+        present = [part for part in (train, valid) if part is not None]
         config: Any = self.model.config
         padding = max(0, getattr(config, "pad_token_id", None) or 0)
-        batch = there[0] if len(there) == 1 else joined(there[0], there[1], self.task, padding)
+        batch = present[0] if len(present) == 1 else joined(present[0], present[1], self.task, padding)
         sizes = [0 if part is None else len(part["row"]) for part in (train, valid)]
         with self.given(batch):
             outputs = divide_rows(self.model(**self.task.inputs(batch)), sizes)
@@ -376,8 +376,8 @@ class SearchModule(Stage):
         if not math.isnan(valid):
             values["search/valid_loss"] = valid
         for i, row in enumerate(gamma_bar.tolist()):
-            there = zip(self.types, row, self.layers[i], strict=True)
-            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in there if layer is not None}
+            present = zip(self.types, row, self.layers[i], strict=True)
+            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in present if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
     def memory(self) -> dict[str, Any]:

@@ -107,9 +107,9 @@ def _checked(found: Any, grid: Grid, name: str) -> Tensor:
     if isinstance(found, Tensor):
         if tuple(found.shape) == shape and not found.is_complex():
             scores = found.detach().to("cpu", torch.float64)
-            wrong = ~scores.isfinite() & grid.there
+            wrong = ~scores.isfinite() & grid.present
             if not wrong.any():
-                return scores.masked_fill(~grid.there, float("nan"))
+                return scores.masked_fill(~grid.present, float("nan"))
             what = f"{int(wrong.sum())} that are not finite"
         else:
             what = f"a tensor of shape {tuple(found.shape)} and type {found.dtype}"

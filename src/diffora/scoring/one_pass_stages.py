@@ -93,7 +93,7 @@ class MeasureStage(OnePassStage):
             for total in sums:
                 torch.distributed.all_reduce(total)
         self.scores = self.measure.scores(sums)
-        if not self.scores[self.measure.grid.there].isfinite().all():
+        if not self.scores[self.measure.grid.present].isfinite().all():
             raise UserError(
                 f"method.selector={self.name}: a score is not finite"
                 + ("" if self.trainer.precision == "32-true" else "; try trainer.precision=32-true")

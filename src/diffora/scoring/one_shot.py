@@ -182,8 +182,8 @@ class OneShotModule(SearchModule):
     def fitted(self) -> Additive:
         """The additive model of minus the loss of a selection, over the modules of the grid in row-major order."""
         masks = [self.draws.gates(streams.ONE_SHOT_SCORE, number) > 0 for number in range(self.settings.masks)]
-        there = torch.tensor([[layer is not None for layer in row] for row in self.layers])
-        return fit_additive(torch.stack(masks)[:, there].numpy(), -np.array(self.losses))
+        present = torch.tensor([[layer is not None for layer in row] for row in self.layers])
+        return fit_additive(torch.stack(masks)[:, present].numpy(), -np.array(self.losses))
 
     def memory(self) -> dict[str, Any]:
         return {"losses": self.losses}
@@ -249,7 +249,7 @@ def one_shot(context: SearchContext) -> SearchResult:
     facts["sd_of_losses"] = float(np.std(module.losses, ddof=1))
     _tell(facts, module.losses)
     scores = laid_out(torch.from_numpy(model.effects), context.grid.names)
-    scores = scores.masked_fill(parts.grid.there & ~context.grid.there, 0.0)  # below the lowest layer: not scored
+    scores = scores.masked_fill(parts.grid.present & ~context.grid.present, 0.0)  # below the lowest layer: not scored
     return SearchResult(scores, module.elapsed, weights=weights, facts=facts)
 
 

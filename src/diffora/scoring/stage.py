@@ -125,7 +125,7 @@ def _of_member(context: SearchContext, number: int, told: str) -> SearchContext:
 
 def _member(context: SearchContext, result: SearchResult, scope: str) -> Member:
     grid, scores = context.parts.grid, result.scores
-    competing = grid.allowed.there  # not those below the lowest layer of a time budget
+    competing = grid.allowed.present  # not those below the lowest layer of a time budget
     if result.readout == "gamma":
         assert result.relaxation is not None, "the gates of a search"
         scores = log_gates(scores, result.relaxation, grid.sizes)

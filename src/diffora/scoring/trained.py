@@ -87,7 +87,7 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | No
         name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
         for name in context.parts.backbone.head
     }
-    scored = context.grid.there
+    scored = context.grid.present
     rank, kernel = context.settings.rank, context.parts.settings.model.kernel
     attached = attach(model, grid.names, scored, rank, None, context.alpha, freeze=False, kernel=kernel)
     try:

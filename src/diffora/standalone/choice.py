@@ -69,7 +69,7 @@ def selection_of(
 
 def mask_of(grid: Grid, values: Tensor, k: int | Sequence[int] | None, scope: str) -> Tensor:
     """The mask, L x N, of the modules with the highest values; for the arguments see `selection_of`."""
-    values, counts = values.masked_fill(~grid.there, float("nan")), _counts(grid, k)
+    values, counts = values.masked_fill(~grid.present, float("nan")), _counts(grid, k)
     if scope == "layer":
         return discretise(values, counts)
     return discretise_globally(comparable(values, grid.sizes), sum(counts))
@@ -119,7 +119,7 @@ def selection_of_members(
         relaxation: how a search relaxed Γ; None for other scores.
     """
     scores = members if relaxation is None else [log_gates(gates, relaxation, grid.sizes) for gates in members]
-    stacked = torch.stack([standardised(each, grid.there, scope) for each in scores])
+    stacked = torch.stack([standardised(each, grid.present, scope) for each in scores])
     mean = stacked.mean(0)
     with provisional_choice():
         found = confidence(stacked, lambda repeat: mask_of(grid, repeat, k, scope))

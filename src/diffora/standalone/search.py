@@ -84,8 +84,8 @@ class Bilevel:
     ) -> None:
         self.model, self.layers, self.loss, self.settings = model, layers, loss, settings
         adapters = [layer for row in layers for layer in row if layer is not None]
-        there = torch.tensor([[layer is not None for layer in row] for row in layers])
-        self.gamma = initial_gamma(there).to(adapters[0].lora_a).requires_grad_()
+        present = torch.tensor([[layer is not None for layer in row] for row in layers])
+        self.gamma = initial_gamma(present).to(adapters[0].lora_a).requires_grad_()
         self.weights = [p for layer in adapters for p in (layer.lora_a, layer.lora_bt)] + list(head)
         self.gamma_optimiser = torch.optim.Adam([self.gamma], lr=settings.gamma_lr, betas=(0.5, 0.999))
         self.masters = [w.detach().float() if w.dtype in HALF else w for w in self.weights]

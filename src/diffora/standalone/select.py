@@ -96,7 +96,7 @@ def select(
             assert loader is not None
             batches = islice(some(loader, "the loader"), n_batches)
             scores = _from_data(model, grid, selector, batches, loss, own, progress)
-        if not scores[grid.there].isfinite().all():
+        if not scores[grid.present].isfinite().all():
             raise UserError(f"selector={name_of(selector)}: a score is not finite; try the model in float32")
         members.append(scores)
     config = {} if selector in WITHOUT_DATA else {"n_batches": n_batches}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffora.core.attach import attach, device_of, put, taken
 from diffora.core.dam import comparable, discretise, discretise_globally
-from diffora.core.grid import there
+from diffora.core.grid import present
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
@@ -63,7 +63,7 @@ def within_time(
     with left_as_found(model, 0):
         lowest, share = _lowest(model, selection, batch, time_budget, loss or model_loss, rank, head)
     values = torch.tensor([[float("nan") if v is None else v for v in row] for row in scores], dtype=torch.float64)
-    mask = _best(selection, values.masked_fill(~there(selection.modules), float("nan")), lowest)
+    mask = _best(selection, values.masked_fill(~present(selection.modules), float("nan")), lowest)
     chosen = [[t for t, flag in zip(selection.types, row, strict=True) if flag] for row in mask.tolist()]
     config = selection.config | {"time_budget": {"budget": time_budget, "share": share, "from": "model"}}
     # The confidence was that of the choice without this budget.

@@ -91,9 +91,9 @@ class ClassResults:
         # torchmetrics does not count them in its macro F1 either, but under deterministic algorithms it needs rows x
         # classes^2 bytes: many gigabytes for 1,000 classes.
         f1 = 2 * self.correct.double() / (self.predicted + self.support).clamp(min=1)
-        there = self.predicted + self.support > 0
+        present = self.predicted + self.support > 0
         weighted = (f1 * self.support).sum() / self.support.sum().clamp(min=1)
-        return {"macro_f1": float(f1[there].mean()), "weighted_f1": float(weighted)}
+        return {"macro_f1": float(f1[present].mean()), "weighted_f1": float(weighted)}
 
     def csv(self) -> str:
         """`rows` as the text of a CSV file."""

@@ -245,8 +245,8 @@ class TextTask(SentenceTask):
         """Note classes that are missing in the rows used for training or validation."""
         for name, table in tables.items():
             labels = table.column("label")
-            there = set(pc.unique(pc.list_flatten(labels) if self.several else labels).to_pylist())
-            if missing := [label for i, label in enumerate(self.spec.label_names) if i not in there]:
+            present = set(pc.unique(pc.list_flatten(labels) if self.several else labels).to_pylist())
+            if missing := [label for i, label in enumerate(self.spec.label_names) if i not in present]:
                 self.accounts[name].notes.append(f"no row of these classes: {some(missing)}")
 
     # --- after a step ---

@@ -142,10 +142,10 @@ class TokensTask(OwnRowsTask):
 
     def learn(self, train: Part, account: Account, problems: list[str]) -> None:
         if self.tagging is None:
-            there = pc.unique(pc.list_flatten(train.table.column("tags"))).to_pylist()
+            present = pc.unique(pc.list_flatten(train.table.column("tags"))).to_pylist()
             self._tags_from = "features" if self._named else "rows"
             try:
-                self._set_tags(self._named or sorted(there, key=_order))
+                self._set_tags(self._named or sorted(present, key=_order))
             except ValueError as error:
                 problems.append(f"{train.where}: column '{self.columns[1]}': {error}.")
                 return
@@ -200,8 +200,8 @@ class TokensTask(OwnRowsTask):
                 )
             if name == "train" and OUTSIDE not in tagging.names and scheme == "IO":
                 notes.append("no tag is O: if these are not entities, accuracy is the metric to read")
-        there = set(pc.unique(pc.list_flatten(tables["train"].column("tags"))).to_pylist())
-        if missing := [name for i, name in enumerate(tagging.names) if i not in there]:
+        present = set(pc.unique(pc.list_flatten(tables["train"].column("tags"))).to_pylist())
+        if missing := [name for i, name in enumerate(tagging.names) if i not in present]:
             self.accounts["train"].notes.append(f"no word has these tags: {some(missing)}")
         if self.cfg.strict and schemes["train"] not in STRICT:
             raise UserError(
@@ -374,7 +374,7 @@ def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 def _words(outputs: Outputs, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The tags of all words in their order, and whether each word is the first of its row."""
-    there = outputs["predicted"] >= 0
-    tags = outputs[name][there].numpy().astype(np.int64)
-    examples = outputs["example"].numpy().repeat(there.sum(1).numpy())
+    present = outputs["predicted"] >= 0
+    tags = outputs[name][present].numpy().astype(np.int64)
+    examples = outputs["example"].numpy().repeat(present.sum(1).numpy())
     return tags, np.append(True, examples[1:] != examples[:-1])[: len(tags)]

@@ -144,8 +144,8 @@ def test_hash_ignores_chunks_and_is_equal_in_another_process(tmp_path):
         "print(load_rows(TASKS['mrpc'], sys.argv[1]).data_hash)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(diffora.__file__).parents[1])}
-    there = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert there.stdout.strip() == here, there.stderr
+    present = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert present.stdout.strip() == here, present.stderr
 
 
 def test_the_diagnostic_set_is_a_configuration_of_its_own_on_the_hub(tmp_path, monkeypatch):

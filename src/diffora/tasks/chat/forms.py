@@ -54,10 +54,10 @@ def form_of(row: Any) -> tuple[str, ...]:
     """
     if not isinstance(row, Mapping):
         raise Fault("", row, "is not an object with columns")
-    there = {key for key, value in row.items() if value is not None}  # columns of other rows are None here
-    form = next((form for form in _FORMS if there.issuperset(form[:2])), None)
+    present = {key for key, value in row.items() if value is not None}  # columns of other rows are None here
+    form = next((form for form in _FORMS if present.issuperset(form[:2])), None)
     if form is None:
-        raise Fault("", sorted(there), f"are its columns; expected {FORMS}")
+        raise Fault("", sorted(present), f"are its columns; expected {FORMS}")
     return form
 
 

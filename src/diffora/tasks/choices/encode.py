@@ -80,13 +80,13 @@ class ChoiceCollator:
             (of each row), row and, if the rows have them, labels: long [n].
         """
         counts = np.array([len(sequences) for sequences in rows["input_ids"]])
-        there = torch.from_numpy(np.arange(counts.max()) < counts[:, None])
+        present = torch.from_numpy(np.arange(counts.max()) < counts[:, None])
         names = [name for name in ("input_ids", "token_type_ids") if name in rows]
         flat = self.pad({name: [ids for sequences in rows[name] for ids in sequences] for name in names})
         batch = {}
         for name, values in flat.items():
             padding = self.pad_token_id if name == "input_ids" else 0
-            batch[name] = torch.full((*there.shape, values.shape[1]), padding)
-            batch[name][there] = values
+            batch[name] = torch.full((*present.shape, values.shape[1]), padding)
+            batch[name][present] = values
         batch["n_choices"] = torch.from_numpy(counts)
         return batch | {name: torch.tensor(rows[name]) for name in ("labels", "row") if name in rows}

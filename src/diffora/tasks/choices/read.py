@@ -84,10 +84,10 @@ def check_choices(
     owners: list[tuple[Faults, int]] = []
     for source in sources:
         wanted = (*columns.inputs, *([columns.label] if has_labels else []))
-        there = list(source.names)
+        present = list(source.names)
         if not columns.in_list:  # a row of JSON lines leaves out the choices that it does not have
-            wanted = tuple(name for name in wanted if name in there or name not in columns.choices[2:])
-        check_columns(there, wanted, source.where, problems, columns.keys)
+            wanted = tuple(name for name in wanted if name in present or name not in columns.choices[2:])
+        check_columns(present, wanted, source.where, problems, columns.keys)
         if len(problems) > before:
             continue
         faults.append(Faults(source.where, source.unit))
@@ -128,8 +128,8 @@ def _note(rows: Sequence[dict[str, Any]], sources: Sequence[Records], columns: C
     counts = sorted({len(row["choices"]) for row in rows})
     if len(counts) > 1:
         account.notes.append(f"rows have {', '.join(map(str, counts[:-1]))} or {counts[-1]} choices")
-    there = dict.fromkeys(name for source in sources for name in source.names)
-    note_ignored(account, [name for name in there if name not in (*columns.inputs, columns.label)])
+    present = dict.fromkeys(name for source in sources for name in source.names)
+    note_ignored(account, [name for name in present if name not in (*columns.inputs, columns.label)])
 
 
 def _checked(row: dict[str, Any], number: int, columns: Columns, faults: Faults) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def open_parquet(folder: Path, split: str, label: str, problems: list[str]) -> d
         problems.append(f"{folder}: the split '{split}' is there as .parquet and in {folder / 'data'} too; keep one.")
         return None
     if not any(place.glob(f"{split}[.-]*parquet")):
-        there = sorted(entry.name for entry in folder.iterdir())
+        present = sorted(entry.name for entry in folder.iterdir())
         looked = f"looked for {split}/ with a folder for each class, {split}.parquet and {split}-00000-of-0000*.parquet"
-        problems.append(f"{folder}: nothing for the split '{split}'; {looked}; found {some(there) or 'nothing'}.")
+        problems.append(f"{folder}: nothing for the split '{split}'; {looked}; found {some(present) or 'nothing'}.")
         return None
     before = len(problems)
     files = [str(file) for file in split_files(place, split, problems, ("parquet",))]
@@ -85,8 +85,8 @@ def read_table(
         None if something is wrong.
     """
     before = len(problems)
-    (image, label), there = columns, found.column_names
-    check_columns(there, columns if labelled or label in there else columns[:1], name, problems)
+    (image, label), present = columns, found.column_names
+    check_columns(present, columns if labelled or label in present else columns[:1], name, problems)
     if len(problems) > before:
         return None
     images = found.data.table.column(image)
@@ -95,11 +95,11 @@ def read_table(
         images = pa.chunked_array(parts, IMAGE)
     if images.type != IMAGE:
         problems.append(f"{name}: column '{image}' holds {images.type}, expected images ({IMAGE}, or binary).")
-    labels, classes, listed = _labels(name, found, label, problems) if label in there else (None, None, False)
+    labels, classes, listed = _labels(name, found, label, problems) if label in present else (None, None, False)
     if len(problems) > before:
         return None
     account = Account(len(found))
-    note_ignored(account, [column for column in there if column not in columns])
+    note_ignored(account, [column for column in present if column not in columns])
     where = [f"{name}, row {i} (data rows, counted from 1), column '{image}'" for i in range(1, len(found) + 1)]
     files = [Path(entry["filename"]) for entry in found.cache_files]
     if files:

@@ -32,14 +32,14 @@ def has_validation(folder: Path, formats: Sequence[str]) -> bool:
     Raises:
         UserError: a file has another usual name for validation rows, so it would not be read.
     """
-    there = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
-    if not there and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
+    found = any(file.stem.split("-")[0] == "validation" for file in folder.iterdir())
+    if not found and (others := sorted(f.name for f in folder.iterdir() if LIKE_VALIDATION.match(f.name))):
         raise UserError(
             f"{folder}: {', '.join(others)} is not read under this name; call it "
             f"{' or '.join(f'validation.{kind}' for kind in formats)}, or move it elsewhere to take validation rows "
             "from the training rows"
         )
-    return there
+    return found
 
 
 def split_files(
@@ -61,8 +61,8 @@ def split_files(
         return [file] if file else []
     others = [name for name in (f"{split}.{kind}" for kind in formats) if (folder / name).is_file()]
     if len(totals) > 1 or others:
-        there = ", ".join([*sorted(shards), *others])
-        problems.append(f"{folder}: more than one file or set of shards for the split '{split}': {there}; keep one.")
+        several = ", ".join([*sorted(shards), *others])
+        problems.append(f"{folder}: more than one file or set of shards for the split '{split}': {several}; keep one.")
         return []
     names = [f"{split}-{i:05}-of-{totals[0]:05}.parquet" for i in range(totals[0])]
     if missing := [name for name in names if name not in shards]:
@@ -86,6 +86,6 @@ def find_file(folder: Path, split: str, names: Sequence[str], problems: list[str
     if found:
         problems.append(f"{folder}: more than one file for the split '{split}': {', '.join(found)}; keep one.")
     else:
-        there = ", ".join(present[:10]) + (", …" if len(present) > 10 else "") if present else "nothing"
-        problems.append(f"{folder}: no file for the split '{split}'; looked for {', '.join(names)}; found {there}.")
+        some = ", ".join(present[:10]) + (", …" if len(present) > 10 else "") if present else "nothing"
+        problems.append(f"{folder}: no file for the split '{split}'; looked for {', '.join(names)}; found {some}.")
     return None

@@ -69,9 +69,9 @@ def hub_dataset(what: str, dataset: str, config: str | None, advice: str) -> dic
     return found
 
 
-def no_split(dataset: str, config: str | None, split: str, there: Iterable[str]) -> str:
+def no_split(dataset: str, config: str | None, split: str, present: Iterable[str]) -> str:
     """The message that a dataset has no such split."""
-    return f"{dataset}{f'/{config}' if config else ''} has no split {split!r}; it has {', '.join(there)}."
+    return f"{dataset}{f'/{config}' if config else ''} has no split {split!r}; it has {', '.join(present)}."
 
 
 def with_features(split: datasets.Dataset) -> pa.Table:

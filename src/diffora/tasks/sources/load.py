@@ -199,8 +199,8 @@ def _checked_split(
         if (found := numberings.get(file)) and found.moves:
             account.change(f"label numbers follow the class names of {file}: {found}", table.num_rows)
     account.notes += [note for piece in files.values() for note in piece.notes]
-    there = dict.fromkeys(name for table in tables.values() for name in table.column_names)
-    note_ignored(account, [name for name in there if name not in (*spec.text_columns, "label", "idx")])
+    present = dict.fromkeys(name for table in tables.values() for name in table.column_names)
+    note_ignored(account, [name for name in present if name not in (*spec.text_columns, "label", "idx")])
     return whole
 
 

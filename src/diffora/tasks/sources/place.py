@@ -113,8 +113,8 @@ class Place:
         if name != "validation":
             raise UserError(no_split(self.path, self.subset, name, self._on_hub))
         if others:
-            there = others[0]
-            raise UserError(f"{self.path} has no split 'validation', but '{there}': task.validation_split={there}")
+            present = others[0]
+            raise UserError(f"{self.path} has no split 'validation', but '{present}': task.validation_split={present}")
         return False
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:

@@ -84,13 +84,13 @@ def _check(
     if table.num_rows == 0:
         problems.append(f"{file}: no rows.")
         return None
-    there = any(name in table.column_names for name in columns.labels)
-    wanted = columns.texts + (columns.labels if labelled or there else ())
+    present = any(name in table.column_names for name in columns.labels)
+    wanted = columns.texts + (columns.labels if labelled or present else ())
     check_columns(table.column_names, wanted, file, problems, columns.keys)
     if len(problems) > before:
         return None
     texts = [check_text(table.column(name), file, name, problems) for name in columns.texts]
-    labels = _labels(table, file, columns, labelled, account, problems) if there else None
+    labels = _labels(table, file, columns, labelled, account, problems) if present else None
     if len(problems) > before:
         return None
     texts = _shortened(_joined(texts, file, columns, account, problems), account)

@@ -86,8 +86,8 @@ def check_words(
     if len(problems) > before:
         return None
     account.read = len(numbers)
-    there = dict.fromkeys(name for source in sources for name in source.names)
-    note_ignored(account, [name for name in there if name not in columns])
+    present = dict.fromkeys(name for source in sources for name in source.names)
+    note_ignored(account, [name for name in present if name not in columns])
     table = pa.Table.from_batches(batches, SCHEMA)
     return WordsPart(table if has_tags else table.select(["words"]), where, numbers, list(sources), owners)
 
