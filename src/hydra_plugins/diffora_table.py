@@ -251,7 +251,7 @@ class TableSweeper(Sweeper):
         The time of job 0 includes the program's start.
         """
         from diffora.run.record import missing_files, read_record
-        from diffora.run.workers import told, waiting_for_all
+        from diffora.run.workers import ended_runs_shown, waiting_for_all
 
         batch = []
         for folder, overrides in jobs.items():
@@ -259,7 +259,7 @@ class TableSweeper(Sweeper):
             place = folder.parent if self.local else folder.parent.absolute()
             batch.append([*overrides, f"hydra.sweep.dir={quoted(place)}", f"hydra.sweep.subdir={quoted(folder.name)}"])
         lost = "it did not end"
-        lines = nullcontext() if self.kind == "BasicLauncher" else told(jobs)  # one run at a time has its own lines
+        lines = nullcontext() if self.kind == "BasicLauncher" else ended_runs_shown(jobs)
         try:
             with waiting_for_all(self.kind), lines:
                 returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []

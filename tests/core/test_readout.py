@@ -63,7 +63,7 @@ def test_it_settles_at_the_right_check_and_resumes_exactly(steps):
             if readout.stopped_at is not None:
                 break
             again = Readout("gamma", warmup, patience, readout.choose)
-            again.recall(readout.memory())  # as a run that was stopped here and goes on
+            again.load_state(readout.state())  # as a run that was stopped here and goes on
             readout = again
         assert readout.stopped_at == stop_by_hand(gates, steps, patience, 1 + steps_of(warmup, total))
         stopped.add(readout.stopped_at)

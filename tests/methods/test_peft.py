@@ -279,7 +279,7 @@ def test_resumed_adalora_gives_the_same_result(cfg, quick, tmp_path):
     last.unlink()
     (folder / "run.json").unlink()
     (middle,) = (folder / "checkpoints").glob("finetune-0002-*.ckpt")
-    method = torch.load(middle, weights_only=True)["diffora"]["memory"]["method"]
+    method = torch.load(middle, weights_only=True)["diffora"]["state"]["method"]
     assert any(t.abs().max() > 0 for t in method["exp_avg_ipt"].values())
     composed.resume = True
     resumed = run(composed, folder)
@@ -289,8 +289,8 @@ def test_resumed_adalora_gives_the_same_result(cfg, quick, tmp_path):
     (last,) = (folder / "checkpoints").glob("finetune-0003-*.ckpt")
     again = torch.load(last, weights_only=True)
     assert all(torch.equal(again["state_dict"][name], value) for name, value in end["state_dict"].items())
-    pattern = end["diffora"]["memory"]["method"]["rank_pattern"]
-    assert again["diffora"]["memory"]["method"]["rank_pattern"] == pattern
+    pattern = end["diffora"]["state"]["method"]["rank_pattern"]
+    assert again["diffora"]["state"]["method"]["rank_pattern"] == pattern
     assert sum(map(sum, pattern.values())) == 2 * 24
 
 

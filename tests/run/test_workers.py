@@ -67,7 +67,7 @@ def test_lines_count_the_runs_that_end_and_not_those_of_an_earlier_attempt(tmp_p
         while len(lines) < count and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    with workers.told(runs, lines.append):
+    with workers.ended_runs_shown(runs, lines.append):
         record(runs[0], "running")
         time.sleep(0.2)
         assert lines == []

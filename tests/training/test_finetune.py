@@ -469,5 +469,5 @@ def test_the_optimiser_and_checkpoints_have_trained_weights_only(deberta, tmp_pa
     assert sum(t.numel() for t in tensors["weights"]) == trained
     assert sum(t.numel() for t in tensors["optimiser"]) == 2 * trained
     rng = sum(t.numel() for t in checkpoint["diffora"]["rng"][0].values() if isinstance(t, torch.Tensor))
-    best = sum(t.untyped_storage().nbytes() for t in checkpoint["diffora"]["memory"]["best_state"].values())
+    best = sum(t.untyped_storage().nbytes() for t in checkpoint["diffora"]["state"]["best_state"].values())
     assert best == 4 * trained and rng < 10_000

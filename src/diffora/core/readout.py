@@ -120,7 +120,7 @@ class Readout:
         self.stopped_at = done
         return True
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds, as plain containers."""
         return {
             "summed": None if self.summed is None else self.summed.cpu(),
@@ -129,7 +129,7 @@ class Readout:
             "mask": self._mask,
         }
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Restore what `memory` returned."""
-        self.summed, self.unchanged = memory["summed"], memory["unchanged"]
-        self.stopped_at, self._mask = memory["stopped_at"], memory["mask"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.summed, self.unchanged = state["summed"], state["unchanged"]
+        self.stopped_at, self._mask = state["stopped_at"], state["mask"]

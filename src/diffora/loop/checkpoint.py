@@ -2,7 +2,7 @@
 
 A checkpoint is written at the end of each epoch of Lightning: in a search a round, in fine-tuning what lies between two
 evaluations. Its name ends with the digest of its content, ``finetune-0003-1a2b3c4d5e6f.ckpt``, so damage is detected.
-It holds the trainable weights, the optimisers, the schedule, the random state of each process and the stage's memory
+It holds the trainable weights, the optimisers, the schedule, the random state of each process and the stage's state
 (history, best epoch, gamma trajectory). It does not hold the frozen backbone. The order of batches needs no state,
 because it depends only on seed and epoch (`diffora.loop.samplers`). A checkpoint also records what it was made with:
 settings, data and backbone (`diffora.digests.made_with`). Only a run with the same settings, data and backbone can
@@ -32,7 +32,7 @@ KEEP = 2
 """Undamaged checkpoints to keep of each stage."""
 PARTS = ("epoch", "global_step", "loops", "state_dict", "optimizer_states", "lr_schedulers", "diffora", "made_with")
 """Keys that a checkpoint must have."""
-OURS = ("rng", "elapsed", "memory")
+OURS = ("rng", "elapsed", "state")
 """Keys that its part ``diffora`` must have, which `diffora.loop.stage.Stage` writes."""
 
 
@@ -121,7 +121,7 @@ def check_content(content: Any) -> None:
         "epoch": type(content["epoch"]) is int and content["epoch"] >= 0,
         "elapsed": isinstance(ours["elapsed"], int | float),
         "rng": isinstance(ours["rng"], list) and bool(ours["rng"]),
-        "memory": isinstance(ours["memory"], dict),
+        "state": isinstance(ours["state"], dict),
         "made_with": _is_complete(content["made_with"]),
         "state_dict": isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
     }

@@ -38,7 +38,7 @@ class NonFiniteLoss(RuntimeError):
 class Stage(L.LightningModule):
     """Base class of search and fine-tuning: a backbone, and checkpoints that hold only the trainable weights.
 
-    A subclass defines the steps, and `memory` and `recall` for what its checkpoints hold besides weights.
+    A subclass defines the steps, and `state` and `load_state` for what its checkpoints hold besides weights.
 
     Args:
         model: the adapted backbone.
@@ -68,12 +68,12 @@ class Stage(L.LightningModule):
 
     # --- what a subclass defines ---
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights, as plain containers."""
         raise NotImplementedError
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Restore what `memory` returned."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
         raise NotImplementedError
 
     def over(self, epochs_done: int, epochs: int) -> bool:
@@ -165,7 +165,7 @@ class Stage(L.LightningModule):
         Returns:
             Whether the stage was finished.
         """
-        self.recall(checkpoint["diffora"]["memory"])
+        self.load_state(checkpoint["diffora"]["state"])
         if not self.over(checkpoint["epoch"] + 1, epochs):
             return False
         self.setup_names()
@@ -179,12 +179,12 @@ class Stage(L.LightningModule):
         if self.trainer.world_size > 1:
             states = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(states, rng_state())
-        checkpoint["diffora"] = {"rng": states, "elapsed": self.elapsed, "memory": self.memory()}
+        checkpoint["diffora"] = {"rng": states, "elapsed": self.elapsed, "state": self.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint["diffora"]
         self._restored = {name: len(checkpoint[name]) for name in ("optimizer_states", "lr_schedulers")}
-        self.recall(ours["memory"])
+        self.load_state(ours["state"])
         self.elapsed = ours["elapsed"]
         self._started = time.monotonic() - self.elapsed
         if len(ours["rng"]) == self.trainer.world_size:

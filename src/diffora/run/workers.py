@@ -65,7 +65,9 @@ def _replaced(owner: Any, name: str, error: type[Exception], shape: Callable[[Jo
 
 
 @contextmanager
-def told(folders: Iterable[Path], show: Callable[[str], None] = lambda line: print(line, flush=True)) -> Iterator[None]:
+def ended_runs_shown(
+    folders: Iterable[Path], show: Callable[[str], None] = lambda line: print(line, flush=True)
+) -> Iterator[None]:
     """Inside, show a line whenever runs of a sweep have ended: how many, and about how long the others will take.
 
     Args:

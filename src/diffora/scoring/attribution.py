@@ -98,12 +98,12 @@ class AttributionModule(SearchModule):
                 torch.distributed.all_reduce(total)
             self.scores = (total[:-1] / total[-1]).view(self.gamma.shape).cpu()
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"scores": getattr(self, "scores", None)}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        if memory["scores"] is not None:
-            self.scores = memory["scores"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if state["scores"] is not None:
+            self.scores = state["scores"]
 
 
 def _gradient(gates: Tensor, loss: Tensor) -> list[Tensor]:

@@ -380,12 +380,12 @@ class SearchModule(Stage):
             values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in present if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
-    def memory(self) -> dict[str, Any]:
-        return {"trajectory": self.trajectory, "readout": self.readout.memory()}
+    def state(self) -> dict[str, Any]:
+        return {"trajectory": self.trajectory, "readout": self.readout.state()}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.trajectory = [(at, rows) for at, rows in memory["trajectory"]]
-        self.readout.recall(memory["readout"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.trajectory = [(at, rows) for at, rows in state["trajectory"]]
+        self.readout.load_state(state["readout"])
 
     def over(self, epochs_done: int, epochs: int) -> bool:
         return self.readout.stopped_at is not None or super().over(epochs_done, epochs)

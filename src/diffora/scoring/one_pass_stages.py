@@ -50,11 +50,11 @@ class OnePassStage(Stage):
         """The task's mean loss of a batch, a scalar with a graph."""
         return self.task.loss(self.model(**self.task.inputs(batch)), batch)
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"scores": self.scores}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.scores = memory["scores"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.scores = state["scores"]
 
 
 class MeasureStage(OnePassStage):

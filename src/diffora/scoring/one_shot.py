@@ -185,11 +185,11 @@ class OneShotModule(SearchModule):
         present = torch.tensor([[layer is not None for layer in row] for row in self.layers])
         return fit_additive(torch.stack(masks)[:, present].numpy(), -np.array(self.losses))
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"losses": self.losses}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.losses = [float(loss) for loss in memory["losses"]]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.losses = [float(loss) for loss in state["losses"]]
 
 
 def chunks(masks: int) -> list[range]:

@@ -310,7 +310,7 @@ class FineTuneModule(Stage):
         }
         return {key: round(value, 6) for key, value in metrics.items()}
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "history": self.history,
             "best_state": self.best_state,
@@ -320,13 +320,13 @@ class FineTuneModule(Stage):
             "stepping": [self._stepping.seconds, self._stepping.batches],
         }
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.history, self.best_state = list(memory["history"]), dict(memory["best_state"])
-        self.best_classes = memory["best_classes"] and ClassResults(**memory["best_classes"])
-        self._finished = bool(memory["finished"])
-        self._stepping = StepClock(*memory.get("stepping", ()))
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.history, self.best_state = list(state["history"]), dict(state["best_state"])
+        self.best_classes = state["best_classes"] and ClassResults(**state["best_classes"])
+        self._finished = bool(state["finished"])
+        self._stepping = StepClock(*state.get("stepping", ()))
         self.check_state(self.best_state)
-        self.adaptation.load_state(memory["method"])
+        self.adaptation.load_state(state["method"])
 
 
 def _each_row_once(outputs: Outputs) -> Outputs:
