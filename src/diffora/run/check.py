@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -12,8 +11,11 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop import own
 from diffora.methods.base import Method
+from diffora.methods.diffora import DiffoRA
+from diffora.methods.random import Random
 from diffora.run.combinations import impossible
 from diffora.scoring.selectors import find_selector
+from diffora.scoring.warm_start import weights_file
 from diffora.settings.identity import plain
 from diffora.settings.read import Reading, known_part, read_sections, section_of
 from diffora.settings.sections import Settings
@@ -105,23 +107,24 @@ def _selector_problems(method: Method) -> list[str]:
     return []
 
 
-def _selection_problems(method: Any) -> list[str]:
-    """The mistakes in the selection files that a method names."""
-    problems = []
-    for key in ("selection", "like"):
-        file = getattr(method, key, None)
-        if not isinstance(file, str):
-            continue
-        if key == "like" and not Path(file).exists():  # in a sweep, another run makes it first
-            continue
-        try:
-            Selection.load(Path(file))
-        except UserError as error:
-            problems += [f"method.{key}: {problem}" for problem in error.problems]
-            continue
-        tensors = Path(file).with_suffix(".safetensors")
-        if getattr(method, "warm_start", False) and not tensors.is_file():
-            problems.append(
-                f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves"
-            )
-    return problems
+def _selection_problems(method: Method) -> list[str]:
+    """The mistakes in the selection file that a method names."""
+    if isinstance(method, DiffoRA) and isinstance(method.selection, str):
+        file = Path(method.selection)
+        tensors = weights_file(file)
+        if problems := _file_problems("method.selection", file):
+            return problems
+        if method.warm_start and not tensors.is_file():
+            return [f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves"]
+    if isinstance(method, Random) and method.like is not None and Path(method.like).exists():
+        return _file_problems("method.like", Path(method.like))  # in a sweep, another run makes it first
+    return []
+
+
+def _file_problems(key: str, file: Path) -> list[str]:
+    """The mistakes in a selection file."""
+    try:
+        Selection.load(file)
+    except UserError as error:
+        return [f"{key}: {problem}" for problem in error.problems]
+    return []

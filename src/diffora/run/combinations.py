@@ -10,6 +10,8 @@ from diffora.errors import called
 from diffora.loop.sharded import FSDP
 from diffora.loop.sharded import SELECTORS as SHARDED_SELECTORS
 from diffora.methods.base import Method
+from diffora.methods.diffora import DiffoRA
+from diffora.methods.selecting import Selecting
 from diffora.scoring.selectors import SELECTORS, trains
 from diffora.scoring.spectra import SPECTRA
 from diffora.settings.checks import show
@@ -97,8 +99,9 @@ def _search_only(settings: Settings) -> Iterator[str]:
         return
     if type(method).choose is Method.choose:
         yield f"search_only=true: method={method.name} selects no modules; method=diffora does"
-    if (given := getattr(method, "selection", None)) is not None:
-        yield f"search_only=true does not go with method.selection={show(given)}, which says what is selected"
+    if isinstance(method, DiffoRA) and method.selection is not None:
+        given = show(method.selection)
+        yield f"search_only=true does not go with method.selection={given}, which says what is selected"
     if settings.predict:
         yield "search_only=true does not go with predict=true, which needs a fine-tuned model"
 
@@ -138,7 +141,8 @@ def _quantised(settings: Settings) -> Iterator[str]:
 
 def _timing(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``method.time_from=measured``."""
-    if getattr(settings.method, "time_from", None) != "measured":
+    method = settings.method
+    if not isinstance(method, Selecting) or method.time_from != "measured":
         return
     t = settings.trainer
     several = t.strategy != "auto" if t.devices == "auto" else t.devices != 1

@@ -53,10 +53,9 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     backbone.check_outside_head(grid.modules)
     method.check(model, grid)
     step_time: dict[str, Any] = {}
-    if (budget := getattr(method, "time_budget", None)) is not None:
-        assert isinstance(method, Selecting)
+    if isinstance(method, Selecting) and method.time_budget is not None:
         meter = Counted(settings, method, task)
-        step_time = find_lowest(budget, meter, grid)
+        step_time = find_lowest(method.time_budget, meter, grid)
         grid = replace(grid, lowest_layer=step_time["lowest_layer"])
         method.check(model, grid)
     check_stages(settings, method, grid, None)

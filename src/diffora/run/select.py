@@ -26,6 +26,7 @@ from diffora.loop.parts import Parts
 from diffora.loop.process import is_main
 from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
+from diffora.methods.diffora import DiffoRA
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
@@ -193,9 +194,10 @@ def start_warm(parts: Parts, method: Method, found: Selected) -> None:
     Raises:
         UserError: the search of this selection left no A and B, or they have another rank.
     """
-    if found.selection is None or not getattr(method, "warm_start", False):
+    if found.selection is None or not isinstance(method, DiffoRA) or not method.warm_start:
         return
-    given = getattr(method, "selection", None)
+    given = method.selection
+    assert not isinstance(given, list)  # `DiffoRA.problems` refuses it
     file = weights_file(Path(given) if given else parts.folder / FILE)
     weights = load_weights(file) if found.weights is None else found.weights
     warm_start(parts.model, parts.grid, found.selection, weights, file)
