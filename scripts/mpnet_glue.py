@@ -5,8 +5,7 @@
     python scripts/mpnet_glue.py docs/results/data/mpnet_glue.json                      # the same without runs
 
 Differences from LoRA of rank 2 with the same α, and of DiffoRA from random selections, are paired over seeds, with
-Student's t. The papers' figures are those
-of the experiment's file: [D] Table 8, of RoBERTa-base.
+Student's t. The papers' figures are those of the experiment's file: [D] Table 8, of RoBERTa-base.
 """
 
 import sys
