@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import LongformerConfig, LongformerForSequenceClassification
 
+from diffora.core.grid import find_grid
 from diffora.scoring.criteria import (
     condition_number,
     counted_tokens,
@@ -19,6 +21,7 @@ from diffora.scoring.criteria import (
     square_sums,
     weight_times_activation,
 )
+from diffora.scoring.measures import MEASURES
 
 NAN, INF = float("nan"), float("inf")
 
@@ -74,6 +77,19 @@ def test_tokens_x_rows_are_counted_as_rows_x_tokens():
     mask = torch.arange(12).view(3, 4) % 4 < 3
     counted = counted_tokens(torch.zeros(4, 3, 5), {"attention_mask": mask})
     assert counted.equal(mask.T)
+
+
+@pytest.mark.parametrize("criterion", ["activation", "plop"])
+def test_the_padding_that_longformer_adds_does_not_count(criterion):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LongformerConfig(vocab_size=50, attention_window=8, **shape)
+    torch.manual_seed(0)
+    model = LongformerForSequenceClassification(config).eval()
+    measure = MEASURES[criterion](model, find_grid(model, candidates=["attention.self.query", "output.dense"]))
+    mask = torch.tensor([[1] * 11, [1] * 6 + [0] * 5])
+    batch = {"input_ids": torch.randint(5, 50, (2, 11)), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    sums = measure.of(batch, lambda batch: model(**batch).loss)
+    assert [int(count) for count in sums[len(sums) // 2 :]] == [17] * 4
 
 
 def test_the_mean_square_of_a_gradient():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffora.core.parts import part_of
@@ -80,6 +81,17 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -
         if x.shape[:-1] == rows[::-1]:  # XLNet reads tokens x rows
             return mask.reshape(rows).T
     return torch.ones(x.shape[:-1], device=x.device)
+
+
+def as_read(mask: Tensor, config: Any) -> Tensor:
+    """An attention mask (..., tokens) as wide as the model's layers read it.
+
+    Longformer and LED pad their input on the right, to a multiple of ``config.attention_window``.
+    """
+    window = getattr(config, "attention_window", None)
+    if window is None or not mask.dim():
+        return mask
+    return F.pad(mask, (0, -mask.shape[-1] % (window if isinstance(window, int) else max(window))))
 
 
 def weight_times_activation(weight: Tensor, mean_square: Tensor) -> Tensor:

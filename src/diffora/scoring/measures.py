@@ -17,6 +17,7 @@ from diffora.core.grid import Grid, laid_out
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
 from diffora.scoring.criteria import (
+    as_read,
     counted_tokens,
     direction_norm,
     gradient_norm,
@@ -139,7 +140,9 @@ class _OfInputs(Measure):
     def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
         names = dict(zip(self.modules, self.grid.modules, strict=True))
         targets = {module: reads_targets(name, self.model) for module, name in names.items()}
-        fields = batch if hasattr(batch, "get") else {}
+        fields = dict(batch) if hasattr(batch, "get") else {}
+        if fields.get("attention_mask") is not None:
+            fields["attention_mask"] = as_read(fields["attention_mask"], getattr(self.model, "config", None))
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -197,7 +197,7 @@ def search(
         train_loader: batches for A, B and the head: a `DataLoader`, a list, or anything else that can be iterated over
             again. A round is one pass over it.
         valid_loader: batches for Γ, of other rows of the *training* data. None: ``train_loader`` is divided into two
-            halves at random, and a line says so.
+            halves at random, and a line says so. Rows are not compared: one that occurs twice may be in both halves.
         loss: ``loss(model, batch)``, a scalar; the batch is on the model's device. None: ``model(**batch).loss``.
         rounds: passes over ``train_loader``.
         k: modules to select in each layer; None for half of them.
