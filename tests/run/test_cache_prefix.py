@@ -1,6 +1,7 @@
 """``trainer.cache_prefix=true`` in runs: the same results as without it, fewer computed layers, and refusals."""
 
 import json
+import pkgutil
 import shutil
 
 import pytest
@@ -187,21 +188,31 @@ def test_a_time_budget_limits_the_search_to_the_layers_that_it_allows(cfg, tmp_p
         assert scores[:2].std() == 0  # not searched
 
 
-def test_a_stopped_run_continues_to_the_same_result(cfg, tmp_path):
-    from diffora.training.finetune import FineTuneModule
-
+@pytest.mark.parametrize(
+    "place",
+    [
+        "diffora.run.select.write_search",
+        "diffora.training.finetune.FineTuneModule.on_save_checkpoint",
+        "diffora.run.experiment.write_classes",
+    ],
+)
+def test_a_killed_run_continues_to_the_same_result(cfg, tmp_path, place):
+    """Killed at the end of the search, in the second checkpoint of fine-tuning, and after fine-tuning."""
     more = [*TINY, "method=diffora", "search.epochs=1", "search.batch_size=4"]
     more += ["method.time_budget=0.75", "finetune.epochs=3", CACHED]
     whole = run(cfg(*more), tmp_path / "whole")
-    saved = FineTuneModule.on_save_checkpoint
+    function, times = pkgutil.resolve_name(place), 2 if "FineTune" in place else 1
 
-    def stop(module, checkpoint):
-        saved(module, checkpoint)
-        if module.current_epoch == 1:
+    def stop(*given):
+        nonlocal times
+        times -= 1
+        if times == 0:
             raise KeyboardInterrupt
+        return function(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FineTuneModule, "on_save_checkpoint", stop)
+        patch.setattr(place, stop)
+        patch.setattr("diffora.run.directory._record_failure", lambda *_: None)  # a killed process writes nothing
         with pytest.raises((KeyboardInterrupt, UserError)):
             run(cfg(*more), tmp_path / "run")
     shutil.rmtree(tmp_path / "cache" / "prefix")

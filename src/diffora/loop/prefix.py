@@ -76,6 +76,16 @@ class CachedPrefix:
     def __exit__(self, *error: object) -> None:
         self._installed.close()
 
+    @property
+    def noted(self) -> dict[str, Any] | None:
+        """The facts about this stage's prefix; None before they are known, and if nothing is cached."""
+        return self.parts.prefix.get(self.stage)
+
+    def note(self, facts: dict[str, Any] | None) -> None:
+        """Give the facts about this stage's prefix to the record."""
+        if facts is not None:
+            self.parts.prefix[self.stage] = facts
+
     def given(self, split: str, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Inside, the layers return the cached states of a batch; they compute them if the split is not cached."""
         if self._prefix is None or split not in self.states:
@@ -108,8 +118,8 @@ class CachedPrefix:
             model.train(training)
         self._prefix = prefix
         self._installed.enter_context(prefix.installed())
-        facts = {"layers": lowest, "of": len(members), "bytes": needed, "seconds": round(time.monotonic() - began, 3)}
-        self.parts.prefix[self.stage] = facts
+        seconds = round(time.monotonic() - began, 3)
+        self.note({"layers": lowest, "of": len(members), "bytes": needed, "seconds": seconds})
 
     def _compute(self, prefix: Prefix, members: list[nn.Module]) -> int:
         """Make or open the files. Returns their size in bytes."""

@@ -171,6 +171,8 @@ class Stage(L.LightningModule):
         self.setup_names()
         self.load_trainable(checkpoint["state_dict"])
         self.elapsed = checkpoint["diffora"]["elapsed"]
+        if self.prefix is not None:
+            self.prefix.note(checkpoint["diffora"].get("prefix"))
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -180,6 +182,8 @@ class Stage(L.LightningModule):
             states = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(states, rng_state())
         checkpoint["diffora"] = {"rng": states, "elapsed": self.elapsed, "state": self.state()}
+        if self.prefix is not None:
+            checkpoint["diffora"]["prefix"] = self.prefix.noted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint["diffora"]

@@ -248,6 +248,8 @@ def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) 
     failed = True
     try:
         found = select(parts, method, loggers)
+        if parts.prefix and is_main():
+            write_record(folder, record)  # a run that goes on after a kill reads the search's part there
         if found.selection is not None:
             record["selection"] = {"file": "selection.json", **found.selection.summary()}
             if record["step_time"]:
