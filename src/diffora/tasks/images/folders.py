@@ -35,8 +35,8 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
     labels: list[int] = []
     named = class_folders(folder)
     for name in named:
-        files = list(_files_below(folder / name))
-        found = _images_among(files, folder, account, problems)
+        entries = list(_files_below(folder / name))
+        found = _images_among(entries, folder, account, problems)
         if name not in classes:
             close = known_classes(name, classes)
             hint = f"; is it {close}?" if close else ""
@@ -45,7 +45,7 @@ def read_folder(folder: Path, classes: Sequence[str], labelled: bool, problems: 
             )
             continue
         if not found:
-            present = some(sorted(file.name for file in files)) or "nothing"
+            present = some(sorted(file.name for file in entries)) or "nothing"
             problems.append(
                 f"{folder / name}: no file has the extension of an image that Pillow can read; found {present}."
             )
