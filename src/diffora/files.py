@@ -225,10 +225,10 @@ def check_writable(folder: Path) -> None:
         WriteError: files cannot be written there.
     """
     folder = Path(folder)
-    present = folder.absolute()
-    while not os.path.lexists(present):
-        present = present.parent
-    scratch = present / f".probe.{os.getpid()}-{_host()}.part"
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    scratch = existing / f".probe.{os.getpid()}-{_host()}.part"
     try:
         _create(scratch)
         with open(scratch, "wb") as file:

@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LongformerConfig, LongformerForSequenceClassification
+from transformers import (
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+)
 
 from diffora.core.grid import find_grid
 from diffora.scoring.criteria import (
@@ -90,6 +95,26 @@ def test_the_padding_that_longformer_adds_does_not_count(criterion):
     batch = {"input_ids": torch.randint(5, 50, (2, 11)), "attention_mask": mask, "labels": torch.tensor([0, 1])}
     sums = measure.of(batch, lambda batch: model(**batch).loss)
     assert [int(count) for count in sums[len(sums) // 2 :]] == [17] * 4
+
+
+def test_leds_encoder_pads_and_what_its_decoder_reads_of_it_is_not_padded():
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LEDForConditionalGeneration(LEDConfig(vocab_size=50, attention_window=8, **shape, **heads)).eval()
+    mask = torch.tensor([[1] * 11, [1] * 6 + [0] * 5])
+    batch = {
+        "input_ids": torch.randint(5, 50, (2, 11)),
+        "attention_mask": mask,
+        "labels": torch.tensor([[7, 8, 2]] * 2),
+    }
+    read = {}
+    for name, module in model.named_modules():
+        if name.endswith(("encoder.layers.0.fc1", "encoder_attn.k_proj", "self_attn.longformer_self_attn.query")):
+            module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
+    model(**batch)
+    counted = [int((counted_tokens(x, batch, config=model.config) != 0).sum()) for x in read.values()]
+    assert len({x.shape for x in read.values()}) == 3 and counted == [17] * 3
 
 
 def test_the_mean_square_of_a_gradient():

@@ -67,7 +67,7 @@ def choose(
     Raises:
         ValueError: the budget is too small for any selection.
     """
-    scores = scores.masked_fill(~_there(shapes).to(scores.device), float("nan"))
+    scores = scores.masked_fill(~_present(shapes).to(scores.device), float("nan"))
     if scope == "global":
         scores = comparable(scores, sizes_of(shapes))
     wanted = modules_per_layer(rho, n_modules(shapes))
@@ -94,7 +94,7 @@ def choose(
     return Choice(mask, k, min(allowed, width), rank_at_width=allowed > width)
 
 
-def _there(shapes: Shapes) -> Tensor:
+def _present(shapes: Shapes) -> Tensor:
     return torch.tensor([[shape is not None for shape in row] for row in shapes], dtype=torch.bool)
 
 
@@ -128,7 +128,7 @@ def draw_of_same_size(
     """
     generator = torch.Generator().manual_seed(seed)
     rows = mask if scope == "layer" else mask.view(1, -1)
-    present = _there(shapes).view(rows.shape)
+    present = _present(shapes).view(rows.shape)
 
     def shuffled(flags: Tensor) -> Tensor:
         return flags.gather(-1, torch.rand(flags.shape, generator=generator).argsort(dim=-1))
@@ -169,7 +169,7 @@ def draw_of_same_types(shapes: Shapes, mask: Tensor, seed: int) -> Tensor | None
         mask: boolean L x N.
     """
     generator = torch.Generator().manual_seed(seed)
-    present = _there(shapes)
+    present = _present(shapes)
     if all(mask[places, column].all() or not mask[places, column].any() for column, places in enumerate(present.T)):
         return None
     drawn = mask

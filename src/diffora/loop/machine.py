@@ -49,10 +49,10 @@ def found_devices(accelerator: str) -> int:
 def _process_problems(environment: Mapping[str, str], accelerator: str, devices: object) -> Iterator[str]:
     """A message if this process has no device of its own: the n-th process of a machine gets its n-th device."""
     number = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
-    present = found_devices(accelerator)
-    if devices != "auto" or not number.isdecimal() or int(number) < present:
+    found = found_devices(accelerator)
+    if devices != "auto" or not number.isdecimal() or int(number) < found:
         return
-    said = f"trainer.devices=auto finds {present} here, and this is process {int(number) + 1} of this machine"
+    said = f"trainer.devices=auto finds {found} here, and this is process {int(number) + 1} of this machine"
     if torch.cuda.device_count() and accelerator != "cpu":
         yield (
             f"{said}: start one process for each GPU, and let each of them see all GPUs of its machine (in SLURM "
@@ -85,8 +85,8 @@ def _device_problems(accelerator: str, devices: int | str, strategy: str, precis
     # Allow two processes even on one core, so that trainer=ddp_cpu can be tried anywhere.
     most = max(os.cpu_count() or 1, 2) if on_cpu else gpus if accelerator != "mps" and gpus else 1
     if isinstance(devices, int) and devices > most:
-        present = f"this machine has {os.cpu_count()} CPU cores" if on_cpu else f"this machine has {most} of them"
-        problems.append(f"trainer.devices={devices} must be at most {most}: {present}")
+        has = f"this machine has {os.cpu_count()} CPU cores" if on_cpu else f"this machine has {most} of them"
+        problems.append(f"trainer.devices={devices} must be at most {most}: {has}")
     if problems:
         return tuple(problems)
     try:

@@ -13,7 +13,7 @@ from diffora.loop import own
 from diffora.methods.base import Method
 from diffora.methods.diffora import DiffoRA
 from diffora.methods.random import Random
-from diffora.run.combinations import impossible
+from diffora.run.conflicts import conflicts
 from diffora.scoring.selectors import find_selector
 from diffora.scoring.warm_start import weights_file
 from diffora.settings.identity import plain
@@ -53,7 +53,7 @@ def check(cfg: DictConfig) -> tuple[Settings, Task]:
         raise UserError(list(reading.own_mistakes().values()))
     assert method is not None and task is not None
     settings = Settings(**sections, method=method, task=task.cfg, composed=plain(cfg))
-    if problems := list(impossible(settings)):
+    if problems := list(conflicts(settings)):
         raise UserError(problems)
     return settings, task
 

@@ -163,11 +163,11 @@ def _line(override: Override, value: str) -> str:
     return f"{override.get_key_element()}={value}"
 
 
-def _chosen(override: Override, present: dict[str, Any]) -> list[Any]:
+def _chosen(override: Override, known: dict[str, Any]) -> list[Any]:
     names = [_plain(value) for value in values(override)]
-    if unknown := [name for name in names if name not in present]:
-        raise UserError(f"{override.key_or_group}={', '.join(unknown)} is not one of: {'; '.join(present)}")
-    return [present[name] for name in names]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{override.key_or_group}={', '.join(unknown)} is not one of: {'; '.join(known)}")
+    return [known[name] for name in names]
 
 
 def _plain(value: str) -> str:

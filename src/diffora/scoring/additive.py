@@ -53,8 +53,8 @@ def fit_additive(masks: np.ndarray, values: np.ndarray) -> Additive:
     y = values - values[0]  # equal values then give exactly 0
     n, mean_x, mean_y = len(y), x.mean(0), y.mean()
     u, d, vt = np.linalg.svd(x - mean_x, full_matrices=False)
-    present = d > d[0] * 1e-10
-    u, d, vt = u[:, present], d[present], vt[present]
+    nonzero = d > d[0] * 1e-10
+    u, d, vt = u[:, nonzero], d[nonzero], vt[nonzero]
     along = u.T @ (y - mean_y)
 
     def left_out(ridge: float) -> np.ndarray:

@@ -376,8 +376,8 @@ class SearchModule(Stage):
         if not math.isnan(valid):
             values["search/valid_loss"] = valid
         for i, row in enumerate(gamma_bar.tolist()):
-            present = zip(self.types, row, self.layers[i], strict=True)
-            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in present if layer is not None}
+            gates = zip(self.types, row, self.layers[i], strict=True)
+            values |= {f"gamma_bar/layer{i:02d}/{name}": gate for name, gate, layer in gates if layer is not None}
         self.log_dict(values, rank_zero_only=True)
 
     def state(self) -> dict[str, Any]:

@@ -58,13 +58,14 @@ def reads_targets(name: str, model: nn.Module) -> bool:
     return any("encoder" in other.split(".") for other, _ in model.named_modules())
 
 
-def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -> Tensor:
+def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, config: Any = None) -> Tensor:
     """Which tokens of a module's input count: all but padding, as far as the batch says where padding is.
 
     Args:
         x: the input (..., in).
         batch: may have an ``attention_mask``, and for an encoder-decoder ``labels`` of one entry per target token.
         targets: whether the module reads the targets (`reads_targets`).
+        config: the model's transformers configuration, for `as_padded`.
 
     Returns:
         One entry for each token of ``x``, 0 for one that does not count.
@@ -72,8 +73,8 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -
     labels: Tensor | None = batch.get("labels")
     if targets and labels is not None and labels.shape == x.shape[:-1]:
         return labels != IGNORED
-    mask: Tensor | None = batch.get("attention_mask")
-    if mask is not None and mask.dim():
+    given: Tensor | None = batch.get("attention_mask")
+    for mask in () if given is None or not given.dim() else (given, as_padded(given, config)):
         # rows of several choices are read as one batch of sequences, and some layers read all tokens as one list
         rows = mask.shape[:-1].numel(), mask.shape[-1]
         if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)):
@@ -83,13 +84,13 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False) -
     return torch.ones(x.shape[:-1], device=x.device)
 
 
-def as_read(mask: Tensor, config: Any) -> Tensor:
-    """An attention mask (..., tokens) as wide as the model's layers read it.
+def as_padded(mask: Tensor, config: Any) -> Tensor:
+    """An attention mask (..., tokens), padded as Longformer and the encoder of LED pad their input.
 
-    Longformer and LED pad their input on the right, to a multiple of ``config.attention_window``.
+    They pad on the right, to a multiple of ``config.attention_window``. For other models the mask stays as it is.
     """
     window = getattr(config, "attention_window", None)
-    if window is None or not mask.dim():
+    if window is None:
         return mask
     return F.pad(mask, (0, -mask.shape[-1] % (window if isinstance(window, int) else max(window))))
 

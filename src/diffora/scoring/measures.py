@@ -17,7 +17,6 @@ from diffora.core.grid import Grid, laid_out
 from diffora.core.linear import weight_of
 from diffora.errors import UserError
 from diffora.scoring.criteria import (
-    as_read,
     counted_tokens,
     direction_norm,
     gradient_norm,
@@ -140,9 +139,7 @@ class _OfInputs(Measure):
     def of(self, batch: Any, loss: Callable[[Any], Tensor], share: float = 1.0) -> list[Tensor]:
         names = dict(zip(self.modules, self.grid.modules, strict=True))
         targets = {module: reads_targets(name, self.model) for module, name in names.items()}
-        fields = dict(batch) if hasattr(batch, "get") else {}
-        if fields.get("attention_mask") is not None:
-            fields["attention_mask"] = as_read(fields["attention_mask"], getattr(self.model, "config", None))
+        fields, config = batch if hasattr(batch, "get") else {}, getattr(self.model, "config", None)
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -150,7 +147,7 @@ class _OfInputs(Measure):
             if module not in found:
                 x = args[0]
                 with torch.autocast(x.device.type, enabled=False):
-                    found[module] = self.sums_of(module, x, counted_tokens(x, fields, targets[module]))
+                    found[module] = self.sums_of(module, x, counted_tokens(x, fields, targets[module], config))
 
         hooks = [module.register_forward_pre_hook(note) for module in self.modules]
         try:

@@ -143,8 +143,8 @@ To generate, write the conversation as in training:
             tables, source = hub_tables(c, names, self.accounts), c.hub
         else:
             folder = self._folder()
-            present = has_validation(folder, ("jsonl", "parquet"))
-            splits = ("train", "validation") if present else ("train",)
+            own = has_validation(folder, ("jsonl", "parquet"))
+            splits = ("train", "validation") if own else ("train",)
             tables, source = file_tables(folder, splits, self.accounts), c.path
         if c.max_characters is not None:
             tables["train"] = self._short(tables["train"])

@@ -140,8 +140,8 @@ class OwnRowsTask(Task):
     def _sources(self, split: str, notes: list[str], problems: list[str]) -> list[Records]:
         """The files of a split, or its rows on the hub; empty, with a message in ``problems``, if it cannot be read."""
         if self.place.is_hub:
-            present = self.place.hub_split(split, problems)
-            return [] if present is None else [hub_records(*present)]
+            of_hub = self.place.hub_split(split, problems)
+            return [] if of_hub is None else [hub_records(*of_hub)]
         files, found = self.place.files(split, problems), []
         for file in files:
             try:

@@ -89,8 +89,8 @@ class Seq2SeqTask(PairTask):
         """The checked rows of a split; None, and messages in ``problems``, if something is wrong."""
         labelled = split in ("train", "validation")
         if self.place.is_hub:
-            present = self.place.hub_split(split, problems)
-            return read_hub_split(*present, self.columns, labelled, problems) if present else None
+            found = self.place.hub_split(split, problems)
+            return read_hub_split(*found, self.columns, labelled, problems) if found else None
         files = self.place.files(split, problems)
         return read_files(files, self.columns, labelled, problems) if files else None
 

@@ -160,9 +160,9 @@ class _Checker:
             places = (start + shift for shift in SHIFTS)
             place = next((at for at in places if at >= 0 and context.startswith(text, at)), None)
             if place is None:
-                present, elsewhere = context[start : start + len(text)][:40], context.find(text)
+                here, elsewhere = context[start : start + len(text)][:40], context.find(text)
                 where = f"it is at {elsewhere}" if elsewhere >= 0 else "it is nowhere in the context"
-                self._fault("answers", text, "is not at", f" answer_start {start}, where {present!r} is; {where}")
+                self._fault("answers", text, "is not at", f" answer_start {start}, where {here!r} is; {where}")
             elif place != start:
                 self._moved.append(self.number)
             found.append(start if place is None else place)

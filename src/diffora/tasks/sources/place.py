@@ -113,8 +113,8 @@ class Place:
         if name != "validation":
             raise UserError(no_split(self.path, self.subset, name, self._on_hub))
         if others:
-            present = others[0]
-            raise UserError(f"{self.path} has no split 'validation', but '{present}': task.validation_split={present}")
+            other = others[0]
+            raise UserError(f"{self.path} has no split 'validation', but '{other}': task.validation_split={other}")
         return False
 
     def default_splits(self, other_data: bool) -> tuple[str, ...]:

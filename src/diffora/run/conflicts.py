@@ -18,7 +18,7 @@ from diffora.settings.checks import show
 from diffora.settings.sections import Settings
 
 
-def impossible(settings: Settings) -> Iterator[str]:
+def conflicts(settings: Settings) -> Iterator[str]:
     """One message for each rule that the settings break."""
     for rule in RULES:
         yield from rule(settings)
@@ -161,7 +161,7 @@ def _timing(settings: Settings) -> Iterator[str]:
 def _prefix(settings: Settings) -> Iterator[str]:
     """The settings that do not go with ``trainer.cache_prefix=true``."""
     t = settings.trainer
-    if t.cache_prefix and (t.devices != 1 or t.num_nodes != 1 or t.strategy == "fsdp"):
+    if t.cache_prefix and (t.devices != 1 or t.num_nodes != 1 or t.strategy == FSDP):
         nodes = "" if t.num_nodes == 1 else f" trainer.num_nodes={t.num_nodes}"
         yield (
             f"trainer.cache_prefix=true does not go with trainer.devices={t.devices}{nodes} "
