@@ -66,7 +66,6 @@ def main() -> None:
         "task": given.task,
         "backbone": given.name,
         "epochs": given.epochs,
-        "seeds": given.seeds,
         "more": given.more,
         "unit": unit,
         "arms": ARMS,

@@ -109,7 +109,6 @@ def main() -> None:
             "backbone": given.name if real else "the embedded tiny DeBERTa",
             "layers": n_layers,
             "epochs": given.epochs,
-            "seeds": given.seeds,
             "more": given.more,
             "arms": chosen,
         }
