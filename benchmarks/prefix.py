@@ -1,6 +1,7 @@
 """Whole runs with LoRA in the upper layers and a cached prefix, beside LoRA on all layers with as many parameters.
 
     python -m benchmarks.prefix --data <MRPC> --model <MiniLM> [--seeds 0 1 2] [--epochs 14] [--arms …] [--output FILE]
+    python -m benchmarks.prefix … --seeds 3 --add      # adds a seed to the output file
 
 The arms: LoRA of rank 2 on all candidate modules of all layers (`all`), of the top half and of the top third of the
 layers with the rank that gives as many parameters, and the same with ``trainer.cache_prefix=true``. For each seed,
@@ -14,6 +15,7 @@ Writes benchmarks/results/prefix.json after each run, and prints a table.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +74,22 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
     return found
 
 
+def check_addable(earlier: Mapping[str, Any], result: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Exit unless runs of these seeds can be added to an earlier result: same settings and processor, other seeds."""
+    known = {run["seed"] for own in earlier["runs"].values() for run in own}
+    same = earlier["settings"] == result["settings"] and earlier["machine"]["cpu"] == result["machine"]["cpu"]
+    if not same or known & set(seeds):
+        sys.exit("error: --add needs other seeds, with the same settings and processor as the runs in the output file")
+
+
+def added(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier result with the runs of a later one, and when and at which load these were measured."""
+    runs = {name: [*own, *later["runs"][name]] for name, own in earlier["runs"].items()}
+    facts = {"seeds": sorted({run["seed"] for own in later["runs"].values() for run in own})}
+    facts |= {key: later[key] for key in ("commit", "date")} | {"load_before": later["machine"]["load_before"]}
+    return {**earlier, "arms": summary(runs), "runs": runs, "added": [*earlier.get("added", []), facts]}
+
+
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     heads = f"{'run / all':>11}{'quartiles':>15}{'tuning / all':>14}{'accuracy':>17}{'F1':>8}"
     print(f"\n{'arm':<14}{'parameters':>11}{heads}")
@@ -94,6 +112,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=UPPER, default=UPPER, help="beside `all`; default: all of them")
     parser.add_argument("--more", nargs="*", default=[], help="more overrides for all runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "prefix.json")
+    parser.add_argument("--add", action="store_true", help="add to the runs that the output file has")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         real = given.data is not None and given.model is not None
@@ -114,11 +133,16 @@ def main() -> None:
         }
         result: dict[str, Any] = header() | {"settings": settings}
 
-        def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
-            write(given.output, result | {"arms": summary(runs), "runs": runs})
+        earlier = json.loads(given.output.read_text()) if given.add else None
+        if earlier is not None:
+            check_addable(earlier, result, given.seeds)
 
-        runs = measure(common, chosen, given.seeds, one_run, keep)
-    show(summary(runs))
+        def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
+            later = result | {"arms": summary(runs), "runs": runs}
+            write(given.output, later if earlier is None else added(earlier, later))
+
+        measure(common, chosen, given.seeds, one_run, keep)
+    show(json.loads(given.output.read_text())["arms"])
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import diffora
 from benchmarks.common import ALPHA, Contender, Shape, fill, interleave, lora, own
 from benchmarks.report import RESULTS, header, ratio, spread, write
 from diffora.core.attach import attach
-from diffora.core.choose import choose, random_scores
+from diffora.core.choose import choose
 from diffora.core.counts import adapter_parameters
+from diffora.core.draws import random_scores
 from diffora.core.selection import Selection
 from diffora.core.steptime import operations
 from diffora.kernels.dropout import use_cheap_dropout

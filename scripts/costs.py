@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffora.backbones.meta import meta_backbone
 from diffora.backbones.precision import AUTOCAST
 from diffora.core.attach import attach
-from diffora.core.choose import random_scores
+from diffora.core.draws import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import set_kernel
 from diffora.places import conf_dir

@@ -20,7 +20,8 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search
-from diffora.standalone.search import Bilevel, SearchSettings
+from diffora.standalone.bilevel import Bilevel
+from diffora.standalone.settings import SearchSettings
 
 
 @pytest.fixture(params=CASES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffora import attach, search, select
 from diffora.core.attach import detach
-from diffora.core.choose import choose, draw_of_same_size
+from diffora.core.choose import choose
 from diffora.core.counts import (
     adapter_parameters,
     expected_adapter_parameters,
@@ -21,6 +21,7 @@ from diffora.core.counts import (
     largest_prefix,
 )
 from diffora.core.dam import comparable, discretise, discretise_globally, entropy, initial_gamma, relax
+from diffora.core.draws import draw_of_same_size
 from diffora.core.grid import find_grid, laid_out
 from diffora.core.parts import block_of, part_of, path_of, short_names
 from diffora.core.selection import Selection

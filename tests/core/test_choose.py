@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from diffora.core.choose import choose, random_scores
+from diffora.core.choose import choose
 from diffora.core.counts import adapter_parameters
 from diffora.core.dam import discretise, discretise_globally
+from diffora.core.draws import random_scores
 
 SHAPES = [[(8, 8), (8, 8), (8, 32)]] * 2
 SCORES = torch.tensor([[0.3, 0.1, 0.6], [0.9, 0.8, 0.7]])

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from diffora.adapters.origin import Origin
 from diffora.api import load_adapter
 from diffora.backbones.backbone import Backbone
-from diffora.core.choose import random_scores
+from diffora.core.draws import random_scores
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError

@@ -8,8 +8,8 @@ import torch
 from conftest import TYPES
 from torch import nn
 
-from diffora.core.choose import draw_of_same_size, draw_of_same_types
 from diffora.core.counts import adapter_parameters
+from diffora.core.draws import draw_of_same_size, draw_of_same_types
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -42,7 +42,7 @@ def test_with_global_scope_layers_may_have_different_numbers_of_modules():
 
 def test_if_no_draw_has_the_same_size_modules_are_exchanged_for_equal_ones(monkeypatch):
     """If three types are selected in every layer, they have no shared pairs. Most other selections need such pairs."""
-    monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
+    monkeypatch.setattr("diffora.core.draws.DRAWS", 50)
     shapes = [[SMALL, SMALL, SMALL, SMALL, LARGE, LARGE]] * 12
     mask = torch.tensor([[True, True, True, False, False, False]] * 12)
     drawn = [draw_of_same_size(shapes, mask, "layer", 4, 2, seed) for seed in range(5)]
@@ -53,7 +53,7 @@ def test_if_no_draw_has_the_same_size_modules_are_exchanged_for_equal_ones(monke
 
 
 def test_a_selection_that_is_the_only_one_of_its_size_gives_none(monkeypatch):
-    monkeypatch.setattr("diffora.core.choose.DRAWS", 50)
+    monkeypatch.setattr("diffora.core.draws.DRAWS", 50)
     shapes = [[SMALL, LARGE]] * 8
     assert draw_of_same_size(shapes, torch.tensor([[False, True]] * 8), "layer", 4, None, 1) is None
 

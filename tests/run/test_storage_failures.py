@@ -143,6 +143,6 @@ def test_a_file_system_without_locks_gives_a_warning(cfg, tmp_path, monkeypatch,
 def test_evaluation_reports_an_unwritable_folder_before_it_loads_anything(cfg, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.delattr(evaluate, "get_task")
-    request = evaluate.Request(cfg(*SHORT_LORA), tmp_path, None, tmp_path / "file" / "out", 8)
+    request = evaluate.EvaluationRequest(cfg(*SHORT_LORA), tmp_path, None, tmp_path / "file" / "out", 8)
     with pytest.raises(WriteError, match="a part of this path is a file"):
         evaluate.evaluate(request)

@@ -63,7 +63,8 @@ def test_shares_add_up_to_the_effect_of_all_adapters(make):
 
     def loss(gate):
         with torch.no_grad():
-            return sum(module._loss(batch_of(4, seed=v), torch.full((2, 6), gate).double()).item() for v in (1, 2)) / 2
+            gates = torch.full((2, 6), gate).double()
+            return sum(module.batch_loss(batch_of(4, seed=v), gates).item() for v in (1, 2)) / 2
 
     total = loss(0.0) - loss(1.0)
     assert abs(total) > 1e-2
@@ -82,7 +83,7 @@ def test_a_share_is_the_integral_of_the_gates_derivative(make):
             gates = torch.full((2, 6), k / n).double()
             gates[i, j] += sign * eps
             with torch.no_grad():
-                losses.append(sum(module._loss(batch_of(4, seed=v), gates).item() for v in (1, 2)) / 2)
+                losses.append(sum(module.batch_loss(batch_of(4, seed=v), gates).item() for v in (1, 2)) / 2)
         slopes.append((losses[0] - losses[1]) / (2 * eps))
     integral = (sum(slopes) - (slopes[0] + slopes[-1]) / 2) / n
     assert abs(integral) > 1e-4

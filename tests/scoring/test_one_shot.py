@@ -181,13 +181,13 @@ def test_a_module_with_gate_zero_adds_exactly_nothing_and_gets_exactly_no_gradie
     ]
     on = [x for row in module.layers for x in row if x not in off]
     batch = batch_of(4)
-    loss = module._loss(batch, gates)
+    loss = module.batch_loss(batch, gates)
     zero = torch.autograd.grad(loss, [p for x in off for p in (x.lora_a, x.lora_bt)], retain_graph=True)
     some = torch.autograd.grad(loss, [p for x in on for p in (x.lora_a, x.lora_bt)])
     assert len(off) == 6 and all(not g.any() for g in zero) and all(g.any() for g in some)
     for layer in off:  # whatever is in a module that is off
         nn.init.normal_(layer.lora_a, std=9.0)
-    assert torch.equal(module._loss(batch, gates), loss)
+    assert torch.equal(module.batch_loss(batch, gates), loss)
 
 
 def test_a_step_moves_the_head_and_the_selected_modules_only(make):

@@ -77,8 +77,8 @@ def test_gradient_of_gamma_through_the_transformer(make):
     with torch.no_grad():
         module.gamma.normal_()
     valid = batch_of(4)
-    _, (grad,) = module._gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
-    numeric = numeric_gradient(lambda: module._loss(valid, module.gamma), module.gamma)
+    _, (grad,) = module.gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
+    numeric = numeric_gradient(lambda: module.batch_loss(valid, module.gamma), module.gamma)
     assert max(abs(v) for v in numeric.values()) > 1e-4
     torch.testing.assert_close(grad.view(-1), torch.tensor(list(numeric.values())).double(), rtol=1e-5, atol=1e-9)
 
@@ -86,14 +86,14 @@ def test_gradient_of_gamma_through_the_transformer(make):
 def test_gradients_of_a_b_and_head_through_the_transformer(make):
     module = make(torch.float64)
     train = batch_of(4)
-    loss = module._loss(train, module.gamma.detach())
+    loss = module.batch_loss(train, module.gamma.detach())
     grads = torch.autograd.grad(loss, module.weights, allow_unused=True)
     checked = 0
     for parameter, grad in zip(module.weights, grads, strict=True):
         if grad is None:
             continue
         entries = range(0, parameter.numel(), max(1, parameter.numel() // 4))
-        numeric = numeric_gradient(lambda: module._loss(train, module.gamma.detach()), parameter, entries=entries)
+        numeric = numeric_gradient(lambda: module.batch_loss(train, module.gamma.detach()), parameter, entries=entries)
         for i, value in numeric.items():
             assert grad.reshape(-1)[i].item() == pytest.approx(value, rel=1e-4, abs=1e-8)
             checked += 1
@@ -106,23 +106,23 @@ def test_second_order_gradient_against_finite_differences_of_the_stepped_loss(ma
     with torch.no_grad():
         module.gamma.normal_()
     train, valid = batch_of(4, seed=1), batch_of(4, seed=2)
-    _, (exact,) = module._unrolled_gradient(valid, train)
+    _, (exact,) = module.unrolled_gradient(valid, train)
 
     def stepped():
         weights = [p.detach().clone() for p in module.weights]
-        grads = torch.autograd.grad(module._loss(train, module.gamma.detach()), module.weights, allow_unused=True)
+        grads = torch.autograd.grad(module.batch_loss(train, module.gamma.detach()), module.weights, allow_unused=True)
         with torch.no_grad():
             for parameter, grad in zip(module.weights, grads, strict=True):
                 if grad is not None:
                     parameter -= 0.5 * grad
-            loss = module._loss(valid, module.gamma)
+            loss = module.batch_loss(valid, module.gamma)
             for parameter, keep in zip(module.weights, weights, strict=True):
                 parameter.copy_(keep)
         return loss
 
     numeric = torch.tensor(list(numeric_gradient(stepped_with_grad(stepped), module.gamma).values())).double()
     torch.testing.assert_close(exact.view(-1), numeric, rtol=1e-4, atol=1e-8)
-    _, (first,) = module._gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
+    _, (first,) = module.gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
     assert (first - exact).norm() > 0.05 * exact.norm()  # the second-order term is there
 
 
@@ -201,7 +201,7 @@ def test_gates_follow_gamma_and_rows_sum_to_one(make):
     module = make()
     with torch.no_grad():
         module.gamma.normal_()
-    module._loss(batch_of(2), module.gamma)
+    module.batch_loss(batch_of(2), module.gamma)
     gates = torch.stack([torch.stack([layer.gate for layer in row]) for row in module.layers])
     torch.testing.assert_close(gates, relax(module.gamma))
     module.close_gates()
@@ -214,11 +214,11 @@ def test_gates_of_a_sigmoid_are_independent_and_their_gradient_is_exact(make):
     with torch.no_grad():
         module.gamma.normal_()
     valid = batch_of(4)
-    _, (grad,) = module._gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
+    _, (grad,) = module.gradients(valid, lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma)
     gates = torch.stack([torch.stack([layer.gate for layer in row]) for row in module.layers])
     torch.testing.assert_close(gates, torch.sigmoid(module.gamma))
     assert (gates.sum(-1) - 1).abs().min() > 0.1
-    numeric = numeric_gradient(lambda: module._loss(valid, module.gamma), module.gamma)
+    numeric = numeric_gradient(lambda: module.batch_loss(valid, module.gamma), module.gamma)
     torch.testing.assert_close(grad.view(-1), torch.tensor(list(numeric.values())).double(), rtol=1e-5, atol=1e-9)
 
 
@@ -255,11 +255,11 @@ def test_a_run_with_a_sigmoid_says_so(cfg, quick, tmp_path):
 def test_bf16_autocast_gives_gradients_in_the_parameters_dtype(make):
     module = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, (grad,) = module._gradients(
+        _, (grad,) = module.gradients(
             batch_of(8), lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma
         )
     assert grad.dtype == torch.float32 and torch.isfinite(grad).all()
-    _, (exact,) = module._gradients(
+    _, (exact,) = module.gradients(
         batch_of(8), lambda loss: list(torch.autograd.grad(loss, [module.gamma])), module.gamma
     )
     assert torch.nn.functional.cosine_similarity(grad.flatten(), exact.flatten(), dim=0) > 0.98
@@ -346,7 +346,7 @@ def test_processes_are_weighted_by_the_terms_of_their_losses(make, monkeypatch):
 
     monkeypatch.setattr(type(module.trainer), "world_size", 2, raising=False)
     monkeypatch.setattr(torch.distributed, "all_reduce", two_processes)
-    module._averaged(parameters, grads[0], batches[0])
-    of_gamma, of_weight = module._averaged(parameters, grads[1], batches[1])
+    module.averaged(parameters, grads[0], batches[0])
+    of_gamma, of_weight = module.averaged(parameters, grads[1], batches[1])
     torch.testing.assert_close(of_gamma, torch.full_like(module.gamma, (2 * 1 + 5 * 8) / 7))
     torch.testing.assert_close(of_weight, torch.full_like(module.weights[0], 5 * 8 / 7))

@@ -114,12 +114,12 @@ def test_gradients_through_gates_of_mean_one_are_exact_in_both_orders(deberta):
     def loss_at(step):
         before = [p.detach().clone() for p in weights]
         if step:
-            grads = torch.autograd.grad(module._loss(train, module.gamma.detach()), weights, allow_unused=True)
+            grads = torch.autograd.grad(module.batch_loss(train, module.gamma.detach()), weights, allow_unused=True)
         with torch.no_grad():
             for p, grad in zip(weights, grads if step else [None] * len(weights), strict=True):
                 if grad is not None:
                     p -= step * grad
-            loss = module._loss(valid, module.gamma).item()
+            loss = module.batch_loss(valid, module.gamma).item()
             for p, old in zip(weights, before, strict=True):
                 p.copy_(old)
         return loss
@@ -136,9 +136,9 @@ def test_gradients_through_gates_of_mean_one_are_exact_in_both_orders(deberta):
             flat[i] = keep
         return found.view(2, 6)
 
-    (first,) = torch.autograd.grad(module._loss(valid, module.gamma), [module.gamma])
+    (first,) = torch.autograd.grad(module.batch_loss(valid, module.gamma), [module.gamma])
     torch.testing.assert_close(first, numeric(0.0), rtol=1e-4, atol=1e-8)
-    _, (second,) = module._unrolled_gradient(valid, train)
+    _, (second,) = module.unrolled_gradient(valid, train)
     torch.testing.assert_close(second, numeric(0.5), rtol=1e-4, atol=1e-8)
     assert (first - second).norm() > 0.05 * second.norm()
 

@@ -153,10 +153,10 @@ def batch_for(kind, n, width, seed):
 def in_two_passes(module, valid, train):
     """((train loss, valid loss), gradients) at one point, computed by the two passes of the alternation."""
     weights, gamma = module.weights, module.gamma
-    train_loss, of_weights = module._gradients(
+    train_loss, of_weights = module.gradients(
         train, lambda loss: torch.autograd.grad(loss, weights, allow_unused=True), gamma.detach()
     )
-    valid_loss, of_gamma = module._gradients(valid, lambda loss: torch.autograd.grad(loss, [gamma]), gamma)
+    valid_loss, of_gamma = module.gradients(valid, lambda loss: torch.autograd.grad(loss, [gamma]), gamma)
     return (train_loss, valid_loss), [*of_weights, *of_gamma]
 
 
@@ -175,8 +175,8 @@ def assert_equal(found, expected):
 def test_one_pass_gives_the_gradients_of_two(name, kind):
     module = make(name, kind)
     valid, train = batch_for(kind, 5, 9, seed=1), batch_for(kind, 4, 12, seed=2)
-    module._check_rows_are_apart(valid, train)
-    assert_equal(module._joint_gradients(valid, train), in_two_passes(module, valid, train))
+    module.check_rows_are_apart(valid, train)
+    assert_equal(module.joint_gradients(valid, train), in_two_passes(module, valid, train))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -185,7 +185,7 @@ def test_one_pass_gives_the_gradients_of_two_in_parts_and_with_checkpointing(nam
     module, whole = make(name, kind, accumulate=3, checkpointing=checkpointing), make(name, kind)
     for n_valid, n_train in ((7, 7), (2, 7), (7, 1)):  # also where the halves are not cut into equally many parts
         valid, train = batch_for(kind, n_valid, 12, seed=1), batch_for(kind, n_train, 9, seed=2)
-        assert_equal(module._joint_gradients(valid, train), in_two_passes(whole, valid, train))
+        assert_equal(module.joint_gradients(valid, train), in_two_passes(whole, valid, train))
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v2"])
@@ -195,7 +195,7 @@ def test_neither_half_uses_the_others_rows(name):
 
     def grads(valid_seed, train_seed):
         valid, train = batch_for("classes", 4, 9, seed=valid_seed), batch_for("classes", 4, 9, seed=train_seed)
-        *of_weights, of_gamma = module._joint_gradients(valid, train)[1]
+        *of_weights, of_gamma = module.joint_gradients(valid, train)[1]
         return torch.cat([g.flatten() for g in of_weights if g is not None]), of_gamma
 
     (weights, gamma), other_valid, other_train = grads(1, 2), grads(3, 2), grads(1, 4)
@@ -254,7 +254,7 @@ def test_under_autocast_one_pass_gives_the_gradients_of_two_up_to_rounding(preci
     module = make("deberta-v2", dtype=torch.float32)
     valid, train = batch_for("classes", 8, 12, seed=1), batch_for("classes", 8, 12, seed=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, found = module._joint_gradients(valid, train)
+        _, found = module.joint_gradients(valid, train)
         _, expected = in_two_passes(module, valid, train)
     for a, b in zip(found, expected, strict=True):
         assert a is None or a.dtype == torch.float32
@@ -281,7 +281,7 @@ def test_a_module_whose_input_has_no_batch_dimension_is_refused():
     module = make("deberta-v2")
     module._tables = []
     with pytest.raises(UserError, match=r"layer\.0\.attention\.self\.query_proj, .*key_proj"):
-        module._check_rows_are_apart(*(batch_for("classes", 4, 9, seed=i) for i in (1, 2)))
+        module.check_rows_are_apart(*(batch_for("classes", 4, 9, seed=i) for i in (1, 2)))
 
 
 def test_batches_are_joined_with_each_columns_padding_value():

@@ -337,3 +337,27 @@ def test_ratios_of_whole_runs_are_paired_by_seed(capsys):
     assert chosen["half cached"]["accuracy"] == {"mean": 0.81, "values": [0.81, 0.81], "sd": 0.0}
     prefix.show(found)
     assert "third cached" in capsys.readouterr().out
+
+
+def test_further_seeds_are_added_to_runs_of_the_same_settings_and_processor():
+    def result(seed, seconds, **settings):
+        run = {"parameters": 8, "prefix": None, "accuracy": 0.8, "f1": 0.9, "seed": seed}
+        runs = {name: [run | {"wall_s": s, "finetune_s": s}] for name, s in (("all", 10.0), ("half cached", seconds))}
+        machine = {"cpu": "one", "load_before": 0.1 * seed}
+        return {
+            "settings": {"epochs": 2} | settings,
+            "machine": machine,
+            "commit": f"c{seed}",
+            "date": "d",
+            "runs": runs,
+        }
+
+    earlier, later = result(0, 5.0), result(2, 7.0)
+    prefix.check_addable(earlier, later, [2])
+    both = prefix.added(earlier, later)
+    assert both["arms"]["half cached"]["wall_s"]["to_all"]["median"] == 0.6
+    assert [run["seed"] for run in both["runs"]["all"]] == [0, 2] and both["commit"] == "c0"
+    assert both["added"] == [{"seeds": [2], "commit": "c2", "date": "d", "load_before": 0.2}]
+    for other, seeds in ((later, [1, 0]), (result(2, 7.0, epochs=3), [2]), (later | {"machine": {"cpu": "two"}}, [2])):
+        with pytest.raises(SystemExit, match="--add needs other seeds"):
+            prefix.check_addable(earlier, other, seeds)

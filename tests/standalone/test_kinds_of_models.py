@@ -28,7 +28,8 @@ from diffora.core import attach as core_attach
 from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
-from diffora.standalone.search import Bilevel, SearchSettings
+from diffora.standalone.bilevel import Bilevel
+from diffora.standalone.settings import SearchSettings
 
 SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
 BERT = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)

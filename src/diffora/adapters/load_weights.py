@@ -12,7 +12,7 @@ from diffora.adapters.manifest import ADAPT, MANIFEST, TRAINED
 from diffora.adapters.origin import take_labels
 from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
-from diffora.core.grid import Grid, find_grid
+from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import read_json
@@ -51,7 +51,7 @@ def load_weights(backbone: Backbone, folder: Path, manifest: Mapping[str, Any] |
         )
     tensors = read_tensors(folder / TRAINED)
     model = backbone.model
-    grid = find_grid(model, cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"), "model.")
+    grid = backbone.find_grid(cfg.model.layer, cfg.model.candidates, cfg.model.get("roles"))
     selection = None if cfg.selection is None else Selection.load(folder / cfg.selection)
     backbone.freeze()
     with torch.random.fork_rng():

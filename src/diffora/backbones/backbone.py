@@ -1,7 +1,7 @@
 """A frozen model and the names of the parts that are not frozen."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffora.backbones.precision import HALF
+from diffora.core.grid import Grid, find_grid
 from diffora.errors import UserError
 
 
@@ -101,6 +102,21 @@ class Backbone:
                     f"this method trains {name}, which is in {parameter.dtype}: use model.dtype=float32, and not "
                     "trainer.precision=auto"
                 )
+
+    def find_grid(
+        self,
+        layer: str | Sequence[str] | None,
+        candidates: Sequence[str] | None,
+        roles: Mapping[str, str] | None,
+    ) -> Grid:
+        """The candidate modules, by the settings ``model.layer``, ``model.candidates`` and ``model.roles``.
+
+        Raises:
+            UserError: as `diffora.core.grid.find_grid`, or a candidate is part of the head.
+        """
+        grid = find_grid(self.model, layer, candidates, roles, prefix="model.")
+        self.check_outside_head(grid.modules)
+        return grid
 
     def check_outside_head(self, names: Iterable[str]) -> None:
         """Refuse to adapt modules of the head, which is trained whole: no file format holds both.

@@ -130,6 +130,11 @@ def expected_globally(shapes: Shapes, m: int, rank: int, shared_rank: int | None
     return _expected(shapes, [Fraction(m, total)] * len(shapes), all_selected, rank, shared_rank)
 
 
+def present(rows: Sequence[Sequence[object]]) -> Tensor:
+    """Boolean L x N: where a grid has a module. Its entries (shapes or names) are None where it has none."""
+    return torch.tensor([[entry is not None for entry in row] for row in rows], dtype=torch.bool)
+
+
 def n_modules(shapes: Shapes) -> int:
     """The number of modules of a grid."""
     return sum(sizes_of(shapes))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from diffora.core.counts import above
+from diffora.core.counts import above, present
 from diffora.core.grid_checks import Layer, check_layers, has_module
 from diffora.core.linear import features, is_linear
 from diffora.core.parts import all_roles, guess_roles
@@ -118,11 +118,6 @@ class Grid:
                 )
             found += [f"{layer}.{path}" for path in roles[role]]
         return found
-
-
-def present(names: Names) -> Tensor:
-    """Boolean L x N: which entries are modules."""
-    return torch.tensor([[name is not None for name in row] for row in names], dtype=torch.bool)
 
 
 def laid_out(values: Tensor, names: Names) -> Tensor:

@@ -15,7 +15,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.backbones.compatibility import longest_input
 from diffora.backbones.load import load_backbone
 from diffora.backbones.precision import width_multiple
-from diffora.core.grid import Grid, find_grid
+from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.predict import accelerator_device
@@ -156,9 +156,8 @@ class Parts:
 
 
 def _grid(settings: Settings, backbone: Backbone) -> Grid:
-    """The candidate modules of a backbone, after a check that the head is not among them."""
-    grid = find_grid(backbone.model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
-    backbone.check_outside_head(grid.modules)
+    """The candidate modules of a backbone, after a check that ``method.selection`` fits them."""
+    grid = backbone.find_grid(settings.model.layer, settings.model.candidates, settings.model.roles)
     if isinstance(path := getattr(settings.method, "selection", None), str):
         Selection.load(Path(path)).check_fits(grid, path)
     return grid

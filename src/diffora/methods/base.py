@@ -119,7 +119,9 @@ class Method:
     required: ClassVar[tuple[str, ...]] = ("adapt",)
     """Methods that every subclass must define."""
     trains_pretrained: ClassVar[bool] = False
-    """Whether it trains weights of the backbone itself; ``trainer.precision=auto`` then leaves them in float32."""
+    """Whether it trains any weight of the backbone itself; ``trainer.precision=auto`` then leaves all in float32."""
+    trains_all_pretrained: ClassVar[bool] = False
+    """Whether it trains all weights of the backbone, so that no frozen ones are left."""
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Method":
@@ -176,11 +178,6 @@ class Method:
     def trains_b(self) -> bool:
         """Whether the method may train a B of a low-rank update, as LoRA+ needs."""
         return True
-
-    @property
-    def trains_backbone(self) -> bool:
-        """Whether all weights of the backbone are trained, so that no frozen ones are left."""
-        return False
 
     @property
     def scoring(self) -> Scoring | None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffora.core.choose import random_scores
 from diffora.core.dam import modules_per_layer, provisional_choice
+from diffora.core.draws import random_scores
 from diffora.core.grid import Grid
 from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores
 from diffora.core.parts import part_of, path_of

@@ -19,14 +19,11 @@ class FullFT(Method):
 
     name: ClassVar[str] = "full_ft"
     trains_pretrained: ClassVar[bool] = True
+    trains_all_pretrained: ClassVar[bool] = True
 
     @property
     def trains_b(self) -> bool:
         return False
-
-    @property
-    def trains_backbone(self) -> bool:
-        return True
 
     def adapt(self, model: nn.Module, grid: Grid, selection: Selection | None, seed: int) -> Adaptation:
         model.requires_grad_(True)

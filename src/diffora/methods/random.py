@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from diffora.core.choose import draw_of_same_size, draw_of_same_types, random_scores
 from diffora.core.counts import above, adapter_parameters
+from diffora.core.draws import draw_of_same_size, draw_of_same_types, random_scores
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError

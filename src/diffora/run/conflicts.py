@@ -178,7 +178,7 @@ def _fsdp(settings: Settings) -> Iterator[str]:
     said = "trainer.strategy=fsdp"
     if trainer.devices == 1 and trainer.num_nodes == 1:
         yield f"{said} needs several devices: trainer.devices=2 or more, or leave it out"
-    if method.trains_backbone:
+    if method.trains_all_pretrained:
         yield (
             f"{said} divides frozen weights, and method={method.name} trains all of them: use trainer.strategy=ddp, or "
             "a method that adds an adapter"

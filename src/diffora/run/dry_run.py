@@ -15,10 +15,10 @@ from diffora import START
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.meta import meta_backbone
 from diffora.core.attach import attach
-from diffora.core.choose import random_scores
 from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
 from diffora.core.dam import modules_per_layer
-from diffora.core.grid import Grid, find_grid
+from diffora.core.draws import random_scores
+from diffora.core.grid import Grid
 from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError, first_line
 from diffora.loop.resume import has_work
@@ -49,8 +49,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     """
     backbone = _meta_backbone(settings, task)
     model = backbone.model
-    grid = find_grid(model, settings.model.layer, settings.model.candidates, settings.model.roles, "model.")
-    backbone.check_outside_head(grid.modules)
+    grid = backbone.find_grid(settings.model.layer, settings.model.candidates, settings.model.roles)
     method.check(model, grid)
     step_time: dict[str, Any] = {}
     if isinstance(method, Selecting) and method.time_budget is not None:

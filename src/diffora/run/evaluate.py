@@ -43,7 +43,7 @@ OWN = ("run", "adapter", "split", "output", "batch_size", "method._target_")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate.
 
     Attributes:
@@ -67,7 +67,7 @@ class Request:
     other_data: bool = False
 
 
-def read_request(arguments: list[str]) -> Request:
+def read_request(arguments: list[str]) -> EvaluationRequest:
     """Read the command line: our own arguments, and overrides of the run's (or the composed) configuration.
 
     Raises:
@@ -94,7 +94,7 @@ def read_request(arguments: list[str]) -> Request:
     own_backbone = "model.path" in values or any(choice.startswith("model=") for choice in choices)
     output = output_of(own, place)
     size, method, other_data = own.get("batch_size", 64), own.get("method._target_"), "task.path" in values
-    return Request(cfg, weights, names, output, size, method, own_backbone, other_data)
+    return EvaluationRequest(cfg, weights, names, output, size, method, own_backbone, other_data)
 
 
 def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
@@ -183,7 +183,7 @@ def _note_own_rows(before: str | None, cfg: DictConfig) -> None:
         log.warning(f"task.path={file} has the rows that the run was trained on: the score may be too high")
 
 
-def evaluate(request: Request) -> dict[str, dict[str, float]]:
+def evaluate(request: EvaluationRequest) -> dict[str, dict[str, float]]:
     """Predict and, where there are labels, score. Writes ``metrics.json`` and the predictions.
 
     Returns:
@@ -200,7 +200,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
         raise UserError(f"the run's settings have no {key}: choose the section again with {section}=<name>") from error
 
 
-def _evaluate(request: Request) -> dict[str, dict[str, float]]:
+def _evaluate(request: EvaluationRequest) -> dict[str, dict[str, float]]:
     cfg, began = request.cfg, time.time()
     check_writable(request.output)
     quiet_libraries()

@@ -40,7 +40,7 @@ READERS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What to export.
 
     Attributes:
@@ -66,7 +66,7 @@ class Request:
     own_backbone: bool = False
 
 
-def read_request(arguments: Sequence[str]) -> Request:
+def read_request(arguments: Sequence[str]) -> ExportRequest:
     """Read the command line of ``diffora export``.
 
     Raises:
@@ -92,10 +92,10 @@ def read_request(arguments: Sequence[str]) -> Request:
     cfg, weights, record = finished_run(run, values)
     converter = Path(str(own["converter"])).expanduser() if "converter" in own else None
     own_backbone = "model.path" in values
-    return Request(run, form, to, cfg, weights, record, converter, own.get("method._target_"), own_backbone)
+    return ExportRequest(run, form, to, cfg, weights, record, converter, own.get("method._target_"), own_backbone)
 
 
-def export(request: Request) -> list[str]:
+def export(request: ExportRequest) -> list[str]:
     """Write the files.
 
     Returns:
@@ -119,7 +119,7 @@ def export(request: Request) -> list[str]:
     return [*lines, READERS[request.form]]
 
 
-def _adapter_lines(request: Request, manifest: dict[str, Any]) -> Iterator[str]:
+def _adapter_lines(request: ExportRequest, manifest: dict[str, Any]) -> Iterator[str]:
     """What an adapter holds, and what some programs refuse in it."""
     modules = manifest.get("modules")
     if modules is None:
@@ -135,7 +135,7 @@ def _adapter_lines(request: Request, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"with the head {', '.join(manifest['heads'])}: vLLM and llama.cpp take no head, use form={MERGED} there"
 
 
-def _merged(request: Request) -> list[str]:
+def _merged(request: ExportRequest) -> list[str]:
     """Write a whole model, with its tokenizer or image processor."""
     quiet_libraries()
     task = get_task(request.cfg.task)
@@ -154,7 +154,7 @@ def _merged(request: Request) -> list[str]:
     return [f"{type(model).__name__}, {model.dtype}".replace("torch.", "")]
 
 
-def _gguf(request: Request, whole: bool) -> list[str]:
+def _gguf(request: ExportRequest, whole: bool) -> list[str]:
     """Let llama.cpp's converter write the file."""
     name = "convert_hf_to_gguf.py" if whole else "convert_lora_to_gguf.py"
     _check_for_llama(request, whole)
@@ -182,7 +182,7 @@ def _gguf(request: Request, whole: bool) -> list[str]:
     return [file]
 
 
-def _check_for_llama(request: Request, whole: bool) -> None:
+def _check_for_llama(request: ExportRequest, whole: bool) -> None:
     """Refuse adapters that llama.cpp's converter refuses, or reads wrongly.
 
     It takes nothing but A and B. It transposes the updates of GPT-2, whose PEFT adapters are not transposed.

@@ -14,9 +14,8 @@ from diffora.adapters.published import Published, published_card
 from diffora.errors import UserError, called
 from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, resolve
-from diffora.run import export
 from diffora.run.arguments import sorted_words, without_config_dirs
-from diffora.run.export import GGUF, MERGED
+from diffora.run.export import FORMS, GGUF, MERGED, ExportRequest, export
 from diffora.run.record import WEIGHTS
 from diffora.run.trained import finished_run
 from diffora.settings.checks import show
@@ -28,7 +27,7 @@ PICTURES = ("dam.png", "gamma.png", "confusion.png")
 
 
 @dataclass(frozen=True)
-class Request:
+class PushRequest:
     """What to publish.
 
     Attributes:
@@ -40,11 +39,11 @@ class Request:
 
     name: str
     private: bool
-    export: export.Request
+    export: ExportRequest
     base_model: str | None
 
 
-def read_request(arguments: list[str]) -> Request:
+def read_request(arguments: list[str]) -> PushRequest:
     """Read the command line of ``diffora push``.
 
     Raises:
@@ -57,8 +56,8 @@ def read_request(arguments: list[str]) -> Request:
     elif not is_hub_id(places[1]):
         problems.append(f"{places[1]} is no name on the hub: it must be owner/name, of letters, digits, - _ and .")
     form, base = own.get("form", UNIFORM), own.get("base")
-    if form not in export.FORMS or form == GGUF:
-        problems.append(f"form={show(form)} must be one of {', '.join(f for f in export.FORMS if f != GGUF)}")
+    if form not in FORMS or form == GGUF:
+        problems.append(f"form={show(form)} must be one of {', '.join(f for f in FORMS if f != GGUF)}")
     if not isinstance(private := own.get("private", False), bool):
         problems.append(f"private={show(private)} must be true or false")
     if base is not None and not is_hub_id(str(base)):
@@ -72,11 +71,11 @@ def read_request(arguments: list[str]) -> Request:
     path, local = resolve(cfg.model.path)
     base = base or (None if local else path)
     own_backbone = "model.path" in values
-    ours = export.Request(run, form, run, cfg, weights, record, None, own.get("method._target_"), own_backbone)
-    return Request(places[1], private, ours, base)
+    ours = ExportRequest(run, form, run, cfg, weights, record, None, own.get("method._target_"), own_backbone)
+    return PushRequest(places[1], private, ours, base)
 
 
-def push(request: Request) -> str:
+def push(request: PushRequest) -> str:
     """Publish a run.
 
     Returns:
@@ -108,14 +107,14 @@ def push(request: Request) -> str:
     return f"{api.endpoint}/{request.name}"
 
 
-def prepare(request: Request, folder: Path) -> None:
+def prepare(request: PushRequest, folder: Path) -> None:
     """Write the files to publish: those of `diffora export`, the card and the pictures, without local paths.
 
     Raises:
         UserError: a file would still have a path of this machine.
     """
     ours = replace(request.export, to=folder)
-    export.export(ours)
+    export(ours)
     name_base_model(folder, request.base_model)
     manifest: dict[str, Any] | None = None
     if (folder / "manifest.json").is_file():
@@ -131,7 +130,7 @@ def prepare(request: Request, folder: Path) -> None:
     _check_no_paths(folder, request)
 
 
-def _check_no_paths(folder: Path, request: Request) -> None:
+def _check_no_paths(folder: Path, request: PushRequest) -> None:
     """Refuse to publish text with a path of this machine."""
     cfg = request.export.cfg
     settings = [str(cfg[section].get("path") or "") for section in ("task", "model")]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffora.backbones.meta import meta_backbone
 from diffora.backbones.precision import AUTOCAST
 from diffora.core.attach import attach, put, taken
-from diffora.core.grid import Grid, find_grid
+from diffora.core.grid import Grid
 from diffora.core.lowrank import set_kernel
 from diffora.core.picture import layer_labels
 from diffora.core.selection import Selection
@@ -211,7 +211,7 @@ class Counted:
         backbone = meta_backbone(s.model, self.task.model_request())
         if s.trainer.gradient_checkpointing:
             backbone.checkpoint_activations()
-        grid = find_grid(backbone.model, s.model.layer, s.model.candidates, s.model.roles, "model.")
+        grid = backbone.find_grid(s.model.layer, s.model.candidates, s.model.roles)
         return backbone.model.train(), grid
 
     def _operations(self, model: nn.Module, mode: Any, layers: Mapping[str, nn.Module]) -> int:

@@ -79,7 +79,7 @@ class AttributionModule(SearchModule):
             gates = torch.full_like(self.gamma, gate).requires_grad_()
             # As in a Γ step: do not save activations that only A and B need.
             with divided(self.layers, (), 0, len(valid["row"])):
-                loss, (grad,) = self._gradients(valid, partial(_gradient, gates), gates)
+                loss, (grad,) = self.gradients(valid, partial(_gradient, gates), gates)
             assert grad is not None
             self._sum = self._sum.to(self.device) - weight * factor * grad
         self._terms += terms

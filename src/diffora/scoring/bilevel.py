@@ -1,6 +1,6 @@
 """Stage 1 of DiffoRA: the bi-level search of the DAM ([D] eqs. 10 to 13; [D] Algorithm 1, lines 1 to 8).
 
-- [D] eqs. 10, 11: `SearchModule.gates` relaxes Γ, and `SearchModule._loss` puts the gates on the layers.
+- [D] eqs. 10, 11: `SearchModule.gates` relaxes Γ, and `SearchModule.batch_loss` puts the gates on the layers.
 - [D] eq. 13, upper level (line 4 of [D] Algorithm 1): `SearchModule.gamma_step`.
 - [D] eq. 13, lower level (line 6): `SearchModule.weight_step`.
 - both levels in one pass, not in [D]: `SearchModule.joint_step`.
@@ -165,9 +165,9 @@ class SearchModule(Stage):
         if self.settings.order == 1:
             # Γ step: do not save activations that only A and B need.
             with divided(self.layers, (), 0, len(valid["row"])):
-                loss, grads = self._gradients(valid, self._first_order, self.gamma)
+                loss, grads = self.gradients(valid, self._first_order, self.gamma)
         else:
-            loss, grads = self._unrolled_gradient(valid, train)
+            loss, grads = self.unrolled_gradient(valid, train)
         self._step_gamma(optimizer, grads, valid)
         return loss
 
@@ -181,7 +181,7 @@ class SearchModule(Stage):
 
     def _step_gamma(self, optimizer: torch.optim.Optimizer, grads: Grads, valid: Batch) -> None:
         """Take the step of Γ, and read the gradient by the gates if it is wanted."""
-        of_gamma, *of_gates = self._averaged(self._upper, grads, valid)
+        of_gamma, *of_gates = self.averaged(self._upper, grads, valid)
         scaler = self._scaler()
         for grad in of_gates:
             self.readout.read(grad if scaler is None else grad / scaler.get_scale())
@@ -190,10 +190,10 @@ class SearchModule(Stage):
     def weight_step(self, optimizer: torch.optim.Optimizer, train: Batch) -> Tensor:
         """[D] Algorithm 1, line 6: one step of A, B and the head on the training loss. Returns that loss."""
         weights = self.weights
-        loss, grads = self._gradients(
+        loss, grads = self.gradients(
             train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), self.gamma.detach()
         )
-        self._take_step(optimizer, weights, self._averaged(weights, grads, train))
+        self._take_step(optimizer, weights, self.averaged(weights, grads, train))
         return loss
 
     def joint_step(
@@ -205,25 +205,25 @@ class SearchModule(Stage):
             UserError: at the first step, if the model mixes the rows of a batch.
         """
         if not self._checked:
-            self._check_rows_are_apart(valid, train)
+            self.check_rows_are_apart(valid, train)
             self._checked = True
-        losses, grads = self._joint_gradients(valid, train)
+        losses, grads = self.joint_gradients(valid, train)
         of_weights, of_upper = grads[: len(self.weights)], grads[len(self.weights) :]
-        self._take_step(weight_opt, self.weights, self._averaged(self.weights, of_weights, train))
+        self._take_step(weight_opt, self.weights, self.averaged(self.weights, of_weights, train))
         self._step_gamma(gamma_opt, of_upper, valid)
         return losses
 
-    def _gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
+    def gradients(self, batch: Batch, grad: Callable[[Tensor], Grads], gamma: Tensor) -> tuple[Tensor, Grads]:
         """Mean loss of a batch and its gradients, summed over ``accumulate`` micro-batches."""
         total, sums = torch.zeros((), device=self.device), None
         for part, share in parts_of(batch, self.settings.accumulate, self.task):
-            loss = self._loss(part, gamma)
+            loss = self.batch_loss(part, gamma)
             sums = added(sums, grad(self._scaled(loss) * share))
             total = total + loss.detach() * share
         assert sums is not None
         return total, sums
 
-    def _joint_gradients(self, valid: Batch, train: Batch) -> tuple[tuple[Tensor, Tensor], Grads]:
+    def joint_gradients(self, valid: Batch, train: Batch) -> tuple[tuple[Tensor, Tensor], Grads]:
         """(training loss, validation loss), and one list: gradients of the first by all weights, of the second by Γ."""
         train_total, valid_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         sums, n_parts = None, self.settings.accumulate
@@ -264,7 +264,7 @@ class SearchModule(Stage):
         ]
         return losses[0], losses[1]
 
-    def _check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
+    def check_rows_are_apart(self, valid: Batch, train: Batch) -> None:
         """Refuse a model in which the gradients of the two levels would mix. Tested on two rows of each batch."""
         few = [{key: value[:2] for key, value in batch.items()} for batch in (train, valid)]
         n_train, n_valid = self._sequences(*few)
@@ -281,7 +281,7 @@ class SearchModule(Stage):
                 "share a pass; use search.update=alternating"
             )
 
-    def _unrolled_gradient(self, valid: Batch, train: Batch) -> tuple[Tensor, Grads]:
+    def unrolled_gradient(self, valid: Batch, train: Batch) -> tuple[Tensor, Grads]:
         """The hypergradient through one inner step of size ``lr``."""
         parameters = dict(self.model.named_parameters())
         names = [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -289,18 +289,18 @@ class SearchModule(Stage):
 
         def loss_at(batch: Batch) -> Callable[[Sequence[Tensor]], Tensor]:
             def loss(weights: Sequence[Tensor]) -> Tensor:
-                seen.append(self._loss(batch, self.gamma, dict(zip(names, weights, strict=True))))
+                seen.append(self.batch_loss(batch, self.gamma, dict(zip(names, weights, strict=True))))
                 return seen[-1]
 
             return loss
 
         weights = [parameters[name] for name in names]
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
-            means = (lambda grads, rows=rows: self._averaged(grads, grads, rows) for rows in (train, valid))
+            means = (lambda grads, rows=rows: self.averaged(grads, grads, rows) for rows in (train, valid))
             grad = unrolled(loss_at(train), loss_at(valid), weights, self.gamma, self.settings.lr, *means)
         return seen[-1].detach(), [grad]
 
-    def _loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    def batch_loss(self, batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """Loss with the gates of ``gamma`` ([D] eq. 10); at ``weights`` instead of the model's own, if given."""
         self._set_gates(gamma)
         inputs = self.task.inputs(batch)
@@ -326,7 +326,7 @@ class SearchModule(Stage):
         if (scaler := self._scaler()) is not None:
             scaler.update()
 
-    def _averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
+    def averaged(self, parameters: Sequence[Tensor], grads: Grads, batch: Batch) -> list[Tensor]:
         """Gradients averaged over processes, each weighted by `Task.weight` of its batch; 0 for a None."""
         full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         if self.trainer.world_size > 1:

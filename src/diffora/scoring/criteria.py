@@ -74,7 +74,8 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, c
     if targets and labels is not None and labels.shape == x.shape[:-1]:
         return labels != IGNORED
     given: Tensor | None = batch.get("attention_mask")
-    for mask in () if given is None or not given.dim() else (given, as_padded(given, config)):
+    masks = [] if given is None or not given.dim() else [given, as_padded(given, config)]
+    for mask in masks:
         # rows of several choices are read as one batch of sequences, and some layers read all tokens as one list
         rows = mask.shape[:-1].numel(), mask.shape[-1]
         if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)):

@@ -141,10 +141,10 @@ class OneShotModule(SearchModule):
         flags = zip(self.layers, gates.tolist(), strict=True)
         selected = [x for row, values in flags for x, gate in zip(row, values, strict=True) if x is not None and gate]
         weights = [p for layer in selected for p in (layer.lora_a, layer.lora_bt)] + self.head
-        loss, grads = self._gradients(
+        loss, grads = self.gradients(
             train, lambda loss: list(torch.autograd.grad(loss, weights, allow_unused=True)), gates.to(self.device)
         )
-        self._take_step(optimizer, weights, self._averaged(weights, grads, train))
+        self._take_step(optimizer, weights, self.averaged(weights, grads, train))
         return loss
 
     @cached_property
@@ -157,7 +157,7 @@ class OneShotModule(SearchModule):
         """The sum of the losses of this process's rows with these gates, and the number of its terms, (2,)."""
         total = torch.zeros(2, device=self.device)
         for batch in self._batches:
-            terms, loss = self.task.weight(batch), self._loss(batch, gates.to(self.device))
+            terms, loss = self.task.weight(batch), self.batch_loss(batch, gates.to(self.device))
             total += torch.stack([loss.float() * terms, torch.full_like(total[0], terms)])
         return total
 

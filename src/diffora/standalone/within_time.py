@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.attach import attach, device_of, put, taken
+from diffora.core.counts import present
 from diffora.core.dam import comparable, discretise, discretise_globally
-from diffora.core.grid import present
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
