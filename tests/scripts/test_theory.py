@@ -12,6 +12,7 @@ sys.path.insert(0, str(REPO / "scripts"))
 
 import theory
 import theory_page
+import theory_tables
 
 PAGE = REPO / "docs" / "background" / "theory.md"
 DATA = REPO / "docs" / "background" / "data" / "theory.json"
@@ -39,17 +40,17 @@ def test_a_table_without_a_place_is_an_error():
 
 
 def test_intervals_of_shares():
-    assert theory_page.interval(0, 0) == (0, 1)
-    low, high = theory_page.interval(0, 1000)
+    assert theory_tables.interval(0, 0) == (0, 1)
+    low, high = theory_tables.interval(0, 1000)
     assert low == 0 and high == pytest.approx(0.00383, abs=1e-5)
-    low, high = theory_page.interval(50, 100)
+    low, high = theory_tables.interval(50, 100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 def test_rank_correlation():
-    assert theory_page.rank_correlation([1, 2, 3, None], [10, 20, 30, 40]) == pytest.approx(1)
-    assert theory_page.rank_correlation([3, 2, 1], [1, 5, 9]) == pytest.approx(-1)
-    assert theory_page.rank_correlation([1, None, None], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
+    assert theory_tables.rank_correlation([1, 2, 3, None], [10, 20, 30, 40]) == pytest.approx(1)
+    assert theory_tables.rank_correlation([3, 2, 1], [1, 5, 9]) == pytest.approx(-1)
+    assert theory_tables.rank_correlation([1, None, None], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
 
 
 def test_the_command_makes_data_pictures_and_page(tmp_path):
