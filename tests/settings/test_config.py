@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import MISSING, fields
 
 import fuzz_values
 import pytest
@@ -17,7 +18,7 @@ from diffora.run.composition import composition_problems
 from diffora.run.evaluate import read_request
 from diffora.settings.identity import config_hash, differences, plain
 from diffora.settings.read import keys_of
-from diffora.settings.sections import Recipe, Settings
+from diffora.settings.sections import FineTune, Recipe, Search, Settings, Trainer
 from diffora.tasks.base import Task
 
 OPTUNA = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")  # an extra
@@ -37,6 +38,22 @@ def test_every_shipped_choice_composes_and_is_valid(cfg, choice, monkeypatch):
     composed = cfg(choice, *given.get(choice, []))
     settings, _ = check(composed)
     assert settings.composed == plain(composed)
+
+
+@pytest.mark.parametrize("section", [Trainer, FineTune, Search])
+def test_a_key_that_is_left_out_has_the_value_that_a_run_starts_from(cfg, section):
+    """Otherwise a configuration without the key, such as that of an older run, would silently mean something else."""
+    composed = plain(cfg("method=diffora", "task=paraphrase", "model=tiny"))[section.__name__.lower()]
+    defaults = {
+        field.name: field.default if field.default is not MISSING else field.default_factory()
+        for field in fields(section)
+        if not (field.default is MISSING and field.default_factory is MISSING)
+    }
+    recipe = {"dropout"} if section is FineTune else set()  # its value depends on the task
+    assert {name: composed[name] for name in defaults.keys() - recipe} == {
+        name: value for name, value in defaults.items() if name not in recipe
+    }
+    assert len(defaults) > 5
 
 
 @pytest.mark.parametrize(
