@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from diffora.core.certainty import certainty
 from diffora.core.parts import short_names
 from diffora.core.picture import EVEN, STARTS, colour_range, start_gate
 from diffora.report import charts
-from diffora.report.agreement import Stability, stability
+from diffora.report.agreement import Stability
 from diffora.report.charts import LINES, Interval, Line
 from diffora.report.comparisons import Comparison, Curve, curves_of
 from diffora.report.layout import agreement_table, comparisons_table, cost_table, main_table
 from diffora.report.pareto import fronts, time_charts
 from diffora.report.results import ResultCell, ResultTable
-from diffora.report.runs import Run
+from diffora.report.selections import agreement, numbers, selections
 from diffora.report.statistics import finite, spread
 
 INTERVALS = 30  # most intervals of a forest plot
@@ -181,22 +180,6 @@ def _means(histories: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: f
     return points
 
 
-def agreement(files: Mapping[int, "_Selected"]) -> Stability | None:
-    """How far the selections of the seeds agree; None if they are fewer than two, or a list in the settings.
-
-    Random selections keep the size of each layer if all selections have the same sizes, unless they are global ones.
-    They have no modules below the lowest layer of a time budget.
-    """
-    if not files or any(found.given for found in files.values()):
-        return None
-    # Several runs may use the selection of one search. It agrees with itself, so it must count once.
-    masks = np.array(list({(found.seed, found.mask.tobytes()): found.mask for found in files.values()}.values()))
-    first = next(iter(files.values()))
-    counts, lowest = masks.sum(-1), min(found.lowest_layer for found in files.values())
-    by_layer = first.scope != "global" and bool((counts == counts[0]).all())
-    return stability(masks, by_layer, first.present & (np.arange(len(first.present)) >= lowest)[:, None])
-
-
 def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     """What the seeds of a setting selected; None if their files do not say, or are for different modules."""
     files = selections(cell)
@@ -240,100 +223,13 @@ def dams(row: str, column: str, cell: ResultCell) -> Dams | None:
     )
 
 
-@dataclass(frozen=True)
-class _Selected:
-    """A run's selection.
-
-    Attributes:
-        seed: of the search or the draw that made it.
-        mask: boolean, L x N.
-        types: the N module types.
-        gamma_bar: the relaxed DAM, L x N, NaN where a layer has no such module; None if there is none.
-        relaxation: how the search relaxed Γ.
-        present: boolean, L x N, which layer has a module of which type.
-        scope: of the method, ``layer`` or ``global``; None for a method without one.
-        lowest_layer: of a time budget; 0 without one.
-        confidence: L x N of an ensemble, NaN where a layer has no such module; None without one.
-        certainty: how many modules are decided, in words; empty without a confidence.
-        given: whether it is a list in the settings.
-    """
-
-    seed: int
-    mask: np.ndarray
-    types: list[str]
-    gamma_bar: np.ndarray | None
-    relaxation: str
-    present: np.ndarray
-    scope: object
-    lowest_layer: int = 0
-    confidence: np.ndarray | None = None
-    certainty: str = ""
-    given: bool = False
-
-
-def selections(cell: ResultCell) -> dict[int, _Selected]:
-    """The selection of each seed; empty if the files do not say, or are for different modules."""
-    files = {seed: found for seed, run in cell.runs.items() if (found := _selection(run, cell)) is not None}
-    kinds = {(found.mask.shape, found.relaxation, *found.types) for found in files.values()}
-    return files if len(kinds) == 1 else {}
-
-
-def _selection(run: Run, cell: ResultCell) -> _Selected | None:
-    """The selection in the run's file, or without the file the one in its record; None if neither can be used."""
-    content = run.read("selection.json")
-    try:
-        if content is None:
-            layers = [layer for other in cell.runs.values() for layer in other.record.selection["selected"]]
-            types = run.config.get("model.candidates") or sorted({name for layer in layers for name in layer})
-            content = {"selected": run.record.selection["selected"], "types": types}
-        types, selected = [str(name) for name in content["types"]], content["selected"]
-        mask = np.array([[name in layer for name in types] for layer in selected], dtype=bool)
-        gamma_bar = content.get("gamma_bar")
-        relaxed = None if gamma_bar is None else _numbers(gamma_bar)
-        if mask.ndim != 2 or not mask.size or (relaxed is not None and relaxed.shape != mask.shape):
-            return None
-        modules = content.get("modules") or [types] * len(mask)
-        present = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)
-        if present.shape != mask.shape or not present.any(-1).all():
-            return None
-        if relaxed is not None and (np.isnan(relaxed) != ~present).any():
-            return None
-        draw, seed = run.config.get("method.draw"), content.get("seed")  # with method.like the file has the run's seed
-        of = next((number for number in (draw, seed) if isinstance(number, int)), run.seed)
-        relaxation = content.get("relaxation") or "softmax"
-        start_gate(relaxation, 1)  # a KeyError if there is no such relaxation
-        scope, sure, words = run.config.get("method.scope"), content.get("confidence"), ""
-        given = run.record.selection.get("selector") == "given"
-        lowest = int(content.get("lowest_layer") or 0)
-        if sure is not None:
-            words, sure = certainty(sure[lowest:], int(content["ensemble"])), _numbers(sure)
-            if (
-                sure.shape != mask.shape
-                or (np.isnan(sure) != ~present).any()
-                or not ((sure >= 0) & (sure <= 1))[present].all()
-            ):
-                return None
-        return _Selected(of, mask, types, relaxed, relaxation, present, scope, lowest, sure, words, given)
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        return None
-
-
-def _numbers(content: Any) -> np.ndarray:
-    """Lists of numbers as an array, NaN for null; a ValueError unless all can be drawn: at most 1e100 in size."""
-    values = np.array(content, dtype=float)
-    null = np.array([value is None for value in np.array(content, dtype=object).flat], dtype=bool).reshape(values.shape)
-    if not ((np.abs(values) <= 1e100) | null).all():
-        raise ValueError("not all are finite")
-    return values
-
-
 def trajectory_charts(cell: ResultCell, types: Sequence[str]) -> list[Markup]:
     """The relaxed DAM over the rounds of the search: one chart for each layer; faint lines: seeds, strong: means."""
     paths = []
     for run in cell.runs.values():
         content = run.read("trajectory.json")
         try:
-            rounds, values = _numbers(content["rounds"]), _numbers(content["gamma_bar"])
+            rounds, values = numbers(content["rounds"]), numbers(content["gamma_bar"])
         except (TypeError, KeyError, ValueError, OverflowError):
             continue
         if values.ndim == 3 and rounds.ndim == 1 and len(rounds) == len(values) > 1 and values.shape[2] == len(types):
