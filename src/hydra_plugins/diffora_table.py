@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
-from diffora.files import json_digest
 from diffora.run.directory import check_sweep_place
 from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
@@ -50,6 +49,7 @@ class TableSweeper(Sweeper):
         self.kind = launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
         self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.known_errors: set[tuple[str, ...]] = set()  # those whose reasons were found
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the sweep that the command line asks for.
@@ -172,61 +172,39 @@ class TableSweeper(Sweeper):
         return cfg
 
     def missing(self, jobs: Jobs) -> Jobs:
-        """The runs that are not complete yet. All configurations are checked first."""
-        from diffora.run.composition import composition_problems, short, with_sweep_hint
+        """The runs that are not complete yet. All configurations are checked first.
+
+        Raises:
+            UserError: every problem of any run, up to `SHOWN`.
+        """
+        from diffora.run.composition import with_sweep_hint
         from diffora.run.imports import import_run
 
         import_run()
-        from diffora.loop.machine import check_machine
         from diffora.loop.process import quiet_libraries
-        from diffora.run.check import check
-        from diffora.run.directory import finished
-        from diffora.run.experiment import check_unchanged, data_now, files_now
-        from diffora.run.precision import NAME_IT, settled
-        from diffora.settings.identity import plain
+        from diffora.run.sweep_check import SweepCheck
 
         quiet_libraries()  # before Lightning prints what devices it finds
+        sweep_check = SweepCheck(self.local)
         found: Jobs = {}
-        checked: set[tuple[str, ...]] = set()
-        impossible: set[tuple[str, ...]] = set()
-        explained: set[tuple[str, ...]] = set()  # explaining takes seconds, so one task stands for all
+        impossible: set[tuple[str, ...]] = set()  # settings that cannot be composed
         problems: dict[str, None] = {}  # each problem once, in order
-        data: dict[str, str | None] = {}  # by the task's settings: the hash that the rows have now
         for folder, overrides in jobs.items():
-            setting, _ = _apart(overrides)
+            setting, seed = _apart(overrides)
             if setting in impossible:
                 continue
             try:
                 cfg = self.compose(overrides)
             except (HydraException, OmegaConfBaseException) as error:
                 impossible.add(setting)
-                kind = (str(error), *(line for line in setting if line.startswith("method=")))
-                if kind not in explained and len(problems) < SHOWN:
-                    reasons = composition_problems(list(overrides), self.added, self.primary) or [short(error)]
-                    problems |= dict.fromkeys(reasons)
-                explained.add(kind)
+                if len(problems) < SHOWN:
+                    problems |= dict.fromkeys(self.reasons(error, overrides))
                 continue
             with open_dict(cfg):
                 cfg.pop("hydra", None)
             try:
-                if not self.local and cfg.trainer.get("precision") == "auto":
-                    raise UserError(
-                        "trainer.precision=auto: this launcher may run on another machine, and one sweep should have "
-                        f"one precision; {NAME_IT}"
-                    )
-                cfg, _ = settled(cfg)
-                if not checked.issuperset(_apart(overrides)):
-                    settings, _ = check(cfg)
-                    if self.local and not settings.dry_run:
-                        check_machine(settings)
-                    checked.update(_apart(overrides))
-                if (done := finished(cfg, folder)) is None:
+                if not sweep_check.is_complete(cfg, folder, (setting, seed)):
                     found[folder] = overrides
-                elif self.local:  # files of another machine cannot be compared here
-                    settings, task = check(cfg)
-                    if (rows := json_digest(plain(cfg)["task"])) not in data:
-                        data[rows] = data_now(settings, task)
-                    check_unchanged(folder, done, files_now(settings, data[rows]))
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
         problems = dict.fromkeys(with_sweep_hint(list(problems)))
@@ -235,6 +213,19 @@ class TableSweeper(Sweeper):
         if problems:
             raise UserError(list(problems))
         return found
+
+    def reasons(self, error: Exception, overrides: tuple[str, ...]) -> list[str]:
+        """Why a run cannot be composed. Empty for an error that another run of the same method had already.
+
+        Finding the reasons takes seconds, so the first run with an error stands for the others.
+        """
+        from diffora.run.composition import composition_problems, short
+
+        kind = (str(error), *(line for line in overrides if line.startswith("method=")))
+        if kind in self.known_errors:
+            return []
+        self.known_errors.add(kind)
+        return composition_problems(list(overrides), self.added, self.primary) or [short(error)]
 
     def launch(self, jobs: Jobs) -> dict[Path, str]:
         """Start runs. Returns the reason for each run that did not complete, judged by the record in its folder.

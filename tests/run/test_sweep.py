@@ -334,10 +334,10 @@ def test_complete_runs_of_other_data_are_refused(sweep, monkeypatch):
         sweep(*given, fails=names[1:])
     record = read_content(file := Path("here") / names[0] / "run.json")
     write_record(file.parent, record | {"data_hash": "rows"})
-    monkeypatch.setattr("diffora.run.experiment.data_now", lambda settings, task: "others")
+    monkeypatch.setattr("diffora.run.sweep_check.data_now", lambda settings, task: "others")
     with pytest.raises(UserError, match=r"0-lora-paraphrase-tiny-seed0 is complete, but .*\n.*other content"):
         sweep(*given)
-    monkeypatch.setattr("diffora.run.experiment.data_now", lambda settings, task: "rows")
+    monkeypatch.setattr("diffora.run.sweep_check.data_now", lambda settings, task: "rows")
     assert sweep(*given) == names[1:]
 
 

@@ -133,6 +133,14 @@ def laid_out(values: Tensor, names: Names) -> Tensor:
     return torch.full(where.shape, float("nan"), dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
+def blanked(rows: Sequence[Sequence[float | None]], names: Names) -> list[list[float | None]]:
+    """L x N numbers, with None in place of those where a layer has no such module."""
+    return [
+        [None if name is None else value for value, name in zip(values, row, strict=True)]
+        for values, row in zip(rows, names, strict=True)
+    ]
+
+
 def find_grid(
     model: nn.Module,
     layer: str | Sequence[str] | None = None,

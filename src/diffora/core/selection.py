@@ -5,8 +5,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from diffora.core.certainty import certainty
 from diffora.core.counts import above
-from diffora.core.dam import RELAXATIONS
-from diffora.core.grid import Grid, Names
+from diffora.core.grid import Grid, blanked
 from diffora.core.parts import short_names
 from diffora.core.picture import EVEN, draw_dam, layer_labels, layer_numbers, shares, size_of, start_gate
-from diffora.core.readout import READOUTS
+from diffora.core.selection_file import TABLES, is_number, selection_problems
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT = 1
-TABLES = ("gamma_bar", "scores", "confidence")
-"""Fields of a `Selection` with one number for each module, or None."""
 STANDALONE = "standalone"
 """`Selection.method` of a selection that no method of a run made, but the library (`diffora.standalone`)."""
 
@@ -189,7 +185,7 @@ class Selection:
         rank, problems = self.rank if rank is None else rank, list(problems)
         if type(rank) is not int or rank < 1:
             problems.insert(0, f"rank={rank!r} must be a whole number of at least 1")
-        if not _is_number(alpha) or alpha <= 0:
+        if not is_number(alpha) or alpha <= 0:
             problems.append(f"alpha={alpha!r} must be a finite number above 0")
         if not self.names():
             problems.append("this selection selects no module, so that there is nothing for a LoRA")
@@ -274,54 +270,14 @@ class Selection:
         """
         path = Path(path)
         try:
-            raw = read_json(path)
+            content = read_json(path)
         except FileNotFoundError:
             raise UserError(f"no selection file at {path}") from None
-        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not a selection file of format {FORMAT}")
-        required = {"method", "types", "modules", "selected", "rho", "seed"}
-        known = {f.name for f in fields(cls)}
-        problems = [f"{path}: key {key!r} is missing" for key in sorted(required - raw.keys())]
-        problems += [f"{path}: unknown key {key!r}" for key in sorted(raw.keys() - known)]
-        if problems:
-            raise UserError(problems)
-        problems = [f"{path}: {problem}" for key, value in raw.items() if (problem := _misfit(key, value))]
-        if problems:
-            raise UserError(problems)
-        selection = cls(**raw)
-        size = len(selection.modules), len(selection.types)
-        if len(selection.selected) != size[0]:
-            problems.append(f"{path}: 'selected' has {len(selection.selected)} layers, not {size[0]}")
-        for key in ("modules", *TABLES):
-            rows = getattr(selection, key)
-            if rows is not None and (len(rows) != size[0] or any(len(row) != size[1] for row in rows)):
-                problems.append(f"{path}: {key!r} must have {size[0]} layers of {size[1]}, as 'modules' and 'types' do")
-        if problems:
-            raise UserError(problems)
-        for layer, (row, names) in enumerate(zip(selection.selected, selection.modules, strict=True)):
-            has = [kind for kind, name in zip(selection.types, names, strict=True) if name is not None]
-            problems += [
-                f"{path}: layer {layer} selects {name!r}, which is none of {', '.join(has)}"
-                for name in row
-                if name not in has
-            ]
-        below = [layer for layer, row in enumerate(selection.selected) if row and layer < selection.lowest_layer]
-        if below or selection.lowest_layer >= max(size[0], 1):
-            where = f"layer {below[0]} selects modules" if below else f"there are {size[0]} layers"
-            problems.append(f"{path}: 'lowest_layer' is {selection.lowest_layer}, but {where}")
-        for key in TABLES:
-            rows = getattr(selection, key)
-            if rows is not None and blanked(rows, selection.modules) != rows:
-                problems.append(f"{path}: {key!r} has a number where 'modules' has null")
-            elif rows is not None and any(
-                value is None and name is not None
-                for values, names in zip(rows, selection.modules, strict=True)
-                for value, name in zip(values, names, strict=True)
-            ):
-                problems.append(f"{path}: {key!r} has null where 'modules' has a name")
-        if problems:
-            raise UserError(problems)
-        return selection
+        if problems := selection_problems(content, [each.name for each in fields(cls)]):
+            raise UserError([f"{path}: {problem}" for problem in problems])
+        return cls(**content)
 
     def check_fits(self, grid: Grid, path: Path | str) -> None:
         """Raise a UserError unless this selection was made for a model with the same grid."""
@@ -331,62 +287,3 @@ class Selection:
                 f"{path} was made for {len(self.modules)} layers x {len(self.types)} modules ({first} …); "
                 f"this model has {grid.n_layers} x {grid.n_types} ({grid.modules[0]} …)"
             )
-
-
-def blanked(rows: Sequence[Sequence[float | None]], names: Names) -> list[list[float | None]]:
-    """L x N numbers, with None in place of those where a layer has no such module."""
-    return [
-        [None if name is None else value for value, name in zip(values, row, strict=True)]
-        for values, row in zip(rows, names, strict=True)
-    ]
-
-
-def _misfit(key: str, value: Any) -> str | None:
-    """What is wrong with the type of a value in a selection file; None if nothing is."""
-    table = "a list of lists, one for each layer"
-    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "types": (_is_list_of(_is_text), "a list of module types"),
-        "modules": (_is_list_of(_is_list_of(_or_none(_is_text))), f"{table}, of module names"),
-        "selected": (_is_list_of(_is_list_of(_is_text)), f"{table}, of module types"),
-        "rho": (_is_share, "a number in [0, 1]"),
-        "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number of at least 0"),
-        "rank": (lambda v: v is None or (type(v) is int and 1 <= v <= 10**9), "a whole number of at least 1, or null"),
-        "k": (lambda v: v is None or (type(v) is int and 0 <= v <= 10**9), "a whole number of at least 0, or null"),
-        "lowest_layer": (lambda v: type(v) is int and 0 <= v <= 10**9, "a whole number of at least 0"),
-        "gamma_bar": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
-        "relaxation": (lambda v: v in (None, *RELAXATIONS), f"one of {', '.join(RELAXATIONS)}, or null"),
-        "scores": (_or_none(_is_list_of(_is_list_of(_or_none(_is_number)))), f"{table}, of finite numbers"),
-        "readout": (lambda v: v in (None, *READOUTS), f"one of {', '.join(READOUTS)}, or null"),
-        "rounds": (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0, or null"),
-        "ensemble": (lambda v: type(v) is int and 1 <= v <= 10**9, "a whole number of at least 1"),
-        "confidence": (_or_none(_is_list_of(_is_list_of(_or_none(_is_share)))), f"{table}, of numbers in [0, 1]"),
-        "longer_names": (_is_list_of(_is_text), "a list of module names"),
-        "split_hash": (lambda v: v is None or _is_text(v), "text, or null"),
-        "config": (lambda v: isinstance(v, dict), "a group of settings"),
-        "facts": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "finite numbers by name"),
-        "method": (_is_text, "text"),
-        "selector": (_is_text, "text"),
-    }
-    fits, words = wanted[key]
-    text = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
-    return None if fits(value) else f"{key}={text[:100]} must be {words}"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))

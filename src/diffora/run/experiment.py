@@ -8,7 +8,6 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from diffora import START, digests
+from diffora import START
 from diffora.adapters.origin import Origin
 from diffora.core.lowrank import set_kernel
 from diffora.core.selection import Selection
@@ -51,6 +50,7 @@ from diffora.run.record import (
     result_files,
 )
 from diffora.run.select import Selected, select, start_warm
+from diffora.run.unchanged import check_unchanged, data_now, files_now
 from diffora.settings.sections import Settings
 from diffora.tasks.account import lines as account_lines
 from diffora.tasks.base import Task, get_task
@@ -117,47 +117,20 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
     began = time.time() if began is None else began
     cfg, precision = settled(_named(cfg))  # from here on only for what is written and compared
     settings, task = check(cfg)
-    method = settings.method
     if is_main():
         rundir.check_place(folder)
     if settings.dry_run:
-        from diffora.run.dry_run import dry_run
-
-        with machine_limits():
-            if precision:
-                log.info(f"precision: {precision}")
-            record = new_record(cfg, None) | {"precision": precision}
-            return Result(folder, dry_run(settings, method, task, folder, record), None, None)
+        return _dry_run(cfg, settings, task, folder, precision)
     quiet_libraries()
     check_machine(settings)
     # If the run is complete, every process has to know it: the others would wait for the main one.
     if (is_main() or settings.resume) and (done := rundir.finished(cfg, folder)) is not None:
-        if not is_main():
-            return Result(folder, done, None, None)
-        check_unchanged(folder, done, files_now(settings, data_now(settings, task)))
-        if done["status"] == "selected":
-            terminal.print_selection(done, folder)
-        else:
-            terminal.print_result(done, task, folder)
-        return Result(folder, done, None, None)
+        return _show_again(done, settings, task, folder)
     if is_main():
         check_writable(folder)
     reset_peaks()
     L.seed_everything(settings.seed, verbose=False)
-    with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
-        parts = Parts.load(settings, folder, task)
-        method.check(parts.model, parts.grid)
-        step_time: dict[str, Any] = {}
-        if isinstance(method, Selecting) and method.time_budget is not None:
-            from diffora.run.steptime import limit_layers  # imports what other runs do not need
-
-            step_time = limit_layers(parts, method)
-        if settings.trainer.cache_prefix:
-            check_prefix(parts)
-            if settings.resume:  # a search that is finished already
-                parts.prefix |= (read_record(folder) or {}).get("prefix") or {}
-    check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
-    criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
+    parts, step_time = _load(settings, folder, task)
     record = new_record(cfg, parts.data.hash, (parts.identity or {}).get("digest")) | metric_facts(task)
     record |= {
         "backbone": parts.identity,
@@ -182,7 +155,57 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         if is_main():
             for line in account_lines(parts.data.accounts):
                 log.warning(line)
-        return execute(parts, method, record, began)
+        return execute(parts, settings.method, record, began)
+
+
+def _dry_run(cfg: DictConfig, settings: Settings, task: Task, folder: Path, precision: str | None) -> Result:
+    """The result of ``dry_run=true``: a record without metrics."""
+    from diffora.run.dry_run import dry_run
+
+    with machine_limits():
+        if precision:
+            log.info(f"precision: {precision}")
+        record = new_record(cfg, None) | {"precision": precision}
+        return Result(folder, dry_run(settings, settings.method, task, folder, record), None, None)
+
+
+def _show_again(done: dict[str, Any], settings: Settings, task: Task, folder: Path) -> Result:
+    """The result of a run that is complete already, as it was shown at its end.
+
+    Raises:
+        UserError: the data, the backbone or other files have changed since.
+    """
+    if is_main():
+        check_unchanged(folder, done, files_now(settings, data_now(settings, task)))
+        if done["status"] == "selected":
+            terminal.print_selection(done, folder)
+        else:
+            terminal.print_result(done, task, folder)
+    return Result(folder, done, None, None)
+
+
+def _load(settings: Settings, folder: Path, task: Task) -> tuple[Parts, dict[str, Any]]:
+    """(data and model of a run, the step time that a budget allows). Everything that can be wrong is checked here.
+
+    Raises:
+        UserError: data, model and settings do not fit together, or memory ran out.
+    """
+    method = settings.method
+    with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
+        parts = Parts.load(settings, folder, task)
+        method.check(parts.model, parts.grid)
+        step_time: dict[str, Any] = {}
+        if isinstance(method, Selecting) and method.time_budget is not None:
+            from diffora.run.steptime import limit_layers  # imports what other runs do not need
+
+            step_time = limit_layers(parts, method)
+        if settings.trainer.cache_prefix:
+            check_prefix(parts)
+            if settings.resume:  # a search that is finished already
+                parts.prefix |= (read_record(folder) or {}).get("prefix") or {}
+    check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
+    criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
+    return parts, step_time
 
 
 def _named(cfg: DictConfig) -> DictConfig:
@@ -193,52 +216,6 @@ def _named(cfg: DictConfig) -> DictConfig:
         assert isinstance(names, dict)
         cfg.cell = {key: literal(name) if isinstance(name, str) else name for key, name in names.items()}
     return cfg
-
-
-def data_now(settings: Settings, task: Task) -> str | None:
-    """The hash of the rows that some settings name now; None for rows of the hub, which would need the network.
-
-    None with a warning if they cannot be read any more.
-    """
-    if getattr(settings.task, "path", None) is None:
-        return None
-    try:
-        return task.load().data_hash
-    except UserError as error:
-        log.warning(f"the data cannot be compared with those of complete runs: {error}")
-        return None
-
-
-def files_now(settings: Settings, data_hash: str | None) -> dict[str, Any]:
-    """Digests of the data, the backbone and the other files that some settings name now, for `check_unchanged`.
-
-    Files that cannot be read any more are left out, with a warning.
-    """
-    now: dict[str, Any] = {"data": data_hash}
-    try:
-        now["backbone"] = digests.backbone(settings.model.path)
-        now["inputs"] = settings.method.inputs
-    except UserError as error:
-        log.warning(f"the files of this setting cannot be compared with those of complete runs: {error}")
-    return now
-
-
-def check_unchanged(folder: Path, done: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare a complete run with the files that its settings name now.
-
-    Args:
-        folder: of the run.
-        done: its record.
-        now: from `files_now`.
-
-    Raises:
-        UserError: they changed, so the results do not belong to them.
-    """
-    old = {"data": done.get("data_hash"), "backbone": done.get("backbone"), "inputs": done.get("inputs")}
-    if changed := digests.changes(old, now):
-        raise UserError(
-            [f"{folder} is complete, but its results are not those of today's files; choose another folder:", *changed]
-        )
 
 
 def execute(parts: Parts, method: Method, record: dict[str, Any], began: float) -> Result:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffora.core.dam import provisional_choice
 from diffora.core.ensemble import SAME_SCORES, confidence
-from diffora.core.selection import Selection, blanked
+from diffora.core.grid import blanked
+from diffora.core.selection import Selection
 from diffora.files import write_text
 from diffora.loop.loggers import Loggers, taking_pictures
 from diffora.loop.parts import Parts

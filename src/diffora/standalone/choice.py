@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffora.core.dam import comparable, discretise, discretise_globally, provisional_choice
 from diffora.core.ensemble import SAME_SCORES, confidence, log_gates, member_seed, standardised
-from diffora.core.grid import Grid
-from diffora.core.selection import STANDALONE, Selection, blanked
+from diffora.core.grid import Grid, blanked
+from diffora.core.selection import STANDALONE, Selection
 from diffora.settings.checks import SEED
 from diffora.standalone.progress import say
 
