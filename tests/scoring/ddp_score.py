@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from small import rows_of, small_deberta, small_task
 
 from diffora.core.grid import find_grid
@@ -22,11 +23,35 @@ TYPES = ("attention.self.query_proj", "attention.self.value_proj", "attention.ou
 COLLATE = Collator(0), Collator(0)  # for training and for evaluation
 
 
-def scored(criterion: str, model=None, accumulate: int = 1, batches: int = 2, devices: int = 1, types=TYPES, **trainer):
+def uneven_task():
+    """A task whose rows of the second class count nine times, as longer texts do where the loss averages tokens."""
+
+    def counts(batch):
+        return 1.0 + 8 * batch["labels"]
+
+    def loss(output, batch):
+        losses = F.cross_entropy(output.logits, batch["labels"], reduction="none")
+        return (losses * counts(batch)).sum() / counts(batch).sum()
+
+    task = small_task()
+    task.weight, task.loss = lambda batch: float(counts(batch).sum()), loss
+    return task
+
+
+def scored(
+    criterion: str,
+    model=None,
+    accumulate: int = 1,
+    batches: int = 2,
+    devices: int = 1,
+    types=TYPES,
+    task=None,
+    **trainer,
+):
     """A MeasureStage after its stage, on 24 of the 48 rows in batches of 8."""
     model = model or small_deberta()
     measure = MEASURES[criterion](model, find_grid(model, candidates=types), seed=0)
-    module = MeasureStage(measure, criterion, small_task(), accumulate, seed=0)
+    module = MeasureStage(measure, criterion, task or small_task(), accumulate, seed=0)
     return fitted(module, batches, devices, **trainer)
 
 
@@ -65,6 +90,7 @@ if __name__ == "__main__":
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     found = {c: scored(c, devices=devices, strategy="ddp") for c in MEASURES}
     found["function"] = called(rows_and_noise, devices=devices, strategy="ddp")
+    found["uneven"] = scored("gradient", task=uneven_task(), devices=devices, strategy="ddp")
     rank = found["gradient"].global_rank
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps({c: m.scores.tolist() for c, m in found.items()}))
     torch.distributed.destroy_process_group()  # gloo's threads may otherwise abort a process that ends

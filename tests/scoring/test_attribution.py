@@ -137,3 +137,20 @@ def test_float16_scores_are_close_to_full_precision(make):
     half = fit(make(torch.float32), plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).scores
     full = fit(make(torch.float32)).scores
     torch.testing.assert_close(half, full, rtol=0.15, atol=0.05 * full.abs().max().item())
+
+
+@pytest.mark.parametrize("power", [8, 22])
+def test_in_float16_scores_do_not_depend_on_the_scale_of_the_loss(make, power):
+    """No step follows that a scaler could skip after an overflow, as it is certain with a scale of 2**22."""
+
+    def scores(**options):
+        module = fit(make(torch.float32, rounds=0), epochs=0, **options)
+        with torch.no_grad():
+            for layer in (layer for row in module.layers for layer in row):
+                layer.lora_bt.fill_(0.1)
+        return fit(module, epochs=1, **options).scores
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
+    half = scores(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    torch.testing.assert_close(half, scores(), rtol=0.05, atol=1e-3)
+    assert half.abs().max() > 0.01

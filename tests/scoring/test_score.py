@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ddp_score import TYPES, scored
+from ddp_score import TYPES, scored, uneven_task
 from small import rows_of, small_deberta
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -21,6 +22,7 @@ from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.splits import split_search
 from diffora.scoring.measures import MEASURES
+from diffora.scoring.stage import run_search
 from diffora.tasks.tokenise import Collator
 
 ON_PATH = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
@@ -228,10 +230,13 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    by_function = torch.tensor(first.pop("function"))
+    by_function, uneven = torch.tensor(first.pop("function")), torch.tensor(first.pop("uneven"))
     assert (by_function.floor() == 16).all() and by_function.std() > 0  # both processes see all rows of two batches
     for criterion, found in first.items():
         torch.testing.assert_close(torch.tensor(found), scored(criterion).scores, rtol=1e-4, atol=1e-7)
+    alone = scored("gradient", task=uneven_task()).scores
+    torch.testing.assert_close(uneven, alone, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(alone, scored("gradient").scores, rtol=0.01)
 
 
 @EACH
@@ -241,9 +246,16 @@ def test_bfloat16_scores_are_close(criterion):
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=1e-4)
 
 
-def test_a_score_that_is_not_finite_stops_the_run():
-    model = small_deberta()
-    with torch.no_grad():
-        model.classifier.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"method\.selector=gradient: a score is not finite"):
-        scored("gradient", model)
+@pytest.mark.parametrize(("precision", "hint"), [("16-mixed", "; try trainer.precision=32-true"), ("32-true", "")])
+def test_a_score_that_is_not_finite_stops_the_run(monkeypatch, precision, hint):
+    grid = find_grid(small_deberta(), candidates=TYPES)
+    scores = torch.zeros(grid.n_layers, grid.n_types)
+    selector = SimpleNamespace(run=lambda context: SimpleNamespace(scores=scores))
+    monkeypatch.setattr("diffora.scoring.stage.find_selector", lambda name: selector)
+    settings = SimpleNamespace(trainer=SimpleNamespace(precision=precision))
+    context = SimpleNamespace(settings=SimpleNamespace(ensemble=1), parts=SimpleNamespace(grid=grid, settings=settings))
+    assert run_search(context, "attribution").scores is scores
+    scores[1, 2] = float("nan")
+    with pytest.raises(UserError) as error:
+        run_search(context, "attribution")
+    assert error.value.problems == [f"method.selector=attribution: a score is not finite{hint}"]

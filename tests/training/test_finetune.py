@@ -50,7 +50,7 @@ def module_of(deberta, dropout=0.0, adaptation=None, **changes):
 
 
 def fit(module, epochs=2, **extra):
-    train = [batch_of(8, seed=i) for i in range(5)]
+    train = [batch_of(8, seed=i) | {"row": torch.arange(8 * i, 8 * i + 8)} for i in range(5)]
     module.make_plan = lambda: plan_of(-(-5 // extra.get("accumulate_grad_batches", 1)), epochs)
     rows = batch_of(24, seed=99)
     order = torch.randperm(24)  # rows arrive in any order
@@ -97,6 +97,20 @@ def test_best_state_is_the_best_epochs_weights(deberta):
     assert all(torch.equal(module.best_state[n], states[best][n]) for n in states[best])
     module.load_trainable(module.best_state)
     assert all(torch.equal(module.trainable_state()[n], states[best][n]) for n in states[best])
+
+
+def test_training_scores_count_each_row_once_if_an_evaluation_comes_after_several_epochs(deberta, monkeypatch):
+    module, scored = module_of(deberta), []
+    score = module.task.score
+
+    def noted(outputs, split):
+        scored.append(outputs["row"].tolist())
+        return score(outputs, split)
+
+    module.task.score = noted
+    monkeypatch.setattr("test_finetune.plan_of", partial(plan_of, every=10))
+    fit(module, epochs=4)
+    assert len(module.history) == 2 and [rows for rows in scored if len(rows) > 24] == [list(range(40))] * 2
 
 
 def history(*pairs):

@@ -15,6 +15,7 @@ from diffora.core.hypergradient import first_order
 from diffora.core.split import divided
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.criteria import gate_path
+from diffora.scoring.measures import FLOAT16_SCALE
 from diffora.tasks.base import Batch
 
 POINTS = 4
@@ -73,8 +74,8 @@ class AttributionModule(SearchModule):
 
     def attribute(self, valid: Batch) -> Tensor:
         """Add one batch to the sums. Returns its loss at the last point, where the gates are almost 1."""
-        scaler, terms = self._scaler(), self.task.weight(valid)
-        factor = terms / (1.0 if scaler is None else scaler.get_scale())
+        terms = self.task.weight(valid)
+        factor = terms / self._fixed_scale()
         for gate, weight in gate_path(POINTS):
             gates = torch.full_like(self.gamma, gate).requires_grad_()
             # As in a Γ step: do not save activations that only A and B need.
@@ -84,6 +85,16 @@ class AttributionModule(SearchModule):
             self._sum = self._sum.to(self.device) - weight * factor * grad
         self._terms += terms
         return loss
+
+    def _fixed_scale(self) -> float:
+        """What the loss is multiplied by while modules are scored, so that float16 gradients do not underflow.
+
+        No step follows that could be skipped, so the scaler, which tries out how much is too much, is not used.
+        """
+        return 1.0 if self._scaler() is None else FLOAT16_SCALE
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return super()._scaled(loss) if self.model.training else loss * self._fixed_scale()
 
     def end_round(self) -> None:
         loss = torch.stack([loss for loss, _ in self._losses]).mean()

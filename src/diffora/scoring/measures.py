@@ -28,6 +28,9 @@ from diffora.scoring.criteria import (
     weight_times_activation,
 )
 
+FLOAT16_SCALE = 1024.0
+"""What a loss is multiplied by before float16 gradients of it are measured, which would underflow otherwise."""
+
 
 class Measure(ABC):
     """One criterion that needs data.

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.grid import Grid
-from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.scoring.function import Batches, ScoreFunction, call_function
-from diffora.scoring.measures import Measure
+from diffora.scoring.measures import FLOAT16_SCALE, Measure
 from diffora.tasks.base import Batch, Task
 from diffora.tasks.batches import parts_of
 
@@ -72,15 +71,25 @@ class MeasureStage(OnePassStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        # float16 gradients would underflow, and there is no optimiser whose loss scaler could prevent it.
-        self.measure.scale = 1024.0 if self.trainer.precision == "16-mixed" else 1.0
+        # There is no optimiser whose loss scaler could keep float16 gradients from underflowing.
+        self.measure.scale = FLOAT16_SCALE if self.trainer.precision == "16-mixed" else 1.0
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         rows: Batch = batch["train"][0]
         n_parts = len(rows["row"]) if self.measure.by_row else self.accumulate
+        of_batch = self._share(rows)
         for part, share in parts_of(rows, n_parts, self.task):
             if share > 0:  # a part may have no tokens that count
-                self._add(self.measure.of(part, self.loss, share))
+                self._add(self.measure.of(part, self.loss, of_batch * share))
+
+    def _share(self, rows: Batch) -> float:
+        """The share of this process's rows in the mean loss of the batch that all processes have together."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        own = torch.tensor(self.task.weight(rows), dtype=torch.float32, device=self.device)
+        whole = own.clone()
+        torch.distributed.all_reduce(whole)
+        return (own / whole.clamp(min=1e-9)).item()
 
     def _add(self, new: list[Tensor]) -> None:
         for total, value in zip(self._sums, new, strict=True) if self._sums else ():
@@ -93,11 +102,6 @@ class MeasureStage(OnePassStage):
             for total in sums:
                 torch.distributed.all_reduce(total)
         self.scores = self.measure.scores(sums)
-        if not self.scores[self.measure.grid.present].isfinite().all():
-            raise UserError(
-                f"method.selector={self.name}: a score is not finite"
-                + ("" if self.trainer.precision == "32-true" else "; try trainer.precision=32-true")
-            )
         super().on_train_epoch_end()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from diffora.backbones.load import draw_fresh
 from diffora.core.ensemble import log_gates, member_seed, standardised
+from diffora.errors import UserError
 from diffora.loop.parts import Parts
 from diffora.loop.resume import Earlier, earlier
 from diffora.loop.splits import alike_of, examples_of, split_hash, split_search
@@ -74,10 +75,18 @@ def run_search(context: SearchContext, selector: str, scope: str = "layer") -> S
         scope: which modules compete, those of a ``layer`` or of the whole grid (``global``).
 
     Raises:
-        UserError: settings do not suit the rows, the loss is not finite, memory ran out, or a user's function breaks a
-            rule for selectors.
+        UserError: settings do not suit the rows, a loss or a score is not finite, memory ran out, or a user's function
+            breaks a rule for selectors.
     """
-    score = find_selector(selector).run
+
+    def score(own: SearchContext) -> SearchResult:
+        result = find_selector(selector).run(own)
+        if not result.scores[own.parts.grid.present].isfinite().all():
+            precise = own.parts.settings.trainer.precision == "32-true"
+            hint = "" if precise else "; try trainer.precision=32-true"
+            raise UserError(f"method.selector={selector}: a score is not finite{hint}")
+        return result
+
     return score(context) if context.settings.ensemble == 1 else run_ensemble(context, score, scope)
 
 

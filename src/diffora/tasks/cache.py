@@ -23,6 +23,7 @@ from diffora import digests
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic, json_digest
+from diffora.tasks.sources.faults import READ_ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def _opened(file: Path) -> tuple[datasets.Dataset | None, str]:
         if is_sealed(file):
             return datasets.Dataset.from_file(str(file)), ""
         return None, "its digest does not match its content"
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except READ_ERRORS as error:
         return None, str(error)
 
 

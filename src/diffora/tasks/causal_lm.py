@@ -106,9 +106,14 @@ To generate, write the conversation as in training:
         train, validation = tables["train"], tables.get("validation")
         accounts = self.accounts
         if validation is None:
-            train, validation = cut_validation(train, self.cfg.validation_rows)
-            accounts["train"].drop(f"taken for validation, task.validation_rows={len(validation)}", len(validation))
+            wanted = self.cfg.validation_rows
+            train, validation = cut_validation(train, wanted)
+            accounts["train"].drop(f"taken for validation, task.validation_rows={wanted}", len(validation))
             accounts["validation"] = Account(len(validation))
+            if len(validation) < wanted:
+                accounts["validation"].notes.append(
+                    f"{len(validation)} rows instead of task.validation_rows={wanted}: equal prompts stay together"
+                )
         self.check_rows({f"{source} train": train}, {f"{source} validation": validation})
         train = subset(train, self.cfg.max_train_rows, accounts["train"])
         note_overlap(accounts, {"train": row_keys(train), "validation": row_keys(validation)})
@@ -176,8 +181,10 @@ To generate, write the conversation as in training:
         return not has_validation(self._folder(), ("jsonl", "parquet"))
 
     def load_split(self, split: str) -> datasets.Dataset:
-        if self.drawn_from_training(split):
-            return datasets.Dataset(self._divided()[1])
+        """Load "train" (the rows that a run trains on), "validation", or another split of the folder or the hub."""
+        if split == "train" or self.drawn_from_training(split):
+            train, validation, _ = self._divided()
+            return datasets.Dataset(train if split == "train" else validation)
         c = self.cfg
         if c.path is None:
             name = {"validation": c.validation_split, "test": c.test_split}.get(split) or split
@@ -187,7 +194,7 @@ To generate, write the conversation as in training:
         if split == "validation":
             table = self._fewer(table)
         source = f"{source} {split}"
-        self.check_rows(*({source: table}, {}) if split == "train" else ({}, {source: table}))
+        self.check_rows({}, {source: table})
         return datasets.Dataset(table)
 
     def _folder(self) -> Path:

@@ -13,6 +13,7 @@ from diffora.errors import UserError, first_line
 from diffora.settings.checks import LENGTH, Help, whole
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Rows, Task
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.place import Place, PlaceSettings
 from diffora.tasks.sources.records import Records, hub_records, open_records
 from diffora.tasks.sources.tables import content_hash, joint_hash, subset, with_numbers
@@ -146,7 +147,7 @@ class OwnRowsTask(Task):
         for file in files:
             try:
                 found.append(self.open(file, notes))
-            except (pa.ArrowException, OSError, ValueError) as error:
+            except READ_ERRORS as error:
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
         return found if len(found) == len(files) else []
 

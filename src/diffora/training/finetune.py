@@ -1,5 +1,6 @@
 """Fine-tuning: trains the parameters that the method made trainable. Stage 2 of DiffoRA, the only one of others."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from diffora.tasks.classes import ClassResults
 from diffora.training.clock import StepClock
 from diffora.training.criterion import Criterion
 from diffora.training.optimisers import make_optimiser, make_schedule
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
@@ -116,6 +119,8 @@ class FineTuneModule(Stage):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
+        # Without an evaluation for several epochs, keep those of one epoch, which are of all rows.
+        self._seen = self._seen[-self.plan.steps_per_epoch * self.trainer.accumulate_grad_batches :]
         # Lightning validates after every n-th epoch; an n above the number of the present one turns that off.
         self.trainer.check_val_every_n_epoch = 1 if self.checkpoint_due else self.current_epoch + 2
 
@@ -224,6 +229,7 @@ class FineTuneModule(Stage):
                 for part, rows in zip(("choice", "held_out"), self.halves, strict=True):
                     half = self.task.score({key: value[rows] for key, value in outputs.items()}, split)
                     scores |= {f"{part}/{key}": value for key, value in half.items() if key != "loss"}
+                    self._warn_of_unknown(part, scores)
         if not all(math.isfinite(scores.get(f"{name}/loss", 0.0)) for name in self.validation):
             raise NonFiniteLoss(self.epoch_now, "validation loss")
         if (seen_score := scores.get(f"train/{self.task.main_metric}")) is not None:
@@ -238,6 +244,21 @@ class FineTuneModule(Stage):
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
 
+    def _warn_of_unknown(self, part: str, scores: Metrics) -> None:
+        """Warn, at the first evaluation, if the main metric is known on all validation rows but not on a half."""
+        metric = self.task.main_metric
+        if (
+            self.history
+            or math.isnan(scores[f"{self.official}/{metric}"])
+            or not math.isnan(scores[f"{part}/{metric}"])
+        ):
+            return
+        means = "the first epoch counts as its best" if part == "choice" else "it will be missing in the results"
+        log.warning(
+            f"{metric} cannot be computed on the {part} half of the validation rows, so that {means}: evaluate more "
+            "rows (generated answers: task.generation.rows)"
+        )
+
     def _training_scores(self) -> Metrics:
         """Epoch, mean training loss and training metrics, over all processes. It clears what was collected."""
         loss = torch.tensor(float("nan"))
@@ -246,7 +267,7 @@ class FineTuneModule(Stage):
             loss = (sums / _or_one(terms)).mean()
         scores: Metrics = {"epoch": self.plan.epochs_after(self.current_epoch), "train/loss": loss.item()}
         if self._seen:
-            seen = self.task.score(self._gather(self._seen), self.train_split)
+            seen = self.task.score(_each_row_once(self._gather(self._seen), last=True), self.train_split)
             scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
         self._losses, self._seen = [], []
         return scores
@@ -259,7 +280,7 @@ class FineTuneModule(Stage):
             parts = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, mine)
         parts = list(filter(None, parts))
-        order = torch.cat([part["row"] for part in parts]).argsort()
+        order = torch.cat([part["row"] for part in parts]).argsort(stable=True)
         return {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
 
     @property
@@ -329,12 +350,16 @@ class FineTuneModule(Stage):
         self.adaptation.load_state(state["method"])
 
 
-def _each_row_once(outputs: Outputs) -> Outputs:
-    """Leave out the rows that a process repeated to keep step with the others (`EvalBatchSampler`)."""
+def _each_row_once(outputs: Outputs, last: bool = False) -> Outputs:
+    """One output of each row: the first or the last one. The outputs are in the order of rows.
+
+    In an evaluation, a process repeats rows to keep step with the others (`EvalBatchSampler`). In training, a row comes
+    again in each epoch.
+    """
     rows = outputs["row"]
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[1:] = rows[1:] != rows[:-1]  # they are in order
-    return outputs if first.all() else {key: value[first] for key, value in outputs.items()}
+    kept = torch.ones_like(rows, dtype=torch.bool)
+    kept[slice(None, -1) if last else slice(1, None)] = rows[1:] != rows[:-1]
+    return outputs if kept.all() else {key: value[kept] for key, value in outputs.items()}
 
 
 def _or_one(terms: Tensor) -> Tensor:

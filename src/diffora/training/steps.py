@@ -5,6 +5,7 @@ from typing import Any
 
 from diffora.core.grid import Grid
 from diffora.errors import UserError
+from diffora.loop.machine import found_devices
 from diffora.methods.base import Method, check_ranks
 from diffora.scoring.selectors import trains
 from diffora.settings.sections import Settings
@@ -66,4 +67,9 @@ def steps_of(settings: Settings, n_rows: int) -> tuple[int, str]:
     if f.max_steps is not None:
         return f.max_steps, "finetune.max_steps"
     made_of = f"{n_rows} rows, finetune.batch_size={f.batch_size}, finetune.epochs={f.epochs}"
-    return -(-n_rows // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"
+    t = settings.trainer
+    processes = (t.devices if isinstance(t.devices, int) else found_devices(t.accelerator)) * t.num_nodes
+    last = n_rows % (f.batch_size // f.accumulate)
+    # A last micro-batch of fewer rows than processes is left out (`LengthGroupedBatchSampler`).
+    used = n_rows - last if last < processes else n_rows
+    return -(-used // f.batch_size) * f.epochs, f"the steps of this run ({made_of})"

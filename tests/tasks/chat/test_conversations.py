@@ -142,6 +142,18 @@ def test_validation_rows_are_the_same_in_every_run():
         cut_validation(table, 49)
 
 
+def test_rows_with_equal_prompts_stay_together():
+    """Three answers to each of 40 questions, in any order: no validation row has the question of a training row."""
+    rows = [{"prompt": f"question {i % 40}", "completion": f"answer {i // 40}"} for i in range(120)]
+    table = read(enumerate(rows, 1), "x", [], Account())
+    train, validation = cut_validation(table, 31)
+    asked = [{turns[0]["content"] for turns in part.column("messages").to_pylist()} for part in (train, validation)]
+    assert validation.num_rows == 30 and not asked[0] & asked[1] and len(asked[0] | asked[1]) == 40
+    alike = read(enumerate(({"prompt": "the same", "completion": str(i)} for i in range(20)), 1), "x", [], Account())
+    with pytest.raises(UserError, match="equal prompts stay together, and there are 1 different prompts"):
+        cut_validation(alike, 5)
+
+
 def test_strange_conversations_are_counted(tmp_path):
     ask, answer = TURNS
     rows = [

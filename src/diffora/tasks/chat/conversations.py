@@ -17,6 +17,7 @@ from diffora.errors import UserError, first_line
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.chat.forms import Fault, Turn, conversation, form_of
 from diffora.tasks.messages import more
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.lines import BadLine, json_lines
 from diffora.tasks.sources.tables import SUBSET_SEED, content_hash, joint_hash, row_dicts
 
@@ -131,7 +132,7 @@ def read_file(file: Path, problems: list[str], account: Account) -> pa.Table:
     try:
         rows = _lines(file, account.notes) if file.suffix == ".jsonl" else _records(file)
         return read(rows, str(file), problems, account)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except READ_ERRORS as error:
         problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
         return SCHEMA.empty_table()
 
@@ -154,17 +155,33 @@ def _records(file: Path) -> Iterator[tuple[int, Any]]:
 def cut_validation(table: pa.Table, rows: int) -> tuple[pa.Table, pa.Table]:
     """Divide the rows of a source without a validation split into (training, validation) rows, the same in every run.
 
+    Rows with equal prompts (`row_keys` without the last turn) stay together, so there may be fewer validation rows.
+
     Raises:
-        UserError: there are too few rows.
+        UserError: there are too few rows, or too few different prompts.
     """
     if table.num_rows < rows + 2:
         raise UserError(
             f"task.validation_rows={rows} cannot be cut from {table.num_rows} training rows: "
             f"it must be at most {max(0, table.num_rows - 2)}"
         )
-    order = np.random.default_rng([SUBSET_SEED, 1]).permutation(table.num_rows)
-    chosen, rest = np.sort(order[:rows]), np.sort(order[rows:])
-    return table.take(pa.array(rest)), table.take(pa.array(chosen))
+    prompts = pc.dictionary_encode(row_keys(table, last_turn=False)).indices.to_numpy()
+    sizes = np.bincount(prompts)
+    chosen, left = np.zeros(len(sizes), dtype=bool), rows
+    for prompt in np.random.default_rng([SUBSET_SEED, 1]).permutation(len(sizes)):
+        if sizes[prompt] <= left:
+            chosen[prompt] = True
+            left -= sizes[prompt]
+        if left == 0:
+            break
+    validation = chosen[prompts]
+    if validation.sum() < min(rows, 2):
+        raise UserError(
+            f"task.validation_rows={rows} cannot be cut from {table.num_rows} training rows, because rows with equal "
+            f"prompts stay together, and there are {len(sizes)} different prompts: set more rows, or give a validation "
+            "file"
+        )
+    return table.filter(pa.array(~validation)), table.filter(pa.array(validation))
 
 
 def characters(table: pa.Table) -> np.ndarray:
@@ -179,13 +196,21 @@ def characters(table: pa.Table) -> np.ndarray:
     return found
 
 
-def row_keys(table: pa.Table) -> pa.ChunkedArray:
-    """A text for each row of a table of `SCHEMA`; rows with equal content have equal texts."""
+def row_keys(table: pa.Table, last_turn: bool = True) -> pa.Array:
+    """A text for each row of a table of `SCHEMA`; rows with equal content have equal texts.
+
+    Args:
+        last_turn: whether what the last turn says counts; without it, rows with equal prompts have equal texts.
+    """
     messages = table.column("messages").combine_chunks()
     turns = messages.flatten()
     mark, end = (pa.scalar(sign, pa.large_string()) for sign in "\x1f\x1e")
     said = [pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content")]
     ends = np.concatenate([[0], np.cumsum(pc.list_value_length(messages).to_numpy(zero_copy_only=False))])
+    if not last_turn:
+        is_last = np.zeros(len(turns), dtype=bool)
+        is_last[np.unique(ends[1:][np.diff(ends) > 0]) - 1] = True
+        said[1] = pc.if_else(pa.array(is_last), pa.scalar("", pa.large_string()), said[1])
     lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pc.binary_join_element_wise(*said, mark))
     text = table.column("text").combine_chunks().cast(pa.large_string())
     return pc.binary_join_element_wise(pc.binary_join(lists, end), text, mark)

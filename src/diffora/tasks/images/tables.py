@@ -130,4 +130,6 @@ def _labels(
         labels = pc.index_in(labels, pa.array(classes, labels.type)).cast(pa.int64())
     elif not pa.types.is_integer(labels.type):
         problems.append(f"{name}: column '{label}' holds {labels.type}, expected whole numbers from 0 or class names.")
+    else:  # unsigned numbers could not be compared with -1, the mark for "no label"
+        labels = labels.cast(pa.int64(), safe=False)
     return labels, classes, listed

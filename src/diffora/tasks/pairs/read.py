@@ -14,6 +14,7 @@ from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.messages import more
 from diffora.tasks.sources.check_values import check_text
 from diffora.tasks.sources.csv_file import read_csv
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
 from diffora.tasks.sources.readers import read_parquet
 from diffora.tasks.sources.tables import check_columns, with_numbers
@@ -65,7 +66,7 @@ def read_files(files: Sequence[Path], columns: Columns, labelled: bool, problems
     for file in files:
         try:
             table = _READERS[file.suffix](file, columns, account.notes)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except READ_ERRORS as error:
             problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
             continue
         if (checked := _checked(table, str(file), columns, labelled, account, problems)) is not None:

@@ -108,8 +108,7 @@ class _Checker:
         texts, starts = answers or ([], [])
         if texts and row.get("is_impossible"):
             self._fault("answers", texts, "answers a question, but its is_impossible says that it has no answer")
-        if values["context"]:
-            starts = self._aligned(values["context"], texts, starts)
+        starts = self._aligned(values["context"], texts, starts) if values["context"] else [0] * len(texts)
         return values | {"answers": texts, "starts": starts}
 
     def note(self, account: Account) -> None:
@@ -154,7 +153,7 @@ class _Checker:
         return None
 
     def _aligned(self, context: str, texts: list[str], starts: list[int]) -> list[int]:
-        """Where the answers start in the context. A start that is wrong by one of `SHIFTS` is corrected."""
+        """Where the answers start in the context, 0 if they do not. A start wrong by one of `SHIFTS` is corrected."""
         found = []
         for text, start in zip(texts, starts, strict=True):
             places = (start + shift for shift in SHIFTS)
@@ -165,7 +164,7 @@ class _Checker:
                 self._fault("answers", text, "is not at", f" answer_start {start}, where {here!r} is; {where}")
             elif place != start:
                 self._moved.append(self.number)
-            found.append(start if place is None else place)
+            found.append(place or 0)
         return found
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet
 from diffora.errors import UserError, first_line
 from diffora.tasks.account import Account, Accounts
 from diffora.tasks.questions.check import TEXTS, Reader, check
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.files import check_folder, find_file
 from diffora.tasks.sources.hub import hub_splits
 from diffora.tasks.sources.lines import BadLine, json_lines, unique_keys, utf8
@@ -62,7 +63,7 @@ def read(
     for split, (where, (names, rows)) in readers.items():
         try:
             tables[split] = check(names, rows, where, problems, unanswerable, labelled, accounts[split])
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except READ_ERRORS as error:
             problems.append(f"{where} cannot be read: {first_line(error)}")
     if problems:
         raise UserError(problems)
@@ -81,7 +82,7 @@ def _open_files(
             continue
         try:
             readers[split] = str(file), _open(file, accounts[split].notes)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except READ_ERRORS as error:
             problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     return readers
 

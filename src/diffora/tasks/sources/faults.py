@@ -4,7 +4,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from diffora.tasks.messages import more
+
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
+"""What reading a damaged file may raise; OverflowError for a whole number of more than 64 bits."""
 
 
 class Faults:

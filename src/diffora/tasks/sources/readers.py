@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from diffora.errors import UserError, first_line
 from diffora.tasks.sources.csv_file import read_csv
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.files import check_folder, split_files
 from diffora.tasks.sources.lines import BadLine, json_lines, note_blank, utf8
 from diffora.tasks.spec import SCORE_RANGE, TaskSpec
@@ -48,7 +49,7 @@ def local_pieces(spec: TaskSpec, folder: Path, splits: Sequence[str]) -> Pieces:
                 notes: list[str] = []
                 table = _READERS[file.suffix](file, spec, notes)
                 pieces[split][str(file)] = Piece(table, tuple(notes))
-            except (pa.ArrowException, OSError, ValueError) as error:
+            except READ_ERRORS as error:
                 problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     if problems:
         raise UserError(problems)

@@ -64,12 +64,17 @@ def choose_validation(table: pa.Table, fraction: float, seed: int, by_class: boo
     for _, groups in sorted(strata.items()):
         wanted, taken = max(1, round(fraction * sum(map(len, groups)))), 0
         drawn = [groups[i] for i in generator.permutation(len(groups))]
-        for rows in drawn[:-1]:  # one text stays for training
+        left = []  # for training: one text at least
+        for rows in drawn[:-1]:
             if taken + len(rows) <= wanted:
                 chosen[rows] = True
                 taken += len(rows)
-        if taken == 0 and len(groups) > 1:
-            chosen[min(drawn, key=len)] = True
+            else:
+                left.append(rows)
+        for rows in sorted([*left, drawn[-1]], key=len)[: len(left)]:
+            if taken < (1 if by_class else 2):  # the texts have so many rows that none fitted, or one
+                chosen[rows] = True
+                taken += len(rows)
     if by_class:  # one text may have several labels, so a class can be left without training rows
         trained = {label for row, out in zip(labels, chosen, strict=True) if not out for label in row}
         for rows in same_text.values():

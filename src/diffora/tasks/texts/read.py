@@ -10,6 +10,7 @@ from diffora.errors import first_line
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.messages import more
 from diffora.tasks.sources.check_values import check_text, check_utf8
+from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.tables import check_columns, with_numbers
 from diffora.tasks.texts.columns import LISTS, Columns, Part
 from diffora.tasks.texts.formats import read_file
@@ -36,7 +37,7 @@ def read_part(files: Sequence[Path], columns: Columns, labelled: bool, problems:
     for file in files:
         try:
             tables[str(file)] = read_file(file, columns, account.notes)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except READ_ERRORS as error:
             problems.append(f"{file} cannot be read as {file.suffix}: {first_line(error)}")
     return part_of(tables, columns, labelled, account, problems) if len(problems) == before else None
 
