@@ -1,5 +1,6 @@
 """``diffora export``: each form gives the logits of the run, completely or with one message."""
 
+import copy
 import json
 import shutil
 
@@ -11,17 +12,26 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from small import small_deberta
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
+import diffora
 from diffora.adapters.export import save_adapter
 from diffora.adapters.forms import name_base_model, rewrite
 from diffora.adapters.manifest import read_manifest
 from diffora.adapters.merge import merge_updates
 from diffora.api import load_adapter
 from diffora.cli.export import main as export_main
-from diffora.core.attach import attach
+from diffora.core.attach import attach, keep_statistics
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
+from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
 from diffora.run import export
@@ -433,3 +443,74 @@ def test_a_fully_fine_tuned_model_is_whole_already(tmp_path):
     assert torch.equal(of_run(whole, tokenizer), of_run(theirs, tokenizer))
     with pytest.raises(UserError, match="is a whole model, not an adapter: copy that folder"):
         exported(run)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(2))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_statistics_that_moved_in_training_are_saved(tmp_path, keeps):
+    """A frozen batch norm in training mode replaces its statistics, whether its weights are trained or not."""
+    torch.manual_seed(0)
+    pretrained, x = Normed(), torch.randn(16, 6) + 3
+    model = copy.deepcopy(pretrained)
+    layers = attach(model, [["layers.0.0"], ["layers.1.0"]], torch.ones(2, 1, dtype=torch.bool), 2, None, 4)
+    for row in layers:
+        nn.init.normal_(row[0].lora_bt)
+    model.train()
+    if keeps:
+        keep_statistics(model)
+    model(x)
+    save_adapter(model, tmp_path, head=["head"])
+    saved = [] if keeps else ["layers.0.1", "layers.1.1"]
+    assert read_manifest(tmp_path)["heads"] == ["head", *saved]
+    again = copy.deepcopy(pretrained)
+    load_adapter(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_the_selection_of_another_adapter_is_refused(tmp_path):
+    model, grid = adapted(), find_grid(small_deberta(), "encoder.layer.*", TYPES)
+    selection = Selection.from_mask(grid, MASK, method="diffora", selector="search", rho=0.5, seed=0)
+    selection.save(tmp_path / "selection.json")
+    save_adapter(model, tmp_path)
+    assert "selection.json" in read_manifest(tmp_path)["files"]
+    Selection.from_mask(grid, ~MASK, method="diffora", selector="search", rho=0.5, seed=0).save(
+        tmp_path / "selection.json"
+    )
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"selection\.json selects other modules than this adapter has"):
+        save_adapter(adapted(), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_peft_runs_a_model_of_speech_in_its_own_way(tmp_path):
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WHISPER).eval()
+    pretrained = copy.deepcopy(model)
+    diffora.attach(model, diffora.select(model, "qv", progress=False), rank=2)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+    batch = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(3, 60, (2, 6))}
+    with torch.no_grad():
+        found, wanted = PeftModel.from_pretrained(pretrained, tmp_path).eval()(**batch).logits, model(**batch).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+WHISPER = WhisperConfig(
+    vocab_size=64, num_mel_bins=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, d_model=16, max_source_positions=20,
+    max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+)  # fmt: skip

@@ -459,3 +459,14 @@ def test_a_merged_layer_is_not_saved():
         model.state_dict()
     model[0].unmerge()
     assert "0.lora_a" in model.state_dict()
+
+
+def test_a_merged_layer_loads_no_state():
+    """Its base weight would be replaced by one without the update, and it would still count as merged."""
+    layer = LowRankLinear(nn.Linear(4, 3), nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 3)), alpha=2)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.merge()
+    with pytest.raises(UserError, match=r"call unmerge\(\) first"):
+        layer.load_state_dict(state)
+    layer.unmerge()
+    layer.load_state_dict(state)

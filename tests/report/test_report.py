@@ -902,11 +902,16 @@ def test_lines_that_are_not_drawn_are_counted(tmp_path, monkeypatch):
     assert note in page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])[0].read_text()
 
 
-def test_a_selection_without_its_file_is_read_from_the_record(spec):
-    fill(spec, ["DiffoRA"], seeds=range(2))
+def test_a_selection_without_its_file_is_read_from_the_record_if_the_settings_name_the_types(spec):
+    """Without them, types that no seed selected would be missing, and chance would be another."""
+    place = "DiffoRA", "paraphrase"
+    for folder, candidates in (("unnamed", None), ("others", ["another"]), ("named", list(TYPES))):
+        fill(spec / folder, ["DiffoRA"], seeds=range(2), settings={"model": {"candidates": candidates}})
     for file in spec.rglob("selection.json"):
         file.unlink()
-    found = pictures.dams("DiffoRA", "paraphrase", table_of(spec).cells["DiffoRA", "paraphrase"])
+    assert pictures.dams(*place, table_of(spec / "unnamed").cells[place]) is None
+    assert pictures.dams(*place, table_of(spec / "others").cells[place]) is None
+    found = pictures.dams(*place, table_of(spec / "named").cells[place])
     assert "layer 1: " in found.frequency and len(found.seeds) == 2 and found.scale is None
     for file in spec.rglob("run.json"):
         change_record(file.parent, selection={"selector": "search"})

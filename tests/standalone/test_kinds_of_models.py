@@ -1,5 +1,7 @@
 """Which models the library takes (wrapped, half precision, quantised, placed, checkpointed); how it leaves them."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -118,6 +120,72 @@ def test_torchs_own_encoder_runs_in_evaluation_with_adapters_in_its_upper_layers
         core_attach.attach(encoder, [["layers.1.linear1"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
         after = encoder(x, src_key_padding_mask=padding)
     assert torch.allclose(before[~padding], after[~padding], atol=1e-5)  # B is 0
+
+
+def test_torchs_own_encoder_may_use_nested_tensors_again_after_a_search():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(8, 2)})
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model["head"](model["encoder"](batch[0]).mean(1)), batch[1])
+
+    search(model, pairs(5, 8), loss, layer="encoder.layers.*", candidates=["linear1", "linear2"])
+    assert encoder.use_nested_tensor
+    core_attach.attach(model, [["encoder.layers.1.linear1"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    assert not encoder.use_nested_tensor
+    core_attach.detach(model)
+    assert encoder.use_nested_tensor
+
+
+def test_a_buffer_with_one_value_for_several_elements_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = Net()
+    model.register_buffer("scale", torch.ones(1).expand(8))
+    before = state(model)
+    search(model, pairs(8), entropy_loss)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize(("layer", "trained"), [("blocks.[2]", ["norm", "head"]), (".", [])])
+def test_layers_beside_those_of_the_grid_are_not_the_head(layer, trained):
+    torch.manual_seed(0)
+    candidates = ["blocks.2.0", "blocks.2.3"] if layer == "." else None
+    found = search(Net(), pairs(8), entropy_loss, layer=layer, candidates=candidates)
+    assert found.config["trained"] == [f"{name}.{kind}" for name in trained for kind in ("weight", "bias")]
+
+
+def test_gradients_in_float16_do_not_underflow():
+    """The mean over very many terms has gradients below the smallest number of float16."""
+    torch.manual_seed(0)
+    model, batches = Net().eval(), pairs(8)
+
+    def small(model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(x.to(model.head.weight.dtype)).float(), y) / 4096
+
+    half = copy.deepcopy(model).half()
+    exact = diffora.select(model, "gradient", batches, loss=small, k=1, progress=False)
+    found = diffora.select(half, "gradient", batches, loss=small, k=1, progress=False)
+    torch.testing.assert_close(torch.tensor(found.scores), torch.tensor(exact.scores), rtol=0.02, atol=0)
+    gates = [search(each, batches, small, k=1).gamma_bar for each in (model, half)]
+    torch.testing.assert_close(torch.tensor(gates[1]), torch.tensor(gates[0]), rtol=0.02, atol=0)
+
+
+def test_after_an_overflow_the_scale_is_reduced():
+    torch.manual_seed(0)
+    model = Net().half()
+    layers = core_attach.attach(model, [["blocks.0.0"]], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+    settings = SearchSettings(rounds=1, rank=2, alpha=4, lr=1e-3, gamma_lr=0.1, weight_decay=0, clip=None,
+                              train_steps=1, relaxation="sigmoid")  # fmt: skip
+    layers[0][0].lora_bt.data.fill_(0.5)
+
+    def large(model, batch):
+        return model(batch[0].half()).sum() * 500.0
+
+    bilevel = Bilevel(model, layers, [], large, settings)
+    _, gradient = bilevel.gamma_gradient(pairs(8)[0])
+    assert gradient.isfinite().all() and bilevel.scale < 1024
 
 
 # --- wrappers ---

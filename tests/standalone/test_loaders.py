@@ -206,3 +206,21 @@ def test_a_loader_with_its_own_sampler_is_not_divided_but_two_of_them_are_used()
         with pytest.raises(UserError, match=r"cannot be divided.*give two loaders, search\(model, train_loader"):
             search(small_net(), one, loss=entropy_loss)
     search(small_net(), loader, pairs(8), loss=entropy_loss)
+
+
+class Normalised(DataLoader):
+    """A loader that changes its batches."""
+
+    def __iter__(self):
+        return ((x / 100, y) for x, y in super().__iter__())
+
+
+def test_a_loader_with_an_iteration_of_its_own_is_not_divided():
+    loader = Normalised(TensorDataset(torch.randn(24, 8), torch.randint(0, 2, (24,))), batch_size=4)
+    with pytest.raises(UserError, match="a Normalised of this kind cannot be divided"):
+        search(small_net(), loader, loss=entropy_loss)
+    assert search(small_net(), loader, loader_of(12), loss=entropy_loss).rounds == 1
+
+
+def loader_of(n):
+    return DataLoader(TensorDataset(torch.randn(n, 8), torch.randint(0, 2, (n,))), batch_size=4)

@@ -128,3 +128,41 @@ def test_selectors_without_data_need_no_loader_and_the_others_do():
         with pytest.raises(UserError, match=f"selector={selector} needs a loader"):
             diffora.select(Net(), selector)
     assert diffora.select(Net(), "plop", pairs(8), loss=entropy_loss).config["n_batches"] == 16
+
+
+@pytest.mark.parametrize("selector", ["activation", "plop"])
+def test_all_calls_of_a_module_in_a_pass_count(selector):
+    """As in a bi-encoder, which reads two texts: their order does not matter, nor whether they are read at once."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    batches = [(torch.randn(4, 8), 5 * torch.randn(4, 8)) for _ in range(2)]
+
+    def apart(model, batch):
+        return (model(batch[0]) - model(batch[1])).square().mean()
+
+    def at_once(model, batch):
+        return model(torch.cat(batch)).square().mean()
+
+    first = scores(net, selector, batches, loss=apart)
+    assert torch.allclose(scores(net, selector, [batch[::-1] for batch in batches], loss=apart), first)
+    assert torch.allclose(scores(net, selector, batches, loss=at_once), first)
+
+
+@pytest.mark.parametrize("selector", ["activation", "plop"])
+def test_an_expert_may_have_no_token_in_a_batch_but_not_in_all(selector):
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer[int(x[0, 0] > 0)](x) * 0 + x
+            return x
+
+    torch.manual_seed(0)
+    up, down = torch.randn(4, 8).abs(), -torch.randn(4, 8).abs()
+    both = scores(Routed(), selector, [up, down], loss=lambda model, x: model(x).mean(), layer="layers.*")
+    assert both.isfinite().all()
+    with pytest.raises(UserError, match=r"does not call layers\.0\.0 for any token"):
+        scores(Routed(), selector, [up], loss=lambda model, x: model(x).mean(), layer="layers.*")

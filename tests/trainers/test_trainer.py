@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from data import MAKERS, attached, bert, fill, pairs, rows, trained, trainer, with_peft
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -260,6 +260,23 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_made(tmp_path, monkeypa
     monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: sharded)
     with pytest.raises(UserError, match="which FSDP does not keep"):
         DifforaCallback(1e-3).on_init_end(None, None, None, model=attached())
+
+
+def test_stacked_experts_have_no_masks():
+    """Row i of A and column i of B belong to two experts there."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            return torch.einsum("ti,eio->to", x, self.up)
+
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["experts.up"])
+    model = get_peft_model(nn.ModuleDict({"experts": Experts()}), lora)
+    with pytest.raises(UserError, match=r"experts: penalty and masks are for LoRAs of one layer, and this is of many"):
+        adaptation_of(model, Extras(mask_rank=1), 0)
 
 
 def test_a_callback_without_use_says_so(tmp_path, caplog):

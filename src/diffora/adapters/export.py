@@ -1,5 +1,6 @@
 """Writes a trained model to files: a LoRA adapter, only the trained weights, or the whole model."""
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,9 +27,10 @@ from diffora.adapters.pairs import (
 )
 from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.backbones.processors import load_processor
-from diffora.core.attach import places_of
+from diffora.core.attach import moved_statistics, places_of
 from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
+from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic_folder, write_text
 from diffora.standalone.model import check_head
@@ -69,16 +71,18 @@ def save_adapter(
 
     Args:
         model: with low-rank layers. The head is what transformers adds to the pretrained model, as in `load_adapter`.
-            Other modules with trainable parameters are saved too, and those that `load_adapter` filled. Inside
-            `torch.compile`, `nn.DataParallel` and `DistributedDataParallel`, the module itself is saved.
+            Other modules with trainable parameters are saved too, and those that `load_adapter` filled, and batch norms
+            whose statistics changed in training. Inside `torch.compile`, `nn.DataParallel` and
+            `DistributedDataParallel`, the module itself is saved.
         folder: where the files go.
         head: full names of more modules to save, such as a head that is frozen again.
         form: ``uniform``: all modules get one rank and one scale, which every program reads. ``compact``: the exact
             ranks, for PEFT and this package only.
 
     Raises:
-        UserError: ``form`` is none of these, a name is not a module, the model has no low-rank layers, or it trains
-            parameters that no module to save holds.
+        UserError: ``form`` is none of these, a name is not a module, the model has no low-rank layers or is divided
+            among processes, it trains parameters that no module to save holds, or the folder has the selection of
+            another adapter.
     """
     if form not in (UNIFORM, COMPACT):
         raise UserError(f"form={form!r} must be {UNIFORM} or {COMPACT}")
@@ -86,11 +90,31 @@ def save_adapter(
     pairs, shared = pairs_in(backbone.model)
     if not pairs:
         raise UserError(f"this {type(backbone.model).__name__} has no low-rank layers: call diffora.attach first")
-    config = getattr(backbone.model, "config", None)
-    base = getattr(config, "name_or_path", None) or None
-    kind = type(backbone.model).__name__
-    task = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), None)
-    save_pairs(Path(folder), backbone, pairs, shared, base, task, form, identity_of(backbone.model))
+    if divided := [name for name, p in backbone.model.named_parameters() if type(p).__name__ == "DTensor"]:
+        raise UserError(
+            f"{divided[0]} is divided among processes (FSDP): gather the weights with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict=True), load them into a "
+            "model with the same adapters that is not divided, and save that"
+        )
+    _check_selection(Path(folder), pairs, shared)
+    base = getattr(getattr(backbone.model, "config", None), "name_or_path", None) or None
+    save_pairs(
+        Path(folder), backbone, pairs, shared, base, task_type(backbone.model), form, identity_of(backbone.model)
+    )
+
+
+def _check_selection(folder: Path, pairs: Pairs, shared: Sequence[Sequence[str]]) -> None:
+    """Refuse a folder with the selection of another adapter. The manifest would list it as that of this one."""
+    file = folder / SELECTION
+    if not file.is_file():
+        return
+    ranks = {name: len(lora_a) for name, lora_a, _, _ in pairs}
+    selected = set(Selection.load(file).names())
+    together = {name for group in shared if len(group) > 1 for name in group}
+    others = ranks.keys() - selected - together  # may have a shared pair for themselves alone, of another rank
+    alike = {ranks[name] for name in others} & {ranks[name] for name in selected & ranks.keys()}
+    if not selected <= ranks.keys() - together or alike:
+        raise UserError(f"{file} selects other modules than this adapter has: remove it, or choose another folder")
 
 
 def _with_trained(backbone: Backbone, head: Sequence[str]) -> Backbone:
@@ -104,7 +128,7 @@ def _with_trained(backbone: Backbone, head: Sequence[str]) -> Backbone:
     # Tied parameters stand in several modules. PEFT replaces each by its own copy, so it needs all of them.
     parameters = model.named_parameters(remove_duplicate=False)
     holders = [name.rpartition(".")[0] for name, p in parameters if p.requires_grad and p not in done]
-    more = tuple(dict.fromkeys([*named, *holders]))
+    more = tuple(dict.fromkeys([*named, *holders, *moved_statistics(model)]))
     places = [f"{layer}." for layer in layers]
     if bad := [
         name
@@ -131,6 +155,16 @@ TASK_TYPES = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 """PEFT's names of tasks, by the end of a transformers class."""
+
+
+def task_type(model: Any) -> str | None:
+    """PEFT's name of a model's task; None if PEFT's class for it would call the model in another way."""
+    name = type(model).__name__
+    found = next((task for end, task in TASK_TYPES.items() if name.endswith(end)), None)
+    if found == "SEQ_2_SEQ_LM":  # the class is for texts, and speech and images end in the same way
+        texts = "input_ids" in inspect.signature(model.forward).parameters
+        return found if texts and getattr(model.config, "is_encoder_decoder", False) else None
+    return found
 
 
 def pairs_in(model: nn.Module) -> tuple[list[tuple[str, Tensor, Tensor, float]], list[list[str]]]:

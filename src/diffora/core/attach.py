@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ def attach(
     _check_places(rows, flags, rank, shared_rank, modules)
     if freeze:
         freeze_rest(model)
+        _BATCHES.update({norm: _batches_of(norm) for norm in model.modules() if isinstance(norm, _BatchNorm)})
     pairs = _Pairs(rank, shared_rank)
 
     def adapt(name: str | None, column: int, flag: bool) -> LowRankLinear | None:
@@ -93,9 +95,14 @@ def attach(
         for row, own in zip(rows, flags, strict=True)
     ]
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):  # nested tensors are for layers without adapters
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor = False  # nested tensors are for layers without adapters
+            _NESTED[module] = True
     return layers
+
+
+_NESTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""The encoders that used nested tensors before `attach`, for `detach`."""
 
 
 class _Pairs:
@@ -205,6 +212,24 @@ def keep_statistics(model: nn.Module) -> None:
             module.eval()
 
 
+_BATCHES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many batches the statistics of a batch norm were of when `attach` froze it."""
+
+
+def moved_statistics(model: nn.Module) -> list[str]:
+    """Full names of the batch norms that `attach` froze, and whose statistics were replaced in training all the same.
+
+    `keep_statistics` prevents it.
+    """
+    norms = ((name, module) for name, module in model.named_modules() if module in _BATCHES)
+    return [name for name, norm in norms if _batches_of(norm) != _BATCHES[norm]]
+
+
+def _batches_of(norm: nn.Module) -> int:
+    counted: Any = norm.num_batches_tracked
+    return 0 if counted is None else int(counted)
+
+
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The buffers of the batch norms that are trained, by full name."""
     found: dict[str, Tensor] = {}
@@ -247,6 +272,9 @@ def detach(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
         layer.unmerge()
         model.set_submodule(name, layer.base)
+    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoder))
+    for encoder in encoders:
+        encoder.use_nested_tensor = encoder.use_nested_tensor or _NESTED.pop(encoder, False)
 
 
 def taken(model: nn.Module) -> dict[str, nn.Module]:

@@ -219,6 +219,14 @@ class LowRankLinear(nn.Module):
             )
         super()._save_to_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise UserError(
+                "a merged low-rank layer cannot load a state: its base weight would be replaced by one without the "
+                "update; call unmerge() first"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def weight(self) -> Tensor:
         """W + Delta W in the base layer's layout, for code that reads the weight instead of calling the layer.

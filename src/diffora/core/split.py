@@ -44,6 +44,28 @@ def shared_tables(model: nn.Module) -> list[SharedTable]:
 
 
 @contextmanager
+def tables_noted(model: nn.Module) -> Iterator[list[bool]]:
+    """Inside this context, the list that it gives has an entry while the model projects a table of `TABLE_METHODS`."""
+    inside: list[bool] = []
+
+    def noted(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inside.append(True)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    places = [(module, name) for module in model.modules() for name in TABLE_METHODS if hasattr(module, name)]
+    for module, name in places:
+        setattr(module, name, partial(noted, getattr(module, name)))
+    try:
+        yield inside
+    finally:
+        for module, name in places:
+            delattr(module, name)  # the method of the class is visible again
+
+
+@contextmanager
 def divided(layers: Layers, tables: Sequence[SharedTable], n_train: int, n: int) -> Iterator[None]:
     """Inside this context, the first ``n_train`` examples of a batch train A and B, and the others train the gates.
 

@@ -46,25 +46,26 @@ class Selected:
 
 def selections(cell: ResultCell) -> dict[int, Selected]:
     """The selection of each seed; empty if the files do not say, or are for different modules."""
-    files = {seed: found for seed, run in cell.runs.items() if (found := _read(run, cell)) is not None}
+    files = {seed: found for seed, run in cell.runs.items() if (found := _read(run)) is not None}
     kinds = {(found.mask.shape, found.relaxation, *found.types) for found in files.values()}
     return files if len(kinds) == 1 else {}
 
 
-def _read(run: Run, cell: ResultCell) -> Selected | None:
+def _read(run: Run) -> Selected | None:
     """The selection in the run's file, or without the file the one in its record; None if neither can be used."""
     content = run.read("selection.json")
     try:
-        return _selected(run, _from_record(run, cell) if content is None else content)
+        return _selected(run, _from_record(run) if content is None else content)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):  # the files may be damaged, or anybody's
         return None
 
 
-def _from_record(run: Run, cell: ResultCell) -> dict[str, Any]:
-    """What the record says: the names of the selected modules of each layer. Types are those of the whole setting."""
-    layers = [layer for other in cell.runs.values() for layer in other.record.selection["selected"]]
-    types = run.config.get("model.candidates") or sorted({name for layer in layers for name in layer})
-    return {"selected": run.record.selection["selected"], "types": types}
+def _from_record(run: Run) -> dict[str, Any]:
+    """What the record says: the names of the selected modules of each layer. The settings name the types.
+
+    Without them, the types that were never selected would be missing, and chance would be another.
+    """
+    return {"selected": run.record.selection["selected"], "types": run.config["model.candidates"]}
 
 
 def _selected(run: Run, content: Mapping[str, Any]) -> Selected:
@@ -74,6 +75,8 @@ def _selected(run: Run, content: Mapping[str, Any]) -> Selected:
         ValueError, TypeError, KeyError and others: the content does not fit together.
     """
     types = [str(name) for name in content["types"]]
+    if not {name for layer in content["selected"] for name in layer} <= set(types):
+        raise ValueError("a module is of none of the types")
     mask = np.array([[name in layer for name in types] for layer in content["selected"]], dtype=bool)
     modules = content.get("modules") or [types] * len(mask)
     present = np.array([[name is not None for name in layer] for layer in modules], dtype=bool)

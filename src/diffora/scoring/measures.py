@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from diffora.core.grid import Grid, laid_out
-from diffora.core.linear import weight_of
+from diffora.core.linear import features, weight_of
+from diffora.core.split import tables_noted
 from diffora.errors import UserError
 from diffora.scoring.criteria import (
     counted_tokens,
@@ -146,27 +147,38 @@ class _OfInputs(Measure):
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # Only the first call in a pass is on tokens: DeBERTa calls Q and K again, on its table of positions.
-            if module not in found:
-                x = args[0]
-                with torch.autocast(x.device.type, enabled=False):
-                    found[module] = self.sums_of(module, x, counted_tokens(x, fields, targets[module], config))
+            if projects_table:  # no tokens: DeBERTa calls query and key again, on its table of positions
+                return
+            x = args[0]
+            with torch.autocast(x.device.type, enabled=False):
+                new = self.sums_of(module, x, counted_tokens(x, fields, targets[module], config))
+            found[module] = new if module not in found else (found[module][0] + new[0], found[module][1] + new[1])
 
         hooks = [module.register_forward_pre_hook(note) for module in self.modules]
         try:
-            with _called_layers():
+            with _called_layers(), tables_noted(self.model) as projects_table:
                 loss(batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        if uncalled := [name for module, name in names.items() if module not in found]:
-            raise UserError(f"the loss does not call {uncalled[0]}: leave it out of the candidates")
-        return [found[module][part] for part in (0, 1) for module in self.modules]
+        sums = [found[module] if module in found else self._nothing(module) for module in self.modules]
+        return [each[part] for part in (0, 1) for each in sums]
+
+    def _nothing(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """The sums of a module that a batch does not reach, such as an expert without tokens."""
+        x = torch.zeros(1, features(module)[0], device=weight_of(module).device)
+        return self.sums_of(module, x, x.new_zeros(1))
 
     def means(self, sums: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(weight (out, in), mean over tokens) of each candidate."""
+        """(weight (out, in), mean over tokens) of each candidate.
+
+        Raises:
+            UserError: no batch reaches a candidate.
+        """
         n = len(self.modules)
-        for module, total, tokens in zip(self.modules, sums[:n], sums[n:], strict=True):
+        for module, name, total, tokens in zip(self.modules, self.grid.modules, sums[:n], sums[n:], strict=True):
+            if tokens == 0:
+                raise UserError(f"the loss does not call {name} for any token: leave it out of the candidates")
             yield weight_of(module).detach(), total / tokens
 
 

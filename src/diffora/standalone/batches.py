@@ -19,6 +19,9 @@ from torch.utils.data import (
 
 from diffora.errors import UserError
 
+ACCELERATES = "accelerate.data_loader"
+"""The module of accelerate's loaders and samplers."""
+
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: a scalar with a graph."""
 
@@ -217,6 +220,7 @@ def divided_loader(loader: Iterable[Any], seed: int) -> tuple[Iterable[Any], Ite
     rows = _row_sampling(loader)
     known = isinstance(loader, Sequence) or (
         rows is not None
+        and (type(loader).__iter__ is DataLoader.__iter__ or type(loader).__module__ == ACCELERATES)
         and not isinstance(loader.dataset, IterableDataset)  # type: ignore[attr-defined]
         and (type(rows.sampler) in (RandomSampler, SequentialSampler) or _is_accelerates(rows.sampler))
         and len(rows.sampler) == len(items)  # type: ignore[arg-type]
@@ -249,7 +253,7 @@ def _row_sampling(loader: Any) -> BatchSampler | None:
 
 
 def _is_accelerates(sampler: Any) -> bool:
-    return type(sampler).__module__ == "accelerate.data_loader"
+    return type(sampler).__module__ == ACCELERATES
 
 
 def _part(loader: Any, places: list[int]) -> Iterable[Any]:

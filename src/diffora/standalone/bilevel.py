@@ -19,6 +19,7 @@ from diffora.core.lowrank import Layers, set_gates
 from diffora.core.readout import Readout
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
+from diffora.scoring.measures import FLOAT16_SCALE
 from diffora.standalone.batches import Loss, checked, endless, in_groups, length_of, moved, some
 from diffora.standalone.choice import mask_of
 from diffora.standalone.model import seed_torch
@@ -43,6 +44,8 @@ class Bilevel:
         weights: A, B and the head.
         masters: what the optimiser steps: the weights, and a float32 copy of each one in half precision, in which small
             steps would be rounded away.
+        scale: the loss is multiplied by this power of 2 before it is differentiated, and gradients are divided by it.
+            float16 gradients would underflow otherwise; other precisions give the same values.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Bilevel:
             self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self._tables = shared_tables(model)
+        self.scale = FLOAT16_SCALE
         self.readout = Readout(settings.readout, settings.head_warmup, settings.patience, choose)
 
     @property
@@ -81,16 +85,19 @@ class Bilevel:
             what: names the batch in messages.
             reads: whether to give the gradient by the gates to `readout`.
         """
-        # Γ trains alone: activations that only A and B need are not saved. The number of examples has no effect then.
-        with divided(self.layers, self._tables, 0, 1):
+
+        def attempt() -> tuple[Tensor, list[Tensor | None]]:
             gates = relax(self.gamma, self.settings.relaxation)
             loss = self._loss(batch, gates, what)
+            scaled = loss * self.scale
+            return loss, list(torch.autograd.grad(scaled, [self.gamma, gates])) if reads else [
+                first_order(scaled, self.gamma)
+            ]
+
+        # Γ trains alone: activations that only A and B need are not saved. The number of examples has no effect then.
+        with divided(self.layers, self._tables, 0, 1):
             try:
-                if not reads:
-                    return loss.detach(), first_order(loss, self.gamma)
-                of_gamma, of_gates = torch.autograd.grad(loss, [self.gamma, gates])
-                self.readout.read(of_gates)
-                return loss.detach(), of_gamma
+                loss, (of_gamma, *of_gates) = self._unscaled(attempt)
             except RuntimeError as error:
                 if "not have been used" not in str(error) and "Checkpointing is not compatible" not in str(error):
                     raise
@@ -103,6 +110,9 @@ class Bilevel:
                     "the loss does not depend on any candidate module: loss(model, batch) must call the model that it "
                     "is given, with gradients"
                 ) from error
+        for gradient in of_gates:
+            self.readout.read(gradient)
+        return loss.detach(), of_gamma
 
     def gamma_step(self, batch: Any, what: str = "a validation batch", reads: bool = False) -> float:
         """One step of Γ on the validation loss ([D] Algorithm 1, line 4). Returns that loss."""
@@ -112,10 +122,18 @@ class Bilevel:
 
     def weight_step(self, batch: Any, what: str = "a training batch") -> float:
         """One step of A, B and the head on the training loss ([D] Algorithm 1, line 6). Returns that loss."""
-        loss = self._loss(batch, self.gamma_bar, what)
-        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
+
+        def attempt() -> tuple[Tensor, list[Tensor | None]]:
+            loss = self._loss(batch, self.gamma_bar, what)
+            grads = torch.autograd.grad(loss * self.scale, self.weights, allow_unused=True)
+            return loss, [
+                torch.zeros_like(master) if grad is None else grad.to(master.dtype)
+                for grad, master in zip(grads, self.masters, strict=True)
+            ]
+
+        loss, grads = self._unscaled(attempt)
         for master, grad in zip(self.masters, grads, strict=True):
-            master.grad = torch.zeros_like(master) if grad is None else grad.to(master.dtype)
+            master.grad = grad
         if self.settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
         self.weight_optimiser.step()
@@ -124,6 +142,18 @@ class Bilevel:
             if weight is not master:
                 weight.data.copy_(master)
         return loss.item()
+
+    def _unscaled(self, attempt: Callable[[], tuple[Tensor, list[Tensor | None]]]) -> tuple[Tensor, list[Tensor]]:
+        """(loss, its gradients), from an attempt that returns the loss and the gradients of `scale` times the loss.
+
+        After an overflow the scale is reduced, and the attempt is repeated.
+        """
+        while True:
+            loss, scaled = attempt()
+            found = [gradient for gradient in scaled if gradient is not None]
+            if self.scale == 1 or all(bool(gradient.isfinite().all()) for gradient in found):
+                return loss, [gradient / self.scale for gradient in found]
+            self.scale = max(1.0, self.scale / 16)
 
     def _loss(self, batch: Any, gates: Tensor, what: str) -> Tensor:
         set_gates(self.layers, gates)

@@ -1,6 +1,7 @@
 """The user's model: what is inside its wrappers, which grid and head it has, and how it is left as it was found."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -92,7 +93,8 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     - names of modules are given: their parameters,
     - some of the candidates' own parameters are frozen: all parameters that are not frozen, except the candidates',
     - none of them is frozen, in a transformers model: its parts outside the pretrained model,
-    - none of them is frozen, in any other model: everything outside the layers of the grid.
+    - none of them is frozen, in any other model: everything outside the layers of the grid and their siblings; nothing
+      if the grid is the whole model (``layer="."``).
 
     In the last two cases, frozen parameters are left out. There are some in models whose positions are fixed.
 
@@ -110,8 +112,10 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     elif pretrained_children(model):
         chosen = Backbone.of(model).head_parameters() & trainable
     else:
-        layers = tuple(f"{layer}." for layer in grid.layers if layer)
-        chosen = {p for name, p in parameters.items() if not name.startswith(layers)} & trainable
+        stacks = {layer.rpartition(".")[0] for layer in grid.layers}
+        siblings = re.compile("|".join(rf"{re.escape(f'{stack}.' if stack else '')}\d+\." for stack in stacks))
+        outside = {p for name, p in parameters.items() if not siblings.match(name)}
+        chosen = set() if grid.layers == ("",) else outside & trainable
     chosen -= candidates
     return [p for p in parameters.values() if p in chosen]
 
@@ -134,7 +138,14 @@ def left_as_found(model: nn.Module, seed: int, trained: Sequence[nn.Parameter] =
     modes = {module: module.training for module in model.modules()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     weights = [(p, p.detach().clone()) for p in trained]
-    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
+    # Nothing changes a buffer in place that has one value for several elements.
+    buffers = [
+        (module, name, buffer, None if 0 in buffer.stride() else buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    nested = [m for m in modes if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     on_gpu = device_of(model).type == "cuda"
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
         seed_torch(seed, device_of(model))
@@ -143,15 +154,17 @@ def left_as_found(model: nn.Module, seed: int, trained: Sequence[nn.Parameter] =
                 module._compiled_call_impl = None
             yield
         finally:
-            for module, call in compiled.items():
-                module._compiled_call_impl = call
-            with torch.no_grad():
-                for parameter, value in weights:
-                    parameter.copy_(value)
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
             for parameter, (flag, grad) in flags.items():
                 parameter.requires_grad_(flag)
                 parameter.grad = grad
             for module, mode in modes.items():
                 module.training = mode
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
+            for encoder in nested:
+                encoder.use_nested_tensor = True
+            with torch.no_grad():
+                for parameter, value in weights:
+                    parameter.copy_(value)
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer if before is None else buffer.copy_(before)

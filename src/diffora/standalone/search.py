@@ -145,9 +145,10 @@ def search(
         if found.rounds < rounds:
             say(progress, [f"stopped after {found.rounds:.3g} of {rounds} rounds: unchanged for {patience} checks"])
         members.append(found)
-    gates = members[0].gates
-    start, low, high = neutral_gate(relaxation, grid.n_types), gates.min().item(), gates.max().item()
-    say(progress, [f"gates are between {low:.3f} and {high:.3f} now; they started at {start:.3f}"])
+    gates = members[0].gates[grid.present]
+    starts = dict.fromkeys(f"{neutral_gate(relaxation, size):.3f}" for size in sorted(set(grid.sizes), reverse=True))
+    now = f"between {gates.min():.3f} and {gates.max():.3f}"
+    say(progress, [f"gates are {now} now; they started at {' or '.join(starts)}"])
     config = {"search": asdict(settings), "trained": names, "division": division}
     return _selection(grid, members, k, scope, seed, settings, config)
 

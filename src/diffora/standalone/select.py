@@ -13,7 +13,7 @@ from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heu
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature
-from diffora.scoring.measures import MEASURES
+from diffora.scoring.measures import FLOAT16_SCALE, MEASURES
 from diffora.scoring.spectra import SPECTRA, spectral_scores
 from diffora.standalone.batches import Loss, checked, loader_problem, loss_problem, model_loss, moved, rows_of, some
 from diffora.standalone.choice import (
@@ -189,6 +189,7 @@ def _scores(
         return call_function(selector, model, grid, batches, loss_of, f"selector={name_of(selector)}")
     model.requires_grad_(False)
     measure = MEASURES[selector](model, grid, seed)
+    measure.scale = FLOAT16_SCALE  # a power of 2, which changes nothing in other precisions
     sums: list[Tensor] = []
     for number, batch in enumerate(bar(progress, selector, "batch", items=batches), 1):
 

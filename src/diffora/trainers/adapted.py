@@ -140,6 +140,8 @@ def _peft_pairs(model: nn.Module) -> Iterator[PeftPair]:
             if not any(p.requires_grad for p in part.parameters()):
                 continue
             other: Any = module.lora_B[adapter]
+            if getattr(module, "num_experts", 1) > 1:  # row i of A and column i of B are of two experts
+                raise UserError(f"{name}: penalty and masks are for LoRAs of one layer, and this is of many experts")
             if any(not isinstance(matrix, nn.Linear) for matrix in (part, other)):
                 raise UserError(
                     f"{name}: penalty and masks are for LoRAs of linear layers, not of {type(part).__name__}"
