@@ -2,7 +2,7 @@
 
     python scripts/search_price.py outputs/search_price.json --data <folder> --model <MiniLM>       # resumable; hours
     python scripts/search_price.py outputs/search_price.json --page docs/background/selection.md    # only the table
-    python scripts/search_price.py --runs outputs/selection_matters-small/runs/search-digits-seed* --page <page>
+    python scripts/search_price.py --runs outputs/selection_matters-small/search-digits-seed* --page <page>
     python scripts/search_price.py docs/background/data/search_shortened.json      # the table of --runs without runs
 
 For each task and seed it searches with [D]'s settings (`full`), with `recipe=fast`, and with fewer rounds and rows. A

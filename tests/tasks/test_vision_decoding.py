@@ -4,16 +4,23 @@ import pickle
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_vision import SMALL, problems, to_parquet, write_folders
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.levit.image_processing_pil_levit import LevitImageProcessorPil
+from transformers.models.poolformer.image_processing_pil_poolformer import PoolFormerImageProcessorPil
 
 from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.loop.data import eval_loader
 from diffora.tasks import vision
 from diffora.tasks.base import get_task
-from diffora.tasks.images.decode import pixel_bytes
+from diffora.tasks.images.batches import ImageCollate
+from diffora.tasks.images.decode import pixel_bytes, shrink
+from diffora.tasks.images.preprocessing import Preprocessing
 
 
 @pytest.fixture(params=["folders", "parquet"])
@@ -105,3 +112,23 @@ def test_the_size_of_the_pixels_is_known_before_they_are_written(both):
     rows = both[0].load().train
     pixels = sum(map(len, both[0].encode(rows, SMALL, training=True)["pixels"]))
     assert pixel_bytes(rows, SMALL) == pytest.approx(pixels, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875),
+        LevitImageProcessorPil(),
+        PoolFormerImageProcessorPil(),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_processors_that_cut_off_a_margin_give_the_same_pixels(processor):
+    y, x = np.mgrid[0:400, 0:600]
+    colours = np.stack([x * 255 // 599, y * 255 // 399, (x + y) * 255 // 998], -1).astype(np.uint8)
+    numbers = Preprocessing.of(processor, "a/model")
+    small = shrink(Image.fromarray(colours), numbers.resize, numbers.resample)
+    row = {"pixels": [small.tobytes()], "height": [small.height], "width": [small.width], "row": [0]}
+    ours = ImageCollate(numbers, None)(row)["pixel_values"][0].numpy()
+    theirs = np.asarray(processor(Image.fromarray(colours), return_tensors="np")["pixel_values"][0])
+    np.testing.assert_allclose(ours, theirs, atol=0.02)

@@ -151,7 +151,12 @@ def _merged(request: ExportRequest) -> list[str]:
     with atomic_folder(request.to) as scratch:
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
-    return [f"{type(model).__name__}, {model.dtype}".replace("torch.", "")]
+    lines = [f"{type(model).__name__}, {model.dtype}".replace("torch.", "")]
+    if task.processor_kind == "image_processor" and not getattr(processor, "do_center_crop", False):
+        lines.append(
+            "images that are not square: cut out the centre first, as in training; the processor squeezes them"
+        )
+    return lines
 
 
 def _gguf(request: ExportRequest, whole: bool) -> list[str]:

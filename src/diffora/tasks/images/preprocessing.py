@@ -39,6 +39,7 @@ class Preprocessing:
         """
         size = _side(processor.size, f"{path}: size")
         crop = _side(processor.crop_size, f"{path}: crop_size") if getattr(processor, "do_center_crop", None) else size
+        resize = max(_resize_of(processor, size), crop)
         normalise = processor.do_normalize
         mean = tuple(processor.image_mean) if normalise else (0.0, 0.0, 0.0)
         std = tuple(processor.image_std) if normalise else (1.0, 1.0, 1.0)
@@ -56,13 +57,23 @@ class Preprocessing:
         if resample not in list(Image.Resampling):
             raise UserError(f"model.path={path}: resample={resample!r} must be one of Pillow's {list(range(6))}")
         return cls(
-            resize=max(size, crop),
+            resize=resize,
             crop=crop,
             resample=int(resample),
             scale=scale,
             mean=mean,
             std=std,
         )
+
+
+def _resize_of(processor: Any, size: int) -> int:
+    """To how many pixels the shorter side is resized: more than the model sees if the processor cuts off a margin."""
+    share, kind = getattr(processor, "crop_pct", None), type(processor).__name__
+    if kind.startswith("Levit"):
+        return int(size * 256 / 224)
+    if share is None or (kind.startswith("ConvNext") and size >= 384):
+        return size
+    return int(size / share)
 
 
 def _side(size: Any, where: str) -> int:
