@@ -308,16 +308,16 @@ def test_the_second_order_gradient_of_gamma_against_finite_differences():
     module = SearchModule(model, layers, grid.types, small_task(), settings, seed=0).double()
     module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     train, valid = batch_of(4, seed=1), batch_of(4, seed=2)
-    _, (exact,) = module._unrolled_gradient(valid, train)
+    _, (exact,) = module.unrolled_gradient(valid, train)
 
     def stepped() -> float:
         """The validation loss after one plain step on the training loss."""
         keep = [p.detach().clone() for p in module.weights]
-        grads = torch.autograd.grad(module._loss(train, module.gamma.detach()), module.weights)
+        grads = torch.autograd.grad(module.batch_loss(train, module.gamma.detach()), module.weights)
         with torch.no_grad():
             for parameter, grad in zip(module.weights, grads, strict=True):
                 parameter -= lr * grad
-            loss = module._loss(valid, module.gamma).item()
+            loss = module.batch_loss(valid, module.gamma).item()
             for parameter, value in zip(module.weights, keep, strict=True):
                 parameter.copy_(value)
         return loss

@@ -95,7 +95,7 @@ class Stand:
         settings = Search(epochs=1, batch_size=8, rank=4, lr=1e-3, gamma_lr=1e-3, clip=None, update="simultaneous")
         module = SearchModule(self.model, self.layers, list(range(len(self.layers[0]))), self.task, settings, seed=0)
         module.trainer = SimpleNamespace(precision_plugin=None)
-        module._joint_gradients(self.inputs, self.inputs)
+        module.joint_gradients(self.inputs, self.inputs)
 
     def measured(self, step: Callable[[], None]) -> int:
         self.inputs = self.batch()
