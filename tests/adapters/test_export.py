@@ -421,6 +421,20 @@ def test_the_base_model_may_be_renamed(exported, tmp_path):
         load_adapter(small_deberta(), folder)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "weights"])
+def test_what_is_trained_besides_an_adapter_stays_as_it_was_without_freeze(kind, exported):
+    model = small_deberta()
+    model.classifier.requires_grad_(False)
+    embeddings = model.deberta.embeddings.word_embeddings.weight.requires_grad_(True)
+    bias = model.deberta.encoder.layer[0].output.dense.bias.requires_grad_(False)
+    load_adapter(model, exported[kind], freeze=False)
+    assert embeddings.requires_grad and not any(p.requires_grad for p in model.classifier.parameters())
+    assert bias.requires_grad == (kind == "weights")  # BitFit's adapter is the biases
+    frozen = small_deberta()
+    load_adapter(frozen, exported[kind])
+    assert not frozen.deberta.embeddings.word_embeddings.weight.requires_grad
+
+
 OWN, SHARED, OTHER = (f"{LAYER}.{place}" for place in ("0.output.dense", f"0.{TYPES[1]}", "1.intermediate.dense"))
 
 

@@ -470,3 +470,8 @@ def test_a_merged_layer_loads_no_state():
         layer.load_state_dict(state)
     layer.unmerge()
     layer.load_state_dict(state)
+
+
+def test_a_layer_says_its_widths_as_a_linear_layer_does():
+    layer = LowRankLinear(nn.Linear(4, 3), nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 3)), alpha=2)
+    assert (layer.in_features, layer.out_features) == (4, 3)

@@ -42,9 +42,12 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
             raise UserError(f"{folder / stray[0]} is not listed in {MANIFEST}: it belongs to another adapter")
         check_made_for(backbone.model, manifest, folder)
     if (folder / ADAPT).is_file():
+        before = {parameter: parameter.requires_grad for parameter in backbone.model.parameters()}
         load_weights(backbone, folder, manifest, method_of)
-        for head in backbone.head if freeze else ():
-            backbone.model.get_submodule(head).requires_grad_(False)
+        head = backbone.head_parameters()
+        for parameter, flag in before.items():
+            of_adapter = parameter.requires_grad and parameter not in head  # as the biases of BitFit
+            parameter.requires_grad_(of_adapter or (flag and not freeze))
     elif manifest is not None and "modules" in manifest:
         _load_pairs(backbone, folder, manifest)
         if freeze:

@@ -255,6 +255,14 @@ class LowRankLinear(nn.Module):
         return whole
 
     @property
+    def in_features(self) -> int:
+        return self.lora_a.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_bt.shape[1]
+
+    @property
     def bias(self) -> Tensor | None:
         """The base layer's."""
         bias: Tensor | None = getattr(self.base, "bias", None)
