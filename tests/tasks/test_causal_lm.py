@@ -534,6 +534,15 @@ def test_files_with_and_without_validation(tmp_path):
             action(task_of(path="/no/such"))
 
 
+def test_the_split_train_is_what_a_run_trains_on(tmp_path):
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"path": str(tmp_path), "max_train_rows": 20}
+    loaded, alone = task_of(**settings).load(), task_of(**settings).load_split("train")
+    assert alone.to_dict() == loaded.train.to_dict() and len(alone) == 20
+    assert not set(alone["number"]) & set(loaded.validation["validation"]["number"])
+
+
 def test_validation_rows_are_read_without_training_rows(tmp_path):
     """As `evaluate.py` needs them; their own faults count, those of the training rows do not."""
     write(tmp_path / "validation.jsonl", 7)

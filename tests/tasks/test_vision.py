@@ -992,3 +992,15 @@ def test_a_run_on_tables_is_evaluated_by_the_names_of_its_classes(folders, tmp_p
     assert found[0] == found[1] and "accuracy" in found[0]["validation"]
     lines = [(tmp_path / f"{path.name}-out" / "validation.jsonl").read_text() for path in (place, other)]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 6
+
+
+def test_unsigned_labels_are_read_in_every_split(task, folders, tmp_path):
+    """numpy's usual type for labels; -1, the mark for no label, is not among its numbers."""
+    made = to_parquet(folders, tmp_path / "parquet")
+    for file in made.rglob("*.parquet"):
+        table = pa.parquet.read_table(file)
+        labels = table.column("label").cast(pa.uint8())
+        pa.parquet.write_table(table.set_column(table.column_names.index("label"), "label", labels), file)
+    validation = next(made.rglob("validation*.parquet"))
+    shutil.copy(validation, validation.with_name(validation.name.replace("validation", "test")))
+    assert task(made, "task.num_labels=2").load_split("test")["label"] == task(folders).load_split("validation")["label"]

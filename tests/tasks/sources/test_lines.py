@@ -196,3 +196,10 @@ def test_columns_that_nothing_reads_may_hold_anything(tmp_path, other):
     rows = [line(sentence1=f"a {i}", note=other[i % len(other)]) for i in range(8)]
     found = load_rows(MRPC, folder_with(tmp_path, "\n".join(rows), "train.jsonl")).train
     assert found["sentence1"] == [f"a {i}" for i in range(8)]
+
+
+def test_whole_numbers_above_64_bits_get_a_message(tmp_path):
+    """The column of mixed types makes the file be read line by line."""
+    rows = [{"sentence1": "a", "sentence2": "b", "label": i % 2, "idx": 2**64 - 1, "more": (1, "x")[i]} for i in (0, 1)]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    assert "cannot be read as .jsonl" in refusal(tmp_path, content, "train.jsonl")
