@@ -1003,4 +1003,5 @@ def test_unsigned_labels_are_read_in_every_split(task, folders, tmp_path):
         pa.parquet.write_table(table.set_column(table.column_names.index("label"), "label", labels), file)
     validation = next(made.rglob("validation*.parquet"))
     shutil.copy(validation, validation.with_name(validation.name.replace("validation", "test")))
-    assert task(made, "task.num_labels=2").load_split("test")["label"] == task(folders).load_split("validation")["label"]
+    found = task(made, "task.num_labels=2").load_split("test")
+    assert found["label"] == task(folders).load_split("validation")["label"]
