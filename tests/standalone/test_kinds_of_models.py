@@ -155,6 +155,25 @@ def test_layers_beside_those_of_the_grid_are_not_the_head(layer, trained):
     assert found.config["trained"] == [f"{name}.{kind}" for name in trained for kind in ("weight", "bias")]
 
 
+@pytest.mark.parametrize("layer", ["stages.*.mixer", "stages.[1].mixer"])
+def test_layers_may_have_their_number_in_the_middle_of_the_name(layer):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.ModuleDict({"mixer": nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})}) for _ in range(2)
+            )
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            for stage in self.stages:
+                x = x + stage["mixer"]["b"](stage["mixer"]["a"](x).relu())
+            return self.head(x)
+
+    found = search(Mixed(), pairs(8), entropy_loss, layer=layer, candidates=["a", "b"], k=1)
+    assert found.config["trained"] == ["head.weight", "head.bias"]
+
+
 def test_gradients_in_float16_do_not_underflow():
     """The mean over very many terms has gradients below the smallest number of float16."""
     torch.manual_seed(0)

@@ -163,7 +163,8 @@ def task_type(model: Any) -> str | None:
     found = next((task for end, task in TASK_TYPES.items() if name.endswith(end)), None)
     if found == "SEQ_2_SEQ_LM":  # the class is for texts, and speech and images end in the same way
         texts = "input_ids" in inspect.signature(model.forward).parameters
-        return found if texts and getattr(model.config, "is_encoder_decoder", False) else None
+        config = getattr(model, "config", None)
+        return found if texts and getattr(config, "is_encoder_decoder", False) else None
     return found
 
 

@@ -1,7 +1,6 @@
 """The user's model: what is inside its wrappers, which grid and head it has, and how it is left as it was found."""
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -112,12 +111,21 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     elif pretrained_children(model):
         chosen = Backbone.of(model).head_parameters() & trainable
     else:
-        stacks = {layer.rpartition(".")[0] for layer in grid.layers}
-        siblings = re.compile("|".join(rf"{re.escape(f'{stack}.' if stack else '')}\d+\." for stack in stacks))
-        outside = {p for name, p in parameters.items() if not siblings.match(name)}
-        chosen = set() if grid.layers == ("",) else outside & trainable
+        chosen = {p for name, p in parameters.items() if not _in_stack(name, grid)} & trainable
     chosen -= candidates
     return [p for p in parameters.values() if p in chosen]
+
+
+def _in_stack(name: str, grid: Grid) -> bool:
+    """Whether a parameter is in a layer of the grid, or in a sibling, whose name differs in numbers only."""
+    if grid.layers == ("",):  # the whole model is one row
+        return True
+
+    def numberless(path: str) -> list[str]:
+        return ["*" if part.isdigit() else part for part in path.split(".")]
+
+    parts = numberless(name)
+    return any(parts[: len(stack)] == stack for stack in map(numberless, grid.layers))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
