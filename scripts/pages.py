@@ -100,7 +100,7 @@ def gathered(
 
 def points(found: Difference) -> str:
     """A difference in points with its interval."""
-    text = f"{100 * found.mean:+.1f}"
+    text = f"{round(100 * found.mean, 3):+.1f}"  # 3 digits as in claims.json, so that both round 22.75 to one figure
     if found.low is not None and found.high is not None:
         text += f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     return text.replace("-", "−")
