@@ -7,6 +7,8 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from library import CASES, Net, assert_same, bert, entropy_loss, pairs, state, texts
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModel,
     BertConfig,
@@ -257,6 +259,15 @@ def test_a_model_of_several_processes_is_refused(group):
             UserError, match=r"is a DistributedDataParallel, which several processes train.*model\.module"
         ):
             call()
+
+
+def test_an_adapter_that_is_divided_among_processes_is_not_saved(group, tmp_path):
+    model, batches, loss = made("net")
+    diffora.attach(model, search(model, batches, loss), rank=2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(UserError, match=r"is divided among processes \(FSDP\): gather the weights"):
+        diffora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_several_processes_are_warned_that_each_searches_alone(monkeypatch, caplog):
