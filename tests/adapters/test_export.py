@@ -25,6 +25,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.backbones.load import load_backbone
 from diffora.core.attach import attach
 from diffora.core.grid import find_grid
+from diffora.core.linear import is_linear
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
@@ -282,6 +283,41 @@ def test_a_module_in_two_places_is_loaded_into_both_and_a_warning_names_both(deb
         expected = model.eval()(**inputs()).logits
         torch.testing.assert_close(again.eval()(**inputs()).logits, expected)
         assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
+
+
+class ReadsWeight(nn.Module):
+    """Computes with the weight of a layer, as WavLM and nn.TransformerEncoderLayer do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+class Called(ReadsWeight):
+    def forward(self, x):
+        return x + self.fc(x)
+
+
+def test_a_warning_names_what_peft_would_read_in_another_way(tmp_path, caplog):
+    def saved(name, *blocks, **parts):
+        model = nn.ModuleDict({"blocks": nn.Sequential(*blocks), **parts})
+        names = [n for n, part in model["blocks"].named_modules(prefix="blocks") if is_linear(part)][:1]
+        attach(model, [names], torch.ones(1, 1, dtype=torch.bool), 2, None, 4)
+        for part in parts.values():
+            part.requires_grad_(True)
+        model["blocks"](torch.ones(1, 3, 4))
+        caplog.clear()
+        diffora.save_adapter(model, tmp_path / name)
+        return caplog.text
+
+    assert "PEFT" not in saved("called", Called(), head=nn.Linear(4, 2))
+    assert "reads the weight of blocks.0.fc instead of calling it" in saved("read", ReadsWeight())
+    assert "takes blocks.0.fc for fc, which is saved whole" in saved("ends", Called(), Called(), fc=nn.Linear(4, 2))
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    assert "fast path for nn.TransformerEncoderLayer reads the weight of blocks.0.linear1" in saved("fast", encoder)
 
 
 class Own(nn.Module):

@@ -475,3 +475,24 @@ def test_a_merged_layer_loads_no_state():
 def test_a_layer_says_its_widths_as_a_linear_layer_does():
     layer = LowRankLinear(nn.Linear(4, 3), nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 3)), alpha=2)
     assert (layer.in_features, layer.out_features) == (4, 3)
+
+
+def test_gradients_of_single_examples_by_torch_func_are_those_of_a_loop():
+    low = layer()
+    x = torch.randn(3, 6).double()
+    values = {name: p for name, p in low.named_parameters() if p.requires_grad}
+
+    def loss(values, row):
+        return torch.func.functional_call(low, values, (row[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    for i, row in enumerate(x):
+        wanted = torch.autograd.grad(low(row[None]).square().sum(), list(values.values()))
+        for each, one in zip(found.values(), wanted, strict=True):
+            torch.testing.assert_close(each[i], one)
+
+
+def test_a_batch_without_tokens_gives_gradients_of_zero():
+    low = layer()
+    low(torch.zeros(0, 6).double()).sum().backward()
+    assert not low.lora_a.grad.any() and not low.lora_bt.grad.any()

@@ -159,3 +159,11 @@ def test_modules_below_the_lowest_layer_are_not_counted_as_decided(selection):
     sure = dataclasses.replace(selection, ensemble=5, confidence=[[0.0] * 6, [1.0, 0.5, 0.5, 0.5, 0.5, 0.0]])
     assert sure.certainty.startswith("8 of 12 modules decided")
     assert dataclasses.replace(sure, lowest_layer=1).certainty.startswith("2 of 6 modules decided")
+
+
+@pytest.mark.parametrize("wrong", ["dwon", "deberta.encoder.layer.0.output.dense"])
+def test_a_type_that_the_layer_does_not_have_is_not_left_out_silently(wrong, selection):
+    selection.selected[1].append(wrong)
+    for read in (selection.names, selection.mask, lambda: selection.lora_config(rank=2)):
+        with pytest.raises(UserError, match=rf"selected\[1\] has '{wrong}', but this layer has {TYPES[0]}, "):
+            read()

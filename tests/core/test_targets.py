@@ -162,3 +162,10 @@ def test_nothing_selected_is_refused():
     for call in (lambda: empty.to_yaml("axolotl", rank=2), lambda: empty.lora_config(rank=2)):
         with pytest.raises(UserError, match="selects no module"):
             call()
+
+
+def test_a_head_whose_name_ends_like_a_layers_is_refused():
+    selection = selected(TwoStacks(), "encoder.layers.*")
+    with pytest.raises(UserError, match=r"would train encoder\.layers\.0\.q whole, too: rename 'q'"):
+        selection.lora_config(rank=2, modules_to_save=["q"])
+    assert selection.lora_config(rank=2, modules_to_save=["head"]).modules_to_save == ["head"]

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModel,
     BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import diffora
+from diffora.backbones.backbone import pretrained_children
 from diffora.core import attach as core_attach
 from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
 from diffora.errors import UserError
@@ -533,4 +536,119 @@ def test_an_interrupt_between_two_adapters_leaves_none(monkeypatch):
     monkeypatch.setattr(core_attach, "new_pair", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(model, batches, loss)
+    assert_same(before, state(model))
+
+
+# --- heads ---
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("parts", "trained"),
+    [
+        (lambda: [Block(), Block(), nn.Linear(8, 2)], ["2"]),
+        (lambda: [nn.Linear(8, 8), Block(), Block(), nn.LayerNorm(8), nn.Linear(8, 2)], ["0", "3", "4"]),
+    ],
+)
+def test_a_head_in_the_same_sequence_as_the_layers_is_trained(parts, trained):
+    torch.manual_seed(0)
+    found = search(nn.Sequential(*parts()), pairs(8), entropy_loss)
+    assert found.config["trained"] == [f"{name}.{kind}" for name in trained for kind in ("weight", "bias")]
+
+
+def test_layers_beside_the_chosen_ones_are_no_head_and_no_head_is_warned_about(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(*(Block() for _ in range(4))))
+    assert search(model, pairs(8), entropy_loss, layer=["0.[0]", "0.[1]"]).config["trained"] == []
+    assert "no head is trained with the adapters: if this model has one, name it (head=[…])" in caplog.text
+
+
+def test_an_encoder_with_a_decoder_is_searched_and_its_adapter_loads(tmp_path):
+    def two():
+        torch.manual_seed(0)
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(BERT, BERT)
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+        return EncoderDecoderModel(config).eval()
+
+    model = two()
+    batches = [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in texts()]
+    selection = search(model, batches, layer="encoder.encoder.layer.*")
+    assert selection.config["trained"] == []  # all of it is pretrained
+    diffora.attach(model, selection, rank=2)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    diffora.save_adapter(model, tmp_path)
+    loaded = two()
+    diffora.load_adapter(loaded, tmp_path)
+    found, wanted, plain = (each.eval()(**batches[0]) for each in (loaded, model, two()))
+    assert found.logits.equal(wanted.logits)
+    assert (plain.encoder_last_hidden_state - wanted.encoder_last_hidden_state).abs().max() > 0.1
+
+
+def test_a_pretrained_decoder_with_its_own_head_is_no_new_head():
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BlipConfig(
+        text_config=small | {"vocab_size": 50}, vision_config=small | {"image_size": 8, "patch_size": 4}
+    )
+    model = BlipForConditionalGeneration(config)
+    assert pretrained_children(model) >= {"text_decoder", "vision_model"}
+
+
+# --- layers of their own kinds ---
+
+
+class Int8(nn.Linear):
+    """A quantised layer without a weight."""
+
+    def __init__(self, plain):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.register_buffer("scale", plain.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("packed", (plain.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed * self.scale)
+
+
+class Pairwise(nn.Linear):
+    """Adds up the halves of what it computes."""
+
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (2, -1)).sum(-2)
+
+
+def test_quantised_layers_without_a_weight_are_searched_and_selectors_of_weights_refuse_them():
+    torch.manual_seed(0)
+    model = Net()
+    for block in model.blocks:
+        block[0] = Int8(block[0])
+    assert search(model, pairs(8), entropy_loss).rounds == 1
+    with pytest.raises(UserError, match="the weight of a Int8 is quantised"):
+        diffora.select(model, "kappa")
+
+
+def test_a_layer_that_computes_something_else_than_a_product_is_refused():
+    model = Net()
+    for block in model.blocks:
+        block[3] = Pairwise(12, 16)
+    with pytest.raises(UserError, match=r"a Pairwise gives something else than a linear layer does.*candidates"):
+        search(model, pairs(8), entropy_loss)
+
+
+def test_a_spectral_norm_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = Net()
+    nn.utils.parametrizations.spectral_norm(model.blocks[0][0])
+    before = state(model)
+    diffora.find_grid(model)
     assert_same(before, state(model))

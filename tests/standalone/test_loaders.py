@@ -1,5 +1,6 @@
 """Which loaders and batches the library takes, and what it says of those that it cannot use."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import datasets
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, BatchEncoding, DataCollatorWithPadding
 import diffora
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED
+from diffora.standalone.batches import moved
 
 
 def search(model, *loaders, loss=None, **more):
@@ -224,3 +226,45 @@ def test_a_loader_with_an_iteration_of_its_own_is_not_divided():
 
 def loader_of(n):
     return DataLoader(TensorDataset(torch.randn(n, 8), torch.randint(0, 2, (n,))), batch_size=4)
+
+
+class Fields(dict):
+    """A batch whose entries are attributes, too."""
+
+    __getattr__ = dict.__getitem__
+
+
+@dataclass(frozen=True)
+class Example:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("made", [lambda x, y: Fields(x=x, y=y), Example])
+def test_a_batch_with_attributes_reaches_the_loss_as_it_is(made):
+    def loss(model, batch):
+        return entropy_loss(model, (batch.x, batch.y))
+
+    batches = [made(x, y) for x, y in pairs(8)]
+    assert search(small_net(), batches, loss=loss) == search(small_net(), pairs(8), loss=entropy_loss)
+    there = moved(batches[0], torch.device("meta"))
+    assert type(there) is type(batches[0]) and there.x.is_meta and not batches[0].x.is_meta
+
+
+class WithLoss(Net):
+    """A model as for transformers' Trainer, which returns a dict."""
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_loss_in_a_dict_is_found():
+    torch.manual_seed(0)
+    model = WithLoss()
+    batches = [{"x": x, "labels": y} for x, y in pairs(8)]
+    assert search(model, batches) == search(model, batches, loss=lambda model, batch: model(**batch)["loss"])
+    with pytest.raises(UserError, match="WithLoss returned a dict without loss for a batch with x: add labels"):
+        search(model, [{"x": x} for x, _ in pairs(8)])

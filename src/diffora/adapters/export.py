@@ -211,14 +211,12 @@ def save_pairs(
         kept = {name: (torch.zeros(1, lora_a.shape[1]), torch.zeros(1, lora_bt.shape[1]), scale)}
     model = backbone.model
     backbone.check_outside_head(kept)
-    for name, others in _other_places(model, kept):
-        log.warning(
-            f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: load with diffora.api.load_adapter"
-        )
+    heads = [*backbone.head, *(name for name in backbone.untrained if name not in kept)]
+    for warning in _lost_in_peft(model, kept, heads):
+        log.warning(warning)
     groups = equal_groups(kept, shared)
     whole = {f"{PREFIX}{name}": value for name, value in head_tensors(backbone).items()}
     whole |= _untrained_tensors(backbone, kept)
-    heads = [*backbone.head, *(name for name in backbone.untrained if name not in kept)]
     layers = {name: model.get_submodule(name) for name in kept}
     config = adapter_config(list(kept), heads, base_model, task_type)
     # How the backbone stores its weights. A and B are always stored in the same way.
@@ -277,6 +275,34 @@ def _untrained_tensors(backbone: Backbone, kept: Kept) -> dict[str, Tensor]:
         weights = {key: value.detach().cpu().clone() for key, value in base.state_dict().items()}
         tensors |= {f"{PREFIX}{name}.{inner}{key}": value for key, value in weights.items()}
     return tensors
+
+
+def _lost_in_peft(model: nn.Module, names: Iterable[str], heads: Sequence[str]) -> Iterator[str]:
+    """Warnings about what PEFT reads in another way than `diffora.load_adapter`.
+
+    Args:
+        names: full names of the adapted modules.
+        heads: full names of the modules that are saved whole.
+    """
+    advice = "load with diffora.load_adapter"
+    for name, others in _other_places(model, names):
+        yield f"{name} stands at {', '.join(others)} too, where PEFT adapts nothing: {advice}"
+    layers = {name: layer for name, layer in lowrank_layers(model) if layer.weight_was_read}
+    if read := [name for name in names if name in layers]:
+        yield f"this model reads the weight of {read[0]} instead of calling it, and PEFT then adds no update: {advice}"
+    elif fast := [name for name in names if isinstance(_parent(model, name), nn.TransformerEncoderLayer)]:
+        yield (
+            f"torch's fast path for nn.TransformerEncoderLayer reads the weight of {fast[0]} in eval mode, and PEFT "
+            f"then adds no update: {advice}, or call torch.backends.mha.set_fastpath_enabled(False)"
+        )
+    for head in heads:
+        outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(f"{head}.")]
+        if alike := [name for name in outside if name.endswith(head)]:
+            yield f"PEFT goes by the ends of names, and takes {alike[0]} for {head}, which is saved whole: {advice}"
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _other_places(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

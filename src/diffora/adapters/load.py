@@ -15,7 +15,7 @@ from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manif
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
 from diffora.adapters.pairs import LOADED_WHOLE, PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import freeze_rest, places_of
+from diffora.core.attach import device_of, freeze_rest, places_of
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
@@ -151,7 +151,7 @@ def place_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Store
         source = first.get(name, name)
         if source not in parameters:
             lora_a, lora_bt = pairs.pair(source)
-            device = base.weight.device
+            device = device_of(base)
             parameters[source] = nn.Parameter(lora_a.to(device)), nn.Parameter(lora_bt.to(device))
         layer = LowRankLinear(base, *parameters[source], alpha=scale * rank, dropout=dropout)
         layer.scaling = scale  # scale * rank / rank may differ from it in the last bit

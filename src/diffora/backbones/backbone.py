@@ -130,8 +130,8 @@ class Backbone:
         inside = tuple(f"{head}." for head in self.head)
         if both := [name for name in names if f"{name}.".startswith(inside)]:
             raise UserError(
-                f"{both[0]} is part of the head, which is trained whole. Either leave it out of model.candidates, or "
-                "adapt it instead of training the head: task.train_head=false"
+                f"{both[0]} is part of the head, which is trained whole. Either leave it out of the candidates "
+                "(model.candidates), or adapt it instead of training the head (task.train_head=false)"
             )
 
     def checkpoint_activations(self) -> None:
@@ -167,7 +167,8 @@ def pretrained_children(model: nn.Module) -> set[str]:
     """Names of the direct children that are the pretrained model; empty where nothing says which these are.
 
     - In most classes of transformers this is one child, named by ``base_model_prefix``.
-    - A few of them, such as T5's for questions, have the parts of the pretrained model as children instead.
+    - A few of them, such as T5's for questions, have the parts of the pretrained model as children instead, or hold
+      whole pretrained models, such as an encoder and a decoder.
     - A class of your own may hold models of transformers under any name.
     """
     if not hasattr(model, "base_model_prefix"):  # models of diffusers have a config too
@@ -177,11 +178,15 @@ def pretrained_children(model: nn.Module) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     if hasattr(model, prefix):
         return {prefix}
+    whole = {name for name, part in model.named_children() if isinstance(part, PreTrainedModel)}
     if type(model).__module__.partition(".")[0] not in ("transformers", "transformers_modules"):
-        return {name for name, part in model.named_children() if isinstance(part, PreTrainedModel)}
-    with torch.device("meta"):
-        bare = AutoModel.from_config(model.config, trust_remote_code=model.is_custom_code())  # type: ignore[operator]
-    return {name for name, _ in bare.named_children()}
+        return whole
+    try:
+        with torch.device("meta"):
+            bare = AutoModel.from_config(model.config, trust_remote_code=model.is_custom_code())  # type: ignore[operator]
+    except (ValueError, AttributeError):  # no class for the bare model, as for an encoder with a decoder
+        return whole
+    return whole | {name for name, _ in bare.named_children()}
 
 
 def _has_output_embeddings(model: nn.Module) -> bool:

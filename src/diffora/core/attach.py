@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ SHARED_SCALES = ("own", "same")
 def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A new pair (A, B^T). A is Kaiming-uniform as in LoRA and B is zero, so the update starts at zero."""
     n_in, n_out = features(base)
-    device: Any = base.weight.device
+    device = device_of(base)
     lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device))
@@ -252,8 +253,8 @@ def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> 
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter."""
-    return next(model.parameters()).device
+    """The device of the first parameter; of the first buffer in a quantised layer that has no parameters."""
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:

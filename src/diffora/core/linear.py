@@ -25,8 +25,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is a `Conv1D`: a linear layer that stores its weight transposed."""
+    if type(module).__name__ != "Conv1D":  # reading the weight of a module with a spectral norm changes its buffers
+        return False
     weight: Any = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.shape[1:] == (getattr(module, "nf", 0),)
+    return weight is not None and weight.shape[1:] == (getattr(module, "nf", 0),)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -49,10 +51,10 @@ def weight_of(module: nn.Module) -> Tensor:
     Raises:
         UserError: it is quantised, and its entries cannot be read or changed.
     """
-    weight: Any = module.weight
+    weight: Any = getattr(module, "weight", None)
     transposed = is_conv1d(module)
     # Quantised weights are packed, integers or of a class of their own. float8 weights come with a separate scale.
-    plain = is_plain(weight) and weight.dtype in FLOATS
+    plain = weight is not None and is_plain(weight) and weight.dtype in FLOATS
     if not plain or tuple(weight.shape if transposed else weight.shape[::-1]) != features(module):
         raise UserError(
             f"the weight of a {type(module).__name__} is quantised and cannot be read or changed: load the backbone "

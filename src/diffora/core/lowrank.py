@@ -83,6 +83,7 @@ class LowRankLinear(nn.Module):
         gate: an entry of the relaxed DAM, set from outside before each forward pass; or a trained parameter, (rank,)
             for SoRA's gates, (rank, rank) for FLoRA's core; or None.
         rows: the rows of A and of B^T that get a gradient in this step, or None for all ([R] Algorithm 1).
+        weight_was_read: whether the model has computed with `weight` instead of calling the layer.
         split: number of leading examples (entries of dim 0 of x) that train A and B^T; the other examples train the
             gate, which must be a scalar. 0 trains the gate only. None trains everything that requires a gradient.
     """
@@ -121,6 +122,7 @@ class LowRankLinear(nn.Module):
         self.rows = None
         self.split = None
         self.merged = False
+        self.weight_was_read = False
         self.training = base.training  # a model in eval mode stays in eval mode: no dropout
         self._transposed = is_conv1d(base)
 
@@ -138,6 +140,9 @@ class LowRankLinear(nn.Module):
     def _wants_plain(self, x: Tensor) -> bool:
         if self.kernel == "plain" or torch.compiler.is_compiling():
             return True
+        # The node has no rules for torch.func (vmap, jvp), and gives A and B no gradient for a batch without tokens.
+        if torch._C._are_functorch_transforms_active() or not x.numel():
+            return True
         # On a fast GPU a small step takes as long as Python needs to start its operations, and a node in Python needs
         # longer than PyTorch's own: 14 to 20 % of a step on an H100. In the search it is not slower.
         return self.kernel == "auto" and x.is_cuda and self.gate is None and self.rows is None and self.split is None
@@ -153,7 +158,7 @@ class LowRankLinear(nn.Module):
             weight, bias = frozen["weight"], frozen["bias"]
             weight = weight.t() if self._transposed and weight is not None else weight
         else:
-            output = self.base(x)
+            output = self._base_output(x)
         return lowrank_linear(
             x,
             lora_a,
@@ -169,7 +174,7 @@ class LowRankLinear(nn.Module):
         )
 
     def _plain(self, x: Tensor) -> Tensor:
-        base, gate, split = self.base(x), self.gate, self.split
+        base, gate, split = self._base_output(x), self.gate, self.split
         lora_a, lora_bt = self._pair()
         if self.rows is not None:
             lora_a, lora_bt = train_rows(lora_a, self.rows[0]), train_rows(lora_bt, self.rows[1])
@@ -181,6 +186,15 @@ class LowRankLinear(nn.Module):
         first = add_lowrank(base[:split], x[:split], lora_a, lora_bt, self.scaling, fixed_gate, dropout)
         others = add_lowrank(base[split:], x[split:], fixed_a, fixed_bt, self.scaling, gate, dropout)
         return torch.cat([first, others])
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        output: Any = self.base(x)
+        if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.lora_bt.shape[1]):
+            raise UserError(
+                f"a {type(self.base).__name__} gives something else than a linear layer does, a tensor (..., out) for "
+                "(..., in): leave it out of the candidates"
+            )
+        return output
 
     def _pair(self) -> tuple[Any, Any]:
         own = self._parameters  # reading an attribute of a module takes as long as a small product
@@ -251,6 +265,7 @@ class LowRankLinear(nn.Module):
             delta = gate_times(self.gate, self.lora_bt.detach()).T @ (self.lora_a.detach() * self.scaling)
         else:
             delta = self.delta()
+        self.weight_was_read = True
         whole: Tensor = weight + (delta.T if self._transposed else delta).to(weight.dtype)
         return whole
 

@@ -118,13 +118,27 @@ class Selection:
 
     def mask(self) -> Tensor:
         """Boolean L x N."""
+        self._check_types()
         return torch.tensor([[t in row for t in self.types] for row in self.selected], dtype=torch.bool)
 
     def names(self) -> list[str]:
         """Full names of the selected modules, layer by layer."""
+        self._check_types()
         rows = zip(self.modules, self.selected, strict=True)
         pairs = [pair for row, types in rows for pair in zip(row, self.types, strict=True) if pair[1] in types]
         return [name for name, _ in pairs if name is not None]
+
+    def _candidates_and_parents(self) -> list[str]:
+        """The full names of all candidates, each after the modules that it is in."""
+        names = [name.split(".") for row in self.modules for name in row if name is not None]
+        return [".".join(parts[: n + 1]) for parts in names for n in range(len(parts))]
+
+    def _check_types(self) -> None:
+        """Refuse an edited selection with a type that its layer does not have: it would be left out silently."""
+        for number, (row, names) in enumerate(zip(self.selected, self.modules, strict=True)):
+            present = [kind for kind, name in zip(self.types, names, strict=True) if name is not None]
+            if unknown := [kind for kind in row if kind not in present]:
+                raise UserError(f"selected[{number}] has {unknown[0]!r}, but this layer has {', '.join(present)}")
 
     def __str__(self) -> str:
         """How many modules are selected, and which ones of each layer, by the labels of `plot`."""
@@ -148,11 +162,17 @@ class Selection:
             more: other fields of ``LoraConfig``, such as ``task_type``, ``lora_dropout`` or ``modules_to_save``.
 
         Raises:
-            UserError: nothing is selected, rank or alpha is impossible, or ``more`` has ``target_modules``.
+            UserError: nothing is selected, rank or alpha is impossible, ``more`` has ``target_modules``, or PEFT would
+                take a candidate, or what it is in, for a module of ``modules_to_save``.
         """
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
         taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        taken += [
+            f"modules_to_save: PEFT goes by the ends of names, and would train {alike[0]} whole, too: rename {head!r}"
+            for head in more.get("modules_to_save") or ()
+            if (alike := [place for place in self._candidates_and_parents() if place.endswith(head)])
+        ]
         rank, names = self._rank(rank, alpha, taken), self.names()
         targets = exact_pattern(names) if self._is_ambiguous else names
         whole = int(alpha) if float(alpha).is_integer() else alpha  # some readers of the file take whole numbers only

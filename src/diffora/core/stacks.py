@@ -99,7 +99,8 @@ def main_stacks(model: nn.Module, candidates: Sequence[str] | None, prefix: str 
     outer = [stack for stack in stacks if not any(other.holds(stack) for other in stacks)]
     if not outer:
         having = f" that have {', '.join(candidates)}" if candidates else ""
-        raise UserError(f"this model has no numbered layers{having}: give their place as {prefix}layer")
+        what = having or " with linear modules"
+        raise UserError(f"this model has no numbered layers{what}: give their place as {prefix}layer")
     total = sum(stack.size for stack in outer)
     largest = max(outer, key=lambda stack: stack.size)
     if both and (large := [stack for stack in outer if stack.size > (1 - ENOUGH) * total]):
@@ -196,8 +197,9 @@ def _experts(model: nn.Module, stack: Stack) -> tuple[dict[str, int], dict[str, 
 def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[str, int], prefix: str) -> list[str]:
     """One choice for each set of modules that occur in the same layers, the one with the most weights first.
 
-    Modules that are repeated inside a layer are left out. So are routers, which choose among experts: an update there
-    would change which experts run, not what they compute.
+    Modules that are repeated inside a layer are left out. So are gates with one output, which leave no room for a rank
+    above 1, and routers, which choose among experts: an update there would change which experts run, not what they
+    compute.
     """
     repeated = [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"\..*") for name in lists]
     routers = {(_above(_above(name)), count) for name, count in (*lists.items(), *weights.items())}
@@ -205,7 +207,11 @@ def _candidate_choices(stack: Stack, lists: Mapping[str, int], weights: Mapping[
     for path in dict.fromkeys(path for paths in stack.linear for path in paths):
         where = tuple(i for i, paths in enumerate(stack.linear) if path in paths)
         n_in, n_out = features(stack.linear[where[0]][path])
-        if (_above(path), n_out) not in routers and not any(pattern.fullmatch(path) for pattern in repeated):
+        if (
+            n_out > 1
+            and (_above(path), n_out) not in routers
+            and not any(pattern.fullmatch(path) for pattern in repeated)
+        ):
             groups.setdefault(where, {})[path] = n_in * n_out * len(where)
     ordered = sorted(groups.items(), key=lambda item: -sum(item[1].values()))
     return [f"'{prefix}candidates=[{','.join(paths)}]' ({len(where)} layers)" for where, paths in ordered]

@@ -1,5 +1,7 @@
 """Batches and losses of a user's own loaders."""
 
+import copy
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,11 +47,12 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             "batches (dataset.remove_columns), or give loss=, a function of (model, batch)"
         )
     output = model(**batch)
-    found: Tensor | None = getattr(output, "loss", None)
+    found: Tensor | None = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
     if found is None:
         raise UserError(
-            f"{type(model).__name__} returned no loss for a batch with {', '.join(map(str, batch))}: add labels to the "
-            "batches, or give loss=, a function of (model, batch) that returns a scalar"
+            f"{type(model).__name__} returned a {type(output).__name__} without loss for a batch with "
+            f"{', '.join(map(str, batch))}: add labels to the batches, or give loss=, a function of (model, batch) "
+            "that returns a scalar"
         )
     return found
 
@@ -77,11 +80,24 @@ def checked(value: Any, what: str) -> Tensor:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device. Looks into mappings, lists and tuples, and calls ``to`` where it is."""
-    if hasattr(batch, "to"):
+    """A batch with all its tensors on a device.
+
+    Looks into mappings, lists, tuples and dataclasses, which keep their classes, and calls ``to`` where it is. A
+    mapping whose class cannot be called with a dict becomes a dict.
+    """
+    if callable(getattr(type(batch), "to", None)):  # of the type: a dict may give its entries as attributes
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+        values = {key: moved(value, device) for key, value in batch.items()}
+        try:
+            return type(batch)(values)  # type: ignore[call-arg]
+        except TypeError:
+            return values
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        there = copy.copy(batch)
+        for each in dataclasses.fields(batch):
+            object.__setattr__(there, each.name, moved(getattr(batch, each.name), device))
+        return there
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, list | tuple):

@@ -211,7 +211,7 @@ def _match_precision(layers: Layers) -> None:
     """A and B of a float64 model become float64; those of all others are float32 already."""
     for row in layers:
         for layer in row:
-            if layer is not None and layer.base.weight.dtype == torch.float64:
+            if layer is not None and any(p.dtype == torch.float64 for p in layer.base.parameters()):
                 layer.lora_a.data, layer.lora_bt.data = layer.lora_a.data.double(), layer.lora_bt.data.double()
 
 

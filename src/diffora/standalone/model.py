@@ -91,7 +91,8 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
 
     - names of modules are given: their parameters,
     - some of the candidates' own parameters are frozen: all parameters that are not frozen, except the candidates',
-    - none of them is frozen, in a transformers model: its parts outside the pretrained model,
+    - none of them is frozen, in a transformers model: its parts outside the pretrained model, and the parameters that
+      belong to no part, such as a temperature,
     - none of them is frozen, in any other model: everything outside the layers of the grid and their siblings; nothing
       if the grid is the whole model (``layer="."``).
 
@@ -109,15 +110,25 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     elif not candidates <= trainable:
         chosen = trainable
     elif pretrained_children(model):
-        chosen = Backbone.of(model).head_parameters() & trainable
+        own = Backbone.of(model).head_parameters()
+        chosen = (own | set(model.parameters(recurse=False)) if own else own) & trainable
     else:
-        chosen = {p for name, p in parameters.items() if not _in_stack(name, grid)} & trainable
+        chosen = {p for name, p in parameters.items() if not _in_stack(model, name, grid)} & trainable
+        if not chosen and grid.layers != ("",):
+            log.warning(
+                "nothing outside the layers requires gradients, so that no head is trained with the adapters: if this "
+                "model has one, name it (head=[…])"
+            )
     chosen -= candidates
     return [p for p in parameters.values() if p in chosen]
 
 
-def _in_stack(name: str, grid: Grid) -> bool:
-    """Whether a parameter is in a layer of the grid, or in a sibling, whose name differs in numbers only."""
+def _in_stack(model: nn.Module, name: str, grid: Grid) -> bool:
+    """Whether a parameter is in a layer of the grid or in a sibling of one.
+
+    A sibling has a name that differs in numbers only, and modules inside or the class of a layer. So the last module of
+    ``nn.Sequential(Block(), Block(), nn.Linear(16, 3))`` is none.
+    """
     if grid.layers == ("",):  # the whole model is one row
         return True
 
@@ -125,7 +136,13 @@ def _in_stack(name: str, grid: Grid) -> bool:
         return ["*" if part.isdigit() else part for part in path.split(".")]
 
     parts = numberless(name)
-    return any(parts[: len(stack)] == stack for stack in map(numberless, grid.layers))
+    for layer in grid.layers:
+        depth = layer.count(".") + 1
+        if parts[:depth] == numberless(layer):
+            place = model.get_submodule(".".join(name.split(".")[:depth]))
+            if any(place.children()) or type(place) is type(model.get_submodule(layer)):
+                return True
+    return False
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
