@@ -43,8 +43,7 @@ def load_adapter(
         method: dotted path of your own `Method`, if the adapter was trained with one that is not in this package. For
             safety, no name in the folder itself is imported from outside the package.
         freeze: freeze everything else, the head too. To train the head, call ``model.classifier.requires_grad_(True)``
-            afterwards. False leaves everything else as it is; only where the folder has no low-rank pairs, the head
-            then becomes trainable.
+            afterwards. False leaves everything else as it is.
         revision: branch, tag or commit on the hub.
 
     A warning says if the model was loaded from other files than those that the adapter was trained on.

@@ -457,7 +457,7 @@ def test_the_base_model_may_be_renamed(exported, tmp_path):
         load_adapter(small_deberta(), folder)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "weights"])
+@pytest.mark.parametrize("kind", ["pairs", "weights", "peft"])
 def test_what_is_trained_besides_an_adapter_stays_as_it_was_without_freeze(kind, exported):
     model = small_deberta()
     model.classifier.requires_grad_(False)

@@ -12,6 +12,7 @@ from processes import kill_when, start, train
 from safetensors.torch import load_file
 
 from diffora.core.dam import discretise
+from diffora.core.lowrank import lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.loggers import Loggers
@@ -262,8 +263,6 @@ def test_a_run_with_this_option_completes(cfg, quick, tmp_path, option):
 def test_warm_start_begins_with_the_searched_weights(cfg, quick, tmp_path, selector):
     overrides = [f"method.selector={selector}", "method.warm_start=true", "finetune.lr=1e-12"]
     result = run(cfg(*quick, *overrides), tmp_path / "run")
-    from diffora.core.lowrank import lowrank_layers
-
     searched = load_file(tmp_path / "run/selection.safetensors")
     mask = dict(zip(chain(*result.selection.modules), result.selection.mask().flatten().tolist(), strict=True))
     for name, layer in lowrank_layers(result.model):
@@ -272,6 +271,20 @@ def test_warm_start_begins_with_the_searched_weights(cfg, quick, tmp_path, selec
             assert layer.lora_bt.abs().max() > 0
         else:
             assert layer.lora_bt.abs().max() < 1e-6
+
+
+def test_a_warm_start_with_another_alpha_begins_with_the_searched_update(cfg, quick, tmp_path):
+    def updates(folder, *more):
+        result = run(cfg(*quick, "method.warm_start=true", "finetune.lr=1e-12", *more), tmp_path / folder)
+        layers, names = dict(lowrank_layers(result.model)), result.selection.names()
+        return {name: layers[name].delta().detach() for name in names}, {layers[name].scaling for name in names}
+
+    found, scale = updates("first", "method.alpha=8")
+    again, other = updates("second", "method.alpha=32", f"method.selection={tmp_path / 'first/selection.json'}")
+    assert other == {4 * s for s in scale}
+    for name, update in found.items():
+        torch.testing.assert_close(again[name], update, rtol=1e-4, atol=1e-8)
+        assert update.abs().max() > 0
 
 
 def test_another_configuration_does_not_resume(whole, cfg, quick):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TYPES
 from hydra.utils import get_class
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
@@ -120,6 +120,10 @@ def test_a_warm_start_from_the_wrong_tensors_is_refused(cfg, quick, tmp_path):
     again = [*given, f"method.selection={selection}"]
     with pytest.raises(UserError, match=r"the search had rank 4 at .*, rank=3 does not"):
         run(cfg(*again, "rank=3"), tmp_path / "rank")
+    own = load_file(tensors)
+    save_file({name: value for name, value in own.items() if not name.endswith("scaling")}, tensors)
+    with pytest.raises(UserError, match=r"selection\.safetensors has no scale of .*encoder"):
+        run(cfg(*again), tmp_path / "unscaled")
     save_file({"x": torch.zeros(1)}, tensors)
     with pytest.raises(UserError, match=r"selection\.safetensors has no A and B of .*encoder"):
         run(cfg(*again), tmp_path / "lacking")

@@ -11,6 +11,7 @@ from small import small_task
 from torch import nn
 
 from diffora.adapters.origin import Origin
+from diffora.api import load_adapter
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
@@ -39,6 +40,8 @@ OTHERS = {
     "loha": ["method.config._target_=peft.LoHaConfig", "~method.config.lora_alpha", "~method.config.lora_dropout"],
     "olora": ["+method.config.init_lora_weights=olora"],
     "bias": ["+method.config.bias=lora_only"],
+    "all biases": ["+method.config.bias=all"],
+    "lora bias": ["+method.config.lora_bias=true"],
 }
 
 
@@ -86,7 +89,8 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     adaptation.begin(4)
     counts, head = Backbone.of(model).count_parameters(), Backbone.of(model).head_parameters()
     assert type(model.classifier) is nn.Linear and all(p.requires_grad for p in head) and len(head) == 4
-    assert not any(p.requires_grad for key, p in model.named_parameters() if key in before and p not in head)
+    trained = {key for key, p in model.named_parameters() if key in before and p.requires_grad and p not in head}
+    assert not trained or (name == "all biases" and all(key.endswith("bias") for key in trained))
     if name in SIZES and name != "eva":  # EVA may change ranks
         assert counts["adapter"] == SIZES[name]
         meta = deberta().to("meta")
@@ -96,7 +100,11 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
     for at in range(2):
         step(adaptation, optimizer, at)
     frozen = [key for key in before if key in (now := model.state_dict()) and "classifier" not in key]
-    frozen = [key for key in frozen if not key.startswith("pooler") and not (name == "bias" and key.endswith("bias"))]
+    frozen = [
+        key
+        for key in frozen
+        if not key.startswith("pooler") and not (name.endswith(("bias", "biases")) and key.endswith("bias"))
+    ]
     assert frozen and all(torch.equal(before[key], now[key]) for key in frozen)
 
     model.eval()
@@ -109,6 +117,9 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         torch.testing.assert_close(loaded(**inputs()).logits, ours, rtol=1e-4, atol=1e-5)
         loaded.base_model.disable_adapter_layers()  # the head stays: what differs now is the adapter alone
         assert (loaded(**inputs()).logits - ours).abs().max() > 1e-3
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+        load_adapter(again, tmp_path / "adapter")
+        torch.testing.assert_close(again(**inputs()).logits, ours, rtol=1e-4, atol=1e-5)
     assert (plain - ours).abs().max() > 1e-3
 
     # the module's output is that of W + s B A, with A and B from `pairs`
@@ -120,6 +131,12 @@ def test_trains_adapter_and_head_and_exports_what_plain_peft_loads(name, cfg, de
         delta = layer(x) - nn.functional.linear(x, before[f"{key}.weight"], before[f"{key}.bias"])
         torch.testing.assert_close(delta, s * (x @ a.T) @ bt, rtol=1e-3, atol=1e-4)
         assert FULL.get(name) in (None, len(a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pissa_on_weights_in_half_precision_is_warned_about(dtype, cfg, deberta, caplog):
+    adapted(method_of(cfg, "method=pissa"), deberta().to(dtype))
+    assert ("pissa changes the pretrained weights" in caplog.text) == (dtype == torch.bfloat16)
 
 
 def test_eva_ignores_padding_and_gives_the_same_directions_every_time(cfg, deberta):

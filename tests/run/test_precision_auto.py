@@ -41,12 +41,12 @@ def test_the_hash_is_that_of_the_settings_used(cfg, machine):
     assert settled(named) == (named, None)
 
 
-def test_weights_that_a_method_trains_stay_in_float32(cfg, machine):
+def test_weights_that_a_method_changes_stay_in_float32(cfg, machine):
     machine("AMX")
-    for method in ("full_ft", "bitfit"):
+    for method in ("full_ft", "bitfit", "pissa"):
         chosen, told = settled(cfg(*AUTO, f"method={method}"))
         assert (chosen.trainer.precision, chosen.model.dtype) == ("bf16-mixed", "float32")
-        assert "which" not in told and "because the method trains them" in told
+        assert "which" not in told and "because the method changes them" in told
 
 
 def test_a_run_says_what_it_chose_and_another_machine_may_not_continue_it(cfg, machine, tmp_path, caplog):

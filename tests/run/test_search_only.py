@@ -57,6 +57,7 @@ def test_what_does_not_go_with_it_is_refused_in_one_message(cfg):
 
 def test_settings_of_the_search_that_another_selector_does_not_read_are_named(cfg, quick, tmp_path, caplog):
     changed = ["search.readout=early_gradient", "search.patience=3", "search.relaxation=sigmoid"]
+    changed += ["search.update=simultaneous", "search.gamma_lr=0.9", "search.masks=99", "search.train_steps=2"]
     run(cfg(*quick, "method.selector=activation", "search_only=true", *changed), tmp_path / "run")
     for setting in changed:
         assert f"{setting} has no effect: method.selector=activation does not read it" in caplog.text

@@ -240,6 +240,8 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_made(tmp_path, monkeypa
     assert [problem.split("=")[0] for problem in caught.value.problems] == [
         "penalty", "penalty_form", "mask_rank", "mask_independent",
     ]  # fmt: skip
+    with pytest.raises(UserError, match="mask_target=update needs mask_rank, the directions to train: None is all"):
+        DifforaCallback(1e-3, mask_target="update")
     assert "or None" in caught.value.problems[2] and "True or False" in caught.value.problems[3]
     with pytest.raises(UserError, match=r"no low-rank adapters.*diffora.attach"):
         trainer(bert(), tmp_path, [DifforaCallback(1e-3)])

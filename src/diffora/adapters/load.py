@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffora.adapters.fetch import READ
-from diffora.adapters.load_peft import load_with_peft
+from diffora.adapters.load_peft import load_with_peft, unfreeze
 from diffora.adapters.load_weights import MethodOf, load_weights
 from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manifest
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
@@ -41,8 +41,8 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
         if stray := [name for name in READ if name not in manifest["files"] and (folder / name).exists()]:
             raise UserError(f"{folder / stray[0]} is not listed in {MANIFEST}: it belongs to another adapter")
         check_made_for(backbone.model, manifest, folder)
+    before = {parameter: parameter.requires_grad for parameter in backbone.model.parameters()}
     if (folder / ADAPT).is_file():
-        before = {parameter: parameter.requires_grad for parameter in backbone.model.parameters()}
         load_weights(backbone, folder, manifest, method_of)
         head = backbone.head_parameters()
         for parameter, flag in before.items():
@@ -63,6 +63,8 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
                 raise UserError(f"{folder} has {EXACT} and no {MANIFEST}: copy the whole folder from the run")
             log.warning(f"{folder} has no {MANIFEST}: loaded as plain PEFT does, without digests and without sharing")
         load_with_peft(backbone, folder)
+        if not freeze:
+            unfreeze(backbone.model, before)
         take_labels(backbone.model, manifest or {}, folder)
     else:
         raise UserError(f"{folder} is not an adapter of this project: it has no {ADAPT} and no {CONFIG}")

@@ -1,7 +1,10 @@
 """Loads an adapter as plain PEFT does, with checks that PEFT does not make."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from diffora.adapters.manifest import CONFIG, WEIGHTS
 from diffora.adapters.origin import check_heads
@@ -9,6 +12,20 @@ from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.errors import UserError
 from diffora.trust import check_peft_adapter
+
+
+def unfreeze(model: nn.Module, before: Mapping[nn.Parameter, bool]) -> None:
+    """Give parameters their ``requires_grad`` of before back, in place; PEFT's copy of a head gets that of the head."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for parameter, flag in before.items():
+        parameter.requires_grad_(flag)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                for own, of_copy in zip(module.original_module.parameters(), copy.parameters(), strict=True):
+                    of_copy.requires_grad_(own.requires_grad)
+            module.original_module.requires_grad_(False)
 
 
 def load_with_peft(backbone: Backbone, folder: Path) -> None:
@@ -29,7 +46,7 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
         check_heads(backbone, config.modules_to_save or [], folder)
         modules = dict(backbone.model.named_modules())
         peft: Any = PeftModel.from_pretrained(backbone.model, str(folder))
-        expected = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+        names = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
     except UserError:
         raise
     except Exception as error:  # PEFT raises errors of many kinds
@@ -38,6 +55,8 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():  # PEFT's older format
         return
     tensors = read_tensors(folder / WEIGHTS)
+    # With bias=all, PEFT names the head's biases a second time, inside its wrapper of the head.
+    expected = {name for name in names if ".modules_to_save." not in name and ".original_module." not in name}
     if absent := sorted(expected - tensors.keys()):
         raise UserError(f"{folder / WEIGHTS} does not fit this model: no {absent[0]} (and {len(absent) - 1} more)")
     places = {key: key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}

@@ -75,8 +75,8 @@ class LowRankLinear(nn.Module):
         alpha: the update is scaled by alpha / rank.
         dropout: rate on the input of A while training.
         kernel: ``fused``, the autograd node of `diffora.kernels.fused`; ``plain``, PyTorch operations (`add_lowrank`);
-            ``auto``, the faster of the two: ``plain`` on a GPU in fine-tuning, else ``fused``. All compute the same up
-            to rounding and the drawing of dropout masks. torch.compile always gets ``plain``.
+            ``auto``, the faster of the two: ``plain`` on a GPU in fine-tuning without masks and gates, else ``fused``.
+            All compute the same up to rounding and the drawing of dropout masks. torch.compile always gets ``plain``.
 
     Attributes:
         scaling: what the update is multiplied by, alpha / rank unless the caller sets another number.

@@ -32,6 +32,10 @@ class Regulariser:
     ]
 
 
+UNMASKED = {"every": "step", "independent": False, "target": "gradient", "start": 0, "head": False}
+"""The other settings of `Mask` where nothing is masked: there they have no effect."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """GM-LoRA ([R] section 4.3, [R] Algorithm 1): only some directions of each adapter are trained in a step."""
@@ -63,7 +67,11 @@ class Mask:
         """Yields one message for each mistake. ``rank`` is the adapters' rank, None if it is not known yet."""
         if isinstance(self.rank, int) and rank is not None and self.rank > rank:
             yield f"method.mask.rank={self.rank} must not be above rank={rank}, the directions there are"
-        if self.head and self.start == 0:
+        if self.rank is None:
+            for name, neutral in UNMASKED.items():
+                if (value := getattr(self, name)) != neutral:
+                    yield f"method.mask.{name}={value} needs method.mask.rank, the directions to train: null is all"
+        elif self.head and self.start == 0:
             yield "method.mask.head=true with method.mask.start=0 never trains the head; the released code starts at 1"
 
 

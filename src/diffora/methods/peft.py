@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from diffora.adapters.export import export_adapter, head_tensors
 from diffora.adapters.manifest import CONFIG, WEIGHTS, write_manifest
 from diffora.adapters.origin import Origin, made_for
 from diffora.adapters.pairs import write_tensors
+from diffora.backbones.precision import HALF
 from diffora.core.grid import Grid
 from diffora.core.linear import is_conv1d
 from diffora.core.parts import ROLES, path_of
@@ -31,6 +33,8 @@ from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
 from diffora.methods.peft_config import MOVES_BASE, build
 from diffora.settings.checks import GROUP, TEXTS, Check, Help
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 Pair = tuple[str, Tensor, Tensor, float]
@@ -130,6 +134,11 @@ class PEFTAdaptation(Adaptation):
             for name, layer in self.plain_layers():
                 pair = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
                 self.start[name] = pair[0].detach().clone(), pair[1].detach().clone()
+            if any(parameter.dtype in HALF for parameter in model.parameters()):
+                log.warning(
+                    f"{self.config.init_lora_weights} changes the pretrained weights, and half precision rounds the "
+                    "changed ones: the exported adapter differs from the trained model by that; use model.dtype=float32"
+                )
 
     def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """For EVA: set A from the singular vectors of each module's inputs, and ranks by the explained variance.
@@ -169,7 +178,8 @@ class PEFTAdaptation(Adaptation):
         from peft.tuners.lora import LoraLayer
 
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LoraLayer)]
-        pairs = {p for _, layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+        parts = [part for _, layer in layers for part in (layer.lora_A, layer.lora_B)]
+        pairs = {p for part in parts for name, p in part.named_parameters() if not name.endswith("bias")}
         trained = {p for p in self.model.parameters() if p.requires_grad} - self.head
         # DoRA and other variants of LoRA are more than s B A. Only PEFT knows how to apply them.
         return layers if trained == pairs and not any(layer.lora_variant for _, layer in layers) else []

@@ -9,6 +9,7 @@ from diffora.backbones.precision import bfloat16_unit
 from diffora.errors import UserError
 from diffora.loop.predict import accelerator_device
 from diffora.methods.base import Method
+from diffora.methods.peft_config import MOVES_BASE
 from diffora.trust import class_at
 
 NAME_IT = "name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
@@ -39,8 +40,8 @@ def settled(cfg: DictConfig) -> tuple[DictConfig, str | None]:
         cfg.trainer.precision = "32-true"
         return cfg, f"32-true, because {reason}"
     cfg.trainer.precision = "bf16-mixed"
-    if _trains_pretrained(cfg):
-        return cfg, f"bf16-mixed, because {reason}; weights in float32, because the method trains them"
+    if _changes_pretrained(cfg):
+        return cfg, f"bf16-mixed, because {reason}; weights in float32, because the method changes them"
     if _value(cfg, "model.dtype") == "float32":
         cfg.model.dtype = "bfloat16"
     frozen = _value(cfg, "model.dtype")
@@ -59,7 +60,10 @@ def _unit(accelerator: str) -> tuple[str | None, str]:
     return unit, f"the device {'computes' if unit else 'does not compute'} in bfloat16"
 
 
-def _trains_pretrained(cfg: DictConfig) -> bool:
+def _changes_pretrained(cfg: DictConfig) -> bool:
+    """Whether a method trains pretrained weights, or starts by taking a part out of them, as PiSSA does."""
+    if str(_value(cfg, "method.config.init_lora_weights")).startswith(MOVES_BASE):
+        return True
     try:
         kind: Any = class_at(_value(cfg, "method._target_"), Method, "method._target_")
     except UserError:  # there is no method in an evaluation; `check` reports a wrong one

@@ -31,6 +31,7 @@ from diffora.methods.diffora import DiffoRA
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
+from diffora.scoring.selectors import trains
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
 from diffora.settings.sections import Search
@@ -103,17 +104,20 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     return Selected(selection, result.seconds, result.weights)
 
 
-READ_BY_SEARCH_ONLY = ("relaxation", "head_warmup", "readout", "patience")
+READ_BY_SEARCH_ONLY = ("gamma_lr", "update", "order", "relaxation", "head_warmup", "readout", "patience")
 """Settings of the search that other selectors do not read."""
+READ_IN_TRAINING = ("train_steps", "weight_decay", "clip")
+"""Settings that selectors do not read which train nothing."""
 
 
 def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     """The settings of the search that were changed, but that another selector does not read."""
-    if selector == "search":
-        return
+    unread = () if selector == "search" else READ_BY_SEARCH_ONLY
+    unread += () if trains(selector) else READ_IN_TRAINING
+    unread += () if selector == "one_shot" else ("masks",)
     for field in fields(Search):
         value = getattr(parts.settings.search, field.name)
-        if field.name in READ_BY_SEARCH_ONLY and value != field.default:
+        if field.name in unread and value != field.default:
             yield f"search.{field.name}={value} has no effect: method.selector={selector} does not read it"
 
 

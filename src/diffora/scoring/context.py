@@ -82,7 +82,8 @@ class SearchResult:
             of the first member.
         relaxation: how ``search`` relaxed Γ, a key of `diffora.core.dam.RELAXATIONS`; None for other selectors.
         weights: the trained A and B of every candidate, B times its gate, as ``<module>.lora_a`` (rank, in) and
-            ``<module>.lora_bt`` (rank, out), on the CPU; empty if the selector trains none.
+            ``<module>.lora_bt`` (rank, out), and their scale as ``<module>.scaling``, on the CPU; empty if the selector
+            trains none.
         readout: what ``search`` read the scores from, as in ``search.readout``; None for other selectors.
         rounds: of ``search``; fewer than ``search.epochs`` if ``search.patience`` ended it. None for other selectors.
             Of an ensemble, those of the first member.

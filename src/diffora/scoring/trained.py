@@ -162,4 +162,5 @@ def searched_weights(context: SearchContext, gates: Tensor, layers: Layers) -> d
                 continue
             weights[f"{name}.lora_a"] = layer.lora_a.detach().cpu().clone()
             weights[f"{name}.lora_bt"] = layer.lora_bt.detach().cpu() * gate
+            weights[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
     return weights

@@ -45,13 +45,16 @@ def load_weights(file: Path) -> dict[str, Tensor]:
 def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapping[str, Tensor], origin: Path) -> None:
     """Set A and B of the selected modules to those at the end of the search, in place.
 
+    B takes up a difference of scale, so that the model starts with the searched update.
+
     Args:
         model: with the adapters of ``selection``.
-        weights: A and B by name, as in `diffora.scoring.context.SearchResult.weights`.
+        weights: A, B and scale by name, as in `diffora.scoring.context.SearchResult.weights`.
         origin: where they come from, for messages.
 
     Raises:
-        UserError: ``weights`` lack the A and B of a selected module, or these have another shape or are not finite.
+        UserError: ``weights`` lack A, B or the scale of a selected module, or these have another shape or are not
+            finite.
     """
     layers = dict(lowrank_layers(model))
     for names, flags in zip(grid.names, selection.mask().tolist(), strict=True):
@@ -65,3 +68,6 @@ def warm_start(model: nn.Module, grid: Grid, selection: Selection, weights: Mapp
                     had = f"the search had rank {len(found)} at {name}"
                     raise UserError(f"method.warm_start=true: {had}, rank={layer.rank} does not")
                 own.data.copy_(found)
+            if (scaling := weights.get(f"{name}.scaling")) is None:
+                raise UserError(f"method.warm_start=true: {origin} has no scale of {name}: make the search again")
+            layer.lora_bt.data *= scaling.item() / layer.scaling

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffora.errors import UserError
 from diffora.methods.base import Adaptation
-from diffora.methods.lowrank import Mask, Regulariser
+from diffora.methods.lowrank import UNMASKED, Mask, Regulariser
 from diffora.settings.read import value_problem
 
 PLACES = {
@@ -44,6 +44,12 @@ class Extras:
             problem = value_problem(name, getattr(self, name), hint)
             if problem:  # the words are those of YAML
                 problems.append(problem.replace("null", "None").replace("true or false", "True or False"))
+        if self.mask_rank is None:
+            values = {f"mask_{name}": neutral for name, neutral in UNMASKED.items()}
+            changed = [(name, value) for name, value in asdict(self).items() if value != values.get(name, value)]
+            problems += [
+                f"{name}={value} needs mask_rank, the directions to train: None is all" for name, value in changed
+            ]
         if problems:
             raise UserError(problems)
 
