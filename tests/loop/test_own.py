@@ -75,6 +75,19 @@ def test_own_callbacks_and_loggers_work_in_a_run(cfg, tmp_path, monkeypatch, cap
     assert "password" not in line and "my-secret-token" not in line
 
 
+class Breaks(Callback):
+    def on_train_epoch_end(self, trainer, module):
+        raise RuntimeError("no metric nope; my-secret-token")
+
+
+def test_an_error_of_an_own_callback_is_named_as_its(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "my-secret-token")
+    with pytest.raises(
+        UserError, match=r"^trainer\.callbacks\[1\]=my_own\.Breaks fails with RuntimeError: no metric nope; …"
+    ):
+        run(cfg(*QUICK, "trainer.callbacks=[{_target_: my_own.Counts},{_target_: my_own.Breaks}]"), tmp_path / "run")
+
+
 def test_a_failed_run_ends_its_loggers_as_failed(tmp_path):
     loggers = Loggers(sections.Logger(own={"notes": {"_target_": "my_own.Notes"}}), tmp_path, {"seed": 1})
     [guarded] = loggers.of_stage("search")

@@ -243,6 +243,19 @@ def test_an_experiment_without_a_file_is_shown_as_found(spec):
     assert all((spec / "out") in file.resolve().parents for file in files)
 
 
+def test_files_that_no_report_wrote_are_not_replaced(spec):
+    made_run(spec / "a")
+    for name in ("index.html", "runs.csv"):
+        out = spec / f"mine-{name}"
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(UserError, match=f"has {name}, which no report wrote: choose another folder"):
+            page.write(gather([spec]), out, [spec])
+        assert (out / name).read_text() == "mine" and len(list(out.iterdir())) == 1
+    page.write(gather([spec]), spec / "out", [spec])
+    page.write(gather([spec]), spec / "out", [spec])
+
+
 def test_every_table_of_the_project_can_be_shown(tmp_path):
     number = itertools.count()
     for file in sorted((REPO / "conf" / "experiment").glob("*.yaml")):

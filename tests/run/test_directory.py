@@ -3,7 +3,7 @@
 import pytest
 
 from diffora.errors import UserError
-from diffora.run.directory import check_place, check_sweep_place
+from diffora.run.directory import begun, check_place, check_sweep_place
 from diffora.run.experiment import run
 
 
@@ -44,3 +44,9 @@ def test_a_sweep_needs_a_folder_of_its_own(tmp_path, monkeypatch):
         check_sweep_place(sweep)
     (sweep / "0-lora" / "run.json").touch()
     check_sweep_place(sweep)
+
+
+def test_a_folder_with_a_record_or_checkpoints_has_something_to_continue_from(tmp_path):
+    assert not begun(tmp_path) and not begun(tmp_path / "nothing")
+    (tmp_path / "run.json").write_text("[")
+    assert begun(tmp_path)

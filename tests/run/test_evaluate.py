@@ -89,6 +89,7 @@ def test_mistakes_have_messages(tmp_path):
         (f"run={tmp_path}",): "no config.yaml",
         (f"adapter={tmp_path}", "task=mrpc"): "is not an adapter",
         ("run=x", "method=lora"): "unknown key method",
+        ("run=x", "finetune.lr=3"): "unknown key finetune.lr: method and settings of training do not matter here",
         ("run=x", "nonsense"): "not of the form name=value",
     }
     for arguments, message in cases.items():

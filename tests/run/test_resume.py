@@ -226,6 +226,16 @@ def test_evaluation_refuses_changed_settings_and_weights(place, tmp_path, name):
     evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
 
 
+def test_evaluation_refuses_a_damaged_record_and_says_that_it_is_missing(place, tmp_path, caplog):
+    folder = copy_of(place / "complete", tmp_path)
+    (folder / "run.json").unlink()
+    evaluate(read_request([f"run={folder}", f"output={tmp_path / 'out'}"]))
+    assert f"{folder} has no run.json: nothing shows whether its settings are as they were" in caplog.text
+    (folder / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json"):
+        evaluate(read_request([f"run={folder}", f"output={tmp_path / 'other'}"]))
+
+
 def test_evaluation_refuses_the_adapter_of_another_run(place, tmp_path):
     """The other adapter is complete and fits the model."""
     folder = copy_of(place / "complete", tmp_path)

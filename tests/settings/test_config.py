@@ -14,7 +14,7 @@ from diffora.methods.base import DIALS
 from diffora.methods.selecting import parse_budget
 from diffora.places import conf_dir
 from diffora.run.check import check
-from diffora.run.composition import composition_problems
+from diffora.run.composition import composition_problems, sweeps
 from diffora.run.evaluate import read_request
 from diffora.settings.identity import config_hash, differences, plain
 from diffora.settings.read import keys_of
@@ -470,3 +470,8 @@ def test_no_value_of_a_setting_causes_an_unexpected_error(cfg):
         found = fuzz_values.outcome(changed)
         taken, refused = taken + (found is None), refused + (found is not None)
     assert refused > taken > 0
+
+
+def test_overrides_with_several_values_are_found():
+    given = ["rank=1,2", "seed=range(0,2)", "method.selection=[a,b]", "task.path='a,b'", "rank=3"]
+    assert sweeps(given) == ["rank=1,2", "seed=range(0,2)"]

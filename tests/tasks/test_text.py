@@ -159,6 +159,16 @@ def test_doubtful_labels_are_noted(task, tmp_path):
     assert "column 'label' has 20 different labels in 25 rows: are they classes?" in many.accounts["train"].notes
 
 
+def test_numbers_that_float32_rounds_and_labels_written_as_lists_are_noted(task, tmp_path):
+    numbers = [{"text": f"t {i}", "label": 16_777_216 + i} for i in range(8)]
+    large = task(write(tmp_path / "n.csv", numbers), "task.kind=regression", "task.validation_fraction=0.25")
+    large.load()
+    assert sum(large.accounts["train"].record()["changed"].values()) == 4
+    lists = task(write(tmp_path / "l.csv", [{"text": f"t {i}", "label": f"['{'xy'[i % 2]}']"} for i in range(8)]))
+    lists.load()
+    assert any("labels written as lists, such as ['x']: are they classes?" in n for n in lists.accounts["train"].notes)
+
+
 # --- mistakes ---
 
 BAD = [
@@ -170,6 +180,8 @@ BAD = [
     ("text,label\na,x\nb,\nc,y\nd,\n", [], "row 2 (data rows, counted from 1), column 'label': no label"),
     ("text,label\na,x\nb,\nc,y\nd,\n", [], "(and 1 more such row)"),
     ("text,label\na,x\n ,y\n", [], "row 2 (data rows, counted from 1), column 'text': the text is empty"),
+    ("text,label\na,x\nb,y\ntext,label\nc,x\n", [], "line 4 repeats the header, as where two files were joined"),
+    ("Text;Label\na;x\nb;y\n", [], "its fields are separated by semicolons; separate them by commas"),
     ("text,label\na,0.5\nb,1.25\n", [], "task.kind=regression"),
     ("text,label\na,0.0\nb,1.0\n", [], "or write whole numbers (1 in place of 1.0) if they are classes"),
     ("text,label\n", [], "no rows"),

@@ -104,6 +104,7 @@ def test_class_numbers_with_names_as_the_hub_stores_them(task, tmp_path):
         ("text,x,y\na,1,0\nb,1,\n", [FLAGS], "row 2 (data rows, counted from 1), column 'y': \"\" is not 0 or 1"),
         ("text,x,z\na,1,0\n", [FLAGS], "no column 'y' (task.label_columns); it has text, x, z"),
         ("text,x,y\na,0,0\nb,0,0\n", [FLAGS], "no row has a class"),
+        ("text,label\na,\"['x', 'y']\"\nb,['x']\nc,[]\n", [], "has lists written as text, such as ['x', 'y'];"),
         ("text,label\na,\nb,\n", [], "column 'label' is empty in all 2 rows"),
         ("text,label\na,x\nb,x\nc,\n", [], "the rows have no class but 'x'; at least two classes are needed"),
     ],

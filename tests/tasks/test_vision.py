@@ -505,6 +505,13 @@ def test_images_beside_the_class_folders_are_refused(folders, task):
     assert message == f"{folders / 'train'}: images beside the class folders, where they have no class: lost.png."
 
 
+def test_a_single_class_is_refused(folders, task):
+    for split in ("train", "validation"):
+        shutil.rmtree(folders / split / "dog")
+    [message] = problems(task(folders).load)
+    assert message.endswith("all images are of the class 'cat'; two are needed")
+
+
 def test_the_first_of_several_frames_is_used_with_a_note(folders, task):
     frames = [picture(9, 9, seed=i) for i in range(3)]
     for name, kind in (("x.gif", "gif"), ("x.tiff", "tiff"), ("x.webp", "webp")):

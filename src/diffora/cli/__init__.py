@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from diffora.errors import UserError, explained
 from diffora.places import conf_dir
-from diffora.run.composition import composition_problems, missing_plugin, short, with_sweep_hint
+from diffora.run.composition import composition_problems, missing_plugin, short, sweeps, with_sweep_hint
 from diffora.settings import identity  # noqa: F401  # registers resolvers that conf/ needs
 
 
@@ -53,7 +53,12 @@ def command(main: Callable[[], object]) -> None:
             problems = (
                 [plugin] if plugin else composition_problems(overrides(), added_paths(), primary()) or [short(error)]
             )
-            fail(*(with_sweep_hint(problems) if {"-m", "--multirun"}.intersection(sys.argv) else problems))
+            if {"-m", "--multirun"}.intersection(sys.argv):
+                problems = with_sweep_hint(problems)
+            elif "Ambiguous value" in str(error):
+                several = [f"{each}: several values are a sweep: add -m" for each in sweeps(overrides())]
+                problems = [*several, *(problem for problem in problems if "Ambiguous value" not in problem)]
+            fail(*problems)
         fail(f"{type(error).__name__}: {error}", "This is a fault of the program; debug=default shows where.")
 
 

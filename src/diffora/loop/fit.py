@@ -14,6 +14,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from diffora.errors import UserError, out_of_memory
 from diffora.loop.checkpoint import Checkpoints, DigestCheckpointIO, continuing, newest_checkpoint
 from diffora.loop.compiled import compiled
+from diffora.loop.loggers import why
+from diffora.loop.own import failed_callback
 from diffora.loop.parts import Parts
 from diffora.loop.sharded import FSDP, Sharded
 from diffora.loop.stage import NonFiniteLoss, Stage
@@ -67,6 +69,9 @@ def fit(
     except Exception as error:
         if (shortage := out_of_memory(error)) is not None:
             raise _out_of_memory(shortage, stage, section) from error
+        if not isinstance(error, UserError) and (name := failed_callback(error, parts.settings.trainer)) is not None:
+            what = f"{type(error).__name__}: {why(error)}"
+            raise UserError(f"{name} fails with {what}; debug=default shows where") from error
         if resume_from is None or module.begun:
             raise
         with continuing(resume_from):  # an error before training begins is about the checkpoint
@@ -118,6 +123,7 @@ def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, 
     kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
     return UserError(
         f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {section.lr:g})"
+        + (f", a lower {stage}.weight_decay (it is {section.weight_decay:g})" if section.weight_decay > 1 else "")
         + (" or trainer.precision=32-true" if precision != "32-true" else "")
     )
 

@@ -147,7 +147,7 @@ class Guarded(Logger):
             yield
         except Exception as error:
             if self.works:
-                log.warning(f"logger={self.kind} fails and is not used from here on: {_why(error)}")
+                log.warning(f"logger={self.kind} fails and is not used from here on: {why(error)}")
             self.works = False
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -212,7 +212,7 @@ def taking_pictures(stage_loggers: Iterable[Any]) -> list[Guarded]:
     return [logger for logger in guarded if logger.works and not logger.whole_run and logger.kind != "csv"]
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     """The reason for a failure in one line, without keys and passwords of the environment."""
     text = reason(error) if isinstance(error, OSError) else first_line(error)
     if isinstance(error, OSError) and (file := place(error)):
@@ -235,7 +235,7 @@ def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) 
         identity = folder / "wandb" / "run_id"  # a resumed run continues the same W&B run
         settings = _run_settings(choice, folder, config, identity)
     except Exception as error:
-        log.warning(f"W&B cannot start, the run continues without it: {_why(error)}")
+        log.warning(f"W&B cannot start, the run continues without it: {why(error)}")
         return None
     for mode in _wandb_modes(folder):
         try:
@@ -247,7 +247,7 @@ def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) 
         except Exception as error:
             offline = "this run is recorded offline, `wandb sync` uploads it later"
             then = offline if mode == "online" else "the run continues without it"
-            log.warning(f"W&B cannot start {mode}: {_why(error)}; {then}")
+            log.warning(f"W&B cannot start {mode}: {why(error)}; {then}")
             settings["id"] = _new_id()  # W&B counts the failed id as used
     return None
 

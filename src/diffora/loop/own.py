@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from inspect import isclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +37,16 @@ def own_callbacks(trainer: sections.Trainer) -> list[Callback]:
         UserError: there is no such class, or it does not accept its arguments.
     """
     return [_target(each, f"trainer.callbacks[{i}]", Callback).make() for i, each in enumerate(trainer.callbacks)]
+
+
+def failed_callback(error: Exception, trainer: sections.Trainer) -> str | None:
+    """The callback of ``trainer.callbacks`` in which an error came up, for messages; None if it came from elsewhere."""
+    kinds = [_target(each, f"trainer.callbacks[{i}]", Callback) for i, each in enumerate(trainer.callbacks)]
+    within = {type(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)}
+    for i, kind in enumerate(kinds):
+        if kind.makes in within:
+            return f"trainer.callbacks[{i}]={kind.path}"
+    return None
 
 
 def own_loggers(choices: sections.Logger, folder: Path) -> dict[str, Logger]:

@@ -35,7 +35,11 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path], margin: flo
 
     Args:
         margin: differences below this many points do not matter (`diffora.report.statistics.equivalence`).
+
+    Raises:
+        UserError: the folder has such files that are not an earlier report's.
     """
+    check_output(output)
     tables = tables_of(gathered.runs)
     found = {table.name: comparisons_of(table, margin) for table in tables}
     views = views_of(tables, found)
@@ -62,10 +66,22 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path], margin: flo
     return files
 
 
+def check_output(output: Path) -> None:
+    """Refuse a folder with files of somebody else in the places of the report's."""
+    page = output / "index.html"
+    if not _own_text(page) and (others := [file for file in (page, output / "runs.csv") if file.exists()]):
+        raise UserError(f"output={output} has {others[0].name}, which no report wrote: choose another folder")
+
+
+def _own_text(page: Path) -> str:
+    """The text of a page that a report wrote; empty for every other file."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    return text if 'content="diffora' in text else ""
+
+
 def _tables_of_page(page: Path) -> set[Path]:
     """The table files that belong to an earlier report's page."""
-    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-    names = re.findall(r'href="tables/([\w.-]+)\.md"', text) if 'content="diffora' in text else []
+    names = re.findall(r'href="tables/([\w.-]+)\.md"', _own_text(page))
     ends = (".md", ".tex", ".csv", "-cost.csv", "-comparisons.csv", "-agreement.csv")
     return {page.parent / "tables" / f"{name}{end}" for name in names for end in ends}
 

@@ -13,6 +13,13 @@ from diffora.settings.checks import unknown_key
 from diffora.settings.read import known_keys
 
 
+def sweeps(given: Sequence[str]) -> list[str]:
+    """The overrides that give several values, such as ``rank=1,2``."""
+    from diffora.run.sweep import parse
+
+    return [each for each in given if "," in each and parse([each])[0].is_sweep_override()]
+
+
 def with_sweep_hint(problems: list[str]) -> list[str]:
     """The problems, with a hint about settings that only some runs of a sweep have."""
     if "has no setting" not in "".join(problems):

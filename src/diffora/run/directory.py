@@ -60,6 +60,13 @@ def _strange(folder: Path) -> str | None:
     return next((name for name in sorted(names) if not name.startswith(".") and not name.endswith(OTHERS)), None)
 
 
+def begun(folder: Path) -> bool:
+    """Whether a folder has something of a run, to continue from."""
+    from diffora.loop.resume import has_work
+
+    return (folder / "run.json").exists() or has_work(folder)
+
+
 def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """The record of the folder's run if it is complete; None if there is still work to do.
 

@@ -27,7 +27,7 @@ from diffora.run.arguments import named_values, put, without_config_dirs
 from diffora.run.check import section_problems
 from diffora.run.classes import write_classes
 from diffora.run.precision import settled
-from diffora.run.record import WEIGHTS, check_as_left, read_record
+from diffora.run.record import WEIGHTS, check_as_left, read_record, why_broken
 from diffora.run.trained import SECTIONS, check_backbone, composed, load_trained, manifest_of, override, settings_of_run
 from diffora.settings import checks
 from diffora.settings.identity import plain
@@ -39,6 +39,8 @@ from diffora.trust import class_at
 
 log = logging.getLogger(__name__)
 
+TRAINING = {"finetune", "search", "rank", "rho", "seed"}
+"""Settings of training outside the groups of ``conf/``."""
 OWN = ("run", "adapter", "split", "output", "batch_size", "method._target_")
 
 
@@ -119,7 +121,8 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
         elif name.split(".")[0] in SECTIONS:
             values[name] = value
         else:
-            hint = ": method and settings of training do not matter here" if name.split(".")[0] in groups else ""
+            known = name.split(".")[0] in groups | TRAINING
+            hint = ": method and settings of training do not matter here" if known else ""
             problems.append(f"{checks.unknown_key(name, [*OWN, *SECTIONS])}{hint}")
     problems += _own_problems(own)
     if problems:
@@ -208,6 +211,10 @@ def _evaluate(request: EvaluationRequest) -> dict[str, dict[str, float]]:
     task.num_proc = processes(cfg.trainer.get("num_proc", 1))  # earlier runs do not have it
     record = read_record(request.weights.parent) or {}
     if request.weights.name in WEIGHTS:
+        if broken := why_broken(request.weights.parent):
+            raise UserError(broken)
+        if not record and (request.weights.parent / "config.yaml").is_file():
+            log.warning(f"{request.weights.parent} has no {NAME}: nothing shows whether its settings are as they were")
         check_as_left(request.weights.parent, record)
     trained, file = record.get("classes"), request.weights.parent / NAME
     if trained is None:

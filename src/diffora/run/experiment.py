@@ -87,6 +87,9 @@ def train(cfg: DictConfig) -> float | None:
     given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
     if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not given:
         raise UserError("resume=true needs hydra.run.dir=<the run directory to continue>")
+    folder = Path(hydra.runtime.output_dir)
+    if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not rundir.begun(folder):
+        log.warning(f"resume=true: {folder} has nothing to continue, so the run starts anew")
     accelerator, devices = (
         OmegaConf.select(cfg, f"trainer.{key}", throw_on_resolution_failure=False) for key in ("accelerator", "devices")
     )
@@ -98,7 +101,7 @@ def train(cfg: DictConfig) -> float | None:
         )
     # A single run counts from the start of the program, a later job of a sweep from the job's start.
     first = hydra.mode == RunMode.RUN or hydra.job.num == 0
-    result = run(cfg, Path(hydra.runtime.output_dir), began=START if first else None)
+    result = run(cfg, folder, began=START if first else None)
     return result.metrics.get(f"validation/{get_task(cfg.task).main_metric}")
 
 

@@ -112,7 +112,7 @@ READ_IN_TRAINING = ("train_steps", "weight_decay", "clip")
 
 def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     """The settings of the search that were changed, but that another selector does not read."""
-    unread = () if selector == "search" else READ_BY_SEARCH_ONLY
+    unread: tuple[str, ...] = () if selector == "search" else READ_BY_SEARCH_ONLY
     unread += () if trains(selector) else READ_IN_TRAINING
     unread += () if selector == "one_shot" else ("masks",)
     for field in fields(Search):

@@ -142,7 +142,8 @@ def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
             f"train_loader is a {type(train).__name__}, which can be read only once, and rounds={rounds} needs several "
             "passes: give a list or a DataLoader"
         )
-    if train is valid or (_reads_all(train) and _reads_all(valid) and train.dataset is valid.dataset):
+    same_rows = _reads_all(train) and _reads_all(valid) and train.dataset is valid.dataset
+    if (train is valid and train is not None) or same_rows:
         yield (
             "train_loader and valid_loader give the same rows, and the search needs different ones for the weights and "
             "for Γ: give one loader, which is divided, or two parts of the training rows"

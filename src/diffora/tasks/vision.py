@@ -218,6 +218,8 @@ class ImageTask(Task):
             sources = [renumbered(source, classes, others, problems) for source in sources]
         if labelled and not problems:
             _compare_classes(sources, classes, problems)
+            if len(classes) < 2:
+                problems.append(f"{sources[0].name}: all images are of the class '{classes[0]}'; two are needed")
         if problems:
             raise UserError(problems)
         if twins := alike(classes):

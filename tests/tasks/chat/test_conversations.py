@@ -142,6 +142,13 @@ def test_validation_rows_are_the_same_in_every_run():
         cut_validation(table, 49)
 
 
+def test_rows_without_an_answer_are_named_as_such():
+    asked = ({"messages": [{"role": "user", "content": f"question {i}"}]} for i in range(20))
+    table = read(enumerate(asked, 1), "x", [], Account())
+    with pytest.raises(UserError, match="no training row has a turn of 'assistant', only of 'user': there is nothing"):
+        cut_validation(table, 5)
+
+
 def test_rows_with_equal_prompts_stay_together():
     """Three answers to each of 40 questions, in any order: no validation row has the question of a training row."""
     rows = [{"prompt": f"question {i % 40}", "completion": f"answer {i // 40}"} for i in range(120)]

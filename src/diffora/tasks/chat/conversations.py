@@ -158,8 +158,12 @@ def cut_validation(table: pa.Table, rows: int) -> tuple[pa.Table, pa.Table]:
     Rows with equal prompts (`row_keys` without the last turn) stay together, so there may be fewer validation rows.
 
     Raises:
-        UserError: there are too few rows, or too few different prompts.
+        UserError: no row has something to learn, there are too few rows, or too few different prompts.
     """
+    roles = pc.unique(pc.struct_field(table.column("messages").combine_chunks().flatten(), "role")).to_pylist()
+    if "assistant" not in roles and not pc.any(pc.not_equal(table.column("text"), "")).as_py():
+        said = f", only of {', '.join(map(repr, roles))}" if roles else ""
+        raise UserError(f"no training row has a turn of 'assistant'{said}: there is nothing to learn")
     if table.num_rows < rows + 2:
         raise UserError(
             f"task.validation_rows={rows} cannot be cut from {table.num_rows} training rows: "

@@ -114,7 +114,8 @@ def _check_separator(line: str, wanted: Sequence[str], separator: str) -> None:
         return
     for other, name in SEPARATORS.items():
         names = [field.strip().strip('"') for field in line.split(other)]
-        if other != separator and len(names) > 1 and all(column in names for column in wanted):
+        alone = separator not in line  # one column whose name has separators, in a table of at least two
+        if other != separator and len(names) > 1 and (alone or all(column in names for column in wanted)):
             raise ValueError(f"its fields are separated by {name}; separate them by {SEPARATORS[separator]}")
 
 
@@ -134,6 +135,10 @@ def _parse(lines: list[str], separator: str) -> _Csv:
                 found.blank += 1
             elif not found.header:
                 found.header = fields
+            elif fields == found.header and any(fields):
+                raise ValueError(
+                    f"line {begin + 1} repeats the header, as where two files were joined: remove the line"
+                )
             else:
                 found.rows.append(fields)
                 row = _Row(len(found.rows), begin, end, len(fields))

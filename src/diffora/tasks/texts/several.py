@@ -1,5 +1,6 @@
 """Labels of rows that can have several classes, in three spellings: a list, a text with separators, 0/1 columns."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -38,9 +39,15 @@ def find_separator(part: Part, column: str, classes: Sequence[str], problems: li
     Args:
         column: name of the label column, for messages.
         classes: known classes, which decide between several separators; empty if none are known yet.
-        problems: grows by a message if several separators are possible.
+        problems: grows by a message if several separators are possible, or a label is a list written as text.
     """
     labels = part.table.column("label")
+    if (written := written_list(labels.to_pylist())) is not None:
+        problems.append(
+            f"{part.where}: column '{column}' has lists written as text, such as {written}; give lists in .jsonl or "
+            ".parquet, or classes with a separator and no brackets"
+        )
+        return None
     found = [sign for sign in SEPARATORS if pc.any(pc.match_substring(labels, sign)).as_py()]
     if len(found) > 1 and classes:
         values = [text for text in pc.unique(labels).to_pylist() if text not in classes]
@@ -53,6 +60,11 @@ def find_separator(part: Part, column: str, classes: Sequence[str], problems: li
             f"'task.label_separator=\"{found[0]}\"'"
         )
     return found[0] if found else None
+
+
+def written_list(labels: Sequence[str]) -> str | None:
+    """The first label that is a list written as text, as pandas writes lists in CSV; None if there is none."""
+    return next((text for text in labels if re.fullmatch(r"\s*\[.*\]\s*", text)), None)
 
 
 def separated(part: Part, separator: str | None) -> Part:

@@ -11,7 +11,7 @@ from diffora.tasks.messages import some
 from diffora.tasks.sources.check_values import report
 from diffora.tasks.sources.readers import NUMBER
 from diffora.tasks.texts.columns import Part
-from diffora.tasks.texts.several import SEPARATORS, names_in
+from diffora.tasks.texts.several import SEPARATORS, names_in, written_list
 
 WHOLE = r"[-+]?\d+"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>")
@@ -48,6 +48,10 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
         rows = part.table.num_rows
         part.account.notes.append(
             f"column '{column}' has {len(classes):,} different labels in {rows:,} rows: are they classes?"
+        )
+    if not several and (written := written_list(classes)) is not None:
+        part.account.notes.append(
+            f"column '{column}' has labels written as lists, such as {written}: are they classes?"
         )
     if not several and (joint := [name for name in classes if _is_joint(name, set(classes))]):
         part.account.notes.append(
@@ -93,6 +97,8 @@ def scores(part: Part, column: str, problems: list[str]) -> pa.Table:
     numbers = labels.cast(pa.float64()).cast(pa.float32())
     if report(problems, part.where, column, labels, pc.invert(pc.is_finite(numbers)), "is too large a number"):
         return part.table
+    if rounded := pc.sum(pc.not_equal(numbers.cast(pa.float64()), labels.cast(pa.float64()))).as_py():
+        part.account.change(f"number in column '{column}' rounded to float32 (7 digits)", rounded)
     mean, spread = pc.mean(numbers).as_py(), pc.stddev(numbers).as_py()
     if spread > 10 or abs(mean) > 10:
         part.account.notes.append(
