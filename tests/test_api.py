@@ -378,7 +378,7 @@ def test_a_selector_that_cannot_be_used_says_why(selector, more, message):
 
 def test_a_model_without_repeated_layers_is_refused():
     for call in (lambda m: diffora.search(m, pairs(8), loss=entropy_loss), lambda m: diffora.select(m, "random")):
-        with pytest.raises(UserError, match="no numbered layers: give their place as layer"):
+        with pytest.raises(UserError, match="no numbered layers with linear modules: give their place as layer"):
             call(nn.Linear(8, 2))
 
 
