@@ -35,6 +35,8 @@ def test_the_rank_stops_at_the_smallest_width_of_a_selected_module():
     assert choice.rank == 8 and choice.rank_at_width
     exact = choose(SCORES, SHAPES, "layer", 0.4, 1, None, budget=8 * 56)
     assert exact.rank == 8 and not exact.rank_at_width
+    narrow = choose(SCORES[:1, :2], [[(8, 8), (4, 8)]], "layer", 1.0, 1, None, budget=10_000)
+    assert narrow.rank == 4 and narrow.rank_at_width
 
 
 def test_with_global_scope_a_budget_sets_the_number_of_modules():

@@ -23,6 +23,7 @@ from diffora.loop import streams
 from diffora.loop.data import SearchData
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.scoring import one_shot
 from diffora.scoring.one_shot import CHUNK, Draws, OneShotData, OneShotModule, scored_rows
 from diffora.settings.sections import Search
 
@@ -325,10 +326,17 @@ def test_a_resumed_run_gives_the_same_result(tmp_path, epoch, batch):
     assert_equal_runs(resumed, whole)
 
 
-def test_a_run_keeps_its_facts_and_leaves_the_model_as_it_was(tmp_path, cfg, caplog):
+def test_a_run_scores_on_rows_for_gamma_keeps_its_facts_and_leaves_the_model_as_it_was(
+    tmp_path, cfg, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO)
+    given, splits, data_of = [], [], one_shot.search_data
+    monkeypatch.setattr(one_shot, "scored_rows", lambda valid, *more: given.append(valid) or scored_rows(valid, *more))
+    monkeypatch.setattr(one_shot, "search_data", lambda c, *more: splits.append(c.split) or data_of(c, *more))
     small = [*RUN, "search.masks=12", "search.lr=1e-9"]
     result = run(cfg(*small), tmp_path / "run")
+    (scored,), ((train, valid),) = given, splits
+    assert np.array_equal(scored, valid) and len(set(scored)) == 24 and not set(scored) & set(train)
     selection = Selection.load(tmp_path / "run/selection.json")
     facts = selection.facts
     assert selection == result.selection and result.record["selection"]["facts"] == facts

@@ -102,6 +102,14 @@ def test_early_gradients_are_those_of_the_gates_and_change_no_step(deberta, upda
     assert torch.equal(plain.gamma[-1], watch.gamma[-1]) and torch.equal(plain.weights[-1], watch.weights[-1])
 
 
+def test_a_checkpoint_holds_the_gradients_that_were_read(deberta):
+    """Those of the first third of the steps; a search that is resumed after it reads no more."""
+    module, again = (build(deberta, readout="early_gradient") for _ in range(2))
+    fit(module)
+    again.load_state(module.state())
+    assert again.current_scores().abs().min() > 0 and torch.equal(again.current_scores(), module.current_scores())
+
+
 def test_gradients_through_gates_of_mean_one_are_exact_in_both_orders(deberta):
     module = build(deberta, torch.float64, relaxation="scaled_softmax", order=2, lr=0.5)
     module.trainer = SimpleNamespace(world_size=1)

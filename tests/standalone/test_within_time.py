@@ -8,7 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffora
 from diffora.core.attach import attach
+from diffora.core.choose import choose
 from diffora.core.counts import above
+from diffora.core.grid import find_grid
+from diffora.core.selection import Selection
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,6 +58,22 @@ def test_the_share_is_that_of_torchs_counter():
     attached = diffora.attach(model, within, rank=2, shared_rank=1)
     adapted = {int(name[0]) for name, _ in diffora.core.lowrank.lowrank_layers(attached)}
     assert adapted == set(range(within.lowest_layer, 4))
+
+
+def test_gates_of_layers_of_different_sizes_are_compared_as_in_a_run():
+    torch.manual_seed(0)
+    small = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+    large = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(2)]
+    model = nn.Sequential(nn.Sequential(*small), nn.Sequential(*large))
+    grid = find_grid(model, ["0.*", "1.*"])
+    gates = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.6, 0.4], [0.0, 0.45, 0.55]]
+    mask = torch.tensor([[True, False, False], [True, False, False], [False] * 3, [False] * 3])
+    everything = Selection.from_mask(grid, mask, method="standalone", rho=0.4, seed=0, gamma_bar=gates)
+    batch = torch.randn(5, 8)
+    found = diffora.within_time(model, everything, batch, 0.9, loss=lambda net, rows: net(rows).pow(2).mean())
+    expected = choose(torch.tensor(gates), grid.shapes, "global", 0.4, 8, None, lowest_layer=found.lowest_layer).mask
+    assert found.lowest_layer == 1 and found.mask().equal(expected)
+    assert found.names() == ["1.0.0", "1.1.2"]
 
 
 def test_impossible_arguments_are_refused():
