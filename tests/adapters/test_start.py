@@ -117,6 +117,19 @@ def test_a_head_for_other_classes_is_new_and_a_line_says_so(saved, caplog):
     assert torch.equal(put(folder, frozen).classifier.weight, model.classifier.weight)
 
 
+def test_a_head_for_the_same_classes_in_another_order_is_new_and_a_line_says_so(saved, tmp_path, caplog):
+    model, _ = saved
+    names = {0: "a", 1: "b"}
+    save_adapter(Backbone.of(model, arguments={"id2label": names}), tmp_path / "named")
+    same, other = small_deberta(seed=0), small_deberta(seed=0)
+    same.config.id2label, other.config.id2label = names, {0: "b", 1: "a"}
+    before = other.classifier.weight.clone()
+    assert torch.equal(put(tmp_path / "named", same).classifier.weight, model.classifier.weight)
+    assert "is not used" not in caplog.text
+    assert torch.equal(put(tmp_path / "named", other).classifier.weight, before)
+    assert "is not used: its classes are a, b, and those of this task b, a" in caplog.text
+
+
 def test_an_adapter_without_the_head_that_is_trained_says_so(saved, tmp_path, caplog):
     model, _ = saved
     model.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,19 @@ def test_random_reads_the_selection_in_method_like(cfg, deberta, tmp_path):
     assert adapter_parameters(grid.shapes, drawn.mask(), 7, 2) == adapter_parameters(grid.shapes, mask, 7, 2)
     with pytest.raises(UserError, match="does not go with"):
         check(cfg(*overrides, "method.budget=100k"))
+
+
+def test_a_draw_has_the_size_of_a_pattern_with_a_rank_of_its_own(cfg, deberta, tmp_path):
+    """At rank 4 a larger module costs as much more as a shared pair, which a draw of rank 3 must not make use of."""
+    grid = find_grid(deberta(), "encoder.layer.*", TYPES)
+    mask = torch.tensor([[True, True, False, False, False, False], [False, False, True, True, False, False]])
+    pattern = Selection.from_mask(grid, mask, method="diffora", rho=0.4, seed=0, rank=3)
+    pattern.save(tmp_path / "selection.json")
+    overrides = ["method=random", "task=paraphrase", "model=tiny", "rank=4", "method.scope=global"]
+    settings, _ = check(cfg(*overrides, f"method.like={tmp_path}/selection.json"))
+    assert settings.method.rank_elsewhere == 2
+    drawn = [replace(settings.method, draw=draw).choose(grid, None, 0).mask() for draw in range(10)]
+    assert len({adapter_parameters(grid.shapes, m, 3, 2) for m in [mask, *drawn]}) == 1
 
 
 def test_draws_of_the_same_types_change_layers_only():

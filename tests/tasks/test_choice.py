@@ -289,8 +289,9 @@ def test_impossible_settings(cfg, overrides, message):
 def made(cfg, tmp_path):
     """A task, its tokenizer, its encoded rows and a model with another head than zero."""
 
-    def make(*overrides):
-        file = write(tmp_path / "rows.jsonl", rows())
+    def make(*overrides, first=0):
+        content = [row | {"label": row["label"] + first} for row in rows()]
+        file, overrides = write(tmp_path / "rows.jsonl", content), [*overrides, f"task.first_label={first}"]
         composed = cfg("task=choice", f"task.path={file}", *SHORT.split(), *overrides)
         task = get_task(composed.task)
         processor = task.processor(composed.model)
@@ -320,9 +321,10 @@ def test_a_row_has_the_same_scores_alone_and_in_a_batch_with_more_choices(made):
     assert torch.isneginf(together["logits"][0, 2:]).all() and together["logits"][0, :2].isfinite().all()
 
 
-def test_the_scores_are_those_of_each_choice_by_itself(made):
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_scores_are_those_of_each_choice_by_itself(made, first):
     """transformers' head gives one score for each sequence; a row compares those of its choices."""
-    task, processor, split, backbone = made()
+    task, processor, split, backbone = made(first=first)
     model = backbone.model.eval()
     outputs = task.outputs(*_run(task, model, task.collate(processor, False)(split.encoded[0:6])))
     for i, row in enumerate(rows()[:6]):
@@ -333,8 +335,8 @@ def test_the_scores_are_those_of_each_choice_by_itself(made):
     lines = task.predictions(outputs, split)
     assert sum(lines[1]["probabilities"]) == pytest.approx(1, abs=1e-5) and len(lines[1]["probabilities"]) == 3
     best = int(np.argmax(lines[1]["probabilities"]))
-    assert lines[1]["prediction"] == best and lines[1]["choice"] == rows()[1]["choices"][best]
-    right = [line["prediction"] == row["label"] for line, row in zip(lines, rows(), strict=False)]
+    assert lines[1]["prediction"] == best + first and lines[1]["choice"] == rows()[1]["choices"][best]
+    right = [line["prediction"] == row["label"] + first for line, row in zip(lines, rows(), strict=False)]
     assert task.score(outputs, split)["accuracy"] == np.mean(right)
 
 

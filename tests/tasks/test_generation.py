@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,10 @@ def test_generating_compiles_nothing(cfg):
 @given(st.integers(1, 50), st.integers(1, 60))
 def test_rows_are_chosen_evenly(rows, most):
     chosen = evenly(rows, most)
-    assert len(set(chosen)) == len(chosen) == min(rows, most) and set(chosen) <= set(range(rows))
+    assert len(chosen) == min(rows, most) and set(chosen) <= set(range(rows))
+    steps = np.diff(chosen)
+    assert (steps > 0).all() and (len(steps) == 0 or np.ptp(steps) <= 1)
+    assert chosen[0] == 0 and (len(chosen) == 1 or chosen[-1] == rows - 1)
 
 
 # --- rows, prompts and scores ---

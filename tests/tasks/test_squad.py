@@ -571,16 +571,18 @@ def test_part_of_the_examples_can_be_scored(unanswerable):
 
 
 def test_written_predictions(tmp_path):
-    tokenizer, made = TOKENIZERS["bert"], task(True, null_threshold=1.0)
-    rows = rows_of(*QUESTIONS)
-    outputs, split = whole(made, rows, tokenizer, noise)
+    tokenizer, rows = TOKENIZERS["bert"], rows_of(*QUESTIONS)
+    outputs, split = whole(task(True), rows, tokenizer, noise)
+    threshold = float(np.median([answer.null_odds for answer in best_answers(outputs, split, 5)]))
+    made = task(True, null_threshold=threshold)
     files = made.write_predictions(tmp_path, "validation", outputs, split)
     names = ["validation_predictions.json", "validation_null_odds.json", "validation_nbest_predictions.json"]
     assert [file.name for file in files] == names
     texts, odds, best = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     assert texts == {row["id"]: row["prediction"] for row in made.predictions(outputs, split)}
+    assert 0 < list(texts.values()).count("") < len(texts)
     for name in rows["id"]:
-        assert texts[name] == ("" if odds[name] > 1 else next(b["text"] for b in best[name] if b["text"]))
+        assert texts[name] == ("" if odds[name] > threshold else next(b["text"] for b in best[name] if b["text"]))
         assert sum(b["probability"] for b in best[name]) == pytest.approx(1)
         assert [b["score"] for b in best[name]] == sorted((b["score"] for b in best[name]), reverse=True)
 

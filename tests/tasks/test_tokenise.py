@@ -204,6 +204,11 @@ def test_key_depends_on_all_that_matters(tokenizer, pairs, tmp_path):
     assert files() == 4
 
 
+def test_the_key_depends_on_the_length(pairs, tmp_path):
+    longest = [max(tokenise(pairs, MRPC, tokenizer_for("bert"), n, tmp_path)["length"]) for n in (16, 12, 16)]
+    assert longest == [16, 12, 16] and len(list((tmp_path / "tokenised").iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", ["empty", "truncated", "half", "garbage", "other rows"])
 def test_damaged_cache_is_remade(tokenizer, pairs, tmp_path, damage, caplog):
     expected = tokenise(pairs, MRPC, tokenizer, 16, tmp_path).to_list()

@@ -16,6 +16,7 @@ import diffora
 from diffora.adapters.pairs import retie
 from diffora.core.masking import draw_rows
 from diffora.errors import UserError
+from diffora.loop import streams
 from diffora.trainers.adapted import adaptation_of
 from diffora.trainers.extras import Extras, add_penalty
 from diffora.trainers.trainer import DifforaCallback
@@ -121,17 +122,19 @@ def test_a_training_resumes_as_if_it_had_never_stopped(made, given, tmp_path, ca
     assert "missing keys" not in caplog.text
 
 
-def test_masked_entries_do_not_move_with_target_update(tmp_path):
+@pytest.mark.parametrize("independent", [False, True])
+def test_only_the_drawn_entries_move_with_target_update(independent, tmp_path):
     for make in MAKERS.values():
         model = make()
-        before = [(a.detach().clone(), b.detach().clone()) for _, a, b, _, _ in pairs(model)]
-        run = trainer(
-            model, tmp_path, [DifforaCallback(0.05, 1, mask_target="update")], max_steps=1, save_strategy="no"
-        )
-        run.train()
-        for (_, a, b, transposed, _), (old_a, old_b) in zip(pairs(model), before, strict=True):
+        adapters = list({id(a): (a, b, transposed) for _, a, b, transposed, _ in pairs(model)}.values())
+        before = [(a.detach().clone(), b.detach().clone()) for a, b, _ in adapters]
+        callback = DifforaCallback(0.05, 1, mask_target="update", mask_independent=independent, seed=7)
+        trainer(model, tmp_path, [callback], max_steps=1, save_strategy="no").train()
+        drawn = draw_rows([len(a) for a, _, _ in adapters], 1, independent, 7, streams.MASK_STEP, 0)
+        assert any(not torch.equal(*live) for live in drawn) == independent
+        for (a, b, transposed), (old_a, old_b), live in zip(adapters, before, drawn, strict=True):
             moved = (a != old_a).any(1), (b != old_b).any(1 if transposed else 0)
-            assert [m.sum() for m in moved] == [1, 1] and torch.equal(*moved)
+            assert [m.nonzero().flatten().tolist() for m in moved] == [r.tolist() for r in live]
             assert not a._backward_hooks and not b._backward_hooks
 
 

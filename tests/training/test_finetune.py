@@ -30,7 +30,7 @@ from diffora.loop.stage import NonFiniteLoss
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
-from diffora.training.finetune import FineTuneModule
+from diffora.training.finetune import FineTuneModule, _each_row_once
 
 
 def accuracy(logits, labels):
@@ -49,8 +49,8 @@ def module_of(deberta, dropout=0.0, adaptation=None, **changes):
     return FineTuneModule(adaptation, small_task(), split, validation, halves, settings, 0, lambda: plan_of(5, 2))
 
 
-def fit(module, epochs=2, **extra):
-    train = [batch_of(8, seed=i) | {"row": torch.arange(8 * i, 8 * i + 8)} for i in range(5)]
+def fit(module, epochs=2, sizes=(8,) * 5, **extra):
+    train = [batch_of(n, seed=i) | {"row": torch.arange(8 * i, 8 * i + n)} for i, n in enumerate(sizes)]
     module.make_plan = lambda: plan_of(-(-5 // extra.get("accumulate_grad_batches", 1)), epochs)
     rows = batch_of(24, seed=99)
     order = torch.randperm(24)  # rows arrive in any order
@@ -288,8 +288,10 @@ def test_what_a_method_adds_to_the_loss_is_not_reported_as_loss(deberta):
     assert max(scores["validation/loss"] for scores in module.history) < 10
 
 
-def test_training_metric_gap_and_measures_of_each_epoch(deberta):
+@pytest.mark.parametrize("maximise", [True, False])
+def test_training_metric_gap_and_measures_of_each_epoch(deberta, maximise):
     module = module_of(deberta, lr=0.0)  # nothing moves: the training metric is that of the model as it is
+    module.task.maximise = maximise
     with torch.no_grad():
         for _, layer in lowrank_layers(module.model):
             layer.lora_bt.normal_(std=0.1)
@@ -300,7 +302,8 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
     expected = accuracy(logits, torch.cat([batch["labels"] for batch in batches]))["accuracy"]
     scores = module.history[0]
     assert scores["train/accuracy"] == pytest.approx(expected)
-    assert scores["generalisation_gap"] == pytest.approx(expected - scores["validation/accuracy"])
+    gap = expected - scores["validation/accuracy"]
+    assert gap and scores["generalisation_gap"] == pytest.approx(gap if maximise else -gap)
     deltas = [layer.delta().detach().double() for _, layer in lowrank_layers(module.model)]
     assert scores["update/rank"] == 2
     losses = [(d @ d.T - torch.eye(len(d), dtype=d.dtype)).square().sum().item() for d in deltas]
@@ -310,6 +313,22 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta):
     assert scores["update/stable_rank"] == pytest.approx(np.mean(ranks), rel=1e-5)
     assert scores["update/median_sigma"] == pytest.approx(np.mean(medians), rel=1e-4)
     assert module.results()["update/rank"] == 2 and "generalisation_gap" in module.results()
+
+
+def test_the_training_loss_of_an_epoch_is_the_mean_over_its_steps(deberta):
+    module, sizes = module_of(deberta, lr=0.0), (8, 8, 8, 8, 2)
+    fit(module, epochs=1, sizes=sizes)
+    batches = [batch_of(n, seed=i) for i, n in enumerate(sizes)]
+    with torch.no_grad():
+        losses = [F.cross_entropy(module.model(**module.task.inputs(b)).logits, b["labels"]).item() for b in batches]
+    assert module.history[0]["train/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert abs(np.mean(losses) - np.average(losses, weights=sizes)) > 1e-3
+
+
+def test_of_a_repeated_row_training_keeps_the_last_output_and_evaluation_the_first():
+    outputs = {"row": torch.tensor([0, 0, 1, 2, 2]), "seen": torch.arange(5)}
+    assert _each_row_once(outputs, last=True)["seen"].tolist() == [1, 2, 4]
+    assert _each_row_once(outputs)["seen"].tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("cut", [[2, 4], [1, 4], [3, 4]])

@@ -82,7 +82,7 @@ def random_case(rng: random.Random) -> tuple[list[str], list[float], list[list[s
         "jumps",
         "1990",
     ]  # the official search for a threshold miscounts texts of articles only
-    texts = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 15))]
+    texts = [" ".join(rng.choices(words, k=rng.randint(0, 3))) for _ in range(rng.randint(2, 15))]
     odds = rng.sample([i / 7 for i in range(-50, 50)], len(texts))
     golds = [[" ".join(rng.choices(words, k=2)) for _ in range(rng.choice([0, 1, 3]))] for _ in texts]
     return texts, odds, golds
