@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import t as student
 
+from diffora.core import ensemble
 from diffora.core.certainty import certainty, is_decided
 from diffora.core.dam import RELAXATIONS, discretise, discretise_globally
 from diffora.core.ensemble import confidence, log_gates, member_seed, standardised
@@ -70,6 +71,15 @@ def test_of_two_modules_one_is_selected_with_the_probability_of_students_t(n, ga
     found = confidence(torch.from_numpy(members), lambda scores: discretise(scores, 1))
     assert found is not None and found.sum() == pytest.approx(1)
     assert found[0, 0].item() == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 1000))
+
+
+def test_two_members_know_their_spread_with_one_degree_of_freedom(monkeypatch):
+    monkeypatch.setattr(ensemble, "DRAWS", 20_000)
+    members = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]]], dtype=torch.float64)
+    found = confidence(members, lambda scores: scores > scores.flip(-1))
+    ratio = 2 / math.sqrt(2)  # the mean of the differences 3 and 1, over their standard deviation
+    assert found[0, 0].item() == pytest.approx(student.cdf(ratio, 1), abs=0.012)
+    assert student.cdf(ratio, 2) - student.cdf(ratio, 1) > 0.04
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

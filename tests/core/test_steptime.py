@@ -112,7 +112,7 @@ def test_the_lowest_layer_is_the_first_within_the_budget(seed):
         asked.append(lowest)
         return shares[lowest]
 
-    for budget in (0.1, 0.4, 0.7, 0.99, 1.0):
+    for budget in (0.1, 0.4, 0.7, 0.99, *shares):
         fits = [lowest for lowest in range(n) if shares[lowest] <= budget]
         asked.clear()
         if fits:

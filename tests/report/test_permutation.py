@@ -136,6 +136,8 @@ def test_equal_scores_tie_whatever_the_rounding_of_their_sums(rng):
     orders = label_orders([0] * 8, draws=50)
     found = scores_rank_masks(masks, np.full(8, 0.1), rng.normal(size=len(masks)), orders)
     assert np.isnan(found).all()  # all masks have four modules and so the same score
+    two = np.array([[1, 1, 0], [0, 0, 1]])
+    assert 0.1 + 0.2 != 0.3 and np.isnan(scores_rank_masks(two, np.array([0.1, 0.2, 0.3]), [0, 1], np.arange(3)[None]))
 
 
 def test_modules_change_places_within_their_group_only():
@@ -153,13 +155,22 @@ def test_one_coincidence_on_several_tasks_counts_once(rng):
     shuffled = scores_rank_masks(masks, scores, worth, orders)
     one, five = over_tasks([value], [shuffled]), over_tasks([value] * 5, [shuffled] * 5)
     assert (five.p, five.value) == pytest.approx((one.p, one.value)) and one.value == pytest.approx(value)
-    assert over_tasks([0.3, 0.5], [np.zeros(3)] * 2).value == pytest.approx(np.tanh(np.arctanh([0.3, 0.5]).mean()))
+    shuffles = [np.array([0.1, 0.9]), np.array([0.8, -0.2])]
+    found, means = over_tasks([0.3, 0.5], shuffles), np.tanh(np.arctanh(shuffles).mean(0))
+    assert found.value == pytest.approx(np.tanh(np.arctanh([0.3, 0.5]).mean()))
+    assert found.mean == pytest.approx(means.mean())
 
 
 def test_p_counts_the_observed_order_where_not_all_orders_were_tried():
     found = Permuted.of(3.0, np.array([0.0, 1.0, 2.0]))
     assert found.p == pytest.approx(1 / 4) and found.p_worse == 1 and not found.exact
     assert Permuted.of(2.0, np.array([0.0, 1.0, 2.0]), exact=True).p == pytest.approx(1 / 3)
+
+
+def test_a_detectable_value_is_as_far_from_the_shuffles_as_80_percent_power_needs():
+    """Shuffles of mean 1 and standard deviation 1: a true value of this size is above their 95 % point in 80 %."""
+    found = Permuted(0.0, 1.0, -0.96, 2.96, 0.5, 0.5, False).detectable
+    assert stats.norm.sf(1 + stats.norm.ppf(0.95), loc=found) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_a_value_that_is_not_a_number_has_no_p():

@@ -1,5 +1,6 @@
 """Verdicts, equivalence, power and variance components, against scipy's functions and simulation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -19,8 +20,8 @@ def difference(values):
 
 
 def test_equivalence_is_the_larger_of_two_one_sided_tests(rng):
-    for margin in (0.2, 0.5, 2.0):
-        values = rng.normal(0.1, 0.5, 8)
+    for margin, mean in itertools.product((0.2, 0.5, 2.0), (0.1, -0.6)):
+        values = rng.normal(mean, 0.5, 8)
         above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(values, margin, alternative="less").pvalue
         assert equivalence(difference(values), margin) == pytest.approx(max(above, below))
@@ -82,6 +83,9 @@ def test_variance_components_are_those_of_the_two_way_table(rng):
     assert found.residual == pytest.approx(math.sqrt(rest))
     assert found.mask == pytest.approx(math.sqrt((between - rest) / b))
     assert found.seed == pytest.approx(math.sqrt((columns - rest) / a))
+    for bound, share in ((found.low, 0.975), (found.high, 0.025)):
+        quantiles = stats.f.ppf(share, a - 1, (a - 1) * (b - 1)), stats.chi2.ppf(share, a - 1)
+        assert bound == pytest.approx(math.sqrt((a - 1) * (between - quantiles[0] * rest) / (b * quantiles[1])))
     assert found.low < found.mask < found.high and found.reliability == pytest.approx(1 - rest / between)
     # seeds shift all masks alike, and do not matter
     assert components(values + 100 * rng.normal(size=(1, b))).f == pytest.approx(found.f)
