@@ -285,6 +285,18 @@ def test_a_module_in_two_places_is_loaded_into_both_and_a_warning_names_both(deb
         assert (shared().eval()(**inputs()).logits - expected).abs().max() > 0.1
 
 
+def test_the_class_names_of_a_users_own_model_are_saved_and_compared(deberta, tmp_path):
+    model, other = deberta(), deberta()
+    model.config.id2label, other.config.id2label = {0: "a", 1: "b"}, {0: "b", 1: "a"}
+    diffora.attach(model, diffora.select(model, "random", k=1), rank=2)
+    diffora.save_adapter(model, tmp_path)
+    with pytest.raises(UserError, match=r"was trained on the classes a, b \(2\), in this order; the model's are b, a"):
+        load_adapter(other, tmp_path)
+    unnamed = deberta()
+    load_adapter(unnamed, tmp_path)
+    assert unnamed.config.id2label == {0: "a", 1: "b"}
+
+
 class ReadsWeight(nn.Module):
     """Computes with the weight of a layer, as WavLM and nn.TransformerEncoderLayer do."""
 

@@ -183,7 +183,9 @@ def test_a_model_that_is_not_from_transformers_may_have_its_own_loss():
     assert torch.tensor(search(Labelled(), batches).gamma_bar).std() > 0
     with pytest.raises(UserError, match=r"Labelled takes x, labels, and not idx: leave that out of the batches"):
         search(Labelled(), [{**batch, "idx": 1} for batch in batches])
-    with pytest.raises(UserError, match=r"Labelled returned a SimpleNamespace without loss for a batch with x: add labels"):
+    with pytest.raises(
+        UserError, match=r"Labelled returned a SimpleNamespace without loss for a batch with x: add labels"
+    ):
         search(Labelled(), [{"x": batch["x"]} for batch in batches])
 
 

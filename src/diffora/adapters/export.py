@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
 from diffora.adapters.manifest import ADAPT, SELECTION, TRAINED, write_manifest
-from diffora.adapters.origin import Origin, identity_of, made_for, without_wrappers
+from diffora.adapters.origin import Origin, identity_of, made_for, named_classes, without_wrappers
 from diffora.adapters.pairs import (
     COMPACT,
     LOADED_WHOLE,
@@ -86,7 +86,10 @@ def save_adapter(
     """
     if form not in (UNIFORM, COMPACT):
         raise UserError(f"form={form!r} must be {UNIFORM} or {COMPACT}")
-    backbone = _with_trained(model if isinstance(model, Backbone) else Backbone.of(without_wrappers(model)), head)
+    if not isinstance(model, Backbone):
+        model = without_wrappers(model)
+        model = Backbone.of(model, arguments=named_classes(model))
+    backbone = _with_trained(model, head)
     pairs, shared = pairs_in(backbone.model)
     if not pairs:
         raise UserError(f"this {type(backbone.model).__name__} has no low-rank layers: call diffora.attach first")

@@ -127,6 +127,14 @@ def labels_of(arguments: Mapping[str, Any]) -> list[str] | None:
     return None if names is None else [str(names[i]) for i in sorted(names)]
 
 
+def named_classes(model: nn.Module) -> dict[str, Any]:
+    """A model's class names as an argument of ``from_pretrained``; empty if it has none, or transformers' own."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(names, dict) or all(name == f"LABEL_{i}" for i, name in names.items()):
+        return {}
+    return {"id2label": names}
+
+
 def take_labels(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
     """Give the model's classes the adapter's names, unless it has names of its own.
 
