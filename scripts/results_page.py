@@ -192,7 +192,9 @@ def in_short(claim: Found) -> str:
     measured = [one for one in claim["measured"] if "unit" not in one]
     means = [d["mean"] for one in measured for d in (*one.get("differences", ()), one.get("draws")) if d]
     if not means:
-        return measured_cells(claim["measured"][0])[1]
+        first = claim["measured"][0]
+        unit = f"{first['unit']}: " if "differences" in first else ""
+        return unit + measured_cells(first)[1]
     middle = statistics.median(means)
     found = f"{len(means)} differences from {min(means):+.1f} to {max(means):+.1f} points, median {middle:+.1f}"
     return found.replace("-", "−")

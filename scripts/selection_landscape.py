@@ -314,7 +314,12 @@ def behind_the_best(rows: dict[str, Any], closed: Sequence[str]) -> dict[str, An
 
 
 def tasks_agree(columns: Mapping[str, Column]) -> dict[str, list[list[Any]]]:
-    """For each setting and pair of tasks: the correlation of the worth of the masks that both have, with its p."""
+    """For each setting and pair of tasks: the correlation of the worth of the masks that both have, with its p.
+
+    Masks share modules, so they are not independent. p is one-sided: how often masks that are worth the sum of random
+    worths, drawn for each task by itself, agree as well. It is given for worths of modules, and for worths of a layer
+    plus a type.
+    """
     found: dict[str, list[list[Any]]] = defaultdict(list)
     for first, second in combinations(columns.values(), 2):
         if (first["setting"], first["types"]) != (second["setting"], second["types"]):
@@ -322,10 +327,33 @@ def tasks_agree(columns: Mapping[str, Column]) -> dict[str, list[list[Any]]]:
         a, b = worth(first), worth(second)
         same = [m for m in a if m in b and first["masks"][m]["selected"] == second["masks"][m]["selected"]]
         if len(same) >= FEWEST:
-            test = correlation([a[m] for m in same], [b[m] for m in same])
-            if not math.isnan(test.value):
-                found[first["setting"]].append([first["task"], second["task"], len(same), test.value, test.p])
+            value = correlation([a[m] for m in same], [b[m] for m in same]).value
+            if not math.isnan(value):
+                chosen = [first["masks"][m]["selected"] for m in same]
+                taken = np.array([[[kind in row for kind in range(len(first["types"]))] for row in m] for m in chosen])
+                p = [float(np.mean(chance_agreement(taken, by) >= value - 1e-12)) for by in ("modules", "parts")]
+                found[first["setting"]].append([first["task"], second["task"], len(same), value, *p])
     return dict(found)
+
+
+def chance_agreement(taken: np.ndarray, by: str, draws: int = 20_000) -> np.ndarray:
+    """Spearman's correlations of the worth of masks on two tasks that have nothing in common.
+
+    Args:
+        taken: boolean, masks x layers x types.
+        by: ``modules``: each module has a worth of its own; ``parts``: the sum of its layer's and its type's.
+    """
+    rng = np.random.default_rng(0)
+    n, layers, types = taken.shape
+    ranks = []
+    for _ in range(2):
+        if by == "modules":
+            worths = rng.normal(size=(draws, layers, types))
+        else:
+            worths = rng.normal(size=(draws, layers, 1)) + rng.normal(size=(draws, 1, types))
+        values = np.einsum("mlt,dlt->dm", taken, worths)
+        ranks.append(values.argsort(1).argsort(1) - (n - 1) / 2)
+    return (ranks[0] * ranks[1]).sum(1) / (ranks[0] ** 2).sum(1)
 
 
 def analysed(columns: Mapping[str, Column], scores: Mapping[str, Any], draws: int) -> dict[str, Any]:

@@ -66,7 +66,11 @@ def text_of(found: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     parts = ["**Is there anything to find?**", first_table(found["anything_to_find"])]
     for setting, pairs in found["tasks_agree"].items():
-        listed = [f"{a} and {b} {rho:+.2f} (p {probability(p)})" for a, b, _, rho, p in pairs]
+        listed = [
+            f"{a} and {b} {rho:+.2f} (p {probability(one)} if worth is spread over modules, {probability(other)} if "
+            "over layers and types)"
+            for a, b, _, rho, one, other in pairs
+        ]
         parts.append(f"Worth of the same masks on two tasks, {setting or 'all'}, Spearman: {'; '.join(listed)}.")
     for setting, of in found["which_scores"].items():
         most = max(of["masks"].values())

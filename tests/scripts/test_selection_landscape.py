@@ -290,12 +290,25 @@ def test_masks_that_cannot_be_compared_are_refused(folders, what):
         script.landscape(completed(folders / "runs"))
 
 
+def test_masks_that_share_modules_agree_more_often_by_chance():
+    rng = np.random.default_rng(0)
+    apart = np.eye(12, dtype=bool).reshape(12, 3, 4)  # each mask has a module of its own: independent worths
+    alike = np.array([rng.permutation(12) < 11 for _ in range(12)]).reshape(12, 3, 4)
+    for masks, by, spread in ((apart, "modules", 1 / np.sqrt(11)), (alike, "parts", None)):
+        found = script.chance_agreement(masks, by, 4000)
+        assert abs(found.mean()) < 0.02 and abs(found).max() <= 1
+        assert spread is None or found.std() == pytest.approx(spread, rel=0.05)
+    pairs = np.array([[1, 1, 0, 0], [0, 0, 1, 1]] * 6, dtype=bool).reshape(12, 2, 2)  # two masks only
+    assert script.chance_agreement(pairs, "modules", 500).std() > 0.5
+
+
 def test_the_same_masks_on_two_tasks_are_compared(rng):
     truth = rng.normal(size=24)
     first, _ = column(np.random.default_rng(3), truth, noise=0.1)
     second, _ = column(np.random.default_rng(3), truth, noise=0.1, task="mrpc")
-    ((one, other, n, rho, p),) = script.tasks_agree({"cola global": first, "mrpc global": second})["global"]
+    ((one, other, n, rho, p, by_parts),) = script.tasks_agree({"cola global": first, "mrpc global": second})["global"]
     assert (one, other, n) == ("cola", "mrpc", 40) and rho > 0.9 and p < 0.001
+    assert by_parts < 0.01
     for mask in second["masks"].values():
         mask["values"] = {"0": 1.0}
     assert script.tasks_agree({"cola global": first, "mrpc global": second}) == {}  # no order, no correlation
