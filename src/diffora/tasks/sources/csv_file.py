@@ -135,7 +135,7 @@ def _parse(lines: list[str], separator: str) -> _Csv:
                 found.blank += 1
             elif not found.header:
                 found.header = fields
-            elif fields == found.header and any(fields):
+            elif fields == found.header and len(fields) > 1:
                 raise ValueError(
                     f"line {begin + 1} repeats the header, as where two files were joined: remove the line"
                 )

@@ -97,8 +97,11 @@ def scores(part: Part, column: str, problems: list[str]) -> pa.Table:
     numbers = labels.cast(pa.float64()).cast(pa.float32())
     if report(problems, part.where, column, labels, pc.invert(pc.is_finite(numbers)), "is too large a number"):
         return part.table
-    if rounded := pc.sum(pc.not_equal(numbers.cast(pa.float64()), labels.cast(pa.float64()))).as_py():
-        part.account.change(f"number in column '{column}' rounded to float32 (7 digits)", rounded)
+    if len(pc.unique(numbers)) < (different := len(pc.unique(labels.cast(pa.float64())))):
+        part.account.notes.append(
+            f"the {different:,} different numbers in column '{column}' are {len(pc.unique(numbers)):,} in float32, which "
+            "keeps 7 digits: take off what they have in common"
+        )
     mean, spread = pc.mean(numbers).as_py(), pc.stddev(numbers).as_py()
     if spread > 10 or abs(mean) > 10:
         part.account.notes.append(
