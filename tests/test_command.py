@@ -49,6 +49,7 @@ def ended(capsys, error):
         (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), 1, "Connection timed out"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("can't start new thread"), 1, "ulimit -u"),
+        (RuntimeError("Could not determine home directory."), 1, "was ~/ meant?"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "the output was closed"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

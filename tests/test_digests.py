@@ -51,6 +51,14 @@ def test_added_and_removed_files_change_the_digest_unless_nothing_reads_them(fol
     assert changed == ["the backbone's files changed: tokenizer_config.json"]
 
 
+def test_settings_of_generation_count(tmp_path):
+    folder = shutil.copytree(EMBEDDED.parent / "tiny_sums", tmp_path / "model")
+    before = digests.backbone(str(folder))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    changed = digests.changes({"backbone": before}, {"backbone": digests.backbone(str(folder))})
+    assert changed == ["the backbone's files changed: generation_config.json"]
+
+
 def test_pickled_weights_and_parts_of_weights_count(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

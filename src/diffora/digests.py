@@ -32,6 +32,7 @@ WEIGHTS = (
 """In the order in which transformers looks for them."""
 SMALL = (
     "config.json",
+    "generation_config.json",
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",

@@ -123,7 +123,7 @@ ALLOCATORS = (
 
 
 def explained(error: BaseException, advice: str = "") -> UserError | None:
-    """The message for a failure of the machine (memory, disk, permissions); None for any other exception.
+    """The message for a failure of the machine (memory, disk, permissions, homes); None for any other exception.
 
     Args:
         advice: what to do if memory ran out.
@@ -134,6 +134,8 @@ def explained(error: BaseException, advice: str = "") -> UserError | None:
         return UserError(short if "num_workers" in short or not advice else f"{short}: {advice}")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return UserError("the system allows no more threads or processes (ulimit -u)")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # `Path.expanduser`
+        return UserError("a path begins with ~ and a name that is no user of this machine: was ~/ meant?")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
         return UserError(f"{place(error) or 'the system refused an operation'}: {reason(error)}")
     return None

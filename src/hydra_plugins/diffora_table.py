@@ -16,10 +16,11 @@ from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
+from diffora.run.arguments import has_key
 from diffora.run.directory import check_sweep_place
 from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_of, values
 
@@ -145,7 +146,7 @@ class TableSweeper(Sweeper):
             except (HydraException, OmegaConfBaseException):  # reported by `missing`
                 continue
             for key in present:
-                if _has(cfg, key):
+                if has_key(cfg, key):
                     present[key].add(folder)
         for key, folders in present.items():
             if folders and len(folders) < len(jobs):
@@ -269,13 +270,6 @@ class TableSweeper(Sweeper):
             else:
                 failed[folder] = record.get("error") or lost
         return failed
-
-
-def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether a configuration has a key. Its value may be None."""
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else cfg
-    return isinstance(node, DictConfig) and name in node
 
 
 def _apart(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

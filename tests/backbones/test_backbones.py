@@ -14,6 +14,7 @@ from families import save_family
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from small import small_task
+from transformers import AutoModel, NystromformerConfig, OpenAIGPTConfig
 
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.compatibility import longest_input, match_processor
@@ -612,6 +613,20 @@ def test_inputs_longer_than_the_backbone_reads_are_refused(cfg, made, tmp_path, 
         run(cfg(*composed, "task.max_length=61", "dry_run=true"), tmp_path)
     fits = get_task(cfg(*composed, f"task.max_length={most}").task)
     assert longest_input(loaded(folder, fits).model) == most
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [(OpenAIGPTConfig(vocab_size=20, n_positions=12, n_embd=8, n_layer=1, n_head=2), 12),
+     (NystromformerConfig(vocab_size=20, max_position_embeddings=12, hidden_size=8, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=8, num_landmarks=3, segment_means_seq_len=12), 12)],
+)  # fmt: skip
+def test_a_model_reads_as_many_tokens_as_its_table_of_positions_has(config, most):
+    model = AutoModel.from_config(config).eval()
+    assert longest_input(model) == most
+    model(input_ids=torch.ones(1, most, dtype=torch.long))
+    with pytest.raises((RuntimeError, IndexError)):
+        model(input_ids=torch.ones(1, most + 1, dtype=torch.long))
 
 
 def test_images_have_no_length(made):

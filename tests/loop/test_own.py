@@ -148,7 +148,9 @@ def test_a_logger_names_the_package_that_it_needs(cfg, name, package, monkeypatc
         check(cfg(*QUICK, f"logger=[csv,{name}]"))
 
 
-@pytest.mark.parametrize("name", ["api_key", "token", "password", "COMET_API_KEY", "client_secret"])
+@pytest.mark.parametrize(
+    "name", ["api_key", "token", "COMET_API_KEY", "client_secret", "secret_key", "AWS_SECRET_ACCESS_KEY", "passphrase"]
+)
 def test_a_secret_is_refused_and_not_repeated(cfg, name):
     with pytest.raises(UserError) as error:
         check(cfg(*QUICK, "logger=csv", f"+logger.notes={{_target_: my_own.Notes, more: {{{name}: abcdefgh}}}}"))

@@ -17,6 +17,7 @@ from diffora.errors import UserError
 from diffora.places import conf_dir
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.run.trained import override
 from diffora.tasks.embedded.paraphrase import splits
 
 
@@ -96,6 +97,14 @@ def test_mistakes_have_messages(tmp_path):
         with pytest.raises(UserError) as caught:
             read_request(list(arguments))
         assert message in "\n".join(caught.value.problems), arguments
+
+
+def test_a_nested_setting_whose_value_is_null_can_be_given(cfg):
+    composed = cfg("task=dialogue", "model=tiny_llama")
+    assert composed.task.generation.answer is None
+    assert override(composed, [], {"task.generation.answer": "x"}).task.generation.answer == "x"
+    with pytest.raises(UserError, match=r"has no task\.generation\.anser"):
+        override(composed, [], {"task.generation.anser": "x"})
 
 
 def test_command_prints_help_quickly_and_errors_without_traceback():

@@ -10,7 +10,7 @@ from diffora.errors import UserError, first_line
 
 # --- lengths ---
 
-POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+POSITIONS = ("position_embeddings", "position_embedding", "positions_embed", "embed_positions", "wpe")
 """Names of the table of absolute positions in transformers' models."""
 
 
@@ -26,6 +26,9 @@ def longest_input(model: Any) -> int | None:
             # RoBERTa's positions begin after the padding token's, OPT's and BART's at 2.
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - getattr(module, "offset", before))
+            # Nyströmformer's table has two rows more than are ever used.
+            beside = model.get_submodule(name.rpartition(".")[0])._buffers.get("position_ids")
+            limits += [] if beside is None else [beside.shape[-1]]
     if rotary and not limits:
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
     # GPT-J and similar models keep computed tables as buffers.

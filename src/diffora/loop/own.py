@@ -7,7 +7,6 @@ from inspect import isclass
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
-from urllib.parse import urlsplit
 
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
@@ -26,7 +25,10 @@ NEEDS = {
     "TensorBoardLogger": ("tensorboard", "tensorboard"),
 }
 """The package that a logger imports only when it is made, and its name for pip."""
-SECRET = re.compile(r"(^|_)(api_?key|key_id|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|_)((api|secret|access|private)_?key|key_id|token|password|passwd|passphrase|secret|credentials?)$",
+    re.IGNORECASE,
+)
 """Names of settings that hold a secret."""
 
 
@@ -111,5 +113,5 @@ def _secrets(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _secrets(f"{key}[{i}]", item)
-    elif isinstance(value, str) and "@" in value and "://" in value and urlsplit(value).password:
+    elif isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]+@", value):
         yield f"{key}: an address with a password must not be in a setting, because runs record their settings"

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from diffora.errors import UserError
 from diffora.places import conf_dir
 from diffora.run.composition import check_added
@@ -81,3 +83,10 @@ def sorted_words(
         else:
             problems.append(unknown_key(name, list(own)))
     return places, found, values, problems
+
+
+def has_key(cfg: DictConfig, key: str) -> bool:
+    """Whether a configuration has a key. Its value may be None."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else cfg
+    return isinstance(node, DictConfig) and name in node

@@ -16,6 +16,7 @@ from diffora.core.lowrank import set_kernel
 from diffora.errors import UserError, first_line
 from diffora.files import read_yaml
 from diffora.places import conf_dir
+from diffora.run.arguments import has_key
 from diffora.run.composition import composition_problems
 from diffora.run.record import check_as_left, read_record, why_broken
 from diffora.run.sweep import quoted
@@ -111,8 +112,8 @@ def override(cfg: DictConfig, choices: list[str], values: dict[str, Any], paths:
         cfg[name] = composed([choice], paths)[name]
     problems = []
     for key, value in values.items():
-        section, _, rest = key.partition(".")
-        if OmegaConf.select(cfg, key) is None and rest not in cfg[section]:
+        section = key.partition(".")[0]
+        if not has_key(cfg, key):
             present = ", ".join(
                 f"{section}.{name}" for name in cfg[section] if name not in ("_target_", "recipe", "config")
             )

@@ -99,8 +99,8 @@ def scores(part: Part, column: str, problems: list[str]) -> pa.Table:
         return part.table
     if len(pc.unique(numbers)) < (different := len(pc.unique(labels.cast(pa.float64())))):
         part.account.notes.append(
-            f"the {different:,} different numbers in column '{column}' are {len(pc.unique(numbers)):,} in float32, which "
-            "keeps 7 digits: take off what they have in common"
+            f"the {different:,} different numbers in column '{column}' are {len(pc.unique(numbers)):,} in float32, "
+            "which keeps 7 digits: take off what they have in common"
         )
     mean, spread = pc.mean(numbers).as_py(), pc.stddev(numbers).as_py()
     if spread > 10 or abs(mean) > 10:
