@@ -110,33 +110,39 @@ def pixels(task, rows, preprocessing: Preprocessing = SMALL) -> torch.Tensor:
     return task.collate(preprocessing, training=False)(found[list(range(len(found)))])["pixel_values"]
 
 
+def two_classes(folder, images) -> None:
+    """Save the same images in two classes and two splits."""
+    for split, kind in itertools.product(("train", "validation"), "ab"):
+        (folder / split / kind).mkdir(parents=True)
+        for name, image in images.items():
+            image.save(folder / split / kind / name)
+
+
 # --- the same pixels as elsewhere ---
 
 
 @pytest.mark.parametrize("side", [40, 16, 9])  # larger than the model's images, as large, smaller
 def test_square_images_get_the_pixels_of_vits_own_processor(tmp_path, task, side):
     image = picture(side, side)
-    for split in ("train", "validation"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        image.save(tmp_path / split / "a" / "x.png")
+    two_classes(tmp_path, {"x.png": image})
     theirs = ViTImageProcessorPil(
         size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
     )
     ours = pixels(t := task(tmp_path), t.load().train, Preprocessing.of(theirs, "x"))
-    torch.testing.assert_close(ours, theirs(image, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
+    wanted = theirs([image, image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(50, 31), (31, 50), (20, 57)])
 def test_other_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre(tmp_path, task, size):
     image = picture(*size)
-    for split in ("train", "validation"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        image.save(tmp_path / split / "a" / "x.png")
+    two_classes(tmp_path, {"x.png": image})
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 18}, crop_size={"height": 14, "width": 14})
     preprocessing = Preprocessing.of(theirs, "x")
     assert (preprocessing.resize, preprocessing.crop, preprocessing.resample) == (18, 14, Image.Resampling.BICUBIC)
     ours = pixels(t := task(tmp_path), t.load().train, preprocessing)
-    torch.testing.assert_close(ours, theirs(image, return_tensors="pt")["pixel_values"], atol=1e-5, rtol=0)
+    wanted = theirs([image, image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 
 def test_a_small_image_is_enlarged_before_the_crop():
@@ -196,12 +202,9 @@ def test_images_are_turned_upright():
 
 
 def test_an_image_of_one_line_works(tmp_path, task):
-    for split in ("train", "validation"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        picture(1, 300).save(tmp_path / split / "a" / "long.png")
-        picture(1, 1).save(tmp_path / split / "a" / "dot.png")
+    two_classes(tmp_path, {"long.png": picture(1, 300), "dot.png": picture(1, 1)})
     t = task(tmp_path)
-    assert pixels(t, t.load().train).shape == (2, 3, 8, 8)
+    assert pixels(t, t.load().train).shape == (4, 3, 8, 8)
 
 
 # --- sources ---
@@ -885,7 +888,7 @@ def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
 def test_training_and_adapting_the_head_at_once_is_refused(cfg, tmp_path, dry):
     """Before, the run was completed, but its adapter could not be loaded."""
     alone = ["model.layer=.", "model.candidates=[classifier]", f"dry_run={dry}"]
-    with pytest.raises(UserError, match=r"classifier is part of the head, .* task\.train_head=false"):
+    with pytest.raises(UserError, match=r"classifier is part of the head, .*task\.train_head=false"):
         run(cfg(*QUICK, "method=lora", *alone), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
