@@ -67,8 +67,8 @@ def text_of(found: Mapping[str, Any]) -> str:
     parts = ["**Is there anything to find?**", first_table(found["anything_to_find"])]
     for setting, pairs in found["tasks_agree"].items():
         listed = [
-            f"{a} and {b} {rho:+.2f} (p {probability(one)} if worth is spread over modules, {probability(other)} if "
-            "over layers and types)"
+            f"{a} and {b} {rho:+.2f} (p {probability(one)} if worth is spread over modules, p {probability(other)} "
+            "if over layers and types)"
             for a, b, _, rho, one, other in pairs
         ]
         parts.append(f"Worth of the same masks on two tasks, {setting or 'all'}, Spearman: {'; '.join(listed)}.")

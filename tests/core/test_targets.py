@@ -168,4 +168,6 @@ def test_a_head_whose_name_ends_like_a_layers_is_refused():
     selection = selected(TwoStacks(), "encoder.layers.*")
     with pytest.raises(UserError, match=r"would train encoder\.layers\.0\.q whole, too: rename 'q'"):
         selection.lora_config(rank=2, modules_to_save=["q"])
+    with pytest.raises(UserError, match="modules_to_save='head' must be a list of names"):
+        selection.lora_config(rank=2, modules_to_save="head")
     assert selection.lora_config(rank=2, modules_to_save=["head"]).modules_to_save == ["head"]

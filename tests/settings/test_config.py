@@ -210,7 +210,7 @@ def test_each_mistake_has_its_message(cfg, override, words):
             "with method.mask.start=0 never trains the head",
         ),
         ("diffora", "method.mask.target=update", "method.mask.target=update needs method.mask.rank, the directions to"),
-        ("diffora", "method.mask.head=true", "method.mask.head=True needs method.mask.rank"),
+        ("diffora", "method.mask.head=true", "method.mask.head=true needs method.mask.rank"),
         ("rm_lora", "method.mask.every=day", "method.mask.every='day' must be one of step, epoch"),
         ("diffora", "method.mask.rank=5", "method.mask.rank=5 must not be above rank=4"),
         ("adalora", "method.init_rank=2", "method.init_rank=2 must be above rank=2"),

@@ -168,6 +168,8 @@ class Selection:
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
         taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        if isinstance(more.get("modules_to_save"), str):  # its letters would be taken as names
+            raise UserError(f"modules_to_save={more['modules_to_save']!r} must be a list of names")
         taken += [
             f"modules_to_save: PEFT goes by the ends of names, and would train {alike[0]} whole, too: rename {head!r}"
             for head in more.get("modules_to_save") or ()

@@ -30,6 +30,8 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """Names of settings that hold a secret."""
+WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+"""In an address: a user and a password."""
 
 
 def own_callbacks(trainer: sections.Trainer) -> list[Callback]:
@@ -113,5 +115,5 @@ def _secrets(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _secrets(f"{key}[{i}]", item)
-    elif isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]+@", value):
+    elif isinstance(value, str) and WITH_PASSWORD.search(value):
         yield f"{key}: an address with a password must not be in a setting, because runs record their settings"
