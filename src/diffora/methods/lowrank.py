@@ -70,7 +70,8 @@ class Mask:
         if self.rank is None:
             for name, neutral in UNMASKED.items():
                 if (value := getattr(self, name)) != neutral:
-                    yield f"method.mask.{name}={str(value).lower()} needs method.mask.rank, the directions to train: null is all"
+                    given = f"method.mask.{name}={str(value).lower()}"
+                    yield f"{given} needs method.mask.rank, the directions to train: null is all"
         elif self.head and self.start == 0:
             yield "method.mask.head=true with method.mask.start=0 never trains the head; the released code starts at 1"
 
