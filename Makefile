@@ -91,6 +91,7 @@ bench-scale: venv ## measure how the cost of a step grows, and the cost of the s
 
 bench-contention: venv ## compare a run beside busy processes with one alone: contention.json
 	$(BIN)/python -m benchmarks.contention
+	$(BIN)/python -m benchmarks.plots
 
 # The environment of GPU_PYTHON gets what the benchmark needs; its torch stays. Unsloth pins other versions, so it gets an
 # environment of its own, and only on request: it is large. What has passed since the start counts towards the 20 minutes.

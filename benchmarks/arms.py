@@ -56,8 +56,10 @@ def measure(
 
 def complete(runs: Runs) -> dict[str, Sequence[Mapping[str, Any]]]:
     """The runs of the seeds that all arms have; no arm if there is no such seed."""
-    n = min(map(len, runs.values()))
-    return {name: own[:n] for name, own in runs.items()} if n else {}
+    seeds = set.intersection(*({run["seed"] for run in own} for own in runs.values()))
+    if not seeds:
+        return {}
+    return {name: sorted((r for r in own if r["seed"] in seeds), key=lambda r: r["seed"]) for name, own in runs.items()}
 
 
 def times_to(base: str, runs: Runs) -> dict[str, dict[str, Any]]:

@@ -4,17 +4,14 @@ A contender is an adapted model with an optimiser and a `step`. All contenders o
 weights, head, A and B, batch, and fused AdamW. They share the tensors of the frozen weights.
 """
 
-import contextlib
 import copy
 import math
 import multiprocessing
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +29,6 @@ from diffora.core.grid import Grid, find_grid
 from diffora.core.lowrank import set_kernel
 from diffora.kernels.dropout import use_cheap_dropout
 from diffora.methods.lora import LoRA
-from diffora.run import record
 from diffora.scoring.bilevel import SearchModule
 from diffora.settings.sections import Search as SearchSettings
 from diffora.tasks.base import get_task
@@ -370,23 +366,12 @@ def memory_of(shape: Shape, name: str) -> dict[str, float]:
 
     Returns:
         ``step_mb``: `allocated` of the second step: activations, gradients and work space. Adam's moments already
-        exist by then, so they are not included. ``rss_mb``: the process's peak resident memory in that step, minus
-        its memory before the backbone was built. This includes weights and optimiser. One MB is 2^20 bytes.
+        exist by then, so they are not included. One MB is 2^20 bytes.
     """
-    resident = _resident_mb()
     contender, batch = CONTENDERS[name](shape.build(), shape), shape.batch()
     contender.step(replace(shape, rows=4, length=8).batch())
-    record.reset_peaks()
     step = allocated(lambda: contender.step(batch), cuda=shape.device == "cuda")
-    peak = record.peaks()["peak_rss_mb"]
-    assert peak is not None
-    return {"step_mb": round(step / 2**20, 2), "rss_mb": round(peak - resident, 1)}
-
-
-def _resident_mb() -> float:
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return record.peaks()["peak_rss_mb"] or 0.0
+    return {"step_mb": round(step / 2**20, 2)}
 
 
 def in_own_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Ours beside PEFT on one GPU, in at most 20 minutes: correctness first, then steps, then whole runs, in bfloat16.
 
-    python -m benchmarks.gpu [--minutes 19] [--only …] [--no-compile] [--output FILE]
+    python -m benchmarks.gpu [--minutes 19] [--no-compile] [--only … --output FILE]
     python -m benchmarks.gpu --device cpu --tiny --output FILE      all of it on tiny shapes; not a GPU's figures
 
 1. Losses and gradients are compared (`benchmarks.gpu_checks`). If one is wrong, nothing is timed, and the exit code is
@@ -43,14 +43,12 @@ PAIRS = {
     "peft_dropout/lora_dropout": "speed over PEFT's, dropout 0.1",
     "compiled_peft/compiled": "speed over PEFT's, both compiled",
     "peft/compiled": "speed over PEFT's, only ours compiled",
-    "lora/floor": "step over the floor",
-    "compiled/floor": "compiled step over the floor",
     "fused/lora": "the fused node over PyTorch's nodes",
-    "peft/floor": "PEFT's step over the floor",
+    "compiled/lora": "a compiled step over one that is not",
     "simultaneous/two_floors": "bi-level step over two floors, simultaneous",
     "alternating/two_floors": "bi-level step over two floors, alternating",
 }
-"""Ratios of step times that are reported. A ratio of times the other way round is one of speeds."""
+"""Ratios of step times, reported beside those to the floor. A ratio of times the other way round is one of speeds."""
 
 LEAST = 30
 """Seconds that the checks need at least."""
@@ -110,7 +108,7 @@ def steps(place: Place, name: str, contenders: Sequence[str]) -> dict[str, Any]:
         }
         for contender, values in times.items()
     }
-    pairs = {pair: pair.split("/") for pair in PAIRS}
+    pairs = {pair: pair.split("/") for pair in (*PAIRS, *(f"{name}/floor" for name in times if name != "floor"))}
     ratios = {pair: ratio(times, *sides) for pair, sides in pairs.items() if times.keys() >= set(sides)}
     return {"shape": asdict(shape), "contenders": result, "ratios": ratios}
 
@@ -235,7 +233,7 @@ def measure(place: Place, names: Sequence[str], compiles: bool, minutes: float, 
     if wrong := [check for check in result["checks"] if check["wrong"]]:
         listed = "\n".join(f"  {c['what']}: {c['error']:.2g}, at most {c['most']:.2g}" for c in wrong)
         sys.exit(f"Wrong on this device, so nothing was timed and nothing was written:\n{listed}")
-    result |= {"parts": {}, "left_out": {}}
+    result |= {"parts": {}, "left_out": dict.fromkeys(names, "not reached: the benchmark was interrupted")}
     for name in names:
         part = PARTS[name]
         if part.compiles and not compiles:
@@ -248,7 +246,8 @@ def measure(place: Place, names: Sequence[str], compiles: bool, minutes: float, 
             if isinstance(found, str):
                 result["left_out"][name] = found
             else:
-                result["parts"][name] = found
+                del result["left_out"][name]
+                result["parts"][name] = found | {key: header()[key] for key in ("commit", "date")}
                 show(found)
         save(result)
     result["gpu_after"] = gpu_facts()
@@ -280,6 +279,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part-to", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     true = given.device == "cuda" and not given.tiny
+    if given.only and given.output is None and given.part is None:
+        parser.error("with --only, --output must name a file: gpu.json has all parts")
     if not true and given.output is None and given.part is None:
         parser.error("with --device cpu or --tiny, --output must name a file: these are not a GPU's figures")
     if not true and given.output is not None and given.output.resolve().is_relative_to(RESULTS):

@@ -67,8 +67,10 @@ def _facts(result: Mapping[str, Any]) -> str:
 
 def _checks(checks: list[Mapping[str, Any]]) -> str:
     measured = [check for check in checks if check["error"] is not None]
-    closest = max(measured, key=lambda check: check["error"] / check["most"])
     missing = "".join(f" Not checked: {check['what']} ({check['note']})." for check in checks if check["error"] is None)
+    if not measured:
+        return f"No comparison of losses and gradients was possible.{missing}"
+    closest = max(measured, key=lambda check: check["error"] / check["most"])
     return (
         f"Correct before it was timed: {len(measured)} comparisons of losses and gradients. The closest to its limit: "
         f"{closest['what']}: {closest['error']:.2g}, at most {closest['most']:.2g}.{missing}"
@@ -90,18 +92,20 @@ def _goals(parts: Mapping[str, Any]) -> str:
 
 
 def _steps(part: Mapping[str, Any]) -> str:
-    floor = part["contenders"]["floor"]["ms"]["median"]
+    ratios = part["ratios"]
     rows = [
         [
             NAMES[name],
             middle(found["ms"]),
             f"{found['tokens_s']:,}",
-            f"{found['ms']['median'] / floor:.2f}",
+            "1" if name == "floor" else middle(ratios.get(f"{name}/floor")),
             f"{found['step_mb']:.0f}",
         ]
         for name, found in part["contenders"].items()
     ]
-    return table(["contender", "ms: median (quartiles)", "tokens/s", "over the floor", "step MB"], rows)
+    return table(
+        ["contender", "ms: median (quartiles)", "tokens/s", "over the floor, in the same round", "step MB"], rows
+    )
 
 
 def _runs(parts: Mapping[str, Any]) -> str:
@@ -112,7 +116,9 @@ def _runs(parts: Mapping[str, Any]) -> str:
             wall, training = ([f"{run[key]:.1f}" for run in runs] for key in ("wall_s", "training_s"))
             memory = [run["peak_cuda_mb"] for run in runs if run["peak_cuda_mb"] is not None]
             peak = f"{max(memory):.0f}" if memory else ""
-            speed = "1" if side == "hf_trainer" else middle(part["ratios"]["hf_trainer/lora training"])
+            pairs = zip(part["runs"]["hf_trainer"], part["runs"]["lora"], strict=True)
+            ratios = [f"{theirs['training_s'] / mine['training_s']:.2f}" for theirs, mine in pairs]
+            speed = "1" if side == "hf_trainer" else ", ".join(ratios)
             rows.append([TITLES[name], label, ", ".join(wall), ", ".join(training), peak, speed])
     head = ["shape", "", "seconds", "of these, training and evaluation", "peak MB of the GPU", "speed of that part"]
     return table(head, rows)

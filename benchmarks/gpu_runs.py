@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import ALPHA, LR, Shape
-from benchmarks.report import REPO, spread
+from benchmarks.report import REPO
 from benchmarks.run import process, result_of
 from benchmarks.tokenise_rows import write_rows
 
@@ -146,9 +146,5 @@ def measure(shape: Shape, compiles: bool) -> dict[str, Any]:
     pairs = list(zip(runs["hf_trainer"], runs["lora"], strict=True))
     if len(trained := {run["trainable"] for pair in pairs for run in pair}) > 1:
         sys.exit(f"the two sides do not train the same parameters: {sorted(trained)}")
-    ratios = {
-        f"hf_trainer/lora {part}": spread([theirs[f"{part}_s"] / mine[f"{part}_s"] for theirs, mine in pairs])
-        for part in ("training", "wall")
-    }
     settings = {"rows": rows, "validation_rows": validation_rows, "batch": shape.rows, "repetitions": repetitions}
-    return {"settings": settings, "compiled": compiles, "runs": runs, "ratios": ratios}
+    return {"settings": settings, "compiled": compiles, "runs": runs}

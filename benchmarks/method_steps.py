@@ -1,6 +1,6 @@
 """What one optimisation step of each method costs beside LoRA's, and what RM-LoRA's masks save.
 
-    python benchmarks/method_steps.py [--ranks 4 64] [--rows 16] [--length 64] [--rounds 15] [--threads 1]
+    python -m benchmarks.method_steps [--ranks 4 64] [--rows 16] [--length 64] [--rounds 15] [--threads 1]
 
 The backbone has MiniLM's shape and random weights. All contenders take turns in one process. Each figure is a ratio to
 plain LoRA in the same round: the median over rounds, with quartiles. ``adapter_flops`` are the adapters' operations in
@@ -11,13 +11,14 @@ first rank, at the other ranks only RM-LoRA's family.
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.common import interleave
+from benchmarks.report import header, ratio, spread
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
@@ -98,14 +99,12 @@ class Contender:
         return loss if penalty is None else loss + penalty
 
     def step(self, batch):
-        begin = time.perf_counter()
         self.adaptation.before_step(self.number, 0)
         self.loss(batch).backward()
         self.optimizer.step()
         self.adaptation.after_step(self.number, 1e-3)
         self.optimizer.zero_grad()
         self.number += 1
-        return time.perf_counter() - begin
 
     def backward_flops(self, batch):
         self.adaptation.before_step(0, 0)
@@ -130,23 +129,18 @@ def main():
         "attention_mask": torch.ones(given.rows, given.length, dtype=torch.long),
         "labels": torch.randint(0, 2, (given.rows,)),
     }
-    report = {**vars(given), "torch": torch.__version__}
+    report = header() | vars(given)
     for i, rank in enumerate(given.ranks):
         methods = rm_lora_family(rank) | (others(rank) if i == 0 else {})
         contenders = {name: Contender(method, loop="loop" in name) for name, method in methods.items()}
-        times = {name: [] for name in contenders}
-        for turn in range(given.rounds + 2):
-            for name, contender in contenders.items():
-                spent = contender.step(batch)
-                if turn >= 2:
-                    times[name].append(spent)
+        steps = {name: partial(contender.step, batch) for name, contender in contenders.items()}
+        times = interleave(steps, given.rounds, warmup=2)
         lora = contenders["lora"].backward_flops(batch)
         one = Contender(LoRA(2 * rank, 0.0, 8.0)).backward_flops(batch) - lora
         for name, contender in contenders.items():
-            ratios = [t / base for t, base in zip(times[name], times["lora"], strict=True)]
             report[f"rank {rank}, {name}"] = {
-                "step_ms": round(1000 * statistics.median(times[name]), 1),
-                "step/lora": [round(quartile, 3) for quartile in statistics.quantiles(ratios, n=4)],
+                "step_ms": spread(times[name], 1),
+                "step/lora": ratio(times, name, "lora"),
             }
             if name in rm_lora_family(rank):
                 flops = contender.backward_flops(batch) - (lora - one)

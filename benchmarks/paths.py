@@ -7,7 +7,8 @@ operations, with torch's own dropout. ``added`` is the fused layer that never fo
 ``folded`` is the fused layer that folds it wherever it can. ``cached`` has the frozen layers computed once and without
 dropout, so give a ``model.layer`` without the lowest ones. ``bfloat16`` and ``compiled`` are the settings of these
 names. The tests compare gradients to the last digits. This benchmark compares whole runs, which differ in rounding and
-dropout masks. Results are in benchmarks/results/paths.json; a second call computes only what is missing there.
+dropout masks. Results are in benchmarks/results/paths.json; a second call computes only what is missing there. Runs
+with other settings, or on another processor, need an ``--output`` of their own.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
-from benchmarks.report import RESULTS, header
+from benchmarks.report import RESULTS, header, machine
 from diffora.files import write_text
 from diffora.kernels import fused
 from diffora.places import conf_dir
@@ -67,12 +68,16 @@ def main() -> None:
     # Paths on this machine are not written, and calls that differ only in them count as the same.
     settings = [*METHOD, *(o for o in given.overrides if ".path=" not in o)]
     result = json.loads(given.output.read_text()) if given.output.is_file() else {}
-    runs = result.get("runs", []) if result.get("settings") == settings else []
+    if result and (result["settings"], result["machine"]["cpu"]) != (settings, machine()["cpu"]):
+        kept = f"{' '.join(result['settings'])} on {result['machine']['cpu']}"
+        parser.error(f"{given.output} has runs with {kept}; name another file with --output")
+    runs = result.get("runs", [])
     for seed in given.seeds:
         for name in given.paths:
-            if not any(r["path"] == name and r["seed"] == seed for r in runs):
-                runs.append(run(name, seed, given.overrides))
-                print(json.dumps(runs[-1]), flush=True)
+            if any(r["path"] == name and r["seed"] == seed for r in runs):
+                continue
+            runs.append(run(name, seed, given.overrides))
+            print(json.dumps(runs[-1]), flush=True)
             summary = {}
             for key in runs[0]["metrics"]:
                 values = {n: [r["metrics"][key] for r in runs if r["path"] == n] for n in PATHS}

@@ -1,9 +1,9 @@
-"""The pictures and tables of docs/results/performance.md, made from benchmarks/results: no figure is typed by hand.
+"""Puts the tables and pictures of docs/results/performance.md there, made from benchmarks/results.
 
     python -m benchmarks.plots
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. If its figures have not been measured, the
-page shows the command that measures them.
+page shows the command that measures them. The sentences around the tables are written by hand.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import gpu_page
+from benchmarks import gpu_page, pictures
 from benchmarks.markdown import NAMES, middle, table
 from diffora.report.statistics import Difference, paired
 
@@ -22,21 +22,6 @@ PAGE = REPO / "docs" / "results" / "performance.md"
 IMAGES = REPO / "docs" / "results" / "images"
 Result = Mapping[str, Any]
 
-COLOURS = {
-    "floor": "#999999",
-    "lora": "#0072b2",
-    "lora_dropout": "#56b4e9",
-    "plain": "#7570b3",
-    "plain_dropout": "#b3b0d9",
-    "peft": "#d55e00",
-    "peft_dropout": "#e69f00",
-    "adalora": "#cc79a7",
-    "full_ft": "#444444",
-    "alternating": "#009e73",
-    "simultaneous": "#00c08b",
-    "two_floors": "#bbbbbb",
-    "two_peft_steps": "#b34700",
-}
 TARGETS = {
     "finetune/floor": ("a fine-tuning step over the floor, MiniLM 32 x 128, p = 0", "peft/floor@minilm_32x128", 1.06),
     "finetune/peft": ("a fine-tuning step over PEFT's, MiniLM 16 x 64, p = 0", None, 0.80),
@@ -64,7 +49,8 @@ def machine(results: Mapping[str, Result | None]) -> str:
         m, versions = result["machine"], ", ".join(f"{package} {v}" for package, v in result["versions"].items())
         lines.append(
             f"- `{name}.json`: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['ram_gb']:.0f} GB, "
-            f"{m['gpu'] or 'no GPU'}; load before the start {m['load_before']}; {versions}; {result['date']}"
+            f"{m['gpu'] or 'no GPU'}; load before the start {m['load_before']}; {versions}; {result['date']}; "
+            f"commit {result['commit'][:7]}"
         )
     return "\n".join(lines)
 
@@ -91,11 +77,10 @@ def steps(step: Result) -> str:
                 middle(values["ms"], 0 if values["ms"]["median"] >= 100 else 1),
                 middle(values["over_floor"]),
                 f"{values['step_mb']:.0f}" if "step_mb" in values else "",
-                f"{values['rss_mb']:.0f}" if "rss_mb" in values else "",
             ]
             for name, values in result["contenders"].items()
         ]
-        head = ["contender", "ms: median (quartiles)", f"over {NAMES[result['floor']]}", "step MB", "process MB"]
+        head = ["contender", "ms: median (quartiles)", f"over {NAMES[result['floor']]}", "step MB"]
         blocks.append(f"**{group}**, {step['settings']['rounds'][group]} rounds\n\n{table(head, rows)}")
     return "\n\n".join(blocks)
 
@@ -186,112 +171,14 @@ def whole(run: Result) -> str:
         [name, *(f"{found[name]:.1f}" if name in found else "" for found in run["parts"].values())] for name in names
     ]
     sides = ["ours" if name == "diffora" else NAMES[name] for name in run["parts"]]
+    whose = "Where the seconds go"
+    if "diffora" in run["parts"]:
+        whose += f" (ours: one more run, with a clock in it, of {sum(run['parts']['diffora'].values()):.1f} seconds"
+        whose += "; the peer: medians)"
     return (
         f"{s['data']}, {s['backbone']}, {s['train_rows']} rows, {s['epochs']} epoch, batch {s['batch']}, "
-        f"r = {s['rank']}:\n\n{table(head, rows)}\n\nWhere the seconds go (ours: one run with a clock in it; the peer: "
-        f"medians):\n\n{table(['part', *sides], parts)}"
+        f"r = {s['rank']}:\n\n{table(head, rows)}\n\n{whose}:\n\n{table(['part', *sides], parts)}"
     )
-
-
-# --- pictures ---
-
-
-def picture_steps(step: Result) -> Figure:
-    """Step time of each contender divided by the floor's in the same round, one panel per group, with quartiles."""
-    groups = {name: group for name, group in step["shapes"].items() if group["floor"] == "floor"}
-    panels, figure = _panels(groups, columns=3)
-    for axes, group in panels:
-        found = {name: c["over_floor"] for name, c in group["contenders"].items() if name != "floor"}
-        for i, (name, value) in enumerate(found.items()):
-            whiskers = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
-            axes.barh(i, value["median"], color=COLOURS[name], xerr=whiskers, error_kw={"lw": 0.8})
-        axes.axvline(1, color="0.3", lw=0.8, ls="--")
-        axes.set_yticks(range(len(found)), [NAMES[name] for name in found])
-    figure.supxlabel("step over the floor's (dashed), median and quartiles", size=9)
-    return figure
-
-
-def picture_memory(step: Result) -> Figure:
-    """Memory that a step of each contender adds, one panel per group."""
-    measured = {name: g for name, g in step["shapes"].items() if "step_mb" in next(iter(g["contenders"].values()))}
-    panels, figure = _panels(measured, columns=3)
-    for axes, group in panels:
-        names = list(group["contenders"])
-        values = [group["contenders"][name]["step_mb"] for name in names]
-        axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names])
-        axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
-    figure.supxlabel("MB that a step adds at its peak", size=9)
-    return figure
-
-
-def _panels(groups: Mapping[str, Result], columns: int) -> tuple[list[tuple[Any, Result]], Figure]:
-    """An empty panel with a title for each group. Horizontal bars fill it from the top."""
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(3.6 * min(columns, len(groups)), 1.9 * rows + 0.4), layout="constrained")
-    found = figure.subplots(rows, min(columns, len(groups)), squeeze=False)
-    for axes in found.flat[len(groups) :]:
-        axes.set_visible(False)
-    for axes, name in zip(found.flat, groups, strict=False):
-        axes.set_title(name, size=8)
-        axes.invert_yaxis()
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    return list(zip(found.flat, groups.values(), strict=False)), figure
-
-
-def picture_scaling(scale: Result) -> Figure:
-    """Time and memory against each quantity that is varied, on logarithmic axes."""
-    sweeps = scale["sweeps"]
-    figure = Figure(figsize=(2.3 * len(sweeps) + 1.2, 4.6), layout="constrained")
-    panels = figure.subplots(2, len(sweeps), squeeze=False, sharey="row", sharex="col")
-    for column, (name, sweep) in enumerate(sweeps.items()):
-        x = [int(value) for value in sweep["points"]]
-        for row, label in enumerate(("ms a step", "MB a step adds")):
-            axes = panels[row, column]
-            for contender in sweep["exponents"]:
-                costs = [point[contender] for point in sweep["points"].values()]
-                y = [cost["ms"]["median"] if row == 0 else cost["step_mb"] for cost in costs]
-                line = axes.plot(x, y, "o-", ms=3, lw=1.3, color=COLOURS[contender], label=NAMES[contender])[0]
-                if row == 0:
-                    low, high = ([cost["ms"][q] for cost in costs] for q in ("q1", "q3"))
-                    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
-            axes.set_xticks(x, [str(value) for value in x])
-            axes.minorticks_off()
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.tick_params(labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(label, size=9)
-        panels[1, column].set_xlabel(name, size=9)
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
-    )
-    return figure
-
-
-def picture_run(run: Result) -> Figure:
-    """The parts of a whole run, one bar for each side."""
-    names = list(dict.fromkeys(part for parts in run["parts"].values() for part in parts))
-    figure = Figure(figsize=(8.6, 1.9), layout="constrained")
-    axes = figure.subplots()
-    for i, (_, parts) in enumerate(run["parts"].items()):
-        left = 0.0
-        for name, seconds in parts.items():
-            axes.barh(i, seconds, left=left, color=f"C{names.index(name)}", label=name)
-            left += max(0.0, seconds)
-    found = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.set_yticks(range(len(run["parts"])), ["ours" if n == "diffora" else NAMES[n] for n in run["parts"]], size=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds", size=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    return figure
-
-
-# --- the page ---
 
 
 def paths(found: Result) -> str:
@@ -304,7 +191,10 @@ def paths(found: Result) -> str:
 
     rows = []
     for name in (first, *others):
-        cells = [f"{value[name]['mean']:.4f} ± {value[name]['std']:.4f}" for value in metrics.values()]
+        cells = [
+            f"{value[name]['mean']:.4f}" + (f" ± {sd:.4f}" if (sd := value[name]["std"]) is not None else "")
+            for value in metrics.values()
+        ]
         less = paired(by_seed(name), by_seed(first)) if name in others else None
         rows.append([f"`{name}`", *cells, "" if less is None else points(less)])
     seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
@@ -341,14 +231,16 @@ def precision(found: Result) -> str:
 def contention(found: Result) -> str:
     names = {"alone": "alone", "passive": "threads wait passively", "spinning": "threads spin (torch's own setting)"}
     rows = [
-        [names[side], middle(value, 1), middle(found["ratios"].get(f"{side}/alone"), 2) if side != "alone" else "1"]
+        [names[side], middle(value, 1), "1" if side == "alone" else middle(found["ratios"].get(f"{side}/alone"))]
         for side, value in found["seconds"].items()
     ]
-    rounds = found["seconds"]["alone"]["rounds"]
+    rounds = found["seconds"]["passive"]["rounds"]
     head = [f"beside {found['busy']} busy processes", "seconds: median (quartiles)", "over alone"]
     what = f"`train.py {' '.join(found['overrides'])}`, {rounds} round{'s' if rounds > 1 else ''}:"
     return f"{what}\n\n{table(head, rows)}"
 
+
+# --- the page ---
 
 SOURCES = ("step", "run", "scale", "paths", "precision", "contention", "gpu")
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -365,10 +257,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gpu": ("gpu", gpu_page.section),
 }
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure], str]] = {
-    "performance_steps": ("step", picture_steps, "a step of each contender over the floor's, by shape"),
-    "performance_memory": ("step", picture_memory, "MB that a step of each contender adds, by shape"),
-    "performance_scaling": ("scale", picture_scaling, "time and memory against batch, length, rank, layers, modules"),
-    "performance_run": ("run", picture_run, "the parts of a whole run, ours and the peer's"),
+    "performance_steps": ("step", pictures.steps, "a step of each contender over the floor's, by shape"),
+    "performance_memory": ("step", pictures.memory, "MB that a step of each contender adds, by shape"),
+    "performance_scaling": ("scale", pictures.scaling, "time and memory against batch, length, rank, layers, modules"),
+    "performance_run": ("run", pictures.run, "the parts of a whole run, ours and the peer's"),
 }
 """The result that each table and picture is made from. Each has its place in the page; see `refresh`."""
 
@@ -384,8 +276,12 @@ def refresh(page: str, results: Mapping[str, Result | None]) -> str:
         ValueError: a table or picture has no place in the page, or several.
     """
     content = {"machine": machine(results)}
+    if (step := results["step"]) is not None and (run := results["run"]) is not None:
+        results = {**results, "step": {**step, "ratios": {**step["ratios"], **run["ratios"]}}}
     for name, (source, make) in TABLES.items():
         result = results[source]
+        if result is not None and not result.get("arms", True):
+            result = None  # interrupted before the first pair of runs
         content[name] = f"*Not measured yet: `python -m benchmarks.{source}`.*" if result is None else make(result)
     for name, (source, _, what) in PICTURES.items():
         content[name] = "" if results[source] is None else f"![{what}](images/{name}.png)"

@@ -7,7 +7,8 @@ computation in bfloat16, adapters, head and optimiser in float32. Each run is a 
 caches. The two take turns to go first. Times are ratios with the same seed: the median over seeds, with quartiles.
 
 With other data or another backbone, ``--task`` and ``--name`` say which of conf/task and conf/model they are.
-Writes benchmarks/results/precision.json after each run, and prints a table.
+Writes benchmarks/results/precision.json after each run, and prints a table. With another task, backbone or setting, it
+writes a file only if ``--output`` names one.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from benchmarks.arms import Runs, complete, measure, metric, times_to, trained
 from benchmarks.report import RESULTS, header, write
 from diffora.backbones.precision import bfloat16_unit
 
+TASK, NAME, EPOCHS = "cola", "mpnet_base", 1
 ARMS = {
     "float32": ["trainer.precision=32-true"],
     "bf16": ["trainer.precision=bf16-mixed", "model.dtype=bfloat16"],
@@ -49,13 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the task's splits")
     parser.add_argument("--model", type=Path, required=True, help="folder of the backbone")
-    parser.add_argument("--task", default="cola", help="its name in conf/task")
-    parser.add_argument("--name", default="mpnet_base", help="the backbone's name in conf/model")
+    parser.add_argument("--task", default=TASK, help="its name in conf/task")
+    parser.add_argument("--name", default=NAME, help="the backbone's name in conf/model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--more", nargs="*", default=[], help="more overrides for all runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "precision.json")
+    parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    usual = (given.task, given.name, given.epochs, given.more) == (TASK, NAME, EPOCHS, [])
+    output = given.output or (RESULTS / "precision.json" if usual else None)
     unit = bfloat16_unit(torch.device("cpu"))
     if unit is None:
         sys.exit("error: this processor has neither AMX nor AVX512-BF16, so a run in bfloat16 is slower here")
@@ -73,7 +77,8 @@ def main() -> None:
     result: dict[str, Any] = header() | {"settings": settings}
 
     def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
-        write(given.output, result | {"arms": summary(runs), "runs": runs})
+        if output is not None:
+            write(output, result | {"arms": summary(runs), "runs": runs})
 
     for name, facts in summary(measure(common, ARMS, given.seeds, one_run, keep)).items():
         whole, values = facts["wall_s"], facts["metric"]

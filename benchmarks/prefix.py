@@ -10,7 +10,8 @@ arms take turns to go first. Times are ratios to `all` with the same seed: the m
 Metrics come from run.json, with the difference to the arm without a cache, paired by seed.
 
 Without ``--data`` and ``--model``, the embedded task and backbone are used, and the result says so.
-Writes benchmarks/results/prefix.json after each run, and prints a table.
+Writes benchmarks/results/prefix.json after each run, and prints a table. With other settings than those above, it
+writes a file only if ``--output`` names one.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.run import write_embedded
 
 RANK = 2
 """Of LoRA on all layers."""
+NAME, EPOCHS = "minilm", 14
 SHARES = {"all": 1.0, "half": 1 / 2, "third": 1 / 3}
 CACHED = " cached"
 UPPER = [f"{name}{cached}" for name in SHARES if name != "all" for cached in ("", CACHED)]
@@ -106,16 +108,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with MRPC")
     parser.add_argument("--model", type=Path, help="folder of the backbone")
-    parser.add_argument("--name", default="minilm", help="its name in conf/model")
+    parser.add_argument("--name", default=NAME, help="its name in conf/model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--arms", nargs="+", choices=UPPER, default=UPPER, help="beside `all`; default: all of them")
     parser.add_argument("--more", nargs="*", default=[], help="more overrides for all runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "prefix.json")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--add", action="store_true", help="add to the runs that the output file has")
     given = parser.parse_args()
+    real = given.data is not None and given.model is not None
+    usual = real and given.name == NAME and given.epochs == EPOCHS and given.arms == UPPER and not given.more
+    output = given.output or (RESULTS / "prefix.json" if usual or given.add else None)
+    if given.add and not output.is_file():
+        parser.error(f"--add: there are no runs in {output}; leave --add out, or name their file with --output")
     with tempfile.TemporaryDirectory() as scratch:
-        real = given.data is not None and given.model is not None
         if not real:
             write_embedded(Path(scratch))
         data, model = (given.data.resolve(), given.model.resolve()) if real else (Path(scratch), EMBEDDED)
@@ -133,16 +139,17 @@ def main() -> None:
         }
         result: dict[str, Any] = header() | {"settings": settings}
 
-        earlier = json.loads(given.output.read_text()) if given.add else None
+        earlier = json.loads(output.read_text()) if given.add else None
         if earlier is not None:
             check_addable(earlier, result, given.seeds)
 
         def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
             later = result | {"arms": summary(runs), "runs": runs}
-            write(given.output, later if earlier is None else added(earlier, later))
+            if output is not None:
+                write(output, later if earlier is None else added(earlier, later))
 
-        measure(common, chosen, given.seeds, one_run, keep)
-    show(json.loads(given.output.read_text())["arms"])
+        runs = measure(common, chosen, given.seeds, one_run, keep)
+    show(summary(runs) if earlier is None else json.loads(output.read_text())["arms"])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import BILEVEL, CONTENDERS, FINETUNING, Shape, in_own_processes, interleave, memory_of
-from benchmarks.report import RESULTS, header, ratio, read, spread, write
+from benchmarks.report import RESULTS, header, ratio, spread, write
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ GROUPS = {
     "minilm_16+16x64_bilevel": Group(Shape("minilm", 32, 64), BILEVEL, 12),
     "deberta_8x64": Group(Shape("deberta_v3_base", 8, 64), FINETUNING, 5),
     "deberta_16x128": Group(Shape("deberta_v3_base", 16, 128), FINETUNING, 5),
-}
-GPU_GROUPS = {
-    "deberta_32x128_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), FINETUNING, 30),
-    "deberta_16+16x128_bilevel_gpu": Group(Shape("deberta_v3_base", 32, 128, device="cuda"), BILEVEL, 30),
-    "llama_1b_4x512_gpu": Group(Shape("llama_1b", 4, 512, device="cuda"), FINETUNING, 20),
 }
 
 PAIRS = {
@@ -134,20 +129,16 @@ def ratios(times: Mapping[str, Sequence[float]], occupied: Mapping[str, Mapping[
 
 
 def headlines(found: Mapping[str, Any]) -> dict[str, Any]:
-    """All ratios of a result, with those of a whole run (`run`). Headlines come first, without their group's name."""
+    """All ratios of a result. Headlines come first, without their group's name."""
     chosen = {name: found[f"{name}@{group}"] for name, group in HEADLINES.items() if f"{name}@{group}" in found}
-    whole = read("run")
-    chosen |= {} if whole is None else whole["ratios"]
     return chosen | dict(found)
 
 
 def show(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    print(f"\n{name}\n  {'contender':<16}{'ms':>10}{'quartiles':>20}{'/ floor':>9}{'step MB':>10}{'RSS MB':>9}")
+    print(f"\n{name}\n  {'contender':<16}{'ms':>10}{'quartiles':>20}{'/ floor':>9}{'step MB':>10}")
     for contender, values in result["contenders"].items():
         ms, floor = values["ms"], values["over_floor"]["median"]
-        memory = "".join(
-            f"{values[key]:>{width}.1f}" for key, width in (("step_mb", 10), ("rss_mb", 9)) if key in values
-        )
+        memory = f"{values['step_mb']:>10.1f}" if "step_mb" in values else ""
         print(f"  {contender:<16}{ms['median']:>10.1f}{ms['q1']:>10.1f}{ms['q3']:>10.1f}{floor:>9.3f}{memory}")
     for key, value in found.items():
         print(f"  {key:<40}{value['median']:>7.3f}  ({value['q1']:.3f}, {value['q3']:.3f})")
@@ -155,8 +146,7 @@ def show(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = GROUPS | (GPU_GROUPS if torch.cuda.is_available() else {})
-    parser.add_argument("--only", nargs="+", choices=list(groups), help="groups, in place of all")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="groups, in place of all")
     parser.add_argument("--rounds", type=int, help="for every group, in place of its own number")
     parser.add_argument("--threads", type=int, help="in place of torch's choice, a thread for each core")
     parser.add_argument("--compile", action="store_true", help="in the groups of fine-tuning, also a compiled LoRA")
@@ -167,8 +157,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     result: dict[str, Any] = header() | {"settings": {"rounds": {}, "warmup_rounds": 1}, "shapes": {}, "ratios": {}}
     every: dict[str, Any] = {}
-    for name in given.only or groups:
-        group = groups[name]
+    for name in given.only or GROUPS:
+        group = GROUPS[name]
         if given.compile and "lora" in group.contenders:
             group = replace(group, contenders=(*group.contenders, "compiled"))
         rounds = given.rounds or group.rounds

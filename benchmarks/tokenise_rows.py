@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,9 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from benchmarks.image_memory import memory_of
+from benchmarks.report import header
 
 REPO = Path(__file__).parents[1]
 EMBEDDED = REPO / "src" / "diffora" / "assets" / "tiny"
+OTHER = REPO / "src" / "diffora" / "assets" / "tiny_llama"
 
 
 def write_rows(folder: Path, n_rows: int, changed: int | None = None) -> None:
@@ -145,8 +146,7 @@ def main() -> None:
         return
 
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "python": platform.python_version(),
+        **header(),
         "tokenizer": Path(given.model).parent.name if given.model == installed else given.model,
         "max_length": given.max_length,
         "first": {},
@@ -174,7 +174,7 @@ def main() -> None:
         write_rows(folder / "changed", smallest, changed=smallest // 2)
         for name, arguments in {
             "another max_length": (data, given.model, given.max_length // 2),
-            "another tokenizer": (data, str(EMBEDDED), given.max_length // 2),
+            "another tokenizer": (data, str(OTHER), given.max_length),
             "one other row": (folder / "changed", given.model, given.max_length),
             "nothing": (data, given.model, given.max_length),
         }.items():

@@ -12,6 +12,7 @@ sys.path.insert(0, str(REPO))
 
 from benchmarks import gpu, gpu_checks, gpu_page, report  # noqa: E402
 
+from diffora.core import lowrank  # noqa: E402
 from diffora.kernels import fused  # noqa: E402
 
 TINY = gpu.Place("cpu", tiny=True)
@@ -22,7 +23,6 @@ STEPS = {"shape": {}, "contenders": {
 
 def gpu_result():
     """An invented result with a part of each kind."""
-    ratios = {"hf_trainer/lora training": report.spread([1.5])}
     run = {"wall_s": 9.0, "training_s": 6.0, "peak_cuda_mb": 100.0, "trainable": 10}
     side = {"ms": 2.0, "tokens_s": 1000}
     return report.header() | {
@@ -36,7 +36,7 @@ def gpu_result():
         ],
         "parts": {
             "steps_deberta": STEPS,
-            "run_minilm": {"runs": {"lora": [run], "hf_trainer": [run]}, "ratios": ratios},
+            "run_minilm": {"runs": {"lora": [run], "hf_trainer": [run | {"training_s": 9.0}]}},
             "unsloth_llama": {"unsloth": side, "lora": side, "unsloth/lora": 1.1},
         },
         "left_out": {"compiled_llama": "it takes about 120 s, and 3 s were left"},
@@ -47,6 +47,7 @@ def test_the_section_has_figures_goals_and_what_is_missing():
     text = gpu_page.section(gpu_result())
     assert "GPU X, driver 1.2" in text and "1500 MHz, 1400 MHz" in text
     assert "at least 1.50 | 1.600 | yes" in text and "at most 1.06 | 1.200 | **no**" in text
+    assert "| 6.0 | 100 | 1.50 |" in text
     assert "Not checked: 4-bit (bitsandbytes is not installed)" in text
     assert "compiled: it takes about 120 s, and 3 s were left" in text and "Not a GPU" not in text
     assert gpu_page.section(gpu_result() | {"not_a_gpu": True}).startswith("**Not a GPU's figures.**")
@@ -59,8 +60,8 @@ def check(kind, model="minilm"):
 
 
 def test_what_is_right_passes_and_a_wrong_kernel_does_not(monkeypatch):
-    found = check(gpu_checks.against_plain_and_peft, "llama_1b") + check(gpu_checks.checkpointing)
-    assert len(found) == 3 and not any(one.wrong for one in found) and all(one.most < 0.1 for one in found)
+    found = check(gpu_checks.against_peft, "llama_1b") + check(gpu_checks.checkpointing)
+    assert len(found) == 5 and not any(one.wrong for one in found) and all(one.most < 0.1 for one in found)
     real = fused.LowRankNode.backward
 
     def wrong(ctx, gradient):
@@ -68,8 +69,12 @@ def test_what_is_right_passes_and_a_wrong_kernel_does_not(monkeypatch):
         found[5] = None if found[5] is None else found[5] * 1.05  # A's
         return tuple(found)
 
-    monkeypatch.setattr(fused.LowRankNode, "backward", staticmethod(wrong))
-    assert [one.wrong for one in check(gpu_checks.against_plain_and_peft)] == [True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused.LowRankNode, "backward", staticmethod(wrong))
+        assert [one.wrong for one in check(gpu_checks.against_peft)] == [False, False, True, True]
+    plain = lowrank.LowRankLinear._plain
+    monkeypatch.setattr(lowrank.LowRankLinear, "_plain", lambda self, x: 2 * plain(self, x) - self.base(x))
+    assert [one.wrong for one in check(gpu_checks.against_peft)] == [True, True, False, False]
 
 
 def test_a_version_of_bitsandbytes_that_fails_stops_nothing(monkeypatch):

@@ -80,6 +80,9 @@ def test_a_folder_and_columns_of_other_names(task, tmp_path):
     assert len(found.train) == 40 and len(found.validation["validation"]) == 5 and made.test_splits == ("test",)
     assert any("5 of 5 rows are training rows too" in note for note in made.accounts["validation"].notes)
     assert any("date" in note for note in made.accounts["train"].notes)
+    again = task(tmp_path / "d", "task.source_column=article", "task.target_column=summary")
+    assert len(again.load_split("validation")) == 5
+    assert any("5 of 5 rows are training rows too" in note for note in again.accounts["validation"].notes)
     assert made.load_split("test").column_names == ["source", "number"]
 
 

@@ -74,7 +74,6 @@ class Seq2SeqTask(PairTask):
         """
         if self.place.of_training(split):
             rows = self.load()
-            self.accounts["validation"].notes[:] = []
             return rows.train if split == "train" else rows.validation[split]
         problems: list[str] = []
         part = self._read(split, problems)
