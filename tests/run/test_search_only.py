@@ -57,11 +57,20 @@ def test_what_does_not_go_with_it_is_refused_in_one_message(cfg):
 
 def test_settings_of_the_search_that_another_selector_does_not_read_are_named(cfg, quick, tmp_path, caplog):
     changed = ["search.readout=early_gradient", "search.patience=3", "search.relaxation=sigmoid"]
+    changed += ["search.epochs=9", "search.lr=0.5", "search.rank=3"]
     changed += ["search.update=simultaneous", "search.gamma_lr=0.9", "search.masks=99", "search.train_steps=2"]
     run(cfg(*quick, "method.selector=activation", "search_only=true", *changed), tmp_path / "run")
     for setting in changed:
         assert f"{setting} has no effect: method.selector=activation does not read it" in caplog.text
-    assert "head_warmup" not in caplog.text
+    assert "head_warmup" not in caplog.text and "batch_size" not in caplog.text
+
+
+def test_settings_of_the_search_are_named_where_no_selector_runs(cfg, quick, tmp_path, caplog):
+    changed = ["search.epochs=9", "search.max_rows=50", "search.lr=0.5"]
+    run(cfg(*quick, "method.selector=qv", "rho=0.34", "search_only=true", *changed), tmp_path / "run")
+    for setting in changed:
+        assert f"{setting} has no effect: no selector runs" in caplog.text
+    assert caplog.text.count("has no effect") == len(changed)
 
 
 def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):

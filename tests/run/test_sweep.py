@@ -89,6 +89,40 @@ def test_a_task_of_the_table_keeps_its_settings():
     assert jobs["rho-0.2-squad-seed0"]["rank"] == "5" and "rank" not in jobs["rho-0.2-mrpc-seed0"]
 
 
+def test_another_task_gets_what_all_columns_have():
+    paper = {task: Column([f"task={task}", "model=roberta_base"]) for task in ("rte", "cola")}
+    small = {f"{m}_task": Column([f"task={m}_task", f"model={m}", "trainer=cpu"]) for m in ("tiny", "tiny_vit")}
+    columns = {"paper": paper, "small": small}
+    table = Table(seeds={"paper": [0], "small": [0]}, rows=[Row("LoRA", ["method=lora"])], columns=columns)
+    assert expand("task=wnli", table=table)["lora-wnli-seed0"]["model"] == "roberta_base"
+    with pytest.raises(UserError, match=r"task=wnli is no column .* have model=tiny, model=tiny_vit: add model="):
+        expand("task=tiny_task,wnli", scale="small", table=table)
+    job = expand("task=wnli", "model=minilm", scale="small", table=table)["lora-wnli-seed0"]
+    assert (job["model"], job["trainer"]) == ("minilm", "cpu")
+
+
+def test_a_row_like_another_is_not_chosen_without_it(tmp_path):
+    rows = [*TABLE.rows, Row("random", ["method=random"], like="ρ = 0.2")]
+    table = Table(seeds=TABLE.seeds, rows=rows, columns=TABLE.columns)
+    alone = parse(["seed=1", "cell.row=random", "cell.column=rte"])
+    with pytest.raises(UserError, match=r"the row 'random' needs the selections of 'ρ = 0.2'.*choose that row, too"):
+        cells(alone, table, "some_table", "paper", tmp_path)
+    write_text(tmp_path / "rho-0.2-rte-seed1" / "selection.json", "{}")  # of an earlier sweep in this folder
+    assert list(cells(alone, table, "some_table", "paper", tmp_path)) == ["random-rte-seed1"]
+
+
+def test_a_recipe_does_not_replace_a_rows_own_and_debug_is_not_overridden():
+    column = Column(["task=rte", "finetune.epochs=3", "task.max_train_rows=1000", "rank=3"])
+    rows = [Row("DiffoRA", ["method=diffora", "recipe=roberta"])]
+    table = Table(seeds={"paper": [0]}, rows=rows, columns={"paper": {"rte": column}})
+    with pytest.raises(UserError, match=r"recipe=fast: the row 'DiffoRA' has recipe=roberta"):
+        expand("recipe=fast", table=table)
+    [job] = expand("debug=fast", table=table).values()
+    assert job["debug"] == "fast" and job["rank"] == "3" and not {"finetune.epochs", "task.max_train_rows"} & job.keys()
+    [job] = expand("debug=fast", "finetune.epochs=2", table=table).values()
+    assert job["finetune.epochs"] == "2"
+
+
 def test_given_values_override_the_table_and_each_run_resolves_its_paths():
     jobs = expand("task=mrpc", "task.path='data/${task.name}'", "model=minilm", "rank=9", "finetune.epochs=1")
     assert len(jobs) == 2 * 3

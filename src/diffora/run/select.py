@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -34,7 +35,7 @@ from diffora.scoring.context import Member, SearchContext, SearchResult
 from diffora.scoring.selectors import trains
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
-from diffora.settings.sections import Search
+from diffora.settings.sections import Search, Settings
 from diffora.tasks.account import lines as account_lines
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
     """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
     scoring = method.scoring
     if scoring is None:
-        if parts.settings.search is not None and parts.settings.search.ensemble > 1:
-            log.warning(f"search.ensemble={parts.settings.search.ensemble} has no effect: no selector runs")
+        for line in _without_selector(parts.settings):
+            log.warning(line)
         found = Selected(_chosen(parts, method, None))
         if found.selection is not None and is_main():
             found.selection.save(parts.folder / FILE)
@@ -106,7 +107,7 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
 
 READ_BY_SEARCH_ONLY = ("gamma_lr", "update", "order", "relaxation", "head_warmup", "readout", "patience")
 """Settings of the search that other selectors do not read."""
-READ_IN_TRAINING = ("train_steps", "weight_decay", "clip")
+READ_IN_TRAINING = ("epochs", "lr", "rank", "train_steps", "weight_decay", "clip")
 """Settings that selectors do not read which train nothing."""
 
 
@@ -115,10 +116,28 @@ def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     unread: tuple[str, ...] = () if selector == "search" else READ_BY_SEARCH_ONLY
     unread += () if trains(selector) else READ_IN_TRAINING
     unread += () if selector == "one_shot" else ("masks",)
-    for field in fields(Search):
-        value = getattr(parts.settings.search, field.name)
-        if field.name in unread and value != field.default:
-            yield f"search.{field.name}={value} has no effect: method.selector={selector} does not read it"
+    for name, value in _changed(parts.settings):
+        if name in unread:
+            yield f"search.{name}={value} has no effect: method.selector={selector} does not read it"
+
+
+def _without_selector(settings: Settings) -> Iterator[str]:
+    """The settings of the search that were changed, where no selector runs."""
+    for name, value in _changed(settings):
+        yield f"search.{name}={value} has no effect: no selector runs"
+
+
+def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """The settings of the search that are not what they are without a word of the user: (name, value)."""
+    search, tuning = settings.search, settings.finetune
+    if search is None:
+        return
+    usual = {field.name: field.default for field in fields(Search)}
+    usual |= {"epochs": settings.task.recipe.search_epochs, "lr": tuning.lr, "rank": settings.rank}
+    usual |= {"batch_size": tuning.batch_size, "accumulate": tuning.accumulate}
+    for name, default in usual.items():
+        if (value := getattr(search, name)) != default:
+            yield name, value
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:

@@ -6,7 +6,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
@@ -102,15 +102,16 @@ def cells(
 ) -> dict[str, tuple[str, ...]]:
     """The overrides of a table's runs, by the names of their folders: for each seed, row and column.
 
-    The user's overrides replace those of the table. ``task=`` replaces all columns (a column of the table with this
-    task keeps its settings), ``method=`` replaces all rows, and ``seed=`` the seeds. ``cell.row=`` and ``cell.column=``
-    choose some of the rows and columns.
+    The user's overrides replace those of the table. ``task=`` replaces all columns: a column of the table with this
+    task keeps its settings, another task gets those that all columns have. ``method=`` replaces all rows, ``seed=`` the
+    seeds. ``cell.row=`` and ``cell.column=`` choose some of the rows and columns.
 
     Args:
         place: the folder of the sweep. A row with ``like`` reads its selections from there.
 
     Raises:
-        UserError: a row or column that does not exist, or several values for another key.
+        UserError: a row or column that does not exist, several values for another key, a task without a backbone, a
+            recipe in place of a row's own, or a row with ``like`` without the row that it is like.
     """
     by_key = {o.key_or_group: o for o in given}
     rows, columns = list(table.rows), dict(table.columns.get(scale, {}))
@@ -119,8 +120,9 @@ def cells(
         rows = [Row(name=method, set=[f"method={method}"]) for method in values(by_key.pop("method"))]
     if "task" in by_key:
         tasks = values(by_key.pop("task"))
-        present = {task: {n: c for n, c in columns.items() if f"task={task}" in c.set} for task in tasks}
-        columns = {n: c for task in tasks for n, c in (present[task] or {task: Column(set=[f"task={task}"])}).items()}
+        columns = {
+            name: column for task in tasks for name, column in _of_task(task, columns, "model" in by_key).items()
+        }
     if "seed" in by_key:
         seeds = values(by_key.pop("seed"))
     if "cell.row" in by_key:
@@ -143,17 +145,49 @@ def cells(
     for seed, row, (name, column) in product(seeds, rows, columns.items()):
         of_row = row.small if scale == "small" and row.small is not None else row.set
         lines = {o.key_or_group: o.input_line for o in parse([*column.set, *of_row, *row.columns.get(name, [])])}
+        if "recipe" in others and "recipe" in lines:
+            raise UserError(f"{others['recipe']}: the row '{row.name}' has {lines['recipe']}, which it would replace")
+        if "debug" in others:
+            lines = {key: line for key, line in lines.items() if key not in ("finetune.epochs", "task.max_train_rows")}
         lines |= others
         lines |= {"experiment": f"experiment={experiment}", "seed": f"seed={seed}"}
         lines |= {f"cell.{key}": f"cell.{key}={quoted(text)}" for key, text in (("row", row.name), ("column", name))}
         lines["cell.experiment"] = f"cell.experiment={experiment}"
         folder, pattern = (f"{slug(which)}-{slug(name)}-seed{seed}" for which in (row.name, row.like or ""))
         if row.like is not None:
-            lines["method.like"] = f"method.like={quoted(place / pattern / 'selection.json')}"
+            file = place / pattern / "selection.json"
+            if row.like not in {other.name for other in rows} and not file.is_file():
+                raise UserError(
+                    f"the row '{row.name}' needs the selections of '{row.like}', and {place} has none for column "
+                    f"{name} and seed {seed}: choose that row, too"
+                )
+            lines["method.like"] = f"method.like={quoted(file)}"
         if folder in found:
             raise UserError(f"experiment={experiment}: two rows or columns have the same folder, {folder}")
         found[folder] = tuple(filter(None, lines.values()))
     return found
+
+
+def _of_task(task: str, columns: Mapping[str, Column], has_model: bool) -> dict[str, Column]:
+    """The columns of a task: those of the table; for another task, one with the settings that all columns have.
+
+    Args:
+        has_model: whether the user names a backbone for all columns.
+
+    Raises:
+        UserError: another task, for which the columns have several backbones.
+    """
+    if present := {name: column for name, column in columns.items() if f"task={task}" in column.set}:
+        return present
+    models = {line for column in columns.values() for line in column.set if line.startswith("model=")}
+    if len(models) > 1 and not has_model:
+        raise UserError(
+            f"task={task} is no column of this table, whose columns have {', '.join(sorted(models))}: add model="
+        )
+    every = [
+        line for line in next(iter(columns.values())).set if all(line in column.set for column in columns.values())
+    ]
+    return {task: Column(set=[f"task={task}", *every])}
 
 
 def _line(override: Override, value: str) -> str:

@@ -54,6 +54,10 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     adaptation.prepare(
         FirstBatches(parts.data.train.encoded, parts.task, parts.data.collate_eval, rows_per_batch, settings.seed)
     )
+    if f.early_stop is not None and f.eval_every is not None:
+        log.info(
+            f"fine-tune: stops after {f.early_stop} evaluations without improvement, one every {f.eval_every} steps"
+        )
     params |= parts.backbone.count_parameters()  # EVA may have changed the ranks, so count again
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")
     fit(
