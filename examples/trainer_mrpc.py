@@ -34,7 +34,9 @@ parts["compute_metrics"] = lambda given: {"accuracy": (given.predictions.argmax(
 
 loader = Trainer(model, **parts).get_train_dataloader()
 selection = diffora.search(model, loader, rounds=1, k=3)
-model = get_peft_model(model, selection.lora_config(rank=8, alpha=16, task_type="SEQ_CLS"))
+new = ["pooler", "classifier"] if model.config.model_type == "deberta-v2" else None  # DeBERTa's pooler is new, too
+config = selection.lora_config(rank=8, alpha=16, task_type="SEQ_CLS", modules_to_save=new)
+model = get_peft_model(model, config)
 
 callback = diffora.DifforaCallback(penalty=1e-3, mask_rank="half")
 trainer = Trainer(model, callbacks=[callback], **parts)

@@ -4,6 +4,7 @@ import dataclasses
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
@@ -57,6 +58,12 @@ def test_red_is_above_the_start_of_the_search_and_blue_below(searched, relaxatio
     assert is_white(cells[0][0])
     assert cells[1][0][0] > cells[1][0][2] and cells[2][0][2] > cells[2][0][0]
     assert colour_range(gates, start) == pytest.approx((start, 0.1))
+    unmoved = [[float(torch.tensor(start)) for _ in range(3)]] * 2  # rounded to float32, 5e-9 from the start
+    assert all(
+        is_white(cell)
+        for row in colours(dataclasses.replace(searched, gamma_bar=unmoved, relaxation=relaxation).plot())
+        for cell in row
+    )
 
 
 @pytest.mark.parametrize("scores", [[[3.0, 1.0, 2.0], [30.0, 10.0, 20.0]], [[-1.0, -3.0, -2.0]] * 2])

@@ -1,5 +1,8 @@
 """Names of selected modules, as PEFT, axolotl and LLaMA-Factory read them."""
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
 import yaml
@@ -171,3 +174,18 @@ def test_a_head_whose_name_ends_like_a_layers_is_refused():
     with pytest.raises(UserError, match="modules_to_save='head' must be a list of names"):
         selection.lora_config(rank=2, modules_to_save="head")
     assert selection.lora_config(rank=2, modules_to_save=["head"]).modules_to_save == ["head"]
+
+
+def test_what_the_search_trained_and_peft_would_leave_frozen_is_named():
+    found = selected(TwoStacks(), "encoder.layers.*")
+    trained = ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight"]
+    found = dataclasses.replace(found, config={"trained": trained})
+    with pytest.warns(UserWarning, match=r"trained pooler\.dense, classifier too, which PEFT leaves frozen"):
+        found.lora_config(rank=2)
+    with pytest.warns(UserWarning, match=r"trained pooler\.dense too"):
+        found.lora_config(rank=2, task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found.lora_config(rank=2, task_type="SEQ_CLS", modules_to_save=["pooler"])
+        found.lora_config(rank=2, modules_to_save=["pooler", "classifier"])
+        selected(TwoStacks(), "encoder.layers.*").lora_config(rank=2)

@@ -25,6 +25,7 @@ from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_tabl
 from diffora.report.pictures import best_cells
 from diffora.report.results import ResultColumn
 from diffora.report.runs import Run, differing, gather
+from diffora.report.selections import agreement, selections
 from diffora.report.statistics import Difference, Spread, detectable, holm, paired, spread, verdict
 from diffora.report.tables import specification, tables_of
 
@@ -728,6 +729,22 @@ def test_one_selection_for_all_seeds_has_no_agreement(tmp_path):
     table = table_of(tmp_path / "given")
     ((place, cell),) = table.cells.items()
     assert pictures.dams(*place, cell).single == "given" and main_table(table).rows[0][-2] == ""
+
+
+def test_selections_that_a_tie_decided_do_not_count_as_agreement(tmp_path):
+    for seed in range(3):
+        folder = made_run(tmp_path / f"{seed}", "diffora", seed)
+        content = json.loads((folder / "selection.json").read_text())
+        equal = [[1 / len(TYPES)] * len(TYPES)] * LAYERS
+        content |= {"gamma_bar": equal, "selected": [[*TYPES[:2]]] * LAYERS}
+        (folder / "selection.json").write_text(json.dumps(content))
+    ((place, cell),) = table_of(tmp_path).cells.items()
+    assert all(found.tied for found in selections(cell).values()) and agreement(selections(cell)) is None
+    moved = [[0.3, 0.2, *[0.5 / (len(TYPES) - 2)] * (len(TYPES) - 2)]] * LAYERS
+    for seed in (0, 1):
+        (tmp_path / f"{seed}" / "selection.json").write_text(json.dumps(content | {"gamma_bar": moved, "seed": seed}))
+    found = selections(table_of(tmp_path).cells[place])
+    assert [found[seed].tied for seed in range(3)] == [False, False, True] and agreement(found).n == 2
 
 
 def test_selections_of_each_seeds_own_search_are_one_setting_in_any_folder(tmp_path):

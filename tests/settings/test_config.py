@@ -13,9 +13,11 @@ from diffora.errors import UserError
 from diffora.methods.base import DIALS
 from diffora.methods.selecting import parse_budget
 from diffora.places import conf_dir
+from diffora.run.arguments import named_values
 from diffora.run.check import check
 from diffora.run.composition import composition_problems, sweeps
 from diffora.run.evaluate import read_request
+from diffora.run.sweep import parse
 from diffora.settings.identity import config_hash, differences, plain
 from diffora.settings.read import keys_of
 from diffora.settings.sections import FineTune, Recipe, Search, Settings, Trainer
@@ -475,3 +477,18 @@ def test_no_value_of_a_setting_causes_an_unexpected_error(cfg):
 def test_overrides_with_several_values_are_found():
     given = ["rank=1,2", "seed=range(0,2)", "method.selection=[a,b]", "task.path='a,b'", "rank=3"]
     assert sweeps(given) == ["rank=1,2", "seed=range(0,2)"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("task.path", "tickets (1).csv"), ("task.label_column", "größe"), ("task.label_column", "it's, a [x]=1")],
+)
+def test_a_value_that_needs_quotes_is_shown_with_them(key, value):
+    [problem] = composition_problems(["method=lora", "task=text", f"{key}={value}"])
+    shown = problem.removeprefix(f"{key}={value} cannot be read: write ")
+    assert shown != problem
+    [override] = parse([shown.strip('"')])
+    assert (override.key_or_group, override.value()) == (key, value)
+    wrong = []
+    assert list(named_values([f"{key}={value}", f"{key}=plain"], wrong)) == [(f"{key}=plain", key, "plain")]
+    assert wrong == [problem]

@@ -652,3 +652,24 @@ def test_a_spectral_norm_is_left_as_it_was():
     before = state(model)
     diffora.find_grid(model)
     assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_module_around_a_transformers_model_has_the_head_of_that_model(has_head):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = bert() if has_head else bert().bert
+            self.top = nn.Linear(2 if has_head else 16, 2)
+
+        def forward(self, labels, **batch):
+            output = self.net(**batch)
+            return self.top(output.logits if has_head else output.pooler_output)
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(**batch), batch["labels"])
+
+    torch.manual_seed(0)
+    found = search(Around(), texts(), loss)
+    head = [f"net.{name}" for name, _ in bert().named_parameters() if name.startswith("classifier")]
+    assert found.config["trained"] == [*(head if has_head else []), "top.weight", "top.bias"]

@@ -94,6 +94,16 @@ def test_the_file_has_any_name_and_reads_back(tmp_path):
     )
 
 
+def test_on_a_narrow_screen_no_number_is_cut(tmp_path):
+    [file, *_] = write_classes(tmp_path, results(4, [f"a class with a long name, number {i}" for i in range(4)]))
+    console = Console(width=72, file=io.StringIO(), force_terminal=False)
+    print_classes(file, console, "rows")
+    text = console.file.getvalue()
+    assert "…" not in text and all(head in text for head in ("precision", "recall", "predicted"))
+    for row in csv.DictReader(io.StringIO(file.read_text())):
+        assert f"{float(row['f1']):.4f}" in text
+
+
 def test_the_table_shows_the_worst_of_many_classes(tmp_path):
     [file, _] = write_classes(tmp_path, results(77, rows=2000))
     console = Console(width=120, file=io.StringIO())

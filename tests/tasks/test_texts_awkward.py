@@ -193,6 +193,7 @@ def test_other_names_of_files(task, tmp_path):
         (["1", "2", "NaN"], ["task.kind=regression"], '"NaN" is not a number'),
         (["1", "2", "inf"], ["task.kind=regression"], '"inf" is not a number'),
         (["a", "b", "a"], ["task.label_column=Label "], "perhaps task.label_column=label"),
+        (["a", "b", "a"], ["task.label_column='labél'"], "perhaps task.label_column=label"),
         (["a", "b", "a"], ["task.label_column=text"], "task.label_column=text is in task.text_columns too"),
     ],
 )

@@ -38,11 +38,14 @@ def colour_range(values: Rows, neutral: float | Sequence[float] | None) -> tuple
         neutral: the gate at Γ = 0 (`start_gate`); one for each layer if they differ, and then differences from these
             are drawn; None for scores.
     """
+    least = 1e-9
+    if neutral is not None:  # a gate that hardly moved has hardly a colour
+        least = 0.01 * (max(neutral) if isinstance(neutral, Sequence) else neutral)
     if isinstance(neutral, Sequence):
         values, neutral = differences(values, neutral), 0.0
     flat = [value for row in values for value in row if value is not None]
     centre = min(flat) if neutral is None else neutral
-    return centre, max(max(abs(value - centre) for value in flat), 1e-9)
+    return centre, max(max(abs(value - centre) for value in flat), least)
 
 
 def differences(values: Rows, neutral: Sequence[float]) -> list[list[float | None]]:

@@ -5,6 +5,7 @@ several rooms above read it (`diffora.loop` to resume, `diffora.methods` for a g
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,13 @@ from diffora.core.selection_file import TABLES, is_number, selection_problems
 from diffora.core.targets import exact_pattern, yaml_fragment
 from diffora.errors import UserError
 from diffora.files import read_json, write_text
+
+HEADS: dict[Any, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The modules that PEFT trains and saves by itself for a ``task_type``."""
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +162,8 @@ class Selection:
 
         Nothing is shared among the other modules, which PEFT cannot do; `diffora.attach` does that. ``target_modules``
         are full names. PEFT also adapts modules whose names end with one of them; if this model has such modules,
-        ``target_modules`` is a regular expression that matches the selected ones only.
+        ``target_modules`` is a regular expression that matches the selected ones only. A warning names modules that the
+        search trained and that PEFT would leave frozen.
 
         Args:
             rank: of every LoRA. None: the selection's own rank, which it has if a budget chose it.
@@ -176,9 +185,23 @@ class Selection:
             if (alike := [place for place in self._candidates_and_parents() if place.endswith(head)])
         ]
         rank, names = self._rank(rank, alpha, taken), self.names()
+        if left := self._left_frozen([*(more.get("modules_to_save") or ()), *HEADS.get(more.get("task_type"), ())]):
+            warnings.warn(
+                f"the search trained {', '.join(left)} too, which PEFT leaves frozen and does not save: give "
+                "modules_to_save, or task_type for the head of a transformers model; or train and save them yourself",
+                stacklevel=2,
+            )
         targets = exact_pattern(names) if self._is_ambiguous else names
         whole = int(alpha) if float(alpha).is_integer() else alpha  # some readers of the file take whole numbers only
         return LoraConfig(r=rank, lora_alpha=whole, target_modules=targets, **more)  # type: ignore[arg-type]
+
+    def _left_frozen(self, saved: Sequence[str]) -> list[str]:
+        """The modules that the search trained beside the adapters, without those that these ends of names cover."""
+        trained: Any = self.config.get("trained")
+        if not isinstance(trained, list):
+            return []
+        modules = dict.fromkeys(str(name).rpartition(".")[0] for name in trained)
+        return [m for m in modules if m and not any(f".{name}." in f".{m}." for name in saved)]
 
     def to_yaml(self, program: str, rank: int | None = None, alpha: float = 16) -> str:
         """The entries of a trainer's configuration file for a LoRA on the selected modules, to paste into it.

@@ -168,5 +168,5 @@ def _check_halves(source: str, rows: int) -> None:
     if rows < 2:
         raise UserError(
             f"{source}: a validation split of {rows} usable row{'' if rows == 1 else 's'} is too small: one half of it "
-            "chooses the epoch, the other half reports it, so it needs at least 2"
+            "chooses the epoch, the other half reports it, so it needs at least 2. Add rows, or give a validation file"
         )

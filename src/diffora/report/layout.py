@@ -187,6 +187,7 @@ def agreement_table(table: ResultTable, found: Sequence[tuple[str, str, str, Sta
         "agreement: modules in common divided by modules in either, the mean over all pairs of seeds",
         "by chance: its expected value for random selections of the same sizes; p: the share of random ones that agree "
         "as well",
+        "a search whose gates are equal at the threshold is left out, because the order of the modules decided it",
         "agreement does not show that a selection is good; a selector that needs no data always agrees with itself",
     ]
     return TextTable(f"{table.title}: agreement of the seeds", [("", labels)], rows, notes) if rows else None

@@ -43,6 +43,17 @@ class Selected:
     certainty: str = ""
     given: bool = False
 
+    @property
+    def tied(self) -> bool:
+        """Whether some of several modules with equal gates were selected, so that the order of the modules decided."""
+        if self.gamma_bar is None:
+            return False
+        parts = [(self.gamma_bar, self.mask, self.present)]
+        if self.scope != "global":
+            parts = list(zip(*parts[0], strict=True))
+        pairs = [(gates[mask & present], gates[~mask & present]) for gates, mask, present in parts]
+        return any(bool(chosen.size and left.size and chosen.min() == left.max()) for chosen, left in pairs)
+
 
 def selections(cell: ResultCell) -> dict[int, Selected]:
     """The selection of each seed; empty if the files do not say, or are for different modules."""
@@ -130,9 +141,12 @@ def numbers(content: Any) -> np.ndarray:
 def agreement(files: Mapping[int, Selected]) -> Stability | None:
     """How far the selections of the seeds agree; None if they are fewer than two, or a list in the settings.
 
+    Selections that a tie decided do not count: they agree because the modules have one order.
+
     Random selections keep the size of each layer if all selections have the same sizes, unless they are global ones.
     They have no modules below the lowest layer of a time budget.
     """
+    files = {seed: found for seed, found in files.items() if not found.tied}
     if not files or any(found.given for found in files.values()):
         return None
     # Several runs may use the selection of one search. It agrees with itself, so it must count once.

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffora.errors import UserError
 from diffora.places import conf_dir
 from diffora.run.composition import check_added
-from diffora.settings.checks import show, unknown_key
+from diffora.settings.checks import show, typed, unknown_key
 from diffora.trust import look_in
 
 CONFIG_DIR = ("--config-dir", "-cd")
@@ -25,7 +25,12 @@ def named_values(arguments: Sequence[str], problems: list[str]) -> Iterator[tupl
         try:
             parsed = OverridesParser.create().parse_override(argument)
         except Exception:
-            problems.append(f"{argument} is not of the form name=value")
+            name, given, value = argument.partition("=")
+            problems.append(
+                f"{argument} cannot be read: write {typed(name, value)}"
+                if given and name
+                else f"{argument} is not of the form name=value"
+            )
             continue
         yield argument, parsed.key_or_group, parsed.value()
 

@@ -46,12 +46,12 @@ def print_classes(file: Path, console: Console, title: str) -> None:
         shown = sorted(present, key=lambda row: (float(row["f1"]), -int(row["support"])))[:SHOWN]
         title += f": the {len(shown)} of {len(rows):,} classes with the lowest F1"
     table = Table(title=escape(title))
-    table.add_column("class", max_width=30, overflow="ellipsis", no_wrap=True)
+    table.add_column("class", max_width=30, overflow="fold")  # on a narrow screen, names give way and numbers do not
     for name in ("precision", "recall", "F1", "rows", "predicted"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     confused = any(row["confused_rows"] for row in shown)
     if confused:
-        table.add_column("taken for", max_width=30, overflow="ellipsis", no_wrap=True)
+        table.add_column("taken for", max_width=30, overflow="fold")
     for row in shown:
         shares = (f"{float(row[name]):.4f}" for name in ("precision", "recall", "f1"))
         other = f"{row['confused_with']}, {int(row['confused_rows']):,}" if row["confused_rows"] else ""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 
 from diffora.errors import UserError
 from diffora.places import conf_dir
-from diffora.settings.checks import unknown_key
+from diffora.settings.checks import typed, unknown_key
 from diffora.settings.read import known_keys
 
 
@@ -90,6 +91,8 @@ def composition_problems(
     choices = [o for o in given if o.partition("=")[0].lstrip("+~") in {group.name for group in groups}]
     found: list[str] = []
     kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
+    if unreadable := list(filter(None, map(_unreadable, given))):
+        return unreadable
     with initialize_config_dir(str(home), version_base="1.3"):
         for override in [*choices, *(o for o in given if o not in choices)]:
             right, wrong = _tried(override, name, kept, groups)
@@ -100,6 +103,23 @@ def composition_problems(
         except UserError as error:
             found += error.problems
     return found
+
+
+def _unreadable(override: str) -> str | None:
+    """The message for an override with characters that Hydra's grammar does not take without quotes, else None."""
+    from diffora.run.sweep import parse
+
+    key, given, value = override.partition("=")
+    if not given:
+        return None
+    try:
+        parse([override])
+    except Exception:
+        quoted = typed(key, value)
+        with suppress(Exception):
+            parse([quoted.strip('"')])
+            return f"{override} cannot be read: write {quoted}"
+    return None
 
 
 def _tried(override: str, name: str, kept: list[str], groups: Sequence[Path]) -> tuple[list[str], list[str]]:

@@ -177,6 +177,8 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
         finally:
             if handler is not None:
                 logging.getLogger().removeHandler(handler)
+                if logging.lastResort is not None:
+                    logging.getLogger("diffora").removeHandler(logging.lastResort)
                 with suppress(OSError):  # the disk has no space for its last lines
                     handler.close()
 
@@ -231,5 +233,7 @@ def _log_to(file: Path) -> logging.Handler | None:
         log.warning(f"{file} cannot be written: {reason(error)}")
         return None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if not logging.getLogger("diffora").hasHandlers() and (screen := logging.lastResort) is not None:
+        logging.getLogger("diffora").addHandler(screen)  # Python uses it only as long as there is no other handler
     logging.getLogger().addHandler(handler)
     return handler

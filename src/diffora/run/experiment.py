@@ -99,9 +99,8 @@ def train(cfg: DictConfig) -> float | None:
             f"trainer.devices={devices} in a sweep would start the sweep again in every process; start the processes "
             f"yourself, `{torchrun()} -m …`, or sweep with trainer.devices=1"
         )
-    # A single run counts from the start of the program, a later job of a sweep from the job's start.
-    first = hydra.mode == RunMode.RUN or hydra.job.num == 0
-    result = run(cfg, folder, began=START if first else None)
+    # A single run counts from the start of the program. Runs of a sweep are compared: all count from their own start.
+    result = run(cfg, folder, began=START if hydra.mode == RunMode.RUN else None)
     return result.metrics.get(f"validation/{get_task(cfg.task).main_metric}")
 
 

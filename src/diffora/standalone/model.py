@@ -93,10 +93,12 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     - some of the candidates' own parameters are frozen: all parameters that are not frozen, except the candidates',
     - none of them is frozen, in a transformers model: its parts outside the pretrained model, and the parameters that
       belong to no part, such as a temperature,
+    - none of them is frozen, in a module of your own around transformers models: the same of each of them, and
+      everything outside them,
     - none of them is frozen, in any other model: everything outside the layers of the grid and their siblings; nothing
       if the grid is the whole model (``layer="."``).
 
-    In the last two cases, frozen parameters are left out. There are some in models whose positions are fixed.
+    In the last three cases, frozen parameters are left out. There are some in models whose positions are fixed.
 
     Raises:
         UserError: a name is not a module.
@@ -110,8 +112,9 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
     elif not candidates <= trainable:
         chosen = trainable
     elif pretrained_children(model):
-        own = Backbone.of(model).head_parameters()
-        chosen = (own | set(model.parameters(recurse=False)) if own else own) & trainable
+        chosen = _own_head(model) & trainable
+    elif inside := _transformers_models(model):
+        chosen = trainable - set[nn.Parameter]().union(*map(_pretrained, inside))
     else:
         chosen = {p for name, p in parameters.items() if not _in_stack(model, name, grid)} & trainable
         if not chosen and grid.layers != ("",):
@@ -121,6 +124,26 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
             )
     chosen -= candidates
     return [p for p in parameters.values() if p in chosen]
+
+
+def _own_head(model: nn.Module) -> set[nn.Parameter]:
+    """What a transformers model has besides the pretrained one; empty without a head."""
+    own = Backbone.of(model).head_parameters()
+    return own | set(model.parameters(recurse=False)) if own else own
+
+
+def _transformers_models(model: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers inside a module that is none itself."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "base_model_prefix") and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return [] if "" in found else list(found.values())
+
+
+def _pretrained(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a transformers model but those of its head."""
+    return set(model.parameters()) - (_own_head(model) if pretrained_children(model) else set())
 
 
 def _in_stack(model: nn.Module, name: str, grid: Grid) -> bool:

@@ -169,9 +169,9 @@ class Task:
         """Load and check one split by its name at the source, e.g. ``test``. Its rows may lack labels.
 
         Raises:
-            UserError: there is no such split, or it has faults.
+            UserError: there is no such split, it has faults, or the class of a user's own task does not define this.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__name__} does not define load_split, which evaluating and predicting need")
 
     def model_request(self) -> ModelRequest:
         """What `diffora.backbones.load.load_backbone` needs to know about the task."""
@@ -330,8 +330,12 @@ class Task:
         return ClassResults.of_classes(list(names.values()), logits.argmax(dim=1), labels)
 
     def predictions(self, outputs: Outputs, split: Split) -> list[dict[str, Any]]:
-        """One JSON object for each example of a split; it has ``row`` and ``prediction``."""
-        raise NotImplementedError
+        """One JSON object for each example of a split; it has ``row`` and ``prediction``.
+
+        Raises:
+            UserError: the class of a user's own task does not define this.
+        """
+        raise UserError(f"{type(self).__name__} does not define predictions, which evaluating and predicting need")
 
     def write_predictions(self, folder: Path, name: str, outputs: Outputs, split: Split) -> list[Path]:
         """Write the predictions for a split to ``folder``, by default ``<name>.jsonl``; returns the files.

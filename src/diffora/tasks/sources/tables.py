@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffora.settings.checks import typed
 from diffora.tasks.account import Account
 from diffora.tasks.messages import some
 
@@ -96,8 +97,8 @@ def check_columns(
             near = difflib.get_close_matches(name.lower(), by_lower, n=1)
             shown = by_lower[near[0]] if near else ""
             of_key = ",".join(shown if other == name else other for other, own in (keys or {}).items() if own == key)
-            value = f"[{of_key}]" if key.endswith("columns") else shown
-            advice = f"perhaps {key}={value}" if key else f"rename '{shown}' if that is it"
+            chosen = f"{key}=[{of_key}]" if key.endswith("columns") else typed(key, shown)
+            advice = f"perhaps {chosen}" if key else f"rename '{shown}' if that is it"
             setting = f" ({key})" if key else ""
             problems.append(
                 f"{file}: no column '{name}'{setting}; it has {some(names)}{f'; {advice}' if near else ''}."
