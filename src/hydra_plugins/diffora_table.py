@@ -242,6 +242,7 @@ class TableSweeper(Sweeper):
 
         The time of job 0 includes the program's start.
         """
+        from diffora.loop.process import is_main
         from diffora.run.record import missing_files, read_record
         from diffora.run.workers import ended_runs_shown, waiting_for_all
 
@@ -257,6 +258,8 @@ class TableSweeper(Sweeper):
                 returned = list(self.runner.launch(batch, initial_job_idx=number)) if batch else []
         except Exception as error:  # a worker of the launcher died; the folders tell which runs completed
             returned, lost = [], str(explained(error) or f"{type(error).__name__}: {error}")
+        if not is_main():  # the first process still writes the last run
+            return {}
         failed = {}
         for folder, job in zip_longest(jobs, returned):
             record = read_record(folder) or {}

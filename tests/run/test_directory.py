@@ -3,6 +3,7 @@
 import pytest
 
 from diffora.errors import UserError
+from diffora.run import experiment
 from diffora.run.directory import begun, check_place, check_sweep_place
 from diffora.run.experiment import run
 
@@ -50,3 +51,35 @@ def test_a_folder_with_a_record_or_checkpoints_has_something_to_continue_from(tm
     assert not begun(tmp_path) and not begun(tmp_path / "nothing")
     (tmp_path / "run.json").write_text("[")
     assert begun(tmp_path)
+
+
+def test_a_run_that_another_process_wrote_meanwhile_is_kept(cfg, tmp_path, monkeypatch):
+    quick = [
+        "experiment=quickstart",
+        "method=lora",
+        "task.train_rows=32",
+        "task.validation_rows=16",
+        "finetune.epochs=1",
+    ]
+    load = experiment._load
+
+    def slow(*given):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text('{"status": "completed"}')
+        return load(*given)
+
+    monkeypatch.setattr(experiment, "_load", slow)
+    with pytest.raises(UserError, match="another process has written a run there meanwhile"):
+        run(cfg(*quick, "finetune.warmup_steps=0"), tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_text() == '{"status": "completed"}'
+
+
+def test_batches_that_the_devices_of_this_machine_cannot_share_are_refused_before_anything_is_loaded(
+    cfg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(experiment, "found_devices", lambda accelerator: 4)
+    monkeypatch.setattr(experiment, "check_machine", lambda settings: None)
+    monkeypatch.setattr(experiment, "_load", None)
+    given = ["experiment=quickstart", "method=lora", "trainer.devices=auto", "finetune.batch_size=32"]
+    with pytest.raises(UserError, match=r"finetune\.accumulate=16 must be a multiple of 4, the number of processes"):
+        run(cfg(*given, "finetune.accumulate=16"), tmp_path / "run")

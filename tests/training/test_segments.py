@@ -1,6 +1,7 @@
 """Evaluation and checkpoints within an epoch: a run that resumes there gives the result of one that never stopped."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from stopped_runs import LORA, assert_equal_runs, run_of, stop
 
 from diffora.loop.data import FineTuneData
 from diffora.loop.plan import plan_of
+from diffora.training.finetune import FineTuneModule
 
 ROWS = ["task.train_rows=44", "task.validation_rows=16", "finetune.batch_size=8"]  # 6 steps an epoch, the last smaller
 HALF = [*LORA, *ROWS, "finetune.epochs=2", "finetune.eval_every=0.5"]
@@ -73,6 +75,30 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("diffora.training.finetune.FineTuneModule.training_step")
         assert_equal_runs(run_of(*overrides, "resume=true", folder=tmp_path / "run"), whole)
+
+
+def test_a_stage_that_a_callback_ended_is_not_trained_again(tmp_path):
+    stops = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: validation/loss, min_delta: 9, patience: 1}"
+    overrides = [*HALF, f"trainer.callbacks=[{stops}]"]
+    whole = run_of(*overrides, folder=tmp_path / "run")
+    assert len(whole.record["history"]) == 2  # of 4
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("diffora.training.finetune.FineTuneModule.training_step")
+        assert_equal_runs(run_of(*overrides, "resume=true", folder=tmp_path / "run"), whole)
+
+
+def test_training_metrics_take_the_newest_output_of_a_row_whatever_process_has_it():
+    row, step = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([3, 2, 0, 1, 5])  # of two processes, one after the other
+    scored = []
+    module = SimpleNamespace(
+        _losses=[], _seen=[1], current_epoch=0, train_split=None, plan=SimpleNamespace(epochs_after=lambda epoch: 1.0),
+        _gather=lambda seen: {"row": row, "step": step, "value": 10 * row + step},
+        task=SimpleNamespace(score=lambda outputs, split: scored.append(outputs) or {}),
+    )  # fmt: skip
+    FineTuneModule._training_scores(module)
+    assert scored[0]["row"].tolist() == [0, 1, 2] and scored[0]["value"].tolist() == [3, 15, 20]
+    assert "step" not in scored[0]
 
 
 MASKED = [*LORA, *ROWS, "method=gm_lora", "method.mask.every=epoch"]

@@ -110,11 +110,17 @@ def job(cfg: DictConfig) -> float | None:
     import_run()
     from diffora.run.experiment import train
 
+    # If a run fails in one of several processes, that process must not begin the next run while the others wait for it.
+    together = hydra.mode == RunMode.MULTIRUN and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         return train(cfg)
     except UserError as error:
         with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
             os.rmdir(hydra.runtime.output_dir)
-        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
+        if cfg.get("debug") or (hydra.mode == RunMode.MULTIRUN and not together):
             raise  # the other jobs of the sweep continue
         fail(*error.problems)
+    except Exception as error:
+        if together and not cfg.get("debug"):
+            fail(f"{type(error).__name__}: {error}", "the runs that are left are not started: see the first message")
+        raise

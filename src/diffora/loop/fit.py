@@ -1,6 +1,7 @@
 """Fits one stage of a run with a Lightning Trainer."""
 
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,6 +55,8 @@ def fit(
                 return
     callbacks = [*callbacks, Checkpoints(checkpoints, stage, parts.made_with)]
     trainer = _trainer(parts, callbacks, loggers, **({"max_epochs": section.epochs} | extra))
+    if trainer.world_size > 1:
+        _stop_together(trainer)
     resume_from = None if newest is None else newest[0]
     try:
         both_levels = getattr(section, "update", None) == "simultaneous"  # two backward passes through one forward pass
@@ -72,12 +75,34 @@ def fit(
         if not isinstance(error, UserError) and (name := failed_callback(error, parts.settings.trainer)) is not None:
             what = f"{type(error).__name__}: {why(error)}"
             raise UserError(f"{name} fails with {what}; debug=default shows where") from error
+        if trainer.world_size > 1 and OTHER_PROCESS.search(str(error)):
+            raise UserError("another process of this run failed; its message is above") from error
         if resume_from is None or module.begun:
             raise
         with continuing(resume_from):  # an error before training begins is about the checkpoint
             raise
     if parts.first_step_at is None:
         parts.first_step_at = module.first_step_at
+
+
+OTHER_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL (error|communicator was aborted)")
+"""In the message of an error that comes up in a process because another one ended."""
+
+
+def _stop_together(trainer: L.Trainer) -> None:
+    """On SIGTERM, only note the signal, in all processes. They stop together, when a batch begins.
+
+    The handler of Lightning sends to the other processes at once. If the signal comes while they exchange something
+    else, all of them wait for ever.
+    """
+    connector: Any = trainer._signal_connector
+
+    def note(number: int, frame: Any) -> None:
+        if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(number)  # type: ignore[arg-type]
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = note
 
 
 def _trainer(parts: Parts, callbacks: list[L.Callback], loggers: Sequence[Any], **more: Any) -> L.Trainer:

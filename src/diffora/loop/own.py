@@ -8,7 +8,8 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.loggers import Logger
 
 from diffora.errors import UserError
@@ -30,6 +31,15 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """Names of settings that hold a secret."""
+UNFIT: dict[type, str] = {
+    Checkpoint: "writes checkpoints, which a run does itself: finetune.eval_every says how often, and the best weights "
+    "are in adapter/",
+    WeightAveraging: "averages weights, but a run keeps those of its best epoch: its metrics would be of other weights",
+    StochasticWeightAveraging: "averages weights, but a run keeps those of its best epoch",
+    ProgressBar: "shows progress, which a run does itself",
+    Timer: "stops a run between evaluations: finetune.max_steps limits it",
+}
+"""Lightning's callbacks that do not go with a run, and why."""
 WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """In an address: a user and a password."""
 
@@ -81,11 +91,8 @@ def problems(trainer: sections.Trainer | None, logger: sections.Logger | None) -
         module, package = NEEDS.get(target.path.rpartition(".")[2], ("", ""))
         if module and find_spec(module) is None:
             yield f"{key}={target.path} needs the package {package}: pip install {package}"
-        elif issubclass(target.makes, Checkpoint):
-            yield (
-                f"{key}={target.path} writes checkpoints, which a run does itself: finetune.eval_every says how often, "
-                "and the best weights are in adapter/"
-            )
+        elif why := next((why for kind, why in UNFIT.items() if issubclass(target.makes, kind)), None):
+            yield f"{key}={target.path} {why}"
 
 
 def _target(value: Mapping[str, Any], key: str, kind: type) -> Target:

@@ -35,11 +35,15 @@ def _batches(settings: Settings) -> Iterator[str]:
 
 
 def _shared_batches(settings: Settings) -> Iterator[str]:
-    """Batches that the processes cannot share evenly. ``trainer.devices=auto`` is not checked."""
+    """`shared_batches` without ``trainer.devices=auto``, which means something else on each machine."""
+    if isinstance(devices := settings.trainer.devices, int):
+        yield from shared_batches(settings, devices)
+
+
+def shared_batches(settings: Settings, devices: int) -> Iterator[str]:
+    """Batches that the processes cannot share evenly, with so many devices on a machine."""
     trainer, f, search = settings.trainer, settings.finetune, settings.search
-    if not isinstance(trainer.devices, int):
-        return
-    processes = trainer.devices * trainer.num_nodes
+    processes = devices * trainer.num_nodes
     parts = f"finetune.batch_size={f.batch_size}" + (
         f" / finetune.accumulate={f.accumulate}" if f.accumulate > 1 else ""
     )

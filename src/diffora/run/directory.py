@@ -145,14 +145,24 @@ def _changed_settings(cfg: DictConfig, folder: Path) -> list[str]:
     return identity.differences(before, identity.plain(cfg))
 
 
+def content(folder: Path) -> bytes | None:
+    """The bytes of the folder's record; None without one."""
+    with suppress(OSError):
+        return (folder / "run.json").read_bytes()
+    return None
+
+
 @contextmanager
-def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[None]:
+def account(cfg: DictConfig, folder: Path, record: dict[str, Any], before: bytes | None) -> Iterator[None]:
     """Keep a run's configuration, log and record in its folder; if the run fails, record why.
 
     If the machine fails (disk, memory), the block raises a `UserError` that explains it.
 
+    Args:
+        before: the `content` of the folder when the run looked what to do there.
+
     Raises:
-        UserError: another process uses the folder, or the folder cannot be written to.
+        UserError: another process uses the folder or has used it since then, or the folder cannot be written to.
     """
     from diffora.loop.process import is_main
 
@@ -160,6 +170,8 @@ def account(cfg: DictConfig, folder: Path, record: dict[str, Any]) -> Iterator[N
         yield
         return
     with kept(folder), _locked(folder):
+        if content(folder) != before:
+            raise UserError(f"{folder}: another process has written a run there meanwhile; give the command again")
         for place in [folder, *filter(Path.is_dir, folder.iterdir())]:
             remove_leftovers(place)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

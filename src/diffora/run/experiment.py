@@ -37,6 +37,7 @@ from diffora.run import directory as rundir
 from diffora.run import terminal
 from diffora.run.check import check
 from diffora.run.classes import write_classes
+from diffora.run.conflicts import shared_batches
 from diffora.run.forgetting import forgetting, text_loss
 from diffora.run.precision import settled
 from diffora.run.record import (
@@ -125,6 +126,11 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         return _dry_run(cfg, settings, task, folder, precision)
     quiet_libraries()
     check_machine(settings)
+    if settings.trainer.devices == "auto":
+        uneven = list(shared_batches(settings, found_devices(settings.trainer.accelerator)))
+        if uneven:
+            raise UserError(uneven)
+    before = rundir.content(folder)
     # If the run is complete, every process has to know it: the others would wait for the main one.
     if (is_main() or settings.resume) and (done := rundir.finished(cfg, folder)) is not None:
         return _show_again(done, settings, task, folder)
@@ -146,7 +152,7 @@ def run(cfg: DictConfig, folder: Path, began: float | None = None) -> Result:
         record["classes"] = list(names.values())
     # Such a change can make other numbers of the same settings, as a new kernel or another padding does.
     changed = rundir.changed_versions(folder, record) if parts.earlier.exists else []
-    with rundir.account(cfg, folder, record):
+    with rundir.account(cfg, folder, record, before):
         if changed:
             log.warning(
                 f"{folder}: an earlier attempt had other versions ({', '.join(changed)}): the result may not be that "

@@ -161,7 +161,8 @@ class FineTuneModule(Stage):
             self._losses.append(loss.new_zeros(2))
         self._losses[-1] += torch.stack([loss.detach() * self._terms, torch.full_like(loss, self._terms)]).detach()
         if self.task.scores_training:
-            self._seen.append(self.task.outputs(output, batch))
+            outputs = self.task.outputs(output, batch)
+            self._seen.append(outputs | {"step": torch.full_like(outputs["row"], step)})
         values: dict[str, Any] = {"train/step_loss": loss.detach()}
         if (penalty := self.adaptation.penalty()) is not None:
             loss = loss + penalty
@@ -267,7 +268,11 @@ class FineTuneModule(Stage):
             loss = (sums / _or_one(terms)).mean()
         scores: Metrics = {"epoch": self.plan.epochs_after(self.current_epoch), "train/loss": loss.item()}
         if self._seen:
-            seen = self.task.score(_each_row_once(self._gather(self._seen), last=True), self.train_split)
+            outputs = self._gather(self._seen)
+            order = outputs.pop("step").argsort(stable=True)  # by step, and with equal rows together by the next line
+            order = order[outputs["row"][order].argsort(stable=True)]
+            outputs = {key: value[order] for key, value in outputs.items()}
+            seen = self.task.score(_each_row_once(outputs, last=True), self.train_split)
             scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
         self._losses, self._seen = [], []
         return scores
@@ -337,7 +342,8 @@ class FineTuneModule(Stage):
             "best_state": self.best_state,
             "best_classes": self.best_classes and vars(self.best_classes),
             "method": self.adaptation.state(),
-            "finished": self.current_epoch + 1 >= len(self.plan),
+            # A callback of the user may have stopped it.
+            "finished": self.current_epoch + 1 >= len(self.plan) or self.trainer.should_stop,
             "stepping": [self._stepping.seconds, self._stepping.batches],
         }
 
