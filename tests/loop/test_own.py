@@ -128,7 +128,7 @@ def test_trackio_gets_the_settings_the_metrics_and_the_end(tmp_path, monkeypatch
         ("trainer.callbacks=[{every: 3}]", "must be a list of {_target_: module.Class"),
         ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint}]", "writes checkpoints"),
         ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging}]", "averages weights"),
-        ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 1}]", "average"),
+        ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 1}]", "averag"),
         ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.TQDMProgressBar}]", "shows progress"),
         ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.Timer}]", "finetune.max_steps limits it"),
         ("+logger.mine={_target_: my_own.Counts}", "logger.mine=my_own.Counts is not a subclass of lightning's Logger"),

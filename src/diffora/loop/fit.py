@@ -99,7 +99,7 @@ def _stop_together(trainer: L.Trainer) -> None:
 
     def note(number: int, frame: Any) -> None:
         if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
-            launcher.kill(number)  # type: ignore[arg-type]
+            launcher.kill(number)
         connector.received_sigterm = True
 
     connector._sigterm_notifier_fn = note

@@ -129,15 +129,14 @@ def _without_selector(settings: Settings) -> Iterator[str]:
 
 def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
     """The settings of the search that are not what they are without a word of the user: (name, value)."""
-    search, tuning = settings.search, settings.finetune
-    if search is None:
-        return
-    usual = {field.name: field.default for field in fields(Search)}
-    usual |= {"epochs": settings.task.recipe.search_epochs, "lr": tuning.lr, "rank": settings.rank}
-    usual |= {"batch_size": tuning.batch_size, "accumulate": tuning.accumulate}
-    for name, default in usual.items():
-        if (value := getattr(search, name)) != default:
-            yield name, value
+    if settings.search is not None:  # a method without a search has none
+        tuning = settings.finetune
+        usual = {field.name: field.default for field in fields(Search)}
+        usual |= {"epochs": settings.task.recipe.search_epochs, "lr": tuning.lr, "rank": settings.rank}
+        usual |= {"batch_size": tuning.batch_size, "accumulate": tuning.accumulate}
+        for name, default in usual.items():
+            if (value := getattr(settings.search, name)) != default:
+                yield name, value
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:
