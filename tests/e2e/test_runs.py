@@ -17,7 +17,7 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.loop.loggers import Loggers
 from diffora.run.check import check
-from diffora.run.directory import account
+from diffora.run.directory import account, content
 from diffora.run.experiment import run
 from diffora.run.record import read_record
 
@@ -300,11 +300,14 @@ def test_two_processes_do_not_write_to_one_run(cfg, tmp_path):
         [sys.executable, "-c", other, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "1\n"
-        with pytest.raises(UserError, match="another process"), account(cfg(), tmp_path, {"status": "running"}):
+        with (
+            pytest.raises(UserError, match="another process"),
+            account(cfg(), tmp_path, {"status": "running"}, content(tmp_path)),
+        ):
             pass
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         process.kill()
-    with account(cfg(), tmp_path, {"status": "running"}):
+    with account(cfg(), tmp_path, {"status": "running"}, content(tmp_path)):
         assert read_record(tmp_path)["status"] == "running"
 
 

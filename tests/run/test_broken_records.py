@@ -79,7 +79,7 @@ def test_an_edited_record_is_broken(tmp_path, old, new):
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b"a: *b", b"- 1", None])
 def test_a_run_with_a_broken_config_does_not_resume(cfg, tmp_path, content):
-    with account(cfg(*SHORT_LORA), tmp_path, {"status": "running", "config_hash": "another"}):
+    with account(cfg(*SHORT_LORA), tmp_path, {"status": "running", "config_hash": "another"}, None):
         pass
     (tmp_path / "config.yaml").unlink() if content is None else (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml.*settings are unknown"):

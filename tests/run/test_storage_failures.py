@@ -14,7 +14,7 @@ from diffora.errors import UserError, WriteError
 from diffora.files import write_text
 from diffora.loop.parts import Parts
 from diffora.run import evaluate, experiment
-from diffora.run.directory import account
+from diffora.run.directory import account, content
 from diffora.run.experiment import run
 from diffora.run.record import missing_files, read_record
 from diffora.tasks.glue import GlueTask
@@ -91,7 +91,7 @@ def test_an_unwritable_folder_is_reported_before_anything_is_loaded(cfg, tmp_pat
 
 def test_an_error_after_the_end_does_not_change_a_completed_record(cfg, tmp_path):
     def work(record):
-        with account(cfg(), tmp_path, record):
+        with account(cfg(), tmp_path, record, content(tmp_path)):
             record["status"] = "completed"
             write_text(tmp_path / "run.json", '{"status": "kept"}')
             raise KeyboardInterrupt
@@ -103,7 +103,7 @@ def test_an_error_after_the_end_does_not_change_a_completed_record(cfg, tmp_path
 
 def test_the_error_of_a_run_is_raised_although_its_record_cannot_be_written(cfg, tmp_path, monkeypatch, caplog):
     def work():
-        with account(cfg(), tmp_path, {"status": "running"}):
+        with account(cfg(), tmp_path, {"status": "running"}, content(tmp_path)):
             monkeypatch.setattr(os, "fsync", refusing(os.fsync, errno.ENOSPC))
             raise ZeroDivisionError
 
@@ -115,7 +115,7 @@ def test_the_error_of_a_run_is_raised_although_its_record_cannot_be_written(cfg,
 
 def test_a_log_file_without_space_does_not_change_the_run(cfg, tmp_path, monkeypatch):
     def work(error):
-        with account(cfg(), tmp_path, {"status": "running"}):
+        with account(cfg(), tmp_path, {"status": "running"}, content(tmp_path)):
             logging.getLogger("diffora").warning("a line")
             if error:
                 raise error
@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_gives_a_warning(cfg, tmp_path, monkeypatch,
     if number != errno.ENOSYS:  # for ENOSYS, filelock uses another kind of lock
         (tmp_path / ".lock").write_text("of a dead process")
     monkeypatch.setattr(fcntl, "flock", refusing(fcntl.flock, number))
-    with account(cfg(), tmp_path, {"status": "running"}):
+    with account(cfg(), tmp_path, {"status": "running"}, content(tmp_path)):
         assert read_record(tmp_path)["status"] == "running"
     assert number == errno.ENOSYS or "no locks" in caplog.text
 
