@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from diffora.errors import UserError, explained
 from diffora.run.arguments import has_key
 from diffora.run.directory import check_sweep_place
-from diffora.run.sweep import Table, cells, combinations, parse, quoted, table_of, values
+from diffora.run.sweep import Table, cells, combinations, parse, table_of, values
+from diffora.settings.quotes import quoted
 
 ConfigStore.instance().store(group="hydra/sweeper", name="table", node=Table, provider="diffora")
 
@@ -238,10 +239,7 @@ class TableSweeper(Sweeper):
         return self.launch_at_once(first, 0) | self.launch_at_once(waiting, len(first))
 
     def launch_at_once(self, jobs: Jobs, number: int) -> dict[Path, str]:
-        """Give runs to the launcher; the first gets job number ``number``.
-
-        The time of job 0 includes the program's start.
-        """
+        """Give runs to the launcher; the first gets job number ``number``."""
         from diffora.loop.process import is_main
         from diffora.run.record import missing_files, read_record
         from diffora.run.workers import ended_runs_shown, waiting_for_all

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from dataclasses import MISSING, fields
 
 import fuzz_values
@@ -481,13 +482,18 @@ def test_overrides_with_several_values_are_found():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("task.path", "tickets (1).csv"), ("task.label_column", "größe"), ("task.label_column", "it's, a [x]=1")],
+    [
+        ("task.path", "tickets (1).csv"),
+        ("task.label_column", "größe"),
+        ("task.label_column", "it's, a [x]=1"),
+        ("task.path", "a\\b $HOME (1)\\"),
+    ],
 )
 def test_a_value_that_needs_quotes_is_shown_with_them(key, value):
     [problem] = composition_problems(["method=lora", "task=text", f"{key}={value}"])
     shown = problem.removeprefix(f"{key}={value} cannot be read: write ")
     assert shown != problem
-    [override] = parse([shown.strip('"')])
+    [override] = parse(shlex.split(shown))
     assert (override.key_or_group, override.value()) == (key, value)
     wrong = []
     assert list(named_values([f"{key}={value}", f"{key}=plain"], wrong)) == [(f"{key}=plain", key, "plain")]

@@ -88,14 +88,19 @@ def test_a_stage_that_a_callback_ended_is_not_trained_again(tmp_path):
         assert_equal_runs(run_of(*overrides, "resume=true", folder=tmp_path / "run"), whole)
 
 
-def test_training_metrics_take_the_newest_output_of_a_row_whatever_process_has_it():
-    row, step = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([3, 2, 0, 1, 5])  # of two processes, one after the other
+def test_training_metrics_take_the_newest_output_of_a_row_whatever_process_has_it(monkeypatch):
+    row, step = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([3, 2, 0, 1, 5])
+    whole = {"row": row, "step": step, "value": 10 * row + step}
+    parts = [{key: value[:3] for key, value in whole.items()}, {key: value[3:] for key, value in whole.items()}]
     scored = []
     module = SimpleNamespace(
-        _losses=[], _seen=[1], current_epoch=0, train_split=None, plan=SimpleNamespace(epochs_after=lambda epoch: 1.0),
-        _gather=lambda seen: {"row": row, "step": step, "value": 10 * row + step},
+        _losses=[], _seen=[{key: value[:0] for key, value in whole.items()}], current_epoch=0, train_split=None,
+        plan=SimpleNamespace(epochs_after=lambda epoch: 1.0), trainer=SimpleNamespace(world_size=2),
+        _gather=lambda outputs: FineTuneModule._gather(module, outputs),
         task=SimpleNamespace(score=lambda outputs, split: scored.append(outputs) or {}),
     )  # fmt: skip
+    exchange = lambda found, mine: found.__setitem__(slice(None), parts)  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
     FineTuneModule._training_scores(module)
     assert scored[0]["row"].tolist() == [0, 1, 2] and scored[0]["value"].tolist() == [3, 15, 20]
     assert "step" not in scored[0]

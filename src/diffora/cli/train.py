@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _typed: list[str] = []
 """The command line as it was typed, while Hydra reads a part of it."""
+NOT_STARTED = "the sweep ends here, because its processes work together; the same command does what is missing"
 _to_say: list[str] = []
 """Lines for the start of the first run, when it is known that there is one."""
 
@@ -117,10 +119,13 @@ def job(cfg: DictConfig) -> float | None:
     except UserError as error:
         with suppress(OSError):  # Hydra has made the run directory; it is kept if it has content
             os.rmdir(hydra.runtime.output_dir)
-        if cfg.get("debug") or (hydra.mode == RunMode.MULTIRUN and not together):
+        if together:
+            fail(*error.problems, NOT_STARTED)
+        if cfg.get("debug") or hydra.mode == RunMode.MULTIRUN:
             raise  # the other jobs of the sweep continue
         fail(*error.problems)
-    except Exception as error:
-        if together and not cfg.get("debug"):
-            fail(f"{type(error).__name__}: {error}", "the runs that are left are not started: see the first message")
+    except Exception:
+        if together:
+            traceback.print_exc()
+            fail(NOT_STARTED)
         raise

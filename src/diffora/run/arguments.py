@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
 from diffora.places import conf_dir
-from diffora.run.composition import check_added
-from diffora.settings.checks import show, typed, unknown_key
+from diffora.run.composition import check_added, unreadable
+from diffora.settings.checks import show, unknown_key
 from diffora.trust import look_in
 
 CONFIG_DIR = ("--config-dir", "-cd")
@@ -25,12 +25,7 @@ def named_values(arguments: Sequence[str], problems: list[str]) -> Iterator[tupl
         try:
             parsed = OverridesParser.create().parse_override(argument)
         except Exception:
-            name, given, value = argument.partition("=")
-            problems.append(
-                f"{argument} cannot be read: write {typed(name, value)}"
-                if given and name
-                else f"{argument} is not of the form name=value"
-            )
+            problems.append(unreadable(argument) or f"{argument} is not of the form name=value")
             continue
         yield argument, parsed.key_or_group, parsed.value()
 

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 from diffora.errors import UserError
 from diffora.places import conf_dir
-from diffora.settings.checks import typed, unknown_key
+from diffora.settings.checks import unknown_key
+from diffora.settings.quotes import quoted, typed
 from diffora.settings.read import known_keys
 
 
@@ -78,7 +79,6 @@ def composition_problems(
     from hydra.core.global_hydra import GlobalHydra
 
     from diffora.run.check import check
-    from diffora.run.sweep import quoted
 
     home, name = primary or (conf_dir(), "config")
     try:
@@ -91,8 +91,8 @@ def composition_problems(
     choices = [o for o in given if o.partition("=")[0].lstrip("+~") in {group.name for group in groups}]
     found: list[str] = []
     kept = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
-    if unreadable := list(filter(None, map(_unreadable, given))):
-        return unreadable
+    if problems := list(filter(None, map(unreadable, given))):
+        return problems
     with initialize_config_dir(str(home), version_base="1.3"):
         for override in [*choices, *(o for o in given if o not in choices)]:
             right, wrong = _tried(override, name, kept, groups)
@@ -105,8 +105,8 @@ def composition_problems(
     return found
 
 
-def _unreadable(override: str) -> str | None:
-    """The message for an override with characters that Hydra's grammar does not take without quotes, else None."""
+def unreadable(override: str) -> str | None:
+    """The message for an override whose value Hydra's grammar takes in quotes only, else None."""
     from diffora.run.sweep import parse
 
     key, given, value = override.partition("=")
@@ -115,10 +115,9 @@ def _unreadable(override: str) -> str | None:
     try:
         parse([override])
     except Exception:
-        quoted = typed(key, value)
         with suppress(Exception):
-            parse([quoted.strip('"')])
-            return f"{override} cannot be read: write {quoted}"
+            parse([f"{key}={quoted(value)}"])
+            return f"{override} cannot be read: write {typed(key, value)}"
     return None
 
 

@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from diffora.errors import UserError
+from diffora.settings.quotes import quoted
 
 MOST_RUNS = 10_000
 
@@ -184,9 +185,8 @@ def _of_task(task: str, columns: Mapping[str, Column], has_model: bool) -> dict[
         raise UserError(
             f"task={task} is no column of this table, whose columns have {', '.join(sorted(models))}: add model="
         )
-    every = [
-        line for line in next(iter(columns.values())).set if all(line in column.set for column in columns.values())
-    ]
+    first = next(iter(columns.values()), Column())
+    every = [line for line in first.set if all(line in column.set for column in columns.values())]
     return {task: Column(set=[f"task={task}", *every])}
 
 
@@ -207,12 +207,6 @@ def _chosen(override: Override, known: dict[str, Any]) -> list[Any]:
 def _plain(value: str) -> str:
     """A value without quotes and escapes."""
     return str(parse([f"key={value}"])[0].value())
-
-
-def quoted(value: object) -> str:
-    """A text as the value of an override."""
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def slug(text: str) -> str:

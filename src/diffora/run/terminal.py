@@ -1,8 +1,6 @@
 """The tables on the terminal: at the end of a run, of an evaluation, and of a dry run."""
 
 import os
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from diffora.core.picture import layer_numbers
 from diffora.core.selection import Selection
 from diffora.errors import called
 from diffora.run.classes import print_classes
-from diffora.run.sweep import quoted
+from diffora.settings.quotes import typed
 from diffora.tasks.base import Task
 
 
@@ -114,20 +112,12 @@ def how_to_use(record: dict[str, Any], folder: Path) -> list[str]:
     alpha = settings["method"].get("alpha", 16)
     return [
         f"Fine-tune with it: the same arguments with `{called('train')}`, without search_only=true and with",
-        f"  resume=true {_argument('hydra.run.dir', here)}",
+        f"  resume=true {typed('hydra.run.dir', here)}",
         "or, in other runs,",
-        f"  {_argument('method.selection', here / 'selection.json')}",
+        f"  {typed('method.selection', here / 'selection.json')}",
         "With PEFT, in Python:",
         f"  diffora.Selection.load({str(here / 'selection.json')!r}).lora_config({rank}alpha={alpha})",
     ]
-
-
-def _argument(key: str, path: Path) -> str:
-    """A path as the value of a setting, quoted for Hydra and for the shell where that is needed."""
-    if re.fullmatch(r"[\w./-]+", str(path), re.ASCII):
-        return f"{key}={path}"
-    argument = f"{key}={quoted(path)}"
-    return shlex.quote(argument) if re.search(r'["$`\\!]', argument) else f'"{argument}"'
 
 
 def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:

@@ -19,7 +19,7 @@ from diffora.places import conf_dir
 from diffora.run.arguments import has_key
 from diffora.run.composition import composition_problems
 from diffora.run.record import check_as_left, read_record, why_broken
-from diffora.run.sweep import quoted
+from diffora.settings.quotes import quoted
 from diffora.tasks.base import Task, get_task
 from diffora.trust import class_at, literal, settings
 

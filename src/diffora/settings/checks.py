@@ -194,14 +194,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "")
 
 
-def typed(key: str, value: str) -> str:
-    """A setting as it is typed in a shell: with quotes, if its value has characters that need them."""
-    if re.fullmatch(r"[\w./:@%+-]+", value, re.ASCII):
-        return f"{key}={value}"
-    escaped = value.replace("'", "\\'")
-    return f"\"{key}='{escaped}'\""
-
-
 def show(value: Any) -> str:
     """A value as a message quotes it: on one line, at most 100 characters."""
     try:

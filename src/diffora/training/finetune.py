@@ -268,25 +268,27 @@ class FineTuneModule(Stage):
             loss = (sums / _or_one(terms)).mean()
         scores: Metrics = {"epoch": self.plan.epochs_after(self.current_epoch), "train/loss": loss.item()}
         if self._seen:
-            outputs = self._gather(self._seen)
-            order = outputs.pop("step").argsort(stable=True)  # by step, and with equal rows together by the next line
-            order = order[outputs["row"][order].argsort(stable=True)]
-            outputs = {key: value[order] for key, value in outputs.items()}
-            seen = self.task.score(_each_row_once(outputs, last=True), self.train_split)
+            seen = self.task.score(_each_row_once(self._gather(self._seen), last=True), self.train_split)
             scores |= {f"train/{key}": value for key, value in seen.items() if key != "loss"}
         self._losses, self._seen = [], []
         return scores
 
     def _gather(self, outputs: list[Outputs]) -> Outputs:
-        """The outputs for a whole split in row order, from all processes, on the CPU."""
+        """The outputs for a whole split in row order, from all processes, on the CPU.
+
+        With ``step``, which is left out, the outputs of one row are in the order of their steps.
+        """
         mine = {key: torch.cat([part[key] for part in outputs]).cpu() for key in outputs[0]} if outputs else None
         parts: list[Any] = [mine]
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, mine)
         parts = list(filter(None, parts))
-        order = torch.cat([part["row"] for part in parts]).argsort(stable=True)
-        return {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        row = whole["row"]
+        step = whole.pop("step", torch.zeros_like(row))
+        order = (row * (step.max() + 1) + step).argsort(stable=True)
+        return {key: value[order] for key, value in whole.items()}
 
     @property
     def official(self) -> str:

@@ -56,7 +56,8 @@ def finetune(parts: Parts, adaptation: Adaptation, params: dict[str, int], logge
     )
     if f.early_stop is not None and f.eval_every is not None:
         log.info(
-            f"fine-tune: stops after {f.early_stop} evaluations without improvement, one every {f.eval_every} steps"
+            f"fine-tune: stops after {f.early_stop} evaluations without improvement, and evaluates by "
+            f"finetune.eval_every={f.eval_every:g}"
         )
     params |= parts.backbone.count_parameters()  # EVA may have changed the ranks, so count again
     log.info(f"fine-tune: {params['adapter']:,} adapter + {params['head']:,} head parameters, {n_rows} rows")

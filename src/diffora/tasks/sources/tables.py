@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffora.settings.checks import typed
+from diffora.settings.quotes import typed
 from diffora.tasks.account import Account
 from diffora.tasks.messages import some
 
