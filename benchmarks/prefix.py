@@ -127,7 +127,8 @@ def main() -> None:
         data, model = (given.data.resolve(), given.model.resolve()) if real else (Path(scratch), EMBEDDED)
         n_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         common = ["task=mrpc", f"task.path={data}", f"model={given.name if real else 'tiny'}", f"model.path={model}"]
-        common += ["trainer=cpu", "logger=csv", f"finetune.epochs={given.epochs}", *given.more]
+        common += ["trainer=cpu", "logger=csv", f"finetune.epochs={given.epochs}"]
+        common += [*([] if real else ["task.max_length=64"]), *given.more]
         chosen = {name: value for name, value in arms(n_layers).items() if name in ("all", *given.arms)}
         settings = {
             "data": "MRPC" if real else "the embedded task: --data and --model were not both given",

@@ -119,6 +119,8 @@ def test_a_recipe_does_not_replace_a_rows_own_and_debug_is_not_overridden():
         expand("recipe=fast", table=table)
     [job] = expand("debug=fast", table=table).values()
     assert job["debug"] == "fast" and job["rank"] == "3" and not {"finetune.epochs", "task.max_train_rows"} & job.keys()
+    [job] = expand("debug=anomaly", table=table).values()
+    assert (job["finetune.epochs"], job["task.max_train_rows"]) == ("3", "1000")
     [job] = expand("debug=fast", "finetune.epochs=2", table=table).values()
     assert job["finetune.epochs"] == "2"
 
