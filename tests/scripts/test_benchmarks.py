@@ -263,6 +263,7 @@ def test_a_whole_run_of_both_sides(tmp_path):
     for name in ("train", "validation"):
         table = pyarrow.parquet.read_table(tmp_path / f"{name}.parquet")
         pyarrow.parquet.write_table(table.slice(0, 200), tmp_path / f"{name}.parquet")
+    setting = run.Setting(tmp_path, setting.model, setting.folder, setting.max_length, setting.epochs)  # of 200 rows
     result = run.measure(setting, list(run.SIDES), repetitions=1)
     assert result["ratios"].keys() == {"run/hf_trainer", "run/hf_trainer_grouped"}
     trained = {found[0]["trainable"] for found in result["runs"].values()}
