@@ -37,7 +37,7 @@ def rows_of(runs: Sequence[Run]) -> dict[str, Row]:
     if len(columns := {str(run.get("column")) for run in runs}) > 1:
         sys.exit(f"error: the runs are of {', '.join(sorted(columns))}: give a folder with one of them")
     for run in runs:
-        if missing := {RIGHT, FORGETTING} - run["metrics"].keys():
+        if missing := {key for key in (RIGHT, FORGETTING) if run["metrics"].get(key) is None}:
             sys.exit(f"error: {run.get('row')}, seed {run['seed']} has no {', '.join(sorted(missing))}")
     found: dict[str, dict[str, Any]] = {}
     for run in checked(runs):

@@ -33,8 +33,9 @@ def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence
         apart: the settings in which the rows of a column may differ; None: in all.
 
     Raises:
-        SystemExit: two runs are of one row, column and seed; the runs of a column have different data; or runs have
-            different settings where they should not. A setting that a run of an older version lacks does not count.
+        SystemExit: two runs are of one row, column and seed; the runs of a column have different data; a run has no
+            finite main metric; or runs have different settings where they should not. A setting that a run of an older
+            version lacks does not count.
     """
     seen: set[tuple[str, str, int]] = set()
     data: dict[str, Any] = {}
@@ -45,6 +46,9 @@ def checked(runs: Sequence[Run], apart: Sequence[str] | None = None) -> Sequence
         if (row, column, seed) in seen:
             sys.exit(f"error: two runs are {name}: give a folder with one of them")
         seen.add((row, column, seed))
+        mains = [f"{split}/{run.get('main_metric')}" for split in ("validation", "test")]
+        if lost := [key for key in mains if run.get("metrics", {}).get(key, 0) is None]:
+            sys.exit(f"error: {name} has no finite {lost[0]}")
         if data.setdefault(column, run.get("data_hash")) != run.get("data_hash"):
             sys.exit(f"error: {name} has other data than the others")
         for key, value in flat(run.get("settings", {})).items():

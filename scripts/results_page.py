@@ -106,24 +106,34 @@ def with_difference(given: Found, found: Difference, margin: float | None) -> di
 
 
 def with_percentile(given: Found) -> dict[str, Any]:
-    """Percentiles of one selector: better than chance if p < 0.05 over all choices and among those of equal size."""
+    """Percentiles of one selector: better than chance if p < 0.05 over all choices and among those of equal size.
+
+    With few choices, some tests cannot have p < 0.05 (`Permuted.p_least`); the verdict is then "no test".
+    """
     selector = json.loads((ROOT / given["file"]).read_text())["selectors"][given["selector"]]
     equal = selector["equal_size"]
     facts = {"percentile": selector["percentile"], "p": round(selector["p"], 5), "n": len(selector["seeds"])}
     facts |= {"percentile_equal_size": equal["percentile"], "p_equal_size": round(equal["p"], 5)}
-    level = 1 - LEVEL
-    return {**given, **facts, "verdict": "better" if max(selector["p"], equal["p"]) < level else "not shown"}
+    facts |= {"p_least": round(selector["p_least"], 5), "p_least_equal_size": round(equal["p_least"], 5)}
+    tests = [verdict_of(selector["p"], selector["p_least"]), verdict_of(equal["p"], equal["p_least"])]
+    return {**given, **facts, "verdict": next((word for word in ("no test", "not shown") if word in tests), "better")}
+
+
+def verdict_of(p: float, least: float) -> str:
+    """``better``, ``not shown``, or ``no test`` if the lowest possible p would not be below 0.05."""
+    level = round(1 - LEVEL, 10)  # 1 - 0.95 is a little more than 0.05
+    return "better" if p < level else "no test" if least >= level else "not shown"
 
 
 def with_draws(given: Found) -> dict[str, Any]:
-    """Better than chance if p < 0.05 with the choices of all seeds taken as one."""
+    """Better than chance if p < 0.05 with the choices of all seeds taken as one; `verdict_of` for the words."""
     seeds = json.loads((ROOT / given["file"]).read_text())[given["column"]]
     _, gain = selection_draws.over_seeds(seeds, "validation")
     _, together = selection_draws.tests(seeds, "validation")
     assert gain.low is not None and gain.high is not None and together is not None
     facts = {"mean": round(100 * gain.mean, 3), "low": round(100 * gain.low, 3), "high": round(100 * gain.high, 3)}
-    facts |= {"n": gain.n, "p_one_choice": round(together.p, 5)}
-    return {**given, **facts, "verdict": "better" if together.p < 1 - LEVEL else "not shown"}
+    facts |= {"n": gain.n, "p_one_choice": round(together.p, 5), "p_least": round(together.p_least, 5)}
+    return {**given, **facts, "verdict": verdict_of(together.p, together.p_least)}
 
 
 def filled(content: Found) -> dict[str, Any]:
@@ -156,17 +166,24 @@ def ranged(found: Found, digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
+def least(p: float) -> str:
+    return f"lowest possible {p:.3f}"
+
+
 def measured_cells(one: Found) -> tuple[str, str, list[str]]:
     """n, the figures and the verdicts of one measurement."""
     if "exact" in one:
         return str(len(one["seeds"]) or ""), one["exact"]["found"], [one["exact"]["verdict"]]
     if "percentile" in one:
         p = one["percentile"]
-        figures = f"percentile {p['percentile']:.0f}, p = {p['p']:.3f}; at equal size "
-        return str(p["n"]), figures + f"{p['percentile_equal_size']:.0f}, p = {p['p_equal_size']:.3f}", [p["verdict"]]
+        figures = f"percentile {p['percentile']:.0f}, p = {p['p']:.3f} ({least(p['p_least'])}); at equal size "
+        figures += f"{p['percentile_equal_size']:.0f}, p = {p['p_equal_size']:.3f} "
+        figures += f"({least(p['p_least_equal_size'])})"
+        return str(p["n"]), figures, [p["verdict"]]
     if "draws" in one:
         d = one["draws"]
-        return str(d["n"]), f"{ranged(d)}; as one choice p = {d['p_one_choice']:.3f}", [d["verdict"]]
+        p = f"as one choice p = {d['p_one_choice']:.3f} ({least(d['p_least'])})"
+        return str(d["n"]), f"{ranged(d)}; {p}", [d["verdict"]]
     found = one["differences"]
     figures = "; ".join(f"{d['of']}: {ranged(d, one.get('digits', 1))}".removeprefix(": ") for d in found)
     return " to ".join(str(n) for n in sorted({d["n"] for d in found})), figures, [d["verdict"] for d in found]
@@ -285,7 +302,7 @@ def picture(content: Found, file: Path, limit: float = 8.0) -> None:
     axes.grid(axis="x", lw=0.3)
     axes.set_xlabel("difference in points; right of 0 is as the paper claims")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    names = {"undecided": "undecided or not shown"}
+    names = {"undecided": "undecided, not shown or no test"}
     legend = [Line2D([], [], color=c, marker="o", ms=4, label=names.get(name, name)) for name, c in COLOURS.items()]
     axes.legend(handles=legend, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=8)
     figure.savefig(file, dpi=110)

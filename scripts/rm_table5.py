@@ -7,10 +7,11 @@ The folders have runs of experiment=rm_table5_orthogonality, of any number of ep
 many epochs, paired over seeds, with Student's t.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pages import Run, fill
+from pages import Run, checked, fill
 
 from diffora.report.statistics import paired, spread
 
@@ -27,11 +28,19 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each method and number of epochs: the measures by seed, with the hash of each run."""
+    """For each method and number of epochs: the measures by seed, with the hash of each run.
+
+    Raises:
+        SystemExit: the runs of one number of epochs do not belong together (`pages.checked`).
+    """
     found: dict[tuple[int, str], dict[str, Any]] = {}
+    of_epochs: dict[int, list[Run]] = defaultdict(list)
     for run in runs:
         if run["row"].endswith(SIZE):
-            key = run["settings"]["finetune"]["epochs"], run["row"].removesuffix(SIZE)
+            of_epochs[run["settings"]["finetune"]["epochs"]].append(run)
+    for epochs, alike in of_epochs.items():
+        for run in checked(alike):
+            key = epochs, run["row"].removesuffix(SIZE)
             row = found.setdefault(key, {"epochs": key[0], "method": key[1], "seeds": {}})
             values = {name: run["metrics"][name] for name in MEASURES}
             row["seeds"][str(run["seed"])] = values | {"config_hash": run["config_hash"]}

@@ -115,8 +115,8 @@ def tested(found: dict[str, Any]) -> dict[str, Any]:
         chosen = np.array([flags(subset, types) for subset, _ in selector["chosen"]])
         every = choices_track_worth(chosen, subsets, worth, layer)
         equal = choices_track_worth(chosen, subsets, worth, alike, subsets @ of_module)
-        selector |= {"p": every.p, "p_worse": every.p_worse, "exact": every.exact}
-        selector["equal_size"] |= {"p": equal.p, "p_worse": equal.p_worse, "exact": equal.exact}
+        for of, test in ((selector, every), (selector["equal_size"], equal)):
+            of |= {"p": test.p, "p_worse": test.p_worse, "p_least": test.p_least, "exact": test.exact}
     if found["reliability"] is not None:
         n, seeds = len(worth), found["seeds_of_a_subset"]
         f = 1 / max(1 - found["reliability"], 1e-12)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -91,6 +92,7 @@ class Record:
         classes: names of the task's classes.
         files: the files of the result, relative to the run's folder.
         digests: sha256 of these files.
+        written: when the record was written, in seconds since 1970; None in a record of an earlier version.
     """
 
     method: str
@@ -128,6 +130,7 @@ class Record:
     classes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     digests: dict[str, Any] = field(default_factory=dict)
+    written: float | None = None
 
     @classmethod
     def of(cls, content: Any) -> "Record":
@@ -158,7 +161,7 @@ UNKNOWN = MetricFacts("", True)
 FIELDS = tuple(f.name for f in fields(Record))
 FACTS = ("method", "task", "model", "seed", "status", "setting_id", "settings", "config_hash")
 """Fields that a report needs of every run."""
-COMPLETED = ("method", "task", "model", "config_hash")
+COMPLETED = ("method", "task", "model", "config_hash", "main_metric", "metric_facts")
 RESULTS = ("metrics", "params", "time", "memory")
 
 
@@ -212,6 +215,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
         lambda value: isinstance(value, str | None),
     ),
     "a whole number": (("seed",), _is_int),
+    "a number or null": (("written",), lambda value: value is None or type(value) in (int, float)),
     "an object": (("settings", *RESULTS), lambda value: isinstance(value, dict)),
     "an object or null": (
         ("selection", "step_time", "prefix", "data", "backbone", "inputs", "versions", "digests"),
@@ -245,7 +249,7 @@ DIGEST = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n')
 
 def write_record(folder: Path, content: Mapping[str, Any]) -> None:
     """Write ``run.json`` atomically, its digest last. Numbers that JSON does not have (NaN, infinity) become null."""
-    text = json.dumps(_finite(content), indent=1).removesuffix("\n}")
+    text = json.dumps(_finite({**content, "written": time.time()}), indent=1).removesuffix("\n}")
     write_text(folder / NAME, f'{text},\n "sha256": "{_sha256(text)}"\n}}\n')
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from made_runs import made_run
 
 from diffora.report import charts, page
-from diffora.report.pareto import Point, front, fronts
+from diffora.report.pareto import Point, front, fronts, time_charts
 from diffora.report.runs import gather
 from diffora.report.statistics import Spread
 from diffora.report.tables import tables_of
@@ -65,3 +65,26 @@ def test_a_wide_range_of_costs_has_a_logarithmic_axis():
     assert len(steps) == 1
     assert charts.log_ticks(1, 10_000) == [1, 10, 100, 1000, 10_000]
     assert charts.log_ticks(20, 800) == [30, 100, 300] and charts.log_ticks(3, 40) == [3, 10, 30]
+
+
+def test_rows_with_other_seeds_are_compared_on_the_common_ones(tmp_path):
+    for method, size, seeds in (("lora", 1000, range(5)), ("random", 5000, range(5)), ("bitfit", 90_000, [4])):
+        for seed in seeds:
+            score = 0.7 + seed / 20 + (0.01 if method == "random" else 0)  # seed 4 is the highest for all
+            made_run(tmp_path / f"{method}{seed}", method, seed, score, ("own", method, "a"), adapter=size)
+    [table] = tables_of(gather([tmp_path]).runs)
+    assert [name for _, name in fronts(table).key] == [
+        "lora",
+        "random",
+    ]  # with seed 4 only, bitfit is as good as lora
+    made_run(tmp_path / "ia3", "ia3", 9, 0.9, ("own", "ia3", "a"), adapter=10)
+    [table] = tables_of(gather([tmp_path]).runs)
+    assert not fronts(table).charts  # no seed is in all rows
+
+
+def test_settings_that_a_chart_of_times_leaves_out_are_counted(tmp_path):
+    for i in range(charts.LINES + 3):
+        time = {"finetune_s": 60.0, "total_s": 90.0, "step_s": 0.1 * (i + 1)}
+        made_run(tmp_path / str(i), "lora", cell=("own", f"row {i:02d}", "a"), time=time)
+    [table] = tables_of(gather([tmp_path]).runs)
+    assert time_charts(table)[2] == "3 more settings not drawn"

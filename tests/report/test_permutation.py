@@ -167,9 +167,14 @@ def test_p_counts_the_observed_order_where_not_all_orders_were_tried():
     assert Permuted.of(2.0, np.array([0.0, 1.0, 2.0]), exact=True).p == pytest.approx(1 / 3)
 
 
+def test_the_lowest_possible_p_is_that_of_the_highest_shuffle():
+    assert Permuted.of(0.0, np.array([0.0, 1.0, 2.0, 2.0]), exact=True).p_least == pytest.approx(2 / 4)
+    assert Permuted.of(0.0, np.array([0.0, 1.0, 2.0, 2.0])).p_least == pytest.approx(1 / 5)
+
+
 def test_a_detectable_value_is_as_far_from_the_shuffles_as_80_percent_power_needs():
     """Shuffles of mean 1 and standard deviation 1: a true value of this size is above their 95 % point in 80 %."""
-    found = Permuted(0.0, 1.0, -0.96, 2.96, 0.5, 0.5, False).detectable
+    found = Permuted(0.0, 1.0, -0.96, 2.96, 0.5, 0.5, 0.1, False).detectable
     assert stats.norm.sf(1 + stats.norm.ppf(0.95), loc=found) == pytest.approx(0.8, abs=1e-3)
 
 

@@ -138,6 +138,42 @@ def test_broken_records_are_listed_and_left_out(tmp_path):
     assert "seed must be a whole number" in reasons[-2] and "metrics, params, time, memory are missing" in reasons[-1]
 
 
+def test_runs_behind_links_are_gathered_and_a_link_back_ends(tmp_path):
+    made_run(tmp_path / "elsewhere" / "run", seed=4)
+    made_run(tmp_path / "all" / "sweep" / "run0")
+    (tmp_path / "all" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "sweep" / "back").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "sweep" / "itself").symlink_to(tmp_path / "all" / "sweep")
+    assert sorted(run.seed for run in gather([tmp_path / "all"]).runs) == [0, 4]
+
+
+def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
+    made_run(tmp_path / "run")
+    made_run(tmp_path / "closed" / "run", seed=1)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = gather([tmp_path])
+    assert [run.seed for run in found.runs] == [0]
+    assert [path.name for path, _ in found.broken] == ["closed"]
+
+
+def test_a_report_without_a_readable_run_replaces_nothing(tmp_path):
+    run = made_run(tmp_path / "run")
+    page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    (run / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no run can be read; .*run\.json: not the record of a run"):
+        page.write(gather([tmp_path]), tmp_path / "out", [tmp_path])
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} and len(before) > 4
+
+
 def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder"):
         gather([tmp_path / "nowhere"])
@@ -327,6 +363,63 @@ def test_the_latest_of_repeated_runs_counts(spec):
     assert any("1 runs were repeated later" in note for note in table.notes)
 
 
+def test_the_time_in_a_record_counts_before_that_of_its_file(spec):
+    fill(spec)
+    again = made_run(spec / "again", "random", 0, 0.5, ("table9", "random", "paraphrase"), written=1e9)
+    os.utime(again / "run.json", (4e9, 4e9))  # copied later than all others
+    (table,) = tables_of(gather([spec]).runs)
+    assert table.cells["random", "paraphrase"].by_seed("validation/accuracy") == {0: 0.7, 1: 0.72, 2: 0.74}
+
+
+def test_own_data_with_other_metrics_have_a_table_of_their_own(tmp_path):
+    for seed in range(2):
+        made_run(tmp_path / f"c{seed}", seed=seed, task="text")
+        metrics = {"validation/perplexity": 3.0 + seed}
+        made_run(tmp_path / f"r{seed}", seed=seed, task="text", main_metric="perplexity", metrics=metrics)
+    made_run(tmp_path / "failed", seed=2, task="text", status="failed", main_metric=None)
+    first, second = tables_of(gather([tmp_path]).runs)
+    assert (first.title, second.title) == ("text with tiny, accuracy", "text with tiny, perplexity")
+    assert first.name != second.name and not any("no finite" in note for note in first.notes + second.notes)
+
+
+def test_the_first_screen_shows_a_baseline_on_the_same_data(tmp_path):
+    for seed in range(3):
+        made_run(tmp_path / f"d{seed}", "diffora", seed, 0.8 + seed / 100, settings={"rank": 4, "rho": 0.5})
+        made_run(tmp_path / f"l{seed}", "lora", seed, 0.7 + seed / 200)
+        made_run(tmp_path / f"b{seed}", "bitfit", seed, 0.95, data_hash="other")
+    found = tables_of(gather([tmp_path]).runs)
+    (line,) = page.glance(found, {table.name: comparisons_of(table) for table in found})
+    assert (line["ours"]["row"], line["baseline"]["row"], line["verdict"]) == ("diffora, r = 4", "lora", "better")
+
+
+def test_means_over_common_seeds_leave_out_seeds_of_other_data(tmp_path):
+    for seed in range(3):
+        data = "other" if seed == 0 else "d"
+        made_run(tmp_path / f"d{seed}", "diffora", seed, 0.8 + seed / 100, settings={"rho": 0.5}, data_hash=data)
+        made_run(tmp_path / f"l{seed}", "lora", seed, 0.7 + seed / 200)
+    found = tables_of(gather([tmp_path]).runs)
+    (line,) = page.glance(found, {table.name: comparisons_of(table) for table in found})
+    assert line["common"] == "0.8150 ± 0.0071 and 0.7075 ± 0.0035"
+
+
+def test_notes_name_other_settings_and_versions(spec):
+    fill(spec, ["random"], settings={"finetune": {"epochs": 3}}, versions={"torch": "2.1"}, git_commit="a" * 40)
+    changed = {"finetune": {"epochs": 30}, "trainer": {"precision": "bf16-mixed"}}
+    made = {"cell": ("table9", "DiffoRA", "paraphrase"), "settings": changed, "git_commit": "b" * 40}
+    made_run(spec / "x", "diffora", 0, versions={"torch": "2.2"}, **made)
+    (table,) = tables_of(gather([spec]).runs)
+    assert "rows differ in more than their method: paraphrase: finetune.epochs, trainer.precision" in table.notes
+    assert "the runs are of several versions: torch 2.1, 2.2; commit aaaaaaaa, bbbbbbbb" in table.notes
+
+
+def test_a_completed_record_must_say_what_its_metrics_are(tmp_path):
+    run = made_run(tmp_path / "run")
+    content = json.loads((run / "run.json").read_text())
+    del content["metric_facts"]
+    (run / "run.json").write_text(json.dumps(content))
+    assert "metric_facts is missing" in gather([tmp_path]).broken[0][1]
+
+
 def test_tables_with_similar_names_have_different_files(tmp_path):
     for i, task in enumerate(("a b", "a-b")):
         made_run(tmp_path / str(i), task=task)
@@ -391,6 +484,22 @@ def test_curves_join_settings_that_differ_only_in_rho(tmp_path):
     ]
 
 
+def test_two_selections_of_one_size_make_no_curve(tmp_path):
+    for like, scores in (("a", (0.6, 0.7)), ("b", (0.8, 0.9))):
+        for rho, score in zip((0.2, 0.5), scores, strict=True):
+            settings = {"rank": 4, "rho": rho, "method": {"like": f"{like}{rho}"}}
+            made_run(tmp_path / f"{like}{rho}", "random", 0, score, settings=settings)
+    (table,) = tables_of(gather([tmp_path]).runs)
+    assert len(table.rows) == 4 and not curves_of(table)
+
+
+def test_all_of_the_best_means_are_bold(tmp_path):
+    for method, score in (("lora", 0.9), ("bitfit", 0.9), ("random", 0.8)):
+        made_run(tmp_path / method, method, 0, score, ("own", method, "a"))
+    (table,) = tables_of(gather([tmp_path]).runs)
+    assert {row for row, _ in best_cells(table)} == {"lora", "bitfit"}
+
+
 def test_rank_and_orthogonality_are_in_a_table(spec):
     fill(spec, ["random"])
     (table,) = tables_of(gather([spec]).runs)
@@ -412,7 +521,8 @@ def test_short_times_keep_their_digits(tmp_path):
 def test_strange_values_in_records_do_not_stop_the_report(tmp_path):
     facts = {"setting_id": "s", "settings": {}, "config_hash": "c"}
     record = {"method": "lora", "task": "mrpc", "model": "m", "seed": 0, "status": "completed", **facts}
-    record |= {"metrics": {}, "params": {}, "time": {}, "memory": {}}
+    record |= {"metrics": {}, "params": {}, "time": {}, "memory": {}, "main_metric": "accuracy"}
+    record["metric_facts"] = {}
     changes = [{}, {"metrics": {"validation/accuracy": None}}, {"metrics": {"validation/accuracy": "high"}, "seed": 1}]
     changes += [{"params": {"adapter": math.nan}, "selection": {"selected": 3}, "settings": {"rank": [1]}, "seed": 2}]
     for i, change in enumerate(changes):
@@ -504,6 +614,11 @@ def test_hostile_names_stay_text(tmp_path):
     line = markdown(grid).splitlines()[-1]
     assert len(re.findall(r"(?<!\\)\|", line)) == 3 and "<script>" not in line
     assert comma_separated(grid).count("\n") == 2
+
+
+def test_latex_has_no_letters_that_it_does_not_know():
+    text = latex(TextTable("", [("", ["median σ/σ₁ of ΔW, ρ ± − –"])], [["λ"]]))
+    assert text.isascii() and r"$\sigma$/$\sigma$$_1$" in text
 
 
 def test_latex_has_as_many_cells_in_each_line(spec):
@@ -970,12 +1085,12 @@ def test_data_files_hold_numbers(spec):
     (line,) = (row for row in rows if row["against"] == "random")
     want = stats.ttest_rel([80, 81, 82], [70, 72, 74])
     interval = want.confidence_interval(0.95)
-    found = [float(line[f"dev_best {key}"]) for key in ("mean", "low", "high", "p", "n")]
+    found = [float(line[f"difference {key}"]) for key in ("mean", "low", "high", "p", "n")]
     assert found == pytest.approx([9.0, interval.low, interval.high, want.pvalue, 3])
-    assert float(line["dev_best detectable"]) == pytest.approx(detectable(np.std([10, 9, 8], ddof=1), 3))
+    assert float(line["difference detectable"]) == pytest.approx(detectable(np.std([10, 9, 8], ddof=1), 3))
     equivalent = stats.ttest_1samp([10, 9, 8], 0.5, alternative="less").pvalue
-    assert (line["margin"], float(line["dev_best p of equivalence"])) == ("0.5", pytest.approx(equivalent))
-    assert line["dev_best verdict"] == "better" and line["about equal size"] == "True"
+    assert (line["margin"], float(line["difference p of equivalence"])) == ("0.5", pytest.approx(equivalent))
+    assert line["difference verdict"] == "better" and line["about equal size"] == "True"
     costs = csv_rows(spec / "out" / "tables" / "table9-small-cost.csv")
     (line,) = (row for row in costs if row["method"] == "DiffoRA")
     assert (float(line["search, s"]), float(line["search, s: std"]), int(line["runs"])) == (20.0, 0.0, 3)
@@ -1022,7 +1137,7 @@ def test_the_metric_is_drawn_over_the_time_of_a_step(tmp_path):
             time = {"search_s": 0.0, "finetune_s": 60.0, "total_s": 90.0, "step_s": step + 0.001 * seed}
             made_run(tmp_path / f"{i}{seed}", method, seed, score + 0.01 * seed, cell, adapter=12_345, time=time)
     [table] = tables_of(gather([tmp_path]).runs)
-    [(title, chart)], legend = pictures.time_charts(table)
+    [(title, chart)], legend, _ = pictures.time_charts(table)
     assert title and [name for _, name in legend] == ["lora", "diffora", "random"]
     assert chart.count("<circle") == 3 and chart.count("12.3k") == 3 and "a training step, ms" in chart
     assert "diffora: 60.5, 0.825 ± 0.0071" in chart
@@ -1032,4 +1147,4 @@ def test_without_times_of_steps_nothing_is_drawn_over_them(tmp_path):
     for method in ("lora", "random"):
         made_run(tmp_path / method, method, cell=("own", method, "a"))
     [table] = tables_of(gather([tmp_path]).runs)
-    assert pictures.time_charts(table) == ([], [])
+    assert pictures.time_charts(table) == ([], [], "")

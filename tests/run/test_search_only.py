@@ -59,14 +59,17 @@ def test_settings_of_the_search_that_another_selector_does_not_read_are_named(cf
     changed = ["search.readout=early_gradient", "search.patience=3", "search.relaxation=sigmoid"]
     changed += ["search.epochs=9", "search.lr=0.5", "search.rank=3"]
     changed += ["search.update=simultaneous", "search.gamma_lr=0.9", "search.masks=99", "search.train_steps=2"]
-    run(cfg(*quick, "method.selector=activation", "search_only=true", *changed), tmp_path / "run")
+    read = ["method.selector=activation", "method.score_batches=2"]
+    run(cfg(*quick, *read, "search_only=true", *changed), tmp_path / "run")
     for setting in changed:
         assert f"{setting} has no effect: method.selector=activation does not read it" in caplog.text
-    assert "head_warmup" not in caplog.text and "batch_size" not in caplog.text
+    assert "head_warmup" not in caplog.text and "batch" not in caplog.text
+    run(cfg(*quick, "method.selector=kappa", "search_only=true", "method.score_batches=2"), tmp_path / "kappa")
+    assert "method.score_batches=2 has no effect: method.selector=kappa does not read it" in caplog.text
 
 
 def test_settings_of_the_search_are_named_where_no_selector_runs(cfg, quick, tmp_path, caplog):
-    changed = ["search.epochs=9", "search.max_rows=50", "search.lr=0.5"]
+    changed = ["search.epochs=9", "search.max_rows=50", "search.lr=0.5", "method.score_batches=2"]
     run(cfg(*quick, "method.selector=qv", "rho=0.34", "search_only=true", *changed), tmp_path / "run")
     for setting in changed:
         assert f"{setting} has no effect: no selector runs" in caplog.text

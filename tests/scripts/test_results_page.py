@@ -119,9 +119,10 @@ def test_where_the_records_were_kept_every_run_has_the_hash_of_its_configuration
 
 def test_a_choice_is_better_than_chance_only_by_both_tests(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    for p, at_equal_size, word in ((0.01, 0.04, "better"), (0.01, 0.06, "not shown"), (0.06, 0.01, "not shown")):
-        equal = {"percentile": 70.0, "p": at_equal_size}
-        selector = {"percentile": 90.0, "p": p, "seeds": [0, 1], "equal_size": equal}
+    cases = [(0.01, 0.04, 0.01, "better"), (0.01, 0.06, 0.01, "not shown"), (0.06, 0.01, 0.01, "not shown")]
+    for p, at_equal_size, least, word in [*cases, (0.01, 0.05, 0.05, "no test")]:
+        equal = {"percentile": 70.0, "p": at_equal_size, "p_least": least}
+        selector = {"percentile": 90.0, "p": p, "p_least": 0.01, "seeds": [0, 1], "equal_size": equal}
         (tmp_path / "quality.json").write_text(json.dumps({"selectors": {"search": selector}}))
         assert script.with_percentile({"file": "quality.json", "selector": "search"})["verdict"] == word
 

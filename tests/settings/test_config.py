@@ -367,6 +367,7 @@ WHOLE = "must be a whole number of at least"
         ("seed={a: 1}", f"seed={{'a': 1}} {WHOLE} 0"),
         ("seed=1.0", f"seed=1.0 {WHOLE} 0"),
         ("+seeds={}", "unknown key seeds: did you mean seed?"),
+        ("scale=small", "scale=small is for tables, and this run is of none"),
         ("+logger.foo=1", "unknown key logger.foo"),
         ("+task.recipe.epoch=1", "unknown key task.recipe.epoch: did you mean task.recipe.epochs?"),
         ("finetune.lr=inf", "finetune.lr=inf must be a number above 0"),

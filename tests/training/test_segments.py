@@ -1,10 +1,12 @@
 """Evaluation and checkpoints within an epoch: a run that resumes there gives the result of one that never stopped."""
 
 import csv
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from stopped_runs import LORA, assert_equal_runs, run_of, stop
 
 from diffora.loop.data import FineTuneData
@@ -86,6 +88,24 @@ def test_a_stage_that_a_callback_ended_is_not_trained_again(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("diffora.training.finetune.FineTuneModule.training_step")
         assert_equal_runs(run_of(*overrides, "resume=true", folder=tmp_path / "run"), whole)
+
+
+class Stops(Callback):
+    """Asks to stop within an epoch, and again at the end of the first one."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == 1
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("every", "epochs"), [("0.5", 0.5), ("null", 1.0), ("9", 1.5)])
+def test_a_callback_stops_a_run_at_the_next_evaluation(every, epochs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_own", sys.modules[__name__])
+    more = ["finetune.epochs=3", f"finetune.eval_every={every}", "trainer.callbacks=[{_target_: my_own.Stops}]"]
+    history = run_of(*LORA, *ROWS, *more, folder=tmp_path / "run").record["history"]
+    assert [scores["epoch"] for scores in history] == [epochs]
 
 
 def test_training_metrics_take_the_newest_output_of_a_row_whatever_process_has_it(monkeypatch):

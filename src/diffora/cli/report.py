@@ -28,8 +28,5 @@ def main(arguments: list[str]) -> None:
     folders, output, margin = request(arguments)
     gathered = gather(folders)
     page, *tables = write(gathered, output, folders, margin)
-    if gathered.broken and not gathered.runs:
-        path, why = gathered.broken[0]
-        print(f"no run can be read; {path}: {why}")
     count = f"{len(gathered.runs)} runs" + (f", {len(gathered.broken)} unreadable files" if gathered.broken else "")
     print(f"{page}: {count}, {time.time() - began:.1f} s; {len(tables)} files with tables next to it")

@@ -1,7 +1,7 @@
 """DiffoRA: selected modules get a LoRA of their own, the others share small ones ([D] section 4)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -47,7 +47,8 @@ class DiffoRA(Selecting):
     Attributes:
         selector: where the scores come from: ``search`` ([D]), another of `diffora.scoring.selectors`, ``random``, a
             heuristic (`diffora.core.heuristics`), or the dotted path of the user's own function.
-        score_batches: the number of batches of search rows for every selector except ``search``; at most one pass.
+        score_batches: the number of batches of search rows for selectors that read them, except ``search``; at most one
+            pass.
         selection: a selection file, or a list of the modules to select in every layer: module types, or parts such as
             ``key`` (`diffora.core.parts`).
         warm_start: selected modules start fine-tuning with the A and B of the search.
@@ -55,7 +56,9 @@ class DiffoRA(Selecting):
 
     name: ClassVar[str] = "diffora"
     selector: Annotated[str, SELECTOR, Help("What scores the modules.")]
-    score_batches: Annotated[int, whole(1), Help("Batches of search rows, for every selector but `search`.", "batches")]
+    score_batches: Annotated[
+        int, whole(1), Help("Batches of search rows, for selectors that read them and are not `search`.", "batches")
+    ] = field(default=16, kw_only=True)
     selection: Annotated[
         Annotated[str, PATH] | Annotated[list[str], PARTS] | None,
         Help("Use this selection instead of a search: a selection.json, or a list of modules for every layer."),

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from diffora.records import facts_of
 from diffora.report.results import ResultCell, ResultColumn, ResultTable
-from diffora.report.statistics import Difference, Spread, holm, paired, spread, verdict
+from diffora.report.statistics import Difference, Spread, finite, holm, paired, spread, verdict
 
 MARGIN = 0.5
 """Differences below this many points do not matter, unless the user gives another margin."""
@@ -133,13 +133,15 @@ def curves_of(table: ResultTable) -> list[Curve]:
             groups: dict[str, list[ResultCell]] = defaultdict(list)
             for cell in cells:
                 config = cell.first.config
-                if isinstance(config.get(dial), int | float):
+                if finite(config.get(dial)) is not None:
                     same = {dial, f"search.{dial}"} if config.get(f"search.{dial}") == config[dial] else {dial}
                     # random rows take their size from another selection at each value of a dial
                     alike = {k: v if k != "method.like" else v is not None for k, v in config.items() if k not in same}
                     groups[repr(sorted((k, repr(v)) for k, v in alike.items()))].append(cell)
             for members in groups.values():
                 values = {float(cell.first.config[dial]): cell for cell in members}
+                if len(values) < len(members):  # two selections of one size, of which neither is the curve's
+                    continue
                 key = column.compared
                 spreads = {x: spread(values[x].by_seed(key, column.factor(key)).values()) for x in sorted(values)}
                 points = [(x, s) for x, s in spreads.items() if s is not None]

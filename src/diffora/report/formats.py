@@ -30,6 +30,8 @@ LATEX = {
     "\N{GREEK SMALL LETTER RHO}": r"$\rho$",
     "\N{GREEK SMALL LETTER LAMDA}": r"$\lambda$",
     "\N{GREEK CAPITAL LETTER DELTA}": r"$\Delta$",
+    "\N{GREEK SMALL LETTER SIGMA}": r"$\sigma$",
+    "\N{SUBSCRIPT ONE}": "$_1$",
 }
 
 
@@ -76,7 +78,7 @@ def comparisons_csv(found: Iterable[Comparison]) -> str:
             "ours": c.ours,
             "against": c.baseline,
             "against is ours": c.variant,
-            **_difference_fields("dev_best", c.dev_best, c.margin),
+            **_difference_fields("difference", c.dev_best, c.margin),
             "p, Holm": c.p_holm,
             "margin": c.margin,
             **_difference_fields("held_out", c.held_out, c.margin),

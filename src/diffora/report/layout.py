@@ -214,7 +214,8 @@ def comparisons_table(table: ResultTable, found: Sequence[Comparison]) -> TextTa
                 SortableText(str(dev.n), dev.n),
             ]
         )
-    labels = ["dev_best: difference (95 %)", "p", "p, Holm", "verdict", "detectable"]
+    compared = " or ".join(dict.fromkeys(c.column.label for c in found))
+    labels = [f"{compared}: difference (95 %)", "p", "p, Holm", "verdict", "detectable"]
     groups = [
         ("", ["column", "ours", "against", *labels, "held_out: difference (95 %)", "held_out verdict"]),
         ("", ["parameters, ours/other", "n"]),

@@ -37,8 +37,11 @@ def write(gathered: Gathered, output: Path, folders: Sequence[Path], margin: flo
         margin: differences below this many points do not matter (`diffora.report.statistics.equivalence`).
 
     Raises:
-        UserError: the folder has such files that are not an earlier report's.
+        UserError: no run can be read, or the folder has such files that are not an earlier report's.
     """
+    if gathered.broken and not gathered.runs:
+        path, why = gathered.broken[0]
+        raise UserError(f"no run can be read; {path}: {why}")
     check_output(output)
     tables = tables_of(gathered.runs)
     found = {table.name: comparisons_of(table, margin) for table in tables}
@@ -194,7 +197,8 @@ def glance(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Compariso
                 continue
             order = sorted(means, key=lambda row: -sign * means[row].mean)
             ours = next((row for row in order if row in our_rows), None)
-            baseline = next((row for row in order if row not in our_rows), None)
+            others = [row for row in order if row not in our_rows and not (ours and _apart(table, column, ours, row))]
+            baseline = next(iter(others), None)
             compared = [c for c in found[table.name] if (c.column, c.ours, c.baseline) == (column, ours, baseline)]
             lines.append(
                 {
@@ -217,12 +221,20 @@ def glance(tables: Sequence[ResultTable], found: Mapping[str, Sequence[Compariso
     return lines
 
 
+def _apart(table: ResultTable, column: ResultColumn, ours: str, other: str) -> bool:
+    """Whether two rows have seeds in common, but all of them with other data."""
+    a, b = (table.cells[row, column.name] for row in (ours, other))
+    common = a.runs.keys() & b.runs.keys()
+    return bool(common) and a.seeds_of_other_data(b) == common
+
+
 def _common_means(table: ResultTable, c: Comparison) -> str:
     """Both means over the seeds of a comparison, as text; empty if neither row has other seeds."""
     key = c.column.compared
-    values = [table.cells[row, c.column.name].by_seed(key) for row in (c.ours, c.baseline)]
-    common = values[0].keys() & values[1].keys()
-    if values[0].keys() == values[1].keys():
+    a, b = (table.cells[row, c.column.name] for row in (c.ours, c.baseline))
+    values = [cell.by_seed(key) for cell in (a, b)]
+    common = (values[0].keys() & values[1].keys()) - a.seeds_of_other_data(b)
+    if values[0].keys() == values[1].keys() == common:
         return ""
     means = [spread(of[seed] for seed in common) for of in values]
     return " and ".join(plus_minus(mean, c.column.factor(key)) for mean in means)

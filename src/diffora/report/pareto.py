@@ -54,26 +54,28 @@ class Fronts:
     colours: list[tuple[int, str]]
 
 
-def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]]]:
+def time_charts(table: ResultTable) -> tuple[list[tuple[str, Markup]], list[tuple[int, str]], str]:
     """The metric over the mean time of a training step: a point for each row, labelled with its adapter parameters.
 
     Returns:
-        (a chart for each column in which two rows have times, a legend of methods and selectors)
+        (a chart for each column in which two rows have times, a legend of methods and selectors, a note)
     """
+    cut = 0
     found, methods = [], list(dict.fromkeys(kind_of(cell.first) for _, cell in table.shown()))
     for column in table.columns:
         key = column.compared
         lines: list[Line] = []
         for (row, name), cell in table.shown():
             metric, step = spread(cell.by_seed(key, column.factor(key)).values()), cell.spread("time", "step_s")
-            if name == column.name and metric and step and len(lines) < LINES:
+            if name == column.name and metric and step:
                 point, bar = (1000 * step.mean, metric.mean), metric.std or 0.0
                 colour = methods.index(kind_of(cell.first))
                 lines.append(Line(row, colour, [point], [bar], label=short_number(cell.size or 0)))
+        cut += max(0, len(lines) - LINES)
         if len(lines) > 1:
-            chart = charts.line_chart(lines, "a training step, ms", column.title, marks=True, round_ticks=True)
+            chart = charts.line_chart(lines[:LINES], "a training step, ms", column.title, marks=True, round_ticks=True)
             found.append((column.title, chart))
-    return found, list(enumerate(methods)) if found else []
+    return found, list(enumerate(methods)) if found else [], f"{cut} more settings not drawn" if cut else ""
 
 
 def kind_of(run: Run) -> str:
@@ -108,7 +110,8 @@ def front(points: Sequence[Point], maximise: bool) -> list[Point]:
 def fronts(table: ResultTable) -> Fronts:
     """A chart for each column and each cost in which rows differ; methods and selectors have their colours.
 
-    A column whose runs used different data has none.
+    The metrics are means over the seeds that all rows have. A column without such seeds, or whose runs used different
+    data, has no chart.
     """
     kinds = {row: kind_of(cell.first) for (row, _), cell in table.shown()}
     names = list(dict.fromkeys(kinds.values()))
@@ -131,7 +134,9 @@ def _points(table: ResultTable, column: ResultColumn) -> Iterator[tuple[str, lis
     """
     key = column.compared
     cells = {row: cell for row in table.rows if (cell := table.cells.get((row, column.name)))}
-    metrics = {row: spread(cell.by_seed(key, column.factor(key)).values()) for row, cell in cells.items()}
+    values = {row: found for row, cell in cells.items() if (found := cell.by_seed(key, column.factor(key)))}
+    common = set.intersection(*map(set, values.values())) if values else set()  # means of other seeds have no order
+    metrics = {row: spread(found[seed] for seed in common) for row, found in values.items()}
     has_gpu = any(cell.spread("memory", "peak_cuda_mb") for cell in cells.values())
     for name, parts in COSTS:
         if name == "peak memory, MB" and has_gpu:
@@ -139,7 +144,7 @@ def _points(table: ResultTable, column: ResultColumn) -> Iterator[tuple[str, lis
         points = [
             Point(row, cost, metric)
             for row, cell in cells.items()
-            if (metric := metrics[row]) and (cost := _cost(cell, parts)) is not None
+            if (metric := metrics.get(row)) and (cost := _cost(cell, parts)) is not None
         ]
         costs = {point.cost for point in points}
         if len(costs) > 2 and max(costs) > ALIKE * min(costs):

@@ -31,6 +31,7 @@ class Permuted:
         p: one-sided p-value of "better than chance": the share of shuffles with at least this value. NaN if the value
             is NaN.
         p_worse: the same for "worse than chance".
+        p_least: the lowest p-value that these shuffles allow. If it is not small, the test can show nothing.
         exact: whether all shuffles were tried. Otherwise the observed order counts as one more, so p is above 0.
     """
 
@@ -40,6 +41,7 @@ class Permuted:
     high: float
     p: float
     p_worse: float
+    p_least: float
     exact: bool
 
     @property
@@ -56,12 +58,14 @@ class Permuted:
         shuffled = np.asarray(shuffled, dtype=float)
         if math.isnan(value):  # no shuffle is at least NaN, so the shares would be near 0
             nan = math.nan
-            return cls(nan, nan, nan, nan, nan, nan, exact)
+            return cls(nan, nan, nan, nan, nan, nan, nan, exact)
         more = 0 if exact else 1
         above, below = ((shuffled >= value - NEAR).sum() + more, (shuffled <= value + NEAR).sum() + more)
         low, high = np.quantile(shuffled, [0.025, 0.975])
         n = shuffled.size + more
-        return cls(value, float(shuffled.mean()), float(low), float(high), float(above / n), float(below / n), exact)
+        ends = float(shuffled.mean()), float(low), float(high)
+        least = (int((shuffled >= shuffled.max() - NEAR).sum()) if exact else 1) / n
+        return cls(value, *ends, float(above / n), float(below / n), least, exact)
 
 
 def percentiles(worth: Sequence[float], groups: Sequence[int] | np.ndarray | None = None) -> np.ndarray:

@@ -62,7 +62,7 @@ class View:
         self.forests, self.forest_names, self.forest_note = forests(table, found)
         self.n_comparisons = len(found)
         self.curves, self.curves_note = dial_charts(table)
-        self.times, self.times_legend = time_charts(table)
+        self.times, self.times_legend, self.times_note = time_charts(table)
         self.fronts = fronts(table)
         self.training, self.legend, self.training_note = training_charts(table) if charted else ([], [], "")
         chosen = [(row, column, cell) for (row, column), cell in table.shown() if cell.first.record.selection]
@@ -74,8 +74,8 @@ class View:
 
 
 def best_cells(table: ResultTable) -> set[tuple[str, str]]:
-    """(row, column title) of the best mean in each column whose rows have the same seeds and data."""
-    best = set()
+    """(row, column title) of the best means in each column whose rows have the same seeds and data."""
+    best: set[tuple[str, str]] = set()
     for column in table.columns:
         if not (table.same_seeds(column) and table.same_data(column)):
             continue
@@ -87,7 +87,7 @@ def best_cells(table: ResultTable) -> set[tuple[str, str]]:
             if name == column.name and (s := spread(cell.by_seed(key).values()))
         }
         if len(means) > 1:
-            best.add((max(means, key=means.__getitem__), column.title))
+            best |= {(row, column.title) for row, mean in means.items() if mean == max(means.values())}
     return best
 
 

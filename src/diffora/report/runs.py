@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffora.errors import UserError, called
+from diffora.errors import UserError, called, reason
 from diffora.files import read_json
 from diffora.records import NAME, Record, SelectionSource, read_content
 from diffora.report.statistics import finite
@@ -26,7 +26,7 @@ class Run:
         record: ``run.json`` without the history.
         setting: the same text for all runs that differ in nothing but the seed, the place and the machine.
         config: the setting as ``{"finetune.lr": 0.001, …}``, without the task's recipe, whose values stand elsewhere.
-        written: when the record was written, seconds since the epoch.
+        written: when the record was written, in seconds since 1970; of earlier versions, the time of the file.
     """
 
     folder: Path
@@ -86,9 +86,10 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     roots = [Path(folder) for folder in folders]
     if missing := [root for root in roots if not root.is_dir()]:
         raise UserError([f"{root} is not a folder" for root in missing])
-    runs, broken = [], []
+    runs: list[Run] = []
+    broken: list[tuple[Path, str]] = []
     configs: Configs = {}
-    files = sorted({file for root in roots for file in _files(os.path.realpath(root))})
+    files = sorted({file for root in roots for file in _files(os.path.realpath(root), broken)})
     collecting = gc.isenabled()
     gc.disable()  # millions of objects are made and none is garbage, so collecting would only take time
     for file in files:
@@ -108,11 +109,23 @@ def gather(folders: Iterable[Path | str]) -> Gathered:
     return Gathered(with_sources(runs), broken)
 
 
-def _files(root: str) -> Iterator[str]:
-    for folder, subfolders, files in os.walk(root):
+def _files(root: str, broken: list[tuple[Path, str]]) -> Iterator[str]:
+    """Every ``run.json`` below a folder, also behind links. Folders that cannot be read are added to ``broken``."""
+    seen: set[str] = set()  # a link may lead back
+
+    def unreadable(error: OSError) -> None:
+        broken.append((Path(error.filename), reason(error)))
+
+    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         if NAME in files:
             subfolders[:] = [name for name in subfolders if name not in INSIDE]
-            yield os.path.join(folder, NAME)
+            yield os.path.join(os.path.realpath(folder), NAME)
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        for name in links:
+            place = os.path.realpath(os.path.join(folder, name))
+            if place in seen or f"{root}{os.sep}".startswith(os.path.join(place, "")):
+                subfolders.remove(name)
+            seen.add(place)
 
 
 Configs = dict[str, tuple[dict[str, Any], dict[str, Any]]]
@@ -125,7 +138,6 @@ def _read(file: Path, configs: Configs) -> Run | None:
     Raises:
         UserError: the file is not the record of a run.
     """
-    written = os.stat(file).st_mtime
     content = read_content(file)
     if isinstance(content, dict):
         content.pop("history", None)  # the largest part; read again for the few runs whose curves are drawn
@@ -137,7 +149,8 @@ def _read(file: Path, configs: Configs) -> Run | None:
         record = replace(record, settings=settings)
     else:  # an edited record
         config = flat(record.settings)
-    return Run(file.parent, record, record.setting_id, config, written)
+    written = finite(record.written)
+    return Run(file.parent, record, record.setting_id, config, os.stat(file).st_mtime if written is None else written)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

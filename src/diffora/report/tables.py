@@ -24,19 +24,28 @@ LISTED = 20  # most items that a note lists
 def tables_of(runs: Sequence[Run]) -> list[ResultTable]:
     """Tables of all completed runs, experiments first. Notes count the runs that did not complete."""
     of_experiments: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    others: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    others: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
+    metrics: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # of rows of one's own, one task has several
+    for run in runs:
+        if run.record.main_metric:
+            metrics[run.record.task, run.record.model].setdefault(run.record.main_metric)
     for run in runs:
         record = run.record
         if record.experiment is not None and record.row is not None and record.column is not None:
             of_experiments[record.experiment, record.scale or "paper"].append(run)
         else:
-            others[record.task, record.model].append(run)
+            place = record.task, record.model
+            others[*place, record.main_metric or next(iter(metrics[place]), "")].append(run)
     found = [
         _experiment(*key, *parts)
         for key in sorted(of_experiments)
         if (parts := _completed_first(of_experiments[key]))[0]
     ]
-    found += [_found(*key, *parts) for key in sorted(others) if (parts := _completed_first(others[key]))[0]]
+    for task, model, metric in sorted(others):
+        completed, unfinished = _completed_first(others[task, model, metric])
+        if completed:
+            title = f"{task} with {model}" + (f", {metric}" if len(metrics[task, model]) > 1 else "")
+            found.append(_found(task, model, title, completed, unfinished))
     for name, again in _repeats([table.name for table in found]):
         found[again].name = f"{name}-{again}"
     return found
@@ -97,7 +106,7 @@ def _place(run: Run) -> tuple[str, str]:
     return str(run.record.row), str(run.record.column)
 
 
-def _found(task: str, model: str, runs: list[Run], unfinished: list[Run]) -> ResultTable:
+def _found(task: str, model: str, title: str, runs: list[Run], unfinished: list[Run]) -> ResultTable:
     """The table of runs that belong to no experiment: one row for each setting, the best first."""
     notes: list[str] = []
 
@@ -128,7 +137,7 @@ def _found(task: str, model: str, runs: list[Run], unfinished: list[Run]) -> Res
     if alone := missing.keys() - cells.keys():
         notes.append(f"{len(alone)} more settings have no completed run")
     name = f"runs-{file_name(task)}-{file_name(model)}"
-    return with_notes(ResultTable(name, f"{task} with {model}", [column], names, of, {}, notes))
+    return with_notes(ResultTable(name, title, [column], names, of, {}, notes))
 
 
 def specification(name: str) -> dict[str, Any] | None:
@@ -244,6 +253,8 @@ def with_notes(table: ResultTable) -> ResultTable:
                 f"{column.name}: the rows have different seeds, so do not rank their means; none is bold. Differences "
                 "use the seeds that both rows have"
             )
+    table.notes += _other_settings(table)
+    table.notes += _versions(table)
     models = sorted({run.record.model for cell in table.cells.values() for run in cell.runs.values()})
     if table.paper:
         table.notes.append(
@@ -256,6 +267,41 @@ def with_notes(table: ResultTable) -> ResultTable:
             "Ours: trained parameters without the head; the number at inference is in the table of costs"
         )
     return table
+
+
+def _other_settings(table: ResultTable) -> list[str]:
+    """A note that names the settings outside the methods in which the rows of a column differ."""
+    columns: dict[str, list[str]] = defaultdict(list)
+    for column in table.columns:
+        cells = [cell for row in table.rows if (cell := table.cells.get((row, column.name)))]
+        outside = [
+            {key: value for key, value in cell.first.config.items() if key.partition(".")[0] in OUTSIDE}
+            for cell in cells
+        ]
+        if changed := differing(outside):
+            columns[", ".join(changed[:8]) + (", …" if len(changed) > 8 else "")].append(column.name)
+    return _note(
+        "rows differ in more than their method", [f"{', '.join(names)}: {keys}" for keys, names in columns.items()]
+    )
+
+
+OUTSIDE = ("finetune", "task", "model", "trainer")
+"""The sections of settings that are not the method's own."""
+
+
+def _versions(table: ResultTable) -> list[str]:
+    """A note on runs of several versions of the program or its libraries."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for cell in table.cells.values():
+        for run in cell.runs.values():
+            for name, version in run.record.versions.items():
+                found[name].add(str(version))
+            if run.record.git_commit:
+                found["commit"].add(run.record.git_commit[:8])
+    return _note(
+        "the runs are of several versions",
+        [f"{name} {', '.join(sorted(versions))}" for name, versions in found.items() if len(versions) > 1],
+    )
 
 
 def file_name(text: str) -> str:

@@ -24,6 +24,12 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield from rule(settings)
 
 
+def _scale(settings: Settings) -> Iterator[str]:
+    """A scale without a table."""
+    if settings.scale != "paper" and settings.cell.experiment is None:
+        yield f"scale={settings.scale} is for tables, and this run is of none: -m experiment=table1_glue, for example"
+
+
 def _batches(settings: Settings) -> Iterator[str]:
     """Batches that cannot be cut into micro-batches."""
     for name, stage in (("search", settings.search), ("finetune", settings.finetune)):
@@ -219,6 +225,7 @@ def _fsdp(settings: Settings) -> Iterator[str]:
 
 
 RULES = (
+    _scale,
     _batches,
     _training,
     _second_order,

@@ -153,9 +153,10 @@ def _has_content(file: Path) -> bool:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with ``+`` if files changed since; None outside a checkout."""
+    """Commit of the source tree, with ``+`` if files changed since; None outside a checkout of this project."""
     here = Path(__file__).parent
-    try:
+    try:  # an installed package may lie inside somebody's repository, which does not track it
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
         commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
         dirty = subprocess.check_output(
             ["git", "status", "--porcelain", "-uno"], cwd=here, stderr=subprocess.DEVNULL, text=True

@@ -33,6 +33,7 @@ from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
 from diffora.scoring.selectors import trains
+from diffora.scoring.spectra import SPECTRA
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
 from diffora.settings.sections import Search, Settings
@@ -116,19 +117,20 @@ def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     unread: tuple[str, ...] = () if selector == "search" else READ_BY_SEARCH_ONLY
     unread += () if trains(selector) else READ_IN_TRAINING
     unread += () if selector == "one_shot" else ("masks",)
-    for name, value in _changed(parts.settings):
-        if name in unread:
-            yield f"search.{name}={value} has no effect: method.selector={selector} does not read it"
+    unread += ("score_batches",) if selector in ("search", *SPECTRA) else ()
+    for key, value in _changed(parts.settings):
+        if key.partition(".")[2] in unread:
+            yield f"{key}={value} has no effect: method.selector={selector} does not read it"
 
 
 def _without_selector(settings: Settings) -> Iterator[str]:
     """The settings of the search that were changed, where no selector runs."""
-    for name, value in _changed(settings):
-        yield f"search.{name}={value} has no effect: no selector runs"
+    for key, value in _changed(settings):
+        yield f"{key}={value} has no effect: no selector runs"
 
 
 def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """The settings of the search that are not what they are without a word of the user: (name, value)."""
+    """The settings of the search that are not what they are without a word of the user: (key, value)."""
     if settings.search is not None:  # a method without a search has none
         tuning = settings.finetune
         usual = {field.name: field.default for field in fields(Search)}
@@ -136,7 +138,10 @@ def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
         usual |= {"batch_size": tuning.batch_size, "accumulate": tuning.accumulate}
         for name, default in usual.items():
             if (value := getattr(settings.search, name)) != default:
-                yield name, value
+                yield f"search.{name}", value
+    method = settings.method
+    if isinstance(method, DiffoRA) and method.score_batches != DiffoRA.score_batches:  # the class has the default
+        yield "method.score_batches", method.score_batches
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffora.core.orthogonality import (
-    median_sigma,
-    numerical_rank,
-    orthogonality_loss,
-    singular_values,
-    stable_rank,
-)
 from diffora.loop.plan import Plan
 from diffora.loop.stage import NonFiniteLoss, Stage
 from diffora.methods.base import Adaptation
@@ -26,6 +18,7 @@ from diffora.tasks.classes import ClassResults
 from diffora.training.clock import StepClock
 from diffora.training.criterion import Criterion
 from diffora.training.optimisers import make_optimiser, make_schedule
+from diffora.training.updates import measures
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +84,7 @@ class FineTuneModule(Stage):
         self._seen: list[Outputs] = []
         self._stepping = StepClock()
         self._finished = False  # whether a checkpoint is of the last step
+        self._stop_asked = False  # whether a callback of the user wants to stop
         self._step = -1  # the optimiser step of the last micro-batch
         self._terms = 0.0  # terms of the present micro-batch in this process
         # Terms in all processes: of the step's first micro-batch, and of all its micro-batches so far.
@@ -199,6 +193,16 @@ class FineTuneModule(Stage):
         if self.trainer.is_last_batch and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._stepping.tick(starts=batch_idx == 0)
+        self._put_off_stop()
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self._put_off_stop()
+
+    def _put_off_stop(self) -> None:
+        """Let a callback of the user stop the stage only at an evaluation: the last steps would have none otherwise."""
+        if self.trainer.should_stop and not (self.trainer.is_last_batch and self.checkpoint_due):
+            self.trainer.should_stop, self._stop_asked = False, True
 
     @property
     def step_seconds(self) -> float | None:
@@ -241,7 +245,7 @@ class FineTuneModule(Stage):
         self.history.append(scores)
         if self.best_epoch == len(self.history) - 1:
             self.best_state, self.best_classes = self.trainable_state(), classes
-        if self.stalled:
+        if self.stalled or self._stop_asked:
             self.trainer.should_stop = True
         self.log_dict(scores, rank_zero_only=True)
 
@@ -373,22 +377,3 @@ def _each_row_once(outputs: Outputs, last: bool = False) -> Outputs:
 def _or_one(terms: Tensor) -> Tensor:
     """The number of terms; 1 if no term counts, because the loss is 0 then anyway."""
     return torch.where(terms > 0, terms, 1.0)
-
-
-def measures(adaptation: Adaptation) -> Metrics:
-    """Means over modules of measures of the update dW ([R] Table 5).
-
-    These are the numerical rank, ||dW dW^T - I||_F^2, and two that do not depend on the scale of dW: stable rank and
-    median of sigma_i / sigma_1.
-
-    Returns:
-        Empty if the method has no low-rank updates.
-    """
-    found: dict[str, list[float]] = defaultdict(list)
-    for _, lora_a, lora_bt, scaling in adaptation.pairs():
-        values = singular_values(lora_a, lora_bt, scaling)
-        found["update/rank"].append(numerical_rank(values, lora_bt.shape[1], lora_a.shape[1]))
-        found["update/orthogonality_loss"].append(orthogonality_loss(values, lora_bt.shape[1]))
-        found["update/stable_rank"].append(stable_rank(values))
-        found["update/median_sigma"].append(median_sigma(values))
-    return {name: sum(each) / len(each) for name, each in found.items()}
