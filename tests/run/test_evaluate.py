@@ -208,3 +208,20 @@ def test_a_run_folder_alone_names_no_class_of_the_user(cfg, own, tmp_path):
     with pytest.raises(UserError, match="A file may not name other code"):
         read_request([f"run={tmp_path / 'run'}", f"--config-dir={own}"])
     assert "my_evaluated_task" not in sys.modules
+
+
+def test_an_adapter_that_names_no_classes_gets_a_warning_and_other_numbers_of_classes_a_reason(cfg, tmp_path, caplog):
+    torch.set_num_threads(1)
+    for name, classes in (("three", ("good", "bad", "fine")), ("two", ("good", "bad"))):
+        rows = [f"this is {classes[i % len(classes)]} {i},{classes[i % len(classes)]}" for i in range(36)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    of_text = ["model=tiny", "trainer=cpu", "task.max_length=16"]
+    more = ["method=lora", "task=text", f"task.path={tmp_path / 'three.csv'}", "logger=[]", "finetune.epochs=1"]
+    run(cfg(*of_text, *more), tmp_path / "run")
+    adapter = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "plain")
+    (adapter / "manifest.json").unlink()  # as PEFT writes it
+    asked = [f"adapter={adapter}", "task=text", *of_text]
+    evaluate(read_request([*asked, f"task.path={tmp_path / 'three.csv'}"]))
+    assert "does not name its classes: they count as bad, fine, good, in this order" in caplog.text
+    with pytest.raises(UserError, match=r"classifier\.(weight|bias) is \(3.*there and \(2.* here"):
+        evaluate(read_request([*asked, f"task.path={tmp_path / 'two.csv'}"]))

@@ -28,6 +28,24 @@ def unfreeze(model: nn.Module, before: Mapping[nn.Parameter, bool]) -> None:
             module.original_module.requires_grad_(False)
 
 
+def _check_shapes(model: nn.Module, folder: Path) -> None:
+    """Refuse whole modules of another size than the model's, such as the head of a model with other classes.
+
+    Raises:
+        UserError: names the first one.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for key, tensor in read_tensors(folder / WEIGHTS).items():
+        name, saved = key.removeprefix("base_model.model."), tuple(tensor.shape)
+        if present.get(name, saved) != saved:
+            raise UserError(
+                f"{folder} does not fit this model: {name} is {saved} there and {present[name]} here. The first number "
+                "of a head is its number of classes"
+            )
+
+
 def load_with_peft(backbone: Backbone, folder: Path) -> None:
     """Let PEFT put its own layers into a model, in place, for inference.
 
@@ -44,6 +62,7 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
         if getattr(config, "lora_alpha", 1) <= 0:
             raise UserError(f"{folder / CONFIG}: lora_alpha={config.lora_alpha} must be above 0")
         check_heads(backbone, config.modules_to_save or [], folder)
+        _check_shapes(backbone.model, folder)
         modules = dict(backbone.model.named_modules())
         peft: Any = PeftModel.from_pretrained(backbone.model, str(folder))
         names = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()

@@ -229,6 +229,13 @@ def _evaluate(request: EvaluationRequest) -> dict[str, dict[str, float]]:
     if not request.other_data:
         _check_drawn_rows(task, names, record)
     rows = {name: task.load_split(name) for name in names}
+    if trained is None and type(task).expect is not Task.expect:  # the rows decide how classes are numbered
+        numbered = ", ".join(task.head().get("id2label", {}).values())
+        if numbered:
+            log.warning(
+                f"{request.weights} does not name its classes: they count as {numbered}, in this order. If it was "
+                "trained with another order, the scores are wrong"
+            )
     model, processor = load_trained(cfg, request.weights, request.method, task)
     check_backbone(cfg, request.weights, request.own_backbone)
     device = accelerator_device(cfg.trainer.accelerator)
