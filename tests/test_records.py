@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -34,7 +35,9 @@ def test_a_new_record_has_every_fact_that_a_report_needs(cfg, tmp_path):
     assert record.main_metric == "accuracy" and record.row == "x"
     assert not content.keys() - set(FIELDS)
     assert sorted(FIELDS) == sorted(key for keys, _ in KINDS.values() for key in keys)
-    assert read_record(tmp_path) == json.loads(json.dumps(content))
+    written = read_record(tmp_path)
+    assert time.time() - 60 < written.pop("written") <= time.time()
+    assert written == json.loads(json.dumps(content))
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ class Record:
         Raises:
             UserError: the content is not a record; one message names every field that is missing or wrong.
         """
-        check(content, FACTS)
+        completed = isinstance(content, dict) and content.get("status") == "completed"
+        check(content, FACTS + (MEANING if completed else ()))
         values = {key: content[key] for key in FIELDS if content.get(key) is not None}
         for key, kind in (("metric_facts", MetricFacts), ("sources", SelectionSource)):
             if key in values:
@@ -161,7 +162,9 @@ UNKNOWN = MetricFacts("", True)
 FIELDS = tuple(f.name for f in fields(Record))
 FACTS = ("method", "task", "model", "seed", "status", "setting_id", "settings", "config_hash")
 """Fields that a report needs of every run."""
-COMPLETED = ("method", "task", "model", "config_hash", "main_metric", "metric_facts")
+MEANING = ("main_metric", "metric_facts")
+"""Fields without which a report cannot tell a good result from a bad one."""
+COMPLETED = ("method", "task", "model", "config_hash")
 RESULTS = ("metrics", "params", "time", "memory")
 
 

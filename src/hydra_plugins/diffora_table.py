@@ -4,13 +4,14 @@ It checks all configurations before the first run starts and skips runs that are
 end, with exit status 1. Runs are started by the configured launcher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
@@ -104,20 +105,26 @@ class TableSweeper(Sweeper):
         resuming = () if any(o.key_or_group == "resume" for o in given) else ("resume=true",)
         elsewhere = any(line.startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
         present = Path(self.command.hydra.sweep.dir)
+        chosen = {name: (f"experiment={name}",) if name else () for name in experiments}
+        tables = {name: table_of(self.compose(choice).hydra.sweeper) for name, choice in chosen.items()}
+        has_table = any(table.rows for table in tables.values())
         found: Jobs = {}
-        for experiment in experiments:
-            choice = (f"experiment={experiment}",) if experiment else ()
-            table = table_of(self.compose(choice).hydra.sweeper)
+        for experiment, table in tables.items():
+            choice = chosen[experiment]
             name = f"{experiment}-{self.command.scale}" if table.rows else experiment
             place = present / name if len(experiments) > 1 else present
             if table.rows and not elsewhere:
                 place = Path("outputs") / name
                 self.command.hydra.sweep.dir = str(place)  # Hydra writes multirun.yaml there
             if table.rows:
-                for cell, overrides in cells(others, table, experiment, self.command.scale, place).items():
+                of_cells = cells(others, table, experiment, self.command.scale, place)
+                for cell, overrides in of_cells.items():
                     found[place / cell] = (*overrides, *resuming)
+                if recipe := [str(o.input_line) for o in others if o.key_or_group == "recipe"]:
+                    _say_kept(recipe[0], others, chain(*of_cells.values()))
                 continue
-            for number, overrides in enumerate(combinations(others)):
+            without_scale = [o for o in others if not (has_table and o.key_or_group == "scale")]
+            for number, overrides in enumerate(combinations(without_scale)):
                 try:
                     cfg = self.compose((*choice, *overrides))
                 except (HydraException, OmegaConfBaseException) as error:
@@ -271,6 +278,13 @@ class TableSweeper(Sweeper):
             else:
                 failed[folder] = record.get("error") or lost
         return failed
+
+
+def _say_kept(recipe: str, typed: Sequence[Override], lines: Iterable[str]) -> None:
+    """Say which numbers a table sets itself, where a recipe does not change them."""
+    keys = {line.partition("=")[0] for line in lines} - {o.key_or_group for o in typed}
+    if kept := sorted(key for key in keys if key.startswith(("finetune.", "task.recipe."))):
+        print(f"{recipe} does not change what the table sets: {', '.join(kept)}")
 
 
 def _apart(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -353,6 +353,16 @@ def test_a_dry_run_lists_the_runs_and_starts_none(sweep, capsys):
     assert not FOLDER.exists()
 
 
+def test_numbers_of_a_table_that_a_recipe_does_not_change_are_named(sweep, capsys):
+    given = ("experiment=minilm_glue", "task.path=none", "cell.column=cola", "cell.row='full FT'", "dry_run=true")
+    sweep(*given, "recipe=rm_lora", "finetune.batch_size=8")
+    assert "recipe=rm_lora does not change what the table sets: finetune.epochs, task.recipe.search_epochs\n" in (
+        capsys.readouterr().out
+    )
+    sweep(*given)
+    assert "does not change" not in capsys.readouterr().out
+
+
 def test_a_plain_sweep_resumes_in_its_folder(sweep):
     given = ("experiment=quickstart", "method=lora,bitfit", "hydra.sweep.dir=here")
     names = [f"{number}-{method}-paraphrase-tiny-seed0" for number, method in enumerate(("lora", "bitfit"))]
