@@ -22,8 +22,10 @@ from diffora.tasks.base import Batch, Collate, Outputs, Split, full_precision
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.choices.encode import ChoiceCollator, write_choices
 from diffora.tasks.choices.read import Columns, check_choices
-from diffora.tasks.own_rows import OwnRowsSettings, OwnRowsTask, Part
+from diffora.tasks.own_records import OwnRecordsTask
+from diffora.tasks.own_rows import OwnRowsSettings
 from diffora.tasks.sentences import note_unknown, unknown_token
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import content_hash
 
@@ -52,7 +54,7 @@ class ChoiceSettings(OwnRowsSettings):
     first_label: Annotated[int, whole(0, 1), Help("The number of the first choice, if labels are numbers.")] = 0
 
 
-class ChoiceTask(OwnRowsTask):
+class ChoiceTask(OwnRecordsTask):
     """Find the right one of several choices. Rows may have different numbers of choices."""
 
     settings = ChoiceSettings
@@ -98,10 +100,10 @@ class ChoiceTask(OwnRowsTask):
     def checked(self, sources: Sequence[Records], labelled: bool, account: Account, problems: list[str]) -> Part | None:
         return check_choices(sources, self.columns, labelled, account, problems)
 
-    def numbered(self, part: Part, account: Account, problems: list[str]) -> pa.Table:
+    def numbered(self, split: str, part: Part, problems: list[str]) -> pa.Table:
         self.most_choices = max(self.most_choices, pc.max(pc.list_value_length(part.table.column("choices"))).as_py())
         if "label" not in part.table.column_names:
-            account.notes.append(f"no labels in column '{self.columns.label}': predictions without metrics")
+            part.account.notes.append(f"no labels in column '{self.columns.label}': predictions without metrics")
         return part.table
 
     def keys(self, table: pa.Table) -> pa.Array:

@@ -7,27 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
-from diffora.errors import UserError
 from diffora.settings.checks import CHARACTERS, LENGTH, Help, whole
 from diffora.settings.sections import TaskSettings
-from diffora.tasks.account import note_overlap
-from diffora.tasks.base import Outputs, Rows, Split
+from diffora.tasks.base import Outputs, Split
 from diffora.tasks.glue import compute_metrics
 from diffora.tasks.labels import alike
 from diffora.tasks.messages import some
+from diffora.tasks.own_rows import OwnRowsTask
 from diffora.tasks.sentences import SentenceTask, has_class
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.place import PlaceSettings
-from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.texts import several
-from diffora.tasks.texts.columns import Columns, Kind, Part
-from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, cut, row_texts
-from diffora.tasks.texts.source import Source
+from diffora.tasks.texts.columns import Columns, Kind
+from diffora.tasks.texts.divide import choose_validation, count_contradictions, count_repeated, row_texts
+from diffora.tasks.texts.formats import FORMATS
+from diffora.tasks.texts.read import read_split
 from diffora.tasks.texts.targets import class_numbers, find_classes, scores
 
 METRICS: Mapping[Kind, tuple[str, ...]] = {
@@ -58,7 +58,7 @@ class TextSettings(PlaceSettings):
     max_length: Annotated[int, whole(4, LENGTH), Help("Length at which inputs are cut.", "tokens")]
 
 
-class TextTask(SentenceTask):
+class TextTask(OwnRowsTask, SentenceTask):
     """Classify your own texts, or predict a number for them.
 
     The classes are the labels of the training rows. Without a validation split, validation rows are taken from the
@@ -66,6 +66,8 @@ class TextTask(SentenceTask):
     """
 
     settings: ClassVar[type[TaskSettings]] = TextSettings
+    formats = FORMATS
+    why_undivided = "no class has two different texts"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -79,8 +81,7 @@ class TextTask(SentenceTask):
             cfg.name, None, self.columns.read_as, (), self.metrics, self.main_metric, multilabel=self.several
         )
         """For classification, its class names are missing until rows are loaded, or until `expect` gives them."""
-        self.source = Source(cfg)
-        self.test_splits = ("test",) if self.source.has_test else ()
+        self._classes_of = "the training rows"  # who has the classes, for messages
 
     def unit_of(self, metric: str) -> str:
         return "" if metric == "mse" else "fraction"
@@ -88,15 +89,9 @@ class TextTask(SentenceTask):
     def higher_is_better(self, metric: str) -> bool:
         return metric != "mse"
 
-    def default_splits(self, other_data: bool) -> tuple[str, ...]:
-        return self.source.default_splits(other_data)
-
-    def drawn_from_training(self, split: str) -> bool:
-        return self.source.drawn_from_training(split)
-
     def problems(self) -> Iterator[str]:
         names, cfg = self.columns.texts, self.cfg
-        yield from self.source.problems()
+        yield from super().problems()
         if not names:
             yield "task.text_columns=[] must name at least one column"
         for key, columns in (("text_columns", names), ("label_columns", cfg.label_columns or ())):
@@ -126,52 +121,9 @@ class TextTask(SentenceTask):
 
     # --- rows ---
 
-    def load(self) -> Rows:
-        tables = self._tables()
-        accounts = self.accounts
-        if not self.numeric and (several := count_contradictions(tables["train"])):
-            accounts["train"].notes.append(f"{several:,} texts have rows with different labels")
-        if "validation" not in tables:
-            tables["train"], tables["validation"] = self._cut(tables["train"])
-        tables["train"] = subset(tables["train"], self.cfg.max_train_rows, accounts["train"])
-        note_overlap(accounts, {name: row_texts(table) for name, table in tables.items()})
-        if not self.numeric:
-            self._note_classes(tables)
-        names = hashlib.sha256(json.dumps(self.spec.label_names).encode()).hexdigest()
-        return Rows(
-            datasets.Dataset(tables["train"]),
-            {"validation": datasets.Dataset(tables["validation"])},
-            joint_hash([names, *map(content_hash, tables.values())]),
-            str(self.cfg.path),
-        )
-
-    def load_split(self, split: str) -> datasets.Dataset:
-        """Load "train", "validation", another file of the folder, or "all" rows of a single file.
-
-        Rows of "train" and "validation" need labels; the rows of other splits need none.
-        """
-        if self.source.of_training(split):
-            rows = self.load()
-            return rows.train if split == "train" else rows.validation[split]
-        if not self.numeric and not self.spec.label_names:
-            self.load()  # the training rows have the classes
-        problems: list[str] = []
-        part = self._read(split, split == "validation", problems)
-        if part is not None and "label" in part.table.column_names:
-            table = self._with_targets(part, "the training rows", problems)
-            if problems and split != "validation":
-                problems.append(f"  For predictions without metrics, leave out column '{self.columns.label}'.")
-        if problems or part is None:
-            raise UserError(problems)
-        if "label" not in part.table.column_names:
-            part.account.notes.append(f"no labels in column '{self.columns.label}': predictions without metrics")
-            table = part.table
-        self.accounts[split] = part.account
-        return datasets.Dataset(table)
-
-    def _read(self, split: str, labelled: bool, problems: list[str]) -> Part | None:
+    def read(self, split: str, labelled: bool, problems: list[str]) -> Part | None:
         """The checked rows of a split, with the classes of each row as a list if a row can have several."""
-        part = self.source.read(split, self.columns, labelled, problems)
+        part = read_split(self.place, split, self.columns, labelled, problems)
         if not self.several or part is None or "label" not in part.table.column_names:
             return part
         if pa.types.is_list(part.table.column("label").type):
@@ -184,38 +136,33 @@ class TextTask(SentenceTask):
         several.note_separator(part, self.columns.label, sign)
         return several.separated(part, sign)
 
-    def _tables(self) -> dict[str, pa.Table]:
-        """The checked training rows and, if there is a file of them, the validation rows. Learns the classes.
+    def keys(self, table: pa.Table) -> pa.Array:
+        return row_texts(table)
 
-        Raises:
-            UserError: everything that is wrong with the rows.
-        """
-        problems: list[str] = []
-        splits = ("train", "validation") if self.source.has_validation() else ("train",)
-        parts = {split: self._read(split, True, problems) for split in splits}
-        train = parts["train"]
-        if train is None:
-            raise UserError(problems)
-        if not self.numeric:
-            if not self.spec.label_names:
-                found = find_classes(train, self.columns.label, problems)
-                classes = self.columns.labels if self.columns.flags else found
-                self.spec = dataclasses.replace(self.spec, label_names=tuple(classes))
-            if twins := alike(self.spec.label_names):
-                train.account.notes.append(
-                    f"classes whose names differ only in case, white space or invisible characters: {some(twins)}"
-                )
-        tables = {
-            name: self._with_targets(part, "the run" if name == "train" else train.where, problems)
-            for name, part in parts.items()
-            if part is not None
-        }
-        if self.numeric and not problems and len(pc.unique(tables["train"].column("label"))) == 1:
-            problems.append(f"{train.where}: column '{self.columns.label}': all rows have the same number.")
-        if problems:
-            raise UserError(problems)
-        self.accounts |= {name: part.account for name, part in parts.items() if part is not None}
-        return tables
+    def learn(self, train: Part, problems: list[str]) -> None:
+        if self.numeric:
+            return
+        self._classes_of = train.where
+        if not self.spec.label_names:
+            found = find_classes(train, self.columns.label, problems)
+            classes = self.columns.labels if self.columns.flags else found
+            self.spec = dataclasses.replace(self.spec, label_names=tuple(classes))
+        if twins := alike(self.spec.label_names):
+            train.account.notes.append(
+                f"classes whose names differ only in case, white space or invisible characters: {some(twins)}"
+            )
+
+    def numbered(self, split: str, part: Part, problems: list[str]) -> pa.Table:
+        if "label" not in part.table.column_names:
+            part.account.notes.append(f"no labels in column '{self.columns.label}': predictions without metrics")
+            return part.table
+        before = len(problems)
+        table = self._with_targets(part, "the run" if split == "train" else self._classes_of, problems)
+        if len(problems) > before and split not in ("train", "validation"):
+            problems.append(f"  For predictions without metrics, leave out column '{self.columns.label}'.")
+        if split == "train" and len(problems) == before:
+            self._check_training(table, part, problems)
+        return table
 
     def _with_targets(self, part: Part, whose: str, problems: list[str]) -> pa.Table:
         if self.numeric:
@@ -223,23 +170,36 @@ class TextTask(SentenceTask):
         number = several.class_lists if self.several else class_numbers
         return number(part, list(self.spec.label_names), whose, self.columns.label, problems)
 
-    def _cut(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """(training rows, validation rows); both accounts say how they were divided."""
+    def _check_training(self, table: pa.Table, part: Part, problems: list[str]) -> None:
+        if not self.numeric:
+            if contradictions := count_contradictions(table):
+                part.account.notes.append(f"{contradictions:,} texts have rows with different labels")
+        elif len(pc.unique(table.column("label"))) == 1:
+            problems.append(f"{part.where}: column '{self.columns.label}': all rows have the same number.")
+
+    def before_split(self) -> None:
+        if not self.numeric and not self.spec.label_names:
+            self.load()  # the training rows have the classes
+
+    def facts(self) -> list[str]:
+        return [hashlib.sha256(json.dumps(self.spec.label_names).encode()).hexdigest()]
+
+    def draw(self, table: pa.Table) -> tuple[np.ndarray, str]:
         chosen = choose_validation(table, self.cfg.validation_fraction, self.cfg.split_seed, by_class=not self.numeric)
-        if not chosen.any():
-            raise UserError(
-                f"{self.cfg.path}: no validation rows can be taken from {table.num_rows} rows, because no class has "
-                "two different texts; add rows, or a validation file"
-            )
-        how = "drawn at random" if self.numeric else "drawn from each class"
-        if self.several:
-            how += " (a row of several classes counts for its rarest one)"
-        train, validation = cut(table, chosen, self.cfg, self.accounts, how)
+        how = "at random" if self.numeric else "from each class"
+        return chosen, how + (" (a row of several classes counts for its rarest one)" if self.several else "")
+
+    def divided(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+        parts = super().divided(table)
         if repeated := count_repeated(table):
             self.accounts["train"].notes.append(
                 f"{repeated:,} rows have the text of an earlier row; equal texts are never divided between the parts"
             )
-        return train, validation
+        return parts
+
+    def note_rows(self, tables: dict[str, pa.Table]) -> None:
+        if not self.numeric:
+            self._note_classes(tables)
 
     def _note_classes(self, tables: dict[str, pa.Table]) -> None:
         """Note classes that are missing in the rows used for training or validation."""

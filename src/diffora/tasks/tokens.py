@@ -28,8 +28,10 @@ from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.classes import ClassResults
 from diffora.tasks.ignored import IGNORED
 from diffora.tasks.messages import some
-from diffora.tasks.own_rows import OwnRowsSettings, OwnRowsTask, Part
+from diffora.tasks.own_records import OwnRecordsTask
+from diffora.tasks.own_rows import OwnRowsSettings
 from diffora.tasks.sentences import note_unknown, unknown_token
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import content_hash
 from diffora.tasks.words.conll import read_conll
@@ -66,7 +68,7 @@ class TokensSettings(OwnRowsSettings):
     ] = 32
 
 
-class TokensTask(OwnRowsTask):
+class TokensTask(OwnRecordsTask):
     """Tag each word of a sentence. F1 over entities chooses the best epoch.
 
     The tags are those of ``task.tags``, of the data set's features, or of the training rows.
@@ -140,7 +142,7 @@ class TokensTask(OwnRowsTask):
             names = self.cfg.tags
         return check_words(sources, self.columns, names, labelled, account, problems)
 
-    def learn(self, train: Part, account: Account, problems: list[str]) -> None:
+    def learn(self, train: Part, problems: list[str]) -> None:
         if self.tagging is None:
             present = pc.unique(pc.list_flatten(train.table.column("tags"))).to_pylist()
             self._tags_from = "features" if self._named else "rows"
@@ -154,10 +156,10 @@ class TokensTask(OwnRowsTask):
                 f"{train.where}: column '{self.columns[1]}': all words have the same tag; there is nothing to learn."
             )
 
-    def numbered(self, part: Part, account: Account, problems: list[str]) -> pa.Table:
+    def numbered(self, split: str, part: Part, problems: list[str]) -> pa.Table:
         assert isinstance(part, WordsPart)
         if "tags" not in part.table.column_names:
-            account.notes.append(f"no tags in column '{self.columns[1]}': predictions without metrics")
+            part.account.notes.append(f"no tags in column '{self.columns[1]}': predictions without metrics")
             return part.table
         whose = {
             "run": "the run",

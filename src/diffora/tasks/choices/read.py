@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from diffora.tasks.account import Account, note_ignored
-from diffora.tasks.own_rows import Part
 from diffora.tasks.sources.faults import Faults, is_unicode
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import check_columns
 
@@ -117,7 +117,7 @@ def check_choices(
             )
     account.read = len(rows)
     _note(rows, sources, columns, account)
-    return Part(table, where, [number for _, number in owners])
+    return Part(where, table, account)
 
 
 def _note(rows: Sequence[dict[str, Any]], sources: Sequence[Records], columns: Columns, account: Account) -> None:

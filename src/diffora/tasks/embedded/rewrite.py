@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from diffora.errors import UserError
 from diffora.settings.checks import ROWS, Help, whole
-from diffora.tasks.account import Account
+from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Rows
 from diffora.tasks.embedded.dialogue import converse
 from diffora.tasks.embedded.distinct import distinct
 from diffora.tasks.pairs.task import PairSettings, PairTask
+from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 
 SEED = 0
 
@@ -46,14 +47,15 @@ class RewriteTask(PairTask):
 
     settings = RewriteSettings
 
-    @property
-    def source(self) -> str:
-        return f"embedded:{self.name}"
-
     def load(self) -> Rows:
         tables = self._tables()
         self.accounts |= {name: Account(table.num_rows) for name, table in tables.items()}
-        return self.divided(tables)
+        tables["train"] = subset(tables["train"], self.cfg.max_train_rows, self.accounts["train"])
+        note_overlap(self.accounts, {name: table.column("source") for name, table in tables.items()})
+        self.note_generated(tables["validation"])
+        train, validation = (datasets.Dataset(table) for table in tables.values())
+        digest = joint_hash(map(content_hash, tables.values()))
+        return Rows(train, {"validation": validation}, digest, f"embedded:{self.name}")
 
     def load_split(self, split: str) -> datasets.Dataset:
         tables = self._tables()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -16,6 +16,8 @@ from diffora.tasks.sources.check_values import check_text
 from diffora.tasks.sources.csv_file import read_csv
 from diffora.tasks.sources.faults import READ_ERRORS
 from diffora.tasks.sources.lines import BadLine, json_lines, utf8
+from diffora.tasks.sources.part import Part
+from diffora.tasks.sources.place import Place
 from diffora.tasks.sources.readers import read_parquet
 from diffora.tasks.sources.tables import check_columns, with_numbers
 
@@ -34,34 +36,25 @@ class Columns:
     target: str
 
 
-@dataclass(frozen=True)
-class Part:
-    """The rows of one split.
+def read_split(place: Place, split: str, columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
+    """The checked rows of a split; None, and messages in ``problems``, if something is wrong.
 
-    Attributes:
-        where: its files, for messages.
-        table: ``source``, ``target`` (if the rows have targets), ``number`` (of the row, from 1) and ``id`` (text; if
-            the rows have such a column).
-        account: what became of the rows.
-    """
-
-    where: str
-    table: pa.Table
-    account: Account = field(default_factory=Account)
-
-
-def read_files(files: Sequence[Path], columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
-    """Read one split from its file, or from its shards in their order.
+    The table has ``source``, ``target`` (if the rows have targets), ``number`` (of the row, from 1) and ``id`` (text;
+    if the rows have such a column).
 
     Args:
-        files: of the split.
-        columns: which columns to read.
+        split: its name here: "train", "validation", or another name at the source.
         labelled: whether every row must have a target. Otherwise no row needs one.
-        problems: grows by everything that is wrong.
-
-    Returns:
-        None if something is wrong.
     """
+    if place.is_hub:
+        found = place.hub_split(split, problems)
+        return _read_hub_split(*found, columns, labelled, problems) if found else None
+    files = place.files(split, problems)
+    return _read_files(files, columns, labelled, problems) if files else None
+
+
+def _read_files(files: Sequence[Path], columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
+    """Read one split from its file, or from its shards in their order."""
     before, account, tables = len(problems), Account(), []
     for file in files:
         try:
@@ -77,10 +70,9 @@ def read_files(files: Sequence[Path], columns: Columns, labelled: bool, problems
     return None if len(problems) > before else _part(where, tables, account)
 
 
-def read_hub_split(
+def _read_hub_split(
     where: str, rows: datasets.Dataset, columns: Columns, labelled: bool, problems: list[str]
 ) -> Part | None:
-    """`read_files` for a split of a dataset on the hub."""
     before, account = len(problems), Account()
     table = _checked(rows.data.table, where, columns, labelled, account, problems)
     return None if table is None or len(problems) > before else _part(where, [table], account)

@@ -19,8 +19,8 @@ from diffora.backbones.compatibility import longest_input
 from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, Help, whole
 from diffora.settings.sections import TaskSettings
-from diffora.tasks.account import Account, note_overlap
-from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
+from diffora.tasks.account import Account
+from diffora.tasks.base import Batch, Collate, Outputs, Split, Task
 from diffora.tasks.causal_lm import exponential
 from diffora.tasks.chat.loss import aligned_losses
 from diffora.tasks.generation import evenly, generate, with_others
@@ -29,7 +29,6 @@ from diffora.tasks.pairs.batches import PairCollator
 from diffora.tasks.pairs.encode import encode
 from diffora.tasks.pairs.metrics import ROUGE, generation_scores
 from diffora.tasks.pairs.read import ID
-from diffora.tasks.sources.tables import content_hash, joint_hash, subset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,21 +219,10 @@ the source as in training. To continue training, load with `is_trainable=True`.
             found.append({"row": row, **facts, "prediction": text, **target})
         return found
 
-    def divided(self, tables: dict[str, pa.Table]) -> Rows:
-        """The rows of a run from checked training and validation tables."""
-        accounts = self.accounts
-        tables["train"] = subset(tables["train"], self.cfg.max_train_rows, accounts["train"])
-        note_overlap(accounts, {name: table.column("source") for name, table in tables.items()})
-        n, chosen = tables["validation"].num_rows, self.cfg.generation.rows
+    def note_generated(self, validation: pa.Table) -> None:
+        """Note for how many validation rows text is generated after each epoch."""
+        n, chosen = validation.num_rows, self.cfg.generation.rows
         if chosen is not None and 0 < chosen < n:
-            accounts["validation"].notes.append(
+            self.accounts["validation"].notes.append(
                 f"after each epoch, text is generated for {chosen:,} of {n:,} rows: task.generation.rows={chosen}"
             )
-        train, validation = tables["train"], tables["validation"]
-        digest = joint_hash(map(content_hash, (train, validation)))
-        return Rows(datasets.Dataset(train), {"validation": datasets.Dataset(validation)}, digest, self.source)
-
-    @property
-    def source(self) -> str:
-        """Where the rows come from, in words."""
-        raise NotImplementedError

@@ -1,11 +1,9 @@
-"""What is read of a file of texts with labels, and the rows that were read."""
+"""What is read of a file of texts with labels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
-
-from diffora.tasks.account import Account
 
 Kind = Literal["classification", "multilabel", "regression"]
 """What labels are: one class for each row, any number of classes, or a number."""
@@ -44,18 +42,3 @@ class Columns:
     def label(self) -> str:
         """The label columns, for messages."""
         return ", ".join(self.labels)
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of one split.
-
-    Attributes:
-        where: its files, for messages.
-        table: the columns `Columns.read_as`; ``label`` if the rows have labels: text, or lists of text; ``number``.
-        account: what became of the rows.
-    """
-
-    where: str
-    table: pa.Table
-    account: Account = field(default_factory=Account)

@@ -11,15 +11,43 @@ from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.messages import more
 from diffora.tasks.sources.check_values import check_text, check_utf8
 from diffora.tasks.sources.faults import READ_ERRORS
+from diffora.tasks.sources.hub import with_features
+from diffora.tasks.sources.part import Part
+from diffora.tasks.sources.place import Place
 from diffora.tasks.sources.tables import check_columns, with_numbers
-from diffora.tasks.texts.columns import LISTS, Columns, Part
-from diffora.tasks.texts.formats import read_file
+from diffora.tasks.texts.columns import LISTS, Columns
+from diffora.tasks.texts.formats import read_file, with_labels_as_text
 from diffora.tasks.texts.several import from_flags
 
 LONGEST = 100_000
 """Longer texts are cut here, in characters. No tokenizer keeps that many, and encoding all of them takes long."""
 JOINT = " | "
 """What stands between the columns if more than two are joined into one text."""
+
+
+def read_split(place: Place, split: str, columns: Columns, labelled: bool, problems: list[str]) -> Part | None:
+    """The checked rows of a split; None, and messages in ``problems``, if something is wrong.
+
+    The table has the columns `Columns.read_as` and, if the rows have labels, ``label``: text, or lists of text.
+
+    Args:
+        split: its name here: "train", "validation", or another name at the source.
+        columns: what is read.
+        labelled: whether every row must have a label. Otherwise no row needs one.
+    """
+    if not place.is_hub:
+        files = place.files(split, problems)
+        return read_part(files, columns, labelled, problems) if files else None
+    found = place.hub_split(split, problems)
+    if found is None:
+        return None
+    where, rows = found
+    try:
+        table = with_labels_as_text(with_features(rows), columns)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+    return part_of({where: table}, columns, labelled, Account(), problems)
 
 
 def read_part(files: Sequence[Path], columns: Columns, labelled: bool, problems: list[str]) -> Part | None:

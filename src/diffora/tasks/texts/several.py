@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from diffora.tasks.messages import some
 from diffora.tasks.sources.check_values import report
-from diffora.tasks.texts.columns import LISTS, Part
+from diffora.tasks.sources.part import Part
+from diffora.tasks.texts.columns import LISTS
 
 SEPARATORS = (";", "|", ",")
 FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from diffora.tasks.labels import known_classes
 from diffora.tasks.messages import some
 from diffora.tasks.sources.check_values import report
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.readers import NUMBER
-from diffora.tasks.texts.columns import Part
 from diffora.tasks.texts.several import SEPARATORS, names_in, written_list
 
 WHOLE = r"[-+]?\d+"

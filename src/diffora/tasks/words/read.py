@@ -1,6 +1,7 @@
 """Rows of words and tags, checked one by one."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -8,8 +9,8 @@ import pyarrow as pa
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.labels import known_classes
 from diffora.tasks.messages import some
-from diffora.tasks.own_rows import Part
 from diffora.tasks.sources.faults import Faults, is_unicode
+from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.records import Records
 from diffora.tasks.sources.tables import check_columns
 
@@ -17,19 +18,19 @@ SCHEMA = pa.schema({"words": pa.list_(pa.string()), "tags": pa.list_(pa.string()
 ROWS_AT_ONCE = 1000  # bounds memory
 
 
+@dataclass(kw_only=True)
 class WordsPart(Part):
     """The rows of one split: the columns ``words`` and, if the rows have tags, ``tags``, both lists of texts.
 
     Attributes:
+        numbers: the number of each row at its source, for messages.
         sources: for each row, the file that it is in, by its position in ``files``.
         files: the files, as messages name them, with what the numbers of their rows count.
     """
 
-    def __init__(
-        self, table: pa.Table, where: str, numbers: list[int], files: list[Records], sources: list[int]
-    ) -> None:
-        super().__init__(table, where, numbers)
-        self.files, self.sources = files, sources
+    numbers: list[int]
+    sources: list[int]
+    files: list[Records]
 
     def faults(self) -> list[Faults]:
         """New, empty faults for each file."""
@@ -89,7 +90,8 @@ def check_words(
     present = dict.fromkeys(name for source in sources for name in source.names)
     note_ignored(account, [name for name in present if name not in columns])
     table = pa.Table.from_batches(batches, SCHEMA)
-    return WordsPart(table if has_tags else table.select(["words"]), where, numbers, list(sources), owners)
+    table = table if has_tags else table.select(["words"])
+    return WordsPart(where, table, account, numbers=numbers, sources=owners, files=list(sources))
 
 
 def _named(source: Records, column: str) -> list[str] | None:
