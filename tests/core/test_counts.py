@@ -11,8 +11,10 @@ from diffora.core.counts import (
     expected_adapter_parameters,
     expected_globally,
     extreme_adapter_parameters,
+    extremes_by_layer,
     largest_prefix,
     largest_rank,
+    present,
 )
 from diffora.core.dam import discretise_globally
 
@@ -98,6 +100,22 @@ def test_extremes_are_exact_for_k_per_layer_if_layers_are_equal(row, rank, share
     ]
     least, most = extreme_adapter_parameters(shapes, rank, shared_rank)
     assert (least[3 * k], most[3 * k]) == (min(counts), max(counts))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids(3, 3), st.integers(1, 4), SHARED, st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_extremes_by_layer_hold_for_every_selection(shapes, rank, shared_rank, ks):
+    sizes = [sum(shape is not None for shape in row) for row in shapes]
+    ks = [min(k, size) for k, size in zip(ks, sizes, strict=True)]
+    counts = [
+        adapter_parameters(shapes, mask, rank, shared_rank)
+        for mask in masks_of(3, 3)
+        if (mask & present(shapes)).equal(mask) and mask.sum(-1).tolist() == ks
+    ]
+    least, most = extremes_by_layer(shapes, ks, rank, shared_rank)
+    assert least <= min(counts) and most >= max(counts)
+    if shared_rank is None:
+        assert (least, most) == (min(counts), max(counts))
 
 
 @settings(max_examples=10, deadline=None)

@@ -12,6 +12,7 @@ from diffora.core.readout import CHECKS, Readout, steps_of
 
 def test_a_number_of_steps_or_a_share_of_them():
     assert [steps_of(amount, 40) for amount in (None, 1, 7, 0.1, 0.5, 0.99)] == [0, 1, 7, 4, 20, 40]
+    assert [steps_of(0.1, total) for total in (3, 5, 25)] == [1, 1, 2]  # a share is never nothing
 
 
 def test_the_early_gradient_is_of_the_first_third_of_the_gamma_steps():

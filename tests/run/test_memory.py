@@ -134,6 +134,8 @@ def test_the_second_order_needs_more_and_checkpointing_less(cfg):
     first, second = (Stand(cfg(*LLAMA, f"search.order={order}")) for order in (1, 2))
     of = [memory.of_search(s.cfg, s.task, s.meta, s.meta_layers).activations for s in (first, second)]
     assert of[1] > 1.5 * of[0]
+    parts = Stand(cfg(*LLAMA, "search.order=2", "search.accumulate=2"))  # the unrolled step takes the whole batch
+    assert memory.of_search(parts.cfg, parts.task, parts.meta, parts.meta_layers).activations == of[1]
     whole, again = (Stand(cfg(*CASES[case])) for case in ("packed", "checkpointing"))
     of = [memory.of_finetuning(s.cfg, s.task, s.meta).activations for s in (whole, again)]
     assert of[1] < 0.6 * of[0]

@@ -53,7 +53,7 @@ def test_the_messages_of_the_installed_torch_are_recognised():
     [
         ("diffora.run.experiment.Parts.load", "smaller model"),
         ("diffora.methods.lora.LoRA.adapt", "smaller batch_size, rank"),
-        ("diffora.tasks.glue.GlueTask.loss", r"finetune.accumulate=2 halves"),
+        ("diffora.tasks.glue.GlueTask.loss", r"finetune.accumulate=2 takes 16 rows at a time"),
         ("diffora.run.experiment.new_record", None),
     ],
 )

@@ -120,3 +120,8 @@ def test_widths_are_rounded_in_bfloat16_on_a_cpu_only(cfg):
         for n in (3, 16, 17)
     ]
     assert widths == [8, 16, 24]
+
+
+def test_weights_in_float16_are_refused_on_every_machine(cfg):
+    with pytest.raises(UserError, match=r"trainer\.precision=auto does not go with model\.dtype=float16"):
+        settled(cfg("task=mrpc", "trainer.precision=auto", "model.dtype=float16"))

@@ -142,3 +142,21 @@ def test_shares_fall_with_the_lowest_layer(cfg, tmp_path):
     for budget in (0.6, 0.8, 0.95):
         facts = find_lowest(budget, meter, parts.grid)
         assert facts["lowest_layer"] == next(i for i, share in enumerate(shares) if share <= budget)
+
+
+def test_a_budget_of_parameters_is_for_the_layers_that_the_time_leaves(cfg, tmp_path):
+    """2,688 parameters are enough for rank 1 to 3 in the top layer, but not in all layers."""
+    more = ["method=random", "method.weight_sharing=false", "method.time_budget=0.65", "method.budget=3k"]
+    found = run(cfg(*SHORT, *more, "dry_run=true"), tmp_path / "dry").record
+    assert found["step_time"]["lowest_layer"] == 3 and 0 < found["params"]["adapter"] <= 3000
+    result = run(cfg(*SHORT, *more), tmp_path / "run")
+    assert result.record["params"]["adapter"] == found["params"]["adapter"]
+    with pytest.raises(UserError, match=r"method\.budget=100 is too small"):
+        run(cfg(*SHORT, *more[:-1], "method.budget=100"), tmp_path / "small")
+
+
+def test_steps_on_augmented_images_can_be_timed(cfg, tmp_path):
+    more = ["task=digits", "model=tiny_vit", "method=random", "method.time_budget=0.9", "method.time_from=measured"]
+    settings, task = check(cfg(*more, "trainer=cpu", "logger=none", "task.max_train_rows=64", "finetune.batch_size=8"))
+    parts = Parts.load(settings, tmp_path, task)
+    assert Timed(parts, settings.method).from_layer(parts.grid.n_layers - 1).share > 0

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import chat_template_utils
 
 from diffora.errors import UserError
-from diffora.loop.splits import examples_of, held_out_split, split_search
+from diffora.loop.splits import alike_of, count_shared, examples_of, held_out_split, split_search
+from diffora.scoring.criteria import counted_tokens
 from diffora.tasks.account import Account
 from diffora.tasks.base import Split
 from diffora.tasks.batches import parts_of
@@ -202,11 +203,37 @@ def test_train_on_all_counts_all_tokens_but_the_first():
     assert row["counted"] == [0] + [1] * (row["length"] - 1)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_if_it_matters():
-    tokenizer = byte_level(THINKING)
-    with pytest.raises(UserError, match=r"row 2: the template writes turn 2 differently .*task\.train_on=all"):
-        encode(rows_of(["a", "b"], ["a", "b", "c", "d"]), tokenizer, 512, "completion")
-    assert len(encode(rows_of(["a", "b"]), tokenizer, 512, "completion")) == 1
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"))), min_size=2, max_size=6))
+def test_answers_are_found_where_a_template_writes_the_last_one_differently(contents):
+    """As Qwen3's does, whose last answer begins with an empty thought."""
+    tokenizer = TOKENIZERS.setdefault("thinking", byte_level(THINKING))
+    contents = [f"q{text}q" for text in contents]
+    ids, counted, _ = tokens._chat(turns_of(contents), tokenizer, "completion")
+    expected = [f"{text}<|im_end|>" for text in contents[1::2]]
+    if len(contents) % 2 == 0:
+        expected[-1] = f"<think></think>{expected[-1]}"
+    assert answers(ids, counted.tolist(), tokenizer) == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "headers", "inst", "roles", "marked", "plain"])
+def test_the_heading_of_a_first_answer_does_not_count(name):
+    template, end = TEMPLATES[name]
+    tokenizer = byte_level(template)
+    turns = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(("Hello!", "x", "yes"))]
+    ids, counted, _ = tokens._chat(turns, tokenizer, "completion")
+    found = [text.strip(" ") for text in answers(ids, counted.tolist(), tokenizer)]
+    assert found == [f"Hello!{end}", f"yes{end}"]
+    ids, counted, _ = tokens._chat([{"role": "assistant", "content": ""}, *turns[1:]], tokenizer, "completion")
+    assert f"yes{end}" in answers(ids, counted.tolist(), tokenizer)[-1]
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused_if_it_matters():
+    said = "{{ m.content if loop.last else m.content | upper }}"
+    tokenizer = byte_level(CHATML.replace("m.content", f"({said[2:-2]})"))
+    with pytest.raises(UserError, match=r"row 2: the template writes turn \d differently .*task\.train_on=all"):
+        encode(rows_of(["A", "b"], ["a", "b", "c", "d"]), tokenizer, 512, "completion")
+    assert len(encode(rows_of(["A", "b"]), tokenizer, 512, "completion")) == 1
     assert len(encode(rows_of(["a", "b", "c", "d"]), tokenizer, 512, "all")) == 1
 
 
@@ -645,6 +672,31 @@ def test_batches_carry_labels_where_tokens_count():
     packed = ChatCollator(7, pad_to_multiple_of=8)(packed_rows(rows, [[1, 0]]) | {"row": [4]})
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert packed["row"].tolist() == [4] and "attention_mask" not in packed
+    wide = ChatCollator(7, pad_to_multiple_of=8)(packed_rows(token_rows([5]), [[0]]) | {"row": [0]})
+    assert wide["real"].tolist() == [[1] * 5 + [0] * 3]
+    inputs = task_of(packing=True).inputs(wide)
+    assert inputs.keys() == {"input_ids", "position_ids"}  # the model does not get it
+    assert counted_tokens(torch.zeros(1, 8, 3), wide).tolist() == wide["real"].tolist()
+
+
+def test_equal_questions_with_other_answers_are_alike(tmp_path):
+    def lines(first, n):
+        rows = [{"prompt": f"question {i % 6}", "completion": f"answer {first + i}"} for i in range(n)]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    for name, first in (("train", 0), ("validation", 100)):
+        (tmp_path / f"{name}.jsonl").write_text(lines(first, 12))
+    task = task_of(path=str(tmp_path), packing=False)
+    rows = task.load()
+    assert any("12 of 12 rows are training rows too" in note for note in task.accounts["validation"].notes)
+    split = Split(rows.train, task.encode(rows.train, byte_level(CHATML), training=True))
+    assert alike_of(split, task.row_keys(rows.train)).tolist() == [0, 1, 2, 3, 4, 5] * 2
+    assert alike_of(split).tolist() == list(range(12))
+    train, valid = split_search(examples_of(split.encoded), 0, alike=alike_of(split, task.row_keys(rows.train)))
+    assert not {i % 6 for i in train} & {i % 6 for i in valid}
+    packed = Split(rows.train, pack(split.encoded, 512))
+    test = Split(rows.validation["validation"], split.encoded)
+    assert count_shared(test, packed, (task.row_keys(test.rows), task.row_keys(packed.rows))) == (12, 12)
 
 
 @pytest.mark.parametrize(

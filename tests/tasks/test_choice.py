@@ -167,7 +167,7 @@ def test_several_columns_of_context(task, tmp_path):
         ({"label": "A"}, "label", '"A" is not the number of a choice'),
         ({"choices": ["one"]}, "choices", "are too few choices: at least two are needed"),
         ({"choices": []}, "choices", "are too few choices"),
-        ({"choices": ["one", " "]}, "choices", '" " is an empty choice (choice 2)'),
+        ({"choices": ["one", " "]}, "choices", '" " is an empty choice; rows with fewer choices'),
         ({"choices": ["one", None]}, "choices", "null in place of a choice (choice 2)"),
         ({"choices": ["one", 2]}, "choices", "2 is not text (choice 2)"),
         ({"choices": "one;two"}, "choices", '"one;two" is not a list of choices'),
@@ -210,6 +210,19 @@ def test_labels_that_could_be_numbers_or_texts_are_refused(task, tmp_path):
     assert [1 - label for label in number] == text
 
 
+def test_one_odd_row_does_not_decide_how_labels_are_read(task, tmp_path):
+    """Labels that are texts of choices, which are numbers; in one row a choice is there twice."""
+    content = [{"context": f"{i}", "choices": ["1", "2", "3", "0"], "label": str(i % 4)} for i in range(19)]
+    content.append({"context": "twice", "choices": ["2", "2", "1", "0"], "label": "2"})
+    found = problems_of(task(write(tmp_path / "a.jsonl", content)))
+    assert "may be the number of a choice or its text: say which with task.label_kind= (and 18 more" in found
+
+
+def test_a_file_without_rows_is_said_to_have_none(task, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    assert problems_of(task(tmp_path / "a.jsonl")) == f"{tmp_path / 'a.jsonl'}: no rows."
+
+
 def test_a_label_after_a_row_without_one(task, tmp_path):
     content = rows(6)
     del content[0]["label"]
@@ -229,10 +242,7 @@ def test_other_mistakes(task, tmp_path):
     assert "perhaps task.choice_columns=[ending0,ending1]." in found
     empty = [row | {"ending3": ""} for row in columns(rows(fewer=False))]
     found = problems_of(task(write(tmp_path / "b.csv", empty), ENDINGS))
-    assert (
-        "b.csv, row 1 (data rows, counted from 1), column 'ending3': \"\" is an empty choice (choice 4) (and 29 more"
-        in found
-    )
+    assert "b.csv, row 1 (data rows, counted from 1), column 'ending3': \"\" is an empty choice; rows with" in found
     gap = [{k: v for k, v in row.items() if k != "ending1"} for row in columns(rows(fewer=False))[:3]]
     content = [columns(rows(fewer=False))[0], *gap]
     found = problems_of(task(write(tmp_path / "c.jsonl", content), ENDINGS))

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from diffora.backbones.load import load_backbone
 from diffora.core.attach import attach
@@ -119,6 +126,21 @@ def test_the_checkpoints_other_settings_do_not_matter(cfg):
     model.generation_config.repetition_penalty = 5.0
     assert generate(model, {"input_ids": ids, "attention_mask": mask}, 6, 0).equal(before)
     assert model.generation_config.do_sample  # its own settings are back
+
+
+def test_an_encoder_decoder_never_writes_padding():
+    """As Marian's, whose padding token would be the likeliest one; only its own `bad_words_ids` keep it out."""
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 16))}
+    settings = {"vocab_size": 20, "d_model": 16, "pad_token_id": 19, "decoder_start_token_id": 19, **heads, **sizes}
+    settings |= {"eos_token_id": 0, "forced_eos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("marian", **settings)).eval()
+    with torch.no_grad():
+        model.final_logits_bias[0, 19] = 100.0
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    found = generate(model, inputs, 5, 19)[0].tolist()
+    assert 19 not in (found[: found.index(0)] if 0 in found else found)
 
 
 def test_an_answer_ends_where_the_template_ends_it(cfg, tmp_path):
@@ -340,8 +362,8 @@ def test_prompt_and_answer_must_fit_the_model(cfg, tmp_path):
     ("name", "content", "words"),
     [
         ("texts.csv", "a", "is not a .txt file"),
-        ("texts.jsonl", '{"words": "a"}', "row 1: has no text in column 'text'"),
-        ("texts.jsonl", "nonsense", "row 1: is not JSON"),
+        ("texts.jsonl", '{"words": "a"}', "line 1: has no text in column 'text'"),
+        ("texts.jsonl", "nonsense", "line 1: is not JSON"),
         ("texts.txt", "\n \n", "has no text"),
         ("absent.txt", None, "is not a .txt file"),
     ],

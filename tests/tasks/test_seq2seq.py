@@ -71,6 +71,24 @@ def test_equal_sources_are_not_divided(task, tmp_path):
     assert not set(found.train["source"]) & set(found.validation["validation"]["source"])
 
 
+def test_sources_that_differ_in_white_space_or_form_are_equal(task, tmp_path):
+    texts = [text for i in range(20) for text in (f"text é{i:02d}", f" text e\u0301{i:02d} ")]
+    rows = [{"source": text, "target": f"{i}"} for i, text in enumerate(texts)]
+    found = task(write(tmp_path / "t.csv", rows), "task.validation_fraction=0.3").load()
+    parts = found.train, found.validation["validation"]
+    train, validation = ({text.strip()[-2:] for text in part["source"]} for part in parts)
+    assert validation and not train & validation
+    made = task(write(tmp_path / "u" / "train.csv", rows[::2]).parent)
+    write(tmp_path / "u" / "validation.csv", rows[1::2])
+    made.load()
+    assert any("20 of 20 rows are training rows too" in note for note in made.accounts["validation"].notes)
+
+
+def test_a_file_without_rows_is_said_to_have_none(task, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    assert problems_of(task(tmp_path / "a.jsonl")) == f"{tmp_path / 'a.jsonl'}: no rows."
+
+
 def test_validation_rows_that_were_drawn_are_said_to_be_when_they_are_evaluated(task, tmp_path):
     made = task(write(tmp_path / "t.csv", pairs()))
     assert len(made.load_split("validation")) == 4

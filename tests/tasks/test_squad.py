@@ -238,6 +238,15 @@ def test_rows_of_a_folder(tmp_path):
     assert not made.labelled(Split(unlabelled, made.encode(unlabelled, tokenizer, training=False)))
 
 
+def test_a_first_question_without_an_answer_may_leave_answers_out(tmp_path):
+    questions = [{"id": f"q{i}", "question": f"Who {i}?", "is_impossible": True} for i in range(4)]
+    questions[2] |= {"is_impossible": False, "answers": [{"text": "Nobody", "answer_start": TEXT.index("Nobody")}]}
+    content = {"data": [{"paragraphs": [{"context": TEXT, "qas": questions}]}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    rows = task(True, path=str(tmp_path), train_file="a.json", validation_file="a.json").load()
+    assert [len(answers) for answers in rows.train["answers"]] == [0, 0, 1, 0]
+
+
 # --- windows ---
 
 

@@ -6,6 +6,7 @@ import shutil
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -432,3 +433,26 @@ def test_many_unknown_tokens_are_noted(task, tmp_path, text, noted):
     assert (share > 0.1) == noted
     words = f"{share:.0%} of the tokens are unknown to the model's tokenizer: use a model for this language"
     assert notes == [words] * noted
+
+
+def test_numbers_of_parquet_may_be_of_any_size_and_precision(task, tmp_path):
+    content = {"text": [f"text {i}" for i in range(30)], "label": np.array([i / 4 for i in range(30)], np.float16)}
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(content), file)
+    assert task(file, "task.kind=regression").load_split("all")["label"][:4] == [0.0, 0.25, 0.5, 0.75]
+    content["label"] = np.array([1e300, *range(29)])
+    pq.write_table(pa.table(content), file)
+    found = problems_of(task(file, "task.kind=regression"))
+    assert "row 1 (data rows, counted from 1), column 'label'" in found and "is too large a number" in found
+    content["label"][0] = np.inf
+    pq.write_table(pa.table(content), file)
+    assert "row 1 (data rows, counted from 1), column 'label'" in problems_of(task(file, "task.kind=regression"))
+
+
+def test_texts_that_differ_in_outer_white_space_stay_together(task, tmp_path):
+    rows = [{"text": f"text {i // 2}{' ' * (i % 2)}", "label": ("a", "b")[i // 2 % 2]} for i in range(60)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = task(tmp_path / "a.parquet", "task.validation_fraction=0.3").load()
+    parts = found.train, found.validation["validation"]
+    train, validation = ({text.strip() for text in part["text"]} for part in parts)
+    assert validation and not train & validation

@@ -5,6 +5,7 @@ from math import gcd
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 """Precisions in which small steps are rounded away, so that nothing is trained in them."""
@@ -55,3 +56,8 @@ def width_multiple(precision: str, device: torch.device, longest: int | None) ->
     rounds = device.type == "cuda" or (device.type == "cpu" and precision in AUTOCAST)
     wanted = 8 if rounds else 1
     return wanted if longest is None else gcd(wanted, longest)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """The values in float32 if they are float16 or bfloat16; losses and metrics are computed in full precision."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -88,8 +88,7 @@ def extreme_adapter_parameters(shapes: Shapes, rank: int, shared_rank: int | Non
     """The least and the most `adapter_parameters` of any selection of m modules, two lists over m = 0 to L N.
 
     Exact, by dynamic programming over groups of one type and shape: with n of its L modules selected, a group costs
-    n pairs of rank r, and the shared pair while n < L. For K modules in each layer read the lists at ``m = K L``: the
-    values are exact if all layers have the same shapes, and bounds otherwise.
+    n pairs of rank r, and the shared pair while n < L. For so many modules in each layer: `extremes_by_layer`.
     """
     least, most = [0], [0]
     for (_, shape), layers in _groups(shapes).items():
@@ -101,6 +100,29 @@ def extreme_adapter_parameters(shapes: Shapes, rank: int, shared_rank: int | Non
             [min(least[before] + more for before, more in ways[m]) for m in totals],
             [max(most[before] + more for before, more in ways[m]) for m in totals],
         )
+    return least, most
+
+
+def extremes_by_layer(shapes: Shapes, counts: Sequence[int], rank: int, shared_rank: int | None) -> tuple[int, int]:
+    """The least and the most `adapter_parameters` of any selection of so many modules in each layer.
+
+    Exact where layers of different shapes share no pair, and bounds otherwise.
+
+    >>> extremes_by_layer([[(2, 2)], [(9, 9), (9, 9)]], [0, 1], 1, None)
+    (18, 18)
+    """
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for layer, (row, count) in enumerate(zip(shapes, counts, strict=True)):
+        kinds.setdefault((count, *row), []).append(layer)
+    parts = list(kinds.values())
+    kind_of = {layer: i for i, layers in enumerate(parts) for layer in layers}
+    if shared_rank and any(len({kind_of[layer] for layer in layers}) > 1 for layers in _groups(shapes).values()):
+        parts = [list(range(len(shapes)))]
+    least = most = 0
+    for layers in parts:
+        lists = extreme_adapter_parameters([shapes[layer] for layer in layers], rank, shared_rank)
+        m = sum(counts[layer] for layer in layers)
+        least, most = least + lists[0][m], most + lists[1][m]
     return least, most
 
 

@@ -19,10 +19,13 @@ EARLY = 3
 
 
 def steps_of(amount: float | None, total: int) -> int:
-    """A number of steps from a number of steps (an int) or a share of ``total`` (a float below 1); 0 for None."""
-    if amount is None:
+    """A number of steps from a number of steps (an int) or a share of ``total`` (a float below 1); 0 for None.
+
+    A share above 0 is at least one step.
+    """
+    if not amount:
         return 0
-    return round(amount * total) if amount < 1 else int(amount)
+    return max(1, round(amount * total)) if amount < 1 else int(amount)
 
 
 def step_problem(readout: str, warmup: float | None, total: int) -> str | None:

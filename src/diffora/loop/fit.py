@@ -156,8 +156,11 @@ def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, 
 def _out_of_memory(shortage: str, stage: str, section: Any) -> UserError:
     advice = ""
     if shortage.startswith("out of memory"):
-        advice = (
-            f" at {stage}.batch_size={section.batch_size}; {stage}.accumulate={2 * section.accumulate} halves "
-            "the memory of a step and keeps the batch"
-        )
+        batch, parts = section.batch_size, section.accumulate
+        advice = f" at {stage}.batch_size={batch}"
+        more = next((n for n in range(parts + 1, batch + 1) if batch % n == 0), None)
+        if more is not None and getattr(section, "order", 1) == 1:
+            advice += f"; {stage}.accumulate={more} takes {batch // more} rows at a time and keeps the batch"
+        else:
+            advice += f"; try a smaller {stage}.batch_size, or trainer.gradient_checkpointing=true"
     return UserError(f"{stage}: {shortage}{advice}")

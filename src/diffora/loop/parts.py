@@ -68,7 +68,8 @@ class Data:
         tested = {name: evaluated(part) for name, part in test.items()}
         for name, split in tested.items():
             if task.labelled(split):
-                note_shared(task.accounts.setdefault(name, Account(len(split.rows))), *count_shared(split, train))
+                shared = count_shared(split, train, (task.row_keys(split.rows), task.row_keys(train.rows)))
+                note_shared(task.accounts.setdefault(name, Account(len(split.rows))), *shared)
         splits = {"train": train, **validation, **tested}
         return cls(
             train,

@@ -9,6 +9,7 @@ from itertools import pairwise
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffora.errors import UserError
 from diffora.loop import streams
@@ -130,20 +131,36 @@ def examples_of(dataset: datasets.Dataset) -> np.ndarray:
     return np.arange(len(dataset))
 
 
-def alike_of(split: Split) -> np.ndarray:
+def alike_of(split: Split, keys: pa.Array | None = None) -> np.ndarray:
     """[n] the first example whose inputs equal those of each encoded row; labels do not matter.
 
     The inputs are the tokens that the model reads, or the image file. Where several conversations are packed into one
     row, the whole rows are compared. Rows of a task that has neither tokens nor image files count as different.
+
+    Args:
+        keys: one text for each source row, which is compared in place of the inputs (`Task.row_keys`).
     """
     names, example = np.unique(examples_of(split.encoded), return_inverse=True)
-    _, first, group = np.unique(_contents(split, example), return_index=True, return_inverse=True)
+    if keys is None or "segments" in split.encoded.column_names:
+        contents = _contents(split, example)
+    else:
+        contents = pc.dictionary_encode(keys).indices.to_numpy()[names]
+    _, first, group = np.unique(contents, return_index=True, return_inverse=True)
     found: np.ndarray = names[first[group]][example]
     return found
 
 
-def count_shared(split: Split, train: Split) -> tuple[int, int]:
-    """(how many examples of a split have the inputs of a training example, how many examples it has)."""
+def count_shared(
+    split: Split, train: Split, keys: tuple[pa.Array | None, pa.Array | None] = (None, None)
+) -> tuple[int, int]:
+    """(how many examples of a split have the inputs of a training example, how many examples it has).
+
+    Args:
+        keys: of the rows of both, in place of their inputs (`Task.row_keys`).
+    """
+    of_split, of_train = keys
+    if of_split is not None and of_train is not None:
+        return pc.sum(pc.is_in(of_split, of_train)).as_py() or 0, len(of_split)
     contents, trained = (
         _contents(part, np.unique(examples_of(part.encoded), return_inverse=True)[1]) for part in (split, train)
     )

@@ -259,7 +259,7 @@ class Stage(L.LightningModule):
 
 
 def rng_state() -> dict[str, Any]:
-    """The global random states of torch, numpy, Python and CUDA, in types that ``weights_only=True`` can load."""
+    """The global random states of torch, numpy, Python, CUDA and MPS, in types that ``weights_only=True`` can load."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
@@ -268,6 +268,8 @@ def rng_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -280,3 +282,5 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])

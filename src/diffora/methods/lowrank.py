@@ -1,5 +1,6 @@
 """Shared by all methods that use `LowRankLinear` layers: R-LoRA's regulariser, GM-LoRA's masks, and the export."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from diffora.core.orthogonality import orthogonality
 from diffora.loop import streams
 from diffora.methods.base import Adaptation, Alpha, Method, Rank, Rate, check_ranks
 from diffora.settings.checks import NOT_NEGATIVE, PATH, RANK, Help, whole
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,13 @@ class LowRankAdaptation(Adaptation):
         added = {p for layers in self.adapters for layer in layers for p in layer.parameters()}
         self.head = [p for p in model.parameters() if p.requires_grad and p not in added]
         self._before: list[tuple[Tensor, Tensor]] = []
+        if self.mask is not None and isinstance(self.mask.rank, int):
+            small = sum(layers[0].rank <= self.mask.rank for layers in self.adapters)
+            if small:
+                log.warning(
+                    f"method.mask.rank={self.mask.rank} masks nothing in {small} of {len(self.adapters)} adapters: "
+                    "their rank is not above it"
+                )
 
     def before_step(self, step: int, epoch: int) -> None:
         """Draw the directions that this step trains ([R] Algorithm 1, lines 5 to 12)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffora.core.attach import attach
 from diffora.core.choose import choose
-from diffora.core.counts import extreme_adapter_parameters
+from diffora.core.counts import extreme_adapter_parameters, extremes_by_layer
 from diffora.core.dam import modules_per_layer
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
@@ -188,11 +188,12 @@ class Selecting(Continuing):
                 )
             return
         if self.scope == "layer":
-            least = extreme_adapter_parameters(allowed.shapes, 1, self.rank_elsewhere)[1][size]
+            counts = [modules_per_layer(self.rho, n) for n in allowed.sizes]
+            least = extremes_by_layer(allowed.shapes, counts, 1, self.rank_elsewhere)[1]
             why = f"which the largest selection at rho={self.rho} has at rank 1"
         else:  # with no module or every module selected, the count does not depend on the scores
-            counts, _ = extreme_adapter_parameters(allowed.shapes, self.rank, self.rank_elsewhere)
-            least, why = min(counts[0], counts[-1]), "with no module selected, or with all of them"
+            fewest, _ = extreme_adapter_parameters(allowed.shapes, self.rank, self.rank_elsewhere)
+            least, why = min(fewest[0], fewest[-1]), "with no module selected, or with all of them"
             if self.rank_elsewhere is None:
                 least = self.rank * max(sum(shape or ()) for row in allowed.shapes for shape in row)
                 why = f"which the largest module has at rank={self.rank}, so that at least one is selected"

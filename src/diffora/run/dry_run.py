@@ -15,7 +15,12 @@ from diffora import START
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.meta import meta_backbone
 from diffora.core.attach import attach
-from diffora.core.counts import expected_adapter_parameters, expected_globally, extreme_adapter_parameters
+from diffora.core.counts import (
+    expected_adapter_parameters,
+    expected_globally,
+    extreme_adapter_parameters,
+    extremes_by_layer,
+)
 from diffora.core.dam import modules_per_layer
 from diffora.core.draws import random_scores
 from diffora.core.grid import Grid
@@ -50,9 +55,10 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     backbone = _meta_backbone(settings, task)
     model = backbone.model
     grid = backbone.find_grid(settings.model.layer, settings.model.candidates, settings.model.roles)
-    method.check(model, grid)
     step_time: dict[str, Any] = {}
-    if isinstance(method, Selecting) and method.time_budget is not None:
+    if not (isinstance(method, Selecting) and method.time_budget is not None):
+        method.check(model, grid)
+    else:  # the budget decides which layers are left
         meter = Counted(settings, method, task)
         step_time = find_lowest(method.time_budget, meter, grid)
         grid = replace(grid, lowest_layer=step_time["lowest_layer"])
@@ -152,21 +158,22 @@ def _unknown_counts(grid: Grid, method: Selecting) -> dict[str, int]:
         is the budget, and ``rank_*`` or ``modules_*`` are bounds of what the budget will choose.
     """
     shapes, elsewhere, size = grid.allowed.shapes, method.rank_elsewhere, method.size(grid)
-    least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
-    if (limit := method.limit) is not None and method.scope == "global":
-        # How many modules fit in any order, and how many in the best order.
-        sure, possible = (max(m for m, count in enumerate(counts) if count <= limit) for counts in (most, least))
-        return {"adapter": limit, "modules_min": sure, "modules_max": possible}
-    if limit is not None and size > 0:
+    if method.scope == "global":
+        least, most = extreme_adapter_parameters(shapes, method.rank, elsewhere)
+        if (limit := method.limit) is not None:
+            # How many modules fit in any order, and how many in the best order.
+            sure, possible = (max(m for m, count in enumerate(found) if count <= limit) for found in (most, least))
+            return {"adapter": limit, "modules_min": sure, "modules_max": possible}
+        expected = expected_globally(shapes, size, method.rank, elsewhere)
+        return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}
+    counts = [modules_per_layer(method.rho, n) for n in grid.allowed.sizes]
+    if (limit := method.limit) is not None and size > 0:
 
         def largest(extreme: int) -> int:
-            counts = lambda rank: extreme_adapter_parameters(shapes, rank, elsewhere)[extreme][size]  # noqa: E731
-            return bisect_right(range(1, limit + 1), limit, key=counts)
+            of_rank = lambda rank: extremes_by_layer(shapes, counts, rank, elsewhere)[extreme]  # noqa: E731
+            return bisect_right(range(1, limit + 1), limit, key=of_rank)
 
         return {"adapter": limit, "rank_min": largest(1), "rank_max": largest(0)}
-    if method.scope == "global":
-        expected = expected_globally(shapes, size, method.rank, elsewhere)
-    else:
-        counts = [modules_per_layer(method.rho, n) for n in grid.allowed.sizes]
-        expected = expected_adapter_parameters(shapes, counts, method.rank, elsewhere)
-    return {"adapter": expected, "adapter_min": least[size], "adapter_max": most[size]}
+    expected = expected_adapter_parameters(shapes, counts, method.rank, elsewhere)
+    fewest, greatest = extremes_by_layer(shapes, counts, method.rank, elsewhere)
+    return {"adapter": expected, "adapter_min": fewest, "adapter_max": greatest}

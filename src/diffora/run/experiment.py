@@ -201,9 +201,10 @@ def _load(settings: Settings, folder: Path, task: Task) -> tuple[Parts, dict[str
     method = settings.method
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
-        method.check(parts.model, parts.grid)
         step_time: dict[str, Any] = {}
-        if isinstance(method, Selecting) and method.time_budget is not None:
+        if not (isinstance(method, Selecting) and method.time_budget is not None):
+            method.check(parts.model, parts.grid)
+        else:  # the budget decides which layers are left, and the method is checked for these
             from diffora.run.steptime import limit_layers  # imports what other runs do not need
 
             step_time = limit_layers(parts, method)

@@ -8,7 +8,7 @@ fragmentation, and the memory of the libraries themselves.
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,6 +136,8 @@ def of_search(settings: Settings, task: Task, model: nn.Module, layers: Layers, 
     """
     together = settings.search.update == "simultaneous"
     rows = rows_at_a_time(settings, settings.search)
+    if settings.search.order == 2:  # the unrolled step takes the whole batch
+        rows = rows_at_a_time(settings, replace(settings.search, accumulate=1))
 
     def loss_at(batch: Batch, gamma: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         set_gates(layers, relax(gamma))

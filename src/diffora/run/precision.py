@@ -28,12 +28,14 @@ def settled(cfg: DictConfig) -> tuple[DictConfig, str | None]:
         chosen and why, or None if the configuration names a precision)
 
     Raises:
-        UserError: several machines take part, which could choose differently.
+        UserError: several machines take part, which could choose differently; or the weights are in float16.
     """
     if _value(cfg, "trainer.precision") != "auto":
         return cfg, None
     if "method" in cfg and _value(cfg, "trainer.num_nodes") not in (None, 1):  # an evaluation is one process
         raise UserError(f"trainer.precision=auto: the machines of one run could choose differently; {NAME_IT}")
+    if _value(cfg, "model.dtype") == "float16":
+        raise UserError(f"trainer.precision=auto does not go with model.dtype=float16: leave that out, or {NAME_IT}")
     cfg = deepcopy(cfg)
     unit, reason = _unit(str(_value(cfg, "trainer.accelerator")))
     if unit is None:

@@ -25,6 +25,7 @@ from diffora.core.picture import layer_labels
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError, first_line
+from diffora.loop.data import look_up
 from diffora.loop.parts import Parts
 from diffora.loop.predict import accelerator_device
 from diffora.loop.samplers import LengthGroupedBatchSampler
@@ -113,7 +114,7 @@ def find_lowest(budget: float, meter: Meter, grid: Grid) -> dict[str, Any]:
 
 
 def limit_layers(parts: Parts, method: Selecting) -> dict[str, Any]:
-    """Set the lowest layer of the grid that may have adapters (`Grid.lowest_layer`).
+    """Set the lowest layer of the grid that may have adapters (`Grid.lowest_layer`). Checks the method for these.
 
     A run that resumes uses what its earlier attempt found, because timed steps never give quite the same again.
 
@@ -128,7 +129,7 @@ def limit_layers(parts: Parts, method: Selecting) -> dict[str, Any]:
     found = None if earlier.get("status") == "dry_run" else earlier.get("step_time")  # a dry run had other settings
     facts = found or find_lowest(method.time_budget, meter_of(parts, method), parts.grid)
     parts.grid = replace(parts.grid, lowest_layer=facts["lowest_layer"])
-    method.check(parts.model, parts.grid)  # once more, for the layers that are left
+    method.check(parts.model, parts.grid)
     log.info(f"time budget: {words(facts, parts.grid)}")
     return dict(facts)
 
@@ -250,7 +251,7 @@ class Timed:
         train = parts.data.train.encoded
         sampler = LengthGroupedBatchSampler(np.asarray(train["length"]), rows, parts.settings.seed)
         drawn = list(itertools.islice(sampler, ROUNDS))
-        self.batches: list[Batch] = [parts.data.collate(train[numbers]) for numbers in drawn]
+        self.batches: list[Batch] = [parts.data.collate(look_up(train, numbers)) for numbers in drawn]
         self.criterion = criterion_of(parts.settings.finetune, parts.task, train)
 
     def from_layer(self, lowest: int) -> Share:

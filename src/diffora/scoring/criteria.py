@@ -63,7 +63,8 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, c
 
     Args:
         x: the input (..., in).
-        batch: may have an ``attention_mask``, and for an encoder-decoder ``labels`` of one entry per target token.
+        batch: may have an ``attention_mask`` (packed conversations: ``real``), and for an encoder-decoder ``labels`` of
+            one entry per target token.
         targets: whether the module reads the targets (`reads_targets`).
         config: the model's transformers configuration, for `as_padded`.
 
@@ -73,7 +74,7 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, c
     labels: Tensor | None = batch.get("labels")
     if targets and labels is not None and labels.shape == x.shape[:-1]:
         return labels != IGNORED
-    given: Tensor | None = batch.get("attention_mask")
+    given: Tensor | None = batch.get("attention_mask", batch.get("real"))
     masks = [] if given is None or not given.dim() else [given, as_padded(given, config)]
     for mask in masks:
         # rows of several choices are read as one batch of sequences, and some layers read all tokens as one list

@@ -56,7 +56,7 @@ def search_rows(parts: Parts) -> SearchRows:
     """
     s, examples = parts.settings.search, examples_of(parts.data.train.encoded)
     assert s is not None, "a method with a selector has this section"
-    alike = alike_of(parts.data.train)
+    alike = alike_of(parts.data.train, parts.task.row_keys(parts.data.train.rows))
     train, valid = split_search(examples, parts.settings.seed, s.valid_fraction, s.max_rows, alike)
     account = Account(len(np.unique(examples)))
     used = len(np.unique(examples[np.concatenate([train, valid])]))

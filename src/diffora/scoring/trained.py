@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffora.core.attach import attach, detach
 from diffora.core.lowrank import Layers, LowRankLinear
-from diffora.core.readout import CHECKS, step_problem
+from diffora.core.readout import step_problem
 from diffora.errors import UserError
 from diffora.loop.data import SearchData
 from diffora.loop.fit import fit
@@ -39,7 +39,7 @@ def bilevel(context: SearchContext) -> SearchResult:
     if module.readout.stopped_at is not None:
         log.info(
             f"search: stopped after {module.rounds_done:.3g} of {settings.epochs} rounds: the selection has not "
-            f"changed for {settings.patience} checks (search.patience); a round has {CHECKS}"
+            f"changed at {settings.patience} further checks (search.patience)"
         )
     return SearchResult(
         scores=module.current_scores().cpu(),

@@ -284,7 +284,9 @@ class Search:
     weight_decay: Annotated[float, NOT_NEGATIVE, Help("Weight decay of the weight steps.")] = 0.0
     clip: Annotated[Annotated[float, POSITIVE] | None, Help("Largest gradient norm; null: not clipped.")] = 1.0
     accumulate: Annotated[
-        int, COUNT, Help("Micro-batches per batch: more of them need less memory.", "micro-batches")
+        int,
+        COUNT,
+        Help("Micro-batches per batch: more need less memory (not for the Γ steps of `order=2`).", "micro-batches"),
     ] = 1
     head_warmup: Annotated[
         Annotated[float, STEPS_OR_SHARE] | None,

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import datasets
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from diffora.backbones.precision import full_precision
 from diffora.backbones.processors import ProcessorKind, load_processor
 from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
@@ -235,6 +237,10 @@ class Task:
                 f"{some(list(names.values()))}"
             )
 
+    def row_keys(self, rows: datasets.Dataset) -> pa.Array | None:
+        """One text for each row of a split; rows with equal inputs have equal texts. None: compare encoded inputs."""
+        return None
+
     def check(self, model: Any) -> None:
         """Raise a UserError if the backbone does not suit the task's settings."""
 
@@ -349,11 +355,6 @@ class Task:
         lines = (json.dumps(row, ensure_ascii=False) for row in found)
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         return [folder / f"{name}.jsonl"]
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """The values in float32 if they are float16 or bfloat16; losses and metrics are computed in full precision."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def get_task(cfg: DictConfig) -> Task:

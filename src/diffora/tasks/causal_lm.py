@@ -51,7 +51,13 @@ class CausalLMTask(Task):
     trains_head: bool = False
     pretrained_head: ClassVar[bool] = True
     maximise: ClassVar[bool] = False
-    padding: ClassVar = {**Task.padding, "labels": IGNORED, "position_ids": 0}  # position 0 begins a new sequence
+    padding: ClassVar = {
+        **Task.padding,
+        "labels": IGNORED,
+        "position_ids": 0,
+        "real": 0,
+    }  # position 0 begins a new sequence
+    targets: ClassVar[tuple[str, ...]] = ("labels", "real")
     usage = """
 To generate, write the conversation as in training:
 `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`. To continue training, load with
@@ -116,7 +122,8 @@ To generate, write the conversation as in training:
                 )
         self.check_rows({f"{source} train": train}, {f"{source} validation": validation})
         train = subset(train, self.cfg.max_train_rows, accounts["train"])
-        note_overlap(accounts, {"train": row_keys(train), "validation": row_keys(validation)})
+        parts = {"train": train, "validation": validation}
+        note_overlap(accounts, {name: row_keys(table, last_turn=False) for name, table in parts.items()})
         return train, validation, source
 
     def read_texts(self) -> list[str]:
@@ -201,6 +208,9 @@ To generate, write the conversation as in training:
         folder = Path(self.cfg.path)
         check_folder(folder, "train and, if there is one, validation as .jsonl or .parquet")
         return folder
+
+    def row_keys(self, rows: datasets.Dataset) -> pa.Array:
+        return row_keys(rows.data.table, last_turn=False)
 
     def encode(self, rows: datasets.Dataset, processor: Any, training: bool) -> datasets.Dataset:
         """Token ids, and which of them the loss counts.
@@ -292,7 +302,7 @@ To generate, write the conversation as in training:
 
     def dummy(self, rows: int, model: Any) -> Batch:
         shape = rows, int(self.cfg.max_length)
-        positions = {"position_ids": torch.arange(shape[1]).expand(shape)}
+        positions = {"position_ids": torch.arange(shape[1]).expand(shape), "real": torch.ones(shape, dtype=torch.long)}
         mask = {"attention_mask": torch.ones(shape, dtype=torch.long)}
         ids = torch.zeros(shape, dtype=torch.long)
         return {"input_ids": ids, "labels": ids, "row": torch.arange(rows)} | (positions if self.cfg.packing else mask)

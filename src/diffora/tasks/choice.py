@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffora.backbones.precision import full_precision
 from diffora.errors import UserError
 from diffora.settings.checks import TEXTS, Check, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.base import Batch, Collate, Outputs, Split, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Split
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.choices.encode import ChoiceCollator, write_choices
 from diffora.tasks.choices.read import Columns, check_choices

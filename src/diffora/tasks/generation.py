@@ -41,6 +41,8 @@ def generate(
         **{name: getattr(own, name, None) for name in TOKENS},
         eos_token_id=sorted({token for token in (*own_ends, *ends) if token is not None}) or None,
         pad_token_id=pad,
+        # Marian's padding token would be the likeliest one.
+        suppress_tokens=[pad] if model.config.is_encoder_decoder and pad not in own_ends else None,
         max_new_tokens=most,
         num_beams=num_beams,
         do_sample=False,

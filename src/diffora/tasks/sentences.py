@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffora.backbones.precision import full_precision
 from diffora.tasks.account import Account
-from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Split, Task
 from diffora.tasks.classes import ClassResults
 from diffora.tasks.spec import TaskSpec
 from diffora.tasks.tokenise import Collator, tokenise

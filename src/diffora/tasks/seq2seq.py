@@ -13,6 +13,7 @@ from diffora.tasks.pairs.read import FORMATS, Columns, read_split
 from diffora.tasks.pairs.task import PairSettings, PairTask
 from diffora.tasks.sources.part import Part
 from diffora.tasks.sources.place import PlaceSettings
+from diffora.tasks.texts.divide import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Seq2SeqTask(OwnRowsTask, PairTask):
         return read_split(self.place, split, self.columns, labelled, problems)
 
     def keys(self, table: pa.Table) -> pa.Array:
-        return table.column("source")
+        return plain(table.column("source"))
 
     def numbered(self, split: str, part: Part, problems: list[str]) -> pa.Table:
         if "target" not in part.table.column_names:

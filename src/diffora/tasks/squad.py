@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffora.backbones.precision import full_precision
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.settings.checks import LENGTH, NUMBER, PATH, Help, whole
 from diffora.settings.sections import TaskSettings
 from diffora.tasks.account import Account, note_overlap
-from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.questions import data, metrics
 from diffora.tasks.questions.answers import Answer, best_answers

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffora.backbones.precision import full_precision
 from diffora.errors import UserError
 from diffora.settings.checks import LENGTH, TEXT, TEXTS, Check, Help, whole
 from diffora.tasks.account import Account
-from diffora.tasks.base import Batch, Collate, Outputs, Split, Task, full_precision
+from diffora.tasks.base import Batch, Collate, Outputs, Split, Task
 from diffora.tasks.cache import cached, tokenizer_facts
 from diffora.tasks.classes import ClassResults
 from diffora.tasks.ignored import IGNORED

@@ -91,12 +91,13 @@ def _module(parts: Parts, adaptation: Adaptation, loaders: FineTuneData, warmup:
     if criterion.weights is not None:
         weights = zip(parts.task.head()["id2label"].values(), criterion.weights.tolist(), strict=True)
         log.info("fine-tune: class weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights))
+    alike = alike_of(data.official, parts.task.row_keys(data.official.rows))
     return FineTuneModule(
         adaptation,
         parts.task,
         data.train,
         data.validation,
-        held_out_split(examples_of(data.official.encoded), parts.settings.seed, alike_of(data.official)),
+        held_out_split(examples_of(data.official.encoded), parts.settings.seed, alike),
         replace(f, warmup_steps=warmup),
         parts.settings.seed,
         lambda: loaders.plan,

@@ -89,7 +89,7 @@ def test_a_bad_row_is_named_with_file_row_and_column(tmp_path, row, message):
     problems: list[str] = []
     read_file(file, problems, Account())
     assert len(problems) == 1
-    assert problems[0].startswith(f"{file}, row 3 (data rows, counted from 1)")
+    assert problems[0].startswith(f"{file}, row 2 (data rows, counted from 1)")
     assert message in problems[0]
 
 

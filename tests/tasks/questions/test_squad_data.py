@@ -273,11 +273,11 @@ def test_missing_and_renamed_columns(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.jsonl", '{"id": "1"\n', "cannot be read as .jsonl: row 1 (counted from 1) is not JSON"),
+        ("train.jsonl", '{"id": "1"\n', "cannot be read as .jsonl: line 1 is not JSON"),
         (
             "train.jsonl",
             "[1]\n",
-            "cannot be read as .jsonl: row 1 (counted from 1) is not a JSON object but an array; "
+            "cannot be read as .jsonl: line 1 is not a JSON object but an array; "
             "write one object in each line, without [ ] and commas around: [1]",
         ),
         (

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from omegaconf import OmegaConf
 
 from diffora.errors import UserError
 from diffora.tasks.base import get_task
+from diffora.tasks.sources.records import Records
+from diffora.tasks.words import read
+from diffora.tasks.words.conll import read_conll
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -374,3 +378,41 @@ def test_other_rows_have_the_tags_of_the_run(task, tmp_path):
     assert f"{place}: {what}" in str(caught.value)
     with pytest.raises(UserError, match="the run was trained on other classes than tags of words"):
         made.expect(["O", "B-PER", "PER"])
+
+
+def test_words_that_begin_with_a_hash_are_no_comments(tmp_path):
+    file, notes = tmp_path / "a.conll", []
+    file.write_text("# id = 1\n#brexit HT\nis VB\n\n# text\n# HT\n#eu HT\nbad JJ\n\n#new NN\n")
+    found = read_conll(file, ("tokens", None), ("ner_tags", None), notes)
+    assert [row["tokens"] for _, row in found.rows] == [["#brexit", "is"], ["#eu", "bad"], ["#new"]]
+    assert notes == ["3 lines of comments left out"]
+
+
+def test_lines_between_documents_and_parts_of_words_are_left_out(tmp_path):
+    file, notes = tmp_path / "a.conll", []
+    file.write_text("-DOCSTART- -X- O O\n\n1\tEl\tDET\n2-3\tdel\t_\n2\tde\tADP\n3\tel\tDET\n3.1\tx\t_\n")
+    found = read_conll(file, ("tokens", 2), ("ner_tags", 3), notes)
+    assert [row["tokens"] for _, row in found.rows] == [["El", "de", "el"]]
+    assert notes[:2] == [
+        "1 lines -DOCSTART- left out",
+        "2 lines of words in several parts or of empty words left out (CoNLL-U)",
+    ]
+    file.write_text("1-2\tO\n3\tO\n")  # words, not numbers of words
+    found = read_conll(file, ("tokens", None), ("ner_tags", None), [])
+    assert [row["tokens"] for _, row in found.rows] == [["1-2", "3"]]
+
+
+def test_a_tag_that_is_wrong_in_many_words_is_looked_up_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(read, "known_classes", lambda name, tags: calls.append(name))
+    table = pa.table({"words": [["a"] * 50] * 40, "tags": [["x"] * 49 + ["y"]] * 40})
+    files = [Records("a", ("tokens",), ())]
+    part = read.WordsPart("a", table, numbers=list(range(40)), sources=[0] * 40, files=files)
+    problems: list[str] = []
+    read.tag_numbers(part, ["O"], "the run", "ner_tags", problems)
+    assert sorted(calls) == ["x", "y"] and problems
+
+
+def test_a_file_without_rows_is_said_to_have_none(task, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    assert problems_of(task(tmp_path / "a.jsonl")) == f"{tmp_path / 'a.jsonl'}: no rows."

@@ -29,8 +29,9 @@ class ChatCollator:
 
         Returns:
             input_ids and labels (`IGNORED` for tokens that do not count): long [n, longest]; row: long [n];
-            position_ids for packed rows, otherwise attention_mask: long [n, longest]. Rows with prompts also have
-            prompt_ids and prompt_mask, long [n, longest prompt], padded on the left, and generated: bool [n].
+            position_ids and real (0 for padding) for packed rows, otherwise attention_mask: long [n, longest]. Rows
+            with prompts also have prompt_ids and prompt_mask, long [n, longest prompt], padded on the left, and
+            generated: bool [n].
         """
         n, longest = len(rows["row"]), max(rows["length"])
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -44,10 +45,8 @@ class ChatCollator:
                 sizes = [*rows["segments"][i], width - length]
                 positions[i] = np.concatenate([np.arange(size) for size in sizes])
         batch = {"input_ids": ids, "labels": labels, "row": np.asarray(rows["row"], dtype=np.int64)}
-        if "segments" in rows:
-            batch["position_ids"] = positions
-        else:
-            batch["attention_mask"] = (positions < np.asarray(rows["length"])[:, None]).astype(np.int64)
+        real = (np.arange(width) < np.asarray(rows["length"])[:, None]).astype(np.int64)
+        batch |= {"position_ids": positions, "real": real} if "segments" in rows else {"attention_mask": real}
         found = {name: torch.from_numpy(value) for name, value in batch.items()}
         if "prompt_ids" in rows:
             found["prompt_ids"], found["prompt_mask"] = left_padded(rows["prompt_ids"], self.pad_token_id)

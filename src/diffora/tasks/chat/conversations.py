@@ -139,7 +139,7 @@ def read_file(file: Path, problems: list[str], account: Account) -> pa.Table:
 
 def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as lines:
-        for number, row in json_lines(lines, notes):
+        for number, (_, row) in enumerate(json_lines(lines, notes), start=1):
             yield number, Fault("", row.shown, row.reason) if isinstance(row, BadLine) else row
 
 
@@ -204,7 +204,8 @@ def row_keys(table: pa.Table, last_turn: bool = True) -> pa.Array:
     """A text for each row of a table of `SCHEMA`; rows with equal content have equal texts.
 
     Args:
-        last_turn: whether what the last turn says counts; without it, rows with equal prompts have equal texts.
+        last_turn: whether what the last turn says counts; without it, rows with equal prompts have equal texts. It
+            counts if it is the only one.
     """
     messages = table.column("messages").combine_chunks()
     turns = messages.flatten()
@@ -213,7 +214,7 @@ def row_keys(table: pa.Table, last_turn: bool = True) -> pa.Array:
     ends = np.concatenate([[0], np.cumsum(pc.list_value_length(messages).to_numpy(zero_copy_only=False))])
     if not last_turn:
         is_last = np.zeros(len(turns), dtype=bool)
-        is_last[np.unique(ends[1:][np.diff(ends) > 0]) - 1] = True
+        is_last[np.unique(ends[1:][np.diff(ends) > 1]) - 1] = True
         said[1] = pc.if_else(pa.array(is_last), pa.scalar("", pa.large_string()), said[1])
     lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pc.binary_join_element_wise(*said, mark))
     text = table.column("text").combine_chunks().cast(pa.large_string())

@@ -77,9 +77,9 @@ def _texts_of_lines(file: Path) -> Any:
     with file.open("rb") as lines:
         for number, row in json_lines(lines):
             if isinstance(row, BadLine):
-                raise UserError(f"{file}, row {number}: {row}")
+                raise UserError(f"{file}, line {number}: {row}")
             if not isinstance(row.get("text"), str):
-                raise UserError(f"{file}, row {number}: has no text in column 'text'")
+                raise UserError(f"{file}, line {number}: has no text in column 'text'")
             yield row["text"]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffora.tasks.base import full_precision
+from diffora.backbones.precision import full_precision
 from diffora.tasks.ignored import IGNORED
 
 LOGITS_AT_ONCE = 1 << 24

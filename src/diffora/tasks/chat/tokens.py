@@ -234,23 +234,61 @@ def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | Non
     """The spans of characters of the assistant's answers in the rendered ``text``, as (first, end).
 
     An answer starts after the prompt for it. It includes the end token, but no white space after that. To find it, the
-    conversation is rendered up to each turn; the result must be the beginning of ``text``.
+    conversation is rendered up to each turn. If this is not the beginning of ``text``, because the template writes a
+    turn differently when others follow, the turns are looked for one after the other (`_found_in_order`).
 
     Raises:
-        ValueError: it is not, because the template writes a turn differently when other turns follow.
+        ValueError: an answer cannot be found.
     """
     found = []
     marks = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = render(turns[:i], tokenizer, add_generation_prompt=True, prompt=prompt) if i else ""
         upto = text if i + 1 == len(turns) else render(turns[: i + 1], tokenizer, prompt=prompt)
+        if i:
+            before = render(turns[:i], tokenizer, add_generation_prompt=True, prompt=prompt)
+        else:  # nothing asks for the first turn: its heading ends where what it says begins
+            heading, said, _ = upto.partition(turn["content"].strip() or "\0")
+            before = heading if said else "\0"
         if not (upto.startswith(before) and text.startswith(upto)):
+            return _found_in_order(turns, text, tokenizer, prompt, marks)
+        end = upto.rstrip()
+        found.append((len(before), len(end) if end.endswith(marks) and len(end) > len(before) else len(upto)))
+    return found
+
+
+def _found_in_order(
+    turns: list[Turn], text: str, tokenizer: Any, prompt: str | None, marks: Sequence[str]
+) -> list[tuple[int, int]]:
+    """The spans of the answers: what each turn says is looked for after the turn before, an answer after its heading.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    found, at = [], 0
+
+    def after(part: str, i: int) -> int:
+        place = text.find(part, at)
+        if place < 0:
             raise ValueError(
                 f"the template writes turn {i + 1} differently when other turns follow or when it asks for the turn, "
                 "so the turn cannot be found in the text"
             )
-        end = upto.rstrip()
-        found.append((len(before), len(end) if end.endswith(marks) and len(end) > len(before) else len(upto)))
+        return place + len(part)
+
+    for i, turn in enumerate(turns):
+        said = turn["content"].strip()
+        if turn["role"] != "assistant":
+            at = after(said, i)
+            continue
+        asked, plain = (render(turns[:i], tokenizer, add, prompt) for add in (True, False)) if i else ("", "")
+        at = first = after(asked.removeprefix(plain) if asked.startswith(plain) else asked, i)
+        at = after(said, i)
+        if i == 0:
+            first = at - len(said)
+        rest = text[at:].lstrip()
+        if mark := next((mark for mark in marks if rest.startswith(mark)), ""):
+            at = len(text) - len(rest) + len(mark)
+        found.append((first, at))
     return found

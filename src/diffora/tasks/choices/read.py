@@ -16,6 +16,8 @@ from diffora.tasks.sources.tables import check_columns
 SCHEMA = pa.schema({"context": pa.string(), "start": pa.string(), "choices": pa.list_(pa.string())})
 UNLABELLED = (None, "", -1, "-1")
 """What stands in place of the labels of rows that have none."""
+NEARLY = 0.8
+"""From this share of rows on, a way to write labels may be meant although it does not fit all rows."""
 FEW = 10
 """Among fewer rows, the first choice may never be right by chance."""
 
@@ -83,6 +85,9 @@ def check_choices(
     faults: list[Faults] = []
     owners: list[tuple[Faults, int]] = []
     for source in sources:
+        if not source.names:
+            problems.append(f"{source.where}: no rows.")
+            continue
         wanted = (*columns.inputs, *([columns.label] if has_labels else []))
         present = list(source.names)
         if not columns.in_list:  # a row of JSON lines leaves out the choices that it does not have
@@ -181,7 +186,8 @@ def _choices(row: dict[str, Any], number: int, columns: Columns, faults: Faults)
         elif not is_unicode(value):
             faults.add(number, column, ascii(value), "is not valid Unicode", f" (choice {at + 1})")
         elif not value.strip():
-            faults.add(number, column, value, "is an empty choice", f" (choice {at + 1})")
+            what = "is an empty choice; rows with fewer choices need .jsonl or .parquet, without it or with null"
+            faults.add(number, column, value, what, f" (choice {at + 1})")
         else:
             found.append(value.strip())
     if len(values) < 2:
@@ -237,13 +243,16 @@ def _places(
         for kind in kinds
     }
     best = max(kinds, key=lambda kind: sum(place is not None for place in found[kind]))
-    complete = [kind for kind in kinds if None not in found[kind]]
+    doubtful: dict[int, str] = {}  # rows in which another kind, which fits nearly all rows, means another choice
+    for kind, places in found.items():
+        if kind != best and sum(place is not None for place in places) > NEARLY * len(rows):
+            doubtful |= {at: kind for at, place in enumerate(places) if place not in (None, found[best][at])}
     for at, (faults, number) in enumerate(owners):
         label, choices = labels[at], rows[at]["choices"]
         if found[best][at] is None:
             faults.add(number, columns.label, label, *_wrong(label, choices, best, columns))
-        elif len({found[kind][at] for kind in complete}) > 1:
-            what = f"may be the {complete[0]} of a choice or its {complete[-1]}: say which with task.label_kind="
+        elif at in doubtful:
+            what = f"may be the {best} of a choice or its {doubtful[at]}: say which with task.label_kind="
             faults.add(number, columns.label, label, what)
     return best, [place or 0 for place in found[best]]
 

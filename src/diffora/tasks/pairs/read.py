@@ -131,15 +131,15 @@ def _checked(
 ) -> pa.Table | None:
     """``source``, ``target`` and ``id`` of a table, as far as they are there; None if ``problems`` grew."""
     before = len(problems)
+    if table.num_rows == 0:
+        problems.append(f"{where}: no rows.")
+        return None
     names = table.column_names
     has_targets = columns.target in names
     keys = {columns.source: "task.source_column"}
     keys |= {columns.target: "task.target_column"} if labelled or has_targets else {}
     check_columns(names, keys, where, problems, keys)
     if len(problems) > before:
-        return None
-    if table.num_rows == 0:
-        problems.append(f"{where}: no rows.")
         return None
     note_ignored(account, [name for name in names if name not in (columns.source, columns.target, ID)])
     found = {"source": check_text(table.column(columns.source), where, columns.source, problems)}

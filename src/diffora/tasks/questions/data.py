@@ -138,7 +138,7 @@ def _from_lines(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         for number, row in json_lines(lines, notes):
             if isinstance(row, BadLine):
-                raise ValueError(f"row {number} (counted from 1) {row}")
+                raise ValueError(f"line {number} {row}")
             yield row
 
 
@@ -155,7 +155,9 @@ def _from_official(file: Path) -> Iterator[dict[str, Any]]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     row = {"id": question["id"], "context": paragraph["context"], "question": question["question"]}
-                    yield row | {key: question[key] for key in ("answers", "is_impossible") if key in question}
+                    given = {key: question[key] for key in ("answers", "is_impossible") if key in question}
+                    # a question without an answer may leave its answers out
+                    yield row | ({"answers": []} if given.get("is_impossible") is True else {}) | given
         except KeyError as error:
             raise ValueError(f"article {i} does not follow SQuAD's format: it lacks {error}") from error
         except TypeError:

@@ -24,7 +24,7 @@ class Records:
 
     Attributes:
         where: the file or split, for messages.
-        names: its columns; of JSON lines, the keys of the first row.
+        names: its columns; of JSON lines, the keys of the first row. Empty if the file has no rows.
         rows: (number, row) for each row; the number is that of the data row, or of the line.
         unit: what the numbers count: "row" or "line".
         schema: types and features of the columns, if the source has them.
@@ -60,7 +60,7 @@ def open_records(file: Path, wanted: Sequence[str], notes: list[str]) -> Records
         lines = _of_lines(file, notes)
         first = next(lines, None)
         if first is None:
-            return Records(str(file), wanted, ())
+            return Records(str(file), (), ())
         return Records(str(file), list(first[1]), _chained(first, lines), unit="line")
     separator = "\t" if file.suffix == ".tsv" else ","
     header, values = read_csv(utf8(file), wanted, lambda row: None, notes, separator)

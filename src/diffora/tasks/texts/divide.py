@@ -12,9 +12,14 @@ from diffora.tasks.sources.tables import NUMBER
 
 
 def row_texts(table: pa.Table) -> pa.ChunkedArray:
-    """One text for each row, made of all its texts; rows with equal texts have equal ones."""
-    texts = [table.column(name).cast(pa.large_string()) for name in table.column_names if name not in ("label", NUMBER)]
+    """One text for each row, made of all its texts; rows with equal texts (`plain`) have equal ones."""
+    texts = [plain(table.column(name)) for name in table.column_names if name not in ("label", NUMBER)]
     return pc.binary_join_element_wise(*texts, pa.scalar("\x1f", pa.large_string()))
+
+
+def plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The texts as they are compared: without white space around them, and in one Unicode form (NFC)."""
+    return pc.utf8_normalize(pc.utf8_trim_whitespace(texts.cast(pa.large_string())), form="NFC")
 
 
 def count_repeated(table: pa.Table) -> int:

@@ -19,6 +19,8 @@ from diffora.tasks.sources.readers import NUMBER, read_parquet
 from diffora.tasks.texts.columns import LISTS, Columns
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
+EXACT = 2**53
+"""Up to here, a float64 holds every whole number."""
 
 
 def read_file(file: Path, columns: Columns, notes: list[str]) -> pa.Table:
@@ -173,8 +175,10 @@ def _labels_as_text(table: pa.Table, name: str, columns: Columns) -> pa.ChunkedA
     if names is not None and pa.types.is_integer(kind):
         return pa.chunked_array([pa.array(names, pa.string()).take(labels.combine_chunks())])
     if pa.types.is_floating(kind):
+        labels = labels.cast(pa.float64()) if pa.types.is_float16(kind) else labels  # arrow can do little with it
         labels = pc.if_else(pc.is_nan(labels), None, labels)  # pandas writes NaN for a missing label
-        if pc.all(pc.equal(labels, pc.floor(labels))).as_py() is not False:
+        whole = pc.and_(pc.equal(labels, pc.floor(labels)), pc.less(pc.abs(labels), EXACT))
+        if pc.all(whole).as_py() is not False:
             labels = labels.cast(pa.int64())  # and whole numbers as 1.0 if one of them was missing
     return labels.cast(pa.string())
 

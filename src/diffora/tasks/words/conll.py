@@ -1,7 +1,7 @@
 """Files in the format of CoNLL: a word and its tags on each line, and a blank line between sentences."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,18 @@ class _Line:
     text: str
     fields: tuple[str, ...]
 
+    @property
+    def is_document(self) -> bool:
+        return re.split("[ \t]", self.text, maxsplit=1)[0] == DOCUMENT
+
 
 def read_conll(file: Path, tokens: tuple[str, int | None], tags: tuple[str, int | None], notes: list[str]) -> Records:
     """The sentences of a file.
 
     Fields are separated by tabs if each line has one, otherwise by spaces. Lines that begin with -DOCSTART- are left
-    out. A line that begins with # before a sentence is a comment, unless it has as many fields as the other lines and
-    a tag that other lines have too.
+    out, and of CoNLL-U those whose first field is a range or a decimal number, such as 1-2 or 8.1: they are no words
+    of their own. A line that begins with # before a sentence is a comment, unless it has as many fields as the other
+    lines: then it is a word such as #tag. With # alone in the first field it is a word if other lines have its tag.
 
     Args:
         tokens, tags: for the words and for the tags, the name of the column and its number from 1. Without a number,
@@ -39,19 +44,23 @@ def read_conll(file: Path, tokens: tuple[str, int | None], tags: tuple[str, int 
     width, own = _width(lines), [line for line in lines if line.text]
     columns = _columns(tokens, tags, width)
     last = columns[-1][1]
-    known = {line.fields[last] for line in own if not line.text.startswith("#") and len(line.fields) == width}
+    words = [line for line in own if not line.text.startswith("#") and not line.is_document]
+    known = {line.fields[last] for line in words if len(line.fields) == width}
+    conllu = columns[0][1] > 0 and all(re.fullmatch(r"\d+([-.]\d+)?", line.fields[0]) for line in words)
     sentences: list[tuple[int, list[tuple[str, ...]]]] = []
-    comments = documents = 0
+    comments = documents = parts = 0
     in_sentence = False
     wrong: list[_Line] = []
     for line in lines:
         starts = not in_sentence
         if not line.text:
             in_sentence = False
-        elif line.fields[0] == DOCUMENT:
+        elif line.is_document:
             documents, in_sentence = documents + 1, False
-        elif starts and line.text.startswith("#") and not (len(line.fields) == width and line.fields[last] in known):
+        elif starts and _is_comment(line, width, last, known):
             comments += 1
+        elif conllu and not line.fields[0].isdigit():
+            parts += 1
         elif len(line.fields) != width:
             wrong.append(line)
         else:
@@ -66,6 +75,7 @@ def read_conll(file: Path, tokens: tuple[str, int | None], tags: tuple[str, int 
         )
     notes += [f"{comments:,} lines of comments left out"] if comments else []
     notes += [f"{documents:,} lines {DOCUMENT} left out"] if documents else []
+    notes += [f"{parts:,} lines of words in several parts or of empty words left out (CoNLL-U)"] if parts else []
     if width > len(columns):
         notes.append(f"columns of {file.name}: {', '.join(f'{name} {at + 1}' for name, at in columns)} of {width}")
     return Records(str(file), [name for name, _ in columns], _rows(sentences, columns), "line", word_lines=True)
@@ -82,9 +92,16 @@ def _lines(text: str) -> Iterator[_Line]:
 
 def _width(lines: Sequence[_Line]) -> int:
     """How many fields a line has: those of the first line with a word that is no comment."""
-    own = [line for line in lines if line.text and line.fields[0] != DOCUMENT]
+    own = [line for line in lines if line.text and not line.is_document]
     first = next((line for line in own if not line.text.startswith("#")), own[0] if own else None)
     return len(first.fields) if first else 2
+
+
+def _is_comment(line: _Line, width: int, last: int, known: Collection[str]) -> bool:
+    """Whether a line before a sentence is a comment, and not a word such as #tag or #."""
+    if not line.text.startswith("#") or len(line.fields) != width:
+        return line.text.startswith("#")
+    return line.fields[0] == "#" and line.fields[last] not in known
 
 
 def _columns(tokens: tuple[str, int | None], tags: tuple[str, int | None], width: int) -> list[tuple[str, int]]:

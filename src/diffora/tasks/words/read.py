@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -65,6 +66,9 @@ def check_words(
     owners: list[int] = []
     has_tags = labelled or all(columns[1] in source.names for source in sources)
     for at, source in enumerate(sources):
+        if not source.names:
+            problems.append(f"{source.where}: no rows.")
+            continue
         keys = dict(zip(columns, ("task.tokens_column", "task.tags_column"), strict=True))
         check_columns(list(source.names), columns if has_tags else columns[:1], source.where, problems, keys)
         if len(problems) > before:
@@ -198,14 +202,14 @@ def tag_numbers(part: WordsPart, tags: Sequence[str], whose: str, column: str, p
         column: name of the column of tags, for messages.
     """
     known = {name: i for i, name in enumerate(tags)}
+    near = cache(lambda name: known_classes(name, tags))  # slow, and a wrong tag may be on many words
     faults = part.faults()
 
     def rows() -> Iterator[list[int]]:
         for row, names in enumerate(part.table.column("tags").to_pylist()):
             for at, name in enumerate(names):
                 if name not in known:
-                    near = known_classes(name, tags)
-                    hint = f"; perhaps {near} is meant" if near else ""
+                    hint = f"; perhaps {near(name)} is meant" if near(name) else ""
                     file = part.sources[row]
                     what = f"is not a tag of {whose}: {some(tags)}{hint}"
                     add_at(faults[file], part.files[file].word_lines, part.numbers[row], at, column, name, what)
