@@ -56,13 +56,11 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     model = backbone.model
     grid = backbone.find_grid(settings.model.layer, settings.model.candidates, settings.model.roles)
     step_time: dict[str, Any] = {}
-    if not (isinstance(method, Selecting) and method.time_budget is not None):
-        method.check(model, grid)
-    else:  # the budget decides which layers are left
+    if isinstance(method, Selecting) and method.time_budget is not None:
         meter = Counted(settings, method, task)
         step_time = find_lowest(method.time_budget, meter, grid)
         grid = replace(grid, lowest_layer=step_time["lowest_layer"])
-        method.check(model, grid)
+    method.check(model, grid)
     check_stages(settings, method, grid, None)
     selector = None if method.scoring is None else method.scoring.selector
     stand_in = None if selector is None else random_scores(grid.n_layers, grid.n_types, settings.seed)

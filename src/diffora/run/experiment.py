@@ -202,12 +202,12 @@ def _load(settings: Settings, folder: Path, task: Task) -> tuple[Parts, dict[str
     with machine_limits("try a smaller model, model.dtype=bfloat16 or fewer rows (task.max_train_rows=)"):
         parts = Parts.load(settings, folder, task)
         step_time: dict[str, Any] = {}
-        if not (isinstance(method, Selecting) and method.time_budget is not None):
-            method.check(parts.model, parts.grid)
-        else:  # the budget decides which layers are left, and the method is checked for these
+        if isinstance(method, Selecting) and method.time_budget is not None:
             from diffora.run.steptime import limit_layers  # imports what other runs do not need
 
-            step_time = limit_layers(parts, method)
+            step_time = limit_layers(parts, method)  # checks the method for the layers that are left
+        else:
+            method.check(parts.model, parts.grid)
         if settings.trainer.cache_prefix:
             check_prefix(parts)
             if settings.resume:  # a search that is finished already
