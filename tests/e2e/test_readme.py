@@ -45,6 +45,8 @@ def test_commands_compose(cfg, line, tmp_path, monkeypatch):
     ]
     words = [w for w in words if not w.startswith("method.selection=")]
     words = [re.sub(r"^((?:task|model)\.path)=.*", rf"\1={tmp_path}", w) for w in words]
+    if any(w.startswith("scale=") for w in words):
+        words.append("cell.experiment=x")  # as a sweep gives it to its runs
     parser = OverridesParser.create()
     choices = [
         [f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]

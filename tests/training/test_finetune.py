@@ -429,7 +429,10 @@ def test_losses_are_read_only_in_the_steps_that_are_logged(deberta, monkeypatch)
 def test_losses_on_a_gpu_are_checked_every_25_steps(deberta, monkeypatch):
     module = module_of(deberta)
     monkeypatch.setattr(FineTuneModule, "device", torch.device("meta"))  # any that is no CPU
-    module.trainer, module.plan = SimpleNamespace(current_epoch=0, is_last_batch=False), plan_of(50, 1)
+    module.trainer, module.plan = (
+        SimpleNamespace(current_epoch=0, is_last_batch=False, should_stop=False),
+        plan_of(50, 1),
+    )
     for step in range(50):
         module.watch(torch.tensor(torch.nan if step == 30 else 1.0))
         if step == 49:
