@@ -209,6 +209,11 @@ def test_answers_are_found_where_a_template_writes_the_last_one_differently(cont
     """As Qwen3's does, whose last answer begins with an empty thought."""
     tokenizer = TOKENIZERS.setdefault("thinking", byte_level(THINKING))
     contents = [f"q{text}q" for text in contents]
+    for words in (contents, ["user", "assistant", "a", "think", "im", "", "x", "think>"]):
+        _check_thinking(words, tokenizer)
+
+
+def _check_thinking(contents, tokenizer):
     ids, counted, _ = tokens._chat(turns_of(contents), tokenizer, "completion")
     expected = [f"{text}<|im_end|>" for text in contents[1::2]]
     if len(contents) % 2 == 0:
@@ -220,10 +225,12 @@ def test_answers_are_found_where_a_template_writes_the_last_one_differently(cont
 def test_the_heading_of_a_first_answer_does_not_count(name):
     template, end = TEMPLATES[name]
     tokenizer = byte_level(template)
-    turns = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(("Hello!", "x", "yes"))]
-    ids, counted, _ = tokens._chat(turns, tokenizer, "completion")
-    found = [text.strip(" ") for text in answers(ids, counted.tolist(), tokenizer)]
-    assert found == [f"Hello!{end}", f"yes{end}"]
+    for first in ("Hello!", "assistant", "s", "e"):  # words that headings and ends have, too
+        said = (first, "x", "yes")
+        turns = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(said)]
+        ids, counted, _ = tokens._chat(turns, tokenizer, "completion")
+        found = [text.strip(" ") for text in answers(ids, counted.tolist(), tokenizer)]
+        assert found == [f"{first}{end}", f"yes{end}"]
     ids, counted, _ = tokens._chat([{"role": "assistant", "content": ""}, *turns[1:]], tokenizer, "completion")
     assert f"yes{end}" in answers(ids, counted.tolist(), tokenizer)[-1]
 

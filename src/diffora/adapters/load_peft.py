@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffora.adapters.manifest import CONFIG, WEIGHTS
 from diffora.adapters.origin import check_heads
@@ -28,16 +28,14 @@ def unfreeze(model: nn.Module, before: Mapping[nn.Parameter, bool]) -> None:
             module.original_module.requires_grad_(False)
 
 
-def _check_shapes(model: nn.Module, folder: Path) -> None:
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Refuse whole modules of another size than the model's, such as the head of a model with other classes.
 
     Raises:
         UserError: names the first one.
     """
-    if not (folder / WEIGHTS).is_file():
-        return
     present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for key, tensor in read_tensors(folder / WEIGHTS).items():
+    for key, tensor in tensors.items():
         name, saved = key.removeprefix("base_model.model."), tuple(tensor.shape)
         if present.get(name, saved) != saved:
             raise UserError(
@@ -62,7 +60,8 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
         if getattr(config, "lora_alpha", 1) <= 0:
             raise UserError(f"{folder / CONFIG}: lora_alpha={config.lora_alpha} must be above 0")
         check_heads(backbone, config.modules_to_save or [], folder)
-        _check_shapes(backbone.model, folder)
+        tensors = read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
+        _check_shapes(backbone.model, tensors or {}, folder)
         modules = dict(backbone.model.named_modules())
         peft: Any = PeftModel.from_pretrained(backbone.model, str(folder))
         names = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
@@ -71,9 +70,8 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
     except Exception as error:  # PEFT raises errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"{folder} does not fit this model: {reason}") from error
-    if not (folder / WEIGHTS).is_file():  # PEFT's older format
+    if tensors is None:  # PEFT's older format
         return
-    tensors = read_tensors(folder / WEIGHTS)
     # With bias=all, PEFT names the head's biases a second time, inside its wrapper of the head.
     expected = {name for name in names if ".modules_to_save." not in name and ".original_module." not in name}
     if absent := sorted(expected - tensors.keys()):

@@ -71,7 +71,7 @@ def fit(
         raise KeyboardInterrupt from error
     except Exception as error:
         if (shortage := out_of_memory(error)) is not None:
-            raise _out_of_memory(shortage, stage, section) from error
+            raise _out_of_memory(shortage, stage, section, trainer.world_size) from error
         if not isinstance(error, UserError) and (name := failed_callback(error, parts.settings.trainer)) is not None:
             what = f"{type(error).__name__}: {why(error)}"
             raise UserError(f"{name} fails with {what}; debug=default shows where") from error
@@ -153,13 +153,15 @@ def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, 
     )
 
 
-def _out_of_memory(shortage: str, stage: str, section: Any) -> UserError:
+def _out_of_memory(shortage: str, stage: str, section: Any, processes: int) -> UserError:
     advice = ""
     if shortage.startswith("out of memory"):
         batch, parts = section.batch_size, section.accumulate
         advice = f" at {stage}.batch_size={batch}"
-        more = next((n for n in range(parts + 1, batch + 1) if batch % n == 0), None)
-        if more is not None and getattr(section, "order", 1) == 1:
+        more = next((n for n in range(parts + 1, batch + 1) if batch % n == batch // n % processes == 0), None)
+        if getattr(section, "order", 1) == 2:  # its Γ step takes the whole batch, and goes with no checkpointing
+            advice += f"; try a smaller {stage}.batch_size, or {stage}.order=1"
+        elif more is not None:
             advice += f"; {stage}.accumulate={more} takes {batch // more} rows at a time and keeps the batch"
         else:
             advice += f"; try a smaller {stage}.batch_size, or trainer.gradient_checkpointing=true"

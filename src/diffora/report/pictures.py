@@ -87,7 +87,8 @@ def best_cells(table: ResultTable) -> set[tuple[str, str]]:
             if name == column.name and (s := spread(cell.by_seed(key).values()))
         }
         if len(means) > 1:
-            best |= {(row, column.title) for row, mean in means.items() if mean == max(means.values())}
+            highest = max(means.values())
+            best |= {(row, column.title) for row, mean in means.items() if mean == highest}
     return best
 
 

@@ -51,12 +51,8 @@ class CausalLMTask(Task):
     trains_head: bool = False
     pretrained_head: ClassVar[bool] = True
     maximise: ClassVar[bool] = False
-    padding: ClassVar = {
-        **Task.padding,
-        "labels": IGNORED,
-        "position_ids": 0,
-        "real": 0,
-    }  # position 0 begins a new sequence
+    # Position 0 begins a new sequence.
+    padding: ClassVar = {**Task.padding, "labels": IGNORED, "position_ids": 0, "real": 0}
     targets: ClassVar[tuple[str, ...]] = ("labels", "real")
     usage = """
 To generate, write the conversation as in training:

@@ -18,7 +18,7 @@ from diffora.tasks.chat.forms import Turn
 from diffora.tasks.encoding import Faults, write_rows
 from diffora.tasks.messages import more
 
-FORMAT_VERSION = 3  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 4  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
 
 
@@ -249,8 +249,10 @@ def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | Non
         if i:
             before = render(turns[:i], tokenizer, add_generation_prompt=True, prompt=prompt)
         else:  # nothing asks for the first turn: its heading ends where what it says begins
-            heading, said, _ = upto.partition(turn["content"].strip() or "\0")
-            before = heading if said else "\0"
+            said, body = turn["content"].strip(), upto.rstrip()
+            mark = max((mark for mark in marks if body.endswith(mark)), key=len, default="")
+            body = body.removesuffix(mark).rstrip()
+            before = body.removesuffix(said) if body.endswith(said) else "\0"
         if not (upto.startswith(before) and text.startswith(upto)):
             return _found_in_order(turns, text, tokenizer, prompt, marks)
         end = upto.rstrip()
@@ -259,7 +261,7 @@ def answer_spans(turns: list[Turn], text: str, tokenizer: Any, prompt: str | Non
 
 
 def _found_in_order(
-    turns: list[Turn], text: str, tokenizer: Any, prompt: str | None, marks: Sequence[str]
+    turns: list[Turn], text: str, tokenizer: Any, prompt: str | None, marks: tuple[str, ...]
 ) -> list[tuple[int, int]]:
     """The spans of the answers: what each turn says is looked for after the turn before, an answer after its heading.
 
@@ -268,8 +270,10 @@ def _found_in_order(
     """
     found, at = [], 0
 
-    def after(part: str, i: int) -> int:
+    def after(part: str, i: int, ends: bool = False) -> int:
         place = text.find(part, at)
+        while ends and place >= 0 and not text[place + len(part) :].lstrip().startswith(marks):
+            place = text.find(part, place + 1)  # what is said may be a part of the heading, too
         if place < 0:
             raise ValueError(
                 f"the template writes turn {i + 1} differently when other turns follow or when it asks for the turn, "
@@ -284,7 +288,7 @@ def _found_in_order(
             continue
         asked, plain = (render(turns[:i], tokenizer, add, prompt) for add in (True, False)) if i else ("", "")
         at = first = after(asked.removeprefix(plain) if asked.startswith(plain) else asked, i)
-        at = after(said, i)
+        at = after(said, i, ends=True)
         if i == 0:
             first = at - len(said)
         rest = text[at:].lstrip()
