@@ -138,10 +138,12 @@ def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
     a column here, otherwise for all columns of its task. Masks, and runs that were given a selection file, have none.
 
     Raises:
-        SystemExit: two files have scores of one selector, column and seed.
+        SystemExit: two files have scores of one selector, column and seed; the runs of a selector have different
+            settings; or a run has other data than its column.
     """
     found: dict[str, Any] = {"scores": {}, "types": {}, "runs": {}}
     origin: dict[tuple[str, str, str], Path] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = {}
     for record in sorted(folder.rglob("run.json")):
         run, file = json.loads(record.read_text()), record.with_name("selection.json")
         given = "method.selection" in run.get("sources", {}) or (run.get("row") or "").startswith("mask ")
@@ -162,6 +164,12 @@ def scores_of(folder: Path, columns: Mapping[str, Column]) -> dict[str, Any]:
         for column in own:
             if (earlier := origin.setdefault((name, column, seed), file)) != file:
                 sys.exit(f"error: {earlier} and {file} both have the scores of {name} for {column}, seed {seed}")
+            if len({columns[column].get("data"), run.get("data_hash")} - {None}) > 1:
+                sys.exit(f"error: the scores of {name}, seed {seed} are of other data than {column}: {file}")
+            others = settings.setdefault((name, column), {})
+            for key, value in settings_of(run).items():
+                if others.setdefault(key, value) != value:
+                    sys.exit(f"error: {file} has {key}={value}, other seeds of {name} {key}={others[key]}")
             rounded = [[None if v is None else float(f"{v:.7g}") for v in row] for row in values]
             found["scores"].setdefault(name, {}).setdefault(column, {})[seed] = rounded
             found["runs"].setdefault(name, {}).setdefault(column, {})[seed] = run.get("config_hash")

@@ -273,6 +273,27 @@ def test_scores_of_the_same_selector_and_seed_twice_are_refused(folders):
         script.scores_of(folders / "scores", columns)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_hash": "others"}, "the scores of search, seed 1 are of other data than cola global"),
+        ({"settings": {"search": {"epochs": 5}}}, "has search.epochs=5, other seeds of search search.epochs=2"),
+    ],
+)
+def test_scores_of_other_data_or_settings_are_refused(folders, change, message):
+    columns = script.landscape(completed(folders / "runs"))
+    first = folders / "scores" / "search-cola"
+    record, scores_file = (json.loads((first / f).read_text()) for f in ("run.json", "selection.json"))
+    record |= {"data_hash": "cola", "settings": {"search": {"epochs": 2}}}
+    (first / "run.json").write_text(json.dumps(record))
+    second = folders / "scores" / "search-cola-1"
+    write(second, record | {"seed": 1}, scores_file)
+    assert list(script.scores_of(folders / "scores", columns)["scores"]["search"]["cola global"]) == ["0", "1"]
+    (second / "run.json").write_text(json.dumps(record | {"seed": 1} | change))
+    with pytest.raises(SystemExit, match=message):
+        script.scores_of(folders / "scores", columns)
+
+
 @pytest.mark.parametrize("what", ["another selection", "other data", "finetune.epochs="])
 def test_masks_that_cannot_be_compared_are_refused(folders, what):
     file = folders / "runs" / "mask 3-cola-1" / "run.json"
