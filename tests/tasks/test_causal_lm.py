@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from diffora.tasks.causal_lm import CausalLMTask
 from diffora.tasks.chat import conversations, loss, tokens
 from diffora.tasks.chat.batches import ChatCollator
 from diffora.tasks.chat.loss import token_losses
-from diffora.tasks.chat.packing import best_fit, pack
+from diffora.tasks.chat.packing import best_fit, best_fit_of_groups, connected, pack
 from diffora.tasks.chat.settings import CausalLMSettings
 from diffora.tasks.chat.tokens import encode
 from diffora.tasks.ignored import IGNORED
@@ -343,6 +344,38 @@ def test_no_text_is_in_both_halves_of_a_split():
         letters = [{c for i in part for c in tokenizer.decode(whole[int(i)]["input_ids"])} for part in split]
         assert letters[0] & letters[1] <= set("</s>")
         assert all(map(len, letters))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=60), st.integers(20, 40))
+def test_groups_share_a_bin_or_a_number(items, capacity):
+    lengths, groups = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
+    bins = best_fit_of_groups(lengths, groups, capacity)
+    assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
+    assert all(lengths[members].sum() <= capacity for members in bins)
+    numbers = connected(bins, groups)
+    for group in np.unique(groups):
+        holders = [i for i, members in enumerate(bins) if group in groups[members]]
+        assert len(set(numbers[holders])) == 1
+        if lengths[groups == group].sum() <= capacity:
+            assert len(holders) == 1
+    alone = best_fit_of_groups(lengths, np.arange(len(lengths)), capacity)
+    assert [b.tolist() for b in alone] == [b.tolist() for b in best_fit(lengths, capacity)]
+    assert len(set(connected(alone, np.arange(len(lengths))))) == len(alone)
+
+
+def test_packed_rows_with_equal_prompts_stay_in_one_part_of_a_search():
+    """Each question has three answers; packed by length alone, they would come into different rows."""
+    rng = np.random.default_rng(0)
+    chats = [[f"question {n} " * 3, "a" * int(rng.integers(1, 60))] for n in range(20) for _ in range(3)]
+    task, tokenizer, rows = task_of(packing=True, max_length=256), byte_level(CHATML), rows_of(*chats)
+    encoded = task.encode(rows, tokenizer, training=True)
+    assert len(encoded) < len(rows) / 2
+    alike = alike_of(Split(rows, encoded), task.row_keys(rows))
+    asked = [set(re.findall(r"question \d+", tokenizer.decode(row["input_ids"]))) for row in encoded]
+    for split in (split_search(examples_of(encoded), 0, alike=alike), held_out_split(examples_of(encoded), 0, alike)):
+        parts = [{question for i in part for question in asked[int(i)]} for part in split]
+        assert all(parts) and not parts[0] & parts[1]
 
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

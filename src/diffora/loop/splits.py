@@ -135,7 +135,8 @@ def alike_of(split: Split, keys: pa.Array | None = None) -> np.ndarray:
     """[n] the first example whose inputs equal those of each encoded row; labels do not matter.
 
     The inputs are the tokens that the model reads, or the image file. Where several conversations are packed into one
-    row, the whole rows are compared. Rows of a task that has neither tokens nor image files count as different.
+    row, the whole rows are compared: `diffora.tasks.chat.packing` gives rows with equal prompts one example. Rows of a
+    task that has neither tokens nor image files count as different.
 
     Args:
         keys: one text for each source row, which is compared in place of the inputs (`Task.row_keys`).

@@ -228,7 +228,9 @@ To generate, write the conversation as in training:
                 )
             )
         if training:
-            return pack(encoded, c.max_length) if c.packing else encoded
+            # Equal prompts go into one row: a search then has them in one of its parts.
+            keys = pc.dictionary_encode(self.row_keys(rows)).indices.to_numpy()
+            return pack(encoded, c.max_length, keys) if c.packing else encoded
         if self.generates:
             chosen = evenly(len(encoded), c.generation.rows)
             return with_prompts(encoded, rows, processor, c.prompt, c.max_length, chosen)

@@ -18,7 +18,7 @@ from diffora.tasks.chat.forms import Turn
 from diffora.tasks.encoding import Faults, write_rows
 from diffora.tasks.messages import more
 
-FORMAT_VERSION = 4  # raise it when the content of a cache file changes its meaning
+FORMAT_VERSION = 5  # raise it when the content of a cache file changes its meaning
 ROWS_AT_ONCE = 1000  # bounds memory
 
 
