@@ -50,7 +50,7 @@ def machine(results: Mapping[str, Result | None]) -> str:
         lines.append(
             f"- `{name}.json`: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['ram_gb']:.0f} GB, "
             f"{m['gpu'] or 'no GPU'}; load before the start {m['load_before']}; {versions}; {result['date']}; "
-            f"commit {result['commit'][:7]}"
+            f"commit {result['commit'][:7]}{' with uncommitted changes' if result['commit'].endswith('+') else ''}"
         )
     return "\n".join(lines)
 
