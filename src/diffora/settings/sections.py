@@ -110,7 +110,7 @@ class Model:
     ] = "float32"
     quantise: Annotated[
         Literal[None, "8bit", "4bit"],
-        Help("Quantise the frozen weights of the layers; needs the extra `quantised` (docs/start/install.md)."),
+        Help("Quantise the frozen weights of the layers; needs the extra `quantised`."),
     ] = None
     kernel: Annotated[
         Literal["auto", "fused", "plain"],
@@ -343,7 +343,7 @@ class Logger:
     """
 
     csv: Annotated[bool, Help("Write `logs/<stage>/version_<n>/metrics.csv`.")] = False
-    tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs the extra `tensorboard` (docs/start/install.md).")] = False
+    tensorboard: Annotated[bool, Help("Write TensorBoard's files; needs the extra `tensorboard`.")] = False
     wandb: Annotated[Wandb | None, Help("Log to Weights & Biases.")] = None
     own: Annotated[
         dict[str, Any],
