@@ -202,6 +202,11 @@ def test_gates_of_layers_with_different_sizes_are_compared_by_their_distance_fro
     gates[0, :2], gates[2, 2:] = torch.tensor([0.45, 0.55]), torch.tensor([0.40, 0.31, 0.29])
     first = choose(gates, SHAPES, "global", 0.1, 1, None).mask
     assert first.nonzero().tolist() == [[2, 2]]  # 3 x 0.40 is more than 2 x 0.55
+    above = choose(gates, SHAPES, "global", 0.1, 1, None, lowest_layer=1).mask
+    unsearched = gates.clone()
+    unsearched[0] = 0.2  # a layer that cannot have adapters keeps the equal gates of all five columns
+    assert torch.equal(choose(unsearched, SHAPES, "global", 0.1, 1, None, lowest_layer=1).mask, above)
+    assert above.nonzero().tolist() == [[2, 2]]
 
 
 @pytest.mark.parametrize("shared_rank", [None, 2])

@@ -37,6 +37,17 @@ def test_layers_are_in_numerical_order():
     assert [row[0] for row in grid.names] == [f"encoder.layer.{i}.q" for i in range(12)]
 
 
+def test_blocks_of_one_stack_are_in_the_order_of_its_layers():
+    net = model(*(Block(*(["q", "k"] if i % 2 else ["up", "down"])) for i in range(4)))
+    grid = find_grid(net, ["encoder.layer.[0,2]", "encoder.layer.[1,3]"])
+    assert grid.layers == tuple(f"encoder.layer.{i}" for i in range(4))
+    assert [[name and name.rpartition(".")[2] for name in row] for row in grid.names] == [
+        ["up", "down", None, None],
+        [None, None, "q", "k"],
+    ] * 2
+    assert [[shape is None for shape in row] for row in grid.shapes] == [[n is None for n in row] for row in grid.names]
+
+
 def test_no_match_lists_near_misses():
     with pytest.raises(UserError) as error:
         find_grid(model(Block("query", "key")), "encoder.layer.*", ["querry"])

@@ -56,6 +56,19 @@ def test_unrolled_equals_the_closed_form_of_the_quadratic():
     assert w.grad is None and gamma.grad is None
 
 
+def test_a_weight_that_a_loss_does_not_use_has_no_part_in_the_unrolled_gradient():
+    w, gamma = leaves()
+    train, valid = losses(gamma)
+    idle = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    expected = unrolled(train, valid, [w], gamma, 0.1)
+    for place in (0, 1):
+        params = [idle, w] if place == 0 else [w, idle]
+        found = unrolled(
+            lambda p, at=1 - place: train([p[at]]), lambda p, at=1 - place: valid([p[at]]), params, gamma, 0.1
+        )
+        torch.testing.assert_close(found, expected)
+
+
 def test_two_processes_find_the_unrolled_gradient_of_one():
     """Each has a training loss of its own. The inner step is that of their mean, not one for each."""
     bent = [torch.eye(N, dtype=torch.float64), -torch.eye(N, dtype=torch.float64) / 2]

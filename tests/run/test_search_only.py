@@ -64,8 +64,11 @@ def test_settings_of_the_search_that_another_selector_does_not_read_are_named(cf
     for setting in changed:
         assert f"{setting} has no effect: method.selector=activation does not read it" in caplog.text
     assert "head_warmup" not in caplog.text and "batch" not in caplog.text
-    run(cfg(*quick, "method.selector=kappa", "search_only=true", "method.score_batches=2"), tmp_path / "kappa")
-    assert "method.score_batches=2 has no effect: method.selector=kappa does not read it" in caplog.text
+    unread = ["method.score_batches=2", "search.max_rows=64", "search.valid_fraction=0.9", "search.batch_size=4"]
+    run(cfg(*quick, "method.selector=kappa", "search_only=true", *unread), tmp_path / "kappa")
+    for setting in unread:
+        assert f"{setting} has no effect: method.selector=kappa does not read it" in caplog.text
+    assert "rows used" not in caplog.text
 
 
 def test_settings_of_the_search_are_named_where_no_selector_runs(cfg, quick, tmp_path, caplog):

@@ -1,10 +1,12 @@
 """The criteria as pure functions."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     LEDConfig,
     LEDForConditionalGeneration,
@@ -22,6 +24,7 @@ from diffora.scoring.criteria import (
     mean_square,
     norm_sums,
     ranked_in_types,
+    reads_targets,
     signal_to_noise,
     square_sums,
     weight_times_activation,
@@ -115,6 +118,37 @@ def test_leds_encoder_pads_and_what_its_decoder_reads_of_it_is_not_padded():
     model(**batch)
     counted = [int((counted_tokens(x, batch, config=model.config) != 0).sum()) for x in read.values()]
     assert len({x.shape for x in read.values()}) == 3 and counted == [17] * 3
+
+
+class Beside(nn.Module):
+    """A module with others inside, by name."""
+
+    def __init__(self, **inside):
+        super().__init__()
+        for name, module in inside.items():
+            self.add_module(name, module)
+
+
+def test_a_decoder_reads_targets_only_if_an_encoder_is_beside_it():
+    def stack():
+        return Beside(layer=nn.Linear(2, 2))
+
+    def both():
+        return Beside(encoder=stack(), decoder=stack())
+
+    seq2seq, opt = Beside(model=both()), Beside(model=Beside(decoder=stack()))
+    reads_images = Beside(vision=Beside(encoder=stack()), language_model=opt)  # as BLIP-2 with OPT
+    assert reads_targets("model.decoder.layer", seq2seq) and not reads_targets("model.encoder.layer", seq2seq)
+    assert reads_targets("decoder.model.decoder.layer", Beside(encoder=stack(), decoder=opt))
+    assert not reads_targets("model.decoder.layer", opt)
+    assert not reads_targets("language_model.model.decoder.layer", reads_images)
+
+
+def test_xlnet_reads_tokens_before_rows_also_if_there_are_as_many():
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    found = counted_tokens(torch.zeros(3, 3, 4), {"attention_mask": mask}, config=SimpleNamespace(model_type="xlnet"))
+    assert torch.equal(found, mask.T)
+    assert torch.equal(counted_tokens(torch.zeros(3, 3, 4), {"attention_mask": mask}), mask)
 
 
 def test_the_mean_square_of_a_gradient():

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ddp_score import TYPES, scored, uneven_task
-from small import rows_of, small_deberta
+from small import rows_of, small_deberta, small_task
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from diffora.backbones.backbone import Backbone
@@ -219,6 +220,38 @@ def test_the_given_number_of_batches_comes_from_search_train_rows_only(criterion
 def test_dividing_a_batch_into_parts_does_not_change_the_scores(criterion):
     whole, parts = scored(criterion), scored(criterion, accumulate=3)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-5, atol=1e-8)
+
+
+def counting(labels):
+    """A task in whose loss only the rows of one class count."""
+
+    def weight(batch):
+        return float((batch["labels"] == labels).sum())
+
+    def loss(output, batch):
+        losses = F.cross_entropy(output.logits, batch["labels"], reduction="none")
+        return (losses * (batch["labels"] == labels)).sum() / max(weight(batch), 1.0)
+
+    task = small_task()
+    task.weight, task.loss = weight, loss
+    return task
+
+
+@EACH
+def test_rows_that_do_not_count_for_the_loss_weigh_the_same_however_they_are_divided(criterion):
+    whole, single = (scored(criterion, accumulate=n, task=counting(1)) for n in (1, 8))
+    torch.testing.assert_close(single.scores, whole.scores, rtol=1e-5, atol=1e-8)
+    same = torch.allclose(whole.scores, scored(criterion).scores, rtol=1e-6, atol=0)
+    assert same == (criterion in ("activation", "plop"))  # they need no labels
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "fisher"])
+def test_a_weight_that_is_computed_in_each_pass_has_no_gradient_and_is_refused(criterion):
+    model = small_deberta()
+    prune.random_unstructured(model.get_submodule("deberta.encoder.layer.1.output.dense"), "weight", 0.5)
+    with pytest.raises(UserError, match=r"layer\.1\.output\.dense \(and 0 more\) is computed from others"):
+        scored(criterion, model)
+    scored("activation", model)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import diffora
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
 from diffora.run.experiment import run
-from diffora.scoring.criteria import condition_number, signal_to_noise
+from diffora.scoring.criteria import condition_number, ranked_in_types, signal_to_noise
 from diffora.scoring.spectra import spectral_scores
 
 EACH = pytest.mark.parametrize("selector", ["kappa", "spectrum"])
@@ -56,6 +56,13 @@ def test_spectrum_takes_the_best_share_of_each_type():
     snr = [[signal_to_noise(model.get_submodule(name).weight.detach()) for name in row] for row in grid.names]
     best = torch.tensor(snr) >= torch.tensor(snr).sort(0, descending=True).values[1]
     assert torch.equal(chosen.mask(), best) and best.sum(0).tolist() == [2] * 6
+
+
+def test_spectrum_under_a_time_budget_ranks_among_the_layers_that_it_allows():
+    values = torch.tensor([[9.0, 1.0], [8.0, 2.0], [1.0, 4.0], [2.0, 3.0]], dtype=torch.float64)
+    ranked = ranked_in_types(values, lowest_layer=2)[2:]
+    assert torch.equal(ranked, ranked_in_types(values[2:]))
+    assert ranked.argmax(0).tolist() == [1, 0] and (ranked.max(0).values > ranked.min(0).values.max()).all()
 
 
 @EACH

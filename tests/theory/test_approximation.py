@@ -22,6 +22,13 @@ def test_best_update_leaves_the_other_singular_values(rank):
     assert spectral == pytest.approx(values[rank].item() if rank < 5 else 0)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 4), (4, 4, 4), (2, 3, 7, 5)])
+def test_best_updates_of_a_batch_are_those_of_its_matrices(shape):
+    batch = torch.randn(shape, dtype=torch.float64, generator=G)
+    each = torch.stack([best_update(e, 2) for e in batch.flatten(0, -3)]).reshape(shape)
+    torch.testing.assert_close(best_update(batch, 2), each)
+
+
 def test_no_other_update_of_the_rank_is_nearer():
     for _ in range(200):
         noise = 0.3 * torch.randn(7, 5, dtype=torch.float64, generator=G)

@@ -64,11 +64,11 @@ def choose(
         ValueError: the budget is too small for any selection.
     """
     scores = scores.masked_fill(~present(shapes).to(scores.device), float("nan"))
+    scores[:lowest_layer] = float("nan")
     if scope == "global":
         scores = comparable(scores, sizes_of(shapes))
     wanted = modules_per_layer(rho, n_modules(shapes))
     shapes = above(shapes, lowest_layer)
-    scores[:lowest_layer] = float("nan")
     if scope == "global":
         size: int | None = min(wanted, n_modules(shapes))
         if budget is not None:

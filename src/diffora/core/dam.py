@@ -89,10 +89,11 @@ def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
     with equal N.
 
     Args:
-        gamma_bar: L x N; 0 or NaN where a layer has no such module.
+        gamma_bar: L x N; 0 or NaN where a layer has no such module. A layer of NaN only, below the lowest one that may
+            have adapters, says nothing about the scale.
         sizes: the number of modules of each layer.
     """
-    sums = gamma_bar.nan_to_num(0.0).sum(-1)
+    sums = gamma_bar[~gamma_bar.isnan().all(-1)].nan_to_num(0.0).sum(-1)
     if len(set(sizes)) == 1 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
         return gamma_bar
     return gamma_bar * torch.tensor(sizes, device=gamma_bar.device).unsqueeze(-1)

@@ -235,29 +235,51 @@ def _block(
 def _joined(
     model: nn.Module, blocks: Sequence[_Block], patterns: Sequence[str], left_out: tuple[str, ...], prefix: str
 ) -> Grid:
-    """One grid of some blocks, each with columns of its own."""
+    """One grid of some blocks, each with columns of its own. Layers of one stack keep its order."""
     before = 0
     types: list[str] = []
-    names: list[tuple[str | None, ...]] = []
-    shapes: list[tuple[tuple[int, int] | None, ...]] = []
+    rows: list[_Row] = []
     n_types = sum(len(block.candidates) for block in blocks)
     for block, pattern in zip(blocks, patterns, strict=True):
         types += block.candidates if len(blocks) == 1 else [f"{pattern}.{path}" for path in block.candidates]
         left, right = (None,) * before, (None,) * (n_types - before - len(block.candidates))
         for each in block.layers:
-            names.append((*left, *(f"{each.place}.{path}" for path in block.candidates), *right))
-            shapes.append((*left, *(features(each.linear[path]) for path in block.candidates), *right))
+            names = (*left, *(f"{each.place}.{path}" for path in block.candidates), *right)
+            shapes = (*left, *(features(each.linear[path]) for path in block.candidates), *right)
+            rows.append(_Row(each.place, names, shapes, block.roles))
         before += len(block.candidates)
+    stacks = list(dict.fromkeys(row.stack for row in rows))
+    rows.sort(key=lambda row: (stacks.index(row.stack), row.numbers))
     return Grid(
         types=tuple(types),
-        names=tuple(names),
-        shapes=tuple(shapes),
-        layers=tuple(each.place for block in blocks for each in block.layers),
-        roles=tuple(block.roles for block in blocks for _ in block.layers),
+        names=tuple(row.names for row in rows),
+        shapes=tuple(row.shapes for row in rows),
+        layers=tuple(row.place for row in rows),
+        roles=tuple(row.roles for row in rows),
         left_out=left_out,
-        longer_names=tuple(longer_names(model, [name for row in names for name in row if name is not None])),
+        longer_names=tuple(longer_names(model, [name for row in rows for name in row.names if name is not None])),
         prefix=prefix,
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a grid, with the place of its layer."""
+
+    place: str
+    names: tuple[str | None, ...]
+    shapes: tuple[tuple[int, int] | None, ...]
+    roles: dict[str, tuple[str, ...]]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in the place, outermost first."""
+        return [int(part) for part in self.place.split(".") if part.isdigit()]
+
+    @property
+    def stack(self) -> str:
+        """The place without its numbers."""
+        return re.sub(r"(?<![^.])\d+(?![^.])", "*", self.place)
 
 
 def _check_patterns(patterns: Sequence[str], prefix: str) -> None:

@@ -69,12 +69,19 @@ def unrolled(
     Returns:
         L x N.
     """
-    grads = torch.autograd.grad(train_loss(params), params, create_graph=True)
-    step = mean_train([grad.detach() for grad in grads])
+    grads = torch.autograd.grad(train_loss(params), params, create_graph=True, allow_unused=True)
+    step = mean_train([grad.detach() for grad in _zeros_for_none(grads, params)])
     stepped = [(param - xi * grad).detach().requires_grad_() for param, grad in zip(params, step, strict=True)]
-    direct, *outer = mean_valid(list(torch.autograd.grad(valid_loss(stepped), [gamma, *stepped])))
-    (mixed,) = mean_train(list(torch.autograd.grad(grads, gamma, outer)))
+    found = torch.autograd.grad(valid_loss(stepped), [gamma, *stepped], allow_unused=True)
+    direct, *outer = mean_valid(_zeros_for_none(found, [gamma, *stepped]))
+    used, factors = zip(*((grad, o) for grad, o in zip(grads, outer, strict=True) if grad is not None), strict=True)
+    (mixed,) = mean_train(list(torch.autograd.grad(used, gamma, factors)))
     return direct - xi * mixed
+
+
+def _zeros_for_none(grads: Sequence[Tensor | None], params: Params) -> list[Tensor]:
+    """Gradients with 0 for a parameter that the loss does not reach."""
+    return [torch.zeros_like(p) if grad is None else grad for grad, p in zip(grads, params, strict=True)]
 
 
 def added(sums: Sequence[Tensor | None] | None, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -32,7 +32,7 @@ from diffora.methods.diffora import DiffoRA
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
-from diffora.scoring.selectors import trains
+from diffora.scoring.selectors import SELECTORS, trains
 from diffora.scoring.spectra import SPECTRA
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
@@ -81,8 +81,9 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
         log.warning(line)
     rows = search_rows(parts)
     parts.data.accounts["search"] = rows.account.record()
-    for line in account_lines({"search": parts.data.accounts["search"]}):
-        log.warning(line)
+    if scoring.selector not in SPECTRA:
+        for line in account_lines({"search": parts.data.accounts["search"]}):
+            log.warning(line)
     if parts.earlier.search is not None:
         log.info(f"{scoring.selector}: finished already, using {parts.folder / FILE}")
         return Selected(*parts.earlier.search)
@@ -111,6 +112,9 @@ READ_BY_SEARCH_ONLY = ("gamma_lr", "update", "order", "relaxation", "head_warmup
 READ_IN_TRAINING = ("epochs", "lr", "rank", "train_steps", "weight_decay", "clip")
 """Settings that selectors do not read which train nothing."""
 
+READ_WITH_ROWS = ("batch_size", "accumulate", "max_rows", "valid_fraction")
+"""Settings that selectors do not read which look at the weights only."""
+
 
 def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     """The settings of the search that were changed, but that another selector does not read."""
@@ -118,6 +122,8 @@ def _ignored(parts: Parts, selector: str) -> Iterator[str]:
     unread += () if trains(selector) else READ_IN_TRAINING
     unread += () if selector == "one_shot" else ("masks",)
     unread += ("score_batches",) if selector in ("search", *SPECTRA) else ()
+    unread += READ_WITH_ROWS if selector in SPECTRA else ()
+    unread += ("accumulate",) if selector == "fisher" or selector not in SELECTORS else ()
     for key, value in _changed(parts.settings):
         if key.partition(".")[2] in unread:
             yield f"{key}={value} has no effect: method.selector={selector} does not read it"

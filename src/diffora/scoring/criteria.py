@@ -50,12 +50,15 @@ def square_sums(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def reads_targets(name: str, model: nn.Module) -> bool:
     """Whether a module reads the targets of an encoder-decoder.
 
-    It does if it is in the decoder. The keys and values of the decoder's cross-attention read the sources. In a model
-    without an encoder, such as OPT, the layers may be called decoder too.
+    It does if it is in a decoder that has an encoder beside it. The keys and values of the decoder's cross-attention
+    read the sources. In a model without an encoder, such as OPT, the layers may be called decoder too; so they may in
+    one that reads images with an encoder elsewhere, such as BLIP-2.
     """
-    if "decoder" not in name.split(".") or part_of(name) in ("cross_key", "cross_value"):
+    parts = name.split(".")
+    if "decoder" not in parts or part_of(name) in ("cross_key", "cross_value"):
         return False
-    return any("encoder" in other.split(".") for other, _ in model.named_modules())
+    above = model.get_submodule(".".join(parts[: parts.index("decoder")]))
+    return isinstance(getattr(above, "encoder", None), nn.Module)
 
 
 def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, config: Any = None) -> Tensor:
@@ -79,11 +82,16 @@ def counted_tokens(x: Tensor, batch: Mapping[str, Any], targets: bool = False, c
     for mask in masks:
         # rows of several choices are read as one batch of sequences, and some layers read all tokens as one list
         rows = mask.shape[:-1].numel(), mask.shape[-1]
-        if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)):
+        turned = x.shape[:-1] == rows[::-1]  # XLNet, and Longformer's attention, read tokens x rows
+        if x.shape[:-1] in (mask.shape, rows, (mask.numel(),)) and not (turned and _is_xlnet(config)):
             return mask.reshape(x.shape[:-1])
-        if x.shape[:-1] == rows[::-1]:  # XLNet reads tokens x rows
+        if turned:
             return mask.reshape(rows).T
     return torch.ones(x.shape[:-1], device=x.device)
+
+
+def _is_xlnet(config: Any) -> bool:
+    return getattr(config, "model_type", None) == "xlnet"
 
 
 def as_padded(mask: Tensor, config: Any) -> Tensor:
@@ -189,7 +197,7 @@ def signal_to_noise(weight: Tensor) -> float:
     return float(values[signal].sum() / values[~signal].sum() / values[0])
 
 
-def ranked_in_types(values: Tensor) -> Tensor:
+def ranked_in_types(values: Tensor, lowest_layer: int = 0) -> Tensor:
     """Scores that take the top share of each module type: rank within the column, as a share of it.
 
     The score is (modules of the same type with a lower value + v / (1 + v)) / modules of the type, between 0 and 1. So
@@ -197,12 +205,14 @@ def ranked_in_types(values: Tensor) -> Tensor:
 
     Args:
         values: L x N of at least 0, infinity allowed; NaN where a layer has no such module.
+        lowest_layer: modules of the layers below this one are not counted, because they are not selected.
 
     Returns:
         L x N, NaN where a layer has no such module. Equal values of one type stay equal.
     """
-    lower = (values.unsqueeze(0) < values.unsqueeze(1)).sum(dim=1)  # comparisons with NaN are False
-    return (lower + 1 - 1 / (1 + values)) / (~values.isnan()).sum(dim=0)
+    others = values[lowest_layer:]
+    lower = (others.unsqueeze(0) < values.unsqueeze(1)).sum(dim=1)  # comparisons with NaN are False
+    return (lower + 1 - 1 / (1 + values)) / (~others.isnan()).sum(dim=0).clamp(min=1)
 
 
 def gate_path(points: int) -> list[tuple[float, float]]:

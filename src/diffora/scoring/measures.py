@@ -48,7 +48,7 @@ class Measure(ABC):
             gradients would otherwise underflow.
 
     Raises:
-        UserError: a candidate is quantised.
+        UserError: a candidate is quantised; or gradients are measured, and its weight is not a parameter.
     """
 
     by_row: ClassVar[bool] = False
@@ -84,6 +84,15 @@ class _OfGradients(Measure):
     """Measures of the gradient of the loss by each candidate's weight."""
 
     differentiates = True
+
+    def __init__(self, model: nn.Module, grid: Grid, seed: int = 0) -> None:
+        super().__init__(model, grid, seed)
+        if made := [n for n, m in zip(grid.modules, self.modules, strict=True) if "weight" not in m._parameters]:
+            raise UserError(
+                f"the weight of {made[0]} (and {len(made) - 1} more) is computed from others in each pass, by "
+                "pruning or a parametrisation, so the loss has no gradient by it: make it a parameter (prune.remove or "
+                "parametrize.remove_parametrizations of torch.nn.utils), or leave it out of the candidates"
+            )
 
     def gradients(self, batch: Any, loss: Callable[[Any], Tensor], share: float) -> list[Tensor]:
         """Gradients of ``share`` times the loss in float32 or float64; 0 where the loss does not use a weight."""

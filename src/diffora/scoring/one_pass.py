@@ -1,6 +1,7 @@
 """Selectors that train nothing: they take one pass over some search-train batches, or look at the weights only."""
 
 import logging
+from importlib import import_module
 
 import torch
 
@@ -29,7 +30,14 @@ def from_measure(name: str) -> Run:
 
 def from_spectrum(name: str) -> Run:
     """The selector of a criterion in `diffora.scoring.spectra.SPECTRA`."""
-    return from_function(lambda model, grid, batches, loss: spectral_scores(model, grid, name), name, n_batches=1)
+    scored = from_function(lambda model, grid, batches, loss: spectral_scores(model, grid, name), name, n_batches=1)
+
+    def run(context: SearchContext) -> SearchResult:
+        if name == "kappa":
+            import_module("peft.helpers")  # it takes seconds, which are no cost of the selector
+        return scored(context)
+
+    return run
 
 
 def from_function(function: ScoreFunction, name: str, n_batches: int | None = None) -> Run:

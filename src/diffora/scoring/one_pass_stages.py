@@ -79,8 +79,10 @@ class MeasureStage(OnePassStage):
         n_parts = len(rows["row"]) if self.measure.by_row else self.accumulate
         of_batch = self._share(rows)
         for part, share in parts_of(rows, n_parts, self.task):
-            if share > 0:  # a part may have no tokens that count
-                self._add(self.measure.of(part, self.loss, of_batch * share))
+            new = self.measure.of(part, self.loss, of_batch * share)
+            if self.measure.differentiates and self.task.weight(part) == 0:  # nothing in it counts for the loss
+                new = [torch.zeros_like(value) for value in new]
+            self._add(new)
 
     def _share(self, rows: Batch) -> float:
         """The share of this process's rows in the mean loss of the batch that all processes have together."""

@@ -32,4 +32,4 @@ def spectral_scores(model: nn.Module, grid: Grid, selector: str, names: Iterable
             raise UserError(f"selector={selector}: the weight of {name} has values that are not finite")
         values.append(SPECTRA[selector](weight))
     found = laid_out(torch.tensor(values, dtype=torch.float64), grid.names)
-    return -found if selector == "kappa" else ranked_in_types(found)
+    return -found if selector == "kappa" else ranked_in_types(found, grid.lowest_layer)

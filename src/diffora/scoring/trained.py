@@ -68,9 +68,21 @@ def attribution(context: SearchContext) -> SearchResult:
         arguments = parts.model, layers, parts.grid.types, parts.task, settings, parts.settings.seed
         module = AttributionModule(*arguments, rounds=settings.epochs, score_batches=context.score_batches)
         shown = "search/train_loss", "search/valid_loss"
+        _say_fewer_batches(context)
         fit_rounds(context, "attribution", module, search_data(context), shown, settings.epochs + 1)
         weights = searched_weights(context, torch.ones_like(module.scores), layers)
     return SearchResult(module.scores, module.elapsed, weights=weights)
+
+
+def _say_fewer_batches(context: SearchContext) -> None:
+    """Say if `attribution` scores fewer batches than it was asked for: it scores one in each step of a round."""
+    s = context.settings
+    train, valid = (max(1, len(rows) // s.batch_size) for rows in context.split)
+    if (steps := -(-train // s.train_steps)) < (wanted := min(context.score_batches, valid)):
+        log.warning(
+            f"attribution: {steps} batches are scored, not {wanted}, because a round has {steps} steps "
+            f"(search.train_steps={s.train_steps}, search.valid_fraction={s.valid_fraction:g})"
+        )
 
 
 # --- what selectors that train share ---

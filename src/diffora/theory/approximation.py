@@ -25,7 +25,7 @@ def best_update(e: Tensor, rank: int) -> Tensor:
     tensor([3., 2., 0.])
     """
     u, s, vh = torch.linalg.svd(e, full_matrices=False)
-    nearest: Tensor = u[:, :rank] * s[:rank] @ vh[:rank]
+    nearest: Tensor = u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]
     return nearest
 
 
