@@ -1,8 +1,8 @@
 """diffora: learn which modules of a pretrained model to fine-tune.
 
-As a library: `search`, `select`, `attach`, `find_grid`, `save_adapter`, `load_adapter`, `Selection` and `UserError`;
-and callbacks for other trainers: `DifforaCallback` (transformers, TRL) and `DifforaLightningCallback`. They are
-imported when they are first used, so that commands start quickly.
+As a library: `search`, `select`, `within_time`, `find_grid` and `Selection`; `attach`, `detach` and `merge_updates`;
+`save_adapter` and `load_adapter`; `UserError`; and callbacks for other trainers: `DifforaCallback` (transformers, TRL)
+and `DifforaLightningCallback`. They are imported when they are first used, so that commands start quickly.
 """
 
 import time
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffora.adapters.export import save_adapter
+    from diffora.adapters.merge import merge_updates
     from diffora.api import Selection, attach, find_grid, load_adapter, search, select, within_time
+    from diffora.core.attach import detach
     from diffora.errors import UserError
     from diffora.trainers.lightning import DifforaLightningCallback
     from diffora.trainers.trainer import DifforaCallback
@@ -22,8 +24,10 @@ __all__ = [
     "Selection",
     "UserError",
     "attach",
+    "detach",
     "find_grid",
     "load_adapter",
+    "merge_updates",
     "save_adapter",
     "search",
     "select",
@@ -41,8 +45,10 @@ _PLACES = {
     "Selection": "diffora.core.selection",
     "UserError": "diffora.errors",
     "attach": "diffora.standalone.attach",
+    "detach": "diffora.core.attach",
     "find_grid": "diffora.core.grid",
     "load_adapter": "diffora.api",
+    "merge_updates": "diffora.adapters.merge",
     "save_adapter": "diffora.adapters.export",
     "search": "diffora.standalone.search",
     "select": "diffora.standalone.select",

@@ -8,8 +8,10 @@ from torch import nn
 from diffora.adapters.export import save_adapter
 from diffora.adapters.fetch import local_copy
 from diffora.adapters.load import load_onto, warn_of_other_backbone
+from diffora.adapters.merge import merge_updates
 from diffora.adapters.origin import without_wrappers
 from diffora.backbones.backbone import Backbone
+from diffora.core.attach import detach
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -20,7 +22,18 @@ from diffora.standalone.select import select
 from diffora.standalone.within_time import within_time
 from diffora.trust import class_at
 
-__all__ = ["Selection", "attach", "find_grid", "load_adapter", "save_adapter", "search", "select", "within_time"]
+__all__ = [
+    "Selection",
+    "attach",
+    "detach",
+    "find_grid",
+    "load_adapter",
+    "merge_updates",
+    "save_adapter",
+    "search",
+    "select",
+    "within_time",
+]
 
 
 def load_adapter(
@@ -30,7 +43,7 @@ def load_adapter(
     *,
     freeze: bool = True,
     revision: str | None = None,
-) -> None:
+) -> nn.Module:
     """Put an exported adapter on a pretrained model, in place, with ranks, scales and sharing as they were trained.
 
     What was trained, except for the head, requires gradients afterwards, so training can go on. PEFT's own layers are
@@ -48,6 +61,9 @@ def load_adapter(
 
     A warning says if the model was loaded from other files than those that the adapter was trained on.
 
+    Returns:
+        The same model.
+
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
@@ -62,7 +78,10 @@ def load_adapter(
         return made
 
     place = local_copy(folder, revision)
-    if not isinstance(model, Backbone):  # otherwise the caller knows where it comes from
-        model = without_wrappers(model)
-        warn_of_other_backbone(model, place)
-    load_onto(model if isinstance(model, Backbone) else Backbone.of(model), place, method_of, freeze)
+    if isinstance(model, Backbone):  # the caller knows where it comes from
+        load_onto(model, place, method_of, freeze)
+        return model.model
+    inner = without_wrappers(model)
+    warn_of_other_backbone(inner, place)
+    load_onto(Backbone.of(inner), place, method_of, freeze)
+    return model

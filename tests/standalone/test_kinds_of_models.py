@@ -580,7 +580,12 @@ def test_an_encoder_with_a_decoder_is_searched_and_its_adapter_loads(tmp_path):
 
     model = two()
     batches = [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in texts()]
-    selection = search(model, batches, layer="encoder.encoder.layer.*")
+    with pytest.raises(
+        UserError, match=r"does not call encoder\.encoder\.layer\.0\.crossattention\.self\.query \(and 7"
+    ):
+        search(model, batches, layer="encoder.encoder.layer.*")
+    called = ["attention.self.query", "attention.self.value", "output.dense"]
+    selection = search(model, batches, layer="encoder.encoder.layer.*", candidates=called)
     assert selection.config["trained"] == []  # all of it is pretrained
     diffora.attach(model, selection, rank=2)
     for _, layer in lowrank_layers(model):

@@ -131,7 +131,9 @@ def _with_trained(backbone: Backbone, head: Sequence[str]) -> Backbone:
     # Tied parameters stand in several modules. PEFT replaces each by its own copy, so it needs all of them.
     parameters = model.named_parameters(remove_duplicate=False)
     holders = [name.rpartition(".")[0] for name, p in parameters if p.requires_grad and p not in done]
-    more = tuple(dict.fromkeys([*named, *holders, *moved_statistics(model)]))
+    whole = dict.fromkeys([*named, *holders, *moved_statistics(model)])
+    inside = [name for name in whole if any(name.startswith(f"{other}.") for other in (*backbone.head, *whole))]
+    more = tuple(name for name in whole if name not in inside)  # PEFT cannot load a module that is saved twice
     places = [f"{layer}." for layer in layers]
     if bad := [
         name
@@ -298,8 +300,9 @@ def _lost_in_peft(model: nn.Module, names: Iterable[str], heads: Sequence[str]) 
             f"torch's fast path for nn.TransformerEncoderLayer reads the weight of {fast[0]} in eval mode, and PEFT "
             f"then adds no update: {advice}, or call torch.backends.mha.set_fastpath_enabled(False)"
         )
+    inside = tuple(f"{name}." for name in (*heads, *(f"{name}.base" for name, _ in lowrank_layers(model))))
     for head in heads:
-        outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(f"{head}.")]
+        outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(inside)]
         if alike := [name for name in outside if name.endswith(head)]:
             yield f"PEFT goes by the ends of names, and takes {alike[0]} for {head}, which is saved whole: {advice}"
 

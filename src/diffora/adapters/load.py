@@ -15,7 +15,7 @@ from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manif
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
 from diffora.adapters.pairs import LOADED_WHOLE, PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import device_of, freeze_rest, places_of
+from diffora.core.attach import device_of, freeze_rest, note_adapted, places_of
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
@@ -159,3 +159,4 @@ def place_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Store
         layer.scaling = scale  # scale * rank / rank may differ from it in the last bit
         for place in places[id(base)]:
             model.set_submodule(place, layer)
+    note_adapted(model)

@@ -64,7 +64,9 @@ def _merge_peft(model: nn.Module) -> None:
 
 
 def _check_merged(model: Any) -> None:
-    """Refuse a model that has other weights than a new one of its class: a checkpoint would lose them."""
+    """Refuse a transformers model that has other weights than a new one of its class: a checkpoint would lose them."""
+    if not hasattr(model, "base_model_prefix"):
+        return
     if getattr(model.config, "tie_word_embeddings", False) and (head := model.get_output_embeddings()) is not None:
         # An update of the output embeddings is none of the input embeddings.
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight

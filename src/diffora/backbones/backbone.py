@@ -131,7 +131,8 @@ class Backbone:
         if both := [name for name in names if f"{name}.".startswith(inside)]:
             raise UserError(
                 f"{both[0]} is part of the head, which is trained whole. Either leave it out of the candidates "
-                "(model.candidates), or adapt it instead of training the head (task.train_head=false)"
+                "(candidates, model.candidates), or, in a run, adapt it in place of training the head "
+                "(task.train_head=false)"
             )
 
     def checkpoint_activations(self) -> None:

@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
@@ -18,12 +17,12 @@ SHARED_SCALES = ("own", "same")
 
 
 def new_pair(base: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A new pair (A, B^T). A is Kaiming-uniform as in LoRA and B is zero, so the update starts at zero."""
+    """A new pair (A, B^T) in float32. A is Kaiming-uniform as in LoRA and B is zero, so the update starts at zero."""
     n_in, n_out = features(base)
     device = device_of(base)
-    lora_a = nn.Parameter(torch.empty(rank, n_in, device=device))
+    lora_a = nn.Parameter(torch.empty(rank, n_in, device=device, dtype=torch.float32))
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device))
+    return lora_a, nn.Parameter(torch.zeros(rank, n_out, device=device, dtype=torch.float32))
 
 
 def attach(
@@ -75,7 +74,6 @@ def attach(
     _check_places(rows, flags, rank, shared_rank, modules)
     if freeze:
         freeze_rest(model)
-        _BATCHES.update({norm: _batches_of(norm) for norm in model.modules() if isinstance(norm, _BatchNorm)})
     pairs = _Pairs(rank, shared_rank)
 
     def adapt(name: str | None, column: int, flag: bool) -> LowRankLinear | None:
@@ -95,15 +93,26 @@ def attach(
         [adapt(name, column, flag) for column, (name, flag) in enumerate(zip(row, own, strict=True))]
         for row, own in zip(rows, flags, strict=True)
     ]
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            module.use_nested_tensor = False  # nested tensors are for layers without adapters
-            _NESTED[module] = True
+    note_adapted(model)
     return layers
 
 
-_NESTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""The encoders that used nested tensors before `attach`, for `detach`."""
+USED_NESTED = "_diffora_used_nested_tensor"
+"""An attribute of encoders that used nested tensors before they had adapters. A copy of the model has it too."""
+
+
+def note_adapted(model: nn.Module) -> None:
+    """Prepare a model whose modules have just been replaced by low-rank layers, in place.
+
+    Nested tensors are switched off, which are for layers without adapters. The statistics of norms are noted, for
+    `moved_statistics`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor = False
+            setattr(module, USED_NESTED, True)
+        elif isinstance(module, _NormBase) and module.running_mean is not None:
+            setattr(module, FOUND_MEAN, module.running_mean.detach().cpu().clone())
 
 
 class _Pairs:
@@ -175,7 +184,7 @@ def _check_places(
             problems.append(f"{name} is not a module of this model")
         elif inside_adapter(name, modules):
             problems.append(
-                f"{name} has a low-rank layer already: detach(model) takes it out, or unload() where it is PEFT's"
+                f"{name} has a low-rank layer already: diffora.detach(model) takes it out, or PEFT's unload()"
             )
         elif not is_linear(module):
             problems.append(f"{name} is a {type(module).__name__}, not a linear layer that is called")
@@ -213,22 +222,48 @@ def keep_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-_BATCHES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""How many batches the statistics of a batch norm were of when `attach` froze it."""
+class Calls:
+    """Notes which low-rank layers of a model are used, from now on. A compiled model is not looked at.
+
+    Args:
+        model: with low-rank layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        compiled = model._compiled_call_impl is not None  # it would be compiled with the hooks
+        layers = [] if compiled else lowrank_layers(model)
+        self._hooks = {(name, layer): layer.register_forward_pre_hook(self._note) for name, layer in layers}
+
+    def _note(self, layer: nn.Module, args: Any) -> None:
+        for key in [key for key in self._hooks if key[1] is layer]:
+            self._hooks.pop(key).remove()
+
+    def check(self) -> None:
+        """Raise a UserError if layers have not been used: their gates say nothing about them."""
+        if missing := [name for name, layer in self._hooks if not layer.weight_was_read]:
+            raise UserError(
+                f"the loss does not call {missing[0]} (and {len(missing) - 1} more) for any batch of a round: leave "
+                "these modules out of the candidates"
+            )
+
+
+FOUND_MEAN = "_diffora_found_mean"
+"""An attribute of batch and instance norms: their mean when the model got its adapters. A copy has it too."""
 
 
 def moved_statistics(model: nn.Module) -> list[str]:
-    """Full names of the batch norms that `attach` froze, and whose statistics were replaced in training all the same.
+    """Full names of the batch and instance norms whose statistics are not known to be those before the adapters.
 
-    `keep_statistics` prevents it.
+    Training mode replaces them, also of frozen norms. `keep_statistics` prevents it.
     """
-    norms = ((name, module) for name, module in model.named_modules() if module in _BATCHES)
-    return [name for name, norm in norms if _batches_of(norm) != _BATCHES[norm]]
+    norms = ((n, m) for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None)
+    return [name for name, norm in norms if not _has_found_mean(norm)]
 
 
-def _batches_of(norm: nn.Module) -> int:
-    counted: Any = norm.num_batches_tracked
-    return 0 if counted is None else int(counted)
+def _has_found_mean(norm: nn.Module) -> bool:
+    mean: Any = norm.running_mean
+    found: Tensor | None = getattr(norm, FOUND_MEAN, None)
+    return found is not None and torch.equal(mean.detach().cpu(), found)
 
 
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -273,9 +308,10 @@ def detach(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
         layer.unmerge()
         model.set_submodule(name, layer.base)
-    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoder))
-    for encoder in encoders:
-        encoder.use_nested_tensor = encoder.use_nested_tensor or _NESTED.pop(encoder, False)
+    for module in model.modules():
+        vars(module).pop(FOUND_MEAN, None)
+        if vars(module).pop(USED_NESTED, False):
+            setattr(module, "use_nested_tensor", True)  # noqa: B010  # of an encoder
 
 
 def taken(model: nn.Module) -> dict[str, nn.Module]:

@@ -41,7 +41,7 @@ def check_layers(
     if adapted := [name for name in names if inside_adapter(name, modules)]:
         raise UserError(
             f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
-            "grid first, or remove the adapter with detach(model), or PEFT's unload()"
+            "grid first, or remove the adapter with diffora.detach(model), or PEFT's unload()"
         )
 
 

@@ -126,8 +126,9 @@ class LowRankLinear(nn.Module):
         self.training = base.training  # a model in eval mode stays in eval mode: no dropout
         self._transposed = is_conv1d(base)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # models may call linear(input=x)
         """(..., in) -> (..., out)."""
+        x = input
         if self.merged:
             merged: Tensor = self.base(x)
             return merged
@@ -138,7 +139,7 @@ class LowRankLinear(nn.Module):
         return self._fused(x)
 
     def _wants_plain(self, x: Tensor) -> bool:
-        if self.kernel == "plain" or torch.compiler.is_compiling():
+        if self.kernel == "plain" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return True
         # The node has no rules for torch.func (vmap, jvp), and gives A and B no gradient for a batch without tokens.
         if torch._C._are_functorch_transforms_active() or not x.numel():
@@ -189,6 +190,8 @@ class LowRankLinear(nn.Module):
 
     def _base_output(self, x: Tensor) -> Tensor:
         output: Any = self.base(x)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are not numbers there
+            return output  # type: ignore[no-any-return]
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.lora_bt.shape[1]):
             raise UserError(
                 f"a {type(self.base).__name__} gives something else than a linear layer does, a tensor (..., out) for "

@@ -176,12 +176,19 @@ class Selection:
         """
         from peft import LoraConfig  # takes seconds, and nothing else in core needs it
 
-        taken = [f"{key} is set by the selection: leave it out" for key in ("target_modules", "r") if key in more]
+        taken = ["target_modules is set by the selection: leave it out"] if "target_modules" in more else []
+        taken += [f"{key}=: give {ours}=" for key, ours in (("r", "rank"), ("lora_alpha", "alpha")) if key in more]
         if isinstance(more.get("modules_to_save"), str):  # its letters would be taken as names
             raise UserError(f"modules_to_save={more['modules_to_save']!r} must be a list of names")
         taken += [
             f"modules_to_save: PEFT goes by the ends of names, and would train {alike[0]} whole, too: rename {head!r}"
             for head in more.get("modules_to_save") or ()
+            if (alike := [place for place in self._candidates_and_parents() if place.endswith(head)])
+        ]
+        taken += [
+            f"task_type={more['task_type']}: PEFT goes by the ends of names, and would train {alike[0]} whole, too, "
+            f"for {head!r}: rename it, or leave task_type out and name the head (modules_to_save)"
+            for head in HEADS.get(more.get("task_type"), ())
             if (alike := [place for place in self._candidates_and_parents() if place.endswith(head)])
         ]
         rank, names = self._rank(rank, alpha, taken), self.names()
@@ -200,8 +207,10 @@ class Selection:
         trained: Any = self.config.get("trained")
         if not isinstance(trained, list):
             return []
-        modules = dict.fromkeys(str(name).rpartition(".")[0] for name in trained)
-        return [m for m in modules if m and not any(f".{name}." in f".{m}." for name in saved)]
+        # A parameter of the model itself stands for itself: modules_to_save cannot have it.
+        modules = dict.fromkeys(str(name).rpartition(".")[0] or str(name) for name in trained)
+        left = [m for m in modules if not any(f".{name}." in f".{m}." or m.endswith(name) for name in saved)]
+        return [m for m in left if not any(m.startswith(f"{other}.") for other in left)]
 
     def to_yaml(self, program: str, rank: int | None = None, alpha: float = 16) -> str:
         """The entries of a trainer's configuration file for a LoRA on the selected modules, to paste into it.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffora.core.attach import Calls
 from diffora.core.dam import entropy, initial_gamma, relax
 from diffora.core.hypergradient import added, first_order, simultaneous, unrolled
 from diffora.core.lowrank import Layers, set_gates
@@ -355,8 +356,13 @@ class SearchModule(Stage):
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._calls = Calls(self.model)
+
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
+        self._calls.check()
         self.end_round()
 
     def end_round(self) -> None:
@@ -365,8 +371,7 @@ class SearchModule(Stage):
         losses = torch.stack([torch.stack(pair) for pair in self._losses]).nanmean(0)  # NaN: no Γ step
         train, valid = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self._trace, self._losses = [], []
-        gamma_bar = self.gates(self.gamma.detach())
-        independent = self.settings.relaxation == "sigmoid"
+        gamma_bar, independent = self.gates(self.gamma.detach()), self.settings.relaxation == "sigmoid"
         spread = gamma_bar.sum(-1) if independent else entropy(relax(self.gamma.detach(), "softmax"))
         values = {
             "search/round": self.rounds_done,

@@ -155,15 +155,15 @@ class _OfInputs(Measure):
         fields, config = batch if hasattr(batch, "get") else {}, getattr(self.model, "config", None)
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def note(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             if projects_table:  # no tokens: DeBERTa calls query and key again, on its table of positions
                 return
-            x = args[0]
+            x = args[0] if args else named["input"]
             with torch.autocast(x.device.type, enabled=False):
                 new = self.sums_of(module, x, counted_tokens(x, fields, targets[module], config))
             found[module] = new if module not in found else (found[module][0] + new[0], found[module][1] + new[1])
 
-        hooks = [module.register_forward_pre_hook(note) for module in self.modules]
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.modules]
         try:
             with _called_layers(), tables_noted(self.model) as projects_table:
                 loss(batch)

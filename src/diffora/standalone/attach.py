@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from diffora.backbones.backbone import Backbone
 from diffora.core import attach as core
 from diffora.core.selection import Selection
 from diffora.errors import UserError
@@ -39,16 +40,18 @@ def attach(
         The same model.
 
     Raises:
-        UserError: the model lacks a module of the selection or has adapters, or a number is impossible. The model is
-            then as before.
+        UserError: the model lacks a module of the selection or has adapters, a selected module is part of the head, or
+            a number is impossible. The model is then as before.
     """
     if not isinstance(selection, Selection):
         raise UserError(
             f"selection is a {type(selection).__name__}: it must be what diffora.search or select returns, or "
             "Selection.load(path)"
         )
+    inner = unwrapped(model)
+    Backbone.of(inner).check_outside_head(selection.names())  # an adapter could not be saved
     core.attach(
-        unwrapped(model),
+        inner,
         selection.places(),
         selection.mask(),
         selection.rank if rank is None else rank,  # type: ignore[arg-type]  # None is refused with a message

@@ -86,7 +86,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     mapping whose class cannot be called with a dict becomes a dict.
     """
     if callable(getattr(type(batch), "to", None)):  # of the type: a dict may give its entries as attributes
-        return batch.to(device)
+        there = batch.to(device)
+        return batch if there is None else there  # some classes move themselves
     if isinstance(batch, Mapping):
         values = {key: moved(value, device) for key, value in batch.items()}
         try:
@@ -109,7 +110,7 @@ def length_of(loader: Iterable[Any]) -> int | None:
     """The number of batches; None for a loader that does not know it, such as one over an `IterableDataset`."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -152,6 +153,8 @@ def loader_problems(train: Any, valid: Any, rounds: int) -> Iterator[str]:
 
 def _reads_all(loader: Any) -> bool:
     """Whether a loader surely reads all rows of its dataset."""
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        return True
     if not isinstance(loader, DataLoader) or type(loader.sampler) not in (RandomSampler, SequentialSampler):
         return False
     return len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]

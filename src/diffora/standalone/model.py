@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.core.attach import device_of, inside_adapter, inside_wrappers
@@ -67,7 +67,7 @@ def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | Non
     if adapted := [name for name in modules if name and inside_adapter(name, modules)]:
         raise UserError(
             f"this model has adapters already, such as {adapted[0]}: take them out first, with "
-            "diffora.core.attach.detach(model), or with unload() where they are PEFT's"
+            "diffora.detach(model), or with unload() where they are PEFT's, and let the head require gradients again"
         )
     return find_grid(model, layer, candidates)
 
@@ -117,13 +117,20 @@ def head_of(model: nn.Module, grid: Grid, names: Sequence[str] | None) -> list[n
         chosen = trainable - set[nn.Parameter]().union(*map(_pretrained, inside))
     else:
         chosen = {p for name, p in parameters.items() if not _in_stack(model, name, grid)} & trainable
-        if not chosen and grid.layers != ("",):
-            log.warning(
-                "nothing outside the layers requires gradients, so that no head is trained with the adapters: if this "
-                "model has one, name it (head=[…])"
-            )
     chosen -= candidates
+    if names is None and not chosen and grid.layers != ("",) and _may_have_head(model):
+        log.warning(
+            "nothing outside the layers requires gradients, so that no head is trained with the adapters: if this "
+            "model has one, name it (head=[…]), or let it require gradients"
+        )
     return [p for p in parameters.values() if p in chosen]
+
+
+def _may_have_head(model: nn.Module) -> bool:
+    """Whether a model may have a head: all but those of transformers that are a pretrained model and nothing else."""
+    if pretrained_children(model):
+        return bool(_own_head(model))
+    return not hasattr(model, "base_model_prefix")
 
 
 def _own_head(model: nn.Module) -> set[nn.Parameter]:
@@ -180,20 +187,14 @@ def left_as_found(model: nn.Module, seed: int, trained: Sequence[nn.Parameter] =
     """Inside this context, torch's random numbers start from a seed. Afterwards, model and random state are as before.
 
     Restored are the values of ``trained`` and of all buffers, ``requires_grad`` and ``grad`` of all parameters, and the
-    mode of all modules. A module that was compiled in place (``model.compile()``) is not compiled inside the context.
+    modules' own attributes that are numbers, texts or tensors, such as their mode and what rotary positions have seen.
+    Attributes that were not there before are removed. A module that was compiled in place (``model.compile()``) is not
+    compiled inside the context.
     """
     compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
-    modes = {module: module.training for module in model.modules()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    states = [_State(module) for module in model.modules()]
     weights = [(p, p.detach().clone()) for p in trained]
-    # Nothing changes a buffer in place that has one value for several elements.
-    buffers = [
-        (module, name, buffer, None if 0 in buffer.stride() else buffer.clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    nested = [m for m in modes if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     on_gpu = device_of(model).type == "cuda"
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
         seed_torch(seed, device_of(model))
@@ -205,14 +206,30 @@ def left_as_found(model: nn.Module, seed: int, trained: Sequence[nn.Parameter] =
             for parameter, (flag, grad) in flags.items():
                 parameter.requires_grad_(flag)
                 parameter.grad = grad
-            for module, mode in modes.items():
-                module.training = mode
-            for module, call in compiled.items():
-                module._compiled_call_impl = call
-            for encoder in nested:
-                encoder.use_nested_tensor = True
             with torch.no_grad():
                 for parameter, value in weights:
                     parameter.copy_(value)
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer if before is None else buffer.copy_(before)
+                for state in states:
+                    state.restore()
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
+
+
+class _State:
+    """The buffers and the plain attributes of a module, to restore them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.names = module, set(vars(module))
+        self.buffers = dict(module._buffers)
+        self.attributes = {n: v for n, v in vars(module).items() if isinstance(v, int | float | str | None | Tensor)}
+        tensors = [t for t in (*self.buffers.values(), *self.attributes.values()) if isinstance(t, Tensor)]
+        # Nothing changes a tensor in place that has one value for several elements.
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors if 0 not in tensor.stride()]
+
+    def restore(self) -> None:
+        for name in set(vars(self.module)) - self.names:
+            del vars(self.module)[name]
+        vars(self.module).update(self.attributes)
+        self.module._buffers.update(self.buffers)
+        for tensor, value in self.values:
+            tensor.copy_(value)
