@@ -51,6 +51,8 @@ def test_a_new_record_has_every_fact_that_a_report_needs(cfg, tmp_path):
         ("dialogue", "train/loss", "loss", False),
         ("mrpc", "update/orthogonality_loss", "", False),
         ("mrpc", "held_out/epoch", "epochs", False),
+        ("dialogue", "forgetting/increase", "loss", False),
+        ("mrpc", "update/stable_rank", "rank", True),
     ],
 )
 def test_units_and_directions_of_metrics(cfg, task, metric, unit, maximise):

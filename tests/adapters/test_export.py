@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import diffora
+from diffora.adapters.load import load_onto
 from diffora.adapters.manifest import write_manifest
 from diffora.adapters.origin import Origin
 from diffora.api import load_adapter
@@ -477,10 +478,59 @@ def test_what_is_trained_besides_an_adapter_stays_as_it_was_without_freeze(kind,
     bias = model.deberta.encoder.layer[0].output.dense.bias.requires_grad_(False)
     load_adapter(model, exported[kind], freeze=False)
     assert embeddings.requires_grad and not any(p.requires_grad for p in model.classifier.parameters())
+    headed = small_deberta()
+    load_adapter(headed, exported[kind], freeze=False)
+    head = {name for name, p in headed.named_parameters() if p.requires_grad and "classifier" in name}
+    assert head and not any("original_module" in name for name in head)  # PEFT keeps the old head, which is not used
     assert bias.requires_grad == (kind == "weights")  # BitFit's adapter is the biases
     frozen = small_deberta()
     load_adapter(frozen, exported[kind])
     assert not frozen.deberta.embeddings.word_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["pairs", "weights", "peft"])
+def test_everything_but_the_adapter_is_frozen_even_if_it_was_trainable(kind, exported):
+    model = small_deberta().requires_grad_(True)
+    load_adapter(model, exported[kind])
+    ends = {"pairs": ("lora_a", "lora_bt"), "weights": ("bias",), "peft": ()}[kind]  # PEFT loads it for inference
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert bool(trainable) == bool(ends) and all(name.startswith("deberta.") for name in trainable)
+    assert {name.rpartition(".")[2] for name in trainable} == set(ends)
+
+
+def test_a_method_draws_the_same_numbers_when_its_adapter_is_loaded_as_in_the_run(exported):
+    """What it draws and never trains is not in the file."""
+    from diffora.methods.bitfit import BitFit
+
+    drawn, seeds = [], []
+
+    class Draws(BitFit):
+        def adapt(self, model, grid, selection, seed):
+            drawn.append(torch.rand(3))
+            return super().adapt(model, grid, selection, seed)
+
+    def method_of(cfg, file):
+        seeds.append(cfg.seed)
+        return Draws()
+
+    for before in (5, 6):
+        model = small_deberta()
+        torch.manual_seed(before)
+        load_onto(Backbone.of(model), exported["weights"], method_of)
+    torch.manual_seed(seeds[0])
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], torch.rand(3))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "weights"])
+def test_loading_leaves_the_random_numbers_of_the_caller(kind, exported):
+    drawn = []
+    for loads in (False, True):
+        model = small_deberta()
+        torch.manual_seed(5)
+        if loads:
+            load_adapter(model, exported[kind])
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
 
 
 OWN, SHARED, OTHER = (f"{LAYER}.{place}" for place in ("0.output.dense", f"0.{TYPES[1]}", "1.intermediate.dense"))

@@ -73,6 +73,48 @@ def test_a_saved_model_is_loaded_bit_for_bit_with_its_ties(form, alpha, tmp_path
     assert facts_of(again) == facts_of(model)
 
 
+@pytest.mark.parametrize("form", ["uniform", "compact"])
+def test_scales_of_any_number_are_kept_bit_for_bit_also_within_a_tie(form, tmp_path):
+    model = adapted()
+    by_pair = facts_of(model)
+    first = next(name for name, (*_, tied) in by_pair.items() if tied != name)
+    scales = iter([3.6834072883114812, 1.6772826704475121, 0.7] * len(by_pair))  # times 3, divided by 3 is another one
+    for name, layer in lowrank_layers(model):
+        layer.scaling = 0.3 if name == first else next(scales)  # also of one of the modules that share a pair
+    save_adapter(model, tmp_path, form=form)
+    again = small_deberta()
+    load_adapter(again, tmp_path)
+    found, expected = facts_of(again), facts_of(model)
+    assert [fact[:3] for fact in found.values()] == [fact[:3] for fact in expected.values()]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_peft_takes_ranks_and_scales_of_a_module_whose_name_ends_another_ones(tmp_path):
+    """PEFT's patterns apply to all names with that end: `fc` would decide for `blocks.0.fc` too."""
+
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(6, 6)}) for _ in range(2)])
+            self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = torch.tanh(block["fc"](x))
+            return self.out(torch.tanh(self.fc(x)))
+
+    model, x = Ends(), torch.randn(4, 6)
+    for name, rank, alpha in (("fc", 1, 5.0), ("blocks.0.fc", 3, 6.0), ("blocks.1.fc", 2, 7.0), ("out", 3, 8.0)):
+        attach(model, [[name]], torch.tensor([[True]]), rank, None, alpha, freeze=False)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    save_adapter(model, tmp_path, form="compact")
+    theirs = PeftModel.from_pretrained(Ends(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), model(x))
+
+
 def test_forms_change_into_each_other_without_loss(tmp_path):
     save_adapter(adapted(), tmp_path / "uniform")
     rewrite(tmp_path / "uniform", tmp_path / "compact", "compact")
@@ -259,6 +301,22 @@ def test_layers_of_peft_are_merged_too(kind):
     assert (expected - logits(small_deberta())).abs().max() > 0.01
     merge_updates(model)
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert model.state_dict().keys() == small_deberta().state_dict().keys()
+
+
+def test_a_head_that_peft_trained_as_a_copy_is_the_head_of_the_merged_model():
+    import peft
+
+    model = small_deberta()
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["query_proj"], modules_to_save=["classifier"])
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.5)
+    expected = logits(model)
+    merge_updates(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     assert model.state_dict().keys() == small_deberta().state_dict().keys()
 
 

@@ -34,4 +34,12 @@ def test_starts_near_the_identity_and_every_weight_gets_a_gradient():
 def test_size():
     layer = BottleneckLinear(nn.Linear(20, 10), 4)
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 2 * 10 * 4 + 4 + 10
-    assert layer.up.weight.abs().max() <= 0.02
+
+
+def test_the_first_weights_are_normal_and_cut_at_two_standard_deviations():
+    torch.manual_seed(0)
+    layer = BottleneckLinear(nn.Linear(100, 100), 50, std=0.05)
+    for linear in (layer.down, layer.up):
+        assert 0.095 < linear.weight.abs().max() <= 0.1  # 5000 draws: 230 would lie beyond
+        assert linear.weight.std().item() == pytest.approx(0.88 * 0.05, rel=0.03)
+        assert not linear.bias.any()

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from diffora.core.attach import attach, detach
+from diffora.core.attach import attach, detach, new_pair
 from diffora.core.linear import features, is_linear, weight_of
 from diffora.core.lowrank import LowRankLinear, add_lowrank, lowrank_layers
 from diffora.errors import UserError
@@ -384,6 +384,14 @@ def test_modules_that_cannot_be_adapted_are_named_and_the_model_is_unchanged(nam
 def test_a_selection_of_another_grid_is_refused(shape):
     with pytest.raises(UserError, match="selected is "):
         attach(Net(), NAMES, torch.ones(shape, dtype=torch.bool), 2, None, 4)
+
+
+def test_a_new_a_is_uniform_up_to_one_over_the_root_of_its_inputs_as_in_lora():
+    torch.manual_seed(0)
+    lora_a, lora_bt = new_pair(nn.Linear(400, 30), 8)
+    bound = 1 / 400**0.5
+    assert 0.99 * bound < lora_a.abs().max() <= bound and not lora_bt.any()
+    assert lora_a.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
 
 
 def test_fresh_updates_are_zero_and_detach_restores_the_model():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diffora.errors import UserError
+from diffora.loop import streams
 from diffora.loop.data import (
     BilevelDataset,
     FineTuneData,
@@ -22,7 +23,7 @@ from diffora.loop.data import (
     TrainingDataset,
     eval_loader,
 )
-from diffora.loop.samplers import BilevelBatchSampler, EvalBatchSampler, LengthGroupedBatchSampler
+from diffora.loop.samplers import BilevelBatchSampler, Drawn, EvalBatchSampler, LengthGroupedBatchSampler
 from diffora.loop.splits import alike_of, held_out_split, split_hash, split_search
 from diffora.tasks.base import Split
 from diffora.tasks.tokenise import Collator
@@ -343,6 +344,12 @@ def test_bilevel_rounds(n_train, n_valid, size, steps, rounds):
         assert sorted(rows) == list(range(n_train, n_train + n_valid))
 
 
+def test_every_use_of_the_seed_has_random_numbers_of_its_own():
+    """Else the order of the search-valid rows, say, would be that of the search-train rows."""
+    numbers = [value for name, value in vars(streams).items() if name.isupper()]
+    assert len(numbers) > 5 and len(set(numbers)) == len(numbers)
+
+
 def test_valid_batches_differ_between_passes_and_seeds():
     sampler = bilevel(64, 16, 4, 1)
     items = at_epoch(sampler, 0)
@@ -555,6 +562,14 @@ def test_a_workers_random_numbers_depend_on_the_batch_only(workers):
     first, second = drawn(0), drawn(1)
     assert torch.equal(drawn(1), second) and torch.equal(drawn(0), first)
     assert len(torch.cat([first, second]).unique()) == 2 * 5 * 3
+
+
+def test_a_worker_draws_other_numbers_for_the_same_rows_in_another_epoch_stage_or_run():
+    batches = [Drawn([3, 1], draw, 60) for draw in ((0, 2, 0), (0, 2, 1), (0, 3, 0), (1, 2, 0))]
+    loader = LateLoader(
+        TrainingDataset(tokenised(8)), sampler=batches, batch_size=None, collate_fn=Noisy(), num_workers=1
+    )
+    assert len(torch.stack(list(loader)).unique()) == 4 * 3
 
 
 @pytest.mark.filterwarnings("ignore")

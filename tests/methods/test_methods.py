@@ -152,6 +152,13 @@ def test_masked_steps_are_plain_steps_on_the_drawn_rows(deberta, independent, ki
     assert len({str(pair) for pair in sets}) > 1  # each adapter has its own
 
 
+@pytest.mark.parametrize(("name", "kind"), [("gm_lora", GMLoRA), ("rm_lora", RMLoRA)])
+def test_the_masks_are_by_default_those_of_algorithm_1(name, kind, cfg):
+    """Half of the directions, the same ones of A and B, drawn anew in each step from the first on."""
+    method = kind.from_config(cfg("experiment=quickstart", f"method={name}"))
+    assert method.mask == mask(rank="half") and method.mask.every == "step"
+
+
 @pytest.mark.parametrize(("target", "still"), [("gradient", False), ("update", True)])
 def test_momentum_changes_masked_entries_unless_the_update_is_masked(deberta, target, still):
     model, adaptation = adapted(deberta, GMLoRA(rank=4, dropout=0.0, alpha=6.0, mask=mask(target=target)))
@@ -275,6 +282,12 @@ def _weight_grad(model, name, inputs):
     return grad
 
 
+def test_gates_start_as_in_the_released_code_from_a_normal_distribution(deberta):
+    model, _ = adapted(deberta, sora(rank=16))
+    gates = torch.cat([layer.gate.detach() for _, layer in lowrank_layers(model)])  # 12 modules
+    assert abs(gates.mean().item()) < 0.25 and gates.std().item() == pytest.approx(1.0, abs=0.2)
+
+
 def test_sparsity_grows_in_stages():
     method = sora(lam=0.4, lam_start=0.1, stages=4)
     assert [round(method.threshold(s, 8, 1.0), 3) for s in range(8)] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4]
@@ -295,6 +308,15 @@ def test_directions_with_closed_gates_do_not_count_at_inference(deberta):
     for (_, lora_a, lora_bt, scaling), layer, n in zip(adaptation.pairs(), layers, open_, strict=True):
         assert lora_a.shape[0] == lora_bt.shape[0] == n
         torch.testing.assert_close(scaling * lora_bt.T @ lora_a, layer.delta())
+
+
+def test_both_factors_of_flora_start_uniform_as_a_of_lora_does(deberta):
+    model = deberta()
+    FLoRA(rank=3, dropout=0.0, alpha=6.0).adapt(model, find_grid(model, "encoder.layer.*", TYPES, ROLES), None, 0)
+    for _, layer in lowrank_layers(model):
+        for matrix in (layer.lora_a, layer.lora_bt):
+            bound = matrix.shape[1] ** -0.5
+            assert 0.7 * bound < matrix.abs().max() <= bound
 
 
 def test_flora_starts_at_the_backbone_and_its_core_gets_the_exact_gradient(deberta):

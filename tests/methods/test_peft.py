@@ -2,11 +2,12 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from conftest import TYPES, batch_of
 from hydra.utils import get_class
-from small import small_task
+from small import rows_of, small_task
 from stopped_runs import run_of, stop
 from torch import nn
 
@@ -15,11 +16,14 @@ from diffora.api import load_adapter
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import find_grid
 from diffora.errors import UserError
+from diffora.loop.samplers import LengthGroupedBatchSampler
 from diffora.methods.adalora import AVERAGES, AdaLoRA, AdaLoRAAdaptation
 from diffora.methods.peft import PEFTAdaptation, inject
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.tasks.tokenise import Collator
 from diffora.training.finetune import FineTuneModule
+from diffora.training.first_batches import FirstBatches
 
 ROLES = {"key": TYPES[1], "value": TYPES[2], "attention_output": TYPES[3], "ffn_output": TYPES[5]}
 RECORD = {"method": "x", "task": "mrpc", "seed": 0, "params": {"adapter": 1, "head": 1}, "metrics": {"a": 0.5}}
@@ -182,6 +186,41 @@ def test_prepare_gets_the_first_training_batches(cfg, quick, tmp_path, monkeypat
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_the_first_batches_are_those_of_the_runs_seed():
+    train, task = rows_of(24), small_task()
+    first = {}
+    for seed in (0, 3):
+        batches = FirstBatches(train, task, Collator(0), 8, seed, most=2)
+        drawn = list(LengthGroupedBatchSampler(np.asarray(train["length"]), 8, seed))[:2]
+        first[seed] = [batch["input_ids"] for batch in batches]
+        assert len(batches) == len(first[seed]) == 2
+        for ids, rows in zip(first[seed], drawn, strict=True):
+            assert torch.equal(ids, Collator(0)(train[rows])["input_ids"])
+    assert not all(torch.equal(one, other) for one, other in zip(first[0], first[3], strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_veras_frozen_matrices_are_those_of_the_runs_seed(seed, cfg, deberta):
+    assert adapted(method_of(cfg, "method=vera", f"seed={seed}"), deberta()).config.projection_prng_key == seed
+
+
+def test_ia3_scales_the_outputs_of_keys_and_values_and_the_inputs_of_the_ffn_output(cfg, deberta):
+    plain, model = deberta(), deberta()
+    adapted(method_of(cfg, "method=ia3"), model)
+    factors = {name: p for name, p in model.named_parameters() if "ia3_l" in name}
+    assert {name.partition(".base_layer")[0].rpartition(".ia3_l")[0].split("layer.", 1)[1] for name in factors} == {
+        f"{layer}.{ROLES[role]}" for layer in (0, 1) for role in ("key", "value", "ffn_output")
+    }
+    for name, factor in factors.items():
+        nn.init.normal_(factor, mean=1.0, std=0.3)
+        place = name.partition(".ia3_l")[0]
+        base, scale = plain.get_submodule(place), factor.detach().flatten()
+        x = torch.randn(3, base.in_features)
+        expected = base(x * scale) if place.endswith(ROLES["ffn_output"]) and ".attention." not in place else None
+        expected = base(x) * scale if expected is None else expected
+        torch.testing.assert_close(model.get_submodule(place)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 # --- AdaLoRA ---
 
 SETTINGS = {"rank": 1, "dropout": 0.0, "alpha": 8.0, "init_rank": 3, "initial": 0.1, "final": 0.3, "every": 3}
@@ -207,6 +246,20 @@ def test_adalora_reaches_its_budget_also_in_short_runs(deberta, total):
         assert any(12 < rank < 36 for rank in left)  # gradually, not at once
     needed = sum(len(a) * (a.shape[1] + bt.shape[1]) for _, a, bt, _ in adaptation.pairs())
     assert adaptation.inference_parameters() == needed <= Backbone.of(adaptation.model).count_parameters()["adapter"]
+
+
+def test_adalora_averages_importances_with_the_first_decay_and_their_uncertainty_with_the_second(deberta):
+    settings = SETTINGS | {"rank": 1, "alpha": 6.0, "beta1": 0.6, "beta2": 0.9, "every": 7, "orthogonality": 0.25}
+    adaptation = adapted(AdaLoRA(**settings), deberta())
+    adaptation.begin(40)
+    step(adaptation, adam(adaptation.model))
+    importance, mean, uncertainty = (adaptation.state()[key] for key in AVERAGES)
+    for name, value in importance.items():
+        assert torch.allclose(mean[name], 0.4 * value)
+        assert torch.allclose(uncertainty[name], 0.1 * 0.6 * value)
+    config = adaptation.config
+    assert (config.init_r, config.target_r, config.lora_alpha, config.deltaT) == (3, 1, 6.0, 7)
+    assert (config.tinit, config.tfinal, config.orth_reg_weight) == (4, 12, 0.25)
 
 
 def test_adalora_exports_modules_without_any_rank(deberta, tmp_path):

@@ -86,6 +86,7 @@ def test_random_selections_do_not_agree_more_often_than_p_says():
     assert np.mean([p() <= 0.05 for _ in range(200)]) <= 0.1
     same = np.repeat(mask_of("110000", "101000", "011000")[None], 4, 0)
     assert stability(same, True).p < 0.01 and stability(same, True).jaccard == 1.0
+    assert stability(same, True, draws=50).p == pytest.approx(1 / 51)  # the selections themselves count as one
 
 
 # --- on the page ---

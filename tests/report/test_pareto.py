@@ -48,6 +48,17 @@ def test_the_charts_name_the_rows_on_the_front(tmp_path):
     assert "What is worth its cost" in text and "<span>2 lora</span>" in text
 
 
+def test_a_row_whose_search_other_runs_did_has_no_time(tmp_path):
+    search = made_run(tmp_path / "elsewhere" / "search", "diffora", 0)
+    for i, method in enumerate(("lora", "sora", "random", "diffora")):
+        time = {"search_s": 0.0, "finetune_s": 30.0 * (4 - i), "total_s": 200.0}
+        settings = {"method": {"selection": str(search / "selection.json")}} if method == "diffora" else None
+        made_run(tmp_path / "runs" / method, method, cell=("own", method, "a"), time=time, settings=settings)
+    [table] = tables_of(gather([tmp_path / "runs"]).runs)
+    ((title, chart),) = fronts(table).charts
+    assert title.endswith("search and fine-tuning, s") and "lora: 120, " in chart and "diffora: " not in chart
+
+
 def test_costs_that_hardly_differ_are_not_compared(tmp_path):
     for i, method in enumerate(("lora", "diffora", "random", "sora")):
         more = {"adapter": 1000 * 2**i, "memory": {"peak_rss_mb": 700.0 + 20 * i, "peak_cuda_mb": None}}

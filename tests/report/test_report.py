@@ -20,7 +20,7 @@ from diffora.records import MetricFacts, Record
 from diffora.report import charts, page, pictures, tables
 from diffora.report.agreement import stability
 from diffora.report.comparisons import comparisons_of, curves_of
-from diffora.report.formats import comma_separated, comparisons_csv, latex, markdown
+from diffora.report.formats import comma_separated, comparisons_csv, costs_csv, latex, markdown
 from diffora.report.layout import PAIRS, TextTable, comparisons_table, cost_table, main_table, signed
 from diffora.report.pictures import best_cells
 from diffora.report.results import ResultColumn
@@ -694,6 +694,42 @@ def test_a_margin_in_points_decides_what_is_equivalent(spec):
     assert f"detectable: {found.dev_best.detectable:.4f}" in html
     assert 'class="equivalent">equivalent within ±0.4</td>' in html
     assert "undecided" in page.write(gather([spec]), spec / "out", [spec], margin=0.05)[0].read_text()
+
+
+def test_costs_have_mean_and_deviation_in_the_unit_of_the_table(spec):
+    fill(spec, ["DiffoRA"])
+    for seed, file in enumerate(sorted(spec.rglob("run.json"))):
+        metrics = json.loads(file.read_text())["metrics"] | {"generalisation_gap": 0.02 + 0.01 * seed}
+        change_record(file.parent, metrics=metrics, time={"finetune_s": 60.0 + 2 * seed, "total_s": 90.0})
+    ((line,), column) = list(csv.DictReader(costs_csv(table_of(spec)).splitlines())), table_of(spec).columns[0]
+    assert column.factor("generalisation_gap") == 100
+    assert (float(line["generalisation gap"]), float(line["generalisation gap: std"])) == pytest.approx((3.0, 1.0))
+    assert (float(line["fine-tuning, s"]), float(line["fine-tuning, s: std"])) == pytest.approx((62.0, 2.0))
+
+
+def test_a_margin_in_points_is_a_hundredth_of_it_where_fractions_are_shown(tmp_path):
+    for seed, (ours, random_) in enumerate([(0.8, 0.805), (0.8, 0.795), (0.9, 0.905), (0.7, 0.695)]):
+        for method, score in (("diffora", ours), ("random", random_)):
+            made_run(tmp_path / f"{method}{seed}", method, seed, score)
+    table = table_of(tmp_path)
+    assert not table.columns[0].percent
+    (found,), (wide,) = comparisons_of(table), comparisons_of(table, margin=2)
+    assert (found.margin, wide.margin) == pytest.approx((0.005, 0.02))
+    assert (found.verdict, wide.verdict) == ("undecided", "equivalent")
+
+
+def test_holms_correction_counts_the_comparisons_with_baselines_only():
+    scores = {"a: 1": (0.80, 0.81, 0.84), "a: 2": (0.85, 0.87, 0.88), "b": (0.70, 0.72, 0.75)}
+    runs = [
+        in_memory("lora" if name == "b" else "diffora", seed, name, score)
+        for name, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    (table,) = tables_of(runs)
+    found = comparisons_of(table)
+    assert [c.variant for c in found] == [False, False, True] and found[2].p_holm is None
+    adjusted = holm([c.dev_best.p for c in found[:2]])
+    assert [c.p_holm for c in found[:2]] == pytest.approx(adjusted) and max(adjusted) < 0.1
 
 
 def test_a_margin_in_points_says_nothing_about_a_loss(tmp_path):

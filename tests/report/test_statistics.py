@@ -125,3 +125,6 @@ def test_the_largest_block_has_the_most_values_without_gaps():
     masks, seeds, values = largest_block(by_mask)
     assert (masks, seeds, values.tolist()) == (["a", "b", "c"], [0, 1], [[1, 2], [4, 5], [6, 7]])
     assert largest_block({"a": {0: 1.0}, "b": {0: 2.0}}) is None and largest_block({}) is None
+    more_seeds = {"a": dict.fromkeys(range(5), 1.0), "b": dict.fromkeys(range(5), 2.0), "c": {0: 3.0, 1: 4.0}}
+    masks, seeds, _ = largest_block(more_seeds)  # 2 masks x 5 seeds are more than 3 x 2
+    assert (masks, seeds) == (["a", "b"], [0, 1, 2, 3, 4])

@@ -18,6 +18,7 @@ from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.batches import joined
+from diffora.tasks.words.windows import NO_WORD
 from diffora.training.criterion import Criterion
 
 SHORT = "model=tiny trainer=cpu logger=csv task.max_length=24 task.doc_stride=4 finetune.batch_size=8"
@@ -104,6 +105,14 @@ def test_scores_are_those_of_seqeval_in_any_batches(made, length):
         assert by_type[kind]["support"] == report[kind]["support"] > 0
         assert by_type[kind]["precision"] == pytest.approx(report[kind]["precision"], abs=1e-6)
         assert by_type[kind]["f1"] == pytest.approx(report[kind]["f1-score"], abs=1e-6)
+
+
+def test_a_word_without_a_token_is_outside_of_all_entities_whatever_number_that_tag_has(made):
+    task, *_ = made("task.tags=[B-PER,I-PER,B-LOC,I-LOC,O]")
+    batch = {"row": torch.tensor([0]), "example": torch.tensor([0]), "starts": torch.tensor([[1, -1, 2, NO_WORD]])}
+    logits = torch.nn.functional.one_hot(torch.tensor([[4, 2, 0, 1]]), 5).float()
+    found = task.outputs(type("Output", (), {"logits": logits})(), batch)["predicted"]
+    assert found[0, :4].tolist() == [2, 4, 0, -1]
 
 
 def test_words_that_are_predicted_do_not_depend_on_windows(made):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
+import datasets
 import ddp_finetune
 import lightning as L
 import numpy as np
@@ -26,11 +27,15 @@ from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
 from diffora.loop.plan import plan_of
-from diffora.loop.stage import NonFiniteLoss
+from diffora.loop.splits import held_out_split
+from diffora.loop.stage import NonFiniteLoss, Stage, rng_state
+from diffora.methods.base import Adaptation
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.settings.sections import FineTune
 from diffora.tasks.base import Split
 from diffora.training.finetune import FineTuneModule, _each_row_once
+from diffora.training.stage import _module
+from diffora.training.updates import measures
 
 
 def accuracy(logits, labels):
@@ -315,6 +320,19 @@ def test_training_metric_gap_and_measures_of_each_epoch(deberta, maximise):
     assert module.results()["update/rank"] == 2 and "generalisation_gap" in module.results()
 
 
+def test_the_orthogonality_loss_of_an_update_that_is_not_square_is_that_of_its_outputs():
+    lora_a, lora_bt = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+
+    class Wide(Adaptation):
+        def pairs(self):
+            yield "wide", lora_a, lora_bt, 0.5
+
+    update = 0.5 * lora_bt.T @ lora_a  # (out, in) = (4, 7)
+    expected = (update @ update.T - torch.eye(4, dtype=torch.float64)).square().sum()
+    found = measures(Wide(torch.nn.Linear(7, 4)))
+    assert found["update/orthogonality_loss"] == pytest.approx(expected.item()) and found["update/rank"] == 2
+
+
 def test_the_training_loss_of_an_epoch_is_the_mean_over_its_steps(deberta):
     module, sizes = module_of(deberta, lr=0.0), (8, 8, 8, 8, 2)
     fit(module, epochs=1, sizes=sizes)
@@ -398,6 +416,57 @@ def test_a_float16_step_whose_gradients_overflow_is_skipped(deberta):
     moved = [any(not torch.equal(before[n], after[n]) for n in before) for before, after in itertools.pairwise(states)]
     assert moved == [True, True, False, True]
     assert scales[3] == scales[2] / 2
+
+
+def test_every_seed_and_process_has_dropout_masks_of_its_own(deberta, monkeypatch):
+    drawn = []
+    for seed, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        module = module_of(deberta)
+        module.seed = seed
+        monkeypatch.setattr(FineTuneModule, "global_rank", rank)
+        module.on_fit_start()
+        drawn.append(torch.rand(3))
+    assert len(torch.cat(drawn).unique()) == 12
+
+
+def test_a_process_that_resumes_gets_its_own_random_state_back(deberta, monkeypatch):
+    states, expected = [], []
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        states.append(rng_state())
+        expected.append(torch.rand(3))
+    for rank in (0, 1):
+        monkeypatch.setattr(FineTuneModule, "global_rank", rank)
+        module = module_of(deberta)
+        module._rng = states
+        Stage.on_train_epoch_start(module)
+        assert torch.equal(torch.rand(3), expected[rank])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_halves_of_a_run_are_those_of_its_seed_and_divide_no_equal_inputs(deberta, seed):
+    rows = datasets.concatenate_datasets([rows_of(12)] * 2)  # row i and row i + 12 are alike
+    split, other = Split(rows, rows), module_of(deberta)
+    data = SimpleNamespace(train=split, validation={"validation": split}, official=split)
+    settings = SimpleNamespace(finetune=other.settings, seed=seed)
+    parts = SimpleNamespace(settings=settings, task=other.task, data=data)
+    choice, held_out = _module(parts, other.adaptation, None, 0).halves
+    assert set(choice % 12).isdisjoint(held_out % 12) and len(choice) == len(held_out) == 12
+    expected = held_out_split(np.arange(24), seed, np.tile(np.arange(12), 2))
+    assert choice.tolist() == expected[0].tolist()
+
+
+def test_a_step_takes_the_time_between_the_ends_of_batches_times_the_batches_of_a_step(deberta, monkeypatch):
+    """Batch 0 starts loaders and kernels, so it does not count. A clock in which batch n ends at n^2."""
+    module, now = module_of(deberta, accumulate=2), itertools.count()
+    assert module.step_seconds is None
+    monkeypatch.setattr("diffora.training.clock.time", SimpleNamespace(perf_counter=lambda: next(now) ** 2))
+    fit(module, epochs=2, accumulate_grad_batches=2)  # five batches in each epoch
+    of_batches = [1, 3, 5, 7, 11, 13, 15, 17]  # without 4 to 5, in which the model is evaluated
+    assert module.step_seconds == pytest.approx(2 * sum(of_batches) / len(of_batches))
+    again = module_of(deberta, accumulate=2)
+    again.load_state(module.state())
+    assert again.step_seconds == module.step_seconds
 
 
 def test_losses_are_read_only_in_the_steps_that_are_logged(deberta, monkeypatch):
