@@ -17,7 +17,8 @@ import diffora
 from diffora.__main__ import PROGRAMS, dispatch
 from diffora.cli import command, primary
 from diffora.cli.train import job, options_first, select
-from diffora.errors import UserError, called
+from diffora.cli.train import main as train_command
+from diffora.errors import UserError, called, without_secrets
 from diffora.loop.launch import torchrun
 from diffora.places import conf_dir
 from diffora.run.composition import check_added, composition_problems
@@ -37,6 +38,30 @@ def ended(capsys, error):
     finally:
         logging.raiseExceptions = raising
     return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["+hydra.job.env_set.MY_PASSWORD=s3cret", "hydra.job.env_set={MODE: fast, API_TOKEN: s3cret}"],
+)
+def test_a_secret_for_the_environment_is_not_taken_from_the_command_line(typed):
+    """W&B records the command line."""
+    with pytest.raises(UserError, match=r"hydra\.job\.env_set: (MY_PASSWORD|API_TOKEN) must not be") as refused:
+        train_command(["experiment=quickstart", typed])
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host/x does not answer", "https://…@host/x does not answer"),
+        ("https://token@host", "https://…@host"),
+        ("https://host/?a=1&api_key=abc&b=2", "https://host/?a=1&api_key=…&b=2"),
+        ("https://host/a@b?page=2", "https://host/a@b?page=2"),
+    ],
+)
+def test_addresses_are_shown_without_their_secrets(text, shown):
+    assert without_secrets(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,22 @@ class WriteError(UserError, OSError):
     """A file could not be written. It is an `OSError` too, with the bare reason in ``strerror``."""
 
 
+SECRET = re.compile(
+    r"(^|_)((api|secret|access|private)_?key|key_id|token|password|passwd|passphrase|secret|credentials?)$",
+    re.IGNORECASE,
+)
+"""Names of settings that hold a secret."""
+WITH_SECRET = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)|(?<=[?&])((?:[\w-]*[_-])?(?:key|token|secret|password)=)[^&#\s]+", re.IGNORECASE
+)
+"""The secret parts of an address: a user with a password or a token, and keys in its query."""
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses show no user, password or key."""
+    return WITH_SECRET.sub(lambda found: f"{found[1] or ''}…", text)
+
+
 SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers that mean a lack of space."""
 

@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from diffora.errors import UserError, first_line
+from diffora.errors import UserError, first_line, without_secrets
 
 PROBE_SECONDS = 5.0
 """How long to wait for an answer of the hub."""
@@ -24,7 +24,7 @@ def why_unreachable() -> str | None:
     try:
         huggingface_hub.get_session().head(endpoint, timeout=PROBE_SECONDS)
     except Exception as error:  # whatever the http library in use raises
-        return f"{endpoint} does not answer ({first_line(error)})"
+        return without_secrets(f"{endpoint} does not answer ({first_line(error)})")
     return None
 
 
@@ -88,7 +88,7 @@ def hub_failure(error: Exception, name: str) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = without_secrets(huggingface_hub.constants.ENDPOINT)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: ask for access at {endpoint}/{name}"
@@ -107,4 +107,4 @@ def hub_failure(error: Exception, name: str) -> str:
         return f"{name} was changed by somebody else at the same moment: give the command again"
     if status is not None:
         return f"{endpoint} answers with an error (HTTP {status}): try again later"
-    return f"{endpoint} cannot be reached ({first_line(error)})"
+    return f"{endpoint} cannot be reached ({without_secrets(first_line(error))})"

@@ -17,7 +17,7 @@ from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffora.errors import UserError, explained
@@ -51,6 +51,8 @@ class TableSweeper(Sweeper):
         self.primary = home, str(config.hydra.job.config_name)
         self.kind = launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         self.local = launcher in ("BasicLauncher", "JoblibLauncher")  # other launchers may run on another machine
+        subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload, index]
+        self.named_by_overrides = "override" in str(subdir)  # the seed's too, so that it has to be composed
         self.composed: dict[tuple[str, ...], DictConfig] = {}
         self.known_errors: set[tuple[str, ...]] = set()  # those whose reasons were found
 
@@ -60,6 +62,8 @@ class TableSweeper(Sweeper):
         Raises:
             UserError: every mistake in any configuration, before anything runs; or the runs that failed.
         """
+        if any(line.lstrip("+").startswith("hydra.run.dir=") for line in self.command.hydra.overrides.hydra):
+            raise UserError("hydra.run.dir= is of a single run: give a sweep hydra.sweep.dir=")
         check_sweep_place(Path(self.command.hydra.sweep.dir))
         jobs = self.fitting(self.jobs(arguments))
         if len(jobs) > MANY:
@@ -98,12 +102,12 @@ class TableSweeper(Sweeper):
 
         given = parse(arguments, self.loader)
         for override in given:
-            if override.key_or_group in ("scale", "dry_run") and len(values(override)) > 1:
+            if override.key_or_group in ("scale", "dry_run", "resume") and len(values(override)) > 1:
                 raise UserError(f"{override.input_line}: a sweep takes one value of it")
         experiments = [value for o in given if o.key_or_group == "experiment" for value in values(o)] or [""]
         others = [o for o in given if o.key_or_group != "experiment"]
         resuming = () if any(o.key_or_group == "resume" for o in given) else ("resume=true",)
-        elsewhere = any(line.startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
+        elsewhere = any(line.lstrip("+").startswith("hydra.sweep.dir=") for line in self.command.hydra.overrides.hydra)
         present = Path(self.command.hydra.sweep.dir)
         chosen = {name: (f"experiment={name}",) if name else () for name in experiments}
         tables = {name: table_of(self.compose(choice).hydra.sweeper) for name, choice in chosen.items()}
@@ -115,7 +119,7 @@ class TableSweeper(Sweeper):
             place = present / name if len(experiments) > 1 else present
             if table.rows and not elsewhere:
                 place = Path("outputs") / name
-                self.command.hydra.sweep.dir = str(place)  # Hydra writes multirun.yaml there
+                self.command.hydra.sweep.dir = str(place)
             if table.rows:
                 of_cells = cells(others, table, experiment, self.command.scale, place)
                 for cell, overrides in of_cells.items():
@@ -164,7 +168,7 @@ class TableSweeper(Sweeper):
             kept = tuple(o for o in overrides if o not in keys or not present[keys[o]] or folder in present[keys[o]])
             left.setdefault(kept, folder)
         if len(left) < len(jobs):
-            print(f"{len(jobs) - len(left)} runs are the same as others without it, and left out")
+            print(f"{len(jobs) - len(left)} runs are the same as others, and left out")
         return {folder: overrides for overrides, folder in left.items()}
 
     def compose(self, overrides: tuple[str, ...]) -> DictConfig:
@@ -172,7 +176,7 @@ class TableSweeper(Sweeper):
 
         Composing takes Hydra a third of a second, so runs that differ only in their seed share one.
         """
-        setting, seed = _apart(overrides)
+        setting, seed = (overrides, ()) if self.named_by_overrides else _apart(overrides)
         if setting not in self.composed:
             self.composed[setting] = self.loader.load_sweep_config(self.command, list(setting))
         cfg = self.composed[setting]

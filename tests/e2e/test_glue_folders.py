@@ -56,6 +56,11 @@ def test_mnli_matched_and_mismatched_and_its_three_test_sets(cfg, mnli, tmp_path
     record["metrics"]["held_out/accuracy"] = None  # as run.json has a number that is not finite
     print_result(record, get_task(composed.task), tmp_path / "run")
     assert "nan" in capsys.readouterr().out
+    strange = tmp_path / "lr[red]x"  # rich would read this as a mark
+    (tmp_path / "run").rename(strange)
+    print_result(record, get_task(composed.task), strange)
+    assert str(strange) in capsys.readouterr().out
+    strange.rename(tmp_path / "run")
 
     names = ("entailment", "neutral", "contradiction")
     for file, n in (("MNLI-m.tsv", 9), ("MNLI-mm.tsv", 12), ("AX.tsv", 6)):

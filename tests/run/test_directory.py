@@ -30,6 +30,15 @@ def test_new_folders_runs_and_a_schedulers_files_are_accepted(tmp_path):
     check_place(tmp_path / "new\nline")
 
 
+@pytest.mark.parametrize("check", [check_place, check_sweep_place])
+def test_a_folder_called_tilde_is_not_taken_for_the_home_folder(check, tmp_path):
+    place = tmp_path / "work" / "~" / "runs"
+    place.mkdir(parents=True)
+    with pytest.raises(UserError, match="Hydra does not know ~ as your home folder: write the path in full"):
+        check(place)
+    assert (tmp_path / "work").is_dir() and not (tmp_path / "work" / "~").exists()
+
+
 def test_a_sweep_needs_a_folder_of_its_own(tmp_path, monkeypatch):
     """Similar to C: `hydra.sweep.dir=''`."""
     monkeypatch.chdir(tmp_path)

@@ -415,6 +415,18 @@ def test_the_hash_of_a_configuration_ignores_row_names(cfg):
     assert config_hash(given) == config_hash(named) != config_hash(cfg("experiment=quickstart", "rank=3"))
 
 
+def test_folders_may_be_named_by_the_overrides_the_seed_included(sweep):
+    names = sweep("experiment=quickstart", "seed=0,1", "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    assert len(set(names)) == 2 and all("seed=" in name for name in names)
+
+
+def test_a_folder_for_a_single_run_and_several_values_of_resume_are_refused(sweep):
+    with pytest.raises(UserError, match=r"hydra\.run\.dir= is of a single run: give a sweep hydra\.sweep\.dir="):
+        sweep("experiment=quickstart", "seed=0,1", "hydra.run.dir=here")
+    with pytest.raises(UserError, match="resume=true,false: a sweep takes one value of it"):
+        sweep("experiment=quickstart", "seed=0,1", "resume=true,false")
+
+
 def test_a_setting_of_some_methods_is_given_to_their_runs_only(sweep, capsys):
     """C: a message advises `++search.epochs=1` for a sweep over lora and diffora. This advice must work."""
     given = ("experiment=quickstart", "method=lora,diffora", "hydra.sweep.dir=here")
@@ -425,7 +437,7 @@ def test_a_setting_of_some_methods_is_given_to_their_runs_only(sweep, capsys):
     assert len(sweep(*given, "++search.epochs=1,2")) == 3
     out = capsys.readouterr().out
     assert "++search.epochs is left out of 2 of 4 runs, which have no search.epochs" in out
-    assert "1 runs are the same as others without it, and left out" in out
+    assert "1 runs are the same as others, and left out" in out
     epochs = [OmegaConf.load(file).get("search", {}).get("epochs") for file in sorted(Path("here").glob("*/*.yaml"))]
     assert sorted(epochs, key=str) == [1, 2, None]
 

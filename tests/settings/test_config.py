@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 import fuzz_values
 import pytest
 from hydra.utils import get_class
+from omegaconf import open_dict
 
 from diffora.cli import added_paths
 from diffora.errors import UserError
@@ -18,6 +19,7 @@ from diffora.run.arguments import named_values
 from diffora.run.check import check
 from diffora.run.composition import composition_problems, sweeps
 from diffora.run.evaluate import read_request
+from diffora.run.setting import setting_facts
 from diffora.run.sweep import parse
 from diffora.settings.identity import config_hash, differences, plain
 from diffora.settings.read import keys_of
@@ -326,6 +328,21 @@ def test_the_hash_depends_only_on_settings_that_change_results(cfg):
     work = "trainer.num_proc=2", "trainer.num_workers=1", "trainer.cache_prefix_limit=1"
     assert base == config_hash(cfg("task=mrpc", *work))
     assert len({base, *(config_hash(cfg("task=mrpc", o)) for o in ("seed=1", "rank=5", "finetune.lr=1e-2"))}) == 4
+
+
+@pytest.mark.parametrize("key", ["finetune.weight_decay=0", "finetune.clip=1", "rho=1", "method.alpha=8"])
+def test_whole_numbers_have_one_hash_however_they_are_written(cfg, key):
+    """A run that was started with one form is continued with the other, and both are one row of a report."""
+    one, other = cfg("task=mrpc", key), cfg("task=mrpc", f"{key}.0")
+    assert config_hash(one) == config_hash(other) and not differences(plain(one), plain(other))
+    assert setting_facts(one, None)["setting_id"] == setting_facts(other, None)["setting_id"]
+
+
+def test_a_key_that_is_null_and_one_that_an_older_version_lacks_are_the_same(cfg):
+    composed = cfg("task=mrpc")
+    with open_dict(composed):
+        composed.finetune.new_key = None
+    assert config_hash(composed) == config_hash(cfg("task=mrpc"))
 
 
 def test_differences_name_key_and_both_values(cfg):

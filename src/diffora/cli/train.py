@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 
 from diffora.cli import added_paths, fail, primary, values_of
 from diffora.cli.environment import prepare
-from diffora.errors import UserError, called
+from diffora.errors import SECRET, UserError, called
 from diffora.run.composition import check_added
 from diffora.run.imports import import_run
 from diffora.trust import look_in
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         Exception: Hydra's and those of the run; `diffora.cli.command` explains them.
     """
+    _refuse_secrets(arguments)
     if waiting := prepare(os.environ):
         _to_say.append(waiting)
     import hydra  # slow, and `--help` of `select` does not need it
@@ -54,6 +56,17 @@ def main(arguments: list[str]) -> None:
         sys.argv += ["--config-path", str(folder)]  # the last one counts
     look_in(check_added(added_paths(), folder))
     hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+
+
+def _refuse_secrets(arguments: list[str]) -> None:
+    """Raise a UserError if Hydra should set an environment variable that holds a secret: W&B records the command."""
+    for argument in arguments:
+        names = re.findall(r"(\w+)\s*[:=]", argument) if "hydra.job.env_set" in argument else []
+        if secret := [name for name in names if SECRET.search(name)]:
+            raise UserError(
+                f"hydra.job.env_set: {secret[0]} must not be on the command line, which is recorded; set the "
+                "environment variable before you start the program"
+            )
 
 
 def select(arguments: list[str]) -> None:

@@ -322,7 +322,7 @@ class Selection:
         Raises:
             UserError: it is missing, not JSON, or not a selection; names every problem.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             content = read_json(path)
         except FileNotFoundError:

@@ -15,9 +15,9 @@ from uuid import uuid4
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from diffora.errors import UserError, first_line, place, reason
+from diffora.errors import SECRET, UserError, first_line, place, reason, without_secrets
 from diffora.files import write_text
-from diffora.loop.own import SECRET, WITH_PASSWORD, own_loggers
+from diffora.loop.own import own_loggers
 from diffora.loop.process import is_main
 from diffora.settings import sections
 
@@ -220,7 +220,7 @@ def why(error: BaseException) -> str:
     secrets = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]
     for secret in filter(None, (_key(), os.environ.get("WANDB_API_KEY"), *secrets)):
         text = text.replace(secret, "…")
-    return WITH_PASSWORD.sub("://…@", text)
+    return without_secrets(text)
 
 
 def _wandb_logger(choice: sections.Wandb, folder: Path, config: dict[str, Any]) -> Any:

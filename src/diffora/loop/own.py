@@ -1,6 +1,5 @@
 """Callbacks and loggers that the user names by ``_target_``."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from inspect import isclass
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, Stoch
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.loggers import Logger
 
-from diffora.errors import UserError
+from diffora.errors import SECRET, WITH_SECRET, UserError
 from diffora.settings import sections
 from diffora.settings.targets import Target, target_of
 
@@ -26,11 +25,6 @@ NEEDS = {
     "TensorBoardLogger": ("tensorboard", "tensorboard"),
 }
 """The package that a logger imports only when it is made, and its name for pip."""
-SECRET = re.compile(
-    r"(^|_)((api|secret|access|private)_?key|key_id|token|password|passwd|passphrase|secret|credentials?)$",
-    re.IGNORECASE,
-)
-"""Names of settings that hold a secret."""
 UNFIT: dict[type, str] = {
     Checkpoint: "writes checkpoints, which a run does itself: finetune.eval_every says how often, and the best weights "
     "are in adapter/",
@@ -40,8 +34,6 @@ UNFIT: dict[type, str] = {
     Timer: "stops a run between evaluations: finetune.max_steps limits it",
 }
 """Lightning's callbacks that do not go with a run, and why."""
-WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-"""In an address: a user and a password."""
 
 
 def own_callbacks(trainer: sections.Trainer) -> list[Callback]:
@@ -122,5 +114,5 @@ def _secrets(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _secrets(f"{key}[{i}]", item)
-    elif isinstance(value, str) and WITH_PASSWORD.search(value):
-        yield f"{key}: an address with a password must not be in a setting, because runs record their settings"
+    elif isinstance(value, str) and WITH_SECRET.search(value):
+        yield f"{key}: an address with a password or key must not be in a setting, because runs record their settings"

@@ -170,7 +170,7 @@ class DiffoRA(Selecting):
     def inputs(self) -> dict[str, str]:
         found = super().inputs | digest_of_selected("method.selection", self.selection)
         if found and self.warm_start and isinstance(self.selection, str):
-            file = weights_file(Path(self.selection))
+            file = weights_file(Path(self.selection).expanduser())
             found |= {"method.warm_start": file_digest(file)} if file.is_file() else {}
         return found
 
@@ -181,7 +181,7 @@ class DiffoRA(Selecting):
             UserError: the file cannot be read, or was made for another model.
         """
         if isinstance(self.selection, str):
-            chosen = Selection.load(Path(self.selection))
+            chosen = Selection.load(self.selection)
             chosen.check_fits(grid, self.selection)
             return chosen
         assert self.selection is not None

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
@@ -64,7 +63,7 @@ class Random(Selecting):
         if self.like is None:
             drawn = random_scores(grid.n_layers, grid.n_types, self.draw)
             return self.selection_by(grid, drawn, "random", self.draw)
-        pattern = Selection.load(Path(self.like))
+        pattern = Selection.load(self.like)
         pattern.check_fits(grid, self.like)
         rank = self.rank if pattern.rank is None else pattern.rank
         shapes = above(grid.shapes, pattern.lowest_layer)

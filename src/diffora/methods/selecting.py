@@ -54,9 +54,9 @@ BUDGET = Check(_is_budget, "a number of parameters above 0, such as 350000, 350k
 
 def digest_of_selected(key: str, file: object) -> dict[str, str]:
     """For `Method.inputs`: the digest of what a selection file selects. Empty for other values, or without the file."""
-    if not isinstance(file, str) or not Path(file).is_file():
+    if not isinstance(file, str) or not Path(file).expanduser().is_file():
         return {}
-    found = Selection.load(Path(file))
+    found = Selection.load(file)
     return {key: json_digest([found.selected, found.rank, found.lowest_layer])}
 
 

@@ -110,14 +110,14 @@ def _selector_problems(method: Method) -> list[str]:
 def _selection_problems(method: Method) -> list[str]:
     """The mistakes in the selection file that a method names."""
     if isinstance(method, DiffoRA) and isinstance(method.selection, str):
-        file = Path(method.selection)
+        file = Path(method.selection).expanduser()
         tensors = weights_file(file)
         if problems := _file_problems("method.selection", file):
             return problems
         if method.warm_start and not tensors.is_file():
             return [f"method.warm_start=true needs {tensors}, which a search with method.warm_start=true leaves"]
-    if isinstance(method, Random) and method.like is not None and Path(method.like).exists():
-        return _file_problems("method.like", Path(method.like))  # in a sweep, another run makes it first
+    if isinstance(method, Random) and method.like is not None and (file := Path(method.like).expanduser()).exists():
+        return _file_problems("method.like", file)  # in a sweep, another run makes it first
     return []
 
 

@@ -29,6 +29,7 @@ def check_place(folder: Path) -> None:
     Raises:
         UserError: names the first such file.
     """
+    _refuse_tilde("hydra.run.dir", folder)
     if not folder.is_dir() or any((folder / mark).exists() for mark in MARKS):
         return
     if strange := _strange(folder):
@@ -43,6 +44,7 @@ def check_sweep_place(folder: Path) -> None:
     Raises:
         UserError: names the first such file.
     """
+    _refuse_tilde("hydra.sweep.dir", folder)
     here, place = Path.cwd().resolve(), folder.resolve()
     if place == here or place in here.parents:
         raise UserError(f"hydra.sweep.dir={str(folder)!r} is the current folder, or above it: give a new folder")
@@ -52,6 +54,15 @@ def check_sweep_place(folder: Path) -> None:
     strange = None if runs else _strange(place)
     if strange and any(any(inner.glob("*")) for inner in place.glob("*") if inner.is_dir()):
         raise UserError(f"hydra.sweep.dir={folder} has no runs and is not empty (it has {strange}): give a new folder")
+
+
+def _refuse_tilde(key: str, folder: Path) -> None:
+    """Refuse a folder that is called ~. Hydra has made it in the current folder, and it is removed if it is empty."""
+    if "~" in folder.parts:
+        for place in (folder, *folder.parents)[: folder.parts[::-1].index("~") + 1]:
+            with suppress(OSError):
+                place.rmdir()
+        raise UserError(f"{key}: Hydra does not know ~ as your home folder: write the path in full")
 
 
 def _strange(folder: Path) -> str | None:

@@ -118,6 +118,8 @@ def _parse(arguments: list[str]) -> tuple[dict[str, Any], list[str], dict[str, A
             put(own, name, value, problems)
         elif name in SECTIONS:
             choices.append(argument)
+        elif name in ("trainer.devices", "trainer.num_nodes") and value != 1:
+            problems.append(f"{argument}: evaluation takes one device")
         elif name.split(".")[0] in SECTIONS:
             values[name] = value
         else:
@@ -182,7 +184,8 @@ def _suit_place(cfg: DictConfig, values: Mapping[str, Any]) -> None:
 def _note_own_rows(before: str | None, cfg: DictConfig) -> None:
     """Say so if ``task.path`` on the command line is the file that the run was trained on."""
     file = Path(str(cfg.task.path)).expanduser()
-    if before is not None and file.is_file() and Path(before).exists() and file.samefile(before):
+    old = None if before is None else Path(before).expanduser()
+    if old is not None and file.is_file() and old.exists() and file.samefile(old):
         log.warning(f"task.path={file} has the rows that the run was trained on: the score may be too high")
 
 

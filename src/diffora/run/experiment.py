@@ -85,7 +85,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
-    given = any(override.startswith("hydra.run.dir=") for override in hydra.overrides.hydra)
+    given = any(line.lstrip("+").startswith("hydra.run.dir=") for line in hydra.overrides.hydra)
     if cfg.get("resume") is True and hydra.mode == RunMode.RUN and not given:
         raise UserError("resume=true needs hydra.run.dir=<the run directory to continue>")
     folder = Path(hydra.runtime.output_dir)

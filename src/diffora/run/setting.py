@@ -17,7 +17,7 @@ from diffora.adapters.fetch import adapter_digest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.records import SelectionSource, short_digest
-from diffora.settings.identity import deciding, plain, short_name
+from diffora.settings.identity import deciding, plain, same_form, short_name
 
 NOT_A_SETTING = ("seed", "predict")
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "deterministic", "gradient_checkpointing", "compile")
@@ -49,14 +49,14 @@ def setting_facts(cfg: DictConfig, data_hash: str | None, backbone: str | None =
     sources = {}
     for name in FILES:
         file = cfg.method.get(name)
-        if isinstance(file, str) and (source := selection_source(Path(file))) is not None:
+        if isinstance(file, str) and (source := selection_source(Path(file).expanduser())) is not None:
             sources[f"method.{name}"] = asdict(source)
             settings["method"][name] = source.made
     if isinstance(adapter := settings["method"].get("adapter"), str) and ("method", "adapter") not in follows:
         with suppress(UserError):  # which the method reports
             settings["method"]["adapter"] = adapter_digest(adapter)[:8]
     return {
-        "setting_id": short_digest(settings),
+        "setting_id": short_digest(same_form(settings)),
         "settings": settings,
         "follows_seed": [".".join(place) for place in follows],
         "sources": sources,

@@ -22,9 +22,8 @@ from diffora.tasks.base import Task
 def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     """Print metrics, parameters, time, and where the files are."""
     metrics, params, spent, memory = record["metrics"], record["params"], record["time"], record["memory"]
-    table = Table(
-        title=f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}", show_header=False
-    )
+    title = f"{record['method']} on {record['task']} with {record['model']}, seed {record['seed']}"
+    table = Table(title=escape(title), show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name in task.metrics:
@@ -74,7 +73,10 @@ def print_result(record: dict[str, Any], task: Task, folder: Path) -> None:
     weights = "adapter/" if (folder / "adapter").is_dir() else "model/"
     selection = " selection.json" if record["selection"] else ""
     console.print(
-        f"{folder}: run.json {weights}{selection}{pictures} logs/ checkpoints/", soft_wrap=True, highlight=False
+        f"{folder}: run.json {weights}{selection}{pictures} logs/ checkpoints/",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
 
 
@@ -144,7 +146,8 @@ def print_evaluation(account: dict[str, Any], files: list[Path]) -> None:
 def print_dry_run(record: dict[str, Any], grid: Grid, selection: Selection | None, method: Any) -> None:
     """Print the grid of candidates and what the method would train."""
     params = record["params"]
-    table = Table(title=f"{record['method']} on {record['model']}: {grid.n_layers} layers x {grid.n_types} candidates")
+    title = f"{record['method']} on {record['model']}: {grid.n_layers} layers x {grid.n_types} candidates"
+    table = Table(title=escape(title))
     table.add_column("module of a layer")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")

@@ -31,9 +31,18 @@ def deciding(composed: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def same_form(value: Any) -> Any:
+    """Plain containers in which equal settings have one form: 1 for 1.0, and no key for null."""
+    if isinstance(value, dict):
+        return {key: same_form(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [same_form(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything in a composed configuration that can change a result."""
-    return json_digest(deciding(plain(cfg)))[:16]
+    return json_digest(same_form(deciding(plain(cfg))))[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
