@@ -79,6 +79,13 @@ def test_settings_of_the_search_are_named_where_no_selector_runs(cfg, quick, tmp
     assert caplog.text.count("has no effect") == len(changed)
 
 
+def test_settings_of_the_choice_are_named_where_the_selection_is_given(cfg, quick, tmp_path, caplog):
+    changed = ["rho=0.9", "method.selector=kappa", "method.scope=global"]
+    run(cfg(*quick, "method.selection=[key]", *changed), tmp_path / "run")
+    for setting in changed:
+        assert f"{setting} has no effect: method.selection says what is selected" in caplog.text
+
+
 def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):
     done = run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
     assert done.record["status"] == "selected" and done.record["time"]["search_s"] == 0

@@ -130,9 +130,16 @@ def _ignored(parts: Parts, selector: str) -> Iterator[str]:
 
 
 def _without_selector(settings: Settings) -> Iterator[str]:
-    """The settings of the search that were changed, where no selector runs."""
+    """The settings of the search, and of what is selected, that were changed, where no selector runs."""
     for key, value in _changed(settings):
         yield f"{key}={value} has no effect: no selector runs"
+    method = settings.method
+    if isinstance(method, DiffoRA) and (method.selection is not None or method.adapter is not None):
+        usual = {"rho": settings.task.recipe.rho, "selector": "search", "scope": "layer"}
+        given = "method.adapter" if method.selection is None else "method.selection"
+        for name, default in usual.items():
+            if (value := getattr(method, name)) != default:
+                yield f"{'' if name == 'rho' else 'method.'}{name}={value} has no effect: {given} says what is selected"
 
 
 def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:

@@ -96,7 +96,7 @@ def search(
 
     Raises:
         UserError: an argument is impossible, the model has no repeated layers or has adapters, a loader has no batches,
-            or a loss is not a finite scalar. The model is then as before, too.
+            a loss is not a finite scalar, or it calls a candidate in no batch. The model is then as before, too.
     """
     settings = SearchSettings(
         rounds=rounds,
