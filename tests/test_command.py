@@ -58,6 +58,12 @@ def test_a_secret_for_the_environment_is_not_taken_from_the_command_line(typed):
         ("https://token@host", "https://…@host"),
         ("https://host/?a=1&api_key=abc&b=2", "https://host/?a=1&api_key=…&b=2"),
         ("https://host/a@b?page=2", "https://host/a@b?page=2"),
+        ("https://me:p@ss@host", "https://…@host"),
+        ("https://host/x?apikey=abc", "https://host/x?apikey=…"),
+        (
+            "ssh://git@github.com/x data/a?key=3 https://h?sort_key=a",
+            "ssh://git@github.com/x data/a?key=3 https://h?sort_key=a",
+        ),
     ],
 )
 def test_addresses_are_shown_without_their_secrets(text, shown):

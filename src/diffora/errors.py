@@ -50,9 +50,12 @@ SECRET = re.compile(
 )
 """Names of settings that hold a secret."""
 WITH_SECRET = re.compile(
-    r"(?<=://)[^/@\s]+(?=@)|(?<=[?&])((?:[\w-]*[_-])?(?:key|token|secret|password)=)[^&#\s]+", re.IGNORECASE
+    r"(?<=://)(?!(?:git|user)@)[^/?#\s]+(?=@)|"
+    r"(?<=[?&])((?:(?:api|secret|access|private)[_-]?key|token|access[_-]token|secret|password|passwd|[\w-]*signature|sig)=)"
+    r"[^&#\s]+",
+    re.IGNORECASE,
 )
-"""The secret parts of an address: a user with a password or a token, and keys in its query."""
+"""The secret parts of an address: its user, with a password or a token, and keys in its query."""
 
 
 def without_secrets(text: str) -> str:

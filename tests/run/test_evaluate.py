@@ -93,7 +93,7 @@ def test_mistakes_have_messages(tmp_path):
         ("run=x", "finetune.lr=3"): "unknown key finetune.lr: method and settings of training do not matter here",
         ("run=x", "nonsense"): "not of the form name=value",
         ("run=x", "task.max_length=8,16"): "task.max_length=8,16: this program takes one value of task.max_length",
-        ("run=x", "~task.max_length"): "~task.max_length: this program takes one value of task.max_length",
+        ("run=x", "~task.max_length"): "~task.max_length: this program cannot remove a setting",
         ("run=x", "trainer.devices=2"): "trainer.devices=2: evaluation takes one device",
     }
     for arguments, message in cases.items():

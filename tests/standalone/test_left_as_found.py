@@ -1,6 +1,7 @@
 """What the library must leave in a model as it was, and what it must notice in one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 import diffora
-from diffora.core.attach import moved_statistics
+from diffora.core.attach import keep_statistics, moved_statistics
 from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 
@@ -82,6 +83,17 @@ def test_what_a_first_pass_fills_is_empty_again():
     before = set(vars(model))
     search(model, pairs(8), entropy_loss)
     assert model.mean is None and set(vars(model)) == before
+
+
+def test_odd_tensors_and_scripted_parts_of_a_model_do_not_end_a_search():
+    model = Net()
+    model.norm = torch.jit.script(nn.Tanh())
+    with torch.inference_mode():
+        model.cache = torch.ones(3)
+    model.sparse = torch.eye(3).to_sparse()
+    model.norm.train()
+    search(model, pairs(8), entropy_loss)
+    assert model.norm.training and model.cache.equal(torch.ones(3))
 
 
 # --- statistics of norms ---
@@ -151,7 +163,11 @@ def test_statistics_that_moved_in_training_are_saved(workflow, tmp_path):
 def test_the_statistics_of_instance_norms_count_too_and_unmoved_ones_are_not_saved(tmp_path):
     model = attached(nn.InstanceNorm1d)
     assert moved_statistics(model) == []
+    keep_statistics(model.train())
+    model.norm(torch.randn(16, 8, 5) + 3)
+    assert moved_statistics(model) == []
     assert moved_statistics(pass_in_training(model)) == ["norm"]
+    assert moved_statistics(attached().half()) == []
     still = attached().eval()
     diffora.save_adapter(still, tmp_path)
     assert "norm" not in (tmp_path / "adapter_config.json").read_text()
@@ -317,12 +333,17 @@ def test_a_head_of_the_task_that_peft_would_confuse_with_a_candidate_is_refused(
 
 
 def test_adapting_the_head_is_refused_before_training():
-    model = bert()
+    model, said = bert(), "classifier is part of the head, which is trained whole"
     candidates = ["classifier", "bert.encoder.layer.0.output.dense"]
-    selection = diffora.select(model, "random", layer=".", candidates=candidates, k=2)
-    with pytest.raises(UserError, match="classifier is part of the head, which is trained whole"):
-        diffora.attach(model, selection, rank=2)
+    with pytest.raises(UserError, match=said):
+        diffora.select(model, "random", layer=".", candidates=candidates, k=1)
+    whole = nn.ModuleDict(dict(model.named_children()))  # the same names in a model that transformers does not know
+    selection = diffora.select(whole, "random", layer=".", candidates=candidates, k=1)
+    selection = replace(selection, selected=[["bert.encoder.layer.0.output.dense"]])
+    with pytest.raises(UserError, match=said):
+        diffora.attach(model, selection, rank=2, shared_rank=1)
     assert not list(lowrank_layers(model))
+    diffora.attach(model, selection, rank=2)
 
 
 # --- other uses of the layers ---
@@ -341,6 +362,7 @@ def test_the_updates_of_a_plain_module_are_merged():
     wanted = model(x)
     diffora.merge_updates(model)
     assert not list(lowrank_layers(model)) and torch.allclose(model(x), wanted, atol=1e-5)
+    assert not any("diffora" in name for module in model.modules() for name in vars(module))
 
 
 class Named(Net):

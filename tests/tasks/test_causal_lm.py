@@ -378,6 +378,19 @@ def test_packed_rows_with_equal_prompts_stay_in_one_part_of_a_search():
         assert all(parts) and not parts[0] & parts[1]
 
 
+def test_a_search_uses_as_many_packed_rows_as_it_may_also_if_many_prompts_are_equal():
+    rng = np.random.default_rng(0)
+    chats = [[f"question {n} " * 3, "a" * int(rng.integers(1, 60))] for n in range(10) for _ in range(20)]
+    task, rows = task_of(packing=True, max_length=256), rows_of(*chats)
+    encoded = task.encode(rows, byte_level(CHATML), training=True)
+    assert len(set(encoded["example"])) == len(encoded) > 4 * len(set(encoded["together"]))
+    alike, examples = alike_of(Split(rows, encoded), task.row_keys(rows)), examples_of(encoded)
+    sizes = [len(part) for part in split_search(examples, 0, alike=alike)]
+    assert sum(sizes) == len(encoded) and abs(sizes[0] - sizes[1]) <= len(encoded) // 10
+    train, valid = split_search(examples, 0, max_rows=20, alike=alike)
+    assert len(train) + len(valid) <= 20
+
+
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GQA = SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}
 DECODERS = {

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffora.core.attach import forget_adapted
 from diffora.core.linear import is_plain
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError
@@ -25,6 +26,7 @@ def merge_updates(model: nn.Module) -> None:
         layer.merge()
     for name, layer in own:
         model.set_submodule(name, layer.base)
+    forget_adapted(model)
     if any(hasattr(module, "adapter_layer_names") for module in model.modules()):
         _merge_peft(model)
     _check_merged(model)

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 def _refuse_secrets(arguments: list[str]) -> None:
     """Raise a UserError if Hydra should set an environment variable that holds a secret: W&B records the command."""
     for argument in arguments:
-        names = re.findall(r"(\w+)\s*[:=]", argument) if "hydra.job.env_set" in argument else []
+        names = re.findall(r"(\w+)\s*[:=](?!\s*['\"]?\$\{oc\.env:)", argument) if "env_set" in argument else []
         if secret := [name for name in names if SECRET.search(name)]:
             raise UserError(
                 f"hydra.job.env_set: {secret[0]} must not be on the command line, which is recorded; set the "

@@ -111,7 +111,7 @@ def note_adapted(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
             module.use_nested_tensor = False
             setattr(module, USED_NESTED, True)
-        elif isinstance(module, _NormBase) and module.running_mean is not None:
+        elif isinstance(module, _NormBase) and module.running_mean is not None and not module.running_mean.is_meta:
             setattr(module, FOUND_MEAN, module.running_mean.detach().cpu().clone())
 
 
@@ -218,7 +218,7 @@ def keep_statistics(model: nn.Module) -> None:
     store these statistics, so a loaded adapter would run with different ones.
     """
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not _is_trained(module):
+        if isinstance(module, _NormBase) and module.running_mean is not None and not _is_trained(module):
             module.eval()
 
 
@@ -230,7 +230,8 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        compiled = model._compiled_call_impl is not None  # it would be compiled with the hooks
+        # A run compiles `forward` of the model (`diffora.loop.compiled`), which hooks would cut into many graphs.
+        compiled = model._compiled_call_impl is not None or "forward" in vars(model)
         layers = [] if compiled else lowrank_layers(model)
         self._hooks = {(name, layer): layer.register_forward_pre_hook(self._note) for name, layer in layers}
 
@@ -242,7 +243,7 @@ class Calls:
         """Raise a UserError if layers have not been used: their gates say nothing about them."""
         if missing := [name for name, layer in self._hooks if not layer.weight_was_read]:
             raise UserError(
-                f"the loss does not call {missing[0]} (and {len(missing) - 1} more) for any batch of a round: leave "
+                f"the loss does not call {missing[0]} (and {len(missing) - 1} more) for any batch of the search: leave "
                 "these modules out of the candidates"
             )
 
@@ -263,7 +264,7 @@ def moved_statistics(model: nn.Module) -> list[str]:
 def _has_found_mean(norm: nn.Module) -> bool:
     mean: Any = norm.running_mean
     found: Tensor | None = getattr(norm, FOUND_MEAN, None)
-    return found is not None and torch.equal(mean.detach().cpu(), found)
+    return found is not None and torch.equal(mean.detach().cpu(), found.to(mean.dtype))
 
 
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -308,6 +309,11 @@ def detach(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)]:
         layer.unmerge()
         model.set_submodule(name, layer.base)
+    forget_adapted(model)
+
+
+def forget_adapted(model: nn.Module) -> None:
+    """Undo `note_adapted`, when a model has no low-rank layers any more."""
     for module in model.modules():
         vars(module).pop(FOUND_MEAN, None)
         if vars(module).pop(USED_NESTED, False):

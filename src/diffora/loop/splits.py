@@ -134,15 +134,17 @@ def examples_of(dataset: datasets.Dataset) -> np.ndarray:
 def alike_of(split: Split, keys: pa.Array | None = None) -> np.ndarray:
     """[n] the first example whose inputs equal those of each encoded row; labels do not matter.
 
-    The inputs are the tokens that the model reads, or the image file. Where several conversations are packed into one
-    row, the whole rows are compared: `diffora.tasks.chat.packing` gives rows with equal prompts one example. Rows of a
-    task that has neither tokens nor image files count as different.
+    The inputs are the tokens that the model reads, or the image file. Rows of packed conversations are alike if they
+    share a prompt (`diffora.tasks.chat.packing`). Rows of a task that has neither tokens nor image files count as
+    different.
 
     Args:
         keys: one text for each source row, which is compared in place of the inputs (`Task.row_keys`).
     """
     names, example = np.unique(examples_of(split.encoded), return_inverse=True)
-    if keys is None or "segments" in split.encoded.column_names:
+    if "together" in split.encoded.column_names:
+        contents = split.encoded.data.column("together").to_numpy()[np.unique(example, return_index=True)[1]]
+    elif keys is None:
         contents = _contents(split, example)
     else:
         contents = pc.dictionary_encode(keys).indices.to_numpy()[names]

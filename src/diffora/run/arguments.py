@@ -27,7 +27,10 @@ def named_values(arguments: Sequence[str], problems: list[str]) -> Iterator[tupl
         except Exception:
             problems.append(unreadable(argument) or f"{argument} is not of the form name=value")
             continue
-        if parsed.is_sweep_override() or parsed.is_delete():
+        if parsed.is_delete():
+            problems.append(f"{argument}: this program cannot remove a setting")
+            continue
+        if parsed.is_sweep_override():
             problems.append(f"{argument}: this program takes one value of {parsed.key_or_group}")
             continue
         yield argument, parsed.key_or_group, parsed.value()

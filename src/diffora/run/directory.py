@@ -111,7 +111,10 @@ def finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             [
                 f"{folder} was started with other settings. Continue it with the same settings, remove it, or choose "
                 "another folder with hydra.run.dir= (for a sweep hydra.sweep.dir=):",
-                *(_changed_settings(cfg, folder) or ["its run.json and its config.yaml are not from the same run"]),
+                *(
+                    _changed_settings(cfg, folder)
+                    or ["its run.json is of an older version, or not of the same run as its config.yaml"]
+                ),
             ]
         )
     if status != "completed" and not (status == "selected" and cfg.search_only):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffora.core.attach import Calls
 from diffora.core.dam import entropy, initial_gamma, relax
 from diffora.core.hypergradient import added, first_order, simultaneous, unrolled
 from diffora.core.lowrank import Layers, set_gates
@@ -356,13 +355,8 @@ class SearchModule(Stage):
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._calls = Calls(self.model)
-
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        self._calls.check()
         self.end_round()
 
     def end_round(self) -> None:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from diffora.core.attach import attach, detach
+from diffora.core.attach import Calls, attach, detach
 from diffora.core.lowrank import Layers, LowRankLinear
 from diffora.core.readout import step_problem
 from diffora.errors import UserError
@@ -110,6 +110,17 @@ def all_adapted(context: SearchContext) -> Iterator[list[list[LowRankLinear | No
             model.get_submodule(name).load_state_dict(state)
 
 
+class _UsedModules(L.Callback):
+    """Refuses, when the search ends, modules that the loss never called."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        self._calls = Calls(module.model)
+
+    def on_fit_end(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.world_size == 1:  # of several processes, one may see rows that another does not
+            self._calls.check()
+
+
 def search_data(context: SearchContext, matched: bool = False) -> SearchData:
     """The batches of the two parts of the rows, one pass over search-train a round.
 
@@ -161,7 +172,7 @@ def fit_rounds(
     if parts.settings.trainer.cache_prefix:
         module.prefix = CachedPrefix(parts, "search", {"train": parts.data.train.encoded})
     bar = ProgressBar(name + context.member, "round", shown)
-    fit(parts, "search", module, data, [bar, *callbacks], loggers, max_epochs=rounds, **extra)
+    fit(parts, "search", module, data, [bar, _UsedModules(), *callbacks], loggers, max_epochs=rounds, **extra)
     module.close_gates()
 
 

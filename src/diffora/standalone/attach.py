@@ -49,7 +49,9 @@ def attach(
             "Selection.load(path)"
         )
     inner = unwrapped(model)
-    Backbone.of(inner).check_outside_head(selection.names())  # an adapter could not be saved
+    places = [name for row in selection.places() for name in row if name is not None]
+    # No adapter could be saved otherwise.
+    Backbone.of(inner).check_outside_head(selection.names() if shared_rank is None else places)
     core.attach(
         inner,
         selection.places(),

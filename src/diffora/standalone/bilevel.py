@@ -249,7 +249,7 @@ def _run_rounds(
                 if steps is not None and readout.is_settled(bilevel.gamma_bar, step, steps, total):
                     calls.check()
                     return step / steps
-            calls.check()
+    calls.check()
     if steps is None and readout.is_frozen(step - 1, total):
         raise UserError(f"head_warmup={s.head_warmup} must be below {step}, the steps of the search")
     return float(s.rounds)

@@ -58,7 +58,7 @@ def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | Non
     """The candidates of a model without adapters or wrappers; see `diffora.core.grid.find_grid`.
 
     Raises:
-        UserError: there are adapters, no repeated layers, or other problems of the grid.
+        UserError: there are adapters, no repeated layers, other problems of the grid, or a candidate in the head.
     """
     if layer is not None and not isinstance(layer, str | list | tuple):
         raise UserError(f"layer={layer!r} must be the name of the layers, with * for the number")
@@ -69,7 +69,9 @@ def grid_of(model: nn.Module, layer: str | None, candidates: Sequence[str] | Non
             f"this model has adapters already, such as {adapted[0]}: take them out first, with "
             "diffora.detach(model), or with unload() where they are PEFT's, and let the head require gradients again"
         )
-    return find_grid(model, layer, candidates)
+    grid = find_grid(model, layer, candidates)
+    Backbone.of(model).check_outside_head(grid.modules)
+    return grid
 
 
 def check_names(argument: str, names: Sequence[str] | None) -> None:
@@ -221,15 +223,28 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.names = module, set(vars(module))
         self.buffers = dict(module._buffers)
+        self.training = module.training
         self.attributes = {n: v for n, v in vars(module).items() if isinstance(v, int | float | str | None | Tensor)}
         tensors = [t for t in (*self.buffers.values(), *self.attributes.values()) if isinstance(t, Tensor)]
-        # Nothing changes a tensor in place that has one value for several elements.
-        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors if 0 not in tensor.stride()]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors if _may_change(tensor)]
 
     def restore(self) -> None:
         for name in set(vars(self.module)) - self.names:
             del vars(self.module)[name]
         vars(self.module).update(self.attributes)
-        self.module._buffers.update(self.buffers)
+        self.module.training = self.training
+        for name, buffer in self.buffers.items():
+            if self.module._buffers[name] is not buffer:
+                self.module._buffers[name] = buffer
         for tensor, value in self.values:
             tensor.copy_(value)
+
+
+def _may_change(tensor: Tensor) -> bool:
+    """Whether something may change a tensor in place.
+
+    Nothing does if it has one value for several elements, or was made in inference mode. Sparse and nested tensors are
+    not looked at.
+    """
+    plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
+    return plain and 0 not in tensor.stride()

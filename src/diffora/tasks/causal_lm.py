@@ -228,7 +228,7 @@ To generate, write the conversation as in training:
                 )
             )
         if training:
-            # Equal prompts go into one row: a search then has them in one of its parts.
+            # Equal prompts go into one row, or into rows that belong together: a search has them in one of its parts.
             keys = pc.dictionary_encode(self.row_keys(rows)).indices.to_numpy()
             return pack(encoded, c.max_length, keys) if c.packing else encoded
         if self.generates:

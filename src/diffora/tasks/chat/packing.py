@@ -19,8 +19,8 @@ def pack(encoded: datasets.Dataset, max_length: int, keys: np.ndarray | None = N
     """Pack encoded rows into rows of at most ``max_length`` tokens.
 
     Texts that belong together share a row if they fit into one. They are the windows of one text, and texts with equal
-    keys. If they need several rows, these rows get the same number as their ``example``, so that a split by example
-    never divides them.
+    keys. If they need several rows, these rows get the same number: as their ``example`` if they hold one text, and in
+    the column ``together`` in any case. So a split by these numbers never divides them.
 
     Args:
         keys: [source rows] numbers, equal for source rows that belong together; None: all differ.
@@ -34,10 +34,13 @@ def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int, keys: 
     lists, number = pa.list_(pa.int32()), pa.int32()
     schema = {"input_ids": lists, "counted": pa.list_(pa.int8()), "segments": lists}
     schema |= {"length": number, "row": number, "example": number, "begun": number, "cut": number, "joint": number}
+    schema["together"] = number
     lengths, examples = (encoded.data.column(name).to_numpy() for name in ("length", "example"))
     groups = examples if keys is None else keys[examples]
     packs = best_fit_of_groups(lengths, groups, max_length)
-    of_pack = connected(packs, groups)
+    texts, together = connected(packs, examples), connected(packs, groups)
+    first = np.full(len(packs), len(encoded), dtype=np.int64)  # the first source row of the packs that hold one text
+    np.minimum.at(first, texts, [int(examples[members].min()) for members in packs])
     with arrow_writer(file, pa.schema(schema)) as append:
         for start in range(0, len(packs), ROWS_AT_ONCE):
             part = packs[start : start + ROWS_AT_ONCE]
@@ -54,7 +57,8 @@ def _write_packed(file: Path, encoded: datasets.Dataset, max_length: int, keys: 
                 columns["begun"].append(sum(rows["begun"][own]))
                 columns["cut"].append(sum(rows["cut"][own]))
                 columns["joint"].append(sum(rows["joint"][own]))
-                columns["example"].append(int(of_pack[start + at]))
+                columns["example"].append(int(first[texts[start + at]]))
+                columns["together"].append(int(together[start + at]))
             append(columns)
 
 
