@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import TYPES, batch_of
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import BertConfig, BertForSequenceClassification
 
-from diffora.core.attach import attach
+from diffora.core.attach import Calls, attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers, set_gates, set_split
 from diffora.errors import UserError
@@ -137,3 +138,16 @@ def test_a_machine_without_a_compiler_is_named(monkeypatch):
     monkeypatch.setattr(machine.sys, "platform", "linux")
     compiler, headers = machine._compile_problems()
     assert "needs a C++ compiler, and there is none" in compiler and "needs Python's header files" in headers
+
+
+def test_a_compiled_model_gets_no_hooks_that_would_cut_it_into_many_graphs():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    attach(model, [["0", "1"]], torch.ones(1, 2, dtype=torch.bool), 2, None, 4)
+    with compiled(model, True):
+        Calls(model).check()
+        assert not any(layer._forward_pre_hooks for layer in model)
+    calls = Calls(model)
+    assert all(layer._forward_pre_hooks for layer in model)
+    model(torch.randn(3, 4))
+    calls.check()
+    assert not any(layer._forward_pre_hooks for layer in model)
