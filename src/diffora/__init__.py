@@ -10,10 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffora.adapters.export import save_adapter
-    from diffora.adapters.merge import merge_updates
-    from diffora.api import Selection, attach, find_grid, load_adapter, search, select, within_time
-    from diffora.core.attach import detach
+    from diffora.api import (
+        Selection,
+        attach,
+        detach,
+        find_grid,
+        load_adapter,
+        merge_updates,
+        save_adapter,
+        search,
+        select,
+        within_time,
+    )
     from diffora.errors import UserError
     from diffora.trainers.lightning import DifforaLightningCallback
     from diffora.trainers.trainer import DifforaCallback

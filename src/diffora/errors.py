@@ -50,7 +50,7 @@ SECRET = re.compile(
 )
 """Names of settings that hold a secret."""
 WITH_SECRET = re.compile(
-    r"(?<=://)(?!(?:git|user)@)[^/?#\s]+(?=@)|"
+    r"(?<=://)(?!git@)[^/?#\s]+(?=@)|"
     r"(?<=[?&])((?:(?:api|secret|access|private)[_-]?key|token|access[_-]token|secret|password|passwd|[\w-]*signature|sig)=)"
     r"[^&#\s]+",
     re.IGNORECASE,

@@ -134,9 +134,9 @@ def test_trackio_gets_the_settings_the_metrics_and_the_end(tmp_path, monkeypatch
         ("+logger.mine={_target_: my_own.Counts}", "logger.mine=my_own.Counts is not a subclass of lightning's Logger"),
         ("+logger.mine={_target_: no_such.Logger}", "Python finds no module no_such"),
         ("+logger.mine={path: x}", "unknown key logger.mine"),
-        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://me:pass@host'}", "a password or key"),
-        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://a-token@host/x'}", "a password or key"),
-        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://h/?api_key=abc'}", "a password or key"),
+        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://me:pass@host'}", "with a user, password or key"),
+        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://a-token@host/x'}", "with a user, password or key"),
+        ("+logger.mine={_target_: my_own.Notes, save_dir: 'http://h/?api_key=abc'}", "with a user, password or key"),
     ],
 )  # fmt: skip
 def test_each_mistake_has_its_message(cfg, override, words):

@@ -115,4 +115,4 @@ def _secrets(key: str, value: Any) -> Iterator[str]:
         for i, item in enumerate(value):
             yield from _secrets(f"{key}[{i}]", item)
     elif isinstance(value, str) and WITH_SECRET.search(value):
-        yield f"{key}: an address with a password or key must not be in a setting, because runs record their settings"
+        yield f"{key}: an address with a user, password or key must not be here, because runs record their settings"

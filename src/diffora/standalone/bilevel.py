@@ -200,7 +200,9 @@ def bilevel_search(
         _match_precision(attached)
         keep_statistics(model.train())
         bilevel = Bilevel(model, attached, head, loss, settings, lambda scores: mask_of(grid, scores, *choice))
-        rounds = _run_rounds(bilevel, loaders, device_of(model), progress, Calls(model))
+        calls = Calls(model)
+        rounds = _run_rounds(bilevel, loaders, device_of(model), progress)
+        calls.check()
         gates = bilevel.gamma_bar
         return Found(gates.cpu(), bilevel.readout.scores(gates).cpu(), rounds)
     finally:
@@ -222,11 +224,7 @@ def steps_of_round(train_loader: Iterable[Any], train_steps: int) -> int | None:
 
 
 def _run_rounds(
-    bilevel: Bilevel,
-    loaders: tuple[Iterable[Any], Iterable[Any]],
-    device: torch.device,
-    progress: bool,
-    calls: Calls,
+    bilevel: Bilevel, loaders: tuple[Iterable[Any], Iterable[Any]], device: torch.device, progress: bool
 ) -> float:
     """One Γ step, then T weight steps, until the training batches of all rounds are used. Returns the rounds done."""
     train_loader, valid_batches = loaders[0], endless(loaders[1], "the loader of validation batches")
@@ -247,9 +245,7 @@ def _run_rounds(
                 shown.update()
                 shown.set_postfix(round=f"{round_}/{s.rounds}", **{name: f"{v:.3f}" for name, v in values.items()})
                 if steps is not None and readout.is_settled(bilevel.gamma_bar, step, steps, total):
-                    calls.check()
                     return step / steps
-    calls.check()
     if steps is None and readout.is_frozen(step - 1, total):
         raise UserError(f"head_warmup={s.head_warmup} must be below {step}, the steps of the search")
     return float(s.rounds)

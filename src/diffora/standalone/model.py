@@ -232,7 +232,7 @@ class _State:
         for name in set(vars(self.module)) - self.names:
             del vars(self.module)[name]
         vars(self.module).update(self.attributes)
-        self.module.training = self.training
+        self.module.training = self.training  # a scripted module keeps it elsewhere
         for name, buffer in self.buffers.items():
             if self.module._buffers[name] is not buffer:
                 self.module._buffers[name] = buffer
