@@ -119,6 +119,13 @@ def test_what_is_decided_is_decided_again():
     assert same[decided].mean() > 0.9 > same[~decided].mean()
 
 
+def test_modules_with_equal_scores_in_every_member_are_a_coin_toss():
+    scores = torch.randn(5, 1, 3, dtype=torch.float64) / 10 + torch.tensor([1.0, 1.0, -9.0], dtype=torch.float64)
+    scores[..., 1] = scores[..., 0]
+    found = confidence(scores, lambda repeat: discretise(repeat, 1))
+    assert 0.45 < found[0, 0] < 0.55 and found[0, 2] == 0 and float(found.sum()) == 1
+
+
 def test_members_that_do_not_differ_say_nothing():
     one = torch.randn(1, 3, 4, dtype=torch.float64)
     assert confidence(one, lambda scores: discretise(scores, 2)) is None

@@ -86,6 +86,16 @@ def test_settings_of_the_choice_are_named_where_the_selection_is_given(cfg, quic
         assert f"{setting} has no effect: method.selection says what is selected" in caplog.text
 
 
+def test_settings_of_adapters_that_others_make_useless_are_named(cfg, quick, tmp_path, caplog):
+    useless = ["method.shared_rank=1", "method.regulariser.form=mean_norm"]
+    run(cfg(*quick, "method.selector=random", "method.weight_sharing=false", *useless), tmp_path / "run")
+    for setting in useless:
+        assert f"{setting} has no effect" in caplog.text
+    caplog.clear()
+    run(cfg(*quick, "method.selector=random", "method.regulariser.weight=0.1", *useless), tmp_path / "read")
+    assert "has no effect" not in caplog.text
+
+
 def test_a_drawn_selection_needs_no_search(cfg, quick, tmp_path):
     done = run(cfg(*quick, "method.selector=random", "search_only=true"), tmp_path / "run")
     assert done.record["status"] == "selected" and done.record["time"]["search_s"] == 0

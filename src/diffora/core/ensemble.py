@@ -102,4 +102,6 @@ def confidence(members: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor | 
     spread = torch.randn(DRAWS, n - 1, generator=generator, dtype=torch.float64).square().mean(-1).sqrt()
     weights *= math.sqrt(2 / (n * (n - 1))) / spread.unsqueeze(-1)
     repeats = mean + torch.einsum("dn,nlt->dlt", weights, members - mean)
+    # Modules with equal scores in every member are a coin toss, and not a sure choice of the first one.
+    repeats += 1e-9 * torch.randn(repeats.shape, generator=generator, dtype=torch.float64)
     return torch.stack([choose(scores) for scores in repeats]).double().mean(0)

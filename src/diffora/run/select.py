@@ -29,6 +29,8 @@ from diffora.loop.process import is_main
 from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
 from diffora.methods.diffora import DiffoRA
+from diffora.methods.lowrank import Regulariser
+from diffora.methods.selecting import Selecting
 from diffora.run import figures
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
@@ -62,6 +64,8 @@ class Selected:
 def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
     """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
     scoring = method.scoring
+    for line in _beside_others(parts.settings):
+        log.warning(line)
     if scoring is None:
         for line in _without_selector(parts.settings):
             log.warning(line)
@@ -140,6 +144,17 @@ def _without_selector(settings: Settings) -> Iterator[str]:
         for name, default in usual.items():
             if (value := getattr(method, name)) != default:
                 yield f"{'' if name == 'rho' else 'method.'}{name}={value} has no effect: {given} says what is selected"
+
+
+def _beside_others(settings: Settings) -> Iterator[str]:
+    """The settings of the adapters that were changed, but that another setting makes useless."""
+    method = settings.method
+    regulariser = getattr(method, "regulariser", None)
+    if isinstance(regulariser, Regulariser) and regulariser.weight == 0 and regulariser.form != "squared":
+        yield f"method.regulariser.form={regulariser.form} has no effect: method.regulariser.weight=0 is no penalty"
+    alone = isinstance(method, Selecting) and not method.weight_sharing
+    if alone and method.shared_rank != settings.task.recipe.shared_rank:
+        yield f"method.shared_rank={method.shared_rank} has no effect: method.weight_sharing=false shares nothing"
 
 
 def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
