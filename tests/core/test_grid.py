@@ -274,8 +274,13 @@ def test_a_module_that_several_layers_share_is_adapted_once_or_not_at_all():
     assert find_grid(holding(layers=nn.ModuleList([repeated] * 6))).names == (("layers.0.q",),)  # one layer, six times
 
 
-def test_a_model_without_layers_says_so():
-    assert "this model has no numbered layers" in message(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+def test_a_model_of_linear_layers_alone_says_how_to_name_them():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    said = message(net)
+    assert "this model has no numbered layers" in said and "model.layer='.' and model.candidates=[0,1]" in said
+    assert "layers.0 is a linear layer itself: use model.layer='.'" in message(holding(layers=net), layer="layers.*")
+    assert "model.layer='.' needs model.candidates" in message(net, layer=".")
+    assert find_grid(net, layer=".", candidates=["0", "1"]).names == (("0", "1"),)
 
 
 # --- by name ---

@@ -316,7 +316,9 @@ def _one_row(model: nn.Module, candidates: Sequence[str], prefix: str) -> Grid:
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if is_linear(module)}
     problems = [f"{name} is not a linear layer of this model" for name in candidates if name not in linear]
-    if problems or not candidates:
+    if not candidates:
+        problems = [f"{prefix}layer='.' needs {prefix}candidates: the full names of the linear layers to choose among"]
+    if problems:
         raise UserError([*problems, hint(model, ".", candidates)])
     shapes = tuple(features(modules[name]) for name in candidates)
     return Grid(
@@ -354,6 +356,11 @@ def _stack_at(model: nn.Module, layer: str, candidates: Sequence[str] | None, pr
         found[index] = name, linear
     if not found:
         problems = [f"no linear layer matches {layer}.{path}" for path in candidates or ["…"]]
+        if alone := [name for name, module in model.named_modules() if pattern.fullmatch(name) and is_linear(module)]:
+            problems.append(
+                f"{alone[0]} is a linear layer itself: use {prefix}layer='.', and {prefix}candidates with full names "
+                f"({', '.join(alone[:MOST])})"
+            )
         raise UserError([*problems, hint(model, layer, candidates or ())])
     places, inside = zip(*(found[index] for index in sorted(found)), strict=True)
     return Stack(layer, list(places), list(inside))

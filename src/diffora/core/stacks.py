@@ -98,9 +98,9 @@ def main_stacks(model: nn.Module, candidates: Sequence[str] | None, prefix: str 
         stacks = [s for s in stacks if enough(any(path in paths for paths in s.linear) for path in candidates)]
     outer = [stack for stack in stacks if not any(other.holds(stack) for other in stacks)]
     if not outer:
-        having = f" that have {', '.join(candidates)}" if candidates else ""
-        what = having or " with linear modules"
-        raise UserError(f"this model has no numbered layers{what}: give their place as {prefix}layer")
+        what = f"that have {', '.join(candidates)}" if candidates else "with linear modules"
+        others = "" if candidates else _by_name(model, prefix)
+        raise UserError(f"this model has no numbered layers {what}: give their place as {prefix}layer{others}")
     total = sum(stack.size for stack in outer)
     largest = max(outer, key=lambda stack: stack.size)
     if both and (large := [stack for stack in outer if stack.size > (1 - ENOUGH) * total]):
@@ -241,6 +241,14 @@ def _layer_choice(stack: Stack, among: Sequence[Stack], prefix: str) -> str:
     """The choice of a stack, in words."""
     size = f"{len(stack.layers)} layers with {len(stack.common)} linear modules"
     return f"'{prefix}layer={_unique_end(stack, among)}' ({size})"
+
+
+def _by_name(model: nn.Module, prefix: str) -> str:
+    """For a message: how to give linear layers that are in no layer by their names; empty if there is none."""
+    names = [name for name, module in model.named_modules() if name and is_linear(module)]
+    more = ",…" if len(names) > MOST else ""
+    given = f"{prefix}candidates=[{','.join(names[:MOST])}{more}]"
+    return f"; or choose among its linear layers, with {prefix}layer='.' and {given}" if names else ""
 
 
 def hint(model: nn.Module, layer: str, candidates: Sequence[str]) -> str:
