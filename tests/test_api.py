@@ -330,6 +330,10 @@ def bad_loss(value):
         ({"loss": None}, r"without loss=, batches must be dicts for model\(\*\*batch\); this one is a tuple"),
         ({"loss": bad_loss(lambda v: v.detach())}, r"validation batch of step 1 has no graph"),
         ({"loss": bad_loss(lambda v: v * float("nan"))}, r"validation batch of step 1 is nan; it must be a finite"),
+        (
+            {"loss": bad_loss(lambda v: v + (v - v).sqrt())},
+            r"gradient of Γ of .*validation batch of step 1 is not finite",
+        ),
         ({"loss": bad_loss(lambda v: v.expand(3))}, r"has the shape \(3,\)"),
         ({"loss": bad_loss(lambda v: v.item())}, r"is a float; it must be a finite scalar"),
         ({"loss": lambda model, batch: model.head.weight.sum()}, r"does not depend on any candidate module"),

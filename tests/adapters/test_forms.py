@@ -572,3 +572,17 @@ WHISPER = WhisperConfig(
     decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, d_model=16, max_source_positions=20,
     max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
+
+
+def test_a_model_that_cannot_be_merged_is_not_merged_in_part():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+    attach(model, [[f"{i}.0"] for i in range(3)], torch.ones(3, 1, dtype=torch.bool), 2, None, 1.0)
+    for _, layer in lowrank_layers(model):
+        nn.init.normal_(layer.lora_bt)
+    nn.utils.parametrizations.weight_norm(model[2][0].base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"weight of 2\.0 is computed from other tensors"):
+        merge_updates(model)
+    assert len(list(lowrank_layers(model))) == 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

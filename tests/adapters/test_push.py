@@ -63,7 +63,7 @@ def test_the_card_has_results_selection_and_code_and_no_local_facts(hub, finishe
     assert front == {"library_name": "peft", "tags": ["diffora", "paraphrase", "lora"]}  # no hub id of the base model
     record = json.loads((finished / "run.json").read_text())
     assert f"| validation/f1 | {record['metrics']['validation/f1']:.4f} |" in card
-    assert f"| 0 | {', '.join(record['selection']['selected'][0])} |" in card
+    assert f"| layer 1 | {', '.join(record['selection']['selected'][0])} |" in card
     assert "![dam](dam.png)" in card and 'PeftModel.from_pretrained(base, "somebody/mine")' in card
     text = "".join(content.decode() for name, content in files.items() if name.endswith((".md", ".json")))
     for secret in (str(Path.home()), str(finished), str(EMBEDDED), TOKEN, socket.gethostname(), "/tmp"):

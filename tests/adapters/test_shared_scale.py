@@ -146,7 +146,18 @@ def test_the_scale_is_part_of_the_setting_and_on_the_card(finished, tmp_path):
     same = finished.record
     assert own["setting_id"] != same["setting_id"] and own["config_hash"] != same["config_hash"]
     manifest = read_manifest(finished.folder / "adapter")
-    card = published_card(Published("me/it", same, None, "BertForSequenceClassification", manifest, ()))
+    card = published_card(
+        Published(
+            "me/it",
+            same,
+            None,
+            "BertForSequenceClassification",
+            manifest,
+            (),
+            ["layer 1", "layer 2", "layer 3", "layer 4"],
+        )
+    )
+    assert "| layer 1 | " in card and "| layer 4 | " in card and "| warmup_steps | 0 |" in card
     assert "| shared rank | 1 |" in card and "| scale of shared pairs | 2 |" in card
 
 

@@ -84,6 +84,20 @@ def test_an_unknown_module_names_its_layer(selection, tmp_path):
         Selection.load(tmp_path / "s.json")
 
 
+@pytest.mark.parametrize("key", ["types", "modules", "selected"])
+def test_a_name_that_is_there_twice_is_refused(selection, tmp_path, key):
+    selection.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    row = content[key] if key == "types" else content[key][0]
+    if key == "selected":
+        row.append(row[0])
+    else:
+        row[1] = row[0]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"'{row[0]}' twice"):
+        Selection.load(tmp_path / "s.json")
+
+
 def test_a_selection_of_another_model_does_not_fit(selection, deberta):
     selection.check_fits(find_grid(deberta(), "encoder.layer.*", TYPES), "s.json")
     with pytest.raises(UserError, match="made for 2 layers x 6 modules"):

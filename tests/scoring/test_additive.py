@@ -58,3 +58,8 @@ def test_effects_that_the_masks_cannot_tell_apart_are_equal():
 def test_equal_values_give_no_effects():
     model = fit_additive(masks_of(), np.full(60, 0.7))
     assert not model.effects.any() and model.r2 == 0 and model.intercept == pytest.approx(0.7)
+
+
+def test_equal_selections_say_nothing():
+    with pytest.raises(ValueError, match="all masks are equal"):
+        fit_additive(np.ones((5, 4)), np.arange(5.0))

@@ -166,3 +166,17 @@ def test_an_expert_may_have_no_token_in_a_batch_but_not_in_all(selector):
     assert both.isfinite().all()
     with pytest.raises(UserError, match=r"does not call layers\.0\.0 for any token"):
         scores(Routed(), selector, [up], loss=lambda model, x: model(x).mean(), layer="layers.*")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_a_function_may_score_a_model_with_buffers_that_torch_cannot_hash(dtype):
+    model = Net()
+    model.register_buffer("table", torch.ones(3).to(dtype))
+    assert len(diffora.select(model, lambda model, grid, *_: torch.rand(grid.n_layers, grid.n_types), pairs(2)).names())
+
+    def spoil(model, grid, *_):
+        model.table.copy_(torch.full((3,), 2.0).to(dtype))
+        return torch.rand(grid.n_layers, grid.n_types)
+
+    with pytest.raises(UserError, match="table"):
+        diffora.select(model, spoil, pairs(2))

@@ -12,6 +12,7 @@ from diffora.core.choose import choose
 from diffora.core.counts import above
 from diffora.core.grid import find_grid
 from diffora.core.selection import Selection
+from diffora.errors import UserError
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,3 +90,8 @@ def test_impossible_arguments_are_refused():
     ):
         with pytest.raises(diffora.UserError, match=words):
             diffora.within_time(model, found, batch, 0.9, loss=loss, head=head)
+
+
+def test_the_path_of_a_selection_is_none():
+    with pytest.raises(UserError, match="selection is a str: it must be what"):
+        diffora.within_time(nn.Sequential(nn.Linear(2, 2)), "selection.json", torch.zeros(1, 2), 0.5)

@@ -18,13 +18,15 @@ def merge_updates(model: nn.Module) -> None:
     of the updates, float32, and rounded to that of the weights.
 
     Raises:
-        UserError: a weight is quantised, or the model has layers that are no update of a weight, such as bottlenecks.
+        UserError: a weight is quantised or computed from others; or the model has layers that are no update of a
+            weight, such as bottlenecks, and may be partly merged by then.
     """
     own = [(name, layer) for name, layer in _all_modules(model) if isinstance(layer, LowRankLinear)]
-    for name, layer in own:
+    for name, layer in own:  # all of them before the first is merged
         _check_plain(layer.base, name)
-        layer.merge()
+        layer.check_mergeable(name)
     for name, layer in own:
+        layer.merge()
         model.set_submodule(name, layer.base)
     forget_adapted(model)
     if any(hasattr(module, "adapter_layer_names") for module in model.modules()):

@@ -8,7 +8,7 @@ from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, TRAIN_ON, b
 
 FOLDER = "path/to/this/folder"
 """What stands for the adapter's place in the code of the other cards."""
-SETTINGS = ("lr", "epochs", "batch_size", "dropout", "weight_decay", "warmup_ratio")
+SETTINGS = ("lr", "epochs", "batch_size", "dropout", "weight_decay", "warmup_steps")
 """Settings of the fine-tuning that the card shows, where the run has them."""
 
 
@@ -23,6 +23,7 @@ class Published:
         kind: transformers class of the model.
         manifest: of the adapter; None for a whole model.
         pictures: names of picture files beside the card.
+        layers: labels of the layers of the selection (`diffora.core.picture.layer_labels`); empty without one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Published:
     kind: str
     manifest: Mapping[str, Any] | None
     pictures: Sequence[str]
+    layers: Sequence[str]
 
 
 def published_card(of: Published) -> str:
@@ -73,7 +75,8 @@ def _selection(of: Published) -> list[str]:
     selection, parts = of.record.get("selection") or {}, []
     if rows := selection.get("selected"):
         parts = ["## Selected modules\n", f"Chosen by `{selection.get('selector')}`.\n"]
-        parts.append(_table(("layer", "modules"), [(i, ", ".join(row) or "none") for i, row in enumerate(rows)]))
+        chosen = [", ".join(row) or "none" for row in rows]
+        parts.append(_table(("layer", "modules"), list(zip(of.layers, chosen, strict=True))))
     return parts + [f"![{name.partition('.')[0]}]({name})\n" for name in of.pictures]
 
 

@@ -50,8 +50,8 @@ def choose(
     N is the number of modules of a layer. If it differs, N L is the number of all modules, and ``global`` compares the
     gates of a softmax times N (`diffora.core.dam.comparable`).
 
-    Layers below ``lowest_layer`` get nothing, not even shared pairs. With scope ``layer`` each other layer gets as many
-    modules as without it. With scope ``global`` so does the whole grid, as long as enough modules are left.
+    Layers below ``lowest_layer`` get no adapter, not even a shared pair. With scope ``layer``, the other layers keep
+    their K. With scope ``global``, floor(rho N L) is counted over the whole grid, and capped at the modules left.
 
     Args:
         scores: L x N, high is good; for the search the relaxed DAM.

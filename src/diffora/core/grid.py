@@ -150,9 +150,10 @@ def find_grid(
 ) -> Grid:
     """Find the candidate modules of a backbone ([D] section 4.1).
 
-    Arguments that are not given are found in the model. The layers are then the largest stack of numbered siblings, or
-    encoder and decoder of a model that generates text with both. The candidates are all their linear modules, and the
-    roles follow from the modules' names. If the candidates are found, a warning names what is left out.
+    Arguments that are not given are found in the model. The layers are then the stack of numbered siblings that has at
+    least 90 % of the weights of all stacks, or encoder and decoder of a model that generates text with both; otherwise
+    an error lists the choices. The candidates are all their linear modules, and the roles follow from the modules'
+    names. If the candidates are found, a warning names what is left out.
 
     Args:
         model: any module that contains the repeated layers.

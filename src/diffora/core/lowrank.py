@@ -323,10 +323,14 @@ class LowRankLinear(nn.Module):
             self._add_to_base(-self.delta())
             self.merged = False
 
+    def check_mergeable(self, name: str = "this linear layer") -> None:
+        """Raise a UserError if the base weight cannot be changed, because it is computed from other tensors."""
+        if "weight" not in self.base._parameters:
+            raise UserError(f"the weight of {name} is computed from other tensors and cannot be changed")
+
     def _add_to_base(self, delta: Tensor) -> None:
         weight = weight_of(self.base)
-        if "weight" not in self.base._parameters:
-            raise UserError("the weight of this linear layer is computed from other tensors and cannot be changed")
+        self.check_mergeable()
         new = (weight + delta).to(weight.dtype)
         self.base.weight = nn.Parameter(new.T.contiguous() if self._transposed else new, requires_grad=False)
 

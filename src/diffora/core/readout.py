@@ -82,11 +82,11 @@ class Readout:
         return frozen + -(-(total - frozen) // EARLY)
 
     def reads(self, step: int, total: int) -> bool:
-        """Whether the gradient by the gates is wanted in a step (from 0)."""
+        """Whether the gradient with respect to the gates is wanted in a step (from 0)."""
         return self.readout == "early_gradient" and step < self.last_read(total)
 
     def read(self, gradient: Tensor) -> None:
-        """Subtract ∂L_valid/∂γ̄ of one step. One that is not finite is left out, as the step of Γ is then."""
+        """Subtract ∂L_valid/∂γ̄ of one step. One with a value that is not finite counts as 0."""
         gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient)).detach()
         self.summed = -gradient if self.summed is None else self.summed.to(gradient.device) - gradient
 

@@ -61,7 +61,8 @@ class Selection:
             ensemble, the mean of the members' standardised scores.
         readout: what the scores of the search are: ``gamma`` (the relaxed DAM), or ``early_gradient``
             (`diffora.core.readout`); None if the selection was not searched.
-        rounds: of the search, of an ensemble's first member; None if the selection was not searched.
+        rounds: rounds that the search took, of an ensemble those of its first member; None if the selection was not
+            searched.
         ensemble: number of members whose scores were averaged (``search.ensemble``); 1 for a single search.
         confidence: L x N, the probability that a repeat of the ensemble with other seeds would select the module
             (`diffora.core.ensemble.confidence`), None where a layer has no such module. None for a single search, which
@@ -71,7 +72,8 @@ class Selection:
         lowest_layer: layers below this one get no adapter, not even a shared one (``method.time_budget``).
         split_hash: sha256 of the two parts of the training rows that the selector used; of an ensemble, its first
             member.
-        config: the settings that it was made with.
+        config: of a run: ``task``, ``model``, ``data_hash`` and the section ``search``. Of the library: ``scope``,
+            ``left_out``, and what `search` or `select` was called with.
         facts: numbers by which the selector says how far its scores can be trusted; most selectors have none. Of an
             ensemble, the means over members.
     """

@@ -1,6 +1,7 @@
 """What is wrong with the content of a selection file. It may have been edited, or come from somebody else."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,11 +51,17 @@ def _wrong_sizes(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_values(content: Mapping[str, Any]) -> Iterator[str]:
     modules, selected, lowest = content["modules"], content["selected"], content.get("lowest_layer", 0)
+    for name in _twice(content["types"]):
+        yield f"'types' has {name!r} twice"
+    for name in _twice([name for row in modules for name in row if name is not None]):
+        yield f"'modules' has {name!r} twice"
     for layer, (row, names) in enumerate(zip(selected, modules, strict=True)):
         has = [kind for kind, name in zip(content["types"], names, strict=True) if name is not None]
         for name in row:
             if name not in has:
                 yield f"layer {layer} selects {name!r}, which is none of {', '.join(has)}"
+        for name in _twice(row):
+            yield f"layer {layer} selects {name!r} twice"
     below = [layer for layer, row in enumerate(selected) if row and layer < lowest]
     if below or lowest >= max(len(modules), 1):
         where = f"layer {below[0]} selects modules" if below else f"there are {len(modules)} layers"
@@ -68,6 +75,11 @@ def _wrong_values(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key!r} has a number where 'modules' has null"
         elif any(value is None and name is not None for value, name in pairs):
             yield f"{key!r} has null where 'modules' has a name"
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    """The names that occur more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _misfit(key: str, value: Any) -> str | None:

@@ -132,7 +132,8 @@ def lowrank_linear(
 def folds(tokens: int, crossed: int, settings: Settings) -> bool:
     """Whether to fold the update into the weight.
 
-    Folding costs as much as the weight has entries. Adding the update costs tokens x features on this side.
+    Folding takes r x in x out operations for any number of tokens. Adding the update takes r x tokens x out in the
+    forward pass, and r x tokens x in in the backward pass. So tokens / ``crossed`` decides.
 
     Args:
         tokens: T.

@@ -3,7 +3,7 @@
 A checkpoint is written at the end of each epoch of Lightning: in a search a round, in fine-tuning what lies between two
 evaluations. Its name ends with the digest of its content, ``finetune-0003-1a2b3c4d5e6f.ckpt``, so damage is detected.
 It holds the trainable weights, the optimisers, the schedule, the random state of each process and the stage's state
-(history, best epoch, gamma trajectory). It does not hold the frozen backbone. The order of batches needs no state,
+(history, best weights, trajectory of Γ). It does not hold the frozen backbone. The order of batches needs no state,
 because it depends only on seed and epoch (`diffora.loop.samplers`). A checkpoint also records what it was made with:
 settings, data and backbone (`diffora.digests.made_with`). Only a run with the same settings, data and backbone can
 continue from it (`diffora.loop.resume`).
@@ -131,7 +131,7 @@ def check_content(content: Any) -> None:
 
 def _is_complete(made_with: Any) -> bool:
     """Whether a record has all parts of `diffora.digests.made_with`."""
-    kinds = {"settings": dict, "data": str, "rows": dict, "backbone": dict | None}
+    kinds = {"settings": dict, "inputs": dict, "data": str, "rows": dict, "backbone": dict | None}
     return isinstance(made_with, dict) and all(
         name in made_with and isinstance(made_with[name], kind) for name, kind in kinds.items()
     )

@@ -36,7 +36,8 @@ def fit(
     """Fit one stage. If the run resumes, continue from the stage's newest checkpoint.
 
     Args:
-        parts: of the run, for settings, folder and earlier attempt. ``parts.first_step_at`` is set.
+        parts: of the run, for settings, folder and earlier attempt. ``parts.first_step_at`` is set, and
+            the stage's checkpoint is taken out of ``parts.earlier``.
         stage: "search" or "finetune"; also the name of the section of settings.
         module: the model and its steps.
         extra: more arguments of the Trainer.

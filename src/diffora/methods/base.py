@@ -30,8 +30,10 @@ DIALS = {"rank": "rank", "rho": "rho", "dropout": "finetune.dropout"}
 class Adaptation:
     """An adapted model, with hooks for training. The hooks of this base class do nothing.
 
-    A method that needs more in training returns a subclass. The training loop calls the hooks in the order in which
-    they are defined here.
+    A method that needs more in training returns a subclass. `prepare` is called once, and `begin` when training starts
+    or resumes. On a resume `load_state` is called too, before or after `begin`: neither may need the other. In each
+    step follow `before_step`, `penalty`, `after_backward` and `after_step`; `pairs` at each evaluation, `state` at each
+    checkpoint; `inference_parameters` and `export` at the end.
 
     Args:
         model: the adapted model. Parameters that require gradients are trained.

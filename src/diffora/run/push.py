@@ -11,6 +11,8 @@ from diffora.adapters.forms import name_base_model
 from diffora.adapters.manifest import read_manifest
 from diffora.adapters.pairs import UNIFORM
 from diffora.adapters.published import Published, published_card
+from diffora.core.picture import layer_labels
+from diffora.core.selection import Selection
 from diffora.errors import UserError, called
 from diffora.files import read_json
 from diffora.hub import hub_failure, is_hub_id, resolve
@@ -125,7 +127,11 @@ def prepare(request: PushRequest, folder: Path) -> None:
     pictures = [file for file in PICTURES if (ours.run / file).is_file()]
     for file in pictures:
         shutil.copyfile(ours.run / file, folder / file)
-    published = Published(request.name, ours.record, request.base_model, kind, manifest, pictures)
+    layers: list[str] = []
+    if (selection := ours.run / "selection.json").is_file():
+        found = Selection.load(selection)
+        layers = layer_labels(found.modules, found.types)
+    published = Published(request.name, ours.record, request.base_model, kind, manifest, pictures, layers)
     (folder / "README.md").write_text(published_card(published), encoding="utf-8")
     _check_no_paths(folder, request)
 

@@ -48,10 +48,15 @@ def fit_additive(masks: np.ndarray, values: np.ndarray) -> Additive:
 
     Returns:
         The model, computed in float64.
+
+    Raises:
+        ValueError: all masks are equal.
     """
     x, values = np.asarray(masks, dtype=np.float64), np.asarray(values, dtype=np.float64)
     y = values - values[0]  # equal values then give exactly 0
     n, mean_x, mean_y = len(y), x.mean(0), y.mean()
+    if (x == x[0]).all():
+        raise ValueError("all masks are equal")
     u, d, vt = np.linalg.svd(x - mean_x, full_matrices=False)
     nonzero = d > d[0] * 1e-10
     u, d, vt = u[:, nonzero], d[nonzero], vt[nonzero]

@@ -88,7 +88,7 @@ class SearchModule(Stage):
         self._tables = shared_tables(model)
         self._checked = False
         self.readout = Readout(settings.readout, settings.head_warmup, settings.patience, choose)
-        self._reads = False  # whether the present Γ step gives its gradient by the gates to `readout`
+        self._reads = False  # whether the present Γ step gives its gradient with respect to the gates to `readout`
         self.trajectory: Trajectory = [(0.0, self.gates(self.gamma).tolist())]
         self._trace: list[tuple[float, Tensor]] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
@@ -180,7 +180,7 @@ class SearchModule(Stage):
         return torch.autograd.grad(loss, self._upper) if self._reads else [first_order(loss, self.gamma)]
 
     def _step_gamma(self, optimizer: torch.optim.Optimizer, grads: Grads, valid: Batch) -> None:
-        """Take the step of Γ, and read the gradient by the gates if it is wanted."""
+        """Take the step of Γ, and read the gradient with respect to the gates if it is wanted."""
         of_gamma, *of_gates = self.averaged(self._upper, grads, valid)
         scaler = self._scaler()
         for grad in of_gates:
@@ -224,7 +224,8 @@ class SearchModule(Stage):
         return total, sums
 
     def joint_gradients(self, valid: Batch, train: Batch) -> tuple[tuple[Tensor, Tensor], Grads]:
-        """(training loss, validation loss), and one list: gradients of the first by all weights, of the second by Γ."""
+        """(training loss, validation loss), and one list: gradients of the first with respect to all weights, of the
+        second with respect to Γ."""
         train_total, valid_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         sums, n_parts = None, self.settings.accumulate
         # If one split has less than a batch, it may have fewer micro-batches than the other one.
@@ -312,7 +313,7 @@ class SearchModule(Stage):
         return self.task.loss(output, batch)
 
     def _set_gates(self, gamma: Tensor) -> None:
-        self._relaxed = self.gates(gamma)  # kept, because a read-out may want the gradient by the gates
+        self._relaxed = self.gates(gamma)  # kept, because a read-out may want the gradient with respect to the gates
         set_gates(self.layers, self._relaxed)
 
     def _scaler(self) -> torch.amp.GradScaler | None:

@@ -1,8 +1,9 @@
 """The selectors ``gradient``, ``activation``, ``plop`` and ``fisher``: what they sum over batches, and their scores.
 
 A measure is used by a run's stage (`diffora.scoring.one_pass_stages`) and by the library
-(`diffora.standalone.select`). The sums can be added over micro-batches, batches and processes, so the scores do not
-depend on how the rows are divided. The formulas are in `diffora.scoring.criteria`.
+(`diffora.standalone.select`). The sums can be added over micro-batches, batches and processes. Only the score of
+``gradient`` depends on the batches: it is the norm of a mean of batch means. The formulas are in
+`diffora.scoring.criteria`.
 """
 
 from abc import ABC, abstractmethod
@@ -136,7 +137,7 @@ class Fisher(_OfGradients):
 
 
 class _OfInputs(Measure):
-    """Measures of what a candidate reads. For each one a sum over its tokens; then for each one how many these are."""
+    """Measures of what a candidate reads. `of` returns a sum over tokens of each one, then its number of tokens."""
 
     @abstractmethod
     def sums_of(self, module: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ class Model:
     ] = None
     kernel: Annotated[
         Literal["auto", "fused", "plain"],
-        Help("How low-rank layers are computed: fused with less work, by their plain formula, or by the faster one."),
+        Help("Low-rank layers, dropout and bfloat16 attention: fused with less work, `plain` PyTorch, or the faster."),
     ] = "auto"
     trust_remote_code: Annotated[
         bool, Help("Run Python code that comes with the checkpoint. Read that code first.")

@@ -1,5 +1,7 @@
 """`attach` for a `Selection`."""
 
+from typing import Any
+
 from torch import nn
 
 from diffora.backbones.backbone import Backbone
@@ -7,6 +9,15 @@ from diffora.core import attach as core
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.standalone.model import unwrapped
+
+
+def check_selection(selection: Any) -> None:
+    """Raise a UserError for anything but a `Selection`, such as the path of its file."""
+    if not isinstance(selection, Selection):
+        raise UserError(
+            f"selection is a {type(selection).__name__}: it must be what diffora.search or select returns, or "
+            "Selection.load(path)"
+        )
 
 
 def attach(
@@ -43,11 +54,7 @@ def attach(
         UserError: the model lacks a module of the selection or has adapters, a selected module is part of the head, or
             a number is impossible. The model is then as before.
     """
-    if not isinstance(selection, Selection):
-        raise UserError(
-            f"selection is a {type(selection).__name__}: it must be what diffora.search or select returns, or "
-            "Selection.load(path)"
-        )
+    check_selection(selection)
     inner = unwrapped(model)
     places = [name for row in selection.places() for name in row if name is not None]
     # No adapter could be saved otherwise.

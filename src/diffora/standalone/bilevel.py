@@ -83,7 +83,7 @@ class Bilevel:
 
         Args:
             what: names the batch in messages.
-            reads: whether to give the gradient by the gates to `readout`.
+            reads: whether to give the gradient with respect to the gates to `readout`.
         """
 
         def attempt() -> tuple[Tensor, list[Tensor | None]]:
@@ -116,7 +116,10 @@ class Bilevel:
 
     def gamma_step(self, batch: Any, what: str = "a validation batch", reads: bool = False) -> float:
         """One step of Γ on the validation loss ([D] Algorithm 1, line 4). Returns that loss."""
-        loss, self.gamma.grad = self.gamma_gradient(batch, what, reads)
+        loss, gradient = self.gamma_gradient(batch, what, reads)
+        if not gradient.isfinite().all():
+            raise UserError(f"the gradient of Γ of {what} is not finite, though the loss is {loss.item():g}")
+        self.gamma.grad = gradient
         self.gamma_optimiser.step()
         return loss.item()
 

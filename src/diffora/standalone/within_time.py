@@ -13,6 +13,7 @@ from diffora.core.dam import comparable, discretise, discretise_globally
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
+from diffora.standalone.attach import check_selection
 from diffora.standalone.batches import Loss, checked, model_loss, moved
 from diffora.standalone.model import check_head, left_as_found, unwrapped
 
@@ -53,6 +54,7 @@ def within_time(
         UserError: the budget is impossible (the message names the least share), the selection has no scores, a name in
             ``head`` is no module, or the model is not the one of the selection or has adapters.
     """
+    check_selection(selection)
     scores = selection.gamma_bar if selection.scores is None else selection.scores
     if scores is None:
         raise UserError("this selection has no scores to choose by: make it with diffora.search or diffora.select")
