@@ -12,6 +12,7 @@ from typing import Any
 from diffora.errors import UserError
 from diffora.files import atomic, json_digest, read_json
 from diffora.hub import resolve
+from diffora.places import default_cache_dir
 from diffora.settings.identity import deciding, differences
 
 REMEMBERED_FROM = 64 * 2**20
@@ -59,11 +60,6 @@ KINDS = ("tokenizer.*.json", "*processor_config.json", "*.model", "*.vocab", "*.
 
 
 # --- files ---
-
-
-def default_cache_dir() -> Path:
-    """`$DIFFORA_CACHE`, or `~/.cache/diffora`."""
-    return Path(os.environ.get("DIFFORA_CACHE") or "~/.cache/diffora").expanduser()
 
 
 def of_file(path: Path, tail: int = 0) -> str:

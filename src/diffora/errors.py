@@ -89,6 +89,15 @@ def reason(error: OSError) -> str:
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
+def first_of(names: Sequence[str]) -> str:
+    """The first name, for a message, and how many others there are.
+
+    >>> first_of(["a"]), first_of(["a", "b", "c"])
+    ('a', 'a (and 2 more)')
+    """
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

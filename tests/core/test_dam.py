@@ -14,9 +14,9 @@ from diffora.core.dam import (
     entropy,
     initial_gamma,
     modules_per_layer,
-    neutral_gate,
     relax,
 )
+from diffora.core.picture import start_gate
 
 
 def test_relax_is_equation_11():
@@ -41,10 +41,10 @@ def test_sigmoid_gates_are_independent_and_one_half_at_zero():
 
 
 @pytest.mark.parametrize("relaxation", list(RELAXATIONS))
-def test_the_neutral_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
+def test_the_start_gate_is_the_gate_of_each_module_at_gamma_zero(relaxation):
     gates = relax(torch.zeros(3, 5, dtype=torch.float64), relaxation)
     expected = {"softmax": 0.2, "scaled_softmax": 1.0, "sigmoid": 0.5}
-    assert (gates == neutral_gate(relaxation, 5)).all() and gates[0, 0] == expected[relaxation]
+    assert (gates == start_gate(relaxation, 5)).all() and gates[0, 0] == expected[relaxation]
 
 
 def test_scaled_gates_have_mean_one_in_layers_of_any_size():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.run.check import check
 from diffora.run.experiment import run
-from diffora.scoring.selectors import SELECTORS, find_selector, trains
+from diffora.scoring.selectors import SELECTORS, facts_of, find_selector
+from diffora.settings.sections import Search
 
 MINE = """
 import torch
@@ -55,8 +57,16 @@ def test_the_registry_has_the_selectors_of_the_configuration():
     assert list(SELECTORS) == [
         *("search", "attribution", "one_shot", "gradient", "activation", "plop", "fisher", "kappa", "spectrum")
     ]
-    assert [name for name in [*SELECTORS, "a.b"] if trains(name)] == ["search", "attribution", "one_shot"]
+    assert [name for name in [*SELECTORS, "a.b"] if facts_of(name).trains] == ["search", "attribution", "one_shot"]
     assert all(find_selector(name) is entry for name, entry in SELECTORS.items())
+
+
+def test_the_settings_that_a_selector_reads_exist():
+    known = {field.name for field in fields(Search)} | {"score_batches"}
+    read = {name: facts_of(name).reads for name in [*SELECTORS, "a.b"]}
+    assert all(names <= known for names in read.values())
+    assert known - set().union(*read.values()) == {"ensemble"}  # which is not the selector's
+    assert [name for name in read if not facts_of(name).reads_rows] == ["kappa", "spectrum"]
 
 
 def test_a_plain_function_can_repeat_a_selector_of_the_package(mine):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import tokenizer_for
 
-from diffora.digests import default_cache_dir
 from diffora.errors import UserError
+from diffora.places import default_cache_dir
 from diffora.tasks import encoding
 from diffora.tasks import tokenise as module
 from diffora.tasks.glue import TASKS

@@ -13,9 +13,9 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.levit.image_processing_pil_levit import LevitImageProcessorPil
 from transformers.models.poolformer.image_processing_pil_poolformer import PoolFormerImageProcessorPil
 
-from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.loop.data import eval_loader
+from diffora.places import default_cache_dir
 from diffora.tasks import vision
 from diffora.tasks.base import get_task
 from diffora.tasks.images.batches import ImageCollate

@@ -18,7 +18,7 @@ from diffora.backbones.backbone import Backbone
 from diffora.core.attach import device_of, freeze_rest, note_adapted, places_of
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import LowRankLinear
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def states_of(pairs: StoredPairs) -> dict[str, dict[str, Tensor]]:
 def check_fit(modules: Mapping[str, nn.Module], pairs: StoredPairs, folder: Path) -> None:
     """Refuse pairs for modules that the model lacks, or that are not linear or have other widths."""
     if missing := [name for name in [*pairs.modules, *pairs.heads] if name not in modules]:
-        raise UserError(f"{folder} does not fit this model, which has no {missing[0]} (and {len(missing) - 1} more)")
+        raise UserError(f"{folder} does not fit this model, which has no {first_of(missing)}")
     problems = []
     for name in pairs.modules:
         base, (lora_a, folded) = modules[name], pairs.stored(name)

@@ -10,7 +10,7 @@ from diffora.adapters.manifest import CONFIG, WEIGHTS
 from diffora.adapters.origin import check_heads
 from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 from diffora.trust import check_peft_adapter
 
 
@@ -75,9 +75,7 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
     # With bias=all, PEFT names the head's biases a second time, inside its wrapper of the head.
     expected = {name for name in names if ".modules_to_save." not in name and ".original_module." not in name}
     if absent := sorted(expected - tensors.keys()):
-        raise UserError(f"{folder / WEIGHTS} does not fit this model: no {absent[0]} (and {len(absent) - 1} more)")
+        raise UserError(f"{folder / WEIGHTS} does not fit this model: no {first_of(absent)}")
     places = {key: key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}
     if strange := [key for key, place in places.items() if place not in modules]:
-        raise UserError(
-            f"{folder / WEIGHTS} does not fit this model: no place for {strange[0]} (and {len(strange) - 1} more)"
-        )
+        raise UserError(f"{folder / WEIGHTS} does not fit this model: no place for {first_of(strange)}")

@@ -14,7 +14,7 @@ from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
 from diffora.core.grid import Grid
 from diffora.core.selection import Selection
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 from diffora.files import read_json
 from diffora.trust import settings
 
@@ -60,7 +60,7 @@ def load_weights(backbone: Backbone, folder: Path, manifest: Mapping[str, Any] |
     _fill(model, tensors, folder)
     take_labels(model, manifest, folder)
     if absent := [name for name, p in model.named_parameters() if p.requires_grad and name not in tensors]:
-        raise UserError(f"{folder} does not fit this model: it has no {absent[0]} (and {len(absent) - 1} more)")
+        raise UserError(f"{folder} does not fit this model: it has no {first_of(absent)}")
 
 
 def _how_to_adapt(file: Path) -> DictConfig:
@@ -108,4 +108,4 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     except RuntimeError as error:  # shapes
         raise UserError(f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
     if strange:
-        raise UserError(f"{folder} does not fit this model, which has no {strange[0]} (and {len(strange) - 1} more)")
+        raise UserError(f"{folder} does not fit this model, which has no {first_of(strange)}")

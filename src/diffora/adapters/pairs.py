@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffora.adapters.fetch import local_copy
 from diffora.adapters.manifest import CONFIG, EXACT, MANIFEST, SELECTION, WEIGHTS, read_manifest, write_manifest
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 from diffora.files import atomic, write_text
 
 UNIFORM, COMPACT = "uniform", "compact"
@@ -242,7 +242,7 @@ class StoredPairs:
             yield f"{EXACT} has {min(self.exact.keys() - self.modules.keys())}, which {MANIFEST} does not name"
         inside = tuple(f"{PREFIX}{name}." for name in (*self.modules, *self.heads))
         if strange := [key for key in self.tensors if key not in known and not key.startswith(inside)]:
-            yield f"it has {strange[0]} (and {len(strange) - 1} more), which {MANIFEST} does not name"
+            yield f"it has {first_of(strange)}, which {MANIFEST} does not name"
         for group in self.groups:
             pairs = [self.stored(name) for name in group if f"{PREFIX}{name}.lora_A.weight" in self.tensors]
             if any(not torch.equal(*both) for pair in pairs for both in zip(pair, pairs[0], strict=True)):

@@ -20,7 +20,7 @@ MORE = {
     "alora_invocation_tokens": "it is active for some tokens only",
 }
 """Options of PEFT's LoRA whose update is more than s B A."""
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the pretrained weights. The adapter alone does not say what they were before."""
 
 
@@ -65,7 +65,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is set: {why}, and only plain LoRA can be trained on"
     if config.get("bias", "none") != "none":
         yield f"bias={config['bias']}: it trains biases, and only plain LoRA can be trained on"
-    if str(config.get("init_lora_weights", "")).startswith(MOVED_BASE):
+    if str(config.get("init_lora_weights", "")).startswith(CHANGES_BASE):
         yield (
             f"init_lora_weights={config['init_lora_weights']}: its base model has other weights than the pretrained "
             "ones; convert it with PEFT's path_initial_model_for_weight_conversion first"

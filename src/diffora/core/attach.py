@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 
 SHARED_SCALES = ("own", "same")
 
@@ -243,7 +243,7 @@ class Calls:
         """Raise a UserError if layers have not been used: their gates say nothing about them."""
         if missing := [name for name, layer in self._hooks if not layer.weight_was_read]:
             raise UserError(
-                f"the loss does not call {missing[0]} (and {len(missing) - 1} more) for any batch of the search: leave "
+                f"the loss does not call {first_of(missing)} for any batch of the search: leave "
                 "these modules out of the candidates"
             )
 

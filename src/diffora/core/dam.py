@@ -72,14 +72,6 @@ def initial_gamma(present: Tensor) -> Tensor:
     return torch.zeros(present.shape).masked_fill(~present.cpu(), -torch.inf)
 
 
-def neutral_gate(relaxation: str, n_types: int) -> float:
-    """The gate of every module at Γ = 0, when all are equal.
-
-    It is 1/N for ``softmax``, 1 for ``scaled_softmax`` and 1/2 for ``sigmoid``.
-    """
-    return float(relax(torch.zeros(n_types, dtype=torch.float64), relaxation)[0])
-
-
 def comparable(gamma_bar: Tensor, sizes: Sequence[int]) -> Tensor:
     """Gates of a relaxed DAM on one scale for layers with different numbers of modules; not in [D].
 

@@ -8,7 +8,7 @@ from torch import nn
 from diffora.core.attach import inside_adapter
 from diffora.core.linear import is_linear
 from diffora.core.stacks import hint
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def check_layers(
     names = (f"{each.place}.{path}" for each in layers for path in candidates)
     if adapted := [name for name in names if inside_adapter(name, modules)]:
         raise UserError(
-            f"{adapted[0]} (and {len(adapted) - 1} more) belongs to an adapter that is on this model already: find the "
+            f"{first_of(adapted)} belongs to an adapter that is on this model already: find the "
             "grid first, or remove the adapter with diffora.detach(model), or PEFT's unload()"
         )
 

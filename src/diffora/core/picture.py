@@ -19,7 +19,7 @@ EVEN = 0.5
 
 
 def start_gate(relaxation: str, n_types: int) -> float:
-    """`diffora.core.dam.neutral_gate` without torch, which a report does not import.
+    """The gate of every module of a layer at Γ = 0. It needs no torch, which a report does not import.
 
     Raises:
         KeyError: there is no such relaxation.

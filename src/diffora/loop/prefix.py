@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from diffora.backbones.precision import AUTOCAST, HALF
 from diffora.core.attach import device_of
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
-from diffora.digests import default_cache_dir
 from diffora.errors import UserError, first_line
 from diffora.files import remove_leftovers
 from diffora.loop import predict
@@ -38,6 +37,7 @@ from diffora.loop.states import (
     width_of,
     write_states,
 )
+from diffora.places import default_cache_dir
 from diffora.tasks.cache import cached, file_of
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,6 @@ from diffora.backbones.backbone import Backbone
 
 FSDP = "fsdp"
 """The value of ``trainer.strategy``."""
-SELECTORS = ("search", "attribution")
-"""The selectors that run on a divided model."""
 
 
 class Sharded(ModelParallelStrategy):

@@ -18,7 +18,7 @@ from diffora.errors import UserError
 from diffora.files import file_digest
 from diffora.methods.base import Scoring, check_ranks
 from diffora.methods.selecting import Selecting, digest_of_selected
-from diffora.scoring.selectors import SELECTORS, trains
+from diffora.scoring.selectors import SELECTORS, facts_of
 from diffora.scoring.warm_start import weights_file
 from diffora.settings.checks import PATH, TEXTS, Check, Help, whole
 from diffora.trust import NAME
@@ -77,7 +77,7 @@ class DiffoRA(Selecting):
             return
         if self.warm_start and isinstance(self.selection, list):
             yield "method.warm_start=true needs the file of a search, and a list in method.selection has no A and B"
-        if self.warm_start and self.selection is None and not trains(self.selector):
+        if self.warm_start and self.selection is None and not facts_of(self.selector).trains:
             yield f"method.warm_start=true needs a selector that trains A and B, which {self.selector} does not"
         if self.selection is None and self.selector in HEURISTICS:
             if self.selector in BY_LAYER and self.scope == "layer":

@@ -31,7 +31,7 @@ from diffora.core.targets import longer_names
 from diffora.errors import UserError, first_line
 from diffora.files import write_text
 from diffora.methods.base import Adaptation, Method, Rank, Rate, check_ranks
-from diffora.methods.peft_config import MOVES_BASE, build
+from diffora.methods.peft_config import ALLOWED_CHANGES, build
 from diffora.settings.checks import GROUP, TEXTS, Check, Help
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class PEFTAdaptation(Adaptation):
         self.config = peft.peft_config[ADAPTER]
         # A0, B0 by module, where PEFT has replaced W by W - s B0 A0: the update is then s (B A - B0 A0).
         self.start: dict[str, tuple[Tensor, Tensor]] = {}
-        if str(getattr(self.config, "init_lora_weights", "")).startswith(MOVES_BASE):
+        if str(getattr(self.config, "init_lora_weights", "")).startswith(ALLOWED_CHANGES):
             for name, layer in self.plain_layers():
                 pair = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
                 self.start[name] = pair[0].detach().clone(), pair[1].detach().clone()

@@ -39,8 +39,9 @@ REFUSED = {
     "ShadowConfig": "it is a network beside the model, not at its modules",
     "TrainableTokensConfig": "it trains embeddings, and method.places are linear modules",
 }
-# These initialisations change W; `diffora.methods.peft.PEFTAdaptation.pairs` and the export account for it.
-MOVES_BASE = ("pissa", "olora")
+# Of the initialisations that change W (`diffora.adapters.peft_pairs.CHANGES_BASE`), those that
+# `diffora.methods.peft.PEFTAdaptation` and the export account for. The others are in `REFUSED_INIT`.
+ALLOWED_CHANGES = ("pissa", "olora")
 REFUSED_INIT = {
     "loftq": "it is for quantised backbones",
     "corda": "it needs PEFT's own pass over data beforehand",
@@ -129,7 +130,7 @@ def _value_problems(kind: Any, given: Mapping[str, Any], key: str) -> Iterator[s
             yield problem
         elif name == "init_lora_weights" and isinstance(value, str) and value in REFUSED_INIT:
             yield f"{key}.{name}={value} cannot be used here: {REFUSED_INIT[value]}"
-    if str(given.get("init_lora_weights", "")).startswith(MOVES_BASE):
+    if str(given.get("init_lora_weights", "")).startswith(ALLOWED_CHANGES):
         also = [n for n in ("use_dora", "lora_bias", "trainable_token_indices") if given.get(n)]
         also += ["bias"] if given.get("bias", "none") != "none" else []
         if also:

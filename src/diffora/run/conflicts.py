@@ -8,12 +8,10 @@ from collections.abc import Iterator
 
 from diffora.errors import called
 from diffora.loop.sharded import FSDP
-from diffora.loop.sharded import SELECTORS as SHARDED_SELECTORS
 from diffora.methods.base import Method
 from diffora.methods.diffora import DiffoRA
 from diffora.methods.selecting import Selecting
-from diffora.scoring.selectors import SELECTORS, trains
-from diffora.scoring.spectra import SPECTRA
+from diffora.scoring.selectors import SELECTORS, facts_of
 from diffora.settings.checks import show
 from diffora.settings.sections import Settings
 
@@ -124,7 +122,7 @@ def _ensemble(settings: Settings) -> Iterator[str]:
             f"method.warm_start=true does not go with search.ensemble={n}: each member trains its own A and B, and "
             "none of them made the selection"
         )
-    if n > 1 and scoring is not None and scoring.selector in SPECTRA:
+    if n > 1 and scoring is not None and not facts_of(scoring.selector).reads_rows:
         yield f"search.ensemble={n}: method.selector={scoring.selector} reads weights only, so every member is the same"
 
 
@@ -138,8 +136,8 @@ def _quantised(settings: Settings) -> Iterator[str]:
             f"model.quantise={quantise} freezes the pretrained weights, and method={method.name} trains them: "
             "use a method that adds an adapter, or leave model.quantise out"
         )
-    if scoring is not None and scoring.selector in SELECTORS and not trains(scoring.selector):
-        able = [name for name in SELECTORS if trains(name)]
+    if scoring is not None and scoring.selector in SELECTORS and not facts_of(scoring.selector).trains:
+        able = [name for name, selector in SELECTORS.items() if selector.trains]
         yield (
             f"model.quantise={quantise} does not go with method.selector={scoring.selector}, which reads the "
             f"pretrained weights or their gradients: use {', '.join(able)}, or select without model.quantise "
@@ -214,10 +212,11 @@ def _fsdp(settings: Settings) -> Iterator[str]:
         )
     if search is None or method.scoring is None:
         return
-    if method.scoring.selector not in SHARDED_SELECTORS:
+    if not facts_of(method.scoring.selector).shards:
+        able = [name for name, selector in SELECTORS.items() if selector.shards]
         yield (
             f"{said} does not go with method.selector={method.scoring.selector}, which reads whole weights or runs the "
-            f"model a different number of times in each process: use {' or '.join(SHARDED_SELECTORS)}, or select on "
+            f"model a different number of times in each process: use {' or '.join(able)}, or select on "
             "one device (search_only=true) and give method.selection=<its selection.json>"
         )
     if search.order == 2:

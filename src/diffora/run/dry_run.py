@@ -33,7 +33,7 @@ from diffora.records import ENDED, write_record
 from diffora.run import memory, terminal
 from diffora.run.record import read_record
 from diffora.run.steptime import Counted, find_lowest, words
-from diffora.scoring.selectors import trains
+from diffora.scoring.selectors import facts_of
 from diffora.settings.sections import Settings
 from diffora.tasks.base import Task
 from diffora.training.steps import check_stages
@@ -88,7 +88,7 @@ def dry_run(settings: Settings, method: Method, task: Task, folder: Path, record
     terminal.print_dry_run(record, grid, selection, method)
     if step_time:
         print(f"time budget: {words(step_time, grid)}")
-    searched = grid if selector and trains(selector) else None
+    searched = grid if selector and facts_of(selector).trains else None
     record["memory"] = {"estimate": _memory(settings, task, backbone, searched, grid.layers)}
     terminal.print_memory(record["memory"]["estimate"])
     if (read_record(folder) or {}).get("status") not in ENDED and not has_work(folder):  # keep the record of a run

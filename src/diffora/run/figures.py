@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffora.core.dam import neutral_gate
 from diffora.core.parts import short_names
-from diffora.core.picture import layer_labels, size_of
+from diffora.core.picture import layer_labels, size_of, start_gate
 from diffora.core.selection import Selection
 from diffora.files import atomic
 from diffora.tasks.classes import ClassResults
@@ -52,7 +51,7 @@ def gamma_trajectories(trajectory: Trajectory, types: Sequence[str], relaxation:
         for j in present:
             values: Any = [gamma_bar[i][j] for _, gamma_bar in trajectory]
             lines[j] = axes.plot(rounds, values, lw=1.4, color=f"C{j % 10}", ls="-" if j < 10 else "--")[0]
-        axes.axhline(neutral_gate(relaxation, len(present)), color="0.75", lw=0.8, zorder=0)
+        axes.axhline(start_gate(relaxation, len(present)), color="0.75", lw=0.8, zorder=0)
         axes.set_title(labels[i], size=9)
         axes.tick_params(labelbottom=i + columns >= layers)
         axes.spines[["top", "right"]].set_visible(False)

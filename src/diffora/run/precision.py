@@ -9,7 +9,7 @@ from diffora.backbones.precision import bfloat16_unit
 from diffora.errors import UserError
 from diffora.loop.predict import accelerator_device
 from diffora.methods.base import Method
-from diffora.methods.peft_config import MOVES_BASE
+from diffora.methods.peft_config import ALLOWED_CHANGES
 from diffora.trust import class_at
 
 NAME_IT = "name it: bf16-mixed (with model.dtype=bfloat16) or 32-true"
@@ -64,7 +64,7 @@ def _unit(accelerator: str) -> tuple[str | None, str]:
 
 def _changes_pretrained(cfg: DictConfig) -> bool:
     """Whether a method trains pretrained weights, or starts by taking a part out of them, as PiSSA does."""
-    if str(_value(cfg, "method.config.init_lora_weights")).startswith(MOVES_BASE):
+    if str(_value(cfg, "method.config.init_lora_weights")).startswith(ALLOWED_CHANGES):
         return True
     try:
         kind: Any = class_at(_value(cfg, "method._target_"), Method, "method._target_")

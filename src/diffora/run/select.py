@@ -9,10 +9,9 @@ says that the search is finished.
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -29,16 +28,13 @@ from diffora.loop.process import is_main
 from diffora.loop.resume import write_search
 from diffora.methods.base import Method, Scoring
 from diffora.methods.diffora import DiffoRA
-from diffora.methods.lowrank import Regulariser
-from diffora.methods.selecting import Selecting
 from diffora.run import figures
+from diffora.run.unread import unread
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.context import Member, SearchContext, SearchResult
-from diffora.scoring.selectors import SELECTORS, trains
-from diffora.scoring.spectra import SPECTRA
+from diffora.scoring.selectors import facts_of
 from diffora.scoring.stage import run_search, search_rows
 from diffora.scoring.warm_start import load_weights, save_weights, warm_start, weights_file
-from diffora.settings.sections import Search, Settings
 from diffora.tasks.account import lines as account_lines
 
 log = logging.getLogger(__name__)
@@ -64,11 +60,9 @@ class Selected:
 def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
     """The method's selection. Runs a search if the method needs scores. Writes the selection to the run directory."""
     scoring = method.scoring
-    for line in _beside_others(parts.settings):
+    for line in unread(parts.settings):
         log.warning(line)
     if scoring is None:
-        for line in _without_selector(parts.settings):
-            log.warning(line)
         found = Selected(_chosen(parts, method, None))
         if found.selection is not None and is_main():
             found.selection.save(parts.folder / FILE)
@@ -81,11 +75,9 @@ def select(parts: Parts, method: Method, loggers: Loggers) -> Selected:
 
 def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) -> Selected:
     """The selection from a selector's scores, or from the finished search of an earlier attempt."""
-    for line in _ignored(parts, scoring.selector):
-        log.warning(line)
     rows = search_rows(parts)
     parts.data.accounts["search"] = rows.account.record()
-    if scoring.selector not in SPECTRA:
+    if facts_of(scoring.selector).reads_rows:
         for line in account_lines({"search": parts.data.accounts["search"]}):
             log.warning(line)
     if parts.earlier.search is not None:
@@ -109,67 +101,6 @@ def _searched(parts: Parts, method: Method, scoring: Scoring, loggers: Loggers) 
     if is_main():
         _save(parts, method, result, selection, scoring.keep_weights)
     return Selected(selection, result.seconds, result.weights)
-
-
-READ_BY_SEARCH_ONLY = ("gamma_lr", "update", "order", "relaxation", "head_warmup", "readout", "patience")
-"""Settings of the search that other selectors do not read."""
-READ_IN_TRAINING = ("epochs", "lr", "rank", "train_steps", "weight_decay", "clip")
-"""Settings that selectors do not read which train nothing."""
-
-READ_WITH_ROWS = ("batch_size", "accumulate", "max_rows", "valid_fraction")
-"""Settings that selectors do not read which look at the weights only."""
-
-
-def _ignored(parts: Parts, selector: str) -> Iterator[str]:
-    """The settings of the search that were changed, but that another selector does not read."""
-    unread: tuple[str, ...] = () if selector == "search" else READ_BY_SEARCH_ONLY
-    unread += () if trains(selector) else READ_IN_TRAINING
-    unread += () if selector == "one_shot" else ("masks",)
-    unread += ("score_batches",) if selector in ("search", *SPECTRA) else ()
-    unread += READ_WITH_ROWS if selector in SPECTRA else ()
-    unread += ("accumulate",) if selector == "fisher" or selector not in SELECTORS else ()
-    for key, value in _changed(parts.settings):
-        if key.partition(".")[2] in unread:
-            yield f"{key}={value} has no effect: method.selector={selector} does not read it"
-
-
-def _without_selector(settings: Settings) -> Iterator[str]:
-    """The settings of the search, and of what is selected, that were changed, where no selector runs."""
-    for key, value in _changed(settings):
-        yield f"{key}={value} has no effect: no selector runs"
-    method = settings.method
-    if isinstance(method, DiffoRA) and (method.selection is not None or method.adapter is not None):
-        usual = {"rho": settings.task.recipe.rho, "selector": "search", "scope": "layer"}
-        given = "method.adapter" if method.selection is None else "method.selection"
-        for name, default in usual.items():
-            if (value := getattr(method, name)) != default:
-                yield f"{'' if name == 'rho' else 'method.'}{name}={value} has no effect: {given} says what is selected"
-
-
-def _beside_others(settings: Settings) -> Iterator[str]:
-    """The settings of the adapters that were changed, but that another setting makes useless."""
-    method = settings.method
-    regulariser = getattr(method, "regulariser", None)
-    if isinstance(regulariser, Regulariser) and regulariser.weight == 0 and regulariser.form != "squared":
-        yield f"method.regulariser.form={regulariser.form} has no effect: method.regulariser.weight=0 is no penalty"
-    alone = isinstance(method, Selecting) and not method.weight_sharing
-    if alone and method.shared_rank != settings.task.recipe.shared_rank:
-        yield f"method.shared_rank={method.shared_rank} has no effect: method.weight_sharing=false shares nothing"
-
-
-def _changed(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """The settings of the search that are not what they are without a word of the user: (key, value)."""
-    if settings.search is not None:  # a method without a search has none
-        tuning = settings.finetune
-        usual = {field.name: field.default for field in fields(Search)}
-        usual |= {"epochs": settings.task.recipe.search_epochs, "lr": tuning.lr, "rank": settings.rank}
-        usual |= {"batch_size": tuning.batch_size, "accumulate": tuning.accumulate}
-        for name, default in usual.items():
-            if (value := getattr(settings.search, name)) != default:
-                yield f"search.{name}", value
-    method = settings.method
-    if isinstance(method, DiffoRA) and method.score_batches != DiffoRA.score_batches:  # the class has the default
-        yield "method.score_batches", method.score_batches
 
 
 def _chosen(parts: Parts, method: Method, scores: Tensor | None) -> Selection | None:

@@ -111,8 +111,17 @@ class Selector:
 
     Attributes:
         run: computes the scores. The model is the same before and after.
+        reads: names of the settings that it reads: fields of the section ``search``, and ``score_batches``.
         trains: whether it trains A and B of every candidate, with rank ``search.rank``.
+        shards: whether it runs on a model that is divided among processes (``trainer.strategy=fsdp``).
     """
 
     run: Run
+    reads: frozenset[str]
     trains: bool = False
+    shards: bool = False
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it computes on training rows, and not on the weights alone."""
+        return "max_rows" in self.reads

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffora.core.grid import Grid, laid_out
 from diffora.core.linear import features, weight_of
 from diffora.core.split import tables_noted
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 from diffora.scoring.criteria import (
     counted_tokens,
     direction_norm,
@@ -90,7 +90,7 @@ class _OfGradients(Measure):
         super().__init__(model, grid, seed)
         if made := [n for n, m in zip(grid.modules, self.modules, strict=True) if "weight" not in m._parameters]:
             raise UserError(
-                f"the weight of {made[0]} (and {len(made) - 1} more) is computed from others in each pass, by "
+                f"the weight of {first_of(made)} is computed from others in each pass, by "
                 "pruning or a parametrisation, so the loss has no gradient by it: make it a parameter (prune.remove or "
                 "parametrize.remove_parametrizations of torch.nn.utils), or leave it out of the candidates"
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.core.attach import device_of, inside_adapter, inside_wrappers
 from diffora.core.grid import Grid, find_grid
-from diffora.errors import UserError
+from diffora.errors import UserError, first_of
 
 log = logging.getLogger("diffora")
 
@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UserError(
-            f"{empty[0]} (and {len(empty) - 1} more) has no values on its device: load the weights of the model, and "
+            f"{first_of(empty)} has no values on its device: load the weights of the model, and "
             "let no device_map move them to the CPU or a disk"
         )
     return model

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from diffora.core.dam import neutral_gate
 from diffora.core.grid import Grid
+from diffora.core.picture import start_gate
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.standalone.batches import Loss, divided_loader, loader_problems, loss_problem, model_loss
@@ -146,7 +146,7 @@ def search(
             say(progress, [f"stopped after {found.rounds:.3g} of {rounds} rounds: unchanged for {patience} checks"])
         members.append(found)
     gates = members[0].gates[grid.present]
-    starts = dict.fromkeys(f"{neutral_gate(relaxation, size):.3f}" for size in sorted(set(grid.sizes), reverse=True))
+    starts = dict.fromkeys(f"{start_gate(relaxation, size):.3f}" for size in sorted(set(grid.sizes), reverse=True))
     now = f"between {gates.min():.3f} and {gates.max():.3f}"
     say(progress, [f"gates are {now} now; they started at {' or '.join(starts)}"])
     config = {"search": asdict(settings), "trained": names, "division": division}

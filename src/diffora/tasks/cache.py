@@ -20,9 +20,9 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from diffora import digests
-from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic, json_digest
+from diffora.places import default_cache_dir
 from diffora.tasks.sources.faults import READ_ERRORS
 
 log = logging.getLogger(__name__)

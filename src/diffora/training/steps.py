@@ -7,7 +7,7 @@ from diffora.core.grid import Grid
 from diffora.errors import UserError
 from diffora.loop.machine import found_devices
 from diffora.methods.base import Method, check_ranks
-from diffora.scoring.selectors import trains
+from diffora.scoring.selectors import facts_of
 from diffora.settings.sections import Settings
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def check_stages(settings: Settings, method: Method, grid: Grid, n_rows: int | N
     Raises:
         UserError: a setting does not suit them.
     """
-    if method.scoring is not None and trains(method.scoring.selector):
+    if method.scoring is not None and facts_of(method.scoring.selector).trains:
         check_ranks(grid, {"search.rank": settings.search.rank})
     if n_rows is None:
         return

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffora.digests import default_cache_dir
 from diffora.errors import UserError
 from diffora.files import atomic
+from diffora.places import default_cache_dir
 from diffora.tasks.cache import SEAL, is_sealed, seal
 from diffora.tasks.encoding import cores
 from diffora.tasks.images.decode import FORMAT_VERSION, IMAGES_AT_ONCE, progress, read_bytes

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from diffora.digests import default_cache_dir
 from diffora.errors import first_line
+from diffora.places import default_cache_dir
 from diffora.tasks.account import Account, note_ignored
 from diffora.tasks.images.rows import identity
 from diffora.tasks.images.source import IMAGE, Source, as_images
