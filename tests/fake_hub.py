@@ -104,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
         self.hub.repos[name] = files
         self.hub.commits[name] = self.hub.commits.get(name, 0) + 1
         url = f"{self.hub.url}/{name}/commit/{self.hub.sha(name)}"
@@ -127,7 +129,14 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, rows, {"Content-Type": "application/json"})
         elif INFO.fullmatch(path):
             siblings = [{"rfilename": key, "size": len(value)} for key, value in files.items()]
-            info = {"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False, "tags": []}
+            info = {
+                "id": name,
+                "modelId": name,
+                "sha": sha,
+                "siblings": siblings,
+                "private": self.hub.private.get(name, False),
+                "tags": [],
+            }
             self.answer(200, info | {"downloads": 0, "likes": 0})
         elif (content := files.get(found[3])) is None:
             self.answer(404, None, {"X-Error-Code": "EntryNotFound"})

@@ -101,6 +101,39 @@ def test_a_whole_model_is_published_with_its_tokenizer(hub, finished):
     assert front["library_name"] == "transformers" and front["base_model_relation"] == "finetune"
 
 
+def test_a_push_leaves_no_file_of_an_earlier_run(hub, finished):
+    mine = "somebody/mine"
+    pushed(finished, mine)
+    hub.repos[mine] |= {"exact.safetensors": b"of another run", "notes.txt": b"by hand"}
+    pushed(finished, mine)
+    assert "exact.safetensors" not in hub.repos[mine] and hub.repos[mine]["notes.txt"] == b"by hand"
+    diffora.load_adapter(base(), mine)
+
+
+def test_a_model_and_an_adapter_are_not_mixed(hub, finished):
+    pushed(finished, "somebody/mine")
+    before = dict(hub.repos["somebody/mine"])
+    with pytest.raises(UserError, match=r"it has adapter_config\.json, and this is a whole model: choose another name"):
+        pushed(finished, "somebody/mine", "form=merged")
+    assert hub.repos["somebody/mine"] == before
+    pushed(finished, "somebody/whole", "form=merged")
+    with pytest.raises(UserError, match=r"it has model\.safetensors, and this is an adapter"):
+        pushed(finished, "somebody/whole")
+
+
+def test_a_private_push_does_not_go_to_a_public_repository(hub, finished):
+    pushed(finished, "somebody/mine")
+    with pytest.raises(UserError, match="exists already and is public"):
+        pushed(finished, "somebody/mine", "private=true")
+    assert hub.commits == {"somebody/mine": 1}
+
+
+def test_a_name_that_contains_the_current_folder_is_no_path(hub, finished, monkeypatch):
+    monkeypatch.chdir("/opt")
+    pushed(finished, "me/opt-it")
+    assert "me/opt-it" in hub.repos
+
+
 # --- what goes wrong ---
 
 

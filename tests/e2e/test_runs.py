@@ -322,7 +322,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(cfg, quick, tm
 
     monkeypatch.setattr(GlueTask, "loss", fails_later)
     overrides = [o for o in quick if not o.startswith("search.")]
-    with pytest.raises(UserError, match=r"not finite in epoch 2; stopped, the last good checkpoint is .*finetune-0001"):
+    with pytest.raises(
+        UserError, match=r"in epoch 2; stopped, the last checkpoint with a finite loss is .*finetune-0001"
+    ):
         run(cfg(*overrides, "method=lora"), tmp_path / "run")
     record = read_record(tmp_path / "run")
     assert record["status"] == "failed" and "not finite" in record["error"]

@@ -192,16 +192,17 @@ def test_a_time_budget_limits_the_search_to_the_layers_that_it_allows(cfg, tmp_p
     "place",
     [
         "diffora.run.select.write_search",
+        "diffora.run.figures.save_png",
         "diffora.training.finetune.FineTuneModule.on_save_checkpoint",
         "diffora.run.experiment.write_classes",
     ],
 )
 def test_a_killed_run_continues_to_the_same_result(cfg, tmp_path, place):
-    """Killed at the end of the search, in the second checkpoint of fine-tuning, and after fine-tuning."""
+    """Killed at the end of the search, right after it, in the second checkpoint of fine-tuning, and after it."""
     more = [*TINY, "method=diffora", "search.epochs=1", "search.batch_size=4"]
     more += ["method.time_budget=0.75", "finetune.epochs=3", CACHED]
     whole = run(cfg(*more), tmp_path / "whole")
-    function, times = pkgutil.resolve_name(place), 2 if "FineTune" in place else 1
+    function, times = pkgutil.resolve_name(place), 2 if "FineTune" in place or "save_png" in place else 1
 
     def stop(*given):
         nonlocal times

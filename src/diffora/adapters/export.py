@@ -27,7 +27,7 @@ from diffora.adapters.pairs import (
 )
 from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.backbones.processors import load_processor
-from diffora.core.attach import moved_statistics, places_of
+from diffora.core.attach import moved_statistics, places_of, without_compiled_parts
 from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.selection import Selection
@@ -88,8 +88,15 @@ def save_adapter(
         raise UserError(f"form={form!r} must be {UNIFORM} or {COMPACT}")
     if not isinstance(model, Backbone):
         model = without_wrappers(model)
-        model = Backbone.of(model, arguments=named_classes(model))
-    backbone = _with_trained(model, head)
+        with without_compiled_parts(model):
+            _save_model(Path(folder), Backbone.of(model, arguments=named_classes(model)), head, form)
+    else:
+        _save_model(Path(folder), model, head, form)
+
+
+def _save_model(folder: Path, backbone: Backbone, head: Sequence[str], form: str) -> None:
+    """`save_adapter` of a model without wrappers."""
+    backbone = _with_trained(backbone, head)
     pairs, shared = pairs_in(backbone.model)
     if not pairs:
         raise UserError(f"this {type(backbone.model).__name__} has no low-rank layers: call diffora.attach first")
@@ -99,11 +106,9 @@ def save_adapter(
             "torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict=True), load them into a "
             "model with the same adapters that is not divided, and save that"
         )
-    _check_selection(Path(folder), pairs, shared)
+    _check_selection(folder, pairs, shared)
     base = getattr(getattr(backbone.model, "config", None), "name_or_path", None) or None
-    save_pairs(
-        Path(folder), backbone, pairs, shared, base, task_type(backbone.model), form, identity_of(backbone.model)
-    )
+    save_pairs(folder, backbone, pairs, shared, base, task_type(backbone.model), form, identity_of(backbone.model))
 
 
 def _check_selection(folder: Path, pairs: Pairs, shared: Sequence[Sequence[str]]) -> None:
@@ -355,16 +360,22 @@ def export_weights(folder: Path, origin: Origin) -> None:
     write_manifest(folder, files, made_for(backbone, origin.record.get("backbone")))
 
 
-def export_model(folder: Path, origin: Origin) -> None:
-    """Write a whole transformers model (full fine-tuning), with its tokenizer or image processor."""
-    model: Any = origin.backbone.model
-    with atomic_folder(folder) as scratch:
-        caches = getattr(model.config, "use_cache", None)
-        if caches is not None:
-            model.config.use_cache = True  # off in training only; generation is slow without it
-        model.save_pretrained(scratch)
+def save_model(model: Any, folder: Path) -> None:
+    """Write a transformers model, for generation with a cache, which is off in training only."""
+    caches = getattr(model.config, "use_cache", None)
+    if caches is not None:
+        model.config.use_cache = True
+    try:
+        model.save_pretrained(folder)
+    finally:
         if caches is not None:
             model.config.use_cache = caches
+
+
+def export_model(folder: Path, origin: Origin) -> None:
+    """Write a whole transformers model (full fine-tuning), with its tokenizer or image processor."""
+    with atomic_folder(folder) as scratch:
+        save_model(origin.backbone.model, scratch)
         try:
             # Load it again: the one in memory keeps settings of its last call, such as the truncation.
             settings = OmegaConf.create(origin.config["model"])

@@ -68,5 +68,6 @@ def adapter_digest(place: str) -> str:
     folder = local_copy(place)
     files = [digest_of(folder / name) for name in READ if (folder / name).is_file()]
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    facts = {key: manifest.get(key) for key in ("modules", "shared", "heads", "form")}
+    known = manifest if isinstance(manifest, dict) else {}  # `read_manifest` refuses anything else
+    facts = {key: known.get(key) for key in ("modules", "shared", "heads", "form")}
     return json_digest([files, facts])

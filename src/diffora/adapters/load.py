@@ -15,7 +15,7 @@ from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manif
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
 from diffora.adapters.pairs import LOADED_WHOLE, PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import device_of, freeze_rest, note_adapted, places_of
+from diffora.core.attach import check_values_present, device_of, freeze_rest, note_adapted, places_of
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import LowRankLinear
 from diffora.errors import UserError, first_of
@@ -35,6 +35,7 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
+    check_values_present(backbone.model)
     manifest: dict[str, Any] | None = None
     with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
         manifest = read_manifest(folder)
@@ -92,7 +93,8 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     for name, state in states.items():
         modules[name].load_state_dict(state)
     place_pairs(backbone.model, modules, pairs)
-    setattr(backbone.model, LOADED_WHOLE, tuple(pairs.heads))
+    before = getattr(backbone.model, LOADED_WHOLE, ())  # of an adapter that was loaded earlier
+    setattr(backbone.model, LOADED_WHOLE, tuple(dict.fromkeys((*before, *pairs.heads))))
 
 
 def _adapted_and_saved(pairs: StoredPairs) -> list[str]:
@@ -138,6 +140,12 @@ def _check_states(
             f"{name}.{key} is {given.get(key, 'missing')} in the file and {needed.get(key, 'missing')} in the model"
             for key in sorted(needed.keys() | given.keys())
             if needed.get(key) != given.get(key) and not (name in pairs.modules and key.startswith("lora_"))
+        ]
+        own = modules[name].state_dict()
+        problems += [
+            f"{name}.{key} is {value.dtype} in the file and {own[key].dtype} in the model"
+            for key, value in state.items()
+            if key in own and value.is_floating_point() != own[key].is_floating_point()
         ]
     if problems:
         raise UserError([f"{folder} does not fit this model: {problem}" for problem in problems])

@@ -1,5 +1,6 @@
 """Loads an adapter as plain PEFT does, with checks that PEFT does not make."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise UserError(f"{folder} is a prompt ({config.peft_type.value}), which is not part of the model")
-        if getattr(config, "lora_alpha", 1) <= 0:
+        if not 0 < getattr(config, "lora_alpha", 1) < math.inf:
             raise UserError(f"{folder / CONFIG}: lora_alpha={config.lora_alpha} must be above 0")
         check_heads(backbone, config.modules_to_save or [], folder)
         tensors = read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
@@ -77,5 +78,7 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
     if absent := sorted(expected - tensors.keys()):
         raise UserError(f"{folder / WEIGHTS} does not fit this model: no {first_of(absent)}")
     places = {key: key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}
-    if strange := [key for key, place in places.items() if place not in modules]:
+    strange = [key for key, place in places.items() if place not in modules]
+    strange += [key for key in tensors if (".lora_A." in key or ".lora_B." in key) and key not in names]
+    if strange:
         raise UserError(f"{folder / WEIGHTS} does not fit this model: no place for {first_of(strange)}")

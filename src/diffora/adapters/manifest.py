@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ MOVABLE = ("base_model_name_or_path", "revision", "base_model")
 """Keys of JSON files that the digests leave out. They change when an adapter is moved or published."""
 NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
 """Names of files beside the manifest."""
+
+
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda v: isinstance(v, str), "the name of a class"),
+    "layers": (lambda v: type(v) is int, "a whole number"),
+    "arguments": (lambda v: isinstance(v, dict), "arguments by name"),
+    "labels": (lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v), "a list of class names"),
+    "backbone": (lambda v: isinstance(v, dict) and isinstance(v.get("files", {}), dict), "digests by file"),
+}
+"""What the facts about the model must be, where there are any."""
 
 
 def write_manifest(folder: Path, files: Iterable[str], content: Mapping[str, Any]) -> None:
@@ -50,7 +60,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not the manifest of an adapter: it has no digests of files beside it")
     if content.pop("sha256", None) != json_digest(content):
         raise UserError(f"{file} is damaged or was edited: it does not have the digest that was written into it")
-    problems = []
+    problems = [
+        f"{file}: {key}={value!r:.100} must be {words}"
+        for key, (fits, words) in ENTRIES.items()
+        if (value := content.get(key)) is not None and not fits(value)
+    ]
     for name, digest in files.items():
         try:
             found = digest_of(folder / name)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from diffora import digests
-from diffora.adapters.manifest import MANIFEST
 from diffora.backbones.backbone import Backbone
 from diffora.core.attach import inside_wrappers
 from diffora.errors import UserError
@@ -145,8 +144,7 @@ def take_labels(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> 
     names = getattr(config, "id2label", None)
     if not labels or not names:
         return
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{folder / MANIFEST}: labels={labels!r} must be a list of class names")
+
     theirs = [str(names[i]) for i in sorted(names)]
     if theirs == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' names for classes without names
         config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]

@@ -25,7 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from diffora.adapters.fetch import local_copy
-from diffora.adapters.manifest import CONFIG, EXACT, MANIFEST, SELECTION, WEIGHTS, read_manifest, write_manifest
+from diffora.adapters.manifest import (
+    ADAPT,
+    CONFIG,
+    EXACT,
+    MANIFEST,
+    SELECTION,
+    TRAINED,
+    WEIGHTS,
+    read_manifest,
+    write_manifest,
+)
+from diffora.core.linear import FLOATS
 from diffora.errors import UserError, first_of
 from diffora.files import atomic, write_text
 
@@ -34,6 +45,7 @@ PREFIX = "base_model.model."
 """PEFT puts this before the name of every module."""
 LOADED_WHOLE = "diffora_loaded_whole"
 """Attribute of a model: names of the modules that an adapter filled. They are saved again with the adapter."""
+
 Kept = Mapping[str, tuple[Tensor, Tensor, float]]
 """(A (rank, in), B^T (rank, out), s) by module, on the CPU."""
 
@@ -121,8 +133,8 @@ def write_pairs(
     write_tensors(folder / WEIGHTS, {**tensors, **whole})
     if exact:
         write_tensors(folder / EXACT, exact)
-    else:
-        (folder / EXACT).unlink(missing_ok=True)  # of an earlier adapter
+    for name in (ADAPT, TRAINED, *([] if exact else [EXACT])):
+        (folder / name).unlink(missing_ok=True)  # of an earlier adapter
     write_text(folder / CONFIG, json.dumps({**config, **ranks_and_scales(kept, form)}, indent=1) + "\n")
     modules = {
         name: {"rank": len(lora_a), "scale": scale, "dropout": dropout[name]}
@@ -228,6 +240,10 @@ class StoredPairs:
                 yield f"it has no A and B for {name}"
                 continue
             lora_a, folded = self.stored(name)
+            kinds = {lora_a.dtype, folded.dtype} | ({self.exact[name].dtype} if name in self.exact else set())
+            if strange := sorted(map(str, kinds.difference(FLOATS))):
+                yield f"A or B of {name} is of type {strange[0]}: it must be float32, float64, bfloat16 or float16"
+                continue
             wanted, which = (most, "the largest rank") if self.form == UNIFORM else (rank, "its rank")
             if lora_a.ndim != 2 or folded.ndim != 2 or not len(lora_a) == len(folded) == wanted:
                 yield f"A and B of {name} must have {wanted} rows and columns, {which} in {MANIFEST}"
@@ -236,7 +252,7 @@ class StoredPairs:
             elif name in self.exact and not torch.equal(self.exact[name] * scale, folded[:rank]):
                 yield f"B of {name} is another one in {EXACT}"
         for name, tensor in self.tensors.items():
-            if not tensor.isfinite().all():
+            if tensor.dtype in FLOATS and not tensor.isfinite().all():
                 yield f"{name} has numbers that are not finite"
         if not self.exact.keys() <= self.modules.keys():
             yield f"{EXACT} has {min(self.exact.keys() - self.modules.keys())}, which {MANIFEST} does not name"

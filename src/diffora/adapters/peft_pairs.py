@@ -1,6 +1,7 @@
 """Reads a LoRA adapter that PEFT wrote, as the pairs of this package."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,26 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             "ones; convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            yield f"{key}={value!r} must be a number above 0"
+        if not _is_positive(config.get(key)):
+            yield f"{key}={config.get(key)!r} must be a number above 0"
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+            yield f"{key}={pattern!r:.100} must be numbers above 0 by names of modules"
+        elif broken := [name for name in pattern if not _is_pattern(name)]:
+            yield f"{key}: {broken[0]!r} is no regular expression"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _head_of(key: str, saved: list[str], folder: Path) -> str:

@@ -80,7 +80,7 @@ class Start:
             made: further fields of a new `Selection`.
         """
         file = self.folder / SELECTION
-        if file.is_file():
+        if SELECTION in (self.manifest.get("files") or ()):  # another one belongs to another adapter
             found = Selection.load(file)
             found.check_fits(grid, file)
             return found
@@ -101,6 +101,8 @@ class Start:
         if why := self._other_head(model, modules, states):
             log.warning(f"the head of {self.place} is not used: {why}")
         else:
+            if not self.manifest:
+                _check_untied(model, states, self.place)
             for name, state in states.items():
                 modules[name].load_state_dict(state)
         places = {name: (rank, scale, dropout) for name, (rank, scale, _) in self.pairs.modules.items()}
@@ -129,3 +131,15 @@ class Start:
         if theirs is not None and ours is not None and list(theirs) != ours:
             return f"its classes are {', '.join(theirs[:5])}, and those of this task {', '.join(ours[:5])}"
         return None
+
+
+def _check_untied(model: nn.Module, states: Mapping[str, Any], place: str) -> None:
+    """Refuse modules saved whole that share weights with other modules. PEFT would train them apart from these."""
+    inside = tuple(f"{name}." for name in states)
+    saved = {p: name for name, p in model.named_parameters() if name.startswith(inside)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(inside) and parameter in saved:
+            raise UserError(
+                f"{place} has {saved[parameter]} whole, and in this model {name} is the same tensor, which the adapter "
+                "leaves as it was: load the model with tie_word_embeddings=False"
+            )

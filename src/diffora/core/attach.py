@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -286,6 +287,28 @@ def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> 
     """The module inside the wrappers of ``torch.compile`` and of the given classes, which have it as ``module``."""
     inner: Any = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
     return model if inner is None else inside_wrappers(inner, wrappers)
+
+
+@contextmanager
+def without_compiled_parts(model: nn.Module) -> Iterator[None]:
+    """A context in which modules inside a model that are compiled alone have their own names and no ``_orig_mod``."""
+    compiled = {name: part for name, part in model.named_modules() if name and hasattr(part, "_orig_mod")}
+    for name, part in compiled.items():
+        model.set_submodule(name, part._orig_mod)
+    try:
+        yield
+    finally:
+        for name, part in compiled.items():
+            model.set_submodule(name, part)
+
+
+def check_values_present(model: nn.Module) -> None:
+    """Raise a UserError if a parameter is on the device ``meta``, as accelerate leaves those that it moved away."""
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(
+            f"{first_of(empty)} has no values on its device: load the weights of the model, and "
+            "let no device_map move them to the CPU or a disk"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -146,7 +146,7 @@ def slurm() -> list[SLURMEnvironment]:
 
 def _not_finite(error: NonFiniteLoss, stage: str, section: Any, precision: str, checkpoints: Path) -> UserError:
     good = newest_checkpoint(checkpoints, stage)
-    kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
+    kept = f"the last checkpoint with a finite loss is {good[0]}" if good else "there is no earlier checkpoint"
     return UserError(
         f"{stage}: {error}; stopped, {kept}. Try a lower {stage}.lr (it is {section.lr:g})"
         + (f", a lower {stage}.weight_decay (it is {section.weight_decay:g})" if section.weight_decay > 1 else "")

@@ -28,10 +28,12 @@ class Earlier:
     Attributes:
         checkpoints: for each stage, the newest undamaged checkpoint and its content.
         search: the selection of a finished search or score, and the seconds that it took.
+        prefix: facts about the cached prefix of the finished search, as `Parts.prefix`.
     """
 
     checkpoints: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
     search: tuple[Selection, float] | None = None
+    prefix: dict[str, Any] = field(default_factory=dict)
 
     @property
     def exists(self) -> bool:
@@ -55,9 +57,10 @@ def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:
             cannot be used.
     """
     found = Earlier()
-    search, made = _finished_search(folder)
+    search, content = _finished_search(folder)
     found.search = search
-    origins = {} if made is None else {folder / SEARCH: made}
+    found.prefix = content.get("prefix", {})
+    origins = {folder / SEARCH: content["made_with"]} if content else {}
     for stage in ("finetune",) if search else ("search", "finetune"):
         if (newest := newest_checkpoint(folder / "checkpoints", stage)) is not None:
             with continuing(newest[0]):
@@ -76,42 +79,43 @@ def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:
     return found
 
 
-def write_search(folder: Path, seconds: float, made_with: Mapping[str, Any]) -> None:
+def write_search(folder: Path, seconds: float, made_with: Mapping[str, Any], prefix: Mapping[str, Any]) -> None:
     """Record that a search or score is finished. Call it after all other files are written.
 
     Args:
         folder: the run directory.
         seconds: how long it took.
         made_with: from `diffora.digests.made_with`.
+        prefix: facts about its cached prefix, as `Parts.prefix`.
     """
     files = {name: file_digest(folder / name) for name in SEARCH_FILES if (folder / name).is_file()}
-    content = {"seconds": seconds, "files": files, "made_with": made_with}
+    content = {"seconds": seconds, "files": files, "made_with": made_with, "prefix": prefix}
     write_text(folder / SEARCH, json.dumps(content | {"digest": json_digest(content)}) + "\n")
 
 
-def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict[str, Any] | None]:
-    """((selection, seconds), what they were made with); (None, None) if no search was finished."""
+def _finished_search(folder: Path) -> tuple[tuple[Selection, float] | None, dict[str, Any]]:
+    """((selection, seconds), the content of its file); (None, {}) if no search was finished."""
     file = folder / SEARCH
     try:
         content = read_json(file)
     except FileNotFoundError:
-        return None, None
+        return None, {}
     except UserError:
         content = None
     if not isinstance(content, dict) or content.pop("digest", None) != json_digest(content):
         log.warning("%s is damaged: the search continues from its checkpoint, or starts again", file)
-        return None, None
-    seconds, files, made = content["seconds"], content["files"], content["made_with"]
+        return None, {}
+    seconds, files = content["seconds"], content["files"]
     if not all((folder / name).is_file() for name in ("selection.json", *files)):
-        return None, None
+        return None, {}
     for name, digest in files.items():
         if file_digest(folder / name) != digest:
             if name in ("trajectory.json", "members.json"):  # they are only for people to read
                 log.warning("%s is damaged: writing it again from the search's last checkpoint", folder / name)
-                return None, None
+                return None, {}
             raise UserError(
                 f"{folder / name} is not as the search wrote it: it is damaged or edited. Remove it, and it is written "
                 "again from the search's last checkpoint; to use an edited one, start another run with "
                 "method.selection=<a copy>"
             )
-    return (Selection.load(folder / "selection.json"), seconds), made
+    return (Selection.load(folder / "selection.json"), seconds), content

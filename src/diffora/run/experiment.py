@@ -211,7 +211,7 @@ def _load(settings: Settings, folder: Path, task: Task) -> tuple[Parts, dict[str
         if settings.trainer.cache_prefix:
             check_prefix(parts)
             if settings.resume:  # a search that is finished already
-                parts.prefix |= (read_record(folder) or {}).get("prefix") or {}
+                parts.prefix |= parts.earlier.prefix | ((read_record(folder) or {}).get("prefix") or {})
     check_stages(settings, method, parts.grid, len(parts.data.train.encoded))
     criterion_of(settings.finetune, task, parts.data.train.encoded)  # raises if it does not suit the task
     return parts, step_time

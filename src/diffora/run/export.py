@@ -11,9 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from diffora.adapters.export import save_model
 from diffora.adapters.forms import read_pairs, rewrite
 from diffora.adapters.manifest import CONFIG
-from diffora.adapters.merge import merge_updates
+from diffora.adapters.merge import merge_all
 from diffora.adapters.pairs import COMPACT, UNIFORM
 from diffora.backbones.processors import load_processor
 from diffora.errors import UserError, called
@@ -145,11 +146,11 @@ def _merged(request: ExportRequest) -> list[str]:
     model: Any
     model, _ = load_trained(request.cfg, request.weights, request.method, task)
     if request.weights.name != WEIGHTS[1]:
-        merge_updates(model)
+        merge_all(model)
     # Load it again: the one of the task keeps settings of its last call, such as the truncation.
     processor = load_processor(request.cfg.model, task.processor_kind)
     with atomic_folder(request.to) as scratch:
-        model.save_pretrained(scratch)
+        save_model(model, scratch)
         processor.save_pretrained(scratch)
     lines = [f"{type(model).__name__}, {model.dtype}".replace("torch.", "")]
     if task.processor_kind == "image_processor" and not getattr(processor, "do_center_crop", False):

@@ -1,14 +1,17 @@
 """A finished run on the Hugging Face hub: the adapter or the merged model, with a card (``diffora push``)."""
 
 import logging
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffora.adapters.fetch import READ
 from diffora.adapters.forms import name_base_model
-from diffora.adapters.manifest import read_manifest
+from diffora.adapters.manifest import ADAPT, CONFIG, MANIFEST, read_manifest
 from diffora.adapters.pairs import UNIFORM
 from diffora.adapters.published import Published, published_card
 from diffora.core.picture import layer_labels
@@ -103,10 +106,41 @@ def push(request: PushRequest) -> str:
         prepare(request, folder)
         try:
             api.create_repo(request.name, private=request.private or None, exist_ok=True)
-            api.upload_folder(repo_id=request.name, folder_path=folder, commit_message="Upload by diffora push")
+            info = api.model_info(request.name)
+            if request.private and not info.private:
+                raise UserError("private=true, but this repository exists already and is public: choose another name")
+            stale = _stale([sibling.rfilename for sibling in info.siblings or ()], folder)
+            api.upload_folder(
+                repo_id=request.name,
+                folder_path=folder,
+                commit_message="Upload by diffora push",
+                delete_patterns=stale or None,
+            )
+        except UserError as error:
+            raise UserError(f"{request.name} was not published: {error}") from None
         except Exception as error:
             raise UserError(f"{request.name} was not published: {hub_failure(error, request.name)}") from error
     return f"{api.endpoint}/{request.name}"
+
+
+def _stale(present: Sequence[str], folder: Path) -> list[str]:
+    """The files of an earlier push that a new one must delete, so that no file belongs to another run.
+
+    Args:
+        present: names of the files in the repository.
+        folder: what will be published.
+
+    Raises:
+        UserError: the repository has a whole model and this is an adapter, or the other way round. transformers would
+            load one of them only, and the other one may be somebody's work.
+    """
+    adapter, model = (CONFIG, ADAPT), ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    ours, theirs = (adapter, model) if any((folder / name).exists() for name in adapter) else (model, adapter)
+    if other := [name for name in theirs if name in present]:
+        what = "an adapter" if ours is adapter else "a whole model"
+        raise UserError(f"it has {other[0]}, and this is {what}: choose another name, or delete the old files first")
+    new = {file.name for file in folder.iterdir()}
+    return [name for name in present if name in (*READ, MANIFEST, *PICTURES) and name not in new]
 
 
 def prepare(request: PushRequest, folder: Path) -> None:
@@ -146,5 +180,6 @@ def _check_no_paths(folder: Path, request: PushRequest) -> None:
         if file.suffix not in (".json", ".md", ".jinja", ".txt"):
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
-        if found := [place for place in places if len(place) > 1 and place in text]:
-            raise UserError(f"{file.name} would publish the path {found[0]}: nothing was uploaded")
+        for place in (place for place in places if len(place) > 1):
+            if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", text):  # not the beginning of another name
+                raise UserError(f"{file.name} would publish the path {place}: nothing was uploaded")

@@ -172,7 +172,7 @@ def _save(parts: Parts, method: Method, result: SearchResult, selection: Selecti
     if keep_weights:
         save_weights(result.weights, weights_file(folder / FILE))
     selection.save(folder / FILE)
-    write_search(folder, result.seconds, parts.made_with)
+    write_search(folder, result.seconds, parts.made_with, parts.prefix)
 
 
 def start_warm(parts: Parts, method: Method, found: Selected) -> None:

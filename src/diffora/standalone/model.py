@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone, pretrained_children
-from diffora.core.attach import device_of, inside_adapter, inside_wrappers
+from diffora.core.attach import check_values_present, device_of, inside_adapter, inside_wrappers
 from diffora.core.grid import Grid, find_grid
-from diffora.errors import UserError, first_of
+from diffora.errors import UserError
 
 log = logging.getLogger("diffora")
 
@@ -34,11 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "model that is not wrapped yet (model.module), and give the result to the others: selection.save(path), "
             "Selection.load(path)"
         )
-    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise UserError(
-            f"{first_of(empty)} has no values on its device: load the weights of the model, and "
-            "let no device_map move them to the CPU or a disk"
-        )
+    check_values_present(model)
     return model
 
 

@@ -116,7 +116,9 @@ class ChoiceTask(OwnRecordsTask):
         for name, table in tables.items():
             labels = pc.unique(table.column("label")).to_pylist()
             if len(labels) == 1 and len(table) > 1:
-                self.accounts[name].notes.append(f"the right choice is number {labels[0] + 1} in all rows")
+                self.accounts[name].notes.append(
+                    f"the right choice has the same place in all rows: label {labels[0]}, counted from 0"
+                )
 
     # --- encoding ---
 

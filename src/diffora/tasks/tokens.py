@@ -249,7 +249,11 @@ class TokensTask(OwnRecordsTask):
 
     def count_encoded(self, account: Account, split: Split) -> None:
         table = split.encoded.data
-        account.drop("no words", len(split.rows) - pc.count_distinct(table.column("example")).as_py())
+        empty = len(split.rows) - pc.count_distinct(table.column("example")).as_py()
+        if "labels" in table.column_names:
+            account.drop("no words", empty)
+        elif empty:  # a prediction has a line for each row
+            account.notes.append(f"{empty:,} rows have no words: nothing is predicted for them")
         silent, several, cut = (pc.sum(table.column(name)).as_py() or 0 for name in ("silent", "several", "cut"))
         if several:
             account.notes.append(

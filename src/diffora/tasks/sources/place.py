@@ -147,7 +147,9 @@ class Place:
             check_folder(self.place, f"{self.names['train']}.{self.formats[0]}")
             return split_files(self.place, self.names.get(split, split), problems, self.formats)
         if not self.place.is_file():
-            problems.append(f"task.path={self.path} does not exist.")
+            problems.append(
+                f"task.path={self.path} does not exist{'' if self.place.is_absolute() else f' in {Path.cwd()}'}."
+            )
             return []
         return [self.place]
 

@@ -38,7 +38,7 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
         problems.append(f"{where}: the rows have no class but '{classes[0]}'; at least two classes are needed.")
     elif len(classes) == 1:
         problems.append(f"{where}: all rows have the same label '{classes[0]}'; at least two classes are needed.")
-    elif not several and not numbers and all(re.fullmatch(NUMBER, name) for name in classes):
+    elif not several and _are_numbers(classes):
         whole = all(float(name).is_integer() for name in classes)
         hint = ", or write whole numbers (1 in place of 1.0) if they are classes" if whole else ""
         problems.append(
@@ -63,6 +63,12 @@ def find_classes(part: Part, column: str, problems: list[str]) -> list[str]:
             f"column '{column}' has the class {some(absent)}: if this means that there is no label, remove these rows"
         )
     return classes
+
+
+def _are_numbers(classes: list[str]) -> bool:
+    """Whether labels are numbers, and not all of them whole. Infinity beside others counts."""
+    found = [name for name in classes if name.lower().lstrip("+-") not in ("inf", "infinity")]
+    return all(re.fullmatch(NUMBER, name) for name in found) and not all(re.fullmatch(WHOLE, name) for name in found)
 
 
 def _is_joint(name: str, classes: set[str]) -> bool:
