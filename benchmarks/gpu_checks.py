@@ -21,6 +21,7 @@ from diffora.backbones.load import load_backbone
 from diffora.backbones.request import ModelRequest
 from diffora.core.attach import attach
 from diffora.loop.compiled import compiled
+from diffora.settings.read import model_of
 
 EXACT = 1e-3
 """Largest difference in float32, where only the order of sums differs."""
@@ -164,7 +165,7 @@ def _errors_in_four_bits(shape: Shape) -> tuple[float, float]:
         def load(quantise: str | None) -> nn.Module:
             settings = OmegaConf.merge(yaml, {"quantise": quantise})
             torch.manual_seed(0)
-            return load_backbone(settings, request).model.to(shape.device).train()
+            return load_backbone(model_of(settings), request).model.to(shape.device).train()
 
         quantised, whole = load("4bit"), load(None)
     linear = {name: module for name, module in quantised.named_modules() if isinstance(module, Linear4bit)}

@@ -41,6 +41,7 @@ from diffora.run.check import check
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
 from diffora.run.trained import load_trained
+from diffora.settings.read import model_of
 from diffora.tasks.base import Task, get_task
 from diffora.tasks.glue import GlueTask
 from diffora.trust import class_at, literal, settings
@@ -320,7 +321,7 @@ def test_remote_code_is_never_allowed_by_a_file(arrived):
 def backbone(finished):
     cfg = settings(yaml.safe_load((finished / "config.yaml").read_text()), FILE, ["task", "model"])
     torch.manual_seed(0)
-    return load_backbone(cfg.model, get_task(cfg.task).model_request())
+    return load_backbone(model_of(cfg.model), get_task(cfg.task).model_request())
 
 
 def sign(folder):

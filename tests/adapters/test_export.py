@@ -33,6 +33,7 @@ from diffora.hub import EMBEDDED
 from diffora.methods.lowrank import LowRankAdaptation
 from diffora.places import conf_dir
 from diffora.settings.identity import plain
+from diffora.settings.read import model_of
 from diffora.tasks.base import get_task
 
 
@@ -121,7 +122,7 @@ def dialogue_adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dialogue")
     composed = compose_cfg("method=diffora", "task=dialogue", "model=tiny_llama")
     task = get_task(composed.task)
-    load = lambda: load_backbone(composed.model, task.model_request())  # noqa: E731
+    load = lambda: load_backbone(model_of(composed.model), task.model_request())  # noqa: E731
     backbone = load()
     model = backbone.model
     grid = find_grid(model)

@@ -13,7 +13,6 @@ import torch
 import transformers
 from conftest import batch_of
 from families import PAD, VOCAB, random_model, save_family, tokenizer_for
-from omegaconf import OmegaConf
 from small import small_task
 from torch import nn
 
@@ -31,7 +30,8 @@ from diffora.errors import UserError
 from diffora.loop.predict import predict
 from diffora.run.experiment import run
 from diffora.scoring.bilevel import SearchModule
-from diffora.settings.sections import Search
+from diffora.settings.read import model_of
+from diffora.settings.sections import Model, Search
 from diffora.tasks.base import Split, get_task
 
 
@@ -118,7 +118,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
     assert layers.keys() == {name for row in selection.modules for name in row}
     assert min(layer.delta().norm().item() for layer in layers.values()) > 1e-3
     task = get_task(composed.task)
-    grid = find_grid(load_backbone(composed.model, task.model_request()).model, composed.model.layer)
+    grid = find_grid(load_backbone(model_of(composed.model), task.model_request()).model, composed.model.layer)
     recipe = composed.task.recipe
     assert record["params"]["adapter"] == adapter_parameters(
         grid.shapes, selection.mask(), recipe.rank, recipe.shared_rank
@@ -126,7 +126,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
     assert (record["params"]["head"] > 0) == task.trains_head
 
     # the model from disk gives the outputs of the model in memory
-    processor = task.processor(composed.model)
+    processor = task.processor(model_of(composed.model))
     rows = task.encode(task.load().validation["validation"], processor, training=False)
     inputs = task.inputs(task.collate(processor, training=False)(rows[[0, 1, 2, 3]]))
 
@@ -136,7 +136,7 @@ def test_searched_tuned_exported_and_loaded_again(name, task_name, n_types, cfg,
         return [output[key] for key in ("logits", "start_logits", "end_logits") if key in output]
 
     expected = logits(model)
-    ours = load_backbone(composed.model, task.model_request(), processor)
+    ours = load_backbone(model_of(composed.model), task.model_request(), processor)
     load_adapter(ours, tmp_path / "run" / "adapter")
     torch.testing.assert_close(logits(ours.model), expected, rtol=1e-4, atol=1e-5)
     from peft import PeftModel
@@ -179,7 +179,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, t
     task = get_task(composed.task)
     rows = task.load().validation["validation"].select(range(8))
     torch.manual_seed(0)
-    backbone = load_backbone(composed.model, task.model_request())
+    backbone = load_backbone(model_of(composed.model), task.model_request())
     model = backbone.model
     stack = {"t5": "encoder.block.*", "bart": "encoder.layers.*"}.get(name)
     grid = find_grid(model, stack)
@@ -194,7 +194,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_padding_side(name, t
         if side:
             settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": side}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        processor = task.processor(composed.model)
+        processor = task.processor(model_of(composed.model))
         match_processor(model, processor)
         split = Split(rows, task.encode(rows, processor, training=False))
         collate = task.collate(processor, training=False)
@@ -215,7 +215,7 @@ def test_a_model_whose_output_depends_on_padding_is_refused(kind, changes, tmp_p
     config = transformers.AutoConfig.for_model(kind, vocab_size=VOCAB, **changes)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     tokenizer_for("bert").save_pretrained(tmp_path)
-    cfg = OmegaConf.create({"name": kind, "path": str(tmp_path)})
+    cfg = Model(name=kind, path=str(tmp_path))
     model, tokenizer = load_backbone(cfg, small_task().model_request()).model, load_tokenizer(cfg)
     with pytest.raises(UserError, match="predictions would depend on the batch"):
         match_processor(model, tokenizer)
@@ -286,7 +286,7 @@ def test_parameter_counts_of_the_shipped_models(model, task, backbone, adapter, 
 @pytest.mark.parametrize("model", ["gpt2", "bert_base", "distilbert_base", "t5_base", "bart_base"])
 def test_a_shipped_grid_is_the_one_that_would_be_found(model, cfg):
     composed = cfg(f"model={model}")
-    net = meta_backbone(composed.model, get_task(composed.task).model_request()).model
+    net = meta_backbone(model_of(composed.model), get_task(composed.task).model_request()).model
     given = find_grid(net, composed.model.layer, composed.model.candidates, composed.model.get("roles"))
     assert find_grid(net, composed.model.layer) == given
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from families import save_family
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from small import small_task
 from transformers import AutoModel, NystromformerConfig, OpenAIGPTConfig
@@ -26,6 +26,8 @@ from diffora.hub import resolve
 from diffora.loop.predict import predict
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
+from diffora.settings.sections import Model
 from diffora.tasks.base import Split, get_task
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -57,8 +59,8 @@ def copy(made, tmp_path) -> Callable[..., Path]:
     return make
 
 
-def section(folder: Path, **more: Any) -> DictConfig:
-    return OmegaConf.create({"name": "x", "path": str(folder), **more})
+def section(folder: Path, **more: Any) -> Model:
+    return Model(name="x", path=str(folder), **more)
 
 
 def loaded(folder: Path, task: Any = None, **more: Any) -> Backbone:
@@ -131,7 +133,7 @@ def test_a_config_of_another_size_is_refused(copy, entries, words):
 def test_a_shape_for_dry_runs_does_not_replace_the_checkpoints(cfg, caplog):
     """Similar to B19: if the model's files exist, `model.config` is not used."""
     task = cfg("experiment=quickstart", "+model.config.num_hidden_layers=2", "+model.config.hidden_size=128")
-    model = load_backbone(task.model, get_task(task.task).model_request()).model
+    model = load_backbone(model_of(task.model), get_task(task.task).model_request()).model
     assert model.config.num_hidden_layers == 4
     assert "model.config.num_hidden_layers=2 ignored" in caplog.text and "hidden_size" not in caplog.text
 

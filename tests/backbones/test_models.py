@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from small import small_task
 
 from diffora.backbones.backbone import Backbone
 from diffora.backbones.load import load_backbone
 from diffora.errors import UserError
 from diffora.hub import resolve
+from diffora.settings.sections import Model
 
 REQUEST = small_task().model_request()
 
@@ -18,7 +18,7 @@ def bert(folder, pooler: bool):
 
     config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
-    return OmegaConf.create({"name": "b", "path": str(folder)})
+    return Model(name="b", path=str(folder))
 
 
 def trained(model):
@@ -77,7 +77,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not JSON"):
-        load_backbone(OmegaConf.create({"name": "x", "path": str(tmp_path)}), REQUEST)
+        load_backbone(Model(name="x", path=str(tmp_path)), REQUEST)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}')
     with pytest.raises(UserError, match="has no weights"):
-        load_backbone(OmegaConf.create({"name": "x", "path": str(tmp_path)}), REQUEST)
+        load_backbone(Model(name="x", path=str(tmp_path)), REQUEST)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from diffora.api import load_adapter
 from diffora.backbones import quantise
@@ -15,6 +14,8 @@ from diffora.core.lowrank import lowrank_layers
 from diffora.errors import UserError
 from diffora.run.check import check
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
+from diffora.settings.sections import Model
 from diffora.tasks.base import get_task
 
 RUN = [
@@ -37,7 +38,7 @@ def dialogue(cfg, *overrides):
 def adapted(composed, task):
     """The embedded Llama with adapters whose parameters are all nonzero."""
     torch.manual_seed(0)
-    model = load_backbone(composed.model, task.model_request()).model
+    model = load_backbone(model_of(composed.model), task.model_request()).model
     grid = find_grid(model)
     attach(
         model,
@@ -189,7 +190,7 @@ def test_gradients_pass_a_quantised_backbone(cfg, bnb):
 def test_a_quantised_backbone_is_searched_trained_and_loaded_again(cfg, bnb, tmp_path, quantise):
     overrides = [*RUN, f"model.quantise={quantise}"]
     result = run(cfg(*overrides, "search.epochs=1", "trainer.gradient_checkpointing=true"), tmp_path / "run")
-    plain = load_backbone(cfg(*RUN).model, get_task(cfg(*RUN).task).model_request())
+    plain = load_backbone(model_of(cfg(*RUN).model), get_task(cfg(*RUN).task).model_request())
     assert result.record["params"]["backbone"] == plain.n_parameters
     layers = dict(lowrank_layers(result.model))
     assert (
@@ -206,7 +207,7 @@ def test_a_quantised_backbone_is_searched_trained_and_loaded_again(cfg, bnb, tmp
         with pytest.raises(UserError, match="is quantised and cannot be read or changed"):
             action(next(iter(layers.values())))
 
-    again = load_backbone(cfg(*overrides).model, get_task(cfg(*overrides).task).model_request()).model
+    again = load_backbone(model_of(cfg(*overrides).model), get_task(cfg(*overrides).task).model_request()).model
     load_adapter(again, tmp_path / "run" / "adapter")
     ids = torch.randint(6, 300, (2, 12))
     with torch.no_grad():
@@ -226,7 +227,7 @@ def test_heads_and_poolers_are_not_quantised(bnb, tmp_path):
 
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     BertModel(BertConfig(vocab_size=30, **shape)).save_pretrained(tmp_path)
-    cfg = OmegaConf.create({"name": "b", "path": str(tmp_path), "dtype": "float32", "quantise": "8bit"})
+    cfg = Model(name="b", path=str(tmp_path), quantise="8bit")
     model = load_backbone(cfg, small_task().model_request()).model
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert kinds["classifier"] == kinds["bert.pooler.dense"] == "Linear"

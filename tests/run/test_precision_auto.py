@@ -11,6 +11,7 @@ from diffora.run import precision
 from diffora.run.experiment import run
 from diffora.run.precision import settled
 from diffora.settings.identity import config_hash
+from diffora.settings.read import model_of
 from diffora.tasks.base import get_task
 
 AUTO = ["experiment=quickstart", "method=lora", "trainer=cpu", "trainer.precision=auto"]
@@ -111,7 +112,7 @@ def test_widths_are_rounded_in_bfloat16_on_a_cpu_only(cfg):
     assert width_multiple("bf16-mixed", cpu, 100) == 4  # 104 would be more than the model reads
     assert width_multiple("bf16-mixed", cpu, 513) == 1
     task = get_task(cfg("task=paraphrase", "model=tiny").task)
-    processor = task.processor(cfg("model=tiny").model)
+    processor = task.processor(model_of(cfg("model=tiny").model))
     task.width_multiple = 8
     widths = [
         task.collate(processor, training=False)({"input_ids": [[5] * n], "labels": [0], "row": [0], "length": [n]})[

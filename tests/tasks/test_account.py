@@ -10,6 +10,7 @@ import pytest
 from diffora.errors import UserError
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.account import Account, lines
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.embedded.paraphrase import splits
@@ -29,7 +30,7 @@ def account_of(c, name: str = "train") -> Account:
     task = get_task(c.task)
     rows = task.load()
     split = rows.train if name == "train" else rows.validation[name]
-    return task.account(name, Split(split, task.encode(split, task.processor(c.model), name == "train")))
+    return task.account(name, Split(split, task.encode(split, task.processor(model_of(c.model)), name == "train")))
 
 
 def test_lines_and_record():
@@ -63,7 +64,7 @@ def test_texts(cfg, tmp_path):
 
 def account_lengths(c) -> list[int]:
     task = get_task(c.task)
-    return task.encode(task.load().train, task.processor(c.model), True)["length"][:]
+    return task.encode(task.load().train, task.processor(model_of(c.model)), True)["length"][:]
 
 
 def test_conversations(cfg, tmp_path):

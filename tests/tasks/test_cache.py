@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from diffora.settings.read import model_of
 from diffora.tasks import cache
 from diffora.tasks.base import get_task
 from diffora.tasks.cache import arrow_writer, cached, tokenizer_facts
@@ -209,7 +210,7 @@ def test_every_kind_of_cache_file_is_checked(cfg, overrides, tmp_path, caplog):
     composed = cfg("method=lora", *overrides)
     task = get_task(composed.task)
     rows = task.load().train
-    processor = task.processor(composed.model)
+    processor = task.processor(model_of(composed.model))
 
     def encoded() -> list[dict]:
         return task.encode(rows, processor, training=True).to_list()

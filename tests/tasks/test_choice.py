@@ -23,6 +23,7 @@ from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.batches import joined, parts_of
 
@@ -304,10 +305,10 @@ def made(cfg, tmp_path):
         file, overrides = write(tmp_path / "rows.jsonl", content), [*overrides, f"task.first_label={first}"]
         composed = cfg("task=choice", f"task.path={file}", *SHORT.split(), *overrides)
         task = get_task(composed.task)
-        processor = task.processor(composed.model)
+        processor = task.processor(model_of(composed.model))
         part = task.load_split("all")
         split = Split(part, task.encode(part, processor, training=False))
-        backbone = load_backbone(composed.model, task.model_request(), processor)
+        backbone = load_backbone(model_of(composed.model), task.model_request(), processor)
         torch.nn.init.normal_(backbone.model.classifier.weight)
         return task, processor, split, backbone
 
@@ -410,11 +411,11 @@ def test_the_simultaneous_search_takes_the_two_gradients_of_separate_passes(cfg,
     file = write(tmp_path / "rows.jsonl", rows(12))
     composed = cfg("task=choice", f"task.path={file}", *SHORT.split())
     task = get_task(composed.task)
-    processor = task.processor(composed.model)
+    processor = task.processor(model_of(composed.model))
     part = task.load_split("all")
     encoded = task.encode(part, processor, training=True)
     torch.manual_seed(0)
-    model = load_backbone(composed.model, task.model_request(), processor).model.eval()
+    model = load_backbone(model_of(composed.model), task.model_request(), processor).model.eval()
     grid = find_grid(model)
     layers = attach(
         model, grid.names, torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool), rank=2, shared_rank=None, alpha=4
@@ -455,9 +456,9 @@ def test_every_family_with_a_head_for_choices(cfg, tmp_path, name):
     composed = cfg("task=choice", f"task.path={file}", "model=hf", f"model.path={place}", "task.max_length=60")
     task = get_task(composed.task)
     part = task.load_split("all")
-    processor = task.processor(composed.model)
+    processor = task.processor(model_of(composed.model))
     encoded = task.encode(part, processor, training=False)
-    model = load_backbone(composed.model, task.model_request(), processor).model.eval()
+    model = load_backbone(model_of(composed.model), task.model_request(), processor).model.eval()
     batch, single = (task.collate(processor, False)(encoded[rows]) for rows in ([0, 1, 2], [0]))
     with torch.no_grad():
         wide, alone = model(**task.inputs(batch)).logits[0, :2], model(**task.inputs(single)).logits[0]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from diffora.errors import UserError
+from diffora.settings.read import model_of
 from diffora.tasks import encoding, tokenise
 from diffora.tasks.base import get_task
 from diffora.tasks.cache import cached
@@ -132,7 +133,7 @@ def test_every_task_encodes_the_same_with_two_processes(overrides, cfg, tmp_path
         composed = cfg(*overrides.split(), f"task.path={file.parent if 'chat' in overrides else file}")
         task = get_task(composed.task)
         task.num_proc = num_proc
-        encoded = task.encode(task.load().train, task.processor(composed.model), training=False)
+        encoded = task.encode(task.load().train, task.processor(model_of(composed.model)), training=False)
         found.append(encoded.to_list())
         files = sorted((tmp_path / str(num_proc)).rglob("*.arrow"))
         found.append([(file.name, file.read_bytes()) for file in files if file.parent.name != "json"])
@@ -157,7 +158,7 @@ def test_long_rows_are_encoded_a_few_at_a_time(cfg, tmp_path, monkeypatch):
         composed = cfg(*overrides.split(), f"task.path={file}")
         task = get_task(composed.task)
         rows = task.load_split("all")
-        task.encode(rows, task.processor(composed.model), training=False)
+        task.encode(rows, task.processor(model_of(composed.model)), training=False)
     words, choice = sizes
     assert words == [4, 2, 1, 1, 1]  # of 3, 6, 9 … letters
     assert choice == [3, 1, 1, 1, 1, 1, 1]  # of 8, 12, 16 … characters, the context counted with each choice

@@ -29,6 +29,7 @@ from diffora.hub import EMBEDDED
 from diffora.run.check import check
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.account import Account
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.chat.conversations import characters, row_keys
@@ -66,8 +67,8 @@ def adapted_llama(cfg):
     """The small Llama with random pairs that are not zero, in evaluation, and its tokenizer."""
     composed = cfg("task=dialogue", "model=tiny_llama")
     task = get_task(composed.task)
-    tokenizer = task.processor(composed.model)
-    model = load_backbone(composed.model, task.model_request(), tokenizer).model
+    tokenizer = task.processor(model_of(composed.model))
+    model = load_backbone(model_of(composed.model), task.model_request(), tokenizer).model
     grid = find_grid(model, None, None, None, "model.")
     mask = torch.ones(grid.n_layers, grid.n_types, dtype=torch.bool)
     selection = Selection.from_mask(grid, mask, method="lora", selector="none", rho=1.0, seed=0)

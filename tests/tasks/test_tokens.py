@@ -16,6 +16,7 @@ from diffora.errors import UserError
 from diffora.hub import EMBEDDED
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.batches import joined
 from diffora.tasks.words.windows import NO_WORD
@@ -51,7 +52,7 @@ def made(cfg, file):
     def make(*overrides):
         composed = cfg("task=tokens", f"task.path={file}", *SHORT.split(), *overrides)
         task = get_task(composed.task)
-        processor = task.processor(composed.model)
+        processor = task.processor(model_of(composed.model))
         part = task.load_split("all")
         return task, processor, Split(part, task.encode(part, processor, training=False)), composed
 
@@ -139,7 +140,7 @@ def test_words_that_are_predicted_do_not_depend_on_windows(made):
 
 def test_the_model_gives_the_same_for_a_batch_and_for_single_rows(made):
     task, processor, split, composed = made()
-    backbone = load_backbone(composed.model, task.model_request(), processor)
+    backbone = load_backbone(model_of(composed.model), task.model_request(), processor)
     model = backbone.model.eval()
     with torch.no_grad():
         model.classifier.weight.normal_(std=1.0)
@@ -176,7 +177,7 @@ def test_rows_without_words_and_long_words(cfg, tmp_path):
     composed = cfg("task=tokens", f"task.path={tmp_path / 'a.jsonl'}", *SHORT.split())
     task = get_task(composed.task)
     part = task.load_split("all")
-    split = Split(part, task.encode(part, task.processor(composed.model), training=False))
+    split = Split(part, task.encode(part, task.processor(model_of(composed.model)), training=False))
     assert split.encoded["example"][:] == list(range(1, 14))
     account = task.account("all", split)
     assert account.dropped == {"no words": 1}
@@ -282,9 +283,9 @@ def test_every_family_with_a_head_for_tokens(cfg, file, tmp_path, name):
     composed = cfg("task=tokens", f"task.path={file}", "model=hf", f"model.path={place}", "task.max_length=40")
     task = get_task(composed.task)
     part = task.load_split("all")
-    processor = task.processor(composed.model)
+    processor = task.processor(model_of(composed.model))
     split = Split(part, task.encode(part, processor, training=False))
-    model = load_backbone(composed.model, task.model_request(), processor).model.eval()
+    model = load_backbone(model_of(composed.model), task.model_request(), processor).model.eval()
     collate = task.collate(processor, training=False)
     batch, single = collate(split.encoded[0:6]), collate(split.encoded[2:3])
     with torch.no_grad():

@@ -27,6 +27,7 @@ from diffora.loop.data import FineTuneData, SearchData
 from diffora.loop.splits import split_search
 from diffora.run.evaluate import evaluate, read_request
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.account import lines
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.embedded.digits import ASKED, PRETRAINED, digits
@@ -248,7 +249,7 @@ def test_hub_tasks_know_their_number_of_classes_without_data(cfg, name, n):
 
 def test_the_true_vit_has_its_grid_and_counts(cfg):
     c = cfg("task=cifar100", "model=vit_base")
-    backbone = meta_backbone(c.model, get_task(c.task).model_request())
+    backbone = meta_backbone(model_of(c.model), get_task(c.task).model_request())
     grid = find_grid(backbone.model, c.model.layer, c.model.candidates, c.model.roles)
     assert (grid.n_layers, grid.n_types) == (12, 6) and grid.shapes[0][-1] == (3072, 768)
     assert backbone.n_parameters == 85_798_656 and backbone.count_parameters()["head"] == 76_900
@@ -256,7 +257,7 @@ def test_the_true_vit_has_its_grid_and_counts(cfg):
 
 def test_modules_named_from_the_model_itself(cfg):
     c = cfg("task=digits", "model=tiny_vit")
-    model = meta_backbone(c.model, get_task(c.task).model_request()).model
+    model = meta_backbone(model_of(c.model), get_task(c.task).model_request()).model
     grid = find_grid(model, ".", ["classifier", "vit.layers.3.mlp.fc2"], c.model.roles)
     assert grid.names == (("classifier", "vit.layers.3.mlp.fc2"),) and grid.shapes == (((64, 5), (128, 64)),)
     found = problems(find_grid, model, ".", ["classifer"])
@@ -866,7 +867,7 @@ def test_adapting_only_the_classifier_with_its_weight_frozen(cfg, tmp_path):
     assert params["adapter"] == params["trainable"] == rank * (64 + 5) and params["head"] == 0
 
     torch.manual_seed(c.seed)
-    drawn = load_backbone(c.model, task.model_request()).model
+    drawn = load_backbone(model_of(c.model), task.model_request()).model
     layer = result.model.classifier
     assert all(torch.equal(p, drawn.vit.get_parameter(name)) for name, p in result.model.vit.named_parameters())
     best = (layer.lora_bt.T @ layer.lora_a * layer.scaling).detach().double()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffora.adapters.card import LOAD_WITH_DIFFORA, LOAD_WITH_PEFT, card
@@ -33,6 +32,7 @@ from diffora.core.lowrank import LowRankLinear, lowrank_layers
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic_folder, write_text
+from diffora.settings.read import model_of
 from diffora.standalone.model import check_head
 
 log = logging.getLogger(__name__)
@@ -378,7 +378,6 @@ def export_model(folder: Path, origin: Origin) -> None:
         save_model(origin.backbone.model, scratch)
         try:
             # Load it again: the one in memory keeps settings of its last call, such as the truncation.
-            settings = OmegaConf.create(origin.config["model"])
-            load_processor(settings, origin.task.processor_kind).save_pretrained(scratch)
+            load_processor(model_of(origin.config["model"]), origin.task.processor_kind).save_pretrained(scratch)
         except UserError as error:  # the training is done and must not be lost
             log.warning(f"{folder} has no tokenizer or image processor: {error}")

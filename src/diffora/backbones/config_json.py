@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from diffora.backbones.messages import loading, trusts_code
 from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
 from diffora.files import read_json
 from diffora.hub import resolve
+from diffora.settings.sections import Model
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ WORDS = {
 """Which models have the head of a transformers class, for messages."""
 
 
-def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
+def model_config(settings: Model, request: ModelRequest, meta: bool) -> Any:
     """The transformers configuration of backbone and head.
 
     Args:
@@ -44,7 +43,7 @@ def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
 
     local = resolve(settings.path)[1]
     head = {"problem_type": None} | request.head  # a checkpoint may have the problem type of its own training
-    given = _plain(getattr(settings, "config", None))
+    given = settings.config or {}
     if meta and not local and given:
         config = AutoConfig.for_model(**given | head)
     else:
@@ -64,7 +63,7 @@ def model_config(settings: Any, request: ModelRequest, meta: bool) -> Any:
     return config
 
 
-def _check_kind(settings: Any, request: ModelRequest, config: Any) -> None:
+def _check_kind(settings: Model, request: ModelRequest, config: Any) -> None:
     """Refuse a model of a family that does not have the head that the task needs."""
     import transformers
 
@@ -78,13 +77,7 @@ def _check_kind(settings: Any, request: ModelRequest, config: Any) -> None:
     )
 
 
-def _plain(entries: Any) -> dict[str, Any]:
-    """``model.config`` in plain containers; empty without one."""
-    content: Any = OmegaConf.to_container(entries) if OmegaConf.is_config(entries) else entries
-    return content or {}
-
-
-def content_of(settings: Any) -> dict[str, Any]:
+def content_of(settings: Model) -> dict[str, Any]:
     """The content of a checkpoint's ``config.json``, as written in the file.
 
     Raises:
@@ -115,7 +108,7 @@ def content_of(settings: Any) -> dict[str, Any]:
     return content
 
 
-def check_config(settings: Any) -> None:
+def check_config(settings: Model) -> None:
     """Refuse a broken ``config.json`` of a local folder.
 
     Call this before the tokenizer or image processor is loaded: transformers chooses their classes by this file, and
@@ -142,7 +135,7 @@ def _impossible_numbers(content: Any, key: str = "") -> Iterator[str]:
                 yield f"{key}={content} must be {words}"
 
 
-def _check_quantised(settings: Any, how: Any) -> None:
+def _check_quantised(settings: Model, how: Any) -> None:
     """Refuse a ``quantization_config`` that transformers does not know: it would use the packed weights as numbers."""
     if how is None:
         return

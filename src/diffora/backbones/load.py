@@ -24,11 +24,12 @@ from diffora.backbones.weights import check_values, file_problems, left_over, na
 from diffora.errors import UserError
 from diffora.hub import resolve
 from diffora.kernels.dropout import use_cheap_dropout
+from diffora.settings.sections import Model
 
 log = logging.getLogger(__name__)
 
 
-def model_problems(settings: Any, dry_run: bool) -> Iterator[str]:
+def model_problems(settings: Model, dry_run: bool) -> Iterator[str]:
     """One message for each problem of a model on this machine, found before it is loaded.
 
     Args:
@@ -46,7 +47,7 @@ def model_problems(settings: Any, dry_run: bool) -> Iterator[str]:
         yield from error.problems
 
 
-def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, finetuned: bool = False) -> Backbone:
+def load_backbone(settings: Model, request: ModelRequest, processor: Any = None, finetuned: bool = False) -> Backbone:
     """Load a pretrained model, frozen, with the head that a task asks for.
 
     The head is new and trainable, also if the checkpoint has one, unless the request is for the pretrained head. New
@@ -71,7 +72,7 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     config = model_config(settings, request, meta=False)
     # Pass the dtype explicitly: transformers would otherwise use that of the file, float16 for DeBERTaV3.
     how: dict[str, Any] = {"dtype": dtype_of(settings)}
-    if getattr(settings, "quantise", None):
+    if settings.quantise:
         how["quantization_config"] = quantisation(settings, request)
     before = torch.get_rng_state()
     with loading(settings) as source:
@@ -85,7 +86,7 @@ def load_backbone(settings: Any, request: ModelRequest, processor: Any = None, f
     check_length(model, request.max_length)
     keep_weights_unpacked(model)
     follow_autocast(model)
-    if getattr(settings, "kernel", None) != "plain":
+    if settings.kernel != "plain":
         use_cheap_dropout(model)
     arguments = request.head | ({"ignore_mismatched_sizes": True} if report.shapes else {})
     if processor is not None:
@@ -99,7 +100,7 @@ def draw_fresh(backbone: Backbone) -> None:
     _draw(backbone.model, tuple(f"{name}." for name in backbone.fresh), torch.get_rng_state())
 
 
-def _folder_problems(settings: Any) -> Iterator[str]:
+def _folder_problems(settings: Model) -> Iterator[str]:
     """What is wrong with a local folder, found before anything is loaded from it."""
     path, local = resolve(settings.path)
     if local and (Path(path) / "adapter_config.json").is_file():
@@ -149,7 +150,7 @@ class _LoadReport:
             unexpected=list(info["unexpected_keys"]),
         )
 
-    def check(self, settings: Any, finetuned: bool) -> None:
+    def check(self, settings: Model, finetuned: bool) -> None:
         """Refuse a checkpoint whose pretrained weights are not those of the model.
 
         Raises:
@@ -184,7 +185,7 @@ class _LoadReport:
                 f"{first_three(unused)}"
             )
 
-    def draw_head(self, settings: Any, request: ModelRequest, generator_state: torch.Tensor) -> tuple[str, ...]:
+    def draw_head(self, settings: Model, request: ModelRequest, generator_state: torch.Tensor) -> tuple[str, ...]:
         """Draw the head again where the checkpoint has one that the task does not use.
 
         Args:

@@ -9,15 +9,16 @@ from typing import Any
 from diffora.errors import UserError, called, out_of_memory
 from diffora.files import read_json
 from diffora.hub import resolve, why_unreachable
+from diffora.settings.sections import Model
 
 
-def trusts_code(settings: Any) -> bool:
+def trusts_code(settings: Model) -> bool:
     """``model.trust_remote_code``. Runs of earlier versions do not have this setting."""
-    return getattr(settings, "trust_remote_code", False) is True
+    return settings.trust_remote_code
 
 
 @contextmanager
-def loading(settings: Any, what: str = "model") -> Iterator[dict[str, Any]]:
+def loading(settings: Model, what: str = "model") -> Iterator[dict[str, Any]]:
     """Turn the many errors of transformers' loading functions into one message.
 
     Args:
@@ -45,7 +46,7 @@ def loading(settings: Any, what: str = "model") -> Iterator[dict[str, Any]]:
         raise UserError(_message(error, settings, what, unreachable)) from error
 
 
-def _message(error: Exception, settings: Any, what: str, unreachable: str | None) -> str:
+def _message(error: Exception, settings: Model, what: str, unreachable: str | None) -> str:
     """Why the loading failed, and what to do about it. A damaged JSON file raises its own error instead."""
     path, local = resolve(settings.path)
     place = f"model.path={settings.path}"

@@ -1,7 +1,5 @@
 """A backbone on torch's meta device: shapes without memory for weights, for dry runs."""
 
-from typing import Any
-
 import torch
 
 from diffora.backbones.backbone import Backbone, outside_pretrained
@@ -11,9 +9,10 @@ from diffora.backbones.messages import loading
 from diffora.backbones.precision import dtype_of
 from diffora.backbones.request import ModelRequest
 from diffora.kernels.dropout import use_cheap_dropout
+from diffora.settings.sections import Model
 
 
-def meta_backbone(settings: Any, request: ModelRequest) -> Backbone:
+def meta_backbone(settings: Model, request: ModelRequest) -> Backbone:
     """The backbone that `load_backbone` would make, without memory for its weights, and not quantised.
 
     Its pooler, if it has one, counts as pretrained, since no checkpoint says otherwise.
@@ -33,6 +32,6 @@ def meta_backbone(settings: Any, request: ModelRequest) -> Backbone:
             config, dtype=dtype_of(settings), trust_remote_code=source["trust_remote_code"]
         )
     check_length(model, request.max_length)
-    if getattr(settings, "kernel", None) != "plain":
+    if settings.kernel != "plain":
         use_cheap_dropout(model)
     return Backbone(model, tuple(outside_pretrained(model)) if request.trains_head else ()).freeze()

@@ -7,6 +7,7 @@ from diffora.backbones.config_json import check_config, content_of
 from diffora.backbones.messages import loading
 from diffora.errors import UserError
 from diffora.hub import resolve
+from diffora.settings.sections import Model
 
 ProcessorKind = Literal["tokenizer", "image_processor"]
 
@@ -15,7 +16,7 @@ WITHOUT_VOCABULARY = ("tokenizer_config_file", "normalizer_file", "target_vocab_
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
 
 
-def load_processor(settings: Any, kind: ProcessorKind) -> Any:
+def load_processor(settings: Model, kind: ProcessorKind) -> Any:
     """The transformers tokenizer or image processor of a backbone.
 
     Args:
@@ -30,7 +31,7 @@ def load_processor(settings: Any, kind: ProcessorKind) -> Any:
     return load_tokenizer(settings) if kind == "tokenizer" else load_image_processor(settings)
 
 
-def _check_kind(settings: Any, kind: ProcessorKind) -> None:
+def _check_kind(settings: Model, kind: ProcessorKind) -> None:
     """Refuse a model of images for a task of texts, and a model of texts for a task of images.
 
     Families that transformers does not know are not refused.
@@ -48,7 +49,7 @@ def _check_kind(settings: Any, kind: ProcessorKind) -> None:
         raise UserError(f"{place} texts, and the task has images: choose a model of images, such as model=vit_base")
 
 
-def load_tokenizer(settings: Any) -> Any:
+def load_tokenizer(settings: Model) -> Any:
     """The tokenizer of a backbone. One without a padding token, like GPT-2's, pads with its end token.
 
     Raises:
@@ -74,7 +75,7 @@ def load_tokenizer(settings: Any) -> Any:
     return tokenizer
 
 
-def load_image_processor(settings: Any) -> Any:
+def load_image_processor(settings: Model) -> Any:
     """The image processor of a vision backbone: image sizes, means and the like. This does not need torchvision.
 
     Raises:
@@ -94,7 +95,7 @@ def load_image_processor(settings: Any) -> Any:
         return AutoImageProcessor.from_pretrained(**source)
 
 
-def _check_vocabulary(settings: Any, tokenizer: Any) -> None:
+def _check_vocabulary(settings: Model, tokenizer: Any) -> None:
     """Refuse a tokenizer without a vocabulary file. transformers would make one of the special tokens alone.
 
     Args:

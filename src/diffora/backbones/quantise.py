@@ -10,9 +10,10 @@ from torch import nn
 from diffora.backbones.meta import meta_backbone
 from diffora.backbones.request import ModelRequest
 from diffora.core.stacks import find_stacks
+from diffora.settings.sections import Model
 
 
-def quantisation(settings: Any, request: ModelRequest) -> Any:
+def quantisation(settings: Model, request: ModelRequest) -> Any:
     """The transformers configuration that quantises all linear modules of the repeated layers, and no others."""
     from transformers import BitsAndBytesConfig
 
@@ -28,16 +29,16 @@ def quantisation(settings: Any, request: ModelRequest) -> Any:
     )
 
 
-def _outside_layers(settings: Any, request: ModelRequest) -> list[str]:
+def _outside_layers(settings: Model, request: ModelRequest) -> list[str]:
     """Full names of the linear modules outside the repeated layers: heads, output embeddings, poolers."""
     model = meta_backbone(settings, request).model
     layers = tuple(f"{place}." for stack in find_stacks(model) for place in stack.layers)
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(layers)]
 
 
-def quantise_problems(settings: Any) -> Iterator[str]:
+def quantise_problems(settings: Model) -> Iterator[str]:
     """One message if ``model.quantise`` needs a package that is not installed."""
-    quantise = getattr(settings, "quantise", None)
+    quantise = settings.quantise
     if quantise and importlib.util.find_spec("bitsandbytes") is None:
         yield f"model.quantise={quantise} needs bitsandbytes: pip install 'diffora[quantised]'"
 

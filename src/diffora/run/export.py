@@ -25,6 +25,7 @@ from diffora.run.arguments import sorted_words, without_config_dirs
 from diffora.run.record import WEIGHTS
 from diffora.run.trained import check_backbone, finished_run, load_trained
 from diffora.settings.checks import show
+from diffora.settings.read import model_of
 from diffora.tasks.base import get_task
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def _merged(request: ExportRequest) -> list[str]:
     if request.weights.name != WEIGHTS[1]:
         merge_all(model)
     # Load it again: the one of the task keeps settings of its last call, such as the truncation.
-    processor = load_processor(request.cfg.model, task.processor_kind)
+    processor = load_processor(model_of(request.cfg.model), task.processor_kind)
     with atomic_folder(request.to) as scratch:
         save_model(model, scratch)
         processor.save_pretrained(scratch)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from diffora.run.arguments import has_key
 from diffora.run.composition import composition_problems
 from diffora.run.record import check_as_left, read_record, why_broken
 from diffora.settings.quotes import quoted
+from diffora.settings.read import model_of
 from diffora.tasks.base import Task, get_task
-from diffora.trust import class_at, literal, settings
+from diffora.trust import class_at, settings
 
 log = logging.getLogger(__name__)
 
@@ -145,17 +147,16 @@ def load_trained(
         UserError: a model, processor or adapter that cannot be read, or that does not fit the others.
     """
     task = task or get_task(cfg.task)
-    section = cfg.model
+    section = model_of(cfg.model)
     whole = (weights / "config.json").is_file()
-    if whole:
-        section = OmegaConf.merge(cfg.model, {"path": literal(str(weights))})
+    loaded = replace(section, path=str(weights)) if whole else section
     # Whole models of earlier versions have no tokenizer; the base model's is the same.
     complete = any((weights / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-    processor = task.processor(section if whole and complete else cfg.model)
-    backbone = load_backbone(section, task.model_request(), processor, finetuned=whole)
+    processor = task.processor(loaded if complete else section)
+    backbone = load_backbone(loaded, task.model_request(), processor, finetuned=whole)
     if not whole:
         load_adapter(backbone, weights, method)
-        set_kernel(backbone.model, cfg.model.get("kernel", "auto"))
+        set_kernel(backbone.model, section.kernel)
     return backbone.model.eval(), processor
 
 

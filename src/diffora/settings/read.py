@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffora.errors import first_line
 from diffora.places import conf_dir
 from diffora.settings.checks import TEXT, Check, checks_of, is_int, show, strange_value, unknown_key, words_of
-from diffora.settings.sections import Logger, Settings, TaskSettings
+from diffora.settings.sections import Logger, Model, Settings, TaskSettings
 
 NO_KEYS = ((Settings, "composed"), (Logger, "own"))
 """Fields that are no keys of the configuration."""
@@ -287,6 +287,16 @@ def known_part(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             value, section = given[field.name], section_of(hints[field.name])
             kept[field.name] = known_part(section, value) if section and isinstance(value, Mapping) else value
     return kept
+
+
+def model_of(section: Mapping[str, Any] | DictConfig) -> Model:
+    """The section ``model`` of an earlier run. Its keys that no longer exist are ignored, new ones have their defaults.
+
+    Args:
+        section: in plain containers or OmegaConf's.
+    """
+    content: Any = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else section
+    return Model(**known_part(Model, content))
 
 
 def is_needed(field: Any) -> bool:

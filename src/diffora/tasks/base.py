@@ -24,7 +24,7 @@ from diffora.backbones.request import ModelRequest
 from diffora.errors import UserError
 from diffora.files import write_text
 from diffora.settings.read import Reading, known_part, read_group
-from diffora.settings.sections import TaskSettings
+from diffora.settings.sections import Model, TaskSettings
 from diffora.tasks.account import Account, Accounts
 from diffora.tasks.classes import ClassResults
 from diffora.tasks.messages import some
@@ -186,11 +186,11 @@ class Task:
             getattr(self.cfg, "max_length", None),
         )
 
-    def processor(self, model: Any) -> Any:
+    def processor(self, model: Model) -> Any:
         """What `encode` and `collate` need of the backbone: its tokenizer, or how it wants its images.
 
         Args:
-            model: the ``model`` section of the configuration.
+            model: the ``model`` section of the settings.
         """
         return load_processor(model, self.processor_kind)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffora.backbones.processors import ProcessorKind
 from diffora.errors import UserError
 from diffora.settings.checks import PATH, Help, whole
-from diffora.settings.sections import TaskSettings
+from diffora.settings.sections import Model, TaskSettings
 from diffora.tasks.account import Account, note_overlap
 from diffora.tasks.base import Collate, Outputs, Rows, Split, Task
 from diffora.tasks.cache import cached
@@ -262,7 +262,7 @@ class ImageTask(Task):
             problems.append(f"task.num_labels={declared}: the data have {len(classes)} classes: {some(classes)}")
         return classes, others
 
-    def processor(self, model: Any) -> Preprocessing:
+    def processor(self, model: Model) -> Preprocessing:
         return Preprocessing.of(super().processor(model), model.path)
 
     def encode(self, rows: datasets.Dataset, processor: Preprocessing, training: bool) -> datasets.Dataset:

@@ -13,6 +13,7 @@ from diffora.backbones.load import load_backbone
 from diffora.hub import EMBEDDED
 from diffora.loop.predict import predict
 from diffora.run.experiment import run
+from diffora.settings.read import model_of
 from diffora.tasks.base import Split, get_task
 from diffora.tasks.embedded import dialogue
 from diffora.tasks.embedded.dialogue import VOCABULARY, converse, splits
@@ -88,7 +89,10 @@ def test_a_run_lowers_the_perplexity_and_plain_peft_loads_its_adapter(trained):
     assert [len(row) for row in result.selection.selected] == [3, 3, 3, 3]  # of 7
 
     task = get_task(composed.task)
-    base, tokenizer = load_backbone(composed.model, task.model_request()).model, task.processor(composed.model)
+    base, tokenizer = (
+        load_backbone(model_of(composed.model), task.model_request()).model,
+        task.processor(model_of(composed.model)),
+    )
     rows = task.load().validation["validation"]
     split = Split(rows, task.encode(rows, tokenizer, training=False))
     outputs = predict(base, task, split, task.collate(tokenizer, False), 16, composed.trainer)
