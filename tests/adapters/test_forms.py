@@ -28,9 +28,10 @@ from diffora.adapters.manifest import read_manifest
 from diffora.adapters.merge import merge_updates
 from diffora.api import load_adapter
 from diffora.cli.export import main as export_main
-from diffora.core.attach import attach, keep_statistics
+from diffora.core.attach import attach
 from diffora.core.grid import find_grid
 from diffora.core.lowrank import lowrank_layers
+from diffora.core.norms import keep_statistics
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.hub import EMBEDDED

@@ -33,6 +33,7 @@ import diffora
 from diffora.backbones.backbone import pretrained_children
 from diffora.core import attach as core_attach
 from diffora.core.lowrank import LowRankLinear, lowrank_layers, set_gates
+from diffora.core.norms import keep_statistics, moving_statistics
 from diffora.errors import UserError
 from diffora.loop.stage import Stage
 from diffora.standalone.bilevel import Bilevel
@@ -86,7 +87,7 @@ def test_a_search_leaves_the_statistics_of_batch_norms_and_trains_the_head():
 def test_statistics_of_frozen_batch_norms_stay_and_others_move():
     net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
     net[0].requires_grad_(False)
-    core_attach.keep_statistics(net)
+    keep_statistics(net)
     net(torch.randn(16, 4) + 3)
     assert net[0].running_mean.equal(torch.zeros(4)) and not net[1].running_mean.equal(torch.zeros(4))
     assert net[1].training
@@ -109,9 +110,9 @@ def test_the_statistics_of_trained_batch_norms_belong_to_what_is_saved():
 
 def test_batch_norms_without_weights_keep_their_statistics():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)).train()
-    core_attach.keep_statistics(net)
+    keep_statistics(net)
     net(torch.randn(5, 4) + 3)
-    assert not net[1].running_mean.any() and not core_attach.moving_statistics(net)
+    assert not net[1].running_mean.any() and not moving_statistics(net)
 
 
 def test_torchs_own_encoder_runs_in_evaluation_with_adapters_in_its_upper_layers():

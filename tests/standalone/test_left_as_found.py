@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import diffora
-from diffora.core.attach import keep_statistics, moved_statistics
 from diffora.core.lowrank import lowrank_layers
+from diffora.core.norms import keep_statistics, moved_statistics
 from diffora.errors import UserError
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

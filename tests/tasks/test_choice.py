@@ -254,7 +254,11 @@ def test_what_is_strange_is_said(task, tmp_path):
     content = [row | {"choices": ["x", "x", *row["choices"]], "label": 0, "context": " "} for row in rows()]
     content = [row | {"choices": [*row["choices"], f"y{i}"]} for i, row in enumerate(content)]
     notes = notes_of(task(write(tmp_path / "a.jsonl", content)))
-    for words in ("30 rows have the same choice twice", "30 rows have no context", "is number 1 in all rows"):
+    for words in (
+        "30 rows have the same choice twice",
+        "30 rows have no context",
+        "has the same place in all rows: label 0",
+    ):
         assert words in notes
 
 

@@ -26,9 +26,10 @@ from diffora.adapters.pairs import (
 )
 from diffora.backbones.backbone import Backbone, pretrained_children
 from diffora.backbones.processors import load_processor
-from diffora.core.attach import moved_statistics, places_of, without_compiled_parts
 from diffora.core.linear import is_conv1d
 from diffora.core.lowrank import LowRankLinear, lowrank_layers
+from diffora.core.model import places_of, without_compiled_parts
+from diffora.core.norms import moved_statistics
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.files import atomic_folder, write_text

@@ -15,9 +15,10 @@ from diffora.adapters.manifest import ADAPT, CONFIG, EXACT, MANIFEST, read_manif
 from diffora.adapters.origin import check_heads, check_made_for, other_backbone, take_labels
 from diffora.adapters.pairs import LOADED_WHOLE, PREFIX, StoredPairs
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import check_values_present, device_of, freeze_rest, note_adapted, places_of
+from diffora.core.attach import freeze_rest, note_adapted
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import LowRankLinear
+from diffora.core.model import check_values_present, device_of, places_of
 from diffora.errors import UserError, first_of
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from diffora.adapters.origin import without_wrappers
-from diffora.core.attach import check_values_present, forget_adapted
+from diffora.core.attach import forget_adapted
 from diffora.core.linear import is_plain
 from diffora.core.lowrank import LowRankLinear
+from diffora.core.model import check_values_present
 from diffora.errors import UserError
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffora import digests
 from diffora.backbones.backbone import Backbone
-from diffora.core.attach import inside_wrappers
+from diffora.core.model import inside_wrappers
 from diffora.errors import UserError
 from diffora.tasks.base import Task
 

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 
 from diffora.core.linear import features, is_linear
 from diffora.core.lowrank import KERNELS, LowRankLinear, lowrank_layers
+from diffora.core.model import device_of, places_of
+from diffora.core.norms import FOUND_MEAN
 from diffora.errors import UserError, first_of
 
 SHARED_SCALES = ("own", "same")
@@ -212,17 +212,6 @@ def freeze_rest(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def keep_statistics(model: nn.Module) -> None:
-    """Put the batch norms that are not trained into evaluation mode, in place. Call it after ``model.train()``.
-
-    In training mode they would replace the statistics of the pretrained model by those of the batches. Adapters do not
-    store these statistics, so a loaded adapter would run with different ones.
-    """
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None and not _is_trained(module):
-            module.eval()
-
-
 class Calls:
     """Notes which low-rank layers of a model are used, from now on. A compiled model is not looked at.
 
@@ -247,81 +236,6 @@ class Calls:
                 f"the loss does not call {first_of(missing)} for any batch of the search: leave "
                 "these modules out of the candidates"
             )
-
-
-FOUND_MEAN = "_diffora_found_mean"
-"""An attribute of batch and instance norms: their mean when the model got its adapters. A copy has it too."""
-
-
-def moved_statistics(model: nn.Module) -> list[str]:
-    """Full names of the batch and instance norms whose statistics are not known to be those before the adapters.
-
-    Training mode replaces them, also of frozen norms. `keep_statistics` prevents it.
-    """
-    norms = ((n, m) for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None)
-    return [name for name, norm in norms if not _has_found_mean(norm)]
-
-
-def _has_found_mean(norm: nn.Module) -> bool:
-    mean: Any = norm.running_mean
-    found: Tensor | None = getattr(norm, FOUND_MEAN, None)
-    return found is not None and torch.equal(mean.detach().cpu(), found.to(mean.dtype))
-
-
-def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of the batch norms that are trained, by full name."""
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and _is_trained(module):
-            found |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
-    return found
-
-
-def _is_trained(norm: nn.Module) -> bool:
-    """Whether a batch norm has weights and all of them are trained. Without weights, nothing says that it is."""
-    weights = list(norm.parameters(recurse=False))
-    return bool(weights) and all(p.requires_grad for p in weights)
-
-
-def inside_wrappers(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> nn.Module:
-    """The module inside the wrappers of ``torch.compile`` and of the given classes, which have it as ``module``."""
-    inner: Any = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
-    return model if inner is None else inside_wrappers(inner, wrappers)
-
-
-@contextmanager
-def without_compiled_parts(model: nn.Module) -> Iterator[None]:
-    """A context in which modules inside a model that are compiled alone have their own names and no ``_orig_mod``."""
-    compiled = {name: part for name, part in model.named_modules() if name and hasattr(part, "_orig_mod")}
-    for name, part in compiled.items():
-        model.set_submodule(name, part._orig_mod)
-    try:
-        yield
-    finally:
-        for name, part in compiled.items():
-            model.set_submodule(name, part)
-
-
-def check_values_present(model: nn.Module) -> None:
-    """Raise a UserError if a parameter is on the device ``meta``, as accelerate leaves those that it moved away."""
-    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise UserError(
-            f"{first_of(empty)} has no values on its device: load the weights of the model, and "
-            "let no device_map move them to the CPU or a disk"
-        )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter; of the first buffer in a quantised layer that has no parameters."""
-    return next(chain(model.parameters(), model.buffers())).device
-
-
-def places_of(model: nn.Module) -> dict[int, list[str]]:
-    """Every full name of each module of a model, by the module's id. A module may be used in several places."""
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    return places
 
 
 def detach(model: nn.Module) -> None:

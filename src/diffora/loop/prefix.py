@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import AUTOCAST, HALF
-from diffora.core.attach import device_of
+from diffora.core.model import device_of
 from diffora.core.prefix import Prefix, lowest_trained, put_into, stack_members
 from diffora.errors import UserError, first_line
 from diffora.files import remove_leftovers

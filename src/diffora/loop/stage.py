@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import keep_statistics, moving_statistics
+from diffora.core.norms import keep_statistics, moving_statistics
 from diffora.loop.prefix import CachedPrefix
 from diffora.loop.sharded import Sharded
 

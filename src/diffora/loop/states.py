@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffora.backbones.precision import AUTOCAST
-from diffora.core.attach import device_of
+from diffora.core.model import device_of
 from diffora.core.prefix import Prefix
 from diffora.errors import UserError
 from diffora.loop.data import rows_loader

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import keep_statistics
 from diffora.core.hypergradient import first_order
+from diffora.core.norms import keep_statistics
 from diffora.core.split import divided
 from diffora.scoring.bilevel import SearchModule
 from diffora.scoring.criteria import gate_path

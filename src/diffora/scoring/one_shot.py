@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from diffora.core.attach import keep_statistics
 from diffora.core.dam import provisional_choice
 from diffora.core.grid import laid_out
+from diffora.core.norms import keep_statistics
 from diffora.core.selection import Selection
 from diffora.loop import streams
 from diffora.loop.data import SearchData, eval_loader

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.precision import HALF
-from diffora.core.attach import Calls, attach, detach, device_of, keep_statistics
+from diffora.core.attach import Calls, attach, detach
 from diffora.core.dam import initial_gamma, relax
 from diffora.core.grid import Grid
 from diffora.core.hypergradient import first_order
 from diffora.core.lowrank import Layers, set_gates
+from diffora.core.model import device_of
+from diffora.core.norms import keep_statistics
 from diffora.core.readout import Readout
 from diffora.core.split import divided, shared_tables
 from diffora.errors import UserError

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffora.backbones.backbone import Backbone, pretrained_children
-from diffora.core.attach import check_values_present, device_of, inside_adapter, inside_wrappers
+from diffora.core.attach import inside_adapter
 from diffora.core.grid import Grid, find_grid
+from diffora.core.model import check_values_present, device_of, inside_wrappers
 from diffora.errors import UserError
 
 log = logging.getLogger("diffora")

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffora.core.attach import device_of
 from diffora.core.draws import random_scores
 from diffora.core.grid import Grid
 from diffora.core.heuristics import BY_LAYER, HEURISTICS, heuristic_problem, heuristic_scores, usual_sizes
+from diffora.core.model import device_of
 from diffora.core.selection import Selection
 from diffora.errors import UserError
 from diffora.scoring.function import ScoreFunction, call_function, check_signature

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffora.core.attach import attach, device_of, put, taken
+from diffora.core.attach import attach, put, taken
 from diffora.core.counts import present
 from diffora.core.dam import comparable, discretise, discretise_globally
+from diffora.core.model import device_of
 from diffora.core.selection import Selection
 from diffora.core.steptime import lowest_layer, operations
 from diffora.errors import UserError
