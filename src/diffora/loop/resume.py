@@ -43,7 +43,7 @@ class Earlier:
 
 def has_work(folder: Path) -> bool:
     """Whether a run directory holds anything that a run could resume from."""
-    return any((folder / "checkpoints").glob("*.ckpt")) or (folder / "search.json").is_file()
+    return any((folder / "checkpoints").glob("*.ckpt")) or (folder / SEARCH).is_file()
 
 
 def earlier(folder: Path, made_with: Mapping[str, Any]) -> Earlier:

@@ -19,7 +19,7 @@ from diffora.files import read_yaml
 from diffora.places import conf_dir
 from diffora.run.arguments import has_key
 from diffora.run.composition import composition_problems
-from diffora.run.record import check_as_left, read_record, why_broken
+from diffora.run.record import WEIGHTS, check_as_left, read_record, why_broken
 from diffora.settings.quotes import quoted
 from diffora.settings.read import model_of
 from diffora.tasks.base import Task, get_task
@@ -73,7 +73,7 @@ def settings_of_run(folder: Path) -> tuple[DictConfig, Path]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"run={folder} is not a run directory: it has no config.yaml")
-    weights = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
+    weights = [folder / name for name in WEIGHTS if (folder / name).is_dir()]
     if not weights:
         raise UserError(f"run={folder} has no adapter/ or model/: the run is not finished, or it only selected")
     cfg = settings(read_yaml(file), file, SECTIONS)
