@@ -133,7 +133,12 @@ def test_only_scratch_files_of_dead_processes_are_removed(tmp_path):
 
     dead = 2**22 + 1  # above the largest process id of Linux
     days = 2 * 86400
-    gone = [left_by(dead, None), left_by(10**30, None), left_by(dead, "far-away", days), left_by(os.getpid(), None, days)]
+    gone = [
+        left_by(dead, None),
+        left_by(10**30, None),
+        left_by(dead, "far-away", days),
+        left_by(os.getpid(), None, days),
+    ]
     there = [left_by(os.getppid(), None), left_by(dead, "elsewhere"), tmp_path / ".notes.part"]
     (tmp_path / ".notes.part").touch()
     (tmp_path / ".a.1.part").mkdir()

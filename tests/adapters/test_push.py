@@ -128,6 +128,21 @@ def test_a_private_push_does_not_go_to_a_public_repository(hub, finished):
     assert hub.commits == {"somebody/mine": 1}
 
 
+@pytest.mark.parametrize("text", ["line\n/home/me/data/x", "a\t/home/me/data", "-C /home/me/data/train.csv"])
+def test_a_path_is_found_in_any_text(text, tmp_path, hub, finished, monkeypatch):
+    request = push.read_request([str(finished), "me/it"])
+    request.export.cfg.task.path = "/home/me/data/"
+    (tmp_path / "a.json").write_text(json.dumps({"a": text}))
+    with pytest.raises(UserError, match="would publish the path /home/me/data"):
+        push._check_no_paths(tmp_path, request)
+
+
+def test_shards_replace_a_model_in_one_file(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    present = ["model.safetensors", "model.safetensors.index.json", "config.json", "dam.png"]
+    assert push._stale(present, tmp_path) == ["model.safetensors", "dam.png"]
+
+
 def test_a_name_that_contains_the_current_folder_is_no_path(hub, finished, monkeypatch):
     monkeypatch.chdir("/opt")
     pushed(finished, "me/opt-it")

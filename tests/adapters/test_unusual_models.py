@@ -187,6 +187,8 @@ def test_a_model_without_values_takes_no_adapter(tmp_path):
     accelerate.cpu_offload(model, execution_device="cpu")
     with pytest.raises(UserError, match="has no values on its device"):
         diffora.load_adapter(model, tmp_path)
+    model = adapted(llama())
+    accelerate.cpu_offload(model, execution_device="cpu")
     with pytest.raises(UserError, match="has no values on its device"):
         diffora.merge_updates(model)
 
@@ -201,6 +203,34 @@ def test_layers_that_are_compiled_one_by_one_are_saved_by_their_own_names(tmp_pa
     diffora.load_adapter(again, tmp_path)
     assert_close(said(again), expected)
     assert_close(said(PeftModel.from_pretrained(llama(), tmp_path)), expected)
+
+
+def test_compiled_parts_inside_compiled_parts_and_in_two_places(tmp_path):
+    model = adapted(llama())
+    expected, layers = said(model), model.model.layers
+    layers[0].self_attn = torch.compile(layers[0].self_attn, backend="eager")
+    layers[0] = torch.compile(layers[0], backend="eager")
+    outer, inner = layers[0], layers[0]._orig_mod.self_attn
+    diffora.save_adapter(model, tmp_path)
+    assert layers[0] is outer and outer._orig_mod.self_attn is inner
+    again = llama()
+    diffora.load_adapter(again, tmp_path)
+    assert_close(said(again), expected)
+
+
+def test_a_model_of_which_other_parts_are_elsewhere_takes_an_adapter(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    diffora.save_adapter(adapted(llama()), tmp_path / "adapter")
+    model = llama()
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path / "disk"))
+    diffora.load_adapter(model, tmp_path / "adapter")
+    assert_close(said(model), said(adapted(llama())))
+    other = "model.layers.1.self_attn.q_proj"
+    diffora.save_adapter(adapted(llama(), other), tmp_path / "other")
+    with pytest.raises(UserError, match="has no values on its device"):
+        diffora.load_adapter(model, tmp_path / "other")
 
 
 def test_an_adapter_may_replace_one_of_another_method(tmp_path):
@@ -230,6 +260,10 @@ def test_training_does_not_go_on_from_embeddings_that_are_tied_here_and_were_not
     assert_close(said(model), expected)
     with pytest.raises(UserError, match=r"has model\.embed_tokens\.weight whole, and in this model lm_head\.weight is"):
         Start.read(str(tmp_path)).put_on(llama().requires_grad_(False), 0.0)
+    for saved in (["lm_head"], ["embed_tokens", "lm_head"]):
+        saved_by_peft(tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+        with pytest.raises(UserError, match="is the same tensor, which has other values with the adapter"):
+            Start.read(str(tmp_path)).put_on(llama().requires_grad_(False), 0.0)
 
 
 def test_training_does_not_take_the_selection_of_another_adapter(tmp_path, finished):

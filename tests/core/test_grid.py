@@ -274,6 +274,11 @@ def test_a_module_that_several_layers_share_is_adapted_once_or_not_at_all():
     assert find_grid(holding(layers=nn.ModuleList([repeated] * 6))).names == (("layers.0.q",),)  # one layer, six times
 
 
+@pytest.mark.parametrize("layer", ["layers.*", "."])
+def test_a_candidate_that_is_named_twice_is_refused(layer):
+    assert "model.candidates names q twice" in message(holding(layers=stack(["q"])), layer=layer, candidates=["q", "q"])
+
+
 def test_a_model_of_linear_layers_alone_says_how_to_name_them():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     said = message(net)

@@ -172,6 +172,7 @@ def test_an_expert_may_have_no_token_in_a_batch_but_not_in_all(selector):
 def test_a_function_may_score_a_model_with_buffers_that_torch_cannot_hash(dtype):
     model = Net()
     model.register_buffer("table", torch.ones(3).to(dtype))
+    model.register_buffer("single", torch.ones(()).to(dtype))
     assert len(diffora.select(model, lambda model, grid, *_: torch.rand(grid.n_layers, grid.n_types), pairs(2)).names())
 
     def spoil(model, grid, *_):

@@ -36,7 +36,6 @@ def load_onto(backbone: Backbone, folder: Path, method_of: MethodOf, freeze: boo
     Raises:
         UserError: missing, damaged or unreadable files, or an adapter of another model.
     """
-    check_values_present(backbone.model)
     manifest: dict[str, Any] | None = None
     with contextlib.suppress(FileNotFoundError):  # plain PEFT writes none
         manifest = read_manifest(folder)
@@ -87,6 +86,7 @@ def _load_pairs(backbone: Backbone, folder: Path, manifest: Mapping[str, Any]) -
     pairs = StoredPairs.read(folder, manifest)
     modules = dict(backbone.model.named_modules(remove_duplicate=False))
     check_fit(modules, pairs, folder)
+    check_values_present(backbone.model, [*pairs.modules, *pairs.heads])
     check_heads(backbone, [*pairs.heads, *_adapted_and_saved(pairs)], folder)
     take_labels(backbone.model, manifest, folder)
     states = states_of(pairs)

@@ -11,6 +11,7 @@ from diffora.adapters.manifest import CONFIG, WEIGHTS
 from diffora.adapters.origin import check_heads
 from diffora.adapters.pairs import read_tensors
 from diffora.backbones.backbone import Backbone
+from diffora.core.model import check_values_present
 from diffora.errors import UserError, first_of
 from diffora.trust import check_peft_adapter
 
@@ -54,6 +55,8 @@ def load_with_peft(backbone: Backbone, folder: Path) -> None:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     check_peft_adapter(folder)
+    if not hasattr(backbone.model, "hf_device_map"):  # with one, PEFT moves its layers as accelerate does
+        check_values_present(backbone.model)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:

@@ -29,12 +29,12 @@ def merge_updates(model: nn.Module) -> None:
 
 def merge_all(model: nn.Module) -> bool:
     """`merge_updates`, also of a model that has no updates. Returns whether it had any."""
-    check_values_present(model)
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise UserError("this is a PeftModel: its own merge_and_unload() merges it and returns the plain model")
     model = without_wrappers(model)
     own = [(name, layer) for name, layer in _all_modules(model) if isinstance(layer, LowRankLinear)]
     for name, layer in own:  # all of them before the first is merged
+        check_values_present(model, [name])
         _check_plain(layer.base, name)
         layer.check_mergeable(name)
     for name, layer in own:
@@ -71,6 +71,7 @@ def _merge_peft(model: nn.Module) -> None:
     for name, layer in _all_modules(model):
         if isinstance(layer, BaseTunerLayer):
             base: Any = layer.get_base_layer()
+            check_values_present(model, [name])
             _check_plain(base, name)
             if "weight" in base._parameters:  # PEFT changes it in place, and other modules may share it
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)

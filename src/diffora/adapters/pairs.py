@@ -133,7 +133,8 @@ def write_pairs(
     write_tensors(folder / WEIGHTS, {**tensors, **whole})
     if exact:
         write_tensors(folder / EXACT, exact)
-    for name in (ADAPT, TRAINED, *([] if exact else [EXACT])):
+    earlier = [ADAPT, TRAINED] if (folder / ADAPT).is_file() else []
+    for name in (*earlier, *([] if exact else [EXACT])):
         (folder / name).unlink(missing_ok=True)  # of an earlier adapter
     write_text(folder / CONFIG, json.dumps({**config, **ranks_and_scales(kept, form)}, indent=1) + "\n")
     modules = {

@@ -23,7 +23,7 @@ class Published:
         kind: transformers class of the model.
         manifest: of the adapter; None for a whole model.
         pictures: names of picture files beside the card.
-        layers: labels of the layers of the selection (`diffora.core.picture.layer_labels`); empty without one.
+        layers: labels of the layers of the selection (`diffora.core.picture.layer_labels`); empty if its file is gone.
     """
 
     name: str
@@ -76,7 +76,8 @@ def _selection(of: Published) -> list[str]:
     if rows := selection.get("selected"):
         parts = ["## Selected modules\n", f"Chosen by `{selection.get('selector')}`.\n"]
         chosen = [", ".join(row) or "none" for row in rows]
-        parts.append(_table(("layer", "modules"), list(zip(of.layers, chosen, strict=True))))
+        layers = of.layers or [f"layer {number}" for number in range(1, len(rows) + 1)]
+        parts.append(_table(("layer", "modules"), list(zip(layers, chosen, strict=True))))
     return parts + [f"![{name.partition('.')[0]}]({name})\n" for name in of.pictures]
 
 

@@ -135,11 +135,15 @@ class Start:
 
 def _check_untied(model: nn.Module, states: Mapping[str, Any], place: str) -> None:
     """Refuse modules saved whole that share weights with other modules. PEFT would train them apart from these."""
-    inside = tuple(f"{name}." for name in states)
-    saved = {p: name for name, p in model.named_parameters() if name.startswith(inside)}
+    stored = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+    places: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not name.startswith(inside) and parameter in saved:
+        places.setdefault(parameter, []).append(name)
+    for names in places.values():
+        saved = [name for name in names if name in stored]
+        others = [n for n in names if n not in stored or not torch.equal(stored[n], stored[saved[0]])] if saved else []
+        if others:
             raise UserError(
-                f"{place} has {saved[parameter]} whole, and in this model {name} is the same tensor, which the adapter "
-                "leaves as it was: load the model with tie_word_embeddings=False"
+                f"{place} has {saved[0]} whole, and in this model {others[0]} is the same tensor, which has other "
+                "values with the adapter: load the model with tie_word_embeddings=False"
             )

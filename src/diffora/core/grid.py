@@ -172,6 +172,8 @@ def find_grid(
         UserError: nothing matches, a candidate is not a linear module, some layers lack a candidate, or there are
             several possibilities. The message lists similar names or the choices.
     """
+    if twice := [path for i, path in enumerate(candidates or ()) if path in (candidates or ())[:i]]:
+        raise UserError(f"{prefix}candidates names {twice[0]} twice")
     patterns = [layer] if isinstance(layer, str) else layer
     if patterns == ["."]:
         return _one_row(model, candidates or (), prefix)

@@ -130,8 +130,8 @@ def check_content(content: Any) -> None:
 
 
 def _is_complete(made_with: Any) -> bool:
-    """Whether a record has all parts of `diffora.digests.made_with`."""
-    kinds = {"settings": dict, "inputs": dict, "data": str, "rows": dict, "backbone": dict | None}
+    """Whether a record has all parts of `diffora.digests.made_with`, except ``inputs``, which it may lack."""
+    kinds = {"settings": dict, "data": str, "rows": dict, "backbone": dict | None}
     return isinstance(made_with, dict) and all(
         name in made_with and isinstance(made_with[name], kind) for name, kind in kinds.items()
     )

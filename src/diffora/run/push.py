@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from diffora.settings.checks import show
 log = logging.getLogger(__name__)
 
 OWN = ("private", "form", "method._target_", "base")
+OF_MODEL = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 PICTURES = ("dam.png", "gamma.png", "confusion.png")
 
 
@@ -140,7 +142,8 @@ def _stale(present: Sequence[str], folder: Path) -> list[str]:
         what = "an adapter" if ours is adapter else "a whole model"
         raise UserError(f"it has {other[0]}, and this is {what}: choose another name, or delete the old files first")
     new = {file.name for file in folder.iterdir()}
-    return [name for name in present if name in (*READ, MANIFEST, *PICTURES) and name not in new]
+    old = [*READ, MANIFEST, *PICTURES, *(OF_MODEL if ours is model else ())]
+    return [name for name in present if name not in new and any(fnmatch(name, pattern) for pattern in old)]
 
 
 def prepare(request: PushRequest, folder: Path) -> None:
@@ -180,6 +183,7 @@ def _check_no_paths(folder: Path, request: PushRequest) -> None:
         if file.suffix not in (".json", ".md", ".jinja", ".txt"):
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
-        for place in (place for place in places if len(place) > 1):
-            if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", text):  # not the beginning of another name
+        for place in (place.rstrip("/") for place in places if len(place) > 1):
+            # Not inside another name. In JSON, the n of a line break stands before a path in the next line.
+            if re.search(rf"(?:(?<![\w.-])|(?<=\\[nrtbf])){re.escape(place)}(?![\w-])", text):
                 raise UserError(f"{file.name} would publish the path {place}: nothing was uploaded")

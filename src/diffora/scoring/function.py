@@ -133,8 +133,10 @@ def _fingerprint(value: Tensor) -> str:
     """Hash and sum. The hash alone misses an even number of changed signs; the sum alone misses a permutation."""
     if value.device.type == "mps":  # which cannot hash
         value = value.cpu()
-    if value.is_complex() or (value.is_floating_point() and value.itemsize == 1):  # which torch cannot hash
-        value = value.contiguous().view(torch.uint8)
+    if value.is_complex():  # torch cannot hash it, nor numbers of one byte
+        value = torch.view_as_real(value.resolve_conj())
+    elif value.is_floating_point() and value.itemsize == 1:
+        value = value.reshape(-1).contiguous().view(torch.uint8)
     return f"{torch.hash_tensor(value).item()} {value.sum(dtype=torch.float32).item()}"
 
 
